@@ -1,0 +1,1 @@
+"""Nested optimization inside the Lightning Trainer you already have."""
