@@ -1,0 +1,78 @@
+"""Arithmetic on tuples of tensors, the vectors of every solver.
+
+On CPU a loop over tensors keeps each one in cache; on accelerators one ``_foreach`` kernel saves launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Vector: TypeAlias = tuple[Tensor, ...]
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
+"""Averages a tensor over processes; every process receives the same result."""
+
+
+def _fused(vector: Sequence[Tensor]) -> bool:
+    return len(vector) > 1 and vector[0].device.type != "cpu"
+
+
+def dot(u: Vector, v: Vector) -> Tensor:
+    """Inner product Σᵢ uᵢ·vᵢ as a 0-dimensional tensor, on the device of the vectors."""
+    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(u, v, strict=True)]).sum()
+
+
+def norm(v: Vector) -> Tensor:
+    """Euclidean norm ‖v‖₂ over all tensors, 0-dimensional."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in v]))
+
+
+def clone(v: Iterable[Tensor]) -> Vector:
+    """Detached copies, contiguous so that a flat view costs nothing."""
+    return tuple(a.detach().clone(memory_format=torch.contiguous_format) for a in v)
+
+
+def zeros_like(v: Iterable[Tensor]) -> Vector:
+    """Zeros of the same shapes, dtypes and devices."""
+    return tuple(torch.zeros_like(a, memory_format=torch.contiguous_format) for a in v)
+
+
+def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
+    """u ← u + αv in place; returns u."""
+    if _fused(u):
+        torch._foreach_add_(list(u), list(v), alpha=alpha)
+    else:
+        for a, b in zip(u, v, strict=True):
+            a.add_(b, alpha=alpha)
+    return u
+
+
+def scale_(u: Vector, alpha: float) -> Vector:
+    """u ← αu in place; returns u."""
+    if _fused(u):
+        torch._foreach_mul_(list(u), alpha)
+    else:
+        for a in u:
+            a.mul_(alpha)
+    return u
+
+
+def flatten(v: Iterable[Tensor]) -> Tensor:
+    """One flat tensor of shape (n,) holding a copy of all entries."""
+    return torch.cat([a.reshape(-1) for a in v])
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Vector:
+    """Views into ``flat`` with the shapes of ``like``."""
+    pieces = torch.split(flat, [a.numel() for a in like])
+    return tuple(p.view(a.shape) for p, a in zip(pieces, like, strict=True))
+
+
+def average(v: Vector, reduce: Reduce | None) -> Vector:
+    """The mean of v over processes in one message; v itself when there is one process."""
+    if reduce is None:
+        return v
+    return unflatten(reduce(flatten(v)), v)
