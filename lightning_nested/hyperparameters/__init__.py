@@ -1,1 +1,21 @@
-"""."""
+"""What can be tuned: weight decay, example and loss weights, any tensor or submodule. torch only."""
+
+from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.transforms import Exp, Interval, Simplex, Softplus, Transform, Unconstrained
+from lightning_nested.hyperparameters.weight_decay import DecayPenalty, WeightDecay
+from lightning_nested.hyperparameters.weights import BoundHyperparameter, ExampleWeights, LossWeights
+
+__all__ = [
+    "BoundHyperparameter",
+    "DecayPenalty",
+    "ExampleWeights",
+    "Exp",
+    "Hyperparameter",
+    "Interval",
+    "LossWeights",
+    "Simplex",
+    "Softplus",
+    "Transform",
+    "Unconstrained",
+    "WeightDecay",
+]

@@ -1,0 +1,92 @@
+"""What is tuned: an unconstrained tensor, a transform, and a name to log under."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hyperparameters.transforms import Transform
+
+
+class Hyperparameter(ABC):
+    """A named group of tensors that an outer optimizer moves.
+
+    ``tensors`` are unconstrained leaves; ``values()`` reads them in natural units. A hyperparameter is built once
+    its sizes and device are known (:meth:`build`), and is no ``torch.nn.Module``: it stays out of the user's
+    parameters, optimizers and data-parallel buckets.
+
+    Attributes:
+        name: Key of its values in logs and checkpoints.
+        tensors: Unconstrained leaves by name, empty until built.
+    """
+
+    name: str
+    transform: Transform
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def built(self) -> bool:
+        """Whether :meth:`build` has run."""
+        return bool(self.tensors)
+
+    @abstractmethod
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Create the tensors.
+
+        Args:
+            parameters: Inner parameters by name.
+            device: Where the tensors live.
+        """
+
+    def values(self) -> dict[str, Tensor]:
+        """Detached values in natural units, by the names of ``tensors``."""
+        with torch.no_grad():
+            return {key: self.transform.forward(raw).clone() for key, raw in self.tensors.items()}
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Move the tensors into the transform's range, in place; to be called after each outer step."""
+        for raw in self.tensors.values():
+            self.transform.project_(raw)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Unconstrained tensors, detached copies on the CPU."""
+        return {key: raw.detach().cpu().clone() for key, raw in self.tensors.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the unconstrained tensors in place.
+
+        Raises:
+            ValueError: Names or shapes differ.
+        """
+        if set(state) != set(self.tensors):
+            raise ValueError(
+                f"The saved {self.name} must have the tensors {sorted(self.tensors)}. Got {sorted(state)}: the "
+                "checkpoint belongs to other settings."
+            )
+        for key, raw in self.tensors.items():
+            if raw.shape != state[key].shape:
+                raise ValueError(
+                    f"The saved {self.name}[{key!r}] must have shape {tuple(raw.shape)}. "
+                    f"Got {tuple(state[key].shape)}: the checkpoint belongs to other settings."
+                )
+            raw.copy_(state[key])
+
+    def _leaf(self, value: Tensor, device: torch.device | str) -> Tensor:
+        """An unconstrained leaf whose natural value is ``value``."""
+        return self.transform.inverse(value.detach()).to(device).clone().requires_grad_(True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A module that holds this object can be deep-copied or pickled: leaves are stored as plain tensors.
+        return {**self.__dict__, "tensors": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tensors = {key: raw.requires_grad_(True) for key, raw in state["tensors"].items()}

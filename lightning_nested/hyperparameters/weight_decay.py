@@ -1,0 +1,149 @@
+"""Weight decay ½ Σᵢ dᵢ wᵢ², with every derivative in closed form: one decay, one per tensor, or one per weight."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hypergradient.curvature import DiagonalOperator, LinearOperator
+from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.transforms import Exp, Transform
+
+
+class WeightDecay(Hyperparameter):
+    """L2 penalty ½ Σᵢ dᵢ wᵢ² on the inner loss, with d tuned.
+
+    No graph is built for it: the gradient dᵢwᵢ is added to ``.grad``, the curvature is diag(d), and the mixed
+    derivative is diagonal, vᵀ∂²P/∂w∂λ = vᵢ wᵢ ∂dᵢ/∂λᵢ.
+
+    Args:
+        per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight.
+        init: Decay at the start, in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
+        include: Names of parameters that are decayed, with ``*`` wildcards.
+        exclude: Names that are not, with ``*`` wildcards.
+        transform: From the unconstrained tensor to the decay; default ``Exp(lower=1e-12, upper=100)``.
+        name: Key in logs and checkpoints.
+
+    Raises:
+        ValueError: ``per`` is unknown or ``init`` is not positive; in :meth:`build`, a pattern matches nothing.
+    """
+
+    def __init__(
+        self,
+        per: Literal["model", "tensor", "parameter"] = "tensor",
+        init: float = 1e-4,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        transform: Transform | None = None,
+        name: str = "weight_decay",
+    ) -> None:
+        super().__init__()
+        if per not in ("model", "tensor", "parameter"):
+            raise ValueError(f"per must be 'model', 'tensor' or 'parameter'. Got {per!r}.")
+        if not (init > 0 and math.isfinite(init)):
+            raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
+        self.per, self.init, self.name = per, init, name
+        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
+        self.transform = transform if transform is not None else Exp(upper=100.0)
+        self.parameter_names: tuple[str, ...] = ()
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Create one unconstrained tensor: shapes (), (number of tensors,), or as the parameters."""
+        for pattern in (*self.include, *self.exclude):
+            if not any(fnmatchcase(name, pattern) for name in parameters):
+                close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.4)
+                raise ValueError(
+                    f"include and exclude must match parameter names. Got {pattern!r}, which matches none; "
+                    f"close names: {', '.join(close) or ', '.join(list(parameters)[:5])}."
+                )
+        chosen = {name: p for name, p in parameters.items() if self._decays(name)}
+        if not chosen:
+            raise ValueError(
+                f"At least one parameter must be decayed. Got include={self.include}, exclude={self.exclude}, "
+                f"which leaves none of {len(parameters)}."
+            )
+        self.parameter_names = tuple(chosen)
+        dtype = next(iter(chosen.values())).dtype
+        if self.per == "parameter":
+            shapes = {name: p.shape for name, p in chosen.items()}
+        else:
+            shapes = {self.per: torch.Size([]) if self.per == "model" else torch.Size([len(chosen)])}
+        self.tensors = {
+            key: self._leaf(torch.full(shape, self.init, dtype=dtype), device) for key, shape in shapes.items()
+        }
+
+    def values(self) -> dict[str, Tensor]:
+        """Decays in natural units; with ``per="tensor"`` one scalar under each parameter's name."""
+        values = super().values()
+        if self.per == "tensor" and values:
+            return dict(zip(self.parameter_names, values["tensor"].unbind(), strict=True))
+        return values
+
+    def decays(self) -> dict[str, Tensor]:
+        """The decay of each chosen parameter by its name, with the graph to the unconstrained tensors."""
+        if self.per == "parameter":
+            return {name: self.transform.forward(raw) for name, raw in self.tensors.items()}
+        value = self.transform.forward(self.tensors[self.per])
+        each = value.unbind() if self.per == "tensor" else [value] * len(self.parameter_names)
+        return dict(zip(self.parameter_names, each, strict=True))
+
+    @torch.no_grad()
+    def add_gradient_(self, parameters: Mapping[str, Tensor]) -> None:
+        """grad ← grad + d ∘ w for every chosen parameter that has a gradient."""
+        for name, decay in self.decays().items():
+            parameter = parameters[name]
+            if parameter.grad is not None:
+                parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter)
+
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""
+        return torch.stack([0.5 * (d * parameters[n] ** 2).sum() for n, d in self.decays().items()]).sum()
+
+    def linearize(self, parameters: Mapping[str, Tensor]) -> DecayPenalty:
+        """The penalty's derivatives at the present parameters, all of which (in this order) form the vector w."""
+        return DecayPenalty(self, parameters)
+
+    def _decays(self, name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
+
+
+class DecayPenalty:
+    """Closed-form curvature diag(d) and mixed derivative of a :class:`WeightDecay` at fixed parameters."""
+
+    def __init__(self, decay: WeightDecay, parameters: Mapping[str, Tensor]) -> None:
+        self._decay = decay
+        self._names = tuple(parameters)
+        self._parameters = {name: parameters[name].detach() for name in decay.parameter_names}
+        with torch.no_grad():
+            self._values = decay.decays()
+
+    def curvature(self) -> LinearOperator:
+        """diag(d), zero for parameters that are not decayed."""
+        return DiagonalOperator([self._values.get(name, 0.0) for name in self._names])
+
+    def mixed(self, v: Vector) -> Vector:
+        """vᵢ wᵢ ∂dᵢ/∂λᵢ, summed over the weights that share a decay."""
+        by_name = dict(zip(self._names, v, strict=True))
+        with torch.enable_grad():
+            decays = self._decay.decays()
+            if self._decay.per == "parameter":
+                slopes = [self._parameters[n] * by_name[n] for n in decays]
+                outputs = list(decays.values())
+            else:
+                # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
+                slopes = [torch.sum(self._parameters[n] * by_name[n]) for n in decays]
+                outputs = list(decays.values())
+            return torch.autograd.grad(outputs, tuple(self._decay.tensors.values()), slopes)
+
+
+def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{name} must be a list of names. Got the string {patterns!r}; write [{patterns!r}].")
+    return tuple(patterns)

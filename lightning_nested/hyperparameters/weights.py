@@ -1,0 +1,121 @@
+"""Weights of terms in the training loss: of its examples (data cleaning) and of its parts (multi-task)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.transforms import Interval, Softplus, Transform
+
+
+class BoundHyperparameter(Hyperparameter):
+    """A hyperparameter that the user's training loss reads.
+
+    The callback binds it to the attribute ``name`` of the LightningModule, which is ``None`` in untuned runs:
+
+        self.example_weights = None                                   # in __init__
+        if self.example_weights is not None:                          # in training_step
+            losses = losses * self.example_weights(index)
+    """
+
+    usage: str  # the lines to add to a module that does not read it, shown in errors
+
+
+class ExampleWeights(BoundHyperparameter):
+    """One weight per training example: the validation loss finds the ones that hurt.
+
+    ``weights(index)`` gives the weights of a batch, of the shape of ``index``, with their graph. Batches carry the
+    index of each example.
+
+    Args:
+        num_examples: Size of the training set.
+        init: Weight at the start.
+        transform: Default ``Interval(0, 1)``, or ``Interval(0, 2·init)`` for an ``init`` of 1 and above.
+        name: Attribute of the module it is bound to, and key in logs.
+    """
+
+    usage = (
+        "self.example_weights = None  # in __init__\n"
+        "if self.example_weights is not None:  # in training_step, with per-example losses\n"
+        "    losses = losses * self.example_weights(index)"
+    )
+
+    def __init__(
+        self, num_examples: int, init: float = 0.5, transform: Transform | None = None, name: str = "example_weights"
+    ) -> None:
+        super().__init__()
+        if num_examples < 1:
+            raise ValueError(f"num_examples must be at least 1. Got {num_examples}.")
+        self.num_examples, self.init, self.name = num_examples, init, name
+        self.transform = transform if transform is not None else Interval(upper=1.0 if init < 1.0 else 2.0 * init)
+        self.transform.inverse(torch.tensor(float(init)))  # refuse a start outside the range where it is given
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """One unconstrained tensor of shape (num_examples,)."""
+        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
+        self.tensors = {"weights": self._leaf(torch.full((self.num_examples,), self.init, dtype=dtype), device)}
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """Weights of the examples ``index`` (any shape, integers in [0, num_examples))."""
+        raw = self.tensors["weights"]
+        return self.transform.forward(raw[index.to(raw.device)])
+
+
+class LossWeights(BoundHyperparameter):
+    """One weight per named part of a training loss.
+
+    ``weights({"ce": a, "aux": b})`` gives Σ wᵢ·lossᵢ with its graph.
+
+    Args:
+        names: Of the parts.
+        init: Weight at the start, one for all or one per name.
+        transform: Default ``Softplus()``.
+        name: Attribute of the module it is bound to, and key in logs.
+    """
+
+    usage = (
+        "self.loss_weights = None  # in __init__\n"
+        'parts = {"main": main, "auxiliary": auxiliary}  # in training_step\n'
+        "loss = sum(parts.values()) if self.loss_weights is None else self.loss_weights(parts)"
+    )
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        init: float | Sequence[float] = 1.0,
+        transform: Transform | None = None,
+        name: str = "loss_weights",
+    ) -> None:
+        super().__init__()
+        if isinstance(names, str) or not names or len(set(names)) != len(names):
+            raise ValueError(f"names must be a list of different names. Got {names!r}.")
+        self.names, self.name = tuple(names), name
+        self.init = tuple([init] * len(self.names) if isinstance(init, (int, float)) else init)
+        if len(self.init) != len(self.names) or not all(math.isfinite(i) for i in self.init):
+            raise ValueError(f"init must be one finite number, or one per name. Got {init!r} for {list(names)}.")
+        self.transform = transform if transform is not None else Softplus()
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """One unconstrained tensor of shape (number of names,)."""
+        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
+        self.tensors = {"weights": self._leaf(torch.tensor(self.init, dtype=dtype), device)}
+
+    def values(self) -> dict[str, Tensor]:
+        """One weight per name."""
+        values = super().values()
+        return dict(zip(self.names, values["weights"].unbind(), strict=True)) if values else {}
+
+    def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Σ wᵢ·lossᵢ, a scalar.
+
+        Raises:
+            ValueError: The names differ from the ones given at construction.
+        """
+        if set(losses) != set(self.names):
+            raise ValueError(f"losses must have the names {list(self.names)}. Got {list(losses)}.")
+        weights = self.transform.forward(self.tensors["weights"])
+        return torch.stack([w * losses[n] for w, n in zip(weights, self.names, strict=True)]).sum()
