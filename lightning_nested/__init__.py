@@ -1,5 +1,53 @@
-"""Nested optimization inside the Lightning Trainer you already have."""
+"""Nested optimization inside the Lightning Trainer you already have.
+
+Every public name can be imported from here or from its package. Nothing is loaded before it is asked for
+(PEP 562): the core must not pay for importing Lightning, nor `lightning-nested --help` for importing torch.
+
+>>> from lightning_nested import Neumann
+>>> Neumann.__module__.startswith("lightning_nested.hypergradient")
+True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from lightning_nested import _clock as _clock  # first: the clock starts before anything heavy is imported
 
 __version__ = "0.1.0"
+
+# Package -> the names it gives to the root. The imports below say the same to type checkers and editors,
+# which cannot see through a module's __getattr__; tests/test_package.py keeps the two equal.
+_EXPORTS: dict[str, tuple[str, ...]] = {
+    "hypergradient": (
+        "ConjugateGradient",
+        "DenseSolve",
+        "Identity",
+        "Neumann",
+        "Nystrom",
+        "implicit_hypergradient",
+    ),
+}
+_PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *_PACKAGE_OF]
+
+if TYPE_CHECKING:
+    from lightning_nested.hypergradient import ConjugateGradient as ConjugateGradient
+    from lightning_nested.hypergradient import DenseSolve as DenseSolve
+    from lightning_nested.hypergradient import Identity as Identity
+    from lightning_nested.hypergradient import Neumann as Neumann
+    from lightning_nested.hypergradient import Nystrom as Nystrom
+    from lightning_nested.hypergradient import implicit_hypergradient as implicit_hypergradient
+else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name
+
+    def __getattr__(name: str) -> object:
+        if name in _EXPORTS:  # `import lightning_nested as ln; ln.hypergradient`
+            return import_module(f"{__name__}.{name}")
+        if name not in _PACKAGE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_PACKAGE_OF[name]}"), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_EXPORTS})

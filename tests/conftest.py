@@ -1,0 +1,59 @@
+"""What every test shares: one thread, explicit generators, and data that may be missing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import torch
+from torch import Tensor
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+
+
+class Normal(Protocol):
+    """Draws standard normal float64 tensors."""
+
+    def __call__(self, *shape: int) -> Tensor: ...
+
+
+def pytest_configure() -> None:
+    # Not a fixture: doctests need it as well. The tensors here are too small for a second thread to help, and
+    # sums split over threads differ in the last bits from one machine to the next.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """Seed the global stream, and refuse tests that leave their settings to the next one."""
+    torch.manual_seed(0)
+    yield
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    assert dtype == torch.float32, f"the test left default dtype {dtype} behind: pass dtype= instead"
+    assert grad, "the test left gradients disabled"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator of the test's own, seeded with 0."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def normal(generator: torch.Generator) -> Normal:
+    """`normal(3, 2)`: a standard normal float64 tensor of that shape, from `generator`."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    """The folder of the four Fashion-MNIST files; the test is skipped where there is none."""
+    if not (FASHION_MNIST / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip(f"no Fashion-MNIST in {FASHION_MNIST}: apt-get install dataset-fashion-mnist")
+    return FASHION_MNIST
