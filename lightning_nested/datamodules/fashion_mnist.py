@@ -1,0 +1,151 @@
+"""Fashion-MNIST, read in place where Debian's package has put it."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
+
+_UNSIGNED_BYTE = 0x08  # idx type code; the only one the MNIST family uses
+
+
+class FashionMNISTDataModule(InMemoryDataModule):
+    """Fashion-MNIST: 70 000 grey 28×28 images of clothes, shape ``(n, 1, 28, 28)``, pixels in [0, 1].
+
+    The four idx files, plain or gzipped, are looked for in this order and read in place:
+
+    1. ``root``, ``root/FashionMNIST/raw`` (torchvision's layout), if ``root`` is given;
+    2. ``/usr/share/datasets/fashion-mnist``, where Debian's package ``dataset-fashion-mnist`` puts them;
+    3. torchvision's download, into ``root`` or else ``data``.
+
+    Training and validation images are a plain random split of the 60 000 training images under ``seed``; the
+    10 000 test images are the source's. Xiao, Rasul & Vollgraf (2017), arXiv 1708.07747.
+
+    Args:
+        root: folder with the files, or to download to.
+
+    The other options are those of :class:`InMemoryDataModule`.
+
+    Raises:
+        FileNotFoundError: if the files are nowhere and cannot be downloaded.
+        ValueError: if a file is not an idx file of bytes.
+    """
+
+    system_folder: Path = Path("/usr/share/datasets/fashion-mnist")
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        train_size: int = 50_000,
+        val_size: int = 10_000,
+        wrong_label_fraction: float = 0.0,
+        use_clean_labels: bool = False,
+        with_index: bool = False,
+        batch_size: int = 128,
+        val_batch_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            train_size=train_size,
+            val_size=val_size,
+            wrong_label_fraction=wrong_label_fraction,
+            use_clean_labels=use_clean_labels,
+            with_index=with_index,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        self.root = root
+
+    @property
+    def _download_folder(self) -> Path:
+        return Path(self.root or "data")
+
+    @override
+    def prepare_data(self) -> None:
+        if self._folder() is not None:
+            return
+        from torchvision.datasets import FashionMNIST
+
+        try:
+            FashionMNIST(str(self._download_folder), download=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torchvision's, when every mirror failed
+            raise FileNotFoundError(self._not_found(f"the download failed: {error}")) from error
+
+    @override
+    def load(self) -> tuple[LabelledImages, LabelledImages | None]:
+        folder = self._folder()
+        if folder is None:
+            raise FileNotFoundError(self._not_found("`prepare_data` was not called before `setup`"))
+        return _read_split(folder, "train"), _read_split(folder, "t10k")
+
+    def _folder(self) -> Path | None:
+        downloaded = self._download_folder / "FashionMNIST" / "raw"
+        named = [] if self.root is None else [Path(self.root), downloaded]
+        for folder in (*named, self.system_folder, downloaded):
+            if all(_find(folder, name) for split in ("train", "t10k") for name in _file_names(split)):
+                return folder
+        return None
+
+    def _not_found(self, reason: str) -> str:
+        return (
+            "Fashion-MNIST needs its four idx files. "
+            f"Got none in root={self.root!r} or {self.system_folder}, and {reason}. "
+            "Install Debian's package `dataset-fashion-mnist`, or set `root` to a folder with the files "
+            "(train-images-idx3-ubyte, …, plain or .gz), or connect to the internet."
+        )
+
+
+def read_idx(path: Path) -> Tensor:
+    """The array of an idx file of unsigned bytes, gzipped or not.
+
+    Layout: two zero bytes, a type code, the number of dimensions, each size as a big-endian 32-bit integer,
+    then the data, last index fastest. See the MNIST page of LeCun, Cortes & Burges.
+
+    Raises:
+        ValueError: if the file is not one, or is cut short.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} must be a whole gzip file. Got {error}. Fetch it again.") from error
+    if len(data) < 4 or data[:3] != bytes([0, 0, _UNSIGNED_BYTE]):
+        raise ValueError(
+            f"{path} must start with the bytes 00 00 08 of an idx file. Got {data[:4].hex(' ')!r}. "
+            "Fetch it again."
+        )
+    header = 4 + 4 * data[3]
+    sizes = struct.unpack(f">{data[3]}I", data[4:header].ljust(header - 4, b"\0"))
+    numbers = (
+        torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8)
+        if len(data) > header
+        else torch.empty(0)
+    )
+    if numbers.numel() != torch.Size(sizes).numel():
+        raise ValueError(f"{path} must hold {sizes} bytes. Got {numbers.numel()}. Fetch it again.")
+    return numbers.reshape(sizes)
+
+
+def _file_names(split: str) -> tuple[str, str]:
+    return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _read_split(folder: Path, split: str) -> LabelledImages:
+    images, labels = (read_idx(path) for name in _file_names(split) if (path := _find(folder, name)))
+    return LabelledImages(images.unsqueeze(1), labels)

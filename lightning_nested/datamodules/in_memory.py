@@ -1,0 +1,241 @@
+"""Labelled images held in memory, with a share of wrong training labels on request."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+Batch = tuple[Tensor, ...]
+
+
+class LabelledImages(NamedTuple):
+    """Images ``(n, channels, height, width)`` as the source stores them, and class numbers ``(n,)``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class TensorBatches(Dataset[Batch]):
+    """A dataset of tensors with one row per example that is read a batch at a time.
+
+    ``DataLoader`` asks a dataset that has ``__getitems__`` for a whole batch, so that one indexing operation
+    per tensor replaces ``batch_size`` single reads and their collation. The sampler stays an ordinary one:
+    Lightning can replace it by a distributed sampler, and the order under a seed is the usual order.
+
+    Args:
+        *tensors: tensors of equal length.
+
+    Raises:
+        ValueError: if there is no tensor or the lengths differ.
+
+    Example:
+        >>> data = TensorBatches(torch.arange(10), torch.arange(10) ** 2)
+        >>> next(iter(data.loader(batch_size=3)))
+        (tensor([0, 1, 2]), tensor([0, 1, 4]))
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        if len({len(tensor) for tensor in tensors}) != 1:
+            raise ValueError(
+                f"One or more tensors of equal length are needed. Got lengths {[len(t) for t in tensors]}."
+            )
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> Batch:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        rows = torch.as_tensor(indices)
+        return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+
+    def loader(self, *, batch_size: int, shuffle: bool = False, num_workers: int = 0) -> DataLoader[Batch]:
+        """A loader over this dataset, its last batch kept even if short."""
+        return DataLoader(
+            self,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_workers=num_workers,
+            collate_fn=_already_collated,
+            persistent_workers=num_workers > 0,
+        )
+
+
+def _already_collated(batch: Any) -> Any:
+    # A named function, not a lambda: worker processes have to pickle it.
+    return batch
+
+
+class InMemoryDataModule(LightningDataModule):
+    """Train, validation and test images as float tensors in [0, 1], batched without per-example work.
+
+    A subclass says where images come from by ``load``. The split is *plain random* (not stratified): the
+    first ``train_size`` positions of a seeded permutation of the pool are training images, the next
+    ``val_size`` validation images; the test images are the source's own, or what remains of the pool. The
+    split does not depend on the other options, so runs that differ in their labels see the same images.
+
+    ``wrong_label_fraction`` of the training images, rounded to a whole number, get a label drawn uniformly
+    from the *other* classes. Validation and test labels are always the right ones.
+
+    Args:
+        train_size: number of training images.
+        val_size: number of validation images.
+        wrong_label_fraction: share of training images with a wrong label, in [0, 1].
+        use_clean_labels: train on the right labels of the same images: the reference a cleaner can reach.
+        with_index: training batches are ``(image, label, index)``, where ``index`` numbers the training
+            images from 0; needed by one weight per example.
+        batch_size: images per training batch.
+        val_batch_size: images per validation or test batch; ``None`` for ``batch_size``.
+        seed: of the split and of the wrong labels.
+        num_workers: loader processes. 0 is fastest for most uses, since nothing is decoded.
+
+    Attributes (after ``setup``):
+        train_images: ``(train_size, channels, height, width)``.
+        train_labels: ``(train_size,)``, as given, so with the wrong ones.
+        train_labels_clean: ``(train_size,)``, the right ones.
+        wrong: ``(train_size,)`` boolean, where the two differ.
+        val_images, val_labels, test_images, test_labels: the same for the other splits.
+
+    Raises:
+        ValueError: if a size, the fraction or a batch size is out of range.
+    """
+
+    num_classes: int = 10
+    max_pixel: float = 255.0  # of the source's images, which are scaled by it
+
+    train_images: Tensor
+    train_labels: Tensor
+    train_labels_clean: Tensor
+    wrong: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def __init__(
+        self,
+        *,
+        train_size: int,
+        val_size: int,
+        wrong_label_fraction: float = 0.0,
+        use_clean_labels: bool = False,
+        with_index: bool = False,
+        batch_size: int = 128,
+        val_batch_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if train_size < 1 or val_size < 0:
+            raise ValueError(
+                f"`train_size` must be at least 1 and `val_size` at least 0. Got {train_size} and {val_size}."
+            )
+        if not 0.0 <= wrong_label_fraction <= 1.0:
+            raise ValueError(f"`wrong_label_fraction` must lie in [0, 1]. Got {wrong_label_fraction}.")
+        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
+            raise ValueError(
+                "`batch_size` and `val_batch_size` must be at least 1. "
+                f"Got {batch_size} and {val_batch_size}."
+            )
+        self.train_size = train_size
+        self.val_size = val_size
+        self.wrong_label_fraction = wrong_label_fraction
+        self.use_clean_labels = use_clean_labels
+        self.with_index = with_index
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._ready = False
+
+    @abstractmethod
+    def load(self) -> tuple[LabelledImages, LabelledImages | None]:
+        """The pool that is split, and the test set of the source if it has one."""
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self._ready:  # every stage uses the same split; `fit` then `test` must not read twice
+            return
+        pool, test = self.load()
+        size = len(pool.labels)
+        if self.train_size + self.val_size > size:
+            raise ValueError(
+                f"`train_size + val_size` must be at most the {size} images of {type(self).__name__}. "
+                f"Got {self.train_size} + {self.val_size}. Ask for fewer."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(size, generator=generator)
+        train, val, rest = order.tensor_split([self.train_size, self.train_size + self.val_size])
+
+        self.train_images, self.train_labels_clean = self._scaled(pool, train)
+        self.train_labels = with_wrong_labels(
+            self.train_labels_clean, self.wrong_label_fraction, self.num_classes, generator
+        )
+        self.wrong = self.train_labels != self.train_labels_clean
+        self.val_images, self.val_labels = self._scaled(pool, val)
+        test, rows = (pool, rest) if test is None else (test, torch.arange(len(test.labels)))
+        self.test_images, self.test_labels = self._scaled(test, rows)
+        self._ready = True
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        labels = self.train_labels_clean if self.use_clean_labels else self.train_labels
+        index = (torch.arange(self.train_size),) if self.with_index else ()
+        data = TensorBatches(self.train_images, labels, *index)
+        return data.loader(batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch]:
+        data = TensorBatches(self.val_images, self.val_labels)
+        return data.loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Batch]:
+        data = TensorBatches(self.test_images, self.test_labels)
+        return data.loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
+
+    def _scaled(self, source: LabelledImages, rows: Tensor) -> tuple[Tensor, Tensor]:
+        # Rows first, floats second: a small subset of a large source never becomes floats as a whole.
+        return source.images[rows].float().div_(self.max_pixel), source.labels[rows].long()
+
+
+def with_wrong_labels(
+    labels: Tensor, fraction: float, num_classes: int, generator: torch.Generator
+) -> Tensor:
+    """A copy of ``labels`` where ``round(fraction · n)`` random entries are uniform over the other classes.
+
+    Args:
+        labels: ``(n,)`` class numbers.
+        fraction: share of wrong labels, in [0, 1].
+        num_classes: number of classes, at least 2 if any label is to be wrong.
+        generator: source of randomness.
+
+    Returns:
+        ``(n,)`` class numbers.
+
+    Example:
+        >>> labels = torch.arange(1000) % 10
+        >>> noisy = with_wrong_labels(labels, 0.4, 10, torch.Generator().manual_seed(0))
+        >>> int((noisy != labels).sum())
+        400
+    """
+    count = round(fraction * len(labels))
+    rows = torch.randperm(len(labels), generator=generator)[:count]
+    # A shift of 1 … C-1 modulo C reaches each other class with equal probability and never the right one.
+    shift = torch.randint(1, num_classes, (count,), generator=generator)
+    noisy = labels.clone()
+    noisy[rows] = (labels[rows] + shift) % num_classes
+    return noisy

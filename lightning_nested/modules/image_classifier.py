@@ -1,0 +1,170 @@
+"""An image classifier whose training loss hyperparameters can reach into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_nested.networks import build_network
+
+
+class ImageClassifier(LightningModule):
+    """Cross-entropy classification of images, in automatic optimization, to be used or extended.
+
+    The training loss is ``(1/B) Σ_b w_{i(b)} · CE(f(x_b), y_b)`` if ``example_weights`` is set, else the
+    plain mean. It is a mean over the batch, not divided by ``Σ w``: small weights mean small steps.
+    Validation, test and outer loss are never weighted.
+
+    A batch is ``(images, labels)`` or ``(images, labels, index)``; only ``example_weights`` needs the index.
+
+    To extend it, override ``training_losses`` (return further terms by name) or ``outer_loss``.
+
+    Args:
+        network: ``"mlp"``, ``"cnn"``, the name of a torchvision classification network, or any module from
+            ``(batch, *input_shape)`` to logits ``(batch, num_classes)``.
+        num_classes: number of classes.
+        input_shape: channels, height and width of an image; a network given as a module ignores it.
+        network_options: further arguments of a network given by name, such as ``{"hidden": [300, 100]}``.
+        optimizer: from parameters to optimizer.
+        scheduler: from optimizer to learning-rate scheduler, stepped after each epoch.
+
+    Attributes:
+        example_weights: a callable from indices ``(batch,)`` to weights ``(batch,)``, or ``None``. A
+            hypergradient callback binds its ``ExampleWeights`` here.
+        loss_weights: a callable from the named losses to one loss, or ``None`` for their sum. A hypergradient
+            callback binds its ``LossWeights`` here.
+
+    Raises:
+        ValueError: for an unknown network (with close matches) or options that do not fit it; in training, if
+            ``example_weights`` is set and batches have no index.
+
+    Example:
+        >>> module = ImageClassifier("mlp", network_options={"hidden": [32]})
+        >>> module.example_weights = lambda index: torch.zeros(len(index))
+        >>> batch = torch.rand(4, 1, 8, 8), torch.arange(4), torch.arange(4)
+        >>> module.training_loss(batch).item()
+        0.0
+    """
+
+    # Plain attributes, not submodules: what is bound here belongs to the callback, which tunes and saves it.
+    example_weights: Callable[[Tensor], Tensor] | None = None
+    loss_weights: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+
+    def __init__(
+        self,
+        network: str | nn.Module = "mlp",
+        *,
+        num_classes: int = 10,
+        input_shape: tuple[int, int, int] = (1, 8, 8),
+        network_options: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        live = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+        self.save_hyperparameters(ignore=[name for name, value in live.items() if callable(value)])
+        if "_instantiator" in self.hparams:
+            # Built by LightningCLI, which saves the configuration instead of the values: all plain data.
+            self.save_hyperparameters()
+        if isinstance(network, str):
+            network = build_network(
+                network, num_classes=num_classes, input_shape=input_shape, options=network_options
+            )
+        elif network_options:
+            raise ValueError(
+                "`network_options` must be empty when `network` is a module. "
+                f"Got {network_options} with a {type(network).__name__}. Set them on the network itself."
+            )
+        self.network = network
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, num_classes)``."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_losses(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The terms of the training loss by name, each a scalar with its graph."""
+        images, labels, *index = batch
+        logits = self(images)
+        if self.example_weights is None:
+            return {"cross_entropy": nn.functional.cross_entropy(logits, labels)}
+        if not index:
+            raise ValueError(
+                "`example_weights` needs training batches (images, labels, index). "
+                f"Got {len(batch)} tensors. Build the datamodule with `with_index=True`."
+            )
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return {"cross_entropy": (self.example_weights(index[0]) * losses).mean()}
+
+    def training_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        """The inner loss of a batch: a scalar with its graph."""
+        losses = self.training_losses(batch)
+        if self.loss_weights is not None:
+            return self.loss_weights(losses)
+        return torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+
+    def outer_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        """The loss that hyperparameters descend: the unweighted mean cross-entropy."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    @override
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
+        loss = self.training_loss(batch)
+        # One `self.log` costs as much as a step of a small network: log only what reaches the logger.
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every > 0 and (self.trainer.global_step + 1) % every == 0:
+            self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
+        return self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
+        return self._evaluate(batch, "test")
+
+    @override
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
+        """Class probabilities ``(batch, num_classes)``; a batch may be bare images."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        probabilities: Tensor = self(images).softmax(dim=-1)
+        return probabilities
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
+            }
+        return [optimizer], [scheduler]
+
+    def _evaluate(self, batch: Sequence[Tensor], stage: str) -> Tensor:
+        images, labels = batch[0], batch[1]
+        logits = self(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
+        # With the batch sizes, Lightning's synchronised mean is a sum over examples divided by their number,
+        # over all processes: exact for unequal batches too.
+        self.log_dict(
+            {f"{stage}_loss": loss, f"{stage}_accuracy": accuracy},
+            prog_bar=True,
+            batch_size=len(labels),
+            sync_dist=True,
+        )
+        return loss
