@@ -1,1 +1,5 @@
-"""."""
+"""Callbacks for an existing Trainer."""
+
+from lightning_nested.callbacks.hypergradient import HypergradientCallback
+
+__all__ = ["HypergradientCallback"]

@@ -214,6 +214,7 @@ def implicit_result(
     penalties: Sequence[Penalty] = (),
     state: SolverState | None = None,
     reduce: Reduce | None = None,
+    inner_scale: float = 1.0,
     allow_unused: bool = False,
     compare_identity: bool = False,
 ) -> ImplicitResult:
@@ -229,6 +230,7 @@ def implicit_result(
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
         reduce: Averages a tensor over processes: then the result is the hypergradient of the global batch.
+        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
     """
@@ -244,7 +246,9 @@ def implicit_result(
         problem = curvature.linearize(inner_loss, w)
     else:
         problem = _GivenCurvature(as_operator(curvature, w), inner_loss, w)
-    operator = problem.curvature if reduce is None else AveragedOperator(problem.curvature, reduce)
+    operator = problem.curvature if inner_scale == 1.0 else problem.curvature * (1.0 / inner_scale)
+    if reduce is not None:
+        operator = AveragedOperator(operator, reduce)
     for penalty in penalties:
         operator = operator + penalty.curvature()
     solution = as_solver(solver if solver is not None else Neumann()).solve(operator, b, state=state, reduce=reduce)
@@ -254,7 +258,7 @@ def implicit_result(
         if not allow_unused:
             _refuse_unseen(mixed, direct, hyper)
         total = tuple(
-            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach())
+            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() / inner_scale)
             for h, d, m in zip(hyper, direct, mixed, strict=True)
         )
         closed = tuple(tuple(-m for m in penalty.mixed(v)) for penalty in penalties)
@@ -269,7 +273,7 @@ def implicit_result(
         hypergradient=hypergradient,
         penalties=closed,
         solution=solution,
-        inner_gradient=average(problem.gradient, reduce),
+        inner_gradient=average(tuple(g / inner_scale for g in problem.gradient), reduce),
         outer_gradient=b,
         identity_cosine=cosine,
     )

@@ -1,6 +1,8 @@
 """What can be tuned: weight decay, example and loss weights, any tensor or submodule. torch only."""
 
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.module_tensors import ModuleTensors
+from lightning_nested.hyperparameters.outer_step import OuterReport, OuterStep
 from lightning_nested.hyperparameters.transforms import Exp, Interval, Simplex, Softplus, Transform, Unconstrained
 from lightning_nested.hyperparameters.weight_decay import DecayPenalty, WeightDecay
 from lightning_nested.hyperparameters.weights import BoundHyperparameter, ExampleWeights, LossWeights
@@ -13,6 +15,9 @@ __all__ = [
     "Hyperparameter",
     "Interval",
     "LossWeights",
+    "ModuleTensors",
+    "OuterReport",
+    "OuterStep",
     "Simplex",
     "Softplus",
     "Transform",

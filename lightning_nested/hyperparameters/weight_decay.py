@@ -28,7 +28,7 @@ class WeightDecay(Hyperparameter):
         init: Decay at the start, in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
         include: Names of parameters that are decayed, with ``*`` wildcards.
         exclude: Names that are not, with ``*`` wildcards.
-        transform: From the unconstrained tensor to the decay; default ``Exp(lower=1e-12, upper=100)``.
+        transform: From the unconstrained tensor to the decay; default ``Exp`` kept within [1e-12, 100] (and around ``init``).
         name: Key in logs and checkpoints.
 
     Raises:
@@ -51,7 +51,7 @@ class WeightDecay(Hyperparameter):
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
-        self.transform = transform if transform is not None else Exp(upper=100.0)
+        self.transform = transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(100.0, 2 * init))
         self.parameter_names: tuple[str, ...] = ()
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:

@@ -1,0 +1,490 @@
+"""Tune hyperparameters by their validation gradient while an unmodified LightningModule trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_nested.callbacks.isolation import RandomStream, evaluation_mode, without_trace
+from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
+from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton, InverseSolver, Neumann
+from lightning_nested.hyperparameters import BoundHyperparameter, Hyperparameter, ModuleTensors, OuterReport, OuterStep
+from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+
+
+class HypergradientCallback(Callback):
+    """Tunes hyperparameters inside one ``fit``, by the gradient of the validation loss through the training.
+
+    At the steps chosen by :meth:`should_update` the callback takes the training loss with its graph, as the Trainer
+    hands it to ``on_before_backward``, and a batch of the validation data; finds
+    dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. There is no second
+    forward of the training loss and no second call of ``training_step``. Weight decays are added to the gradients
+    in closed form before they are clipped. In a data-parallel run every product is averaged, so that the
+    hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
+
+    The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
+    evaluation mode. Buffers, metrics, logs and random numbers of the run are untouched by it.
+
+    Under ``accumulate_grad_batches`` the graphs of all batches of an outer step are kept until its last batch.
+    A decoupled decay of the inner optimizer (AdamW) is not part of the curvature; a coupled one (SGD) is.
+
+    Args:
+        hyperparameters: What is tuned: :class:`Hyperparameter` objects, or dotted names of tensors or submodules of
+            the module, which are then taken out of the inner optimizer.
+        optimizer: From the list of unconstrained tensors to a torch optimizer; default Adam of rate 0.05.
+        scheduler: From that optimizer to a scheduler, stepped once an outer step.
+        solver: How H⁻¹v is found.
+        curvature: What stands for H: ``Hessian()`` (None), ``GaussNewton(outputs="name of the submodule that returns
+            the logits")``, ``FiniteDifference()`` (evaluates ``training_step`` again, without trace).
+        every_n_steps: Inner optimizer steps per outer step.
+        warmup_steps: Inner steps before the first outer step.
+        restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None: never.
+        outer_dataloader: A loader, or a function that returns one, in place of the validation data of ``fit``.
+        log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
+        max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before the run
+            ends with ``FloatingPointError``; failed steps are skipped, counted and logged.
+
+    Raises:
+        MisconfigurationException: In ``setup`` or at the start of ``fit``: manual optimization, a strategy that
+            shards parameters, no validation data, no outer loss, unknown names.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        hyperparameters: Hyperparameter | str | Sequence[Hyperparameter | str],
+        *,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = default_outer_optimizer,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        solver: InverseSolver | None = None,
+        curvature: Curvature | None = None,
+        every_n_steps: int = 1,
+        warmup_steps: int = 0,
+        restart_every: int | None = None,
+        outer_dataloader: Any = None,
+        log_every_n_outer_steps: int = 10,
+        max_skipped: int = 10,
+    ) -> None:
+        given = [hyperparameters] if isinstance(hyperparameters, (str, Hyperparameter)) else list(hyperparameters)
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("warmup_steps", warmup_steps, 0),
+            ("restart_every", restart_every, 1),
+            ("log_every_n_outer_steps", log_every_n_outer_steps, 0),
+            ("max_skipped", max_skipped, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}. Got {value}.")
+        self.outer = OuterStep(
+            [ModuleTensors(h) if isinstance(h, str) else h for h in given],
+            optimizer=optimizer,
+            scheduler=scheduler,
+            solver=solver if solver is not None else Neumann(),
+        )
+        self.curvature = curvature
+        self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
+        self.outer_dataloader = outer_dataloader
+        self.log_every_n_outer_steps, self.max_skipped = log_every_n_outer_steps, max_skipped
+        self.inner_steps = self.outer_steps = self.skipped_steps = 0
+        self.last_report: OuterReport | None = None
+        self._skipped_in_a_row = 0
+        self._saved: Mapping[str, Any] | None = None  # a checkpoint's state that came before there was where to put it
+        self._batches: OuterBatches | None = None
+        self._position: dict[str, int] = {}  # of the outer batches, once they are gone
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._module: LightningModule | None = None
+        self._initial: dict[str, Tensor] = {}
+        self._losses: list[Tensor] = []  # of the window of accumulated batches
+        self._evaluations: list[Callable[[], Tensor]] = []  # the same, to be run again by FiniteDifference
+        self._outputs: Tensor | None = None  # of the submodule that GaussNewton names
+        self._handle: RemovableHandle | None = None
+        self._batch: tuple[Any, int, RandomStream | None] = (None, 0, None)
+
+    # ---- what users read and override
+
+    def values(self) -> dict[str, Tensor]:
+        """Tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``."""
+        return self.outer.values()
+
+    def should_update(self, trainer: Trainer, step: int) -> bool:
+        """Whether there is an outer step at inner step ``step``, counted from 0; must agree on all processes."""
+        return step >= self.warmup_steps and (step - self.warmup_steps) % self.every_n_steps == 0
+
+    def outer_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
+        """The outer loss of a batch, a scalar with its graph."""
+        own = getattr(pl_module, "outer_loss", None)
+        if callable(own):
+            loss = own(batch)
+        else:
+            loss = call._call_lightning_module_hook(trainer, "validation_step", batch, 0, pl_module=pl_module)
+            loss = loss.get("loss") if isinstance(loss, Mapping) else loss
+        if not isinstance(loss, Tensor):
+            raise MisconfigurationException(
+                f"The outer loss must be a tensor. Got {type(loss).__name__} from {type(pl_module).__name__}; "
+                f"return the loss from validation_step, or add:\n{_OUTER_LOSS}"
+            )
+        if not loss.requires_grad:
+            raise MisconfigurationException(
+                f"The outer loss of {type(pl_module).__name__} must depend on its parameters. Got a tensor without "
+                "graph: remove torch.no_grad() and .detach() from its computation, or define outer_loss(self, batch)."
+            )
+        return loss
+
+    # ---- lifecycle
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(hyperparameters=[h.name for h in self.outer.hyperparameters])
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        name = type(pl_module).__name__
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"HypergradientCallback works with automatic optimization. Got {name} with "
+                "automatic_optimization=False; extend lightning_nested.modules.NestedModule for a loop of your own."
+            )
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise MisconfigurationException(
+                "HypergradientCallback needs whole parameters on every process: a single device or DDP. "
+                f"Got {type(trainer.strategy).__name__}; use Trainer(strategy='ddp')."
+            )
+        if isinstance(self.curvature, GaussNewton) and trainer.accumulate_grad_batches > 1:
+            raise MisconfigurationException(
+                "GaussNewton(outputs=...) sees one batch. Got "
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches}; use Hessian(), or set it to 1."
+            )
+        if not callable(getattr(pl_module, "outer_loss", None)) and not is_overridden("validation_step", pl_module):
+            raise MisconfigurationException(
+                f"HypergradientCallback needs an outer loss. Got {name} without outer_loss and validation_step; "
+                f"add:\n{_OUTER_LOSS}"
+            )
+        for hyperparameter in self.outer.hyperparameters:
+            if isinstance(hyperparameter, BoundHyperparameter):
+                if not hasattr(pl_module, hyperparameter.name):
+                    raise MisconfigurationException(
+                        f"{type(hyperparameter).__name__} is read by the training loss through the attribute "
+                        f"{hyperparameter.name!r}. Got {name} without it; add:\n{hyperparameter.usage}"
+                    )
+                setattr(pl_module, hyperparameter.name, hyperparameter)
+        if isinstance(self.curvature, GaussNewton):
+            self._handle = _named_module(pl_module, self.curvature).register_forward_hook(self._keep_outputs)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (optimizer,) = trainer.optimizers
+        for hyperparameter in self.outer.hyperparameters:
+            if isinstance(hyperparameter, ModuleTensors):
+                hyperparameter.attach(pl_module)
+        self._take_out(optimizer)
+        names = {id(p): n for n, p in pl_module.named_parameters()}
+        self._parameters = {
+            names.get(id(p), f"group{g}.{i}"): p
+            for g, group in enumerate(optimizer.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.requires_grad
+        }
+        if not self._parameters:
+            raise MisconfigurationException(
+                "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
+            )
+        self._warn_two_decays(optimizer)
+        if self._module is not pl_module:  # a second fit of the same module goes on with the values it has
+            self.outer.build(self._parameters, trainer.strategy.root_device)
+            self._module = pl_module
+        if self.restart_every is not None:
+            self._initial = {n: p.detach().clone() for n, p in self._parameters.items()}
+        if self._saved is not None:
+            self._restore(self._saved)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = OuterBatches(trainer, self.outer_dataloader, seed=base_seed(trainer))
+        if self._saved is not None:
+            self._batches.load_state_dict(self._saved["batches"])
+            self._saved = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if isinstance(self.curvature, FiniteDifference) and self.should_update(trainer, self.inner_steps):
+            self._batch = (batch, batch_idx, RandomStream.snapshot(trainer.strategy.root_device))
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self.outer.pending or not self.should_update(trainer, self.inner_steps):
+            return
+        self._losses.append(loss)
+        if isinstance(self.curvature, FiniteDifference):
+            self._evaluations.append(partial(self._evaluate_again, trainer, pl_module, *self._batch))
+        if self._window_goes_on(trainer):
+            # The graph is needed once more at the window's last batch.
+            pl_module.__dict__["backward"] = partial(type(pl_module).backward, pl_module, retain_graph=True)
+            return
+        self._outer_step(trainer, pl_module)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.__dict__.pop("backward", None)
+        self.outer.clear_gradients()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for decay in self.outer.decays:
+            decay.add_gradient_(self._parameters)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._window_goes_on(trainer):
+            return
+        self._losses.clear()
+        self._evaluations.clear()
+        self._outputs = None
+        self.inner_steps += 1
+        if self.outer.pending:
+            self.outer.apply()
+            self.outer_steps += 1
+            self._log(trainer, pl_module)
+            if self.restart_every is not None and self.outer_steps % self.restart_every == 0:
+                self._restart(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._batches is not None:
+            self._position = self._batches.state_dict()
+            self._batches = None  # lets worker processes end
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if not self._parameters:  # saved before fit began
+            return dict(self._saved) if self._saved is not None else {}
+        return {
+            "outer": self.outer.state_dict(),
+            "batches": self._batches.state_dict() if self._batches is not None else self._position,
+            "inner_steps": self.inner_steps,
+            "outer_steps": self.outer_steps,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "initial": self._initial,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        self._saved = state_dict
+        if self._parameters:  # the strategy restores after on_fit_start
+            self._restore(state_dict)
+
+    # ---- the outer step
+
+    def _outer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._batches is not None
+        reduce = _reduction(trainer)
+        batch = _transfer(trainer, pl_module, self._batches.next())
+        with (
+            self._batches.stream,
+            evaluation_mode(pl_module),
+            without_trace(pl_module, trainer),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            outer_loss = self.outer_loss(trainer, pl_module, batch)
+        log = self._logs_at(self.outer_steps + 1)
+        try:
+            self.last_report = self.outer.compute(
+                self._inner_loss(),
+                outer_loss,
+                self._parameters,
+                curvature=self._resolved_curvature(trainer),
+                reduce=reduce,
+                fixed_decay=_coupled_decay(trainer.optimizers[0]),
+                inner_scale=_loss_scale(trainer),
+                compare_identity=log,
+            )
+            self._skipped_in_a_row = 0
+        except FloatingPointError as error:
+            self._skip(error)
+
+    def _inner_loss(self) -> Tensor | Callable[[], Tensor]:
+        """What the optimizer is about to step on: the sum over the window, as the Trainer scaled it."""
+        if isinstance(self.curvature, FiniteDifference):
+            evaluations = list(self._evaluations)
+            return lambda: torch.stack([evaluate() for evaluate in evaluations]).sum()
+        return self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).sum()
+
+    def _evaluate_again(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, start: RandomStream
+    ) -> Tensor:
+        """The training loss of a batch once more, with the masks of its first evaluation and without trace."""
+        with start.replay(), without_trace(pl_module, trainer), trainer.precision_plugin.train_step_context():
+            output = call._call_lightning_module_hook(trainer, "training_step", batch, batch_idx, pl_module=pl_module)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        assert isinstance(loss, Tensor)
+        return loss * (_loss_scale(trainer) / trainer.accumulate_grad_batches)
+
+    def _resolved_curvature(self, trainer: Trainer) -> Curvature | None:
+        curvature = self.curvature
+        if isinstance(curvature, GaussNewton) and isinstance(curvature.outputs, str):
+            if self._outputs is None:
+                raise MisconfigurationException(
+                    f"GaussNewton(outputs={curvature.outputs!r}) must name a submodule that training_step calls and "
+                    "that returns one tensor. Got no output from it in this step."
+                )
+            return GaussNewton(outputs=self._outputs)
+        return curvature
+
+    def _keep_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module.training and isinstance(output, Tensor) and output.requires_grad:
+            self._outputs = output
+
+    def _skip(self, error: FloatingPointError) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.max_skipped:
+            raise FloatingPointError(
+                f"More than max_skipped={self.max_skipped} successive outer steps failed. Got at last: {error}"
+            ) from error
+        if self._skipped_in_a_row == 1:
+            rank_zero_warn(f"HypergradientCallback skipped the outer step at inner step {self.inner_steps}: {error}")
+
+    def _restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """New initial weights, the same on every process, and an inner optimizer without memory."""
+        assert self._batches is not None
+        hyper = {id(t) for t in self.outer.tensors}
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._initial[name])
+            with RandomStream(self._batches.seed + 104_729 * self.outer_steps, trainer.strategy.root_device):
+                for module in pl_module.modules():
+                    reset = getattr(module, "reset_parameters", None)
+                    own = [id(p) for p in module.parameters(recurse=False)]
+                    if callable(reset) and not any(p in hyper for p in own):
+                        reset()
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+
+    # ---- logging, state
+
+    def _logs_at(self, outer_step: int) -> bool:
+        return self.log_every_n_outer_steps > 0 and (outer_step - 1) % self.log_every_n_outer_steps == 0
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._logs_at(self.outer_steps) or self.last_report is None:
+            return
+        metrics = {f"hypergradient/{key}": value for key, value in self.last_report.metrics().items()}
+        metrics["hypergradient/skipped_steps"] = float(self.skipped_steps)
+        for name, value in self.values().items():
+            if value.numel() == 1:
+                metrics[f"hyperparameters/{name}"] = float(value)
+                continue
+            metrics[f"hyperparameters/{name}/mean"] = float(value.mean())
+            for logger in trainer.loggers:
+                add_histogram = getattr(logger.experiment, "add_histogram", None)
+                if add_histogram is not None:
+                    add_histogram(f"hyperparameters/{name}", value.float().cpu(), trainer.global_step)
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.outer.load_state_dict(state["outer"], self._parameters)
+        self.inner_steps, self.outer_steps = state["inner_steps"], state["outer_steps"]
+        self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        if self._batches is not None:
+            self._batches.load_state_dict(state["batches"])
+        for name, value in state["initial"].items():
+            self._initial[name] = value.to(self._parameters[name].device)
+
+    def _window_goes_on(self, trainer: Trainer) -> bool:
+        return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+    # ---- the inner optimizer
+
+    def _take_out(self, optimizer: Optimizer) -> None:
+        """Remove hyperparameters that are the module's own tensors from the inner optimizer."""
+        hyper = {id(t) for h in self.outer.hyperparameters if isinstance(h, ModuleTensors) for t in h.tensors.values()}
+        removed = 0
+        for group in optimizer.param_groups:
+            kept = [p for p in group["params"] if id(p) not in hyper]
+            removed += len(group["params"]) - len(kept)
+            group["params"] = kept
+        for tensor in [t for t in optimizer.state if id(t) in hyper]:
+            del optimizer.state[tensor]
+        if removed:
+            names = [h.name for h in self.outer.hyperparameters if isinstance(h, ModuleTensors)]
+            rank_zero_info(
+                f"HypergradientCallback tunes {', '.join(names)} by the outer loss and took {removed} tensor(s) out of "
+                "the inner optimizer."
+            )
+
+    def _warn_two_decays(self, optimizer: Optimizer) -> None:
+        if any(group.get("weight_decay", 0) for group in optimizer.param_groups) and self.outer.decays:
+            rank_zero_warn(
+                "The inner optimizer has a weight_decay of its own beside the tuned one. Got "
+                f"{type(optimizer).__name__} with {[g.get('weight_decay') for g in optimizer.param_groups]}; set it "
+                "to 0, so that the tuned decay is the whole decay."
+            )
+
+
+_OUTER_LOSS = "def outer_loss(self, batch):\n    x, y = batch\n    return F.cross_entropy(self(x), y)"
+
+
+def _named_module(pl_module: LightningModule, curvature: GaussNewton) -> nn.Module:
+    modules = dict(pl_module.named_modules())
+    if not isinstance(curvature.outputs, str) or curvature.outputs not in modules:
+        raise MisconfigurationException(
+            "GaussNewton(outputs=...) must be the dotted name of the submodule that returns the logits. "
+            f"Got {curvature.outputs!r}; modules of {type(pl_module).__name__}: {', '.join(n for n in modules if n)}."
+        )
+    return modules[curvature.outputs]
+
+
+def _reduction(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+    if trainer.world_size == 1:
+        return None
+    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """Factor on the loss that ``on_before_backward`` receives in fp16."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def _coupled_decay(optimizer: Optimizer) -> list[float]:
+    """The inner optimizer's own L2 penalty of each parameter, where it is part of the gradient."""
+    known = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad)
+    return [
+        float(group.get("weight_decay", 0.0))
+        if isinstance(optimizer, known) and not group.get("decoupled_weight_decay", False)
+        else 0.0
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    ]
+
+
+def _transfer(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)

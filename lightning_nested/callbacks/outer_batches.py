@@ -1,0 +1,128 @@
+"""An endless, resumable stream of batches for the outer loss, beside the Trainer's own validation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.data import _update_dataloader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_nested.callbacks.isolation import RandomStream
+
+_NO_LOADER = (
+    "HypergradientCallback needs validation data for the outer loss, and there is none. Got a Trainer without a "
+    "validation dataloader; pass val_dataloaders= to fit, define val_dataloader() in the module or datamodule, or "
+    "give the callback outer_dataloader=."
+)
+
+
+class OuterBatches:
+    """Batches for the outer loss, in rounds over a loader, with random numbers of their own.
+
+    Round r uses the seed (seed, r, rank), so the position is two numbers and no generator state is saved. The
+    loader is a new instance with the same dataset, sampler and options: the Trainer's validation is not disturbed.
+
+    Args:
+        trainer: Its validation loader is taken unless ``loader`` is given; decides device and processes.
+        loader: A loader, or a function that returns one.
+        seed: Base seed; the same on every process.
+
+    Attributes:
+        stream: Random numbers of the batches, and of whatever else belongs to the outer loss.
+    """
+
+    def __init__(self, trainer: Trainer, loader: Any = None, *, seed: int) -> None:
+        self.seed, self._rank = seed, trainer.global_rank
+        self._device = trainer.strategy.root_device
+        with RandomStream(seed, self._device):
+            self._loader = _prepare(trainer, _given(loader) if loader is not None else _validation_loader(trainer))
+        self.round, self.position = 0, 0
+        self._iterator: Iterator[Any] | None = None
+        self.stream = self._new_stream()
+
+    def next(self) -> Any:
+        """The next batch, on the CPU; begins the next round at the end of the loader.
+
+        Raises:
+            MisconfigurationException: The loader is empty, or a one-pass iterator is used up.
+        """
+        with self.stream:
+            if self._iterator is None:
+                self._iterator = self._start()
+            batch = next(self._iterator, _END)
+        if batch is _END:
+            if self.position == 0:
+                raise MisconfigurationException(
+                    "The outer dataloader must yield at least one batch. Got an empty one: check the size of the "
+                    "validation set, its batch size with drop_last=True, and that it is no one-pass generator."
+                )
+            self.round, self.position, self._iterator = self.round + 1, 0, None
+            self.stream = self._new_stream()
+            return self.next()
+        self.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed, round and position."""
+        return {"seed": self.seed, "round": self.round, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved position; the batches before it in its round are drawn again and dropped."""
+        self.seed, self.round = state["seed"], state["round"]
+        self.position, self._iterator, self.stream = 0, None, self._new_stream()
+        for _ in range(state["position"]):
+            self.next()
+
+    def _new_stream(self) -> RandomStream:
+        # Large odd factors keep (seed, round, rank) apart without hashing.
+        return RandomStream(self.seed + 1_000_003 * (self.round + 1) + 7_368_787 * self._rank, self._device)
+
+    def _start(self) -> Iterator[Any]:
+        sampler = getattr(self._loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(self.round)
+        return iter(self._loader)
+
+
+_END = object()
+
+
+def _given(loader: Any) -> Any:
+    return loader() if callable(loader) and not isinstance(loader, Iterable) else loader
+
+
+def _validation_loader(trainer: Trainer) -> Any:
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if source.instance is None or not source.is_defined():
+        raise MisconfigurationException(_NO_LOADER)
+    return _request_dataloader(source)
+
+
+def _prepare(trainer: Trainer, loader: Any) -> Any:
+    """The first loader of a collection, as an instance of our own, sharded over processes."""
+    if loader is None or (isinstance(loader, (list, tuple, dict)) and not loader):
+        raise MisconfigurationException(_NO_LOADER)
+    if not isinstance(loader, DataLoader):
+        flattened = CombinedLoader(loader, "sequential").flattened
+        loader = flattened[0] if flattened else loader
+    if not isinstance(loader, DataLoader):
+        if not isinstance(loader, Iterable):
+            raise MisconfigurationException(
+                f"The outer dataloader must be iterable. Got {type(loader).__name__}; give a DataLoader."
+            )
+        return loader
+    connector = trainer._data_connector
+    sampler = connector._resolve_sampler(loader, shuffle=False, mode=RunningStage.VALIDATING)
+    return _update_dataloader(loader, sampler, mode=RunningStage.VALIDATING)
+
+
+def base_seed(trainer: Trainer) -> int:
+    """A seed that every process agrees on, read without drawing from the global stream."""
+    return int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))

@@ -1,0 +1,330 @@
+"""Hypergradient through the optimizer's own steps: exact, truncated, forward, or in little memory.
+
+Maclaurin, Duvenaud & Adams (2015), ICML, PMLR 37:2113-2122 (reverse);
+Franceschi, Donini, Frasconi & Pontil (2017), ICML, PMLR 70:1165-1173 (forward);
+Shaban, Cheng, Hatch & Boots (2019), AISTATS, PMLR 89:1723-1732 (truncated).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hypergradient.schedule import (
+    RandomState,
+    Schedule,
+    cheapest,
+    equal_segments,
+    graph_size,
+)
+from lightning_nested.hypergradient.vectors import Vector
+
+Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
+OuterLoss: TypeAlias = Callable[[Vector, Vector], Tensor]
+Checkpoint: TypeAlias = bool | int | Literal["sqrt"]
+
+# Re-runs of a step that checkpoint=True accepts. A plain step costs about 0.4 of a step with its backward.
+_RERUNS = 1.5
+
+
+def unrolled_hypergradient(
+    step: Step,
+    outer_loss: OuterLoss,
+    params: Sequence[Tensor],
+    hparams: Sequence[Tensor],
+    *,
+    num_steps: int,
+    truncate: int | None = None,
+    mode: Literal["reverse", "forward"] = "reverse",
+    checkpoint: Checkpoint = False,
+) -> Vector:
+    """Differentiate the outer loss after ``num_steps`` optimizer steps.
+
+    dL(w_T, λ)/dλ = ∂L/∂λ + Σ_t (∂L/∂w_T) (∂w_T/∂w_t) ∂Φ(w_{t-1}, λ, t-1)/∂λ  with  w_t = Φ(w_{t-1}, λ, t-1)
+
+    Unlike implicit differentiation it needs no stationary point, and it also sees hyperparameters
+    of the optimizer (learning rate, momentum), which no loss depends on.
+
+    Args:
+        step: ``step(params, hparams, t) -> params``, one differentiable update for t = 0, 1, ...
+            An inner ``torch.autograd.grad`` needs ``create_graph=True``. Optimizer state (momentum)
+            travels inside ``params``. Apart from torch's random numbers, which are replayed, the
+            step must give the same result when called again with the same arguments.
+        outer_loss: ``outer_loss(params, hparams) -> scalar``.
+        params: Initial w_0, taken as independent of ``hparams``. Floating-point tensors, any shapes.
+        hparams: λ. Floating-point tensors, any shapes.
+        num_steps: T >= 1.
+        truncate: Let only the last ``truncate`` steps carry a graph. The error decays
+            geometrically in ``truncate`` where the inner loss is strongly convex.
+        mode: ``"reverse"`` costs a few gradients a step for any number of hyperparameters.
+            ``"forward"`` pushes one tangent per hyperparameter *element*: memory independent of T,
+            time proportional to the elements; for a handful of them.
+        checkpoint: Memory of the reverse mode. ``False`` keeps the graph of all T steps. ``True`` stores
+            some states and recomputes graphs from them, in the least memory that re-runs a step 1.5
+            times on average: about 1.6 times the time. An integer n bounds states and graphs together
+            to n copies of ``params`` (never less than one state beside one step's graph), re-running
+            steps the more often the smaller it is. ``"sqrt"`` uses √T equal segments, each re-run once.
+
+    Returns:
+        One gradient per hyperparameter, of its shape and dtype, detached; zeros for a
+        hyperparameter that is not used.
+
+    Raises:
+        ValueError: Invalid options, shapes or dtypes; a non-scalar outer loss; no hyperparameter used.
+        FloatingPointError: The outer loss or a gradient is not finite.
+
+    Example:
+        >>> def sgd(params, hparams, t):  # one step on ½w²
+        ...     (w,), (rate,) = params, hparams
+        ...     (g,) = torch.autograd.grad(0.5 * w**2, w, create_graph=True)
+        ...     return (w - rate * g,)
+        >>> w, rate = torch.tensor(1.0), torch.tensor(0.1)
+        >>> (g,) = unrolled_hypergradient(sgd, lambda p, h: 0.5 * p[0] ** 2, (w,), (rate,), num_steps=1)
+        >>> round(g.item(), 6)
+        -0.9
+    """
+    _check_options(num_steps, truncate, mode, checkpoint)
+    _check_tensors("params", params)
+    _check_tensors("hparams", hparams)
+    run = _Run(step, outer_loss, _leaves(hparams), num_steps)
+    first = 0 if truncate is None else max(0, num_steps - truncate)
+    with torch.enable_grad():
+        state = run.advance(_leaves(params), 0, first)
+        if mode == "forward":
+            return _forward(run, state, first)
+        schedule = _schedule(
+            checkpoint, num_steps - first, lambda: run.apply(state, first), state, run.hparams
+        )
+        return _reverse(run, state, first, schedule)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The user's functions with their results checked; every λ is one shared set of leaves."""
+
+    step: Step
+    outer_loss: OuterLoss
+    hparams: Vector
+    num_steps: int
+
+    def apply(self, state: Vector, t: int) -> Vector:
+        """One step, with its graph."""
+        new = tuple(self.step(state, self.hparams, t))
+        if len(new) != len(state):
+            raise ValueError(
+                f"step must return {len(state)} tensors, as many as params. Got {len(new)} at t={t}."
+            )
+        for i, (a, b) in enumerate(zip(new, state, strict=True)):
+            if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+                got = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__
+                raise ValueError(
+                    f"step must keep shape and dtype of params[{i}], {tuple(b.shape)} {b.dtype}. "
+                    f"Got {got} at t={t}."
+                )
+        return new
+
+    def advance(self, state: Vector, t: int, count: int) -> Vector:
+        """``count`` steps without a graph between them."""
+        for s in range(t, t + count):
+            state = _leaves(self.apply(state, s))
+        return state
+
+    def loss(self, state: Vector) -> Tensor:
+        value = self.outer_loss(state, self.hparams)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"outer_loss must return a tensor with one element. Got {got}; take its mean or sum."
+            )
+        if not torch.isfinite(value).item():
+            raise FloatingPointError(
+                f"outer_loss is not finite after {self.num_steps} steps. Got {value.item()}. "
+                "The inner optimization diverged: lower its rate, clip its gradient or take fewer steps."
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                "outer_loss depends on neither params nor hparams. Got a value without a graph; "
+                "compute it from its arguments, without detach() or torch.no_grad()."
+            )
+        return value.reshape(())
+
+    def finish(self, grads: Sequence[Tensor], reached: Sequence[bool]) -> Vector:
+        if not any(reached):
+            raise ValueError(
+                "No hyperparameter is used by step or outer_loss. Got zero paths from "
+                f"{len(reached)} hparams to the outer loss. Inside step, call torch.autograd.grad with "
+                "create_graph=True, and compute from the hparams it is given."
+            )
+        for i, g in enumerate(grads):
+            if not torch.isfinite(g).all().item():
+                raise FloatingPointError(
+                    f"The hypergradient of hparams[{i}] is not finite, though the outer loss is. "
+                    "Got inf or nan. The unrolled derivative explodes: truncate it, or lower the inner rate."
+                )
+        return tuple(grads)
+
+
+def _check_options(num_steps: int, truncate: int | None, mode: str, checkpoint: Checkpoint) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be >= 1. Got {num_steps}.")
+    if truncate is not None and truncate < 1:
+        raise ValueError(f"truncate must be >= 1, or None for all steps. Got {truncate}.")
+    if mode not in ("reverse", "forward"):
+        raise ValueError(f"mode must be 'reverse' or 'forward'. Got {mode!r}.")
+    if isinstance(checkpoint, str) and checkpoint != "sqrt":
+        raise ValueError(f"checkpoint must be a bool, an integer >= 1 or 'sqrt'. Got {checkpoint!r}.")
+    if not isinstance(checkpoint, bool | str) and checkpoint < 1:
+        raise ValueError(
+            f"checkpoint must be >= 1 copies of params. Got {checkpoint}; use False for the full graph."
+        )
+    if mode == "forward" and checkpoint is not False:
+        raise ValueError(f"mode='forward' stores no steps, so checkpoint must be False. Got {checkpoint!r}.")
+
+
+def _check_tensors(name: str, tensors: Sequence[Tensor]) -> None:
+    if len(tensors) == 0 or isinstance(tensors, Tensor):
+        raise ValueError(f"{name} must be a sequence of at least one tensor. Got {type(tensors).__name__}.")
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{name}[{i}] must be a floating-point tensor. Got {got}. "
+                "Step counters need no place in params: step receives t."
+            )
+
+
+def _schedule(
+    checkpoint: Checkpoint, length: int, one_step: Callable[[], Vector], state: Vector, hparams: Vector
+) -> Schedule:
+    if checkpoint is False:
+        return equal_segments(length)
+    if checkpoint == "sqrt":
+        return equal_segments(math.isqrt(length - 1) + 1)
+    graph = graph_size(one_step, state, hparams)
+    if checkpoint is True:
+        return cheapest(length, graph=graph, reruns=_RERUNS)
+    return Schedule(memory=int(checkpoint), graph=graph)
+
+
+def _leaves(tensors: Sequence[Tensor]) -> Vector:
+    return tuple(x.detach().requires_grad_() for x in tensors)
+
+
+def _grad(
+    outputs: Sequence[Tensor], inputs: Vector, cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Vector-Jacobian product that tolerates outputs and inputs off the graph."""
+    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    ys, cs = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(ys, inputs, cs, allow_unused=True))
+
+
+def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
+    """Run segments last to first; only the border states on the stack and one segment's graph live.
+
+    Not ``torch.utils.checkpoint``: the step's own ``torch.autograd.grad`` unpacks what the checkpoint has
+    just dropped, so every step recomputes its segment while it is still in the first forward. Measured on
+    100 SGD steps of an MLP, with equal gradients: 2.5 times the time and 1.4 times the memory of the full graph.
+    """
+    totals = [torch.zeros_like(h) for h in run.hparams]
+    reached = [False] * len(totals)
+    cotangents: list[Tensor | None] = []
+    final_rng: RandomState | None = None
+    stack = [(state, RandomState(state), t, run.num_steps - t, schedule.memory)]
+    del state
+    while stack:
+        start, rng, t, length, memory = stack.pop()
+        rng.restore()
+        if cut := schedule.first_segment(length, memory):
+            border = run.advance(start, t, cut)
+            stack += [
+                (start, rng, t, cut, memory),
+                (border, RandomState(border), t + cut, length - cut, memory - 1),
+            ]
+            del start, border
+            continue
+        end = start
+        for s in range(t, t + length):
+            end = run.apply(end, s)
+        inputs = start + run.hparams
+        if final_rng is None:
+            loss = run.loss(end)
+            final_rng = RandomState(start)
+            end, cotangents = (loss,), [torch.ones_like(loss)]
+            del loss
+        grads = _grad(end, inputs, cotangents)
+        cotangents = grads[: len(start)]
+        for i, g in enumerate(grads[len(start) :]):
+            if g is not None:
+                totals[i].add_(g)
+                reached[i] = True
+        del start, end, inputs, grads  # before the next segment builds its graph
+    assert final_rng is not None
+    final_rng.restore()  # the caller's stream stands where one plain pass leaves it
+    return run.finish(totals, reached)
+
+
+def _forward(run: _Run, state: Vector, t: int) -> Vector:
+    """Push u = dw/dλ_k along for every element k: u ← (∂Φ/∂w) u + (∂Φ/∂λ) e_k."""
+    n = len(state)
+    units = [(i, _unit(h, k)) for i, h in enumerate(run.hparams) for k in range(h.numel())]
+    tangents: list[list[Tensor | None]] = [[None] * n for _ in units]
+    reached = [False] * len(run.hparams)
+    for s in range(t, run.num_steps):
+        end = run.apply(state, s)
+        push = _Pushforward(end, state + run.hparams)
+        reached = [r or v is not None for r, v in zip(reached, push.vjp[n:], strict=True)]
+        for d, (i, unit) in enumerate(units):
+            tangents[d] = push(tangents[d] + [unit if j == i else None for j in range(len(reached))])
+        state = _leaves(end)
+    loss = run.loss(state)
+    grads = _grad((loss,), state + run.hparams, (torch.ones_like(loss),))
+    reached = [r or g is not None for r, g in zip(reached, grads[n:], strict=True)]
+    values: list[list[Tensor]] = [[] for _ in run.hparams]
+    for (i, unit), u in zip(units, tangents, strict=True):
+        total = unit.new_zeros(())
+        for g, v in zip([*grads[:n], grads[n + i]], [*u, unit], strict=True):
+            if g is not None and v is not None:
+                total = total + (g * v).sum().to(total)
+        values[i].append(total)
+    return run.finish(
+        [torch.stack(v).reshape_as(h) for v, h in zip(values, run.hparams, strict=True)], reached
+    )
+
+
+def _unit(x: Tensor, k: int) -> Tensor:
+    e = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
+    e[k] = 1
+    return e.reshape(x.shape)
+
+
+class _Pushforward:
+    """Jacobian-vector products J u = d(Jᵀv)ᵀu/dv: the vjp, linear in a dummy v, differentiated in v.
+
+    Not ``torch.func.jvp``: the step's own ``torch.autograd.grad`` does not compose with it, and
+    ``grad(jvp(f))`` is silently wrong through LayerNorm and BatchNorm in torch 2.14.
+    """
+
+    def __init__(self, outputs: Vector, inputs: Vector) -> None:
+        self.active = [y.requires_grad for y in outputs]
+        self.dummies = [torch.zeros_like(y, requires_grad=True) for y in outputs if y.requires_grad]
+        ys = [y for y in outputs if y.requires_grad]
+        self.vjp: Sequence[Tensor | None] = [None] * len(inputs)
+        if ys:
+            self.vjp = torch.autograd.grad(ys, inputs, self.dummies, create_graph=True, allow_unused=True)
+
+    def __call__(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        pairs = [(v, u) for v, u in zip(self.vjp, tangents, strict=True) if v is not None and u is not None]
+        pairs = [(v, u) for v, u in pairs if v.requires_grad]
+        if not pairs:
+            return [None] * len(self.active)
+        vs, us = zip(*pairs, strict=True)
+        pushed = iter(torch.autograd.grad(vs, self.dummies, us, retain_graph=True, allow_unused=True))
+        return [next(pushed) if active else None for active in self.active]

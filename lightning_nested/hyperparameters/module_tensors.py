@@ -1,0 +1,56 @@
+"""Tensors that the user's module already has, tuned by their dotted name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.transforms import Unconstrained
+
+
+class ModuleTensors(Hyperparameter):
+    """A submodule's parameters, or one tensor, of an existing module: an augmentation network, learned images.
+
+    The tensors stay where they are; they are trained by the outer optimizer instead of the inner one.
+
+    Args:
+        path: Dotted name: ``"augmenter"``, ``"augmenter.conv.weight"``.
+
+    Raises:
+        ValueError: In :meth:`attach`: the name does not exist (close names are given), or holds nothing to tune.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path, self.name, self.transform = path, path, Unconstrained()
+
+    def attach(self, module: nn.Module) -> None:
+        """Find the tensors in ``module``."""
+        found: object = module
+        for part in self.path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module):
+            self.tensors = {name: p for name, p in found.named_parameters() if p.requires_grad}
+        elif isinstance(found, Tensor) and found.is_leaf and found.is_floating_point():
+            self.tensors = {self.path.rsplit(".", 1)[-1]: found.requires_grad_(True)}
+        elif found is None:
+            names = [n for n, _ in module.named_modules() if n] + [n for n, _ in module.named_parameters()]
+            close = difflib.get_close_matches(self.path, names, n=3, cutoff=0.4)
+            raise ValueError(
+                f"A hyperparameter given by name must exist in {type(module).__name__}. Got {self.path!r}; "
+                f"close names: {', '.join(close) or ', '.join(names[:5])}."
+            )
+        if not self.tensors:
+            raise ValueError(
+                f"A hyperparameter given by name must be a module with parameters that require gradients, or a leaf "
+                f"tensor of floating type. Got {self.path!r}, a {type(found).__name__} with none."
+            )
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Nothing to create; :meth:`attach` has found the tensors."""
+        if not self.tensors:
+            raise ValueError(f"ModuleTensors({self.path!r}) must be attached to a module first. Call attach(module).")

@@ -1,0 +1,254 @@
+"""One outer step: the hypergradient of every hyperparameter, and the move of an optimizer along it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_nested.hypergradient.curvature import DiagonalOperator, FlatOperator, LinearOperator
+from lightning_nested.hypergradient.implicit import Curvature, Loss, Penalty, implicit_result
+from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, SolverState
+from lightning_nested.hypergradient.vectors import Reduce, Vector, dot, norm
+from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.weight_decay import WeightDecay
+
+OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], Optimizer]
+OuterScheduler: TypeAlias = Callable[[Optimizer], LRScheduler]
+
+
+def default_outer_optimizer(tensors: Iterable[Tensor]) -> Optimizer:
+    """Adam of rate 0.05 on the unconstrained tensors: a decay moves by at most about 5 % a step."""
+    return torch.optim.Adam(tensors, lr=0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterReport:
+    """What an outer step found.
+
+    Attributes:
+        outer_loss: Mean over processes.
+        hypergradient_norm: ‖dL_V/dλ‖ with respect to the unconstrained tensors.
+        inner_gradient_norm: Of the inner loss with its penalties; the implicit formula is exact where it is 0.
+        residual: Relative residual of the solve; NaN where unknown.
+        iterations: Products with the curvature.
+        curvature: Smallest Rayleigh quotient met.
+        negative_curvature: Whether the solve stopped at negative curvature.
+        identity_cosine: Cosine to the hypergradient of ``Identity()``; NaN unless asked for.
+    """
+
+    outer_loss: float
+    hypergradient_norm: float
+    inner_gradient_norm: float
+    residual: float
+    iterations: int
+    curvature: float
+    negative_curvature: bool
+    identity_cosine: float
+
+    def metrics(self) -> dict[str, float]:
+        """Finite numbers by name, to log."""
+        values = {key: float(value) for key, value in vars(self).items()}
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+class _FixedDecay:
+    """A decay that is not tuned: curvature without a mixed derivative."""
+
+    def __init__(self, decay: Sequence[float]) -> None:
+        self._decay = decay
+
+    def curvature(self) -> LinearOperator:
+        return DiagonalOperator(list(self._decay))
+
+    def mixed(self, v: Vector) -> Vector:
+        return ()
+
+
+class OuterStep:
+    """Hyperparameters, their optimizer and the solver's memory.
+
+    ``compute`` finds the hypergradients at the present weights and holds them; ``apply`` moves the hyperparameters.
+    Two calls, because the training loss's graph may still need the old values in between.
+
+    Args:
+        hyperparameters: What is tuned; names must differ.
+        optimizer: From the list of unconstrained tensors to a torch optimizer.
+        scheduler: From that optimizer to a learning-rate scheduler, stepped once per outer step.
+        solver: See :func:`implicit_hypergradient`.
+        curvature: See :func:`implicit_hypergradient`.
+    """
+
+    def __init__(
+        self,
+        hyperparameters: Sequence[Hyperparameter],
+        *,
+        optimizer: OuterOptimizer = default_outer_optimizer,
+        scheduler: OuterScheduler | None = None,
+        solver: InverseSolver | LinearOperator | FlatOperator | None = None,
+        curvature: Curvature | LinearOperator | FlatOperator | None = None,
+    ) -> None:
+        names = [h.name for h in hyperparameters]
+        if not names:
+            raise ValueError("hyperparameters must hold at least one. Got none; give WeightDecay(), for example.")
+        if len(set(names)) != len(names):
+            raise ValueError(f"hyperparameters must have different names. Got {names}; set name=...")
+        self.hyperparameters = tuple(hyperparameters)
+        self.decays = tuple(h for h in hyperparameters if isinstance(h, WeightDecay))
+        self.in_graph = tuple(h for h in hyperparameters if not isinstance(h, WeightDecay))
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self.solver = solver if solver is not None else Neumann()
+        self.curvature = curvature
+        self.solver_state = SolverState()
+        self.optimizer: Optimizer
+        self.scheduler: LRScheduler | None = None
+        self._pending: Vector | None = None
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """Create the tensors that do not exist yet and the optimizer over all of them."""
+        for hyperparameter in self.hyperparameters:
+            hyperparameter.build(parameters, device)
+        self.optimizer = self._make_optimizer(list(self.tensors))
+        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler is not None else None
+
+    @property
+    def tensors(self) -> Vector:
+        """All unconstrained tensors: those in the loss's graph first, then the decays'."""
+        return tuple(t for h in (*self.in_graph, *self.decays) for t in h.tensors.values())
+
+    def values(self) -> dict[str, Tensor]:
+        """Values in natural units: ``name``, or ``name/key`` where a hyperparameter has several tensors."""
+        result = {}
+        for hyperparameter in self.hyperparameters:
+            values = hyperparameter.values()
+            single = len(values) == 1
+            result.update({hyperparameter.name if single else f"{hyperparameter.name}/{k}": v for k, v in values.items()})
+        return result
+
+    def compute(
+        self,
+        inner_loss: Loss,
+        outer_loss: Tensor,
+        parameters: Mapping[str, Tensor],
+        *,
+        curvature: Curvature | LinearOperator | FlatOperator | None = None,
+        fixed_decay: Sequence[float] = (),
+        reduce: Reduce | None = None,
+        inner_scale: float = 1.0,
+        compare_identity: bool = False,
+    ) -> OuterReport:
+        """Find the hypergradients and hold them for :meth:`apply`.
+
+        Args:
+            inner_loss: Training loss without the weight decays, or a function that returns it.
+            outer_loss: Validation loss with its graph, which is freed.
+            parameters: Inner parameters by the names they had in :meth:`build`.
+            curvature: In place of the one given at construction.
+            fixed_decay: L2 penalty that the inner optimizer adds itself, one number per parameter.
+            reduce: Averages a tensor over processes.
+            inner_scale: Factor that ``inner_loss`` carries.
+            compare_identity: Also compare with the hypergradient of ``Identity()``.
+
+        Raises:
+            FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
+        """
+        self._pending = None
+        value = outer_loss.detach().reshape(1).clone()
+        mean = float(value if reduce is None else reduce(value))
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
+        graph = tuple(t for h in self.in_graph for t in h.tensors.values())
+        penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
+        if any(fixed_decay):
+            penalties.append(_FixedDecay(fixed_decay))
+        result = implicit_result(
+            inner_loss,
+            outer_loss,
+            tuple(parameters.values()),
+            graph,
+            solver=self.solver,
+            curvature=curvature if curvature is not None else self.curvature,
+            penalties=penalties,
+            state=self.solver_state,
+            reduce=reduce,
+            inner_scale=inner_scale,
+            allow_unused=True,
+            compare_identity=compare_identity,
+        )
+        hypergradient = (*result.hypergradient, *(t for group in result.penalties for t in group))
+        size = float(norm(hypergradient))
+        if not math.isfinite(size):
+            raise FloatingPointError(f"The hypergradient must be finite. Got norm {size}.")
+        self._pending, self.solver_state = hypergradient, result.solution.state
+        weights = tuple(p.detach() for p in parameters.values())
+        inner = result.inner_gradient
+        for penalty in penalties:
+            inner = tuple(g + d for g, d in zip(inner, penalty.curvature() @ weights, strict=True))
+        return OuterReport(
+            outer_loss=mean,
+            hypergradient_norm=size,
+            inner_gradient_norm=float(dot(inner, inner)) ** 0.5,
+            residual=result.solution.residual,
+            iterations=result.solution.iterations,
+            curvature=result.solution.curvature,
+            negative_curvature=result.solution.status == "negative_curvature",
+            identity_cosine=result.identity_cosine,
+        )
+
+    @property
+    def pending(self) -> bool:
+        """Whether hypergradients are held that :meth:`apply` has not used."""
+        return self._pending is not None
+
+    def apply(self) -> None:
+        """Move the hyperparameters along the held hypergradients, then into their transforms' ranges."""
+        if self._pending is None:
+            return
+        for tensor, gradient in zip(self.tensors, self._pending, strict=True):
+            tensor.grad = gradient.to(tensor.dtype)
+        self.optimizer.step()
+        self.clear_gradients()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        for hyperparameter in self.hyperparameters:
+            hyperparameter.project_()
+        self._pending = None
+
+    def clear_gradients(self) -> None:
+        """Drop what a backward pass of the training loss left on the hyperparameters."""
+        for tensor in self.tensors:
+            tensor.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next outer step depends on; loads with ``weights_only=True``."""
+        return {
+            "hyperparameters": {h.name: h.state_dict() for h in self.hyperparameters},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "solver": self.solver_state.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Restore; :meth:`build` must have run.
+
+        Raises:
+            ValueError: The state belongs to other hyperparameters.
+        """
+        saved = state["hyperparameters"]
+        if set(saved) != {h.name for h in self.hyperparameters}:
+            raise ValueError(
+                f"The saved hyperparameters must be {[h.name for h in self.hyperparameters]}. Got {sorted(saved)}: the "
+                "checkpoint was written with others."
+            )
+        for hyperparameter in self.hyperparameters:
+            hyperparameter.load_state_dict(saved[hyperparameter.name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.solver_state.load_state_dict(state["solver"], tuple(parameters.values()))
