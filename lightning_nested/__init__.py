@@ -21,10 +21,25 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "hypergradient": (
         "ConjugateGradient",
         "DenseSolve",
+        "FiniteDifference",
+        "GaussNewton",
+        "Hessian",
         "Identity",
         "Neumann",
         "Nystrom",
         "implicit_hypergradient",
+    ),
+    "hyperparameters": (
+        "ExampleWeights",
+        "LossWeights",
+        "ModuleTensors",
+        "WeightDecay",
+    ),
+    "callbacks": ("HypergradientCallback",),
+    "modules": ("ImageClassifier",),
+    "datamodules": (
+        "DigitsDataModule",
+        "FashionMNISTDataModule",
     ),
 }
 _PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in names}
@@ -32,12 +47,23 @@ _PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in 
 __all__ = ["__version__", *_PACKAGE_OF]
 
 if TYPE_CHECKING:
+    from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
+    from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
+    from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_nested.hypergradient import ConjugateGradient as ConjugateGradient
     from lightning_nested.hypergradient import DenseSolve as DenseSolve
+    from lightning_nested.hypergradient import FiniteDifference as FiniteDifference
+    from lightning_nested.hypergradient import GaussNewton as GaussNewton
+    from lightning_nested.hypergradient import Hessian as Hessian
     from lightning_nested.hypergradient import Identity as Identity
     from lightning_nested.hypergradient import Neumann as Neumann
     from lightning_nested.hypergradient import Nystrom as Nystrom
     from lightning_nested.hypergradient import implicit_hypergradient as implicit_hypergradient
+    from lightning_nested.hyperparameters import ExampleWeights as ExampleWeights
+    from lightning_nested.hyperparameters import LossWeights as LossWeights
+    from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors
+    from lightning_nested.hyperparameters import WeightDecay as WeightDecay
+    from lightning_nested.modules import ImageClassifier as ImageClassifier
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name
 
     def __getattr__(name: str) -> object:
