@@ -30,7 +30,7 @@ from lightning_nested.hypergradient.curvature import (
     explain_double_backward,
 )
 from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, Solution, SolverState, as_solver
-from lightning_nested.hypergradient.vectors import Reduce, Vector, average, clone, dot, norm
+from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm, scale_
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor]
 
@@ -179,7 +179,7 @@ class Penalty(Protocol):
         """∂²P/∂w², identical on every process."""
 
     def mixed(self, v: Vector) -> Vector:
-        """vᵀ ∂²P/∂w∂λ, one tensor per unconstrained tensor of the penalty."""
+        """vᵀ ∂²P/∂w∂λ, one fresh tensor per unconstrained tensor of the penalty."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -237,7 +237,7 @@ def implicit_result(
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
     grads = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
-    b = average(clone(_zeros_where_none(grads[: len(w)], w)), reduce)
+    b = average(_zeros_where_none(grads[: len(w)], w), reduce)
     direct = grads[len(w) :]
 
     if curvature is None:
@@ -261,7 +261,7 @@ def implicit_result(
             (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() / inner_scale)
             for h, d, m in zip(hyper, direct, mixed, strict=True)
         )
-        closed = tuple(tuple(-m for m in penalty.mixed(v)) for penalty in penalties)
+        closed = tuple(scale_(penalty.mixed(v), -1.0) for penalty in penalties)
         return (average(total, reduce) if total else total), closed
 
     hypergradient, closed = indirect(solution.x)
@@ -273,7 +273,7 @@ def implicit_result(
         hypergradient=hypergradient,
         penalties=closed,
         solution=solution,
-        inner_gradient=average(tuple(g / inner_scale for g in problem.gradient), reduce),
+        inner_gradient=average(_unscale(problem.gradient, inner_scale), reduce),
         outer_gradient=b,
         identity_cosine=cosine,
     )
@@ -337,6 +337,10 @@ def implicit_hypergradient(
 
 def _zeros_where_none(grads: Sequence[Tensor | None], like: Vector) -> Vector:
     return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, like, strict=True))
+
+
+def _unscale(v: Vector, scale: float) -> Vector:
+    return v if scale == 1.0 else tuple(a / scale for a in v)
 
 
 def _join(total: Vector, closed: tuple[Vector, ...]) -> Vector:

@@ -61,7 +61,8 @@ class Solution:
         residual: ‖b − Ax‖/‖b‖; for a truncated series the residual before its last term, an upper bound while
             the series converges; NaN where it is unknown (identity, a given inverse).
         iterations: Products with A, the ones of a power iteration included.
-        curvature: Smallest Rayleigh quotient vᵀAv/vᵀv met; negative: A is indefinite. NaN when none was formed.
+        curvature: Rayleigh quotient vᵀAv/vᵀv: the smallest met, for a series that of its last term, which leans to the
+            smallest eigenvalues; negative: A is indefinite. NaN when none was formed.
         status: ``"converged"``, ``"truncated"`` (stopped at the number of terms asked for) or
             ``"negative_curvature"`` (stopped where A is not positive).
         state: To be given to the next solve.
@@ -237,21 +238,23 @@ class Neumann(InverseSolver):
             return Solution(x=zeros_like(first), residual=math.sqrt(squared) / size, iterations=0)
         for count in range(1, self.num_terms + 1):  # noqa: B007
             product = operator @ term
-            rayleigh = _number(dot(term, product), reduce) / squared if squared > 0 else math.nan
-            curvature = rayleigh if math.isnan(curvature) else min(curvature, rayleigh)
             add_(term, product, alpha=-step_size)
             next_squared = _check_finite(_number(dot(term, term), reduce), "A term of the Neumann series")
-            if next_squared > squared * (1.0 + _GROWTH) and next_squared > noise:
-                # vₖᵀvₖ₊₁ = (1 − αρ)‖vₖ‖²: a sign change means α is too large, none means negative curvature.
-                if 1.0 - step_size * rayleigh < 0.0:
-                    status = "diverged"
-                elif next_squared > size * size:
-                    status = "negative_curvature"
-                if status != "truncated":
-                    break
+            grows = next_squared > squared * (1.0 + _GROWTH) and next_squared > noise
+            small = math.sqrt(next_squared) <= max(self.tolerance * size, math.sqrt(noise))
+            if grows or small or count == self.num_terms:
+                # With v₊ = v − αAv: vᵀAv = v₊ᵀAv + α‖Av‖², so the product is looked at only where it matters.
+                energy = _number(dot(term, product) + step_size * dot(product, product), reduce)
+                curvature = energy / squared if squared > 0 else math.nan
+            if grows and 1.0 - step_size * curvature < 0.0:  # v₊ points against v: α is too large
+                status = "diverged"
+                break
+            if grows and next_squared > size * size:
+                status = "negative_curvature"
+                break
             add_(total, term)
             squared = next_squared
-            if math.sqrt(squared) <= max(self.tolerance * size, math.sqrt(noise)):
+            if small:
                 status = "converged"
                 break
         return Solution(

@@ -121,26 +121,24 @@ class DecayPenalty:
         self._decay = decay
         self._names = tuple(parameters)
         self._parameters = {name: parameters[name].detach() for name in decay.parameter_names}
-        with torch.no_grad():
+        with torch.enable_grad():
             self._values = decay.decays()
 
     def curvature(self) -> LinearOperator:
         """diag(d), zero for parameters that are not decayed."""
-        return DiagonalOperator([self._values.get(name, 0.0) for name in self._names])
+        return DiagonalOperator([self._values[n].detach() if n in self._values else 0.0 for n in self._names])
 
     def mixed(self, v: Vector) -> Vector:
         """vᵢ wᵢ ∂dᵢ/∂λᵢ, summed over the weights that share a decay."""
         by_name = dict(zip(self._names, v, strict=True))
-        with torch.enable_grad():
-            decays = self._decay.decays()
-            if self._decay.per == "parameter":
-                slopes = [self._parameters[n] * by_name[n] for n in decays]
-                outputs = list(decays.values())
-            else:
-                # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
-                slopes = [torch.sum(self._parameters[n] * by_name[n]) for n in decays]
-                outputs = list(decays.values())
-            return torch.autograd.grad(outputs, tuple(self._decay.tensors.values()), slopes)
+        if self._decay.per == "parameter":
+            slopes = [self._parameters[n] * by_name[n] for n in self._values]
+        else:
+            # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
+            slopes = [torch.sum(self._parameters[n] * by_name[n]) for n in self._values]
+        return torch.autograd.grad(
+            list(self._values.values()), tuple(self._decay.tensors.values()), slopes, retain_graph=True
+        )
 
 
 def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
