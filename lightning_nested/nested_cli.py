@@ -6,10 +6,11 @@ import argparse
 import inspect
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import Namespace
@@ -42,9 +43,9 @@ class NestedArgumentParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     @override
-    def print_usage(self, file: IO[str] | None = None) -> None:
+    def print_usage(self, file: Any = None) -> None:
         # Called before an error is printed: the full usage, of over a hundred lines, would bury it.
-        print(f"usage: {self.prog} [options]", file=file or sys.stdout)
+        print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file or sys.stdout)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -60,8 +61,8 @@ class NestedCLI(LightningCLI):
     (``--model ImageClassifier``), others by their import path. ``--config`` takes a file or the name of a
     configuration of the package. Data may be left out for modules that bring their own.
 
-    There are no options ``--optimizer`` and ``--lr_scheduler``: a module here can have several, and takes each
-    as an argument of its own (``--model.optimizer Adam``).
+    There are no options ``--optimizer`` and ``--lr_scheduler``: a module here can have several, and takes
+    each as an argument of its own (``--model.optimizer Adam``).
 
     Args:
         args: as LightningCLI's; ``None`` for the arguments of the process.
@@ -96,10 +97,33 @@ class NestedCLI(LightningCLI):
         self.config = parser.parse_args(arguments)
 
     @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            ours = _raised_here(error)
+            if ours is None:  # a bug, or a class of the user's: the traceback is wanted
+                raise
+            self._parser(self.subcommand).error(str(ours), ours)
+
+    @override
     def after_instantiate_classes(self) -> None:
         if isinstance(self.datamodule, InMemoryDataModule):
             # Good advice for data that is decoded; here a worker process only adds its own cost.
             warnings.filterwarnings("ignore", message=".*does not have many workers")
+
+
+def _raised_here(error: BaseException | None) -> ValueError | None:
+    """The innermost argument error in the chain that was raised by a class of this package."""
+    if error is None:
+        return None
+    inner = _raised_here(error.__cause__ or error.__context__)
+    if inner is not None or not isinstance(error, ValueError):
+        return inner
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return (
+        error if frames and frames[-1].f_globals.get("__name__", "").startswith("lightning_nested.") else None
+    )
 
 
 def _hints(message: str, parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -112,9 +136,19 @@ def _hints(message: str, parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from _hint(key, (option.removeprefix("--") for option in _option_strings(parser)))
     for name in re.findall(r"Expected a dot import path string: (\S+)", message):
         yield from _hint(name, _class_names())
-    for class_path, option in re.findall(
-        r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message
-    ):
+    for module, name in re.findall(r"module '([^']+)' has no attribute '([^']+)'", message):
+        yield from _hint(name, dir(import_module(module)))
+    refused = [
+        *re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message),
+        # A class that a callable stands for, as an optimizer, comes in the other order.
+        *(
+            (class_path, option)
+            for option, class_path in re.findall(
+                r"Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'", message
+            )
+        ),
+    ]
+    for class_path, option in refused:
         yield from _hint(option, _parameter_names(class_path))
     if "arguments are required" in message and "model" in message:
         yield "Give a configuration (--config NAME, see `lightning-nested configs`) or --model CLASS."
@@ -140,7 +174,8 @@ def _class_names() -> set[str]:
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    for cls in base.__subclasses__():
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
         if not cls.__name__.startswith("_"):
             yield cls
             yield from _subclasses(cls)
@@ -153,5 +188,5 @@ def _parameter_names(class_path: str) -> set[str]:
         parameter
         for owner in inspect.getmro(cls)
         if "__init__" in vars(owner)
-        for parameter in inspect.signature(owner.__init__).parameters
+        for parameter in inspect.signature(vars(owner)["__init__"]).parameters
     } - {"self", "args", "kwargs"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -121,20 +122,18 @@ def read_idx(path: Path) -> Tensor:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} must be a whole gzip file. Got {error}. Fetch it again.") from error
-    if len(data) < 4 or data[:3] != bytes([0, 0, _UNSIGNED_BYTE]):
+    header = 4 + 4 * (data[3] if len(data) > 3 else 0)
+    if data[:3] != bytes([0, 0, _UNSIGNED_BYTE]) or len(data) < header:
         raise ValueError(
-            f"{path} must start with the bytes 00 00 08 of an idx file. Got {data[:4].hex(' ')!r}. "
+            f"{path} must start with the header 00 00 08 … of an idx file. Got {data[:header].hex(' ')!r}. "
             "Fetch it again."
         )
-    header = 4 + 4 * data[3]
-    sizes = struct.unpack(f">{data[3]}I", data[4:header].ljust(header - 4, b"\0"))
-    numbers = (
-        torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8)
-        if len(data) > header
-        else torch.empty(0)
-    )
-    if numbers.numel() != torch.Size(sizes).numel():
-        raise ValueError(f"{path} must hold {sizes} bytes. Got {numbers.numel()}. Fetch it again.")
+    sizes = struct.unpack(f">{data[3]}I", data[4:header])
+    if len(data) - header != math.prod(sizes):
+        raise ValueError(
+            f"{path} must hold {math.prod(sizes)} bytes of data. Got {len(data) - header}. Fetch it again."
+        )
+    numbers = torch.frombuffer(bytearray(data), dtype=torch.uint8)[header:]
     return numbers.reshape(sizes)
 
 
