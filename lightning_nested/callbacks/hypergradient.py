@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_nested.callbacks.fitting import (
+    coupled_decay,
+    log_outer_step,
+    named_outputs,
+    reduction,
+    reinitialize,
+    transfer,
+)
 from lightning_nested.callbacks.isolation import RandomStream, evaluation_mode, without_trace
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton, InverseSolver, Neumann
@@ -186,7 +193,7 @@ class HypergradientCallback(Callback):
                     )
                 setattr(pl_module, hyperparameter.name, hyperparameter)
         if isinstance(self.curvature, GaussNewton):
-            self._handle = _named_module(pl_module, self.curvature).register_forward_hook(self._keep_outputs)
+            self._handle = named_outputs(pl_module, self.curvature).register_forward_hook(self._keep_outputs)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -302,8 +309,8 @@ class HypergradientCallback(Callback):
 
     def _outer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._batches is not None
-        reduce = _reduction(trainer)
-        batch = _transfer(trainer, pl_module, self._batches.next())
+        reduce = reduction(trainer)
+        batch = transfer(trainer, pl_module, self._batches.next())
         with (
             self._batches.stream,
             evaluation_mode(pl_module),
@@ -319,7 +326,7 @@ class HypergradientCallback(Callback):
                 self._parameters,
                 curvature=self._resolved_curvature(trainer),
                 reduce=reduce,
-                fixed_decay=_coupled_decay(trainer.optimizers[0]),
+                fixed_decay=coupled_decay(trainer.optimizers[0]),
                 inner_scale=_loss_scale(trainer),
                 compare_identity=log,
             )
@@ -372,16 +379,8 @@ class HypergradientCallback(Callback):
     def _restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """New initial weights, the same on every process, and an inner optimizer without memory."""
         assert self._batches is not None
-        hyper = {id(t) for t in self.outer.tensors}
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(self._initial[name])
-            with RandomStream(self._batches.seed + 104_729 * self.outer_steps, trainer.strategy.root_device):
-                for module in pl_module.modules():
-                    reset = getattr(module, "reset_parameters", None)
-                    own = [id(p) for p in module.parameters(recurse=False)]
-                    if callable(reset) and not any(p in hyper for p in own):
-                        reset()
+        seed = self._batches.seed + 104_729 * self.outer_steps
+        reinitialize(pl_module, self._initial, self._parameters, self.outer.tensors, seed)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
 
@@ -393,18 +392,7 @@ class HypergradientCallback(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._logs_at(self.outer_steps) or self.last_report is None:
             return
-        metrics = {f"hypergradient/{key}": value for key, value in self.last_report.metrics().items()}
-        metrics["hypergradient/skipped_steps"] = float(self.skipped_steps)
-        for name, value in self.values().items():
-            if value.numel() == 1:
-                metrics[f"hyperparameters/{name}"] = float(value)
-                continue
-            metrics[f"hyperparameters/{name}/mean"] = float(value.mean())
-            for logger in trainer.loggers:
-                add_histogram = getattr(logger.experiment, "add_histogram", None)
-                if add_histogram is not None:
-                    add_histogram(f"hyperparameters/{name}", value.float().cpu(), trainer.global_step)
-        pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+        log_outer_step(pl_module, self.last_report, self.values(), self.skipped_steps)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.outer.load_state_dict(state["outer"], self._parameters)
@@ -449,42 +437,7 @@ class HypergradientCallback(Callback):
 _OUTER_LOSS = "def outer_loss(self, batch):\n    x, y = batch\n    return F.cross_entropy(self(x), y)"
 
 
-def _named_module(pl_module: LightningModule, curvature: GaussNewton) -> nn.Module:
-    modules = dict(pl_module.named_modules())
-    if not isinstance(curvature.outputs, str) or curvature.outputs not in modules:
-        raise MisconfigurationException(
-            "GaussNewton(outputs=...) must be the dotted name of the submodule that returns the logits. "
-            f"Got {curvature.outputs!r}; modules of {type(pl_module).__name__}: {', '.join(n for n in modules if n)}."
-        )
-    return modules[curvature.outputs]
-
-
-def _reduction(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
-    if trainer.world_size == 1:
-        return None
-    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
-
-
 def _loss_scale(trainer: Trainer) -> float:
     """Factor on the loss that ``on_before_backward`` receives in fp16."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
-
-
-def _coupled_decay(optimizer: Optimizer) -> list[float]:
-    """The inner optimizer's own L2 penalty of each parameter, where it is part of the gradient."""
-    known = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad)
-    return [
-        float(group.get("weight_decay", 0.0))
-        if isinstance(optimizer, known) and not group.get("decoupled_weight_decay", False)
-        else 0.0
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.requires_grad
-    ]
-
-
-def _transfer(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
