@@ -36,7 +36,7 @@ class DigitsDataModule(InMemoryDataModule):
         with_index: bool = False,
         batch_size: int = 100,
         val_batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__(

@@ -52,7 +52,7 @@ class FashionMNISTDataModule(InMemoryDataModule):
         with_index: bool = False,
         batch_size: int = 128,
         val_batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__(

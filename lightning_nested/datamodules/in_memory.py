@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -95,7 +96,8 @@ class InMemoryDataModule(LightningDataModule):
             images from 0; needed by one weight per example.
         batch_size: images per training batch.
         val_batch_size: images per validation or test batch; ``None`` for ``batch_size``.
-        seed: of the split and of the wrong labels.
+        seed: of the split and of the wrong labels; ``None``: the seed of the run (``seed_everything``), so
+            that runs over seeds vary the data as well as the training. Known after ``setup``.
         num_workers: loader processes. 0 is fastest for most uses, since nothing is decoded.
 
     Attributes (after ``setup``):
@@ -106,7 +108,8 @@ class InMemoryDataModule(LightningDataModule):
         val_images, val_labels, test_images, test_labels: the same for the other splits.
 
     Raises:
-        ValueError: if a size, the fraction or a batch size is out of range.
+        ValueError: if a size, the fraction or a batch size is out of range; in ``setup``, if ``seed`` is
+            ``None`` and the run has none.
     """
 
     num_classes: int = 10
@@ -131,7 +134,7 @@ class InMemoryDataModule(LightningDataModule):
         with_index: bool = False,
         batch_size: int = 128,
         val_batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -172,6 +175,8 @@ class InMemoryDataModule(LightningDataModule):
                 f"`train_size + val_size` must be at most the {size} images of {type(self).__name__}. "
                 f"Got {self.train_size} + {self.val_size}. Ask for fewer."
             )
+        if self.seed is None:
+            self.seed = _seed_of_the_run()
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(size, generator=generator)
         train, val, rest = order.tensor_split([self.train_size, self.train_size + self.val_size])
@@ -210,6 +215,18 @@ class InMemoryDataModule(LightningDataModule):
     def _scaled(self, source: LabelledImages, rows: Tensor) -> tuple[Tensor, Tensor]:
         # Rows first, floats second: a small subset of a large source never becomes floats as a whole.
         return source.images[rows].float().div_(self.max_pixel), source.labels[rows].long()
+
+
+def _seed_of_the_run() -> int:
+    # Not torch.initial_seed(): without seed_everything it differs between the processes of a run, and so
+    # would their splits. Lightning hands its seed to every process in this variable.
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    if seed is None:
+        raise ValueError(
+            "`seed=None` takes the seed of the run. Got a run without one: call "
+            "`lightning.pytorch.seed_everything(0)` first, give `--seed_everything 0`, or set `seed`."
+        )
+    return int(seed)
 
 
 def with_wrong_labels(

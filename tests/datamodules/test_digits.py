@@ -49,6 +49,17 @@ def test_as_many_labels_are_wrong_as_asked(fraction: float, count: int) -> None:
     assert torch.equal(data.wrong, data.train_labels != data.train_labels_clean)
 
 
+def test_without_a_seed_of_its_own_the_split_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # what seed_everything(3) sets
+    data, explicit = ready(seed=None, wrong_label_fraction=0.4), ready(seed=3, wrong_label_fraction=0.4)
+    assert data.seed == 3
+    assert torch.equal(data.train_images, explicit.train_images)
+    assert torch.equal(data.train_labels, explicit.train_labels)
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    with pytest.raises(ValueError, match="seed_everything"):
+        ready(seed=None)
+
+
 def test_the_split_depends_on_the_seed_alone() -> None:
     clean, noisy = ready(), ready(wrong_label_fraction=0.4, batch_size=7, with_index=True)
     assert torch.equal(clean.train_images, noisy.train_images)
