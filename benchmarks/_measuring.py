@@ -80,9 +80,15 @@ def clock(threads: int) -> Callable[[], float]:
 
 
 def interleave(
-    contestants: Mapping[str, Call], units: Mapping[str, Call], *, rounds: int, threads: int, warmup: int = 2
+    contestants: Mapping[str, Call],
+    units: Mapping[str, Call],
+    *,
+    rounds: int,
+    threads: int,
+    warmup: int = 2,
+    repeats: int = 3,
 ) -> dict[str, Timing]:
-    """Time every contestant in every round, each right after the units (three calls of each unit)."""
+    """Time every contestant in every round, each right after the units (``repeats`` calls of each)."""
     now = clock(threads)
 
     def elapsed(call: Call) -> float:
@@ -100,7 +106,7 @@ def interleave(
     try:
         for _ in range(rounds):
             for name, call in contestants.items():
-                unit = {u: statistics.median(elapsed(c) for _ in range(3)) for u, c in units.items()}
+                unit = {u: statistics.median(elapsed(c) for _ in range(repeats)) for u, c in units.items()}
                 seconds[name].append(elapsed(call))
                 for u, size in unit.items():
                     ratios[name][u].append(seconds[name][-1] / size)
