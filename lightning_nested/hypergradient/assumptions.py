@@ -1,0 +1,230 @@
+"""What implicit differentiation assumes of the inner loss, looked at around given parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_nested.hypergradient.curvature import (
+    DoubleBackwardError,
+    FlatOperator,
+    HessianOperator,
+    LinearOperator,
+    as_operator,
+)
+from lightning_nested.hypergradient.implicit import Curvature, FiniteDifference, Hessian
+from lightning_nested.hypergradient.response import Problem
+from lightning_nested.hypergradient.vectors import Vector, flatten, unflatten
+
+_PRODUCTS = 30  # enough for the end of a spectrum; a stronger search is a matter of more products
+
+AnyCurvature: TypeAlias = Curvature | LinearOperator | FlatOperator | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Which assumptions fail, one sentence each, and a curvature that works."""
+
+    failures: tuple[str, ...]
+    around: Neighbourhood
+    curvature: AnyCurvature
+
+
+def inspect(
+    problem: Problem,
+    curvature: AnyCurvature,
+    tolerance: float,
+    generator: torch.Generator,
+) -> Inspection:
+    """Hold the inner loss to every assumption; none stops the others from being looked at."""
+    params, hparams, failures, twice = problem.params, problem.hparams, [], True
+    try:
+        around = explore(problem.inner, params, curvature, generator)
+    except DoubleBackwardError as error:
+        failures.append(
+            "no double backward: every operation of inner_loss must have a second derivative. Got "
+            f"{blocking_operations(problem.inner(), str(error))} without: run it in a form that has one "
+            "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH) for attention, torch.backends.cudnn.flags("
+            "enabled=False) for RNNs, no torch.compile), or use curvature=FiniteDifference(), as was done "
+            "for the figures here."
+        )
+        twice, curvature = False, FiniteDifference()
+        around = explore(problem.inner, params, curvature, generator)
+    twice = twice and not isinstance(curvature, FiniteDifference)
+    for i, outer_sees in unseen(problem.inner(), problem.outer(), params, hparams, twice=twice).items():
+        if outer_sees:
+            failures.append(
+                f"unseen hyperparameter: the gradient of inner_loss must depend on hparams[{i}]. Got a "
+                "dependence of outer_loss only: a hyperparameter of the update (a learning rate, a momentum) "
+                "needs unrolled_hypergradient, one of the outer loss alone torch.autograd.grad."
+            )
+        else:
+            failures.append(
+                f"unseen hyperparameter: a loss must depend on hparams[{i}]. Got none that does: if it acts "
+                "through the update (a learning rate, a momentum) use unrolled_hypergradient; otherwise it "
+                "was detached or never used."
+            )
+    if around.gradient_norm > tolerance:
+        failures.append(
+            "not stationary: params must be a stationary point of inner_loss. Got a gradient of relative "
+            f"norm {around.gradient_norm:.2g}, more than {tolerance:g}: train further (lower rate, full "
+            "batch), or use unrolled_hypergradient, which needs no stationary point."
+        )
+    # Products by differences are exact to about ∛eps² only; a wrong second derivative is off by per cents.
+    rounding = problem.eps ** (1 / 3)
+    if around.smallest < -rounding * around.largest:
+        failures.append(
+            "indefinite Hessian: the inner curvature must be positive definite. Got a Rayleigh quotient of "
+            f"{around.smallest:.3g} beside {around.largest:.3g}: params are at a saddle or a maximum; train "
+            "further, add damping or weight decay, or use curvature=GaussNewton(outputs=...)."
+        )
+    if around.asymmetry > 10 * rounding:
+        failures.append(
+            "asymmetric Hessian: products must satisfy uᵀHv = vᵀHu. Got a relative asymmetry of "
+            f"{around.asymmetry:.2g}: a second derivative is wrong. In torch 2.14 grad(jvp(f)) is, through "
+            "LayerNorm, BatchNorm and InstanceNorm; a custom autograd.Function may be. Use the default "
+            "curvature=Hessian(), or FiniteDifference()."
+        )
+    return Inspection(failures=tuple(failures), around=around, curvature=curvature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbourhood:
+    """The inner loss around w, from products with its curvature H.
+
+    Attributes:
+        gradient_norm: ‖g‖/(ρ(1 + ‖w‖)), ρ = |gᵀHg|/gᵀg: the relative length of the step along the gradient
+            that reaches its zero.
+        smallest: Smallest Rayleigh quotient of H on a Krylov space; H is indefinite if it is negative.
+        largest: Largest absolute value of one.
+        asymmetry: ‖T − Tᵀ‖/‖T‖ with T = QᵀHQ on the Krylov space; 0 to rounding for a Hessian.
+    """
+
+    gradient_norm: float
+    smallest: float
+    largest: float
+    asymmetry: float
+
+
+def explore(
+    inner_loss: Callable[[], Tensor],
+    params: Vector,
+    curvature: AnyCurvature,
+    generator: torch.Generator,
+) -> Neighbourhood:
+    """Look around ``params`` by at most 30 products from a random start, and one along the gradient.
+
+    Lanczos (1950), J. Res. Natl. Bur. Stand. 45:255-282, with full orthogonalization.
+
+    Raises:
+        DoubleBackwardError: An operation of the inner loss has no second derivative.
+    """
+    strategy = Hessian() if curvature is None else curvature
+    operator: LinearOperator
+    if isinstance(strategy, Curvature):
+        problem = strategy.linearize(inner_loss, params)
+        operator, gradient = problem.curvature, problem.gradient
+    else:
+        operator = as_operator(strategy, params)
+        gradient = FiniteDifference().linearize(inner_loss, params).gradient
+
+    def product(v: Tensor) -> Tensor:
+        return flatten(operator.matvec(unflatten(v, params)))
+
+    g = flatten(gradient)
+    size, rho = float(g.norm()), math.nan
+    if size > 0:
+        u = g / size
+        rho = abs(float(u @ product(u)))
+
+    start = torch.randn(g.numel(), generator=generator, dtype=torch.float64).to(g)
+    basis, images = [start / start.norm()], []
+    if isinstance(operator, HessianOperator):
+        _refuse_wrong_product(inner_loss, params, basis[0], product(basis[0]))
+    for _ in range(min(_PRODUCTS, g.numel())):
+        image = product(basis[-1])
+        images.append(image)
+        rest = image
+        for _ in range(2):  # once is not enough where the space is nearly exhausted
+            for q in basis:
+                rest = rest - (q @ rest) * q
+        if float(rest.norm()) <= torch.finfo(g.dtype).eps ** 0.5 * float(image.norm()):
+            break
+        basis.append(rest / rest.norm())
+    projected = torch.stack(basis[: len(images)]) @ torch.stack(images, dim=1)
+    ritz = torch.linalg.eigvalsh((projected + projected.T) / 2)
+    scale = float(torch.linalg.matrix_norm(projected))
+    largest = float(ritz.abs().max())
+    w = float(flatten(p.detach() for p in params).norm())
+    curved = rho if rho > torch.finfo(g.dtype).eps * largest else largest
+    return Neighbourhood(
+        gradient_norm=0.0 if size == 0 else size / (curved * (1 + w)) if curved > 0 else math.inf,
+        smallest=float(ritz[0]),
+        largest=largest,
+        asymmetry=float(torch.linalg.matrix_norm(projected - projected.T)) / scale if scale > 0 else 0.0,
+    )
+
+
+def _walk(loss: Tensor) -> Iterator[Node]:
+    """Every node of the loss's graph, once."""
+    seen: set[Node] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+            yield node
+
+
+def _refuse_wrong_product(
+    inner_loss: Callable[[], Tensor], params: Vector, v: Tensor, product: Tensor
+) -> None:
+    """Compare with the difference of two gradients, because autograd does not always raise.
+
+    Behind @once_differentiable a gradient can come back as a constant, and its part of the Hessian as zero.
+    """
+    eps = torch.finfo(v.dtype).eps
+    gradient = (
+        FiniteDifference(epsilon=eps**0.5).linearize(inner_loss, params).curvature
+    )  # short: ReLU has kinks
+    truth = flatten(gradient.matvec(unflatten(v, params)))
+    error = float((product - truth).norm()) / max(float(truth.norm()), torch.finfo(v.dtype).tiny)
+    if error > 10 * eps ** (1 / 3):
+        raise DoubleBackwardError(f"Hessian products differ from differences of gradients by {error:.2g}")
+
+
+def unseen(
+    inner_loss: Tensor, outer_loss: Tensor, params: Vector, hparams: Vector, *, twice: bool
+) -> dict[int, bool]:
+    """Hyperparameters that the inner gradient does not depend on: index → whether the outer loss does.
+
+    Without second derivatives (``twice=False``) the dependence of the inner loss itself tells nearly as much.
+    """
+    direct = torch.autograd.grad(outer_loss, hparams, allow_unused=True, retain_graph=True)
+    outputs = [inner_loss]
+    if twice:
+        gradient = torch.autograd.grad(inner_loss, params, create_graph=True, allow_unused=True)
+        outputs = [g for g in gradient if g is not None and g.requires_grad]
+    indirect: Sequence[Tensor | None] = [None] * len(hparams)
+    if outputs:
+        ones = [torch.ones_like(x) for x in outputs]
+        indirect = torch.autograd.grad(outputs, hparams, ones, allow_unused=True)
+    return {i: direct[i] is not None for i, m in enumerate(indirect) if m is None}
+
+
+def blocking_operations(loss: Tensor, message: str) -> str:
+    """The operation without a second derivative: autograd's message names it, or it is a custom one."""
+    if found := re.search(r"derivative for (\S+) is not implemented", message):
+        return found[1]
+    custom = [
+        type(n).__name__ for n in _walk(loss) if isinstance(n, torch.autograd.function.BackwardCFunction)
+    ]
+    return ", ".join(sorted({name.removesuffix("Backward") for name in custom})) or "an unnamed operation"
