@@ -271,7 +271,7 @@ def _compare(
             cosine = float(p @ m / (p.norm() * m.norm()))
     if not error <= tolerance and found.hypergradient is not None:
         cause = "see the other points" if found.failures else "its formula or a second derivative is wrong"
-        if found.residual > tolerance:
+        if found.residual > tolerance and not found.failures:
             cause = (
                 f"the solver stopped at a residual of {found.residual:.2g}: more terms or iterations, or "
                 "ConjugateGradient(), which needs the fewest products"
