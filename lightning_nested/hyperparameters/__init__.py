@@ -1,6 +1,7 @@
 """What can be tuned: weight decay, example and loss weights, any tensor or submodule. torch only."""
 
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.learning_rate import LearningRate
 from lightning_nested.hyperparameters.module_tensors import ModuleTensors
 from lightning_nested.hyperparameters.outer_step import OuterReport, OuterStep
 from lightning_nested.hyperparameters.transforms import Exp, Interval, Simplex, Softplus, Transform, Unconstrained
@@ -14,6 +15,7 @@ __all__ = [
     "Exp",
     "Hyperparameter",
     "Interval",
+    "LearningRate",
     "LossWeights",
     "ModuleTensors",
     "OuterReport",

@@ -12,10 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_nested.hypergradient.curvature import DiagonalOperator, FlatOperator, LinearOperator
+from lightning_nested.hypergradient.curvature import (
+    DiagonalOperator,
+    FlatOperator,
+    LinearOperator,
+    explain_double_backward,
+)
 from lightning_nested.hypergradient.implicit import Curvature, Loss, Penalty, implicit_result
 from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, SolverState
-from lightning_nested.hypergradient.vectors import Reduce, Vector, dot, norm
+from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.weight_decay import WeightDecay
 
@@ -199,6 +204,49 @@ class OuterStep:
             curvature=result.solution.curvature,
             negative_curvature=result.solution.status == "negative_curvature",
             identity_cosine=result.identity_cosine,
+        )
+
+    def compute_unrolled(
+        self, outer_loss: Tensor, *, reduce: Reduce | None = None, inner_gradient_norm: float = math.nan
+    ) -> OuterReport:
+        """Find the hypergradients by differentiating ``outer_loss`` itself, and hold them for :meth:`apply`.
+
+        Args:
+            outer_loss: Scalar whose graph leads back through training steps to the hyperparameters; it is freed.
+            reduce: Averages a tensor over processes.
+            inner_gradient_norm: For the report.
+
+        Raises:
+            ValueError: The graph reaches no hyperparameter.
+            FloatingPointError: The outer loss or a hypergradient is not finite. Nothing has changed then.
+        """
+        self._pending = None
+        value = outer_loss.detach().reshape(1).clone()
+        mean = float(value if reduce is None else reduce(value))
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
+        with explain_double_backward():
+            found = torch.autograd.grad(outer_loss, self.tensors, allow_unused=True)
+        if all(g is None for g in found):
+            raise ValueError(
+                "The outer loss must depend on at least one hyperparameter, through the training steps or directly. "
+                f"Got none of {[h.name for h in self.hyperparameters]}: does the inner loss read them?"
+            )
+        local = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(self.tensors, found, strict=True))
+        hypergradient = average(local, reduce)
+        size = float(norm(hypergradient))
+        if not math.isfinite(size):
+            raise FloatingPointError(f"The hypergradient must be finite. Got norm {size}.")
+        self._pending = hypergradient
+        return OuterReport(
+            outer_loss=mean,
+            hypergradient_norm=size,
+            inner_gradient_norm=inner_gradient_norm,
+            residual=math.nan,
+            iterations=0,
+            curvature=math.nan,
+            negative_curvature=False,
+            identity_cosine=math.nan,
         )
 
     @property
