@@ -1,5 +1,6 @@
 """Callbacks for an existing Trainer."""
 
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
+from lightning_nested.callbacks.label_noise_report import LabelNoiseReport
 
-__all__ = ["HypergradientCallback"]
+__all__ = ["HypergradientCallback", "LabelNoiseReport"]

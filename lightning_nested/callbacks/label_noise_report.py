@@ -1,0 +1,324 @@
+"""What tuning one weight per example was worth, where the wrong labels are known: a table, a figure, numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nested._clock import seconds_since_start
+from lightning_nested.callbacks.hypergradient import HypergradientCallback
+from lightning_nested.callbacks.isolation import RandomStream
+from lightning_nested.callbacks.label_noise_figure import Trace, label_noise_figure
+from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
+
+_QUANTILES = (0.1, 0.5, 0.9)
+_METRIC = "test_accuracy"
+
+
+class LabelNoiseReport(Callback):
+    """Measures, at the end of ``fit``, how well tuned example weights found labels that are known to be wrong.
+
+    The module as it was before training is trained twice more, untuned: on the same noisy labels, and on the right
+    labels of the same images; as many steps, with the same optimizer, batches and random numbers. The three models
+    are then tested. That is the only use of the test set, and nothing in the run depends on it. How well the weights
+    tell right from wrong labels is their area under the ROC curve: the probability that a right label weighs more
+    than a wrong one.
+
+    Prints a table; writes ``results.json`` and the figure ``<name>.png`` into the folder of the run's logger (without
+    a logger into ``default_root_dir``), and the figure to TensorBoard.
+
+    The datamodule must be one that knows its wrong labels, as :class:`InMemoryDataModule` with
+    ``wrong_label_fraction``; the module must log ``test_accuracy`` in ``test_step``.
+
+    Args:
+        name: Of the figure's file.
+
+    Attributes:
+        results: What was written into ``results.json``; empty before the end of ``fit``.
+
+    Raises:
+        MisconfigurationException: In ``setup``: more than one process, a datamodule without known wrong labels, no
+            :class:`HypergradientCallback` that tunes :class:`ExampleWeights` of all training images.
+    """
+
+    def __init__(self, name: str = "label_noise") -> None:
+        self.name = name
+        self.results: dict[str, Any] = {}
+        self._trace = Trace()
+        self._initial: LightningModule | None = None
+        self._tuner: HypergradientCallback | None = None
+        self._stream: RandomStream | None = None
+        self._began = 0.0
+        self._traced = 0  # outer steps that the trace has seen
+
+    # ---- lifecycle
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                "LabelNoiseReport trains its references in one process. "
+                f"Got world_size={trainer.world_size}; use Trainer(devices=1), or leave the report out."
+            )
+        wrong = _known_wrong_labels(trainer)
+        self._tuner = _tuner(trainer, len(wrong))
+        if not is_overridden("test_step", pl_module):
+            raise MisconfigurationException(
+                f"LabelNoiseReport needs a test_step that logs {_METRIC!r}. "
+                f"Got {type(pl_module).__name__} without test_step; define it."
+            )
+        self._initial = copy.deepcopy(pl_module)
+        for hyperparameter in self._tuner.outer.hyperparameters:
+            if isinstance(hyperparameter, BoundHyperparameter):
+                setattr(self._initial, hyperparameter.name, None)  # the references are untuned
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The callback that tunes leaves the global stream alone: from here the references see the same batches.
+        self._stream = RandomStream.snapshot(trainer.strategy.root_device)
+        self._began = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._tuner is not None
+        report = self._tuner.last_report
+        step = self._tuner.outer_steps
+        if report is None or step == self._traced:
+            return
+        self._traced = step
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        trace, weights = self._trace, _example_weights(self._tuner)
+        wrong = _known_wrong_labels(trainer).to(weights.device)
+        trace.step.append(trainer.global_step)
+        trace.train_loss.append(float(loss))
+        trace.val_loss.append(report.outer_loss)
+        trace.right.append(_quantiles(weights[~wrong]))
+        trace.wrong.append(_quantiles(weights[wrong]))
+        for decay in self._tuner.outer.decays:
+            for key, value in decay.values().items():
+                trace.decays.setdefault(key, []).append(float(value.median()))
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._tuner is not None
+        assert self._initial is not None
+        seconds = {"tuned": time.perf_counter() - self._began}
+        tuned = copy.deepcopy(self._initial)  # pl_module itself stays with its own Trainer
+        tuned.load_state_dict(pl_module.state_dict())
+        accuracy = {"tuned": _test(trainer, tuned)}
+        for row, clean in (("untuned", False), ("clean_labels", True)):
+            began = time.perf_counter()
+            accuracy[row] = _test(trainer, self._train_reference(trainer, use_clean_labels=clean))
+            seconds[row] = time.perf_counter() - began
+        weights, wrong = _example_weights(self._tuner).cpu(), _known_wrong_labels(trainer)
+        count = int(wrong.sum())
+        self.results = {
+            "test_accuracy": accuracy["tuned"],
+            "test_accuracy_untuned": accuracy["untuned"],
+            "test_accuracy_clean_labels": accuracy["clean_labels"],
+            "auroc": _auroc(weights, wrong),
+            "seed": getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
+            "wrong_labels": count,
+            "wrong_among_as_many_lowest_weights": int(wrong[weights.argsort()[:count]].sum()),
+            "training_images": len(wrong),
+            "steps": trainer.global_step,
+            "outer_steps": self._tuner.outer_steps,
+            "skipped_outer_steps": self._tuner.skipped_steps,
+            "seconds_by_training": seconds,
+        }
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._draw(trainer, weights, folder / f"{self.name}.png")
+        self.results["seconds"] = seconds_since_start()
+        (folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+        print(_table(self.results), f"{folder / self.name}.png and results.json beside it", sep="\n", flush=True)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self._trace)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._trace = Trace(**state_dict)
+
+    # ---- the references and the figure
+
+    def _train_reference(self, trainer: Trainer, *, use_clean_labels: bool) -> LightningModule:
+        assert self._initial is not None
+        assert self._stream is not None
+        module, data = copy.deepcopy(self._initial), _same_data(trainer)
+        data.use_clean_labels = use_clean_labels  # type: ignore[attr-defined]
+        with _quiet(), self._stream.replay():
+            _reference_trainer(trainer).fit(module, datamodule=data)
+        return module
+
+    def _draw(self, trainer: Trainer, weights: Tensor, path: Path) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        figure = label_noise_figure(
+            weights=weights,
+            wrong=data.wrong,
+            images=data.train_images,
+            given=data.train_labels,
+            clean=data.train_labels_clean,
+            trace=self._trace,
+            summary=_summary(self.results),
+        )
+        figure.savefig(path)
+        for logger in trainer.loggers:
+            add_figure = getattr(logger.experiment, "add_figure", None)
+            if add_figure is not None:
+                add_figure(self.name, figure, trainer.global_step)
+
+
+def _known_wrong_labels(trainer: Trainer) -> Tensor:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    needed = ("wrong", "use_clean_labels", "train_images", "train_labels", "train_labels_clean")
+    missing = [name for name in needed if not hasattr(data, name)]
+    if data is None or missing:
+        raise MisconfigurationException(
+            "LabelNoiseReport needs a datamodule that knows which training labels are wrong. "
+            f"Got {'none' if data is None else f'{type(data).__name__} without ' + ', '.join(missing)}; "
+            "use DigitsDataModule(wrong_label_fraction=0.4, with_index=True), or extend InMemoryDataModule."
+        )
+    wrong: Tensor = data.wrong
+    if data.use_clean_labels or not bool(wrong.any()) or bool(wrong.all()):
+        raise MisconfigurationException(
+            "LabelNoiseReport needs training on right and wrong labels. "
+            f"Got {int(wrong.sum())} wrong of {len(wrong)} and use_clean_labels={data.use_clean_labels}; "
+            f"give {type(data).__name__} a wrong_label_fraction between 0 and 1, and use_clean_labels=False."
+        )
+    return wrong
+
+
+def _tuner(trainer: Trainer, num_examples: int) -> HypergradientCallback:
+    """The callback whose example weights are judged."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, HypergradientCallback):
+            for hyperparameter in callback.outer.hyperparameters:
+                if isinstance(hyperparameter, ExampleWeights) and hyperparameter.num_examples == num_examples:
+                    return callback
+    raise MisconfigurationException(
+        f"LabelNoiseReport judges the weights of all {num_examples} training examples. Got a Trainer whose callbacks "
+        f"tune none; add HypergradientCallback(ExampleWeights({num_examples}))."
+    )
+
+
+def _example_weights(tuner: HypergradientCallback) -> Tensor:
+    (weights,) = next(h for h in tuner.outer.hyperparameters if isinstance(h, ExampleWeights)).values().values()
+    return weights
+
+
+def _quantiles(values: Tensor) -> list[float]:
+    return [float(q) for q in values.quantile(torch.tensor(_QUANTILES, dtype=values.dtype, device=values.device))]
+
+
+def _auroc(weights: Tensor, wrong: Tensor) -> float:
+    from sklearn.metrics import roc_auc_score  # here, because it costs most of a second
+
+    return float(roc_auc_score((~wrong).numpy(), weights.double().numpy()))
+
+
+# ---- trainers beside the run's own
+
+
+def _same_data(trainer: Trainer) -> LightningDataModule:
+    # A copy, because a Trainer writes itself into the datamodule it is given; the tensors are shared.
+    return copy.copy(trainer.datamodule)  # type: ignore[attr-defined, no-any-return]
+
+
+def _reference_trainer(trainer: Trainer) -> Trainer:
+    """A plain Trainer that makes as many steps as ``trainer`` did, in the same way."""
+    device = trainer.strategy.root_device
+    return Trainer(
+        accelerator=device.type,
+        devices=[device.index] if device.type == "cuda" and device.index is not None else 1,
+        precision=trainer.precision,
+        max_epochs=-1,
+        max_steps=trainer.global_step,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=trainer.gradient_clip_val,
+        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+        limit_train_batches=trainer.limit_train_batches,
+        limit_val_batches=0,
+        limit_test_batches=trainer.limit_test_batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=trainer.default_root_dir,
+    )
+
+
+def _test(trainer: Trainer, module: LightningModule) -> float:
+    with _quiet():
+        (metrics,) = _reference_trainer(trainer).test(module, datamodule=_same_data(trainer), verbose=False)
+    if _METRIC not in metrics:
+        raise MisconfigurationException(
+            f"LabelNoiseReport needs {_METRIC!r}. Got {sorted(metrics)} from {type(module).__name__}.test_step; "
+            f"add self.log({_METRIC!r}, ...)."
+        )
+    return float(metrics[_METRIC])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning says nothing of devices and step limits; its advice was already given to the run itself."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ---- words
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    return (
+        f"Test accuracy {results['test_accuracy_untuned']:.1%} untuned, {results['test_accuracy']:.1%} with tuned "
+        f"weights and decays, {results['test_accuracy_clean_labels']:.1%} on right labels. "
+        f"AUROC of the weights {results['auroc']:.3f}."
+    )
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    rows = [
+        ("wrong labels, untuned", "test_accuracy_untuned", "untuned"),
+        ("wrong labels, tuned", "test_accuracy", "tuned"),
+        ("right labels, untuned", "test_accuracy_clean_labels", "clean_labels"),
+    ]
+    lines = [f"\n{'training on':<24}{'test accuracy':>15}{'AUROC':>9}{'seconds':>10}", "-" * 58]
+    for label, accuracy, key in rows:
+        auroc = f"{results['auroc']:.3f}" if key == "tuned" else "–"
+        lines.append(f"{label:<24}{results[accuracy]:>15.2%}{auroc:>9}{results['seconds_by_training'][key]:>10.1f}")
+    count, caught = results["wrong_labels"], results["wrong_among_as_many_lowest_weights"]
+    lines.append("-" * 58)
+    lines.append(f"{caught} of the {count} wrong labels are among the {count} lowest weights")
+    lines.append(f"seed {results['seed']}, {results['seconds']:.1f} s in all\n")
+    return "\n".join(lines)
