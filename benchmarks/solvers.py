@@ -216,7 +216,7 @@ def figure(path: Path, results: dict[str, dict[str, dict[str, Any]]]) -> None:
             "marker": "o",
             "markerfacecolor": "white" if warm else color,
             "markersize": 4,
-            "label": name,
+            "label": "identity (no product)" if name == "identity" else name,
         }
         if name == "identity":
             style["marker"] = "*"
@@ -233,6 +233,8 @@ def figure(path: Path, results: dict[str, dict[str, dict[str, Any]]]) -> None:
         axis.set(xscale="log", yscale="log", xlabel="curvature products per outer step", ylabel=label)
         axis.grid(alpha=0.25, which="both", linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(1e-3, 4)
+    axes[1].set_ylim(1e-5, 1.5)
     axes[0].axhline(1.0, color="black", linewidth=0.6)
     handles, names = axes[0].get_legend_handles_labels()
     fig.legend(handles, names, loc="center right", frameon=False, fontsize=9)

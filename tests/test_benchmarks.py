@@ -1,0 +1,94 @@
+"""Each benchmark runs to its end in a tiny setting; the figures themselves come from full runs."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import FASHION_MNIST
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+Script = Callable[[str, Sequence[str]], Any]
+
+# The peers and the profiler warn on their own behalf.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """`run("solvers", [...])`: the script's main, imported as when it is run by name."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def main(name: str, options: Sequence[str]) -> Any:
+        before = set(sys.modules)
+        try:
+            return importlib.import_module(name).main(options)
+        finally:
+            torch.set_flush_denormal(False)
+            for module in set(sys.modules) - before:
+                if str(getattr(sys.modules[module], "__file__", "")).startswith(str(FOLDER)):
+                    monkeypatch.delitem(sys.modules, module)
+
+    return main
+
+
+def test_one_hypergradient_is_right_and_its_memory_does_not_grow(run: Script, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    size = ["--widths", "20", "10", "5", "--batch", "16"]
+    found = run("one_hypergradient", ["--rounds", "1", "--only", "ours", *size, "--output", str(output)])
+    for name, entry in found.items():
+        if name != "gradient":
+            # float32 sums of up to 20 terms
+            assert entry["error_to_own_solver"] < 1e-5, name
+    memory = {name: entry["memory_bytes"] for name, entry in found.items()}
+    assert memory["Neumann 5 / ours"] == memory["Neumann 20 / ours"]
+    written = json.loads(output.read_text())
+    assert written["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert str(tmp_path) not in output.read_text()
+
+
+def test_memory_limits_of_the_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic, so a hard limit: no more than 3.5 gradients live at once, at any number of terms."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module, measuring = importlib.import_module("one_hypergradient"), importlib.import_module("_measuring")
+    problem = module.Problem([784, 500, 500, 10], 256)
+    unit = measuring.live_memory(module.units(problem)["U"])
+    memory = {key: measuring.live_memory(call) for key, call in module.ours(problem).items()}
+    assert max(memory.values()) <= 3.5 * unit
+    for library in ("ours", "ours, Gauss-Newton", "ours, decay in the graph"):
+        assert memory["Neumann 5", library] == memory["Neumann 20", library]
+
+
+def test_unrolling_agrees_with_its_full_graph(run: Script) -> None:
+    size = ["--widths", "20", "10", "5", "--batch", "16", "--steps", "12"]
+    found = run("unrolling", ["--rounds", "1", *size])
+    for name, entry in found.items():
+        if "implicit" not in name:
+            assert entry["error_to_full_graph"] < 1e-5, name
+    assert found["ours, checkpoint=20"]["memory_mib"] <= found["ours, full graph"]["memory_mib"]
+
+
+def test_solvers_reach_one_percent_and_cg_is_first(run: Script) -> None:
+    small = ["--rounds", "1", "--budgets", "2", "50", "--steps", "60", "--warmup", "40", "--every", "10"]
+    found = run("solvers", small)
+    assert found["quadratic"]["conjugate gradient"] <= 12
+    assert found["quadratic"]["Neumann, step 1/λ_max"] > 50
+
+
+def test_callback_cost_runs(run: Script) -> None:
+    found = run("callback_cost", ["--rounds", "1", "--steps", "80"])
+    assert found["a step without callback"].median > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["digits", "fashion"])
+def test_against_search_runs(run: Script, data: str) -> None:
+    if data == "fashion" and not FASHION_MNIST.exists():
+        pytest.skip("no Fashion-MNIST here: apt-get install dataset-fashion-mnist")
+    found = run("against_search", ["--data", data, "--rounds", "1", "--trainings", "4", "--steps", "60"])
+    assert any(name.startswith("ours") for name in found["tuners"])
