@@ -1,8 +1,9 @@
 """How every benchmark here measures: interleaved rounds, ratios inside a round, medians and quartiles.
 
-A contestant's time is divided by that of a unit measured right before it, in the same round, so that a machine that
-slows down slows both. One thread is timed by the process's CPU time, which does not see other programs; several by
-the wall clock. Memory is the exact peak of live tensor bytes from the profiler's record of every allocation.
+A contestant's time is divided by that of a unit measured right before it, in the same round, so that a
+machine that slows down slows both. One thread is timed by the process's CPU time, which does not see other
+programs; several by the wall clock. Memory is the exact peak of live tensor bytes from the profiler's
+record of every allocation.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces itself on stderr otherwise
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
@@ -120,7 +121,7 @@ def interleave(
 
 
 def live_memory(call: Call) -> int:
-    """Most bytes of tensors alive at once that ``call`` allocated, beside what was there before; deterministic."""
+    """Most bytes of tensors alive at once that ``call`` allocated itself; deterministic."""
     call()  # caches and lazy allocations
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -149,12 +150,15 @@ def start(arguments: argparse.Namespace) -> None:
 def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     """What the figures depend on; nothing that names a host or a path."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "lightning", *packages):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+    versions.update({name: _version(name) for name in ("torch", "lightning", *packages)})
     return {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu() -> str:

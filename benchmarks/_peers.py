@@ -1,7 +1,8 @@
 """The published libraries as contestants: each through its own solver, on the problem of one_hypergradient.
 
-Where a library differentiates the inner loss itself (Betty, torchopt, higher), the decay is part of that loss;
-curvlinops gives inverse products only, and gets the decay as a diagonal operator and the mixed derivative by hand.
+Where a library differentiates the inner loss itself (Betty, torchopt, higher), the decay is part of that
+loss; curvlinops gives inverse products only, and gets the decay as a diagonal operator and the mixed
+derivative by hand.
 """
 
 from __future__ import annotations

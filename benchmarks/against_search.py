@@ -1,9 +1,10 @@
-"""Tuning weight decays by hypergradients against what a user would pick instead: Optuna's TPE, and random search.
+"""Tuning weight decays by hypergradients against Optuna's TPE and random search.
 
-The same small MLP (10 tensors, 10 054 weights) on 500 Fashion-MNIST images averaged to 14×14, few enough that decay
-matters; 500 validation images tune, 10 000 test images judge. A search trains from scratch in every trial; the
-callback tunes within one training. Cost counts gradient evaluations: a step is one, a hypergradient is what it takes
-in units of one, measured here. At every cost the model of the lowest validation loss so far is reported.
+The same small MLP (10 tensors, 10 054 weights) on 500 Fashion-MNIST images averaged to 14×14, few enough
+that decay matters; 500 validation images tune, 10 000 test images judge. A search trains from scratch in
+every trial; the callback tunes within one training. Cost counts gradient evaluations: a step is one, a
+hypergradient is what it takes in units of one, measured here. At every cost the model of the lowest
+validation loss so far is reported.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Model(LightningModule):
 
 
 def train(data: Data, decays: Sequence[Tensor | float], seed: int, steps: int) -> tuple[float, float]:
-    """One training from scratch; losses where validation is lowest, looked at ten times as in the callback's run."""
+    """One training from scratch: losses where validation is lowest of ten looks, as in the callback's run."""
     model = Model(data.widths, seed)
     params = list(model.parameters())
     optimizer = model.configure_optimizers()
@@ -163,7 +164,7 @@ def tune(
     rate: float,
     price: float,
 ) -> tuple[list[Point], tuple[float, float], float]:
-    """One run of the callback: its curve, a fresh training with the decays it ended with, and skipped steps."""
+    """One run of the callback: its curve, a fresh training with its last decays, and skipped steps."""
     decay = WeightDecay(per=per, init=START)  # type: ignore[arg-type]
     tuner = HypergradientCallback(
         decay,
@@ -341,9 +342,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "curves": runs,
         }
     header = ["tuner, decays", *(f"cost {m}" for m in marks), "trained afresh with its decays"]
-    print(
-        f"Test loss after a cost of so many trainings ({arguments.steps} gradients), median [quartiles] over seeds:"
-    )
+    print(f"Test loss after so many trainings ({arguments.steps} gradients), median [quartiles] of seeds:")
     print_table(header, rows)
     if arguments.figure is not None:
         figure(arguments.figure, curves, arguments.steps)

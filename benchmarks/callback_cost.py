@@ -1,7 +1,8 @@
 """What HypergradientCallback costs per training step on steps where it does nothing.
 
-A small MLP on digits-sized inputs under a real Trainer, three ways in the same rounds: no callback, an empty callback
-with the four hooks that ours uses in every step, and ours while it waits for its first outer step.
+A small MLP on digits-sized inputs under a real Trainer, three ways in the same rounds: no callback, an
+empty callback with the four hooks that ours uses in every step, and ours while it waits for its first outer
+step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The cost of one hypergradient, beside Betty, torchopt, curvlinops and higher.
 
-An MLP 784-500-500-10 (tanh), one weight decay per weight (648 010 of them), a batch of 256. Time is in units of one
-forward and backward of the same loss: cross-entropy and decay ½ Σ e^λ w², with gradients for the weights and for λ.
-Every answer is compared, in the same run, with what its solver should give and with the converged solution of the
-same system, both computed in float64 by code that shares nothing with the library.
+An MLP 784-500-500-10 (tanh), one weight decay per weight (648 010 of them), a batch of 256. Time is in
+units of one forward and backward of the same loss: cross-entropy and decay ½ Σ e^λ w², with gradients for
+the weights and for λ. Every answer is compared, in the same run, with what its solver should give and with
+the converged solution of the same system, both computed in float64 by code that shares nothing with the
+library.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
+from _measuring import Call, interleave, live_memory, load, parser, print_table, report, start
 from torch import Tensor, nn
 
-from _measuring import Call, interleave, live_memory, load, parser, print_table, report, start
 from lightning_nested.hypergradient import ConjugateGradient, GaussNewton, Hessian, InverseSolver, Neumann
 from lightning_nested.hypergradient.implicit import implicit_result
 from lightning_nested.hyperparameters import WeightDecay
@@ -27,9 +29,10 @@ MatVec = Callable[[Hypergradient], Hypergradient]
 class Problem:
     """Inner and outer loss at a stationary point of the inner one.
 
-    A decay of 0.5 makes the system positive definite and well conditioned, so that right answers can be told from
-    wrong ones; times do not depend on it. A constant tilt −cᵀw in the inner loss makes the present weights stationary, so that unrolling and
-    implicit differentiation have the same answer; it changes no second derivative, so only unrolling evaluates it.
+    A decay of 0.5 makes the system positive definite and well conditioned, so that right answers can be
+    told from wrong ones; times do not depend on it. A constant tilt −cᵀw in the inner loss makes the
+    present weights stationary, so that unrolling and implicit differentiation have the same answer; it
+    changes no second derivative, so only unrolling evaluates it.
     """
 
     def __init__(self, widths: Sequence[int], batch: int, dtype: torch.dtype = torch.float32) -> None:
@@ -37,7 +40,7 @@ class Problem:
         layers: list[nn.Module] = []
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+            for fan_in, fan_out in pairwise(widths):
                 layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
         self.network = nn.Sequential(*layers[:-1]).to(dtype)
         self.inputs, self.outer_inputs = (
@@ -55,22 +58,28 @@ class Problem:
         self._tilt = torch.autograd.grad(self.decayed_loss(), self.params)
 
     def functional(self, params: Hypergradient, inputs: Tensor) -> Tensor:
+        """Logits of ``inputs`` at ``params``."""
         return torch.func.functional_call(self.network, dict(zip(self.named, params, strict=True)), (inputs,))
 
     def loss(self) -> Tensor:
+        """Training cross-entropy."""
         return nn.functional.cross_entropy(self.network(self.inputs), self.labels)
 
     def outer_loss(self) -> Tensor:
+        """Validation cross-entropy."""
         return nn.functional.cross_entropy(self.network(self.outer_inputs), self.outer_labels)
 
     @staticmethod
     def penalty(params: Hypergradient, decays: Hypergradient) -> Tensor:
+        """½ Σ e^λ w²."""
         return torch.stack([0.5 * (d.exp() * p**2).sum() for d, p in zip(decays, params, strict=True)]).sum()
 
     def tilt(self, params: Hypergradient) -> Tensor:
+        """cᵀw."""
         return torch.stack([(c * p).sum() for c, p in zip(self._tilt, params, strict=True)]).sum()
 
     def decayed_loss(self) -> Tensor:
+        """The inner loss with the decay in its graph."""
         return self.loss() + self.penalty(self.params, self.decays)
 
 
@@ -271,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
         rows,
     )
     print(
-        f"\nReach: {', '.join(f'{k} <= {v:g} U' for k, v in LIMITS.items())}; memory <= 3.5, the same at 5 and 20."
+    limits = ", ".join(f"{solver} <= {limit:g} U" for solver, limit in LIMITS.items())
+    print(f"\nReach: {limits}; memory <= 3.5, the same at 5 and 20.")
     )
     packages = ("betty-ml", "torchopt", "curvlinops-for-pytorch", "higher")
     results["gradient"] = {"memory_bytes": one}

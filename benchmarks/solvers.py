@@ -1,9 +1,9 @@
-"""Which solver to take: products to 1 % error on a quadratic, and error against cost along a real training run.
+"""Which solver to take: products to 1 % on a quadratic, and error against cost along a training run.
 
-First a quadratic of condition 32: products until the relative error of x is 1 %. Then an MLP with one decay per
-weight trains on real digits in float64, small enough to write its Hessian out; at every outer step each solver's
-answer is compared with the dense one, warm-started from its own previous answer and not. An extra product for a
-step size or a warm start is counted.
+First a quadratic of condition 32: products until the relative error of x is 1 %. Then an MLP with one decay
+per weight trains on real digits in float64, small enough to write its Hessian out; at every outer step each
+solver's answer is compared with the dense one, warm-started from its own previous answer and not. An extra
+product for a step size or a warm start is counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def products_to(error: float, make: Any, size: int = 32, condition: float = 32.0
 
 
 def quadratic() -> dict[str, int]:
-    """Products to 1 % for each solver; Neumann at 1/λ_max, at the best constant step, and with a measured one."""
+    """Products to 1 % for each solver; Neumann with three choices of its step."""
     top = 32.0
     return {
         "conjugate gradient": products_to(0.01, lambda k: ConjugateGradient(max_iterations=k, tolerance=0.0)),
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     condition = Spread.of([top / bottom for bottom, top in extremes if bottom > 0] or [math.nan])
     indefinite = sum(bottom <= 0 for bottom, _ in extremes) / len(extremes)
     print(
-        f"\nHessian with decay: condition {condition.text(0)}; indefinite at {indefinite:.0%} of the outer steps."
+        f"\nHessian with decay: condition {condition.text(0)}; indefinite at {indefinite:.0%} of outer steps."
     )
     results: dict[str, dict[str, dict[str, Any]]] = {}
     rows = []

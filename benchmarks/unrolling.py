@@ -1,8 +1,8 @@
 """Differentiating through 100 SGD steps: memory and time of the full graph, of checkpointing, and of neither.
 
 The MLP and the decays of one_hypergradient; higher keeps every step's graph, as ours does by default; with
-``checkpoint=True`` ours stores some states and runs steps again; implicit differentiation looks at the last weights
-only, so that its memory does not depend on the number of steps.
+``checkpoint=True`` ours stores some states and runs steps again; implicit differentiation looks at the last
+weights only, so that its memory does not depend on the number of steps.
 """
 
 from __future__ import annotations
