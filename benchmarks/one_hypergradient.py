@@ -279,10 +279,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
         ],
         rows,
     )
-    print(
     limits = ", ".join(f"{solver} <= {limit:g} U" for solver, limit in LIMITS.items())
     print(f"\nReach: {limits}; memory <= 3.5, the same at 5 and 20.")
-    )
     packages = ("betty-ml", "torchopt", "curvlinops-for-pytorch", "higher")
     results["gradient"] = {"memory_bytes": one}
     report(arguments, results, packages=packages, load_before=before)
