@@ -30,6 +30,7 @@ from lightning_nested.datamodules import DigitsDataModule, FashionMNISTDataModul
 from lightning_nested.hypergradient import ConjugateGradient, GaussNewton
 from lightning_nested.hypergradient.implicit import implicit_result
 from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.hyperparameters.transforms import Exp
 
 LOWEST, HIGHEST, START = 1e-6, 1.0, 1e-3  # the range that is searched; where ours begins is its middle
 Point = tuple[float, float, float]  # cost, validation loss, test loss
@@ -165,7 +166,9 @@ def tune(
     price: float,
 ) -> tuple[list[Point], tuple[float, float], float]:
     """One run of the callback: its curve, a fresh training with its last decays, and skipped steps."""
-    decay = WeightDecay(per=per, init=START)  # type: ignore[arg-type]
+    # The same range: beyond it SGD with this rate diverges, whoever chose the decay.
+    within = Exp(lower=LOWEST, upper=HIGHEST)
+    decay = WeightDecay(per=per, init=START, transform=within)  # type: ignore[arg-type]
     tuner = HypergradientCallback(
         decay,
         optimizer=lambda tensors: torch.optim.Adam(tensors, lr=rate),
