@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -83,6 +84,22 @@ class NestedCLI(LightningCLI):
             "save_config_kwargs": {"overwrite": True},
         }
         super().__init__(args=args, **{**defaults, **kwargs})
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="Threads of one torch operation. Small networks want 1: on a busy machine two threads "
+            "that wait for each other made a run ten times slower. (default: torch's own choice)",
+        )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        threads = self._get(self.config, "num_threads")
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

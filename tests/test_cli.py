@@ -180,6 +180,15 @@ def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert saved["data"]["init_args"]["wrong_label_fraction"] == 0.4
 
 
+def test_threads_are_set_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    main(["fit", "--config", "digits", "--trainer.fast_dev_run=true", *QUICK[1:]])
+    assert threads == []  # torch's own choice, unless asked
+    main(["fit", "--config", "digits", "--num_threads=3", "--trainer.fast_dev_run=true", *QUICK[1:]])
+    assert threads == [3]
+
+
 def test_classes_go_by_short_name_and_a_module_may_bring_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model", "ImageClassifier", "--model.optimizer", "Adam", "--print_config"])
