@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ RIGHT, WRONG = "#2f6db3", "#e1691e"  # blue and orange stay apart for colour-bli
 _TRAIN, _VALIDATION, _TEXT, _FAINT = "#8a8f98", "#1b9e77", "#24292f", "#d8dce1"
 _DECAYS = ("#6a3d9a", "#b15928", "#a6761d", "#c51b7d", "#525252", "#1f78b4")
 _GRID = 5  # images a side
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -96,14 +97,23 @@ def label_noise_figure(
         figure.text(
             0.02,
             0.955,
-            f"{int(wrong.sum())} of {len(wrong)} training labels are wrong: their weights fall as the model trains",
+            f"{int(wrong.sum())} of {len(wrong)} training labels are wrong: "
+            "their weights fall as the model trains",
             fontsize=17,
             fontweight="bold",
         )
         figure.text(0.02, 0.916, summary, fontsize=12, color="#57606a")
         # Two grids side by side, because pictures and axes want different spacing.
         plots = figure.add_gridspec(
-            2, 3, left=0.055, right=0.615, top=0.845, bottom=0.075, hspace=0.42, wspace=0.42, height_ratios=(1.05, 1)
+            2,
+            3,
+            left=0.055,
+            right=0.615,
+            top=0.845,
+            bottom=0.075,
+            hspace=0.42,
+            wspace=0.42,
+            height_ratios=(1.05, 1),
         )
         _histograms(figure.add_subplot(plots[0, :]), weights, wrong)
         _losses(figure.add_subplot(plots[1, 0]), trace)
@@ -115,14 +125,19 @@ def label_noise_figure(
 
 def _histograms(axes: Axes, weights: Tensor, wrong: Tensor) -> None:
     top = max(1.0, float(weights.max()))
-    edges = torch.linspace(0.0, top, 41).tolist()
-    for name, mask, colour in (("right label", ~wrong, RIGHT), ("wrong label", wrong, WRONG)):
-        label = f"{name} ({int(mask.sum())} images)"
-        axes.hist(weights[mask].tolist(), bins=edges, color=colour, alpha=0.72, label=label, edgecolor="white", lw=0.4)
+    # Side by side in each bin: bars over one another would hide the few in the other's peak.
+    axes.hist(
+        [weights[wrong].tolist(), weights[~wrong].tolist()],
+        bins=torch.linspace(0.0, top, 26).tolist(),
+        color=[WRONG, RIGHT],
+        label=[f"wrong label ({int(wrong.sum())} images)", f"right label ({int((~wrong).sum())} images)"],
+        rwidth=0.92,
+    )
     axes.set_title("Learned weight of each training image")
     axes.set_xlabel("weight of the image in the training loss")
     axes.set_ylabel("number of images")
     axes.set_xlim(0.0, top)
+    axes.grid(visible=False, axis="x")
     axes.legend(loc="upper center")
 
 
@@ -140,13 +155,11 @@ def _losses(axes: Axes, trace: Trace) -> None:
 
 def _weights(axes: Axes, trace: Trace) -> None:
     for name, rows, colour in (("right", trace.right, RIGHT), ("wrong", trace.wrong, WRONG)):
-        if not rows:
-            continue
-        low, middle, high = zip(*rows, strict=True)
+        low, middle, high = zip(*rows, strict=True) if rows else ((), (), ())
         axes.fill_between(trace.step, low, high, color=colour, alpha=0.2, lw=0)
         axes.plot(trace.step, middle, color=colour, lw=1.9, label=name)
-    axes.set_title("Weights (median, 10–90 %)")
-    axes.set_ylabel("weight")
+    axes.set_title("Weights")
+    axes.set_ylabel("weight (median, 10–90 %)")
     axes.set_xlabel("training step")
     axes.set_ylim(bottom=0.0)
     axes.legend(loc="center right", title="label", handlelength=1.3)
@@ -159,14 +172,24 @@ def _decays(axes: Axes, trace: Trace) -> None:
         axes.text(0.5, 0.5, "none tuned", transform=axes.transAxes, ha="center", color="#57606a")
         return
     for i, (name, values) in enumerate(trace.decays.items()):
-        # Most names share long beginnings ("network.layers."): the last two parts tell them apart.
-        label = ".".join(name.split(".")[-2:])
-        style = "-" if not name.endswith("bias") else (0, (4, 1.5))
-        axes.plot(trace.step, values, color=_DECAYS[i % len(_DECAYS)], lw=1.7, ls=style, label=label)
+        dashes = (0, (4, 1.5)) if name.endswith("bias") else "-"
+        label = _layer_names(trace.decays)[name]
+        axes.plot(trace.step, values, color=_DECAYS[i % len(_DECAYS)], lw=1.7, ls=dashes, label=label)
     axes.set_ylabel("decay (L2 coefficient)")
     axes.set_yscale("log")
     if len(trace.decays) <= 6:
-        axes.legend(loc="best", handlelength=1.7)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low * (low / high) ** 0.45, high)  # room for the legend
+        axes.legend(loc="lower left", handlelength=1.9, labelspacing=0.3)
+
+
+def _layer_names(names: Iterable[str]) -> dict[str, str]:
+    """Short names of parameters: layers are numbered in their order, ``a.0.weight`` is ``layer 1 weight``."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    return {
+        name: f"layer {layers.index(layer) + 1} {kind}" if layer else kind
+        for name, (layer, _, kind) in ((name, name.rpartition(".")) for name in names)
+    }
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -184,11 +207,16 @@ def _pictures(
     caught = int(wrong[chosen].sum())
     left, right = 0.665, 0.985
     figure.text(
-        left, 0.858, f"The {len(chosen)} lowest weights: {caught} labels are wrong", fontsize=12, fontweight="bold"
+        left,
+        0.858,
+        f"The lowest weights: {caught} of {len(chosen)} labels are wrong",
+        fontsize=12,
+        fontweight="bold",
     )
     figure.text(left, 0.03, "label as given", fontsize=10, color=WRONG, fontweight="bold")
     figure.text(left + 0.083, 0.03, "(right label)", fontsize=10, color="#57606a")
-    figure.text(left + 0.16, 0.03, "framed: the given label was right", fontsize=10, color=RIGHT)
+    if caught < len(chosen):
+        figure.text(left + 0.16, 0.03, "framed: the given label was right", fontsize=10, color=RIGHT)
     grid = figure.add_gridspec(
         _GRID, _GRID, left=left, right=right, top=0.815, bottom=0.065, hspace=0.42, wspace=0.12
     )
@@ -205,6 +233,15 @@ def _pictures(
             spine.set_color(_FAINT if is_wrong else RIGHT)
             spine.set_linewidth(0.8 if is_wrong else 2.6)
         colour = WRONG if is_wrong else RIGHT
-        axes.set_title(str(int(given[index])), color=colour, fontsize=14, pad=3, loc="left", fontweight="bold")
+        axes.set_title(
+            str(int(given[index])), color=colour, fontsize=14, pad=3, loc="left", fontweight="bold"
+        )
         if is_wrong:
-            axes.set_title(f"({int(clean[index])})", color="#57606a", fontsize=10, pad=4, loc="right", fontweight="normal")
+            axes.set_title(
+                f"({int(clean[index])})",
+                color="#57606a",
+                fontsize=10,
+                pad=4,
+                loc="right",
+                fontweight="normal",
+            )

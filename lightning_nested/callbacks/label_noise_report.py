@@ -1,23 +1,19 @@
-"""What tuning one weight per example was worth, where the wrong labels are known: a table, a figure, numbers."""
+"""What tuning example weights was worth, where the wrong labels are known: a table, a figure, numbers."""
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,6 +21,7 @@ from lightning_nested._clock import seconds_since_start
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.callbacks.isolation import RandomStream
 from lightning_nested.callbacks.label_noise_figure import Trace, label_noise_figure
+from lightning_nested.callbacks.reference_runs import fit_like, test_like
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
 
 _QUANTILES = (0.1, 0.5, 0.9)
@@ -32,16 +29,16 @@ _METRIC = "test_accuracy"
 
 
 class LabelNoiseReport(Callback):
-    """Measures, at the end of ``fit``, how well tuned example weights found labels that are known to be wrong.
+    """Measures, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
 
-    The module as it was before training is trained twice more, untuned: on the same noisy labels, and on the right
-    labels of the same images; as many steps, with the same optimizer, batches and random numbers. The three models
-    are then tested. That is the only use of the test set, and nothing in the run depends on it. How well the weights
-    tell right from wrong labels is their area under the ROC curve: the probability that a right label weighs more
-    than a wrong one.
+    The module as it was before training is trained twice more, untuned: on the same noisy labels, and on the
+    right labels of the same images; as many steps, with the same optimizer, batches and random numbers. The
+    three models are then tested. That is the only use of the test set, and nothing in the run depends on it.
+    How well the weights tell right from wrong labels is their area under the ROC curve: the probability that
+    a right label weighs more than a wrong one.
 
-    Prints a table; writes ``results.json`` and the figure ``<name>.png`` into the folder of the run's logger (without
-    a logger into ``default_root_dir``), and the figure to TensorBoard.
+    Prints a table; writes ``results.json`` and the figure ``<name>.png`` into the folder of the run's logger
+    (without a logger into ``default_root_dir``), and the figure to TensorBoard.
 
     The datamodule must be one that knows its wrong labels, as :class:`InMemoryDataModule` with
     ``wrong_label_fraction``; the module must log ``test_accuracy`` in ``test_step``.
@@ -53,8 +50,8 @@ class LabelNoiseReport(Callback):
         results: What was written into ``results.json``; empty before the end of ``fit``.
 
     Raises:
-        MisconfigurationException: In ``setup``: more than one process, a datamodule without known wrong labels, no
-            :class:`HypergradientCallback` that tunes :class:`ExampleWeights` of all training images.
+        MisconfigurationException: In ``setup``: more than one process, a datamodule without known wrong
+            labels, no :class:`HypergradientCallback` that tunes :class:`ExampleWeights` of all images.
     """
 
     def __init__(self, name: str = "label_noise") -> None:
@@ -92,7 +89,7 @@ class LabelNoiseReport(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The callback that tunes leaves the global stream alone: from here the references see the same batches.
+        # The tuning callback leaves the global stream alone: from here the references see the same batches.
         self._stream = RandomStream.snapshot(trainer.strategy.root_device)
         self._began = time.perf_counter()
 
@@ -125,10 +122,10 @@ class LabelNoiseReport(Callback):
         seconds = {"tuned": time.perf_counter() - self._began}
         tuned = copy.deepcopy(self._initial)  # pl_module itself stays with its own Trainer
         tuned.load_state_dict(pl_module.state_dict())
-        accuracy = {"tuned": _test(trainer, tuned)}
+        accuracy = {"tuned": self._accuracy(trainer, tuned)}
         for row, clean in (("untuned", False), ("clean_labels", True)):
             began = time.perf_counter()
-            accuracy[row] = _test(trainer, self._train_reference(trainer, use_clean_labels=clean))
+            accuracy[row] = self._accuracy(trainer, self._train_reference(trainer, use_clean_labels=clean))
             seconds[row] = time.perf_counter() - began
         weights, wrong = _example_weights(self._tuner).cpu(), _known_wrong_labels(trainer)
         count = int(wrong.sum())
@@ -151,7 +148,9 @@ class LabelNoiseReport(Callback):
         self._draw(trainer, weights, folder / f"{self.name}.png")
         self.results["seconds"] = seconds_since_start()
         (folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
-        print(_table(self.results), f"{folder / self.name}.png and results.json beside it", sep="\n", flush=True)
+        print(
+            _table(self.results), f"{folder / self.name}.png and results.json beside it", sep="\n", flush=True
+        )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -166,11 +165,21 @@ class LabelNoiseReport(Callback):
     def _train_reference(self, trainer: Trainer, *, use_clean_labels: bool) -> LightningModule:
         assert self._initial is not None
         assert self._stream is not None
-        module, data = copy.deepcopy(self._initial), _same_data(trainer)
-        data.use_clean_labels = use_clean_labels  # type: ignore[attr-defined]
-        with _quiet(), self._stream.replay():
-            _reference_trainer(trainer).fit(module, datamodule=data)
+        module = copy.deepcopy(self._initial)
+        with self._stream.replay():
+            fit_like(trainer, module, use_clean_labels=use_clean_labels)
         return module
+
+    def _accuracy(self, trainer: Trainer, module: LightningModule) -> float:
+        assert self._stream is not None
+        with self._stream.replay():  # a pass over a loader draws random numbers
+            metrics = test_like(trainer, module)
+        if _METRIC not in metrics:
+            raise MisconfigurationException(
+                f"LabelNoiseReport needs {_METRIC!r}. Got {sorted(metrics)} from "
+                f"{type(module).__name__}.test_step; add self.log({_METRIC!r}, ...)."
+            )
+        return float(metrics[_METRIC])
 
     def _draw(self, trainer: Trainer, weights: Tensor, path: Path) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -185,7 +194,7 @@ class LabelNoiseReport(Callback):
         )
         figure.savefig(path)
         for logger in trainer.loggers:
-            add_figure = getattr(logger.experiment, "add_figure", None)
+            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
             if add_figure is not None:
                 add_figure(self.name, figure, trainer.global_step)
 
@@ -218,18 +227,22 @@ def _tuner(trainer: Trainer, num_examples: int) -> HypergradientCallback:
                 if isinstance(hyperparameter, ExampleWeights) and hyperparameter.num_examples == num_examples:
                     return callback
     raise MisconfigurationException(
-        f"LabelNoiseReport judges the weights of all {num_examples} training examples. Got a Trainer whose callbacks "
-        f"tune none; add HypergradientCallback(ExampleWeights({num_examples}))."
+        f"LabelNoiseReport judges the weights of all {num_examples} training examples. Got a Trainer whose "
+        f"callbacks tune none; add HypergradientCallback(ExampleWeights({num_examples}))."
     )
 
 
 def _example_weights(tuner: HypergradientCallback) -> Tensor:
-    (weights,) = next(h for h in tuner.outer.hyperparameters if isinstance(h, ExampleWeights)).values().values()
+    (weights,) = (
+        next(h for h in tuner.outer.hyperparameters if isinstance(h, ExampleWeights)).values().values()
+    )
     return weights
 
 
 def _quantiles(values: Tensor) -> list[float]:
-    return [float(q) for q in values.quantile(torch.tensor(_QUANTILES, dtype=values.dtype, device=values.device))]
+    return [
+        float(q) for q in values.quantile(torch.tensor(_QUANTILES, dtype=values.dtype, device=values.device))
+    ]
 
 
 def _auroc(weights: Tensor, wrong: Tensor) -> float:
@@ -238,85 +251,31 @@ def _auroc(weights: Tensor, wrong: Tensor) -> float:
     return float(roc_auc_score((~wrong).numpy(), weights.double().numpy()))
 
 
-# ---- trainers beside the run's own
-
-
-def _same_data(trainer: Trainer) -> LightningDataModule:
-    # A copy, because a Trainer writes itself into the datamodule it is given; the tensors are shared.
-    return copy.copy(trainer.datamodule)  # type: ignore[attr-defined, no-any-return]
-
-
-def _reference_trainer(trainer: Trainer) -> Trainer:
-    """A plain Trainer that makes as many steps as ``trainer`` did, in the same way."""
-    device = trainer.strategy.root_device
-    return Trainer(
-        accelerator=device.type,
-        devices=[device.index] if device.type == "cuda" and device.index is not None else 1,
-        precision=trainer.precision,
-        max_epochs=-1,
-        max_steps=trainer.global_step,
-        accumulate_grad_batches=trainer.accumulate_grad_batches,
-        gradient_clip_val=trainer.gradient_clip_val,
-        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        limit_train_batches=trainer.limit_train_batches,
-        limit_val_batches=0,
-        limit_test_batches=trainer.limit_test_batches,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=trainer.default_root_dir,
-    )
-
-
-def _test(trainer: Trainer, module: LightningModule) -> float:
-    with _quiet():
-        (metrics,) = _reference_trainer(trainer).test(module, datamodule=_same_data(trainer), verbose=False)
-    if _METRIC not in metrics:
-        raise MisconfigurationException(
-            f"LabelNoiseReport needs {_METRIC!r}. Got {sorted(metrics)} from {type(module).__name__}.test_step; "
-            f"add self.log({_METRIC!r}, ...)."
-        )
-    return float(metrics[_METRIC])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning says nothing of devices and step limits; its advice was already given to the run itself."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 # ---- words
 
 
 def _summary(results: Mapping[str, Any]) -> str:
+    untuned, tuned, clean = (
+        f"{100 * results[key]:.1f} %"
+        for key in ("test_accuracy_untuned", "test_accuracy", "test_accuracy_clean_labels")
+    )
     return (
-        f"Test accuracy {results['test_accuracy_untuned']:.1%} untuned, {results['test_accuracy']:.1%} with tuned "
-        f"weights and decays, {results['test_accuracy_clean_labels']:.1%} on right labels. "
-        f"AUROC of the weights {results['auroc']:.3f}."
+        f"Test accuracy {untuned} untuned, {tuned} with tuned weights and decays, {clean} on right labels "
+        f"only.  AUROC of the weights {results['auroc']:.3f}."
     )
 
 
 def _table(results: Mapping[str, Any]) -> str:
     rows = [
-        ("wrong labels, untuned", "test_accuracy_untuned", "untuned"),
-        ("wrong labels, tuned", "test_accuracy", "tuned"),
+        ("given labels, untuned", "test_accuracy_untuned", "untuned"),
+        ("given labels, tuned", "test_accuracy", "tuned"),
         ("right labels, untuned", "test_accuracy_clean_labels", "clean_labels"),
     ]
     lines = [f"\n{'training on':<24}{'test accuracy':>15}{'AUROC':>9}{'seconds':>10}", "-" * 58]
     for label, accuracy, key in rows:
         auroc = f"{results['auroc']:.3f}" if key == "tuned" else "–"
-        lines.append(f"{label:<24}{results[accuracy]:>15.2%}{auroc:>9}{results['seconds_by_training'][key]:>10.1f}")
+        percent = f"{100 * results[accuracy]:.2f} %"
+        lines.append(f"{label:<24}{percent:>15}{auroc:>9}{results['seconds_by_training'][key]:>10.1f}")
     count, caught = results["wrong_labels"], results["wrong_among_as_many_lowest_weights"]
     lines.append("-" * 58)
     lines.append(f"{caught} of the {count} wrong labels are among the {count} lowest weights")

@@ -1,0 +1,84 @@
+"""Training and testing beside a run, from one of its callbacks: same data, same settings, nothing logged."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+
+def fit_like(trainer: Trainer, module: LightningModule, **data_options: object) -> None:
+    """Train ``module`` for as many steps as ``trainer`` has made, on a copy of its datamodule.
+
+    Args:
+        trainer: The run's own, on one device.
+        module: Trained in place; not the run's own module.
+        **data_options: Attributes of the datamodule that differ in the copy.
+    """
+    data = _same_data(trainer)
+    for name, value in data_options.items():
+        setattr(data, name, value)
+    with _quiet():
+        _plain_trainer(trainer).fit(module, datamodule=data)
+
+
+def test_like(trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
+    """Metrics of ``module``, which is not the run's own, on the test data of ``trainer``."""
+    with _quiet():
+        (metrics,) = _plain_trainer(trainer).test(module, datamodule=_same_data(trainer), verbose=False)
+    return metrics
+
+
+def _same_data(trainer: Trainer) -> LightningDataModule:
+    # A copy, because a Trainer writes itself into the datamodule it is given; the tensors are shared.
+    return copy.copy(trainer.datamodule)  # type: ignore[attr-defined, no-any-return]
+
+
+def _plain_trainer(trainer: Trainer) -> Trainer:
+    device = trainer.strategy.root_device
+    return Trainer(
+        accelerator=device.type,
+        devices=[device.index] if device.type == "cuda" and device.index is not None else 1,
+        precision=trainer.precision,
+        max_epochs=-1,
+        max_steps=trainer.global_step,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=trainer.gradient_clip_val,
+        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+        limit_train_batches=trainer.limit_train_batches,
+        # Validated as often as the run, because each pass draws from the stream that orders the batches.
+        limit_val_batches=trainer.limit_val_batches,
+        val_check_interval=trainer.val_check_interval,
+        check_val_every_n_epoch=trainer.check_val_every_n_epoch,
+        num_sanity_val_steps=0,  # Lightning gives the stream back after those
+        limit_test_batches=trainer.limit_test_batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=trainer.default_root_dir,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning says nothing of devices and step limits; its advice was already given to the run itself."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # of torch to Lightning, once more for every Trainer
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
