@@ -50,7 +50,7 @@ def named_outputs(module: nn.Module, curvature: GaussNewton) -> nn.Module:
     if not isinstance(curvature.outputs, str) or curvature.outputs not in modules:
         raise MisconfigurationException(
             "GaussNewton(outputs=...) must be the dotted name of the submodule that returns the logits. "
-            f"Got {curvature.outputs!r}; modules of {type(module).__name__}: {', '.join(filter(None, modules))}."
+            f"Got {curvature.outputs!r}; {type(module).__name__} has {', '.join(filter(None, modules))}."
         )
     found: nn.Module = modules[curvature.outputs]
     return found

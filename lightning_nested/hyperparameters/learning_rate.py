@@ -16,11 +16,11 @@ class LearningRate(Hyperparameter):
     """One learning rate per parameter group of the inner optimizer.
 
     No loss depends on a rate, so implicit differentiation cannot see it: use it with
-    ``NestedModule(gradient=Unrolled(...))``. It takes the place of the groups' ``lr``, which follows the tuned
-    value; a scheduler of the inner optimizer would set the same number and is refused.
+    ``NestedModule(gradient=Unrolled(...))``. It takes the place of the groups' ``lr``, which follows the
+    tuned value; a scheduler of the inner optimizer would set the same number and is refused.
 
-    Over a few steps the best rate is a greedy one: too small for a long training, as in Wu, Ren, Liao & Grosse
-    (2018), ICLR. Unroll over as many steps as memory allows.
+    Over a few steps the best rate is a greedy one: too small for a long training, as in Wu, Ren, Liao &
+    Grosse (2018), ICLR. Unroll over as many steps as memory allows.
 
     Args:
         init: Rate at the start; None: the optimizer's own.
@@ -38,7 +38,9 @@ class LearningRate(Hyperparameter):
         if init is not None and not (init > 0 and math.isfinite(init)):
             raise ValueError(f"init must be positive and finite. Got {init}.")
         self.init, self.name = init, name
-        self.transform = transform if transform is not None else Exp(lower=1e-8, upper=10.0)
+        self.transform = (
+            transform if transform is not None else Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0)))
+        )
         self._rates: tuple[float, ...] = ()
 
     def attach(self, rates: Sequence[float]) -> None:
@@ -49,8 +51,8 @@ class LearningRate(Hyperparameter):
         """One unconstrained tensor of shape (number of groups,)."""
         if not self._rates:
             raise ValueError(
-                "LearningRate must know the inner optimizer's groups. Got none: it is tuned through unrolled steps, "
-                "by NestedModule(gradient=Unrolled(...)); elsewhere call attach([lr, ...]) first."
+                "LearningRate must know the inner optimizer's groups. Got none: it is tuned through unrolled "
+                "steps, by NestedModule(gradient=Unrolled(...)); elsewhere call attach([lr, ...]) first."
             )
         dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
         self.tensors = {"rates": self._leaf(torch.tensor(self._rates, dtype=dtype), device)}

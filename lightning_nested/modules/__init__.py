@@ -1,7 +1,14 @@
 """LightningModules to train as they are or to extend."""
 
 from lightning_nested.modules.image_classifier import ImageClassifier
+from lightning_nested.modules.nested import NestedModule
+from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled
 
 __all__ = [
+    "GradientStrategy",
     "ImageClassifier",
+    "Implicit",
+    "LoopOptions",
+    "NestedModule",
+    "Unrolled",
 ]
