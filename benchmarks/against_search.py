@@ -260,11 +260,15 @@ def figure(path: Path, curves: dict[str, list[list[Point]]], steps: int) -> None
             x,
             [statistics.median(v) for v in values],  # type: ignore[type-var]
             color=color,
-            label=name,
+            label=f"{name} decays" if not name.endswith(", 1") else f"{name} decay",
             linewidth=2 if ours else 1.5,
             linestyle="-" if ours else "--",
         )
         axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.1)  # type: ignore[type-var]
+    # A search's first trial may be anything: the medians decide what is shown.
+    medians = [float(y) for line in axis.lines for y in line.get_ydata()]
+    lowest = min(p[2] for runs in curves.values() for run in runs for p in run)
+    axis.set_ylim(0.97 * lowest, 1.05 * max(medians))
     axis.set(
         xscale="log",
         xlabel=f"cost in trainings of {steps} gradients",
