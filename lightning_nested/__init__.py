@@ -27,7 +27,9 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "Identity",
         "Neumann",
         "Nystrom",
+        "check_hypergradient",
         "implicit_hypergradient",
+        "unrolled_hypergradient",
     ),
     "hyperparameters": (
         "ExampleWeights",
@@ -58,7 +60,9 @@ if TYPE_CHECKING:
     from lightning_nested.hypergradient import Identity as Identity
     from lightning_nested.hypergradient import Neumann as Neumann
     from lightning_nested.hypergradient import Nystrom as Nystrom
+    from lightning_nested.hypergradient import check_hypergradient as check_hypergradient
     from lightning_nested.hypergradient import implicit_hypergradient as implicit_hypergradient
+    from lightning_nested.hypergradient import unrolled_hypergradient as unrolled_hypergradient
     from lightning_nested.hyperparameters import ExampleWeights as ExampleWeights
     from lightning_nested.hyperparameters import LossWeights as LossWeights
     from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors

@@ -30,7 +30,13 @@ from lightning_nested.callbacks.fitting import (
 from lightning_nested.callbacks.isolation import RandomStream, evaluation_mode, without_trace
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton, InverseSolver, Neumann
-from lightning_nested.hyperparameters import BoundHyperparameter, Hyperparameter, ModuleTensors, OuterReport, OuterStep
+from lightning_nested.hyperparameters import (
+    BoundHyperparameter,
+    Hyperparameter,
+    ModuleTensors,
+    OuterReport,
+    OuterStep,
+)
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 
 
@@ -87,7 +93,9 @@ class HypergradientCallback(Callback):
         log_every_n_outer_steps: int = 10,
         max_skipped: int = 10,
     ) -> None:
-        given = [hyperparameters] if isinstance(hyperparameters, (str, Hyperparameter)) else list(hyperparameters)
+        given = (
+            [hyperparameters] if isinstance(hyperparameters, (str, Hyperparameter)) else list(hyperparameters)
+        )
         for name, value, least in (
             ("every_n_steps", every_n_steps, 1),
             ("warmup_steps", warmup_steps, 0),
@@ -110,7 +118,9 @@ class HypergradientCallback(Callback):
         self.inner_steps = self.outer_steps = self.skipped_steps = 0
         self.last_report: OuterReport | None = None
         self._skipped_in_a_row = 0
-        self._saved: Mapping[str, Any] | None = None  # a checkpoint's state that came before there was where to put it
+        self._saved: Mapping[str, Any] | None = (
+            None  # a checkpoint's state that came before there was where to put it
+        )
         self._batches: OuterBatches | None = None
         self._position: dict[str, int] = {}  # of the outer batches, once they are gone
         self._parameters: dict[str, nn.Parameter] = {}
@@ -120,7 +130,7 @@ class HypergradientCallback(Callback):
         self._evaluations: list[Callable[[], Tensor]] = []  # the same, to be run again by FiniteDifference
         self._outputs: Tensor | None = None  # of the submodule that GaussNewton names
         self._handle: RemovableHandle | None = None
-        self._batch: tuple[Any, int, RandomStream | None] = (None, 0, None)
+        self._batch: tuple[Any, int, RandomStream] = (None, 0, RandomStream(0))
 
     # ---- what users read and override
 
@@ -179,7 +189,9 @@ class HypergradientCallback(Callback):
                 "GaussNewton(outputs=...) sees one batch. Got "
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches}; use Hessian(), or set it to 1."
             )
-        if not callable(getattr(pl_module, "outer_loss", None)) and not is_overridden("validation_step", pl_module):
+        if not callable(getattr(pl_module, "outer_loss", None)) and not is_overridden(
+            "validation_step", pl_module
+        ):
             raise MisconfigurationException(
                 f"HypergradientCallback needs an outer loss. Got {name} without outer_loss and validation_step; "
                 f"add:\n{_OUTER_LOSS}"
@@ -230,7 +242,9 @@ class HypergradientCallback(Callback):
             self._saved = None
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if isinstance(self.curvature, FiniteDifference) and self.should_update(trainer, self.inner_steps):
             self._batch = (batch, batch_idx, RandomStream.snapshot(trainer.strategy.root_device))
 
@@ -253,7 +267,9 @@ class HypergradientCallback(Callback):
         self.outer.clear_gradients()
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         for decay in self.outer.decays:
             decay.add_gradient_(self._parameters)
 
@@ -346,7 +362,9 @@ class HypergradientCallback(Callback):
     ) -> Tensor:
         """The training loss of a batch once more, with the masks of its first evaluation and without trace."""
         with start.replay(), without_trace(pl_module, trainer), trainer.precision_plugin.train_step_context():
-            output = call._call_lightning_module_hook(trainer, "training_step", batch, batch_idx, pl_module=pl_module)
+            output = call._call_lightning_module_hook(
+                trainer, "training_step", batch, batch_idx, pl_module=pl_module
+            )
         loss = output["loss"] if isinstance(output, Mapping) else output
         assert isinstance(loss, Tensor)
         return loss * (_loss_scale(trainer) / trainer.accumulate_grad_batches)
@@ -374,7 +392,9 @@ class HypergradientCallback(Callback):
                 f"More than max_skipped={self.max_skipped} successive outer steps failed. Got at last: {error}"
             ) from error
         if self._skipped_in_a_row == 1:
-            rank_zero_warn(f"HypergradientCallback skipped the outer step at inner step {self.inner_steps}: {error}")
+            rank_zero_warn(
+                f"HypergradientCallback skipped the outer step at inner step {self.inner_steps}: {error}"
+            )
 
     def _restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """New initial weights, the same on every process, and an inner optimizer without memory."""
@@ -410,7 +430,12 @@ class HypergradientCallback(Callback):
 
     def _take_out(self, optimizer: Optimizer) -> None:
         """Remove hyperparameters that are the module's own tensors from the inner optimizer."""
-        hyper = {id(t) for h in self.outer.hyperparameters if isinstance(h, ModuleTensors) for t in h.tensors.values()}
+        hyper = {
+            id(t)
+            for h in self.outer.hyperparameters
+            if isinstance(h, ModuleTensors)
+            for t in h.tensors.values()
+        }
         removed = 0
         for group in optimizer.param_groups:
             kept = [p for p in group["params"] if id(p) not in hyper]

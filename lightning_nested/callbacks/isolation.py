@@ -72,7 +72,7 @@ class RandomStream:
         torch.set_rng_state(state[0])
         np.random.set_state(state[1])
         random.setstate(state[2])
-        if state[3] is not None:
+        if self._cuda is not None:
             torch.cuda.set_rng_state(state[3], self._cuda)
 
 
@@ -85,7 +85,10 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     try:
         # A cuDNN RNN in evaluation mode has no backward; the native one has.
         needs_native = any(isinstance(m, nn.RNNBase) for m in module.modules())
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not needs_native and torch.backends.cudnn.enabled):
+        with (
+            torch.enable_grad(),
+            torch.backends.cudnn.flags(enabled=not needs_native and torch.backends.cudnn.enabled),
+        ):
             yield
     finally:
         for m in training:
@@ -111,7 +114,9 @@ def untouched_metrics(module: nn.Module) -> Iterator[None]:
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
     kept = []
     for metric in metrics:
-        kept.append((metric, dict(metric.__dict__), {name: getattr(metric, name) for name in metric._defaults}))
+        kept.append(
+            (metric, dict(metric.__dict__), {name: getattr(metric, name) for name in metric._defaults})
+        )
         for name in metric._defaults:
             value = getattr(metric, name)
             setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
@@ -132,7 +137,9 @@ def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
         return None
 
     loggers = trainer.loggers
-    own = {name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__}
+    own: dict[str, Any] = {
+        name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__
+    }
     module.__dict__.update({"log": swallow, "log_dict": swallow})
     if loggers:
         trainer.loggers = [DummyLogger() for _ in loggers]

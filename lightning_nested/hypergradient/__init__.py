@@ -1,5 +1,6 @@
 """Gradients of an outer loss with respect to hyperparameters, through the inner optimization. torch only."""
 
+from lightning_nested.hypergradient.check import HypergradientReport, check_hypergradient
 from lightning_nested.hypergradient.curvature import (
     AveragedOperator,
     DiagonalOperator,
@@ -29,6 +30,8 @@ from lightning_nested.hypergradient.inverse import (
     Solution,
     SolverState,
 )
+from lightning_nested.hypergradient.response import Minimize, Unroll
+from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
 
 __all__ = [
     "AveragedOperator",
@@ -44,14 +47,19 @@ __all__ = [
     "GivenInverse",
     "Hessian",
     "HessianOperator",
+    "HypergradientReport",
     "Identity",
     "ImplicitResult",
     "InverseSolver",
     "LinearOperator",
+    "Minimize",
     "Neumann",
     "Nystrom",
     "Solution",
     "SolverState",
+    "Unroll",
+    "check_hypergradient",
     "implicit_hypergradient",
     "implicit_result",
+    "unrolled_hypergradient",
 ]

@@ -14,7 +14,16 @@ from typing import Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.vectors import Reduce, Vector, add_, average, flatten, norm, scale_, unflatten
+from lightning_nested.hypergradient.vectors import (
+    Reduce,
+    Vector,
+    add_,
+    average,
+    flatten,
+    norm,
+    scale_,
+    unflatten,
+)
 
 
 class DoubleBackwardError(RuntimeError):
@@ -28,7 +37,13 @@ def explain_double_backward() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        marks = ("double backward", "Double backward", "is not implemented", "once_differentiable", "differentiate twice")
+        marks = (
+            "double backward",
+            "Double backward",
+            "is not implemented",
+            "once_differentiable",
+            "differentiate twice",
+        )
         if not any(mark in text for mark in marks):
             raise
         raise DoubleBackwardError(
@@ -105,7 +120,7 @@ class ScaledOperator(LinearOperator):
         self.symmetric, self.like = operator.symmetric, operator.like
 
     def matvec(self, v: Vector) -> Vector:
-        """c (A v)."""
+        """C (A v)."""
         return scale_(self.operator.matvec(v), self.factor)
 
 
@@ -124,11 +139,11 @@ class DiagonalOperator(LinearOperator):
         return [self.diagonal] * len(v) if isinstance(self.diagonal, (int, float)) else self.diagonal
 
     def matvec(self, v: Vector) -> Vector:
-        """d ∘ v."""
+        """D ∘ v."""
         return tuple(a * d for a, d in zip(v, self._entries(v), strict=True))
 
     def add_product_(self, out: Vector, v: Vector) -> Vector:
-        """out ← out + d ∘ v in place; returns out."""
+        """Out ← out + d ∘ v in place; returns out."""
         for o, a, d in zip(out, v, self._entries(v), strict=True):
             if isinstance(d, Tensor):
                 o.addcmul_(a, d.expand_as(a))
@@ -189,9 +204,40 @@ def _own(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
     owned = []
     for product in _materialize(products, like):
         storage = product.untyped_storage().data_ptr()
-        owned.append(product if storage not in taken and product.is_contiguous() else product.clone().contiguous())
+        owned.append(
+            product if storage not in taken and product.is_contiguous() else product.clone().contiguous()
+        )
         taken.add(storage)
     return tuple(owned)
+
+
+def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
+    """∂L/∂w with a graph of its own, zeros where the loss does not depend on a parameter.
+
+    Autograd is silent about an operation that can be differentiated only once: it leaves an error node behind that a
+    derivative with respect to the parameters never reaches, and the operation's curvature would be missing. So the
+    incoming gradient of one requires gradients, which makes every such operation leave its node, and the graph is
+    searched for one.
+
+    Raises:
+        DoubleBackwardError: An operation of the loss can be differentiated only once.
+    """
+    one = torch.ones_like(loss, requires_grad=True)
+    with explain_double_backward():
+        gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True)
+        seen: set[object] = set()
+        stack = [g.grad_fn for g in gradient if g is not None]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name().endswith("Error"):
+                raise RuntimeError(
+                    "an operation marked once_differentiable: differentiate twice is not implemented."
+                )
+            stack.extend(following for following, _ in node.next_functions)
+    return _materialize(gradient, params)
 
 
 class HessianOperator(LinearOperator):
@@ -208,9 +254,7 @@ class HessianOperator(LinearOperator):
 
     def __init__(self, loss: Tensor, params: Vector) -> None:
         self.like = params
-        with explain_double_backward():
-            gradient = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        self.gradient = _materialize(gradient, params)
+        self.gradient = gradient_with_graph(loss, params)
         self._live = [i for i, g in enumerate(self.gradient) if g.requires_grad]
 
     def matvec(self, v: Vector) -> Vector:
@@ -274,7 +318,9 @@ class FiniteDifferenceOperator(LinearOperator):
         epsilon: Length of the move relative to ``1 + ‖w‖``; None: cube root of the dtype's machine epsilon.
     """
 
-    def __init__(self, gradient: Callable[[], Vector], params: Vector, *, epsilon: float | None = None) -> None:
+    def __init__(
+        self, gradient: Callable[[], Vector], params: Vector, *, epsilon: float | None = None
+    ) -> None:
         self.gradient, self.like = gradient, params
         relative = epsilon if epsilon is not None else torch.finfo(params[0].dtype).eps ** (1 / 3)
         self._length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))

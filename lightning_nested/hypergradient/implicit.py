@@ -28,6 +28,7 @@ from lightning_nested.hypergradient.curvature import (
     as_operator,
     central_difference,
     explain_double_backward,
+    gradient_with_graph,
 )
 from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, Solution, SolverState, as_solver
 from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm, scale_
@@ -59,7 +60,11 @@ class _GraphLinearization(Linearization):
             return (None,) * len(hparams)
         with explain_double_backward():
             return torch.autograd.grad(
-                [self._graph[i] for i in live], hparams, [v[i] for i in live], retain_graph=True, allow_unused=True
+                [self._graph[i] for i in live],
+                hparams,
+                [v[i] for i in live],
+                retain_graph=True,
+                allow_unused=True,
             )
 
 
@@ -105,8 +110,7 @@ class GaussNewton(Curvature):
             )
         loss = _tensor(inner_loss)
         operator = GaussNewtonOperator(loss, self.outputs, params)
-        with explain_double_backward():
-            graph = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+        graph = gradient_with_graph(loss, params)
         return _GraphLinearization(operator, graph)
 
 
@@ -161,10 +165,7 @@ class _GivenCurvature(Linearization):
     """A curvature the user brings, with mixed derivatives of the real loss."""
 
     def __init__(self, operator: LinearOperator, inner_loss: Loss, params: Vector) -> None:
-        with explain_double_backward():
-            graph = torch.autograd.grad(
-                _tensor(inner_loss), params, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+        graph = gradient_with_graph(_tensor(inner_loss), params)
         self._graph = _GraphLinearization(operator, graph)
         self.curvature, self.gradient = operator, self._graph.gradient
 
@@ -251,14 +252,17 @@ def implicit_result(
         operator = AveragedOperator(operator, reduce)
     for penalty in penalties:
         operator = operator + penalty.curvature()
-    solution = as_solver(solver if solver is not None else Neumann()).solve(operator, b, state=state, reduce=reduce)
+    solution = as_solver(solver if solver is not None else Neumann()).solve(
+        operator, b, state=state, reduce=reduce
+    )
 
     def indirect(v: Vector) -> tuple[Vector, tuple[Vector, ...]]:
         mixed = problem.mixed(v, hyper)
         if not allow_unused:
             _refuse_unseen(mixed, direct, hyper)
         total = tuple(
-            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() / inner_scale)
+            (torch.zeros_like(h) if d is None else d.detach())
+            - (0.0 if m is None else m.detach() / inner_scale)
             for h, d, m in zip(hyper, direct, mixed, strict=True)
         )
         closed = tuple(scale_(penalty.mixed(v), -1.0) for penalty in penalties)
@@ -370,12 +374,16 @@ def _check_inputs(
     for name, group in (("params", params), ("hparams", hparams)):
         for i, tensor in enumerate(group):
             if not tensor.requires_grad:
-                raise ValueError(f"{name}[{i}] must require gradients. Got shape {tuple(tensor.shape)} without.")
+                raise ValueError(
+                    f"{name}[{i}] must require gradients. Got shape {tuple(tensor.shape)} without."
+                )
     overlap = {id(p) for p in params} & {id(h) for h in hparams}
     if overlap:
-        raise ValueError(f"params and hparams must be different tensors. Got {len(overlap)} tensor(s) in both.")
+        raise ValueError(
+            f"params and hparams must be different tensors. Got {len(overlap)} tensor(s) in both."
+        )
     if not torch.isfinite(outer_loss.detach()).all():
-        raise FloatingPointError(f"outer_loss must be finite. Got {float(outer_loss)}.")
+        raise FloatingPointError(f"outer_loss must be finite. Got {float(outer_loss.detach())}.")
 
 
 def _refuse_unseen(mixed: Sequence[Tensor | None], direct: Sequence[Tensor | None], hparams: Vector) -> None:

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.curvature import DiagonalOperator, FlatOperator, LinearOperator, as_operator
+from lightning_nested.hypergradient.curvature import (
+    DiagonalOperator,
+    FlatOperator,
+    LinearOperator,
+    as_operator,
+)
 from lightning_nested.hypergradient.vectors import (
     Reduce,
     Vector,
@@ -157,9 +162,9 @@ class Neumann(InverseSolver):
     1/(α(K+1)). K products with A, O(n) memory.
     Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
-    Where the terms grow along negative curvature the series stops before the growing term and reports
-    ``"negative_curvature"``; where they grow because α is too large it raises, or with ``step_size=None`` halves α
-    and starts again.
+    Where the terms grow, one more product finds out why. Along negative curvature the solve reports
+    ``"negative_curvature"`` and stops before a term becomes longer than b; where α is too large it raises, or with
+    ``step_size=None`` halves α and starts again.
 
     Args:
         num_terms: K ≥ 0, products with A.
@@ -233,10 +238,10 @@ class Neumann(InverseSolver):
         term, total = clone(first), clone(first)  # v, p
         squared = _number(dot(term, term), reduce)
         noise = (_NOISE * torch.finfo(first[0].dtype).eps * size) ** 2
-        curvature, status, count = math.nan, "truncated", 0
+        curvature, status, count, probes = math.nan, "truncated", 0, 0
         if math.sqrt(squared) <= self.tolerance * size:
             return Solution(x=zeros_like(first), residual=math.sqrt(squared) / size, iterations=0)
-        for count in range(1, self.num_terms + 1):  # noqa: B007
+        for count in range(1, self.num_terms + 1):
             product = operator @ term
             add_(term, product, alpha=-step_size)
             next_squared = _check_finite(_number(dot(term, term), reduce), "A term of the Neumann series")
@@ -246,21 +251,26 @@ class Neumann(InverseSolver):
                 # With v₊ = v − αAv: vᵀAv = v₊ᵀAv + α‖Av‖², so the product is looked at only where it matters.
                 energy = _number(dot(term, product) + step_size * dot(product, product), reduce)
                 curvature = energy / squared if squared > 0 else math.nan
-            if grows and 1.0 - step_size * curvature < 0.0:  # v₊ points against v: α is too large
-                status = "diverged"
-                break
-            if grows and next_squared > size * size:
+            if grows and (status == "truncated" or next_squared > size * size):
+                # A positive A with ‖v₊‖ > ‖v‖ has a Rayleigh quotient of at least 2/α along Av: one more product
+                # tells a step that is too large from negative curvature.
+                stiffness = _number(dot(product, operator @ product) / dot(product, product), reduce)
+                probes += 1
+                if abs(stiffness) * step_size >= 2.0 * (1.0 - _GROWTH):
+                    status = "diverged"
+                    break
                 status = "negative_curvature"
-                break
+                if next_squared > size * size:
+                    break
             add_(total, term)
             squared = next_squared
             if small:
-                status = "converged"
+                status = "converged" if status == "truncated" else status
                 break
         return Solution(
             x=scale_(total, step_size),
             residual=math.sqrt(squared) / size,
-            iterations=count,
+            iterations=count + probes,
             curvature=curvature,
             status=status,
             state=state,
@@ -287,7 +297,9 @@ def _power_iteration(
     vector, value = state.eigenvector, state.eigenvalue
     limit = 1
     if vector is None:
-        generator = torch.Generator().manual_seed(0)  # a stream of its own: the caller's random numbers are untouched
+        generator = torch.Generator().manual_seed(
+            0
+        )  # a stream of its own: the caller's random numbers are untouched
         vector = tuple(torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a in b)
         scale_(vector, 1.0 / float(norm(vector)))
         limit = 20
@@ -341,7 +353,7 @@ class ConjugateGradient(InverseSolver):
         if self.damping:
             operator = operator + DiagonalOperator(self.damping)
         inverse = None if self.preconditioner is None else as_operator(self.preconditioner, b)
-        x, r, products = zeros_like(b), clone(b), 0
+        x, r, products, stepped = zeros_like(b), clone(b), 0, False
         if self.warm_start and state.solution is not None:
             add_(r, operator @ state.solution, alpha=-1.0)
             products = 1
@@ -365,7 +377,7 @@ class ConjugateGradient(InverseSolver):
             if pq <= 0.0:
                 status = "negative_curvature"
                 break
-            step = rz / pq
+            step, stepped = rz / pq, True
             add_(x, p, alpha=step)
             add_(r, q, alpha=-step)
             residual = _check_finite(_number(norm(r), reduce), "The residual of conjugate gradient")
@@ -375,7 +387,7 @@ class ConjugateGradient(InverseSolver):
             add_(p, z)
         if residual <= self.tolerance * size:
             status = "converged"
-        elif status == "negative_curvature" and residual >= size:
+        elif status == "negative_curvature" and not stepped:
             raise FloatingPointError(
                 f"Conjugate gradient met pᵀAp ≤ 0 in its first direction. Got curvature {curvature:g}: the inner loss "
                 "is not at a minimum. Raise damping, train further before the first outer step, or use GaussNewton()."
@@ -394,8 +406,8 @@ class ConjugateGradient(InverseSolver):
 class Nystrom(InverseSolver):
     """Nyström inverse: A ≈ U Λ Uᵀ from ``rank`` products, x = U(Λ + ρ)⁻¹Uᵀb + (b − UUᵀb)/ρ.
 
-    Exact when the rank reaches the numerical rank of A. Positive semi-definite A. ``rank`` products that do not
-    depend on each other, rank·n memory; no step size.
+    Exact when the rank reaches the numerical rank of A. Positive semi-definite A. ``rank`` products that do
+    not depend on each other, rank·n memory; no step size.
     Hataya & Yamada (2023), AISTATS, PMLR 206:4643-4654; the stable sketch of Frangella, Tropp & Udell (2023),
     SIAM J. Matrix Anal. Appl. 44:718-752.
 
@@ -413,7 +425,9 @@ class Nystrom(InverseSolver):
         _positive("rank", self.rank)
         _positive("damping", self.damping, zero=True)
 
-    def factor(self, operator: LinearOperator, like: Vector, *, reduce: Reduce | None = None) -> NystromInverse:
+    def factor(
+        self, operator: LinearOperator, like: Vector, *, reduce: Reduce | None = None
+    ) -> NystromInverse:
         """The factors of the approximation, as an operator (A + ρ)⁻¹ that is also a preconditioner.
 
         Args:
@@ -441,8 +455,8 @@ class Nystrom(InverseSolver):
         factor, failed = torch.linalg.cholesky_ex(core + shift * torch.eye(rank).to(core))
         if int(failed):
             raise FloatingPointError(
-                f"The Nyström core is not positive definite. Got smallest eigenvalue {curvature:g}; raise damping, "
-                "or use GaussNewton() or ConjugateGradient()."
+                f"The Nyström core is not positive definite. Got smallest eigenvalue {curvature:g}; "
+                "raise damping, or use GaussNewton() or ConjugateGradient()."
             )
         half = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T
         basis, singular, _ = torch.linalg.svd(half, full_matrices=False)
@@ -457,7 +471,9 @@ class Nystrom(InverseSolver):
         residual = clone(b)
         add_(residual, operator @ x, alpha=-1.0)
         add_(residual, x, alpha=-self.damping)
-        relative = _check_finite(_number(norm(residual), reduce), "The residual of the Nyström inverse") / size
+        relative = (
+            _check_finite(_number(norm(residual), reduce), "The residual of the Nyström inverse") / size
+        )
         # Rounding of the core is not curvature.
         scale = float(inverse.eigenvalues.max()) if inverse.eigenvalues.numel() else 0.0
         negative = inverse.curvature < -1e3 * torch.finfo(b[0].dtype).eps * max(scale, 1e-30)
@@ -492,7 +508,7 @@ class NystromInverse(LinearOperator):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSolve(InverseSolver):
-    """x = (A + damping·I)⁻¹b with the matrix written out: n products and n² memory, the reference on small problems.
+    """x = (A + damping·I)⁻¹b with the matrix written out: n products, n² memory, the reference on small problems.
 
     Args:
         damping: Added to the diagonal.
@@ -512,7 +528,7 @@ class DenseSolve(InverseSolver):
         n = flat.numel()
         if n > self.max_size:
             raise ValueError(
-                f"DenseSolve writes out an n × n matrix: n must be at most max_size={self.max_size}. Got n={n}; "
+                f"DenseSolve writes out a matrix: n must be at most max_size={self.max_size}. Got n={n}; "
                 "use ConjugateGradient() or Neumann()."
             )
         matrix = torch.empty(n, n, dtype=flat.dtype, device=flat.device)

@@ -22,12 +22,14 @@ def _fused(vector: Sequence[Tensor]) -> bool:
 
 def dot(u: Vector, v: Vector) -> Tensor:
     """Inner product Σᵢ uᵢ·vᵢ as a 0-dimensional tensor, on the device of the vectors."""
-    return torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(u, v, strict=True)]).sum()
+    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(u, v, strict=True)]
+    return torch.stack(parts).sum()
 
 
 def norm(v: Vector) -> Tensor:
     """Euclidean norm ‖v‖₂ over all tensors, 0-dimensional."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in v]))
+    size: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in v]))
+    return size
 
 
 def clone(v: Iterable[Tensor]) -> Vector:
@@ -41,7 +43,7 @@ def zeros_like(v: Iterable[Tensor]) -> Vector:
 
 
 def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
-    """u ← u + αv in place; returns u."""
+    """U ← u + αv in place; returns u."""
     if _fused(u):
         torch._foreach_add_(list(u), list(v), alpha=alpha)
     else:
@@ -51,7 +53,7 @@ def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
 
 
 def scale_(u: Vector, alpha: float) -> Vector:
-    """u ← αu in place; returns u."""
+    """U ← αu in place; returns u."""
     if _fused(u):
         torch._foreach_mul_(list(u), alpha)
     else:
