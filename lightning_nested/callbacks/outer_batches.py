@@ -42,7 +42,9 @@ class OuterBatches:
         self.seed, self._rank = seed, trainer.global_rank
         self._device = trainer.strategy.root_device
         with RandomStream(seed, self._device):
-            self._loader = _prepare(trainer, _given(loader) if loader is not None else _validation_loader(trainer))
+            self._loader = _prepare(
+                trainer, _given(loader) if loader is not None else _validation_loader(trainer)
+            )
         self.round, self.position = 0, 0
         self._iterator: Iterator[Any] | None = None
         self.stream = self._new_stream()

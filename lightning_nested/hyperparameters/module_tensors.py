@@ -53,4 +53,6 @@ class ModuleTensors(Hyperparameter):
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Nothing to create; :meth:`attach` has found the tensors."""
         if not self.tensors:
-            raise ValueError(f"ModuleTensors({self.path!r}) must be attached to a module first. Call attach(module).")
+            raise ValueError(
+                f"ModuleTensors({self.path!r}) must be attached to a module first. Call attach(module)."
+            )

@@ -101,7 +101,9 @@ class OuterStep:
     ) -> None:
         names = [h.name for h in hyperparameters]
         if not names:
-            raise ValueError("hyperparameters must hold at least one. Got none; give WeightDecay(), for example.")
+            raise ValueError(
+                "hyperparameters must hold at least one. Got none; give WeightDecay(), for example."
+            )
         if len(set(names)) != len(names):
             raise ValueError(f"hyperparameters must have different names. Got {names}; set name=...")
         self.hyperparameters = tuple(hyperparameters)
@@ -133,7 +135,8 @@ class OuterStep:
         for hyperparameter in self.hyperparameters:
             values = hyperparameter.values()
             single = len(values) == 1
-            result.update({hyperparameter.name if single else f"{hyperparameter.name}/{k}": v for k, v in values.items()})
+            for key, value in values.items():
+                result[hyperparameter.name if single else f"{hyperparameter.name}/{key}"] = value
         return result
 
     def compute(
@@ -232,7 +235,9 @@ class OuterStep:
                 "The outer loss must depend on at least one hyperparameter, through the training steps or directly. "
                 f"Got none of {[h.name for h in self.hyperparameters]}: does the inner loss read them?"
             )
-        local = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(self.tensors, found, strict=True))
+        local = tuple(
+            torch.zeros_like(t) if g is None else g for t, g in zip(self.tensors, found, strict=True)
+        )
         hypergradient = average(local, reduce)
         size = float(norm(hypergradient))
         if not math.isfinite(size):

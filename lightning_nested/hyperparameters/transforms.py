@@ -26,7 +26,7 @@ class Transform(ABC):
             ValueError: The value lies outside the range.
         """
 
-    def project_(self, raw: Tensor) -> None:
+    def project_(self, raw: Tensor) -> None:  # noqa: B027
         """Move ``raw`` back into the range where the transform is well conditioned, in place; by default nowhere."""
 
 

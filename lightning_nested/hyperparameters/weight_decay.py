@@ -28,7 +28,7 @@ class WeightDecay(Hyperparameter):
         init: Decay at the start, in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
         include: Names of parameters that are decayed, with ``*`` wildcards.
         exclude: Names that are not, with ``*`` wildcards.
-        transform: From the unconstrained tensor to the decay; default ``Exp`` kept within [1e-12, 100] (and around ``init``).
+        transform: From the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 100].
         name: Key in logs and checkpoints.
 
     Raises:
@@ -51,7 +51,9 @@ class WeightDecay(Hyperparameter):
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
-        self.transform = transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(100.0, 2 * init))
+        self.transform = (
+            transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(100.0, 2 * init))
+        )
         self.parameter_names: tuple[str, ...] = ()
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
@@ -76,7 +78,8 @@ class WeightDecay(Hyperparameter):
         else:
             shapes = {self.per: torch.Size([]) if self.per == "model" else torch.Size([len(chosen)])}
         self.tensors = {
-            key: self._leaf(torch.full(shape, self.init, dtype=dtype), device) for key, shape in shapes.items()
+            key: self._leaf(torch.full(shape, self.init, dtype=dtype), device)
+            for key, shape in shapes.items()
         }
 
     def values(self) -> dict[str, Tensor]:
@@ -111,7 +114,9 @@ class WeightDecay(Hyperparameter):
         return DecayPenalty(self, parameters)
 
     def _decays(self, name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
+        return any(fnmatchcase(name, p) for p in self.include) and not any(
+            fnmatchcase(name, p) for p in self.exclude
+        )
 
 
 class DecayPenalty:
@@ -143,5 +148,7 @@ class DecayPenalty:
 
 def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
-        raise ValueError(f"{name} must be a list of names. Got the string {patterns!r}; write [{patterns!r}].")
+        raise ValueError(
+            f"{name} must be a list of names. Got the string {patterns!r}; write [{patterns!r}]."
+        )
     return tuple(patterns)

@@ -45,19 +45,29 @@ class ExampleWeights(BoundHyperparameter):
     )
 
     def __init__(
-        self, num_examples: int, init: float = 0.5, transform: Transform | None = None, name: str = "example_weights"
+        self,
+        num_examples: int,
+        init: float = 0.5,
+        transform: Transform | None = None,
+        name: str = "example_weights",
     ) -> None:
         super().__init__()
         if num_examples < 1:
             raise ValueError(f"num_examples must be at least 1. Got {num_examples}.")
         self.num_examples, self.init, self.name = num_examples, init, name
-        self.transform = transform if transform is not None else Interval(upper=1.0 if init < 1.0 else 2.0 * init)
-        self.transform.inverse(torch.tensor(float(init)))  # refuse a start outside the range where it is given
+        self.transform = (
+            transform if transform is not None else Interval(upper=1.0 if init < 1.0 else 2.0 * init)
+        )
+        self.transform.inverse(
+            torch.tensor(float(init))
+        )  # refuse a start outside the range where it is given
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (num_examples,)."""
         dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"weights": self._leaf(torch.full((self.num_examples,), self.init, dtype=dtype), device)}
+        self.tensors = {
+            "weights": self._leaf(torch.full((self.num_examples,), self.init, dtype=dtype), device)
+        }
 
     def __call__(self, index: Tensor) -> Tensor:
         """Weights of the examples ``index`` (any shape, integers in [0, num_examples))."""
@@ -96,7 +106,9 @@ class LossWeights(BoundHyperparameter):
         self.names, self.name = tuple(names), name
         self.init = tuple([init] * len(self.names) if isinstance(init, (int, float)) else init)
         if len(self.init) != len(self.names) or not all(math.isfinite(i) for i in self.init):
-            raise ValueError(f"init must be one finite number, or one per name. Got {init!r} for {list(names)}.")
+            raise ValueError(
+                f"init must be one finite number, or one per name. Got {init!r} for {list(names)}."
+            )
         self.transform = transform if transform is not None else Softplus()
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
