@@ -354,12 +354,12 @@ def test_networks_against_central_differences_of_the_retrained_response(kind: st
                 allow_unused=True,
             )
             here = [p.detach().clone() for p in params]
-            before, length = float(inner()), 1.0
+            before, length = float(inner().detach()), 1.0
             while True:  # backtracking
                 with torch.no_grad():
                     for p, h, s in zip(params, here, result.solution.x, strict=True):
                         p.copy_(h - length * s)
-                if float(inner()) <= before + 1e-14 or length < 1e-6:
+                if float(inner().detach()) <= before + 1e-14 or length < 1e-6:
                     break
                 length /= 2
         return size
@@ -388,7 +388,7 @@ def test_networks_against_central_differences_of_the_retrained_response(kind: st
                 p.copy_(h)
             r += sign * epsilon
         assert retrain() < 1e-10
-        values.append(float(outer()))
+        values.append(float(outer().detach()))
         with torch.no_grad():
             r -= sign * epsilon
     truth = (values[0] - values[1]) / (2 * epsilon)
