@@ -211,6 +211,22 @@ def _own(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
     return tuple(owned)
 
 
+def refuse_once_differentiable(gradient: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient's graph holds an operation that autograd would pass over in silence when asked again."""
+    seen: set[object] = set()
+    stack = [g.grad_fn for g in gradient if g is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("Error"):
+            raise RuntimeError(
+                "an operation marked once_differentiable: differentiate twice is not implemented."
+            )
+        stack.extend(following for following, _ in node.next_functions)
+
+
 def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
     """∂L/∂w with a graph of its own, zeros where the loss does not depend on a parameter.
 
@@ -225,18 +241,7 @@ def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
     one = torch.ones_like(loss, requires_grad=True)
     with explain_double_backward():
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True)
-        seen: set[object] = set()
-        stack = [g.grad_fn for g in gradient if g is not None]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name().endswith("Error"):
-                raise RuntimeError(
-                    "an operation marked once_differentiable: differentiate twice is not implemented."
-                )
-            stack.extend(following for following, _ in node.next_functions)
+        refuse_once_differentiable(gradient)
     return _materialize(gradient, params)
 
 

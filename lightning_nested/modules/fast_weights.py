@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_nested.hypergradient.curvature import explain_double_backward
+from lightning_nested.hypergradient.curvature import explain_double_backward, refuse_once_differentiable
 from lightning_nested.hypergradient.vectors import Reduce, flatten, unflatten
 
 _DIFFERENTIABLE = (SGD, Adam, AdamW)
@@ -57,10 +57,14 @@ class FastWeights:
 
     def gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of a loss from :meth:`evaluate`, with their graph; None where it does not depend."""
+        values = tuple(self.values.values())
         with explain_double_backward():
-            return torch.autograd.grad(
-                loss, tuple(self.values.values()), create_graph=True, allow_unused=True
-            )
+            # With a gradient of one that requires gradients, each operation leaves its mark in the graph.
+            one = torch.ones_like(loss, requires_grad=True)
+            gradients = torch.autograd.grad(loss, values, one, create_graph=True, allow_unused=True)
+            if self.steps == 0:  # later graphs hold the same operations, and all earlier steps
+                refuse_once_differentiable(gradients)
+        return gradients
 
     def step(self, gradients: Sequence[Tensor | None], rates: Sequence[Tensor] | None = None) -> None:
         """Repeat the optimizer's update with its graph; to be called before the real step.
