@@ -212,7 +212,7 @@ def test_a_checkpoint_of_the_command_line_loads_in_python(tmp_path: Path) -> Non
     [
         (["--trainer.max_epoch=3"], "--trainer.max_epoch: did you mean --trainer.max_epochs"),
         (["--sed_everything", "3"], "--sed_everything: did you mean --seed_everything?"),
-        (["--model", "ImageClasifier"], "ImageClasifier: did you mean ImageClassifier?"),
+        (["--model", "ImageClasifier"], "ImageClasifier: did you mean ImageClassifier"),
         (["--data", "Digits"], "Digits: did you mean DigitsDataModule?"),
         (["--model.netwrk", "mlp"], "netwrk: did you mean network"),
         (["--model.optimizer", "SDG"], "SDG: did you mean SGD?"),
