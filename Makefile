@@ -31,7 +31,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)  ## every benchmark, one after the other: they time each other out when run side by side
-	$(BIN)/python -m pip install --requirement benchmarks/requirements.txt
+	$(BIN)/python -m pip install --no-deps --ignore-requires-python --requirement benchmarks/requirements.txt
 	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:

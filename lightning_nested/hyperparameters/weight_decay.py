@@ -28,7 +28,8 @@ class WeightDecay(Hyperparameter):
         init: Decay at the start, in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
         include: Names of parameters that are decayed, with ``*`` wildcards.
         exclude: Names that are not, with ``*`` wildcards.
-        transform: From the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 100].
+        transform: From the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges above
+            about 2(1 + β)/rate.
         name: Key in logs and checkpoints.
 
     Raises:
@@ -52,7 +53,7 @@ class WeightDecay(Hyperparameter):
         self.per, self.init, self.name = per, init, name
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
         self.transform = (
-            transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(100.0, 2 * init))
+            transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init))
         )
         self.parameter_names: tuple[str, ...] = ()
 
