@@ -33,12 +33,16 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     ),
     "hyperparameters": (
         "ExampleWeights",
+        "LearningRate",
         "LossWeights",
         "ModuleTensors",
         "WeightDecay",
     ),
     "callbacks": ("HypergradientCallback",),
-    "modules": ("ImageClassifier",),
+    "modules": (
+        "ImageClassifier",
+        "NestedModule",
+    ),
     "datamodules": (
         "DigitsDataModule",
         "FashionMNISTDataModule",
@@ -64,10 +68,12 @@ if TYPE_CHECKING:
     from lightning_nested.hypergradient import implicit_hypergradient as implicit_hypergradient
     from lightning_nested.hypergradient import unrolled_hypergradient as unrolled_hypergradient
     from lightning_nested.hyperparameters import ExampleWeights as ExampleWeights
+    from lightning_nested.hyperparameters import LearningRate as LearningRate
     from lightning_nested.hyperparameters import LossWeights as LossWeights
     from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
     from lightning_nested.modules import ImageClassifier as ImageClassifier
+    from lightning_nested.modules import NestedModule as NestedModule
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name
 
     def __getattr__(name: str) -> object:
