@@ -24,7 +24,18 @@ from lightning_nested.cli import close_matches, resolve_configs
 from lightning_nested.datamodules import InMemoryDataModule
 
 # A class can be given by its short name once it has been imported.
-_PACKAGES = ("callbacks", "datamodules", "hypergradient", "hyperparameters", "modules", "networks")
+_PACKAGES = (
+    "callbacks",
+    "datamodules",
+    "dynamics",
+    "games",
+    "hypergradient",
+    "hypernetworks",
+    "hyperparameters",
+    "modules",
+    "networks",
+    "optim",
+)
 _BASES = (
     LightningModule,
     LightningDataModule,

@@ -16,7 +16,7 @@ import lightning_nested
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_nested"
-CORE = ("hypergradient", "hyperparameters", "networks")
+CORE = ("dynamics", "games", "hypergradient", "hypernetworks", "hyperparameters", "networks", "optim")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
 
