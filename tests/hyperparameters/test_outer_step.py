@@ -1,0 +1,134 @@
+"""OuterStep: what it computes, that it moves nothing before `apply`, and what it saves."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_nested.hypergradient import ConjugateGradient, Neumann
+from lightning_nested.hyperparameters import ExampleWeights, OuterStep, WeightDecay
+from tests.cases import DOUBLE, ridge_data, ridge_solution
+
+LOG_DECAY = torch.tensor(-2.0, dtype=DOUBLE)
+SLOPE, VALUE = 0.4007387704, 3.8537734400  # of the log-decay reference at r = −2, ten digits
+
+
+def ridge() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Parameters at the inner optimum, the inner loss without decay, and the outer loss."""
+    xt, yt, xv, yv = ridge_data()
+    w = ridge_solution(LOG_DECAY).clone().requires_grad_(True)
+    return {"w": w}, 0.5 * ((xt @ w - yt) ** 2).mean(), 0.5 * ((xv @ w - yv) ** 2).mean()
+
+
+def step(**options: Any) -> OuterStep:
+    decay = WeightDecay("model", init=math.exp(-2.0))
+    defaults = {
+        "solver": ConjugateGradient(tolerance=1e-13),
+        "optimizer": lambda t: torch.optim.SGD(t, lr=0.5),
+    }
+    return OuterStep([decay], **{**defaults, **options})
+
+
+def test_compute_finds_the_closed_form_and_apply_moves_along_it() -> None:
+    outer = step()
+    parameters, inner, loss = ridge()
+    outer.build(parameters, "cpu")
+    report = outer.compute(inner, loss, parameters, compare_identity=True)
+    assert report.outer_loss == pytest.approx(VALUE, rel=1e-9)
+    assert report.hypergradient_norm == pytest.approx(SLOPE, rel=1e-8)
+    assert report.inner_gradient_norm < 1e-12  # at the optimum, penalty included
+    assert report.residual < 1e-12
+    assert not report.negative_curvature
+    assert abs(report.identity_cosine) == pytest.approx(1.0, rel=1e-12)  # of one number
+    assert outer.pending
+    raw = outer.tensors[0].data
+    assert float(raw) == pytest.approx(-2.0, abs=1e-15)  # nothing has moved yet
+    outer.apply()
+    assert not outer.pending
+    assert float(raw) == pytest.approx(-2.0 - 0.5 * SLOPE, rel=1e-9)
+    assert outer.tensors[0].grad is None
+    outer.apply()  # nothing is held: nothing moves
+    assert float(raw) == pytest.approx(-2.0 - 0.5 * SLOPE, rel=1e-9)
+
+
+def test_the_loss_scale_cancels() -> None:
+    sizes = []
+    for scale in (1.0, 2.0**16):
+        outer = step()
+        parameters, inner, loss = ridge()
+        outer.build(parameters, "cpu")
+        sizes.append(outer.compute(inner * scale, loss, parameters, inner_scale=scale).hypergradient_norm)
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-12)
+
+
+def test_a_fixed_decay_is_part_of_the_curvature() -> None:
+    # Two decays of half the size, one tuned and one of the optimizer's own: the same optimum and half the slope.
+    half = WeightDecay("model", init=math.exp(-2.0) / 2)
+    outer = OuterStep([half], solver=ConjugateGradient(tolerance=1e-13))
+    parameters, inner, loss = ridge()
+    outer.build(parameters, "cpu")
+    report = outer.compute(inner, loss, parameters, fixed_decay=[math.exp(-2.0) / 2])
+    assert report.inner_gradient_norm < 1e-12
+    assert report.hypergradient_norm == pytest.approx(SLOPE / 2, rel=1e-8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_outer_loss_changes_nothing(bad: float) -> None:
+    outer = step()
+    parameters, inner, loss = ridge()
+    outer.build(parameters, "cpu")
+    with pytest.raises(FloatingPointError, match="outer loss must be finite"):
+        outer.compute(inner, loss * bad, parameters)
+    assert not outer.pending
+    assert float(outer.tensors[0].data) == pytest.approx(-2.0, abs=1e-15)
+
+
+def test_the_state_continues_bit_for_bit_and_loads_weights_only() -> None:
+    def options() -> dict[str, Any]:
+        return {
+            "optimizer": lambda t: torch.optim.Adam(t, lr=0.1),
+            "scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+            "solver": Neumann(num_terms=7, warm_start=True),
+        }
+
+    def advance(outer: OuterStep, times: int) -> None:
+        for _ in range(times):
+            parameters, inner, loss = ridge()
+            outer.compute(inner, loss, parameters)
+            outer.apply()
+
+    whole, first, second = (step(**options()) for _ in range(3))
+    parameters = ridge()[0]
+    for outer in (whole, first, second):
+        outer.build(parameters, "cpu")
+    advance(whole, 4)
+    advance(first, 2)
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    saved.seek(0)
+    second.load_state_dict(torch.load(saved, weights_only=True), parameters)
+    advance(second, 2)
+    assert torch.equal(whole.tensors[0], second.tensors[0])
+    assert not torch.equal(whole.tensors[0], first.tensors[0])
+    with pytest.raises(ValueError, match="written with others"):
+        OuterStep([ExampleWeights(3)]).load_state_dict(whole.state_dict(), parameters)
+
+
+def test_bad_sets_of_hyperparameters() -> None:
+    with pytest.raises(ValueError, match="at least one. Got none"):
+        OuterStep([])
+    with pytest.raises(ValueError, match="different names"):
+        OuterStep([WeightDecay(), WeightDecay()])
+    assert set(OuterStep([WeightDecay(), WeightDecay(name="second")]).values()) == set()
+
+
+def test_values_are_named_after_their_hyperparameter() -> None:
+    outer = OuterStep([WeightDecay("model"), ExampleWeights(3)])
+    outer.build({"w": torch.zeros(2)}, "cpu")
+    assert list(outer.values()) == ["weight_decay", "example_weights"]
+    assert outer.values()["example_weights"].shape == (3,)
