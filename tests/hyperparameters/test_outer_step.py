@@ -120,7 +120,7 @@ def test_the_state_continues_bit_for_bit_and_loads_weights_only() -> None:
 
 
 def test_bad_sets_of_hyperparameters() -> None:
-    with pytest.raises(ValueError, match="at least one. Got none"):
+    with pytest.raises(ValueError, match=r"at least one\. Got none"):
         OuterStep([])
     with pytest.raises(ValueError, match="different names"):
         OuterStep([WeightDecay(), WeightDecay()])

@@ -42,7 +42,7 @@ def test_loss_weights_sum_the_named_parts() -> None:
     weights = LossWeights(["ce", "aux"], init=[1.0, 0.5])
     weights.build({"w": torch.zeros(1, dtype=torch.float64)})
     ce, aux = torch.tensor(2.0, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)
-    torch.testing.assert_close(float(weights({"aux": aux, "ce": ce})), 4.0, rtol=1e-14, atol=0)
+    torch.testing.assert_close(weights({"aux": aux, "ce": ce}).detach(), aux, rtol=1e-14, atol=0)  # 1·2 + ½·4
     assert {name: round(float(v), 12) for name, v in weights.values().items()} == {"ce": 1.0, "aux": 0.5}
     (slope,) = torch.autograd.grad(weights({"ce": ce, "aux": aux}), weights.tensors["weights"])
     # softplus′ = 1 − exp(−value)
@@ -57,7 +57,7 @@ def test_loss_weights_sum_the_named_parts() -> None:
     [
         (lambda: ExampleWeights(0), "num_examples must be at least 1"),
         (lambda: ExampleWeights(2, init=2.0, transform=Interval()), r"inside \(0.0, 1.0\). Got 2"),
-        (lambda: LossWeights("ce"), "list of different names. Got 'ce'"),
+        (lambda: LossWeights("ce"), "list of different names"),
         (lambda: LossWeights(["a", "a"]), "different names"),
         (lambda: LossWeights([]), "different names"),
         (lambda: LossWeights(["a", "b"], init=[1.0]), "one per name"),
@@ -74,7 +74,7 @@ def test_bad_arguments(make: Any, message: str) -> None:
 
 def test_a_loss_weight_of_zero_is_refused_before_training() -> None:
     weights = LossWeights(["a"], init=0.0, transform=Softplus())
-    with pytest.raises(ValueError, match="positive. Got 0"):
+    with pytest.raises(ValueError, match=r"positive\. Got 0"):
         weights.build({})
 
 
@@ -82,11 +82,11 @@ def test_learning_rates_of_groups() -> None:
     rate = LearningRate()
     rate.attach([0.1, 0.01])
     rate.build({})
-    assert [round(float(r), 6) for r in rate.rates()] == [0.1, 0.01]
+    assert [round(r.item(), 6) for r in rate.rates()] == [0.1, 0.01]
     fixed = LearningRate(init=0.5)
     fixed.attach([0.1, 0.01])
     fixed.build({})
-    assert [round(float(r), 6) for r in fixed.rates()] == [0.5, 0.5]
+    assert [round(r.item(), 6) for r in fixed.rates()] == [0.5, 0.5]
 
 
 class Augmented(nn.Module):
