@@ -87,8 +87,16 @@ def reinitialize(
 def log_outer_step(
     module: LightningModule, report: OuterReport, values: Mapping[str, Tensor], skipped: int
 ) -> None:
-    """Diagnostics and values in natural units; a histogram too where a hyperparameter has many entries."""
+    """Diagnostics and values in natural units; a histogram too where a hyperparameter has many entries.
+
+    Loggers are given them here, once, at the step they belong to: ``self.log(..., on_step=True)`` would repeat the
+    last value at every later step, and drop those that fall between two of the Trainer's ``log_every_n_steps``.
+    ``self.log`` gives them to the progress bar, checkpoints and early stopping.
+    """
     trainer = module.trainer
+    step = (
+        trainer.fit_loop.epoch_loop._batches_that_stepped
+    )  # the Trainer's own axis, also in manual optimization
     metrics = {f"hypergradient/{key}": value for key, value in report.metrics().items()}
     metrics["hypergradient/skipped_steps"] = float(skipped)
     for name, value in values.items():
@@ -99,5 +107,7 @@ def log_outer_step(
         for logger in trainer.loggers:
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
             if add_histogram is not None:
-                add_histogram(f"hyperparameters/{name}", value.float().cpu(), trainer.global_step)
-    module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+                add_histogram(f"hyperparameters/{name}", value.float().cpu(), step)
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step)
+    module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1, logger=False)
