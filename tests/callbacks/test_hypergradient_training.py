@@ -123,7 +123,8 @@ def test_dropout_and_batch_norm_are_those_of_the_training_loss() -> None:
     fit = trainer(independent, callback, limit_train_batches=1)
     fit.fit(module, DataLoader(data(8, 1), 8), DataLoader(data(16, 2), 16))
     (expected,) = independent.found
-    assert callback.last_report is not None and not callback.last_report.negative_curvature
+    assert callback.last_report is not None
+    assert not callback.last_report.negative_curvature
     moved = torch.cat([t.detach().flatten() for t in callback.outer.tensors]) - before
     assert float(expected.norm()) > 1e-3
     # Conjugate gradients to 1e-13, then a difference of numbers near 1.
