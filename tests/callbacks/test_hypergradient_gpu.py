@@ -1,4 +1,4 @@
-"""HypergradientCallback on a CUDA device: the values of the CPU, and half precision. scripts/verify_gpu.sh runs two devices."""
+"""HypergradientCallback on a CUDA device: the values of the CPU, and half precision."""
 
 from __future__ import annotations
 
