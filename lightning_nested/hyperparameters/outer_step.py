@@ -129,6 +129,11 @@ class OuterStep:
         """All unconstrained tensors: those in the loss's graph first, then the decays'."""
         return tuple(t for h in (*self.in_graph, *self.decays) for t in h.tensors.values())
 
+    @property
+    def in_graph_tensors(self) -> Vector:
+        """Those unconstrained tensors that losses depend on through their graphs."""
+        return tuple(t for h in self.in_graph for t in h.tensors.values())
+
     def values(self) -> dict[str, Tensor]:
         """Values in natural units: ``name``, or ``name/key`` where a hyperparameter has several tensors."""
         result = {}
@@ -171,7 +176,7 @@ class OuterStep:
         mean = float(value if reduce is None else reduce(value))
         if not math.isfinite(mean):
             raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
-        graph = tuple(t for h in self.in_graph for t in h.tensors.values())
+        graph = self.in_graph_tensors
         penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
         if any(fixed_decay):
             penalties.append(_FixedDecay(fixed_decay))
@@ -271,6 +276,10 @@ class OuterStep:
             self.scheduler.step()
         for hyperparameter in self.hyperparameters:
             hyperparameter.project_()
+        self._pending = None
+
+    def discard(self) -> None:
+        """Drop the held hypergradients."""
         self._pending = None
 
     def clear_gradients(self) -> None:
