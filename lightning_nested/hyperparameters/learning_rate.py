@@ -55,7 +55,7 @@ class LearningRate(Hyperparameter):
                 "steps, by NestedModule(gradient=Unrolled(...)); elsewhere call attach([lr, ...]) first."
             )
         dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"rates": self._leaf(torch.tensor(self._rates, dtype=dtype), device)}
+        self._create({"rates": torch.tensor(self._rates, dtype=dtype)}, device)
 
     def rates(self) -> tuple[Tensor, ...]:
         """The rate of each group, 0-dimensional, with its graph."""

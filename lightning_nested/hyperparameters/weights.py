@@ -65,9 +65,7 @@ class ExampleWeights(BoundHyperparameter):
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (num_examples,)."""
         dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {
-            "weights": self._leaf(torch.full((self.num_examples,), self.init, dtype=dtype), device)
-        }
+        self._create({"weights": torch.full((self.num_examples,), self.init, dtype=dtype)}, device)
 
     def __call__(self, index: Tensor) -> Tensor:
         """Weights of the examples ``index`` (any shape, integers in [0, num_examples))."""
@@ -114,7 +112,7 @@ class LossWeights(BoundHyperparameter):
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (number of names,)."""
         dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"weights": self._leaf(torch.tensor(self.init, dtype=dtype), device)}
+        self._create({"weights": torch.tensor(self.init, dtype=dtype)}, device)
 
     def values(self) -> dict[str, Tensor]:
         """One weight per name."""
