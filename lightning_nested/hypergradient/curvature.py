@@ -128,8 +128,8 @@ class DiagonalOperator(LinearOperator):
     """diag(d): weight decay, damping, a diagonal preconditioner.
 
     Args:
-        diagonal: A number (damping: d·I), or one entry per parameter tensor, each a number or a tensor that
-            broadcasts to the parameter's shape.
+        diagonal: A number (damping: d·I), or one entry per parameter tensor, each a number or a tensor of any
+            floating dtype that broadcasts to the parameter's shape. Products have the dtype of the vector.
     """
 
     def __init__(self, diagonal: float | Sequence[Tensor | float]) -> None:
@@ -140,13 +140,16 @@ class DiagonalOperator(LinearOperator):
 
     def matvec(self, v: Vector) -> Vector:
         """D ∘ v."""
-        return tuple(a * d for a, d in zip(v, self._entries(v), strict=True))
+        return tuple(
+            a * (d.to(a.dtype) if isinstance(d, Tensor) else d)
+            for a, d in zip(v, self._entries(v), strict=True)
+        )
 
     def add_product_(self, out: Vector, v: Vector) -> Vector:
         """Out ← out + d ∘ v in place; returns out."""
         for o, a, d in zip(out, v, self._entries(v), strict=True):
             if isinstance(d, Tensor):
-                o.addcmul_(a, d.expand_as(a))
+                o.addcmul_(a, d.to(a.dtype).expand_as(a))
             elif d:
                 o.add_(a, alpha=d)
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -86,6 +87,15 @@ class Hyperparameter(ABC):
                     f"Got {tuple(state[key].shape)}: the checkpoint belongs to other settings."
                 )
             raw.copy_(state[key])
+
+    @staticmethod
+    def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
+        """Of unconstrained tensors: the widest of the parameters, at least float32.
+
+        An outer step changes a log-decay of −9 by some 0.05, which bfloat16 rounds to nothing.
+        """
+        dtypes = [p.dtype for p in parameters.values() if p.is_floating_point()]
+        return reduce(torch.promote_types, dtypes or [torch.get_default_dtype()], torch.float32)
 
     def _create(self, values: Mapping[str, Tensor], device: torch.device | str) -> None:
         """Leaves at natural ``values``; an earlier tensor of that name and shape stays, with its own."""

@@ -82,7 +82,7 @@ class WeightDecay(Hyperparameter):
             )
         self._matched = {*self.include, *self.exclude}
         before, self.parameter_names = self.parameter_names, tuple(chosen)
-        dtype = next(iter(chosen.values())).dtype
+        dtype = self._dtype(chosen)
         if self.per == "parameter":
             shapes = {name: p.shape for name, p in chosen.items()}
         else:
@@ -159,10 +159,12 @@ class DecayPenalty:
         """vᵢ wᵢ ∂dᵢ/∂λᵢ, summed over the weights that share a decay."""
         by_name = dict(zip(self._names, v, strict=True))
         if self._decay.per == "parameter":
-            slopes = [self._parameters[n] * by_name[n] for n in self._values]
+            slopes = [(self._parameters[n] * by_name[n]).to(d.dtype) for n, d in self._values.items()]
         else:
             # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
-            slopes = [torch.sum(self._parameters[n] * by_name[n]) for n in self._values]
+            slopes = [
+                torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in self._values.items()
+            ]
         return torch.autograd.grad(
             list(self._values.values()), tuple(self._decay.tensors.values()), slopes, retain_graph=True
         )
