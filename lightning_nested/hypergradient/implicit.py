@@ -231,7 +231,8 @@ def implicit_result(
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
         reduce: Averages a tensor over processes: then the result is the hypergradient of the global batch.
-        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product.
+        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product; a
+            given operator is the curvature without it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
     """
@@ -245,9 +246,10 @@ def implicit_result(
         curvature = Hessian()
     if isinstance(curvature, Curvature):
         problem = curvature.linearize(inner_loss, w)
+        operator = problem.curvature if inner_scale == 1.0 else problem.curvature * (1.0 / inner_scale)
     else:
         problem = _GivenCurvature(as_operator(curvature, w), inner_loss, w)
-    operator = problem.curvature if inner_scale == 1.0 else problem.curvature * (1.0 / inner_scale)
+        operator = problem.curvature  # its owner knows nothing of the scale
     if reduce is not None:
         operator = AveragedOperator(operator, reduce)
     for penalty in penalties:

@@ -66,6 +66,17 @@ def test_the_loss_scale_cancels() -> None:
     assert sizes[1] == pytest.approx(sizes[0], rel=1e-12)
 
 
+def test_a_given_curvature_carries_no_loss_scale() -> None:
+    sizes = []
+    for scale in (1.0, 2.0**16):
+        parameters, inner, loss = ridge()
+        xt = ridge_data()[0]
+        outer = step(curvature=xt.T @ xt / len(xt))  # the Hessian of the loss without scale and decay
+        outer.build(parameters, "cpu")
+        sizes.append(outer.compute(inner * scale, loss, parameters, inner_scale=scale).hypergradient_norm)
+    assert sizes == pytest.approx([SLOPE, SLOPE], rel=1e-8)
+
+
 def test_a_fixed_decay_is_part_of_the_curvature() -> None:
     # Two decays of half the size, one tuned and one of the optimizer's own: the same optimum and half the slope.
     half = WeightDecay("model", init=math.exp(-2.0) / 2)
