@@ -27,6 +27,7 @@ from lightning_nested.hypergradient.curvature import (
     LinearOperator,
     as_operator,
     central_difference,
+    difference_length,
     explain_double_backward,
     gradient_with_graph,
 )
@@ -121,7 +122,8 @@ class FiniteDifference(Curvature):
     Two gradients a product. The inner loss must be given as a function, with its noise and statistics frozen.
 
     Args:
-        epsilon: Length of the move relative to ``1 + ‖w‖``; None: cube root of the dtype's machine epsilon.
+        epsilon: Length of the move relative to ``1 + ‖w‖``; None: half the cube root of the machine epsilon of the
+            coarsest dtype that the loss is computed in: 0.0025 in float32, 0.1 under bfloat16 autocast.
     """
 
     epsilon: float | None = None
@@ -136,15 +138,18 @@ class FiniteDifference(Curvature):
         return _DifferenceLinearization(inner_loss, params, self.epsilon)
 
 
+def _gradient(loss: Tensor, inputs: Vector) -> Vector:
+    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
 class _DifferenceLinearization(Linearization):
     def __init__(self, loss: Callable[[], Tensor], params: Vector, epsilon: float | None) -> None:
         self._loss, self._params = loss, params
-        self.gradient = self._gradient(params)
-        operator = FiniteDifferenceOperator(lambda: self._gradient(params), params, epsilon=epsilon)
+        value = loss()
+        length = epsilon if epsilon is not None else difference_length(value, params)
+        self.gradient = _gradient(value, params)
+        operator = FiniteDifferenceOperator(lambda: _gradient(loss(), params), params, epsilon=length)
         self.curvature, self._length = operator, operator._length
-
-    def _gradient(self, inputs: Vector) -> Vector:
-        return torch.autograd.grad(self._loss(), inputs, allow_unused=True, materialize_grads=True)
 
     def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
         if not hparams:
@@ -154,7 +159,7 @@ class _DifferenceLinearization(Linearization):
         if not reached:
             return (None,) * len(hparams)
         live = tuple(hparams[i] for i in reached)
-        products = central_difference(lambda: self._gradient(live), self._params, v, self._length)
+        products = central_difference(lambda: _gradient(self._loss(), live), self._params, v, self._length)
         result: list[Tensor | None] = [None] * len(hparams)
         for i, product in zip(reached, products, strict=True):
             result[i] = product
@@ -231,7 +236,8 @@ def implicit_result(
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
         reduce: Averages a tensor over processes: then the result is the hypergradient of the global batch.
-        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product.
+        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product; a
+            given operator is the curvature without it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
     """
@@ -245,9 +251,10 @@ def implicit_result(
         curvature = Hessian()
     if isinstance(curvature, Curvature):
         problem = curvature.linearize(inner_loss, w)
+        operator = problem.curvature if inner_scale == 1.0 else problem.curvature * (1.0 / inner_scale)
     else:
         problem = _GivenCurvature(as_operator(curvature, w), inner_loss, w)
-    operator = problem.curvature if inner_scale == 1.0 else problem.curvature * (1.0 / inner_scale)
+        operator = problem.curvature  # its owner knows nothing of the scale
     if reduce is not None:
         operator = AveragedOperator(operator, reduce)
     for penalty in penalties:

@@ -50,6 +50,9 @@ class ModuleTensors(Hyperparameter):
                 f"tensor of floating type. Got {self.path!r}, a {type(found).__name__} with none."
             )
 
+    def reset(self) -> None:
+        """Nothing to forget: the tensors are the module's."""
+
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Nothing to create; :meth:`attach` has found the tensors."""
         if not self.tensors:

@@ -21,6 +21,7 @@ from lightning_nested.hypergradient.curvature import (
 from lightning_nested.hypergradient.implicit import Curvature, Loss, Penalty, implicit_result
 from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, SolverState
 from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm
+from lightning_nested.hyperparameters.carry_over import Names, carry_optimizer_
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.weight_decay import WeightDecay
 
@@ -116,13 +117,63 @@ class OuterStep:
         self.optimizer: Optimizer
         self.scheduler: LRScheduler | None = None
         self._pending: Vector | None = None
+        self._inner: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # the parameters of `build`
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Create the tensors that do not exist yet and the optimizer over all of them."""
+        """Create the tensors and the optimizer over all of them, or go on with those there are.
+
+        A second call with the same parameters changes nothing. Where parameters were added (a layer was unfrozen) or
+        taken away, what belongs to the ones that stay keeps its value and the optimizer's memory, the rest begins
+        at its start, and the solver's state is dropped. Where none stays, or one has another shape, the
+        parameters are those of another model: everything begins anew, as after :meth:`reset`.
+
+        Args:
+            parameters: Inner parameters by name.
+            device: Where the tensors live.
+        """
+        inner = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
+        shared = inner.keys() & self._inner.keys()
+        if self._inner and (not shared or any(inner[name][0] != self._inner[name][0] for name in shared)):
+            self.reset()
+        if list(inner.items()) != list(self._inner.items()):  # of another space, if only by the order
+            self.solver_state = SolverState()
+        self._inner = inner
+        earlier = self._located()
         for hyperparameter in self.hyperparameters:
             hyperparameter.build(parameters, device)
+        self._build_optimizer(earlier)
+
+    def _located(self) -> dict[tuple[str, str], tuple[Tensor, Names]]:
+        """Each tensor and the names of its entries, by its hyperparameter and key."""
+        return {(h.name, key): (t, h.entries()) for h in self.hyperparameters for key, t in h.tensors.items()}
+
+    def _build_optimizer(self, earlier: Mapping[tuple[str, str], tuple[Tensor, Names]]) -> None:
+        """An optimizer over the present tensors, with the memory of the one over the ``earlier`` tensors."""
+        old, schedule = vars(self).get("optimizer"), self.scheduler
+        if old is not None:
+            held = [p for group in old.param_groups for p in group["params"]]
+            if {id(p) for p in held} == {id(t) for t in self.tensors}:
+                return
+        self._pending = None
         self.optimizer = self._make_optimizer(list(self.tensors))
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler is not None else None
+        if old is None:
+            return
+        if self.scheduler is not None and schedule is not None:
+            self.scheduler.load_state_dict(schedule.state_dict())
+        origins = {
+            tensor: (*earlier[where], names)
+            for where, (tensor, names) in self._located().items()
+            if where in earlier
+        }
+        carry_optimizer_(self.optimizer, old, origins)
+
+    def reset(self) -> None:
+        """Forget all values, the optimizer and the solver's memory: the next :meth:`build` begins anew."""
+        for hyperparameter in self.hyperparameters:
+            hyperparameter.reset()
+        vars(self).pop("optimizer", None)
+        self.scheduler, self.solver_state, self._pending, self._inner = None, SolverState(), None, {}
 
     @property
     def tensors(self) -> Vector:

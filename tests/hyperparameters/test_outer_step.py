@@ -66,6 +66,17 @@ def test_the_loss_scale_cancels() -> None:
     assert sizes[1] == pytest.approx(sizes[0], rel=1e-12)
 
 
+def test_a_given_curvature_carries_no_loss_scale() -> None:
+    sizes = []
+    for scale in (1.0, 2.0**16):
+        parameters, inner, loss = ridge()
+        xt = ridge_data()[0]
+        outer = step(curvature=xt.T @ xt / len(xt))  # the Hessian of the loss without scale and decay
+        outer.build(parameters, "cpu")
+        sizes.append(outer.compute(inner * scale, loss, parameters, inner_scale=scale).hypergradient_norm)
+    assert sizes == pytest.approx([SLOPE, SLOPE], rel=1e-8)
+
+
 def test_a_fixed_decay_is_part_of_the_curvature() -> None:
     # Two decays of half the size, one tuned and one of the optimizer's own: the same optimum and half the slope.
     half = WeightDecay("model", init=math.exp(-2.0) / 2)
@@ -132,3 +143,117 @@ def test_values_are_named_after_their_hyperparameter() -> None:
     outer.build({"w": torch.zeros(2)}, "cpu")
     assert list(outer.values()) == ["weight_decay", "example_weights"]
     assert outer.values()["example_weights"].shape == (3,)
+
+
+def named(*names: str, size: int = 2) -> dict[str, Tensor]:
+    return {name: torch.ones(size, dtype=DOUBLE, requires_grad=True) for name in names}
+
+
+def moved(per: Any, *names: str) -> OuterStep:
+    """After three outer steps in which the decay of each parameter saw another gradient."""
+    outer = OuterStep(
+        [ExampleWeights(3), WeightDecay(per, init=0.1)],
+        optimizer=lambda t: torch.optim.Adam(t, lr=0.1),
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+        solver=Neumann(num_terms=2, warm_start=True),
+    )
+    outer.build(named(*names), "cpu")
+    for _ in range(3):
+        parameters = named(*names)
+        inner = torch.stack([(p**2).sum() for p in parameters.values()]).sum()
+        loss = torch.stack([i * p.sum() for i, p in enumerate(parameters.values(), 1)]).sum()
+        outer.compute(inner, loss, parameters)
+        outer.apply()
+    return outer
+
+
+@pytest.mark.parametrize("per", ["model", "tensor", "parameter"])
+def test_the_same_parameters_again_change_nothing(per: Any) -> None:
+    outer = moved(per, "a", "b")
+    before = (outer.tensors, outer.optimizer, outer.scheduler, outer.solver_state)
+    outer.build(named("a", "b"), "cpu")
+    after = (outer.tensors, outer.optimizer, outer.scheduler, outer.solver_state)
+    assert all(x is y for x, y in zip(before[0], after[0], strict=True))
+    assert all(x is y for x, y in zip(before[1:], after[1:], strict=True))
+
+
+@pytest.mark.parametrize("per", ["model", "tensor", "parameter"])
+@pytest.mark.parametrize("now", [("new", "a", "b"), ("b",), ("b", "a"), ("b", "new")])
+def test_parameters_that_stay_keep_decay_and_momentum(per: Any, now: tuple[str, ...]) -> None:
+    outer = moved(per, "a", "b")
+    decays, weights = outer.decays[0].decays(), outer.hyperparameters[0].values()["weights"]
+    momenta = momentum_by_name(outer)
+    outer.build(named(*now), "cpu")
+    assert torch.equal(outer.hyperparameters[0].values()["weights"], weights)
+    for name, decay in outer.decays[0].decays().items():
+        fresh = torch.full_like(decay, 0.1)
+        expected = decays[name] if name in decays else decays["a"] if per == "model" else fresh
+        torch.testing.assert_close(decay, expected, rtol=1e-14, atol=0)
+        kept = momentum_by_name(outer)[name]
+        if name in decays:
+            assert torch.equal(kept, momenta[name])
+            assert kept.all()
+        elif per != "model":
+            assert not kept.any()
+    assert outer.scheduler is not None
+    assert outer.scheduler.get_last_lr() == [0.1 * 0.5**3]
+    assert outer.optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
+    assert outer.solver_state.solution is None  # of another space
+    parameters = named(*now)
+    loss = torch.stack([p.sum() for p in parameters.values()]).sum()
+    outer.compute((loss - 3) ** 2, loss, parameters)
+    outer.apply()
+    assert not torch.equal(next(iter(outer.decays[0].decays().values())), next(iter(decays.values())))
+
+
+def momentum_by_name(outer: OuterStep) -> dict[str, Tensor]:
+    (decay,) = outer.decays
+    found = {
+        key: outer.optimizer.state[t]["exp_avg"] if t in outer.optimizer.state else torch.zeros_like(t)
+        for key, t in decay.tensors.items()
+    }
+    if decay.per == "parameter":
+        return found
+    each = (
+        found[decay.per].unbind() if decay.per == "tensor" else [found["model"]] * len(decay.parameter_names)
+    )
+    return dict(zip(decay.parameter_names, each, strict=True))
+
+
+@pytest.mark.parametrize("others", [named("c"), named("a", "b", size=3)])
+def test_parameters_of_another_model_begin_anew(others: dict[str, Tensor]) -> None:
+    outer = moved("tensor", "a", "b")
+    outer.build(others, "cpu")
+    torch.testing.assert_close(
+        torch.stack(list(outer.decays[0].values().values())),
+        torch.full((len(others),), 0.1, dtype=DOUBLE),
+        rtol=1e-14,
+        atol=0,
+    )
+    assert not outer.optimizer.state
+    assert outer.optimizer.param_groups[0]["lr"] == 0.1
+    assert outer.solver_state.eigenvalue is None
+
+
+def test_reset_forgets_and_discard_drops_the_held_step() -> None:
+    outer = step()
+    parameters, inner, loss = ridge()
+    outer.build(parameters, "cpu")
+    outer.compute(inner, loss, parameters)
+    outer.discard()
+    assert not outer.pending
+    outer.apply()
+    assert float(outer.tensors[0].data) == pytest.approx(-2.0, abs=1e-15)
+    with torch.no_grad():
+        outer.tensors[0].fill_(3.0)
+    outer.reset()
+    assert outer.values() == {}
+    outer.build(parameters, "cpu")
+    assert float(outer.tensors[0].data) == pytest.approx(-2.0, abs=1e-15)
+
+
+def test_a_pattern_may_match_nothing_once_its_layer_is_frozen() -> None:
+    outer = OuterStep([WeightDecay(exclude=["b.*"])])
+    outer.build(named("a.w", "b.w"), "cpu")
+    outer.build(named("a.w"), "cpu")
+    assert list(outer.values()) == ["weight_decay"]
