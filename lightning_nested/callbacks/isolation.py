@@ -212,10 +212,17 @@ def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def without_trace(module: LightningModule, trainer: Trainer) -> Iterator[None]:
-    """An evaluation inside changes no buffer, metric, attribute or log. Modes and random numbers are the caller's."""
+def without_trace(module: LightningModule, trainer: Trainer, *, attributes: bool = True) -> Iterator[None]:
+    """An evaluation inside changes no buffer, metric, attribute or log. Modes and random numbers are the caller's.
+
+    Args:
+        module: What is evaluated.
+        trainer: Whose logs are kept silent.
+        attributes: Whether plain attributes are put back too.
+    """
     with ExitStack() as stack:
-        stack.enter_context(untouched_attributes(module))
+        if attributes:
+            stack.enter_context(untouched_attributes(module))
         stack.enter_context(untouched_buffers(module))
         stack.enter_context(untouched_metrics(module))
         stack.enter_context(silent_logging(module, trainer))

@@ -22,6 +22,7 @@ def evaluate_outer(
     tensors: Sequence[Tensor] = (),
     *,
     scale: float = 1.0,
+    attributes: bool = True,
 ) -> Tensor:
     """The outer loss of the next outer batch, in evaluation mode and the Trainer's validating stage.
 
@@ -34,6 +35,7 @@ def evaluate_outer(
             ``torch.utils.checkpoint`` runs a forward again inside the backward pass, which would otherwise meet
             dropout and batch statistics. Empty: the graph is returned as it is.
         scale: Factor on the loss while it is differentiated, so that fp16 derivatives do not vanish.
+        attributes: Whether plain attributes of the module are put back: ``loss`` is not written for this use.
 
     Returns:
         A scalar with a graph to ``tensors``.
@@ -43,7 +45,7 @@ def evaluate_outer(
         batches.loss_stream(),
         validation_stage(trainer),
         evaluation_mode(module),
-        without_trace(module, trainer),
+        without_trace(module, trainer, attributes=attributes),
     ):
         batch = transfer(trainer, module, batch)
         with trainer.precision_plugin.val_step_context():

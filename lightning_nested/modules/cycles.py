@@ -64,6 +64,7 @@ class InnerProblem:
             self.batches,
             lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
             tensors,
+            attributes=False,
         )
 
     def full_precision(self) -> torch.autocast:
