@@ -82,6 +82,7 @@ class OuterStep:
 
     ``compute`` finds the hypergradients at the present weights and holds them; ``apply`` moves the hyperparameters.
     Two calls, because the training loss's graph may still need the old values in between.
+    A deep copy goes on by itself; to pickle one, ``optimizer`` and ``scheduler`` must be functions with a name.
 
     Args:
         hyperparameters: What is tuned; names must differ.
@@ -155,8 +156,7 @@ class OuterStep:
             if {id(p) for p in held} == {id(t) for t in self.tensors}:
                 return
         self._pending = None
-        self.optimizer = self._make_optimizer(list(self.tensors))
-        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler is not None else None
+        self._start_optimizer()
         if old is None:
             return
         if self.scheduler is not None and schedule is not None:
@@ -167,6 +167,10 @@ class OuterStep:
             if where in earlier
         }
         carry_optimizer_(self.optimizer, old, origins)
+
+    def _start_optimizer(self) -> None:
+        self.optimizer = self._make_optimizer(list(self.tensors))
+        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler is not None else None
 
     def reset(self) -> None:
         """Forget all values, the optimizer and the solver's memory: the next :meth:`build` begins anew."""
@@ -365,3 +369,21 @@ class OuterStep:
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.solver_state.load_state_dict(state["solver"], tuple(parameters.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of hyperparameters have tensors of their own, which a copied optimizer would not know.
+        state = dict(self.__dict__)
+        if "optimizer" in state:
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scheduler"] = self.scheduler.state_dict() if self.scheduler is not None else None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer, scheduler = state.get("optimizer"), state["scheduler"]
+        self.__dict__.update({key: value for key, value in state.items() if key != "optimizer"})
+        if optimizer is None:
+            return
+        self._start_optimizer()
+        self.optimizer.load_state_dict(optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)

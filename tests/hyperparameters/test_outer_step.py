@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_nested.hypergradient import ConjugateGradient, Neumann
-from lightning_nested.hyperparameters import ExampleWeights, OuterStep, WeightDecay
+from lightning_nested.hyperparameters import ExampleWeights, ModuleTensors, OuterStep, WeightDecay
+from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 from tests.cases import DOUBLE, ridge_data, ridge_solution
 
 LOG_DECAY = torch.tensor(-2.0, dtype=DOUBLE)
@@ -257,3 +260,44 @@ def test_a_pattern_may_match_nothing_once_its_layer_is_frozen() -> None:
     outer.build(named("a.w", "b.w"), "cpu")
     outer.build(named("a.w"), "cpu")
     assert list(outer.values()) == ["weight_decay"]
+
+
+def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda outer: pickle.loads(pickle.dumps(outer))])
+def test_a_copy_goes_on_by_itself(twin_of: Any) -> None:
+    def advance(outer: OuterStep) -> Tensor:
+        parameters, inner, loss = ridge()
+        outer.compute(inner, loss, parameters)
+        outer.apply()
+        return outer.tensors[0].detach().clone()
+
+    outer = step(optimizer=default_outer_optimizer, scheduler=halved)
+    fresh = twin_of(outer)
+    assert fresh.values() == {}
+    outer.build(ridge()[0], "cpu")
+    start = advance(outer)
+    twin = twin_of(outer)
+    assert torch.equal(twin.tensors[0].detach(), start)
+    moved_to = advance(twin)  # with the momentum and the rate of the original, whose own value stays
+    assert not torch.equal(moved_to, start)
+    assert torch.equal(outer.tensors[0].detach(), start)
+    assert torch.equal(advance(outer), moved_to)
+
+
+def test_tensors_of_a_module_are_copied_with_it() -> None:
+    module = torch.nn.ModuleDict({"augmenter": torch.nn.Linear(2, 1)})
+    given = ModuleTensors("augmenter")
+    given.attach(module)
+    outer = OuterStep([given])
+    outer.build({"w": torch.zeros(2)}, "cpu")
+    for twin, twin_module in (
+        copy.deepcopy((outer, module)),
+        pickle.loads(pickle.dumps((outer, module))),
+    ):
+        assert all(t is p for t, p in zip(twin.tensors, twin_module.parameters(), strict=True))
+        assert all(
+            t is p for t, p in zip(twin.optimizer.param_groups[0]["params"], twin.tensors, strict=True)
+        )
