@@ -31,7 +31,7 @@ from lightning_nested.callbacks.fitting import (
     step_arguments,
     trainable,
 )
-from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers, without_trace
+from lightning_nested.callbacks.isolation import RandomStream, StandIns, untouched_buffers, without_trace
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
 from lightning_nested.callbacks.outer_loss import evaluate_outer
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton, InverseSolver, Neumann
@@ -56,7 +56,8 @@ class HypergradientCallback(Callback):
     hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
     The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
-    evaluation mode. Buffers, metrics, logs and random numbers of the run are untouched by it.
+    evaluation mode. Buffers, metrics, plain attributes, logs and random numbers of the run are untouched by it. The
+    validation loader is asked for a second time, so a random split belongs into ``setup``, not ``val_dataloader``.
 
     Under ``accumulate_grad_batches`` the graphs of all batches of an outer step are kept until its last batch.
     A decoupled decay of the inner optimizer (AdamW) is not part of the curvature; a coupled one (SGD) is.
@@ -137,13 +138,17 @@ class HypergradientCallback(Callback):
         self._outputs: list[Tensor] = []  # of the submodule that GaussNewton names
         self._attempted = False  # an outer step in this window, whether or not it could be made
         self._handle: RemovableHandle | None = None
-        self._replaced: dict[str, Any] = {}  # methods of the module that ours stand in for
-        self._bound: dict[str, Any] = {}  # attributes of the module that hyperparameters stand in for
+        self._bound = StandIns()  # hyperparameters, for attributes of the module, during a fit
+        self._methods = StandIns()  # of the module, during a batch
 
     # ---- what users read and override
 
     def values(self) -> dict[str, Tensor]:
-        """Tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``."""
+        """Tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.
+
+        A strategy that forks or spawns processes trains a copy of the callback: there, read them in a hook, or from
+        a checkpoint.
+        """
         return self.outer.values()
 
     def should_update(self, trainer: Trainer, step: int) -> bool:
@@ -241,7 +246,7 @@ class HypergradientCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clear_window(pl_module)
+        self._clear_window()
         self._batches = OuterBatches(trainer, self.outer_dataloader, seed=base_seed(trainer))
         if self._saved is not None:
             if self._saved["batches"]:
@@ -255,7 +260,7 @@ class HypergradientCallback(Callback):
         if (
             batch_idx % trainer.accumulate_grad_batches == 0
         ):  # where the Trainer itself begins with zero gradients
-            self._clear_window(pl_module)
+            self._clear_window()
             if not self._same_parameters(trainer.optimizers[0]):  # frozen or unfrozen meanwhile
                 self._collect(trainer.optimizers[0], pl_module, trainer.strategy.root_device)
         if isinstance(self.curvature, FiniteDifference) and self.should_update(trainer, self.inner_steps):
@@ -271,7 +276,7 @@ class HypergradientCallback(Callback):
             self._evaluations.append(self._again)
         if self._window_goes_on(trainer):
             # The graph is needed once more at the window's last batch.
-            self._stand_in("backward", pl_module, partial(pl_module.backward, retain_graph=True))
+            self._methods.put(pl_module, "backward", partial(pl_module.backward, retain_graph=True))
             return
         self._attempted = True
         with untouched_buffers(pl_module):  # torch.utils.checkpoint runs the forward again in every product
@@ -279,7 +284,7 @@ class HypergradientCallback(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stand_down(pl_module)
+        self._methods.put_back()
         self.outer.clear_gradients()
 
     @override
@@ -300,7 +305,7 @@ class HypergradientCallback(Callback):
         self.inner_steps += 1
         pending = self.outer.pending
         self.outer.apply()
-        self._clear_window(pl_module)
+        self._clear_window()
         if pending:
             self.outer_steps += 1
             self._log(trainer, pl_module)
@@ -309,12 +314,12 @@ class HypergradientCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._clear_window(pl_module)
-        self._unbind(pl_module)
+        self._clear_window()
+        self._bound.put_back()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._unbind(pl_module)
+        self._bound.put_back()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -387,10 +392,10 @@ class HypergradientCallback(Callback):
         def noted(*args: Any, **kwargs: Any) -> Any:
             start = RandomStream.snapshot(device)
             self._again = partial(self._evaluate_again, trainer, module, batch, batch_idx, start)
-            self._stand_down(module)
+            self._methods.put_back()
             return step(*args, **kwargs)
 
-        self._stand_in("training_step", module, functools.wraps(step)(noted))
+        self._methods.put(module, "training_step", functools.wraps(step)(noted))
 
     def _evaluate_again(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, start: RandomStream
@@ -470,24 +475,15 @@ class HypergradientCallback(Callback):
 
     # ---- the window of accumulated batches
 
-    def _clear_window(self, module: LightningModule) -> None:
+    def _clear_window(self) -> None:
         """Nothing is left of an earlier window, wherever it was broken off."""
         self._losses, self._evaluations, self._outputs = [], [], []
         self._again, self._attempted = None, False
         self.outer.discard()
-        self._stand_down(module)
+        self._methods.put_back()
 
     def _window_goes_on(self, trainer: Trainer) -> bool:
         return bool(trainer.fit_loop.epoch_loop._should_accumulate())
-
-    def _stand_in(self, name: str, module: LightningModule, function: Callable[..., Any]) -> None:
-        """Let ``function`` be the module's method until :meth:`_stand_down`."""
-        self._replaced.setdefault(name, module.__dict__.get(name, _ABSENT))
-        module.__dict__[name] = function
-
-    def _stand_down(self, module: LightningModule) -> None:
-        while self._replaced:
-            _put_back(module, *self._replaced.popitem())
 
     # ---- the module
 
@@ -504,12 +500,7 @@ class HypergradientCallback(Callback):
                 f"{type(hyperparameter).__name__} stands in for the attribute {name!r}, which must be None. "
                 f"Got a {type(getattr(module, name)).__name__} in {type(module).__name__}; set another name=."
             )
-        self._bound[name] = module.__dict__.get(name, _ABSENT)
-        setattr(module, name, hyperparameter)
-
-    def _unbind(self, module: LightningModule) -> None:
-        while self._bound:
-            _put_back(module, *self._bound.popitem())
+        self._bound.put(module, name, hyperparameter)
 
     def _check_backward(self, module: LightningModule) -> None:
         parameters = inspect.signature(module.backward).parameters
@@ -579,17 +570,6 @@ class HypergradientCallback(Callback):
 
 
 _OUTER_LOSS = "def outer_loss(self, batch):\n    x, y = batch\n    return F.cross_entropy(self(x), y)"
-
-
-_ABSENT = object()
-
-
-def _put_back(module: LightningModule, name: str, value: object) -> None:
-    """An instance attribute as it was; it may not have been there, or only in the class."""
-    if value is _ABSENT:
-        module.__dict__.pop(name, None)
-    else:
-        module.__dict__[name] = value
 
 
 def _loss_scale(trainer: Trainer) -> float:

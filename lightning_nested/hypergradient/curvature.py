@@ -6,6 +6,7 @@ and weight decay are operators that one *adds*. Solvers need only products.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,21 @@ class ScaledOperator(LinearOperator):
     def matvec(self, v: Vector) -> Vector:
         """C (A v)."""
         return scale_(self.operator.matvec(v), self.factor)
+
+
+class UnitProducts(LinearOperator):
+    """A v = ‖v‖ · A(v/‖v‖): products in half precision stay in range whatever the length of v."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator = operator
+        self.symmetric, self.like = operator.symmetric, operator.like
+
+    def matvec(self, v: Vector) -> Vector:
+        """The product with the unit vector, and its length again."""
+        size = float(norm(v))
+        if size == 0.0 or not math.isfinite(size):
+            return self.operator.matvec(v)
+        return scale_(self.operator.matvec(tuple(a / size for a in v)), size)
 
 
 class DiagonalOperator(LinearOperator):

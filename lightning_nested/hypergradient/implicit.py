@@ -25,6 +25,7 @@ from lightning_nested.hypergradient.curvature import (
     GaussNewtonOperator,
     HessianOperator,
     LinearOperator,
+    UnitProducts,
     as_operator,
     central_difference,
     difference_length,
@@ -251,7 +252,9 @@ def implicit_result(
         curvature = Hessian()
     if isinstance(curvature, Curvature):
         problem = curvature.linearize(inner_loss, w)
-        operator = problem.curvature if inner_scale == 1.0 else problem.curvature * (1.0 / inner_scale)
+        operator = problem.curvature
+        if inner_scale != 1.0:  # fp16: its range is short
+            operator = UnitProducts(operator) * (1.0 / inner_scale)
     else:
         problem = _GivenCurvature(as_operator(curvature, w), inner_loss, w)
         operator = problem.curvature  # its owner knows nothing of the scale
@@ -264,12 +267,13 @@ def implicit_result(
     )
 
     def indirect(v: Vector) -> tuple[Vector, tuple[Vector, ...]]:
-        mixed = problem.mixed(v, hyper)
+        size = float(norm(v)) if inner_scale != 1.0 else 1.0  # as in UnitProducts
+        factor = size / inner_scale if size > 0 else 1.0
+        mixed = problem.mixed(v if inner_scale == 1.0 else tuple(a / (size or 1.0) for a in v), hyper)
         if not allow_unused:
             _refuse_unseen(mixed, direct, hyper)
         total = tuple(
-            (torch.zeros_like(h) if d is None else d.detach())
-            - (0.0 if m is None else m.detach() / inner_scale)
+            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
             for h, d, m in zip(hyper, direct, mixed, strict=True)
         )
         closed = tuple(scale_(penalty.mixed(v), -1.0) for penalty in penalties)
