@@ -270,6 +270,11 @@ class OuterStep:
         """All unconstrained tensors: those in the loss's graph first, then the decays'."""
         return tuple(t for h in (*self.in_graph, *self.decays) for t in h.tensors.values())
 
+    @property
+    def in_graph_tensors(self) -> Vector:
+        """Those unconstrained tensors that losses depend on through their graphs."""
+        return tuple(t for h in self.in_graph for t in h.tensors.values())
+
     def values(self) -> dict[str, Tensor]:
         """Values in natural units: ``name``, or ``name/key`` where a hyperparameter has several tensors."""
         result = {}
@@ -310,7 +315,7 @@ class OuterStep:
         """
         self._pending = None
         mean = _finite_mean(outer_loss, reduce)
-        graph = tuple(t for h in self.in_graph for t in h.tensors.values())
+        graph = self.in_graph_tensors
         penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
         if any(fixed_decay):
             penalties.append(_FixedDecay(fixed_decay))

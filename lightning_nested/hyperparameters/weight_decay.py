@@ -121,12 +121,17 @@ class WeightDecay(Hyperparameter):
         return dict(zip(self.parameter_names, each, strict=True))
 
     @torch.no_grad()
-    def add_gradient_(self, parameters: Mapping[str, Tensor]) -> None:
-        """grad ← grad + d ∘ w for every chosen parameter that has a gradient."""
+    def add_gradient_(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """grad ← grad + scale · d ∘ w for every chosen parameter that has a gradient.
+
+        Args:
+            parameters: By the names they had in :meth:`build`.
+            scale: Factor that the gradients carry (a GradScaler's, before a fused optimizer takes it off).
+        """
         for name, decay in self.decays().items():
             parameter = parameters[name]
             if parameter.grad is not None:
-                parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter)
+                parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter, value=scale)
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
@@ -135,10 +136,79 @@ def test_what_yields_nothing_is_refused(loader: Any, message: str) -> None:
         during_fit(lambda make: make().next(), loader)
 
 
-def test_a_one_pass_iterator_is_told_apart_when_it_ends() -> None:
-    def use(make: Any) -> list[list[float]]:
-        return rounds(make(), 3)
-
+def test_a_one_pass_iterator_is_refused() -> None:
     one_pass = ([torch.full((1,), float(i))] for i in range(2))
-    with pytest.raises(MisconfigurationException, match="one-pass generator"):
-        during_fit(use, one_pass)
+    with pytest.raises(MisconfigurationException, match=r"more than once\. Got a one-pass"):
+        during_fit(lambda make: rounds(make(), 1), one_pass)
+
+
+def _two(batches: OuterBatches) -> list[Any]:
+    return [batches.next(), batches.next()]
+
+
+def test_joined_loaders_give_joined_batches() -> None:
+    loader = CombinedLoader(
+        {"a": DataLoader(numbers(4), 2), "b": DataLoader(numbers(2), 2)}, "max_size_cycle"
+    )
+    seen = during_fit(lambda make: _two(make()), loader)
+    assert [(b["a"][0].tolist(), b["b"][0].tolist()) for b in seen] == [
+        ([0.0, 1.0], [0.0, 1.0]),
+        ([2.0, 3.0], [0.0, 1.0]),
+    ]
+
+
+class Named(DataLoader[Any]):
+    """A subclass that cannot be built again from its attributes."""
+
+    def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        Named("x", numbers(4), batch_size=2),
+        DataLoader(numbers(4), batch_sampler=[[0, 1], [2, 3]]),
+        DataLoader(numbers(4), batch_size=2, num_workers=1, persistent_workers=True),
+    ],
+    ids=["subclass", "batch_sampler", "persistent workers"],
+)
+def test_loaders_of_other_kinds(loader: Any) -> None:
+    assert during_fit(lambda make: rounds(make(), 2), loader) == [[0.0, 1.0], [2.0, 3.0]]
+
+
+def test_a_generator_of_the_loader_is_not_drawn_from() -> None:
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(numbers(6), 3, shuffle=True, generator=generator)
+
+    def use(make: Any) -> None:
+        before = generator.get_state()
+        whole, first, second = make(), make(), make()
+        expected = rounds(whole, 5)
+        assert torch.equal(before, generator.get_state())
+        assert len({tuple(a + b) for a, b in (expected[:2], expected[2:4])}) == 2  # shuffled anew
+        rounds(first, 3)
+        second.load_state_dict(first.state_dict())
+        assert rounds(second, 2) == expected[3:]
+
+    during_fit(use, loader)
+
+
+def test_the_losss_random_numbers_are_those_of_its_batch() -> None:
+    def use(make: Any) -> None:
+        def drawn(batches: OuterBatches, n: int) -> list[float]:
+            numbers = []
+            for _ in range(n):
+                batches.next()
+                with batches.loss_stream():
+                    numbers.append(float(torch.rand(())))
+            return numbers
+
+        whole, first, second = make(), make(), make()
+        expected = drawn(whole, 5)
+        assert len(set(expected)) == 5
+        rounds(first, 3)  # without drawing
+        second.load_state_dict(first.state_dict())
+        assert drawn(second, 2) == expected[3:]
+
+    during_fit(use, DataLoader(numbers(6), 2, shuffle=True))
