@@ -27,7 +27,7 @@ _FINE = (0.05, 0.005, 0.0005)  # sizes of simplices in log units
 _TILTED = np.array(
     [[1.0, 0.3, 0.0], [-0.3, 1.0, 0.1], [0.2, -0.2, 1.0]]
 )  # off the axes, which are often symmetric
-_RING = 16  # perturbations of an eigenvalue
+_RING = 12  # perturbations of an eigenvalue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ class _Search:
         """Rate, lr, |β| and φ of the best point."""
         for _ in range(3):
             point = self._anywhere(phase)
-            if not self._add_worse([point]):
+            seen, whole = float(self._worst(self.targets[self.active], point)), self.full(point)
+            self._add_worse([point])
+            if whole - seen <= 0.1 * (1 - seen):  # else perhaps another valley, seen with the worse ones
                 break
         free, turns = (2, ()) if phase is not None else (3, (0.0, math.pi))  # a real β is often the best
         if phase is None:
@@ -151,9 +153,8 @@ class _Search:
         return float(self._worst(self.targets, point))
 
     def _worst(self, targets: Array, points: Array) -> Array:
-        lr, momentum, phase = (x[..., None] for x in _natural(points))
-        radii: Array = momentum_radii(targets, lr, momentum, phase, self.alternating).max(axis=-1)
-        return radii
+        worst: Array = momentum_radii(targets, *_natural(points), self.alternating).max(axis=-1)
+        return worst
 
     def _anywhere(self, phase: float | None) -> Array:
         """Differential evolution over the active eigenvalues, a generation at a time."""
@@ -167,10 +168,9 @@ class _Search:
             _BOUNDS[: 3 - len(tail)],
             vectorized=True,
             updating="deferred",
-            init="sobol",
-            popsize=16,
-            maxiter=60,
-            tol=1e-6,
+            popsize=14,
+            maxiter=50,
+            tol=1e-5,
             polish=False,
             seed=0,
         )
