@@ -80,9 +80,7 @@ def convergence_rate(
     """
     values = _eigenvalues(eigenvalues).reshape(-1)
     alpha, size, angle = _settings(lr, momentum, phase)
-    worst = momentum_radii(values, alpha[..., None], size[..., None], angle[..., None], alternating).max(
-        axis=-1
-    )
+    worst = momentum_radii(values, alpha, size, angle, alternating).max(axis=-1)
     return _returned(worst, lr, momentum, phase)
 
 
@@ -99,7 +97,8 @@ def eigenvalue_rates(
     Arguments and errors as in :func:`convergence_rate`.
     """
     values = _eigenvalues(eigenvalues)
-    rates = momentum_radii(values.reshape(-1), *_settings(lr, momentum, phase), alternating)
+    alpha, size, angle = _settings(lr, momentum, phase)
+    rates = momentum_radii(values.reshape(-1), alpha, size, angle, alternating)
     return torch.from_numpy(rates.reshape(values.shape))
 
 
