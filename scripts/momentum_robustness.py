@@ -34,7 +34,7 @@ Array = NDArray[Any]
 
 OURS, NOISY = "ours", "ours, 10 % noise"
 RATES = np.geomspace(0.03, 4.5, 24)
-MOMENTA = np.array([0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+MOMENTA = np.array([0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9])
 PHASES = {"positive": 0.0, "negative": math.pi, "complex π/8": math.pi / 8}
 COLOURS = {
     "positive": "#8a8f98",
@@ -136,7 +136,7 @@ def rivals() -> dict[str, Settings]:
 
 def suggested(eigenvalues: torch.Tensor, noise: float) -> tuple[Settings, dict[str, Any]]:
     """Ours as settings, and what was suggested."""
-    advice = suggest_momentum(eigenvalues, alternating=None, noise=noise)
+    advice = suggest_momentum(eigenvalues, alternating=True, noise=noise)
     settings = Settings(
         lr=np.array([advice.lr]),
         beta=np.array([advice.momentum * np.exp(1j * advice.phase)]),
@@ -146,7 +146,7 @@ def suggested(eigenvalues: torch.Tensor, noise: float) -> tuple[Settings, dict[s
 
 
 def one_case(
-    share: float, seed: int, size: int, tolerance: float, limit: int
+    share: float, seed: int, size: int, tolerance: float, limit: int, noisy: bool
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Evaluations of every setting of every method in one game, and what was suggested to ours."""
     generator = torch.Generator().manual_seed(seed)
@@ -155,16 +155,25 @@ def one_case(
     own, coupling = game.first.diagonal().numpy(), game.coupling.diagonal().numpy()
     values = game.eigenvalues()
     scale = float(values.abs().max())
-    counts = {
-        name: evaluations(own / scale, coupling / scale, (start[0], start[1]), grid, tolerance, limit)
-        for name, grid in rivals().items()
-    }
+    grids = rivals()
+    momenta = [grids.pop(name) for name in PHASES]
+    together = Settings(  # side by side: a step costs little more for three times as many
+        lr=np.concatenate([g.lr for g in momenta]),
+        beta=np.concatenate([g.beta for g in momenta]),
+        alternating=np.concatenate([g.alternating for g in momenta]),
+    )
+    point, unit = (start[0], start[1]), (own / scale, coupling / scale)
+    split = np.split(evaluations(*unit, point, together, tolerance, limit), len(PHASES))
+    counts = dict(zip(PHASES, split, strict=True))
+    counts |= {name: evaluations(*unit, point, grid, tolerance, limit) for name, grid in grids.items()}
     wrong = values * (1 + 0.1 * _disc(len(values), generator))
     wrong = torch.complex(wrong.real.clamp_min(0.0), wrong.imag)
     advices = {}
-    for name, seen, noise in ((OURS, values, 0.0), (NOISY, wrong, 0.1)):
+    counts[NOISY] = np.array([np.nan])
+    tasks = [(OURS, values, 0.0), (NOISY, wrong, 0.1)]
+    for name, seen, noise in tasks if noisy else tasks[:1]:
         settings, advices[name] = suggested(seen, noise)
-        counts[name] = evaluations(own, coupling, (start[0], start[1]), settings, tolerance, limit)
+        counts[name] = evaluations(own, coupling, point, settings, tolerance, limit)
     return counts, advices
 
 
@@ -196,14 +205,17 @@ def summary(cases: Sequence[tuple[float, int, dict[str, Array]]], limit: int) ->
     against = {}
     for ours in (OURS, NOISY):
         counts = np.array([case[2][ours][0] for case in cases])
+        ran = ~np.isnan(counts)
         against[ours] = {
             "counts": counts,
-            "arrived": float(np.isfinite(counts).mean()),
-            "no more than the champion": float((counts <= fixed[champion]).mean()),
-            "no more than the best method with its fixed setting": float((counts <= best_fixed).mean()),
-            "no more than the best method tuned in hindsight": float((counts <= best_hindsight).mean()),
+            "cases": int(ran.sum()),
+            "arrived": float(np.isfinite(counts[ran]).mean()),
+            "no more than the champion": float((counts <= fixed[champion])[ran].mean()),
+            "no more than the best method with its fixed setting": float((counts <= best_fixed)[ran].mean()),
+            "no more than the best method tuned in hindsight": float((counts <= best_hindsight)[ran].mean()),
             "ratio to the best tuned in hindsight": [
-                float(q) for q in np.quantile(counts / best_hindsight, [0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
+                float(q)
+                for q in np.quantile((counts / best_hindsight)[ran], [0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
             ],
         }
     return {
@@ -264,7 +276,7 @@ def figure(shares: Array, cases: Sequence[tuple[float, int, Any]], found: dict[s
 def _band(axis: Axes, shares: Array, where: Array, counts: Array, name: str) -> None:
     """Median line and quartile band; infinite where that many runs did not arrive."""
     quartiles = np.array(
-        [np.quantile(counts[where == s], [0.25, 0.5, 0.75], method="nearest") for s in shares]
+        [np.nanquantile(counts[where == s], [0.25, 0.5, 0.75], method="nearest") for s in shares]
     )
     quartiles[~np.isfinite(quartiles)] = np.nan
     ours = name in (OURS, NOISY)
@@ -303,7 +315,7 @@ def write(
             ours = [found["ours"][n]["counts"][i] for n in (OURS, NOISY)]
             writer.writerow([f"{share:.4g}", seed, *(f"{c:g}" for c in (*rivals_of, *ours))])
     medians = {
-        name: float(np.median(found[r][name] if r else found["ours"][name]["counts"]))
+        name: float(np.nanmedian(found[r][name] if r else found["ours"][name]["counts"]))
         for name in names
         for r in (["hindsight"] if name in found["hindsight"] else [""])
     }
@@ -318,10 +330,10 @@ def write(
         "ours": {n: {k: v for k, v in d.items() if k != "counts"} for n, d in found["ours"].items()},
         "suggestions": [{"share": c[0], "seed": c[1], **a} for c, a in zip(cases, advices, strict=True)],
     }
-    text = json.dumps(summaries, indent=1, default=float)
+    text = json.dumps(summaries, indent=1, default=float, ensure_ascii=False)
     (options.output / "momentum_robustness.json").write_text(text + "\n", encoding="utf-8")
     shown = {k: v for k, v in summaries.items() if k != "suggestions"}
-    print(json.dumps(shown, indent=1, default=float))
+    print(json.dumps(shown, indent=1, default=float, ensure_ascii=False))
 
 
 def _plain(value: float) -> float | None:
@@ -335,9 +347,15 @@ def main() -> None:
     )
     parser.add_argument("--mixtures", type=int, default=20, help="shares of conflict from 0 to 1")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument(
+        "--noisy-seeds",
+        type=int,
+        default=3,
+        help="seeds in which ours also works from eigenvalues 10 %% wrong",
+    )
     parser.add_argument("--size", type=int, default=20, help="numbers each player holds")
     parser.add_argument("--tolerance", type=float, default=1e-6)
-    parser.add_argument("--limit", type=int, default=5_000, help="evaluations after which a run is given up")
+    parser.add_argument("--limit", type=int, default=3_000, help="evaluations after which a run is given up")
     parser.add_argument("--output", type=Path, default=Path())
     options = parser.parse_args()
 
@@ -345,7 +363,9 @@ def main() -> None:
     cases, advices = [], []
     for share in shares:
         for seed in range(options.seeds):
-            counts, advice = one_case(float(share), seed, options.size, options.tolerance, options.limit)
+            counts, advice = one_case(
+                float(share), seed, options.size, options.tolerance, options.limit, seed < options.noisy_seeds
+            )
             cases.append((float(share), seed, counts))
             advices.append(advice)
         print(f"share {share:.3f}: ours {[int(c[2][OURS][0]) for c in cases[-options.seeds :]]}", flush=True)
