@@ -50,7 +50,6 @@ COLOURS = {
     "optimistic": "#1b9e77",
     "extragradient": "#a6761d",
     OURS: "#e1691e",
-    NOISY: "#f4a582",
 }
 
 
@@ -319,12 +318,11 @@ def figure(shares: Array, cases: Sequence[Case], found: dict[str, Any], path: Pa
         for axis, reading, title in zip(axes, ("fixed", "hindsight"), titles, strict=True):
             for name, counts in found[reading].items():
                 _band(axis, shares, where, counts, name)
-            for name in (NOISY, OURS):
-                _band(axis, shares, where, found["ours"][name]["counts"], name)
+            _band(axis, shares, where, found["ours"][OURS]["counts"], OURS)
             axis.set(title=title, xlabel="largest share of conflict γ in the game", yscale="log")
         axes[0].set_ylabel("gradient evaluations to 10⁻⁶")
         handles, labels = axes[0].get_legend_handles_labels()
-        whole.legend(handles, labels, loc="outside lower center", ncols=4)
+        whole.legend(handles, labels, loc="outside lower center", ncols=6)
         whole.savefig(path, dpi=110)
         plt.close(whole)
 
@@ -332,10 +330,10 @@ def figure(shares: Array, cases: Sequence[Case], found: dict[str, Any], path: Pa
 def _band(axis: Axes, shares: Array, where: Array, counts: Array, name: str) -> None:
     """Median line and quartile band; infinite where that many runs did not arrive."""
     quartiles = np.array(
-        [np.nanquantile(counts[where == s], [0.25, 0.5, 0.75], method="nearest") for s in shares]
+        [np.quantile(counts[where == s], [0.25, 0.5, 0.75], method="nearest") for s in shares]
     )
     quartiles[~np.isfinite(quartiles)] = np.nan
-    ours = name in (OURS, NOISY)
+    ours = name == OURS
     axis.plot(
         shares,
         quartiles[:, 1],
