@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     options.add_argument(
         "--torch-compile", action="store_true", help="add it; compiling takes about a minute"
     )
+    options.add_argument("--only", default="", help="contestants with this in their name")
     arguments: argparse.Namespace = options.parse_args(argv)
     start(arguments)
     before = load()
@@ -162,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     if arguments.torch_compile:
         makers["complex SGD, torch.compile"] = TorchCompiled
         makers["complex Adam, torch.compile"] = lambda p: TorchCompiled(p, adam=True)
+    makers = {name: make for name, make in makers.items() if arguments.only in name}
     calls = {name: step_of(make(params())) for name, make in makers.items()}
     first: dict[str, float] = {}
     for name, call in calls.items():  # where a kernel is compiled, this is what it takes
