@@ -1,7 +1,7 @@
 """Steps in C, for ``compiled=True``: compiled once per process by the system's compiler, in about half a second.
 
-``torch.compile`` of the same update was measured first: a third slower for a hundred tensors, because every tensor of
-every call is guarded, and half a minute to compile. See docs/results.md.
+``torch.compile`` of the same update was tried first. It guards every tensor of every call, and compiles for tens of
+seconds; ``benchmarks/optimizers.py --torch-compile`` measures it beside this.
 """
 
 from __future__ import annotations
