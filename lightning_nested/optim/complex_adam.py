@@ -1,0 +1,181 @@
+"""Adam whose first moment has a complex decay.
+
+Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_nested.optim.base import GameOptimizer, buffers, by_step
+from lightning_nested.optim.native import Native
+from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
+from lightning_nested.optim.walk import ascent, ascents, walk
+
+
+class ComplexAdam(GameOptimizer):
+    """μ ← β₁μ − g, v ← β₂v + (1 − β₂)g², w ← w + lr·Re μ/(√v̂ + ε), with v̂ = v/(1 − β₂ᵗ).
+
+    β₁ = betas[0]·e^{i·phase}; only the first moment is complex. As the method is published it has neither Adam's
+    factor 1 − β₁ nor a correction of the first moment, so that at the same ``lr`` a step is about |1/(1 − β₁)| times
+    Adam's. ``debias=True`` gives both: w ← w + lr·Re(κμ)/(√v̂ + ε) with κ = (1 − β₁)/(1 − β₁ᵗ), which returns a
+    constant gradient unchanged at every t. With phase 0 that is ``torch.optim.Adam``. The opposite phase gives the
+    same iterates.
+
+    The buffers hold −Re μ, −Im μ and v: three numbers per parameter. ``betas=(0, 0.999)`` is accepted.
+
+    Args:
+        params: Parameters or groups; each group may have its own options.
+        lr: Learning rate α.
+        betas: |β₁| and β₂, each in [0, 1).
+        phase: arg β₁ in radians, in [−π, π].
+        eps: ε.
+        weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled, as in ``torch.optim.Adam``; not
+            AdamW).
+        debias: Adam's factor and correction of the first moment.
+        maximize: Ascend. As in torch, weight decay still decays.
+        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
+            float64 tensors; it changes nothing for others.
+
+    Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
+
+    >>> w = torch.tensor([1.0], requires_grad=True)
+    >>> w.grad = torch.tensor([3.0])
+    >>> ComplexAdam([w], lr=0.25).step()  # the first step is lr·sign(g), at every phase
+    >>> round(w.item(), 6)
+    0.75
+    """
+
+    checks = {  # noqa: RUF012
+        "lr": non_negative,
+        "betas": complex_decay_rates,
+        "phase": angle,
+        "eps": non_negative,
+        "weight_decay": non_negative,
+        "debias": flag,
+        "maximize": flag,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.8, 0.999),
+        phase: float = math.pi / 8,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        debias: bool = False,
+        maximize: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "phase": phase,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "debias": debias,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, compiled=compiled)
+
+    def _update(
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        for step, places in by_step(states):
+            ps, some = [params[i] for i in places], [states[i] for i in places]
+            moments = [
+                buffers(name, ps, some) for name in ("momentum_buffer", "momentum_buffer_imag", "exp_avg_sq")
+            ]
+            complex_adam(
+                ps, [grads[i] for i in places], *moments, step=step, **options, compiled=self.compiled
+            )
+
+
+def complex_adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    real: Sequence[Tensor],
+    imag: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    phase: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    debias: bool = False,
+    maximize: bool = False,
+    compiled: bool = False,
+) -> None:
+    """One step of :class:`ComplexAdam` on lists of tensors, in place.
+
+    Args:
+        params: w.
+        grads: g; not changed.
+        real: −Re μ.
+        imag: −Im μ.
+        squares: v.
+        step: t ≥ 1, of this step.
+        lr: α.
+        betas: |β₁|, β₂.
+        phase: arg β₁.
+        eps: ε.
+        weight_decay: λ.
+        debias: Factor and correction of the first moment.
+        maximize: Ascend.
+        compiled: Take the kernel in C where there is one.
+    """
+    c, s = coefficient(betas[0], phase)
+    # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
+    root = math.sqrt(1 - betas[1] ** step)
+    factor = _factor(c, s, betas[0], phase, step) if debias else 1 + 0j
+    rates = (-lr * root * factor.real, lr * root * factor.imag)
+
+    def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor, v: Tensor) -> None:
+        g = ascent(w, g, weight_decay, maximize)
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        new = torch.add(g, b, alpha=-s)  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
+        b.mul_(c).add_(a, alpha=s)
+        torch.add(new, a, alpha=c, out=a)
+        denominator = torch.sqrt(v, out=new).add_(eps * root)
+        w.addcdiv_(a, denominator, value=rates[0])
+        if rates[1]:
+            w.addcdiv_(b, denominator, value=rates[1])
+
+    def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
+        new = ascents(ws, gs, weight_decay, maximize)
+        torch._foreach_mul_(v, betas[1])
+        torch._foreach_addcmul_(v, new, new, value=1 - betas[1])
+        new = torch._foreach_add(new, b, alpha=-s)
+        torch._foreach_mul_(b, c)
+        torch._foreach_add_(b, a, alpha=s)
+        torch._foreach_add_(new, a, alpha=c)
+        torch._foreach_copy_(a, new)
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominators, eps * root)
+        torch._foreach_addcdiv_(ws, a, denominators, value=rates[0])
+        if rates[1]:
+            torch._foreach_addcdiv_(ws, b, denominators, value=rates[1])
+
+    native = None
+    if compiled:
+        sign = -1.0 if maximize else 1.0
+        averages = (betas[1], 1 - betas[1], eps * root)
+        native = Native("complex_adam", (sign, weight_decay, c, s, *averages, -rates[0], -rates[1]))
+    walk(one, many, params, grads, real, imag, squares, native=native)
+
+
+def _factor(c: float, s: float, momentum: float, phase: float, step: int) -> complex:
+    """κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
+    power = cmath.rect(momentum**step, math.remainder(phase * step, math.tau)) if s else complex(c**step)
+    return (1 - complex(c, s)) / (1 - power)

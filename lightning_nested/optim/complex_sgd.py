@@ -1,0 +1,166 @@
+"""Gradient descent with complex momentum.
+
+Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_nested.optim.base import GameOptimizer, buffers
+from lightning_nested.optim.native import Native
+from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
+from lightning_nested.optim.walk import ascent, ascents, walk
+
+
+class ComplexSGD(GameOptimizer):
+    """μ ← βμ − g, w ← w + lr·Re μ, with β = momentum·e^{i·phase}.
+
+    Written out, w ← w − lr Σₖ |β|ᵏ cos(k·phase) g₋ₖ: old gradients come back with the opposite sign, which damps the
+    rotation of a game. Phase 0 is classical momentum, exactly ``torch.optim.SGD(momentum=)``; phase π is negative
+    momentum; π/8 with |β| ≈ 0.8 is a good first guess for adversarial games, at a price in cooperative ones. The
+    opposite phase gives the same iterates.
+
+    The two buffers hold −Re μ and −Im μ, so that ``momentum_buffer`` is that of ``torch.optim.SGD``, whose
+    ``state_dict`` loads here. While the phase has only ever been 0 or π, there is no second one. The learning rate is
+    applied at the step, as in torch: after a scheduler's change it holds for old gradients too.
+
+    Memory: two numbers per parameter. Differences to torch: no ``dampening``, no ``nesterov``.
+
+    Args:
+        params: Parameters or groups; each group may have its own options.
+        lr: Learning rate α.
+        momentum: |β| in [0, 1).
+        phase: arg β in radians, in [−π, π].
+        weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled: it enters the momentum).
+        maximize: Ascend. As in torch, weight decay still decays.
+        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
+            float64 tensors; it changes nothing for others.
+
+    Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
+
+    >>> x = torch.tensor([1.0], requires_grad=True)
+    >>> y = torch.tensor([1.0], requires_grad=True)
+    >>> optimizer = ComplexSGD([x, y], lr=0.1, momentum=0.8, phase=math.pi / 8)
+    >>> for _ in range(200):  # min over x, max over y of xy, where momentum=0.8 alone diverges
+    ...     x.grad, y.grad = y.detach().clone(), -x.detach().clone()
+    ...     optimizer.step()
+    >>> bool(x.abs() < 0.05 and y.abs() < 0.05)
+    True
+    """
+
+    checks = {  # noqa: RUF012
+        "lr": non_negative,
+        "momentum": magnitude,
+        "phase": angle,
+        "weight_decay": non_negative,
+        "maximize": flag,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        momentum: float = 0.8,
+        phase: float = math.pi / 8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "phase": phase,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, compiled=compiled)
+
+    def _update(
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        turns = coefficient(options["momentum"], options["phase"])[1] != 0
+        real: list[int] = []
+        imag: list[int] = []
+        for i, state in enumerate(states):
+            (imag if turns or state.get("momentum_buffer_imag") is not None else real).append(i)
+        for places in (real, imag):
+            if places:
+                ps, some = [params[i] for i in places], [states[i] for i in places]
+                complex_sgd(
+                    ps,
+                    [grads[i] for i in places],
+                    buffers("momentum_buffer", ps, some),
+                    buffers("momentum_buffer_imag", ps, some) if places is imag else None,
+                    **options,
+                    compiled=self.compiled,
+                )
+
+
+def complex_sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    real: Sequence[Tensor],
+    imag: Sequence[Tensor] | None,
+    *,
+    lr: float,
+    momentum: float,
+    phase: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    compiled: bool = False,
+) -> None:
+    """One step of :class:`ComplexSGD` on lists of tensors, in place.
+
+    Args:
+        params: w.
+        grads: g; not changed.
+        real: −Re μ.
+        imag: −Im μ; None when it is zero and β is real.
+        lr: α.
+        momentum: |β|.
+        phase: arg β.
+        weight_decay: λ.
+        maximize: Ascend.
+        compiled: Take the kernel in C where there is one.
+    """
+    c, s = coefficient(momentum, phase)
+
+    def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor | None = None) -> None:
+        g = ascent(w, g, weight_decay, maximize)
+        if b is None:
+            a.mul_(c).add_(g)
+        else:  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
+            new = torch.add(g, b, alpha=-s)
+            b.mul_(c).add_(a, alpha=s)
+            torch.add(new, a, alpha=c, out=a)
+        w.add_(a, alpha=-lr)
+
+    def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor] | None = None) -> None:
+        new = ascents(ws, gs, weight_decay, maximize)
+        if b is None:
+            torch._foreach_mul_(a, c)
+            torch._foreach_add_(a, new)
+        else:
+            new = torch._foreach_add(new, b, alpha=-s)
+            torch._foreach_mul_(b, c)
+            torch._foreach_add_(b, a, alpha=s)
+            torch._foreach_add_(new, a, alpha=c)
+            torch._foreach_copy_(a, new)
+        torch._foreach_add_(ws, a, alpha=-lr)
+
+    native = None
+    if compiled:
+        sign = -1.0 if maximize else 1.0
+        if imag is None:
+            native = Native("real_sgd", (sign, weight_decay, c, lr))
+        else:
+            native = Native("complex_sgd", (sign, weight_decay, c, s, lr))
+    walk(one, many, params, grads, real, *(() if imag is None else (imag,)), native=native)
