@@ -88,8 +88,20 @@ def interleave(
     threads: int,
     warmup: int = 2,
     repeats: int = 3,
+    contestant_repeats: int = 1,
 ) -> dict[str, Timing]:
-    """Time every contestant in every round, each right after the units (``repeats`` calls of each)."""
+    """Time every contestant in every round, each right after the units: medians of consecutive calls.
+
+    Args:
+        contestants: Calls by name.
+        units: What their times are divided by.
+        rounds: Of all contestants.
+        threads: One: CPU time; more: wall time.
+        warmup: Calls of each before the first round.
+        repeats: Consecutive calls of a unit.
+        contestant_repeats: Of a contestant. As many as of the unit where a call is so short that it matters whether
+            its memory was touched just before.
+    """
     now = clock(threads)
 
     def elapsed(call: Call) -> float:
@@ -108,7 +120,7 @@ def interleave(
         for _ in range(rounds):
             for name, call in contestants.items():
                 unit = {u: statistics.median(elapsed(c) for _ in range(repeats)) for u, c in units.items()}
-                seconds[name].append(elapsed(call))
+                seconds[name].append(statistics.median(elapsed(call) for _ in range(contestant_repeats)))
                 for u, size in unit.items():
                     ratios[name][u].append(seconds[name][-1] / size)
                 gc.collect()
