@@ -40,6 +40,8 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     ),
     "callbacks": ("HypergradientCallback",),
     "modules": (
+        "GameLoop",
+        "GameModule",
         "ImageClassifier",
         "NestedModule",
     ),
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from lightning_nested.hyperparameters import LossWeights as LossWeights
     from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
+    from lightning_nested.modules import GameLoop as GameLoop
+    from lightning_nested.modules import GameModule as GameModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name
