@@ -51,6 +51,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     ),
     "callbacks": ("HypergradientCallback",),
     "modules": (
+        "GANModule",
         "GameLoop",
         "GameModule",
         "ImageClassifier",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
     from lightning_nested.modules import GameLoop as GameLoop
     from lightning_nested.modules import GameModule as GameModule
+    from lightning_nested.modules import GANModule as GANModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name

@@ -2,11 +2,13 @@
 
 from lightning_nested.modules.game import GameModule
 from lightning_nested.modules.game_loop import GameLoop
+from lightning_nested.modules.gan import GANModule
 from lightning_nested.modules.image_classifier import ImageClassifier
 from lightning_nested.modules.nested import NestedModule
 from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled
 
 __all__ = [
+    "GANModule",
     "GameLoop",
     "GameModule",
     "GradientStrategy",

@@ -92,6 +92,7 @@ class GameModule(LightningModule):
         gradient_evaluations: Gradients of one player so far; compare methods by it.
         step_cache: For a subclass to share tensors between the losses of one batch, for example fakes; emptied
             before every batch.
+        batch_players: Who steps on the present batch, in order.
 
     Raises:
         ValueError: Arguments that contradict each other.
@@ -117,6 +118,7 @@ class GameModule(LightningModule):
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
         self.step_cache: dict[str, Any] = {}
+        self.batch_players: tuple[str, ...] = ()
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._make_optimizers, self._make_schedulers = dict(optimizers or {}), dict(schedulers or {})
         self._position = 0  # batches of the present round that are done
@@ -252,6 +254,7 @@ class GameModule(LightningModule):
         full = last or self._sums.count + 1 >= self.loop.accumulate_grad_batches
         ends = full and self._position + 1 == len(self._schedule)
         slot = self._schedule[self._position]
+        self.batch_players = tuple(name for names in slot for name in names)
         for k, names in enumerate(slot):
             self._play([self._players[name] for name in names], batch, full, ends and k + 1 == len(slot))
         self.step_cache.clear()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.modules import GameLoop, GameModule
+from lightning_nested.modules import GameLoop, GameModule, GANModule
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -108,3 +108,88 @@ def test_a_batch_can_be_used_twice() -> None:
     trainer().fit(module, steps(4))
     assert module.calls == [("x", 1.0), ("x", 2.0), ("y", 2.0), ("x", 3.0), ("x", 4.0), ("y", 4.0)]
     assert module.game_updates == 2
+
+
+# ---- networks: processes, resuming
+
+
+def mlp(inputs: int, outputs: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs)).double()
+
+
+class GAN(GANModule):
+    """A small GAN whose latents come with the batch if it has four columns, else from the global stream."""
+
+    def __init__(self, **kw: Any) -> None:
+        optimizers = {"generator": adam(0.02), "discriminator": adam(0.03)}
+        kw = {"optimizers": optimizers, "steps_per_player": {"discriminator": 4}, **kw}
+        super().__init__(mlp(2, 2, 0), mlp(2, 1, 1), latent_dim=2, **kw)
+
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        self.latents = batch[0][:, 2:]
+        return super().player_loss(name, (batch[0][:, :2],))
+
+    def sample_latents(self, count: int) -> Tensor:
+        return self.latents if self.latents.numel() else super().sample_latents(count)
+
+
+def adam(lr: float, **options: Any) -> Optimizer:
+    return lambda params: torch.optim.Adam(params, lr=lr, betas=(0.5, 0.9), **options)
+
+
+def points(n: int, width: int = 4) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randn(n, width, generator=generator, dtype=torch.float64))
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol * 1e-3)
+
+
+class Save(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        state = {"weights": tensors(pl_module), "updates": pl_module.game_updates, "draw": torch.rand(3)}
+        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
+
+
+class Split(GAN):
+    """Each process takes its half of every batch, so that the global batch is that of a single process."""
+
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        rank, n = self.trainer.global_rank, self.trainer.world_size
+        return super().player_loss(name, (batch[0][rank::n],))
+
+
+@pytest.mark.parametrize(
+    ("update", "loop"),
+    [
+        ("alternating", GameLoop(gradient_clip_val=0.3)),
+        ("simultaneous", GameLoop(accumulate_grad_batches=2, gradient_clip_val={"generator": 0.2})),
+    ],
+)
+def test_two_processes_with_half_the_batch_are_one_with_the_whole(
+    update: Any, loop: GameLoop, tmp_path: Path
+) -> None:
+    def run(**options: Any) -> Split:
+        each = {"discriminator": 4} if update == "alternating" else None
+        module = Split(update=update, loop=loop, steps_per_player=each)
+        fit = trainer(max_epochs=-1, max_steps=20, use_distributed_sampler=False, **options)
+        fit.fit(module, DataLoader(points(70), batch_size=10))
+        return module
+
+    run(devices=2, strategy="ddp_fork", callbacks=[Save(tmp_path)])
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    same(first["weights"], second["weights"])
+    assert first["updates"] == second["updates"] == 20
+    assert not torch.equal(first["draw"], second["draw"]), "each process draws its own latents"
+    same(first["weights"], tensors(run()), rtol=1e-10)
