@@ -193,3 +193,109 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(
     assert first["updates"] == second["updates"] == 20
     assert not torch.equal(first["draw"], second["draw"]), "each process draws its own latents"
     same(first["weights"], tensors(run()), rtol=1e-10)
+
+
+class Resumable:
+    """A loader that goes on where it was, so that a run can be resumed inside an epoch."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Any:
+        while self.position < 7:
+            self.position += 1
+            yield [points(70, 2).tensors[0][10 * self.position - 10 : 10 * self.position]]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class At(Callback):
+    """Saves a checkpoint after some batches."""
+
+    def __init__(self, path: Path, batches: int) -> None:
+        self.path, self.batches, self.seen = path, batches, 0
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+GAMES: dict[str, Callable[[], GAN]] = {
+    "turns": lambda: GAN(scheduler=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)),
+    "turns, accumulated": lambda: GAN(loop=GameLoop(accumulate_grad_batches=2)),
+    "together": lambda: GAN(update="simultaneous", steps_per_player=None, reuse_fakes=True),
+}
+
+
+def assert_same_run(a: tuple[GAN, Trainer], b: tuple[GAN, Trainer]) -> None:
+    same(tensors(a[0]), tensors(b[0]))
+    for mine, other in zip(a[1].optimizers, b[1].optimizers, strict=True):
+        torch.testing.assert_close(mine.state_dict(), other.state_dict(), rtol=0, atol=0)
+    clocks = [(m.game_updates, m.gradient_evaluations, t.global_step) for m, t in (a, b)]
+    assert clocks[0] == clocks[1]
+    assert clocks[0][0] == clocks[0][2]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("name", GAMES)
+def test_resuming_at_an_epochs_end_is_bit_exact(name: str, tmp_path: Path) -> None:
+    """Seven batches an epoch and five a round: every epoch ends inside a round."""
+
+    def run(epochs: int, path: Path | None = None, **options: Any) -> tuple[GAN, Trainer]:
+        torch.manual_seed(path is None)  # a resumed run must not depend on the seed it is started with
+        module, fit = GAMES[name](), trainer(max_epochs=epochs, **options)
+        torch.manual_seed(5 + (path is None))
+        loader = DataLoader(points(70, 2), batch_size=10, shuffle=True)
+        fit.fit(module, loader, ckpt_path=path, weights_only=True)
+        return module, fit
+
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=True)
+    run(2, enable_checkpointing=True, callbacks=[save])
+    assert_same_run(run(4, tmp_path / "epoch=1.ckpt"), run(4))
+
+
+@pytest.mark.parametrize("batches", [3, 9, 11])
+@pytest.mark.parametrize("name", GAMES)
+def test_resuming_inside_an_epoch_is_bit_exact(name: str, batches: int, tmp_path: Path) -> None:
+    def run(path: Path | None = None, *callbacks: Callback) -> tuple[GAN, Trainer]:
+        module, fit = GAMES[name](), trainer(max_epochs=4, callbacks=list(callbacks))
+        torch.manual_seed(5 + (path is None))
+        fit.fit(module, Resumable(), ckpt_path=path, weights_only=True)
+        return module, fit
+
+    whole = run(None, At(tmp_path / "open.ckpt", batches))
+    assert_same_run(run(tmp_path / "open.ckpt"), whole)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+def test_two_processes_resume_with_their_own_random_numbers(tmp_path: Path) -> None:
+    def run(epochs: int, path: Path | None, folder: str, **options: Any) -> None:
+        (tmp_path / folder).mkdir()
+        fit = trainer(
+            max_epochs=epochs,
+            devices=2,
+            strategy="ddp_fork",
+            callbacks=[Save(tmp_path / folder), *options.pop("callbacks", [])],
+            **options,
+        )
+        torch.manual_seed(5 + (path is None))
+        loader = DataLoader(points(70, 2), batch_size=5, shuffle=True)
+        fit.fit(GAMES["turns"](), loader, ckpt_path=path, weights_only=True)
+
+    save = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_on_train_epoch_end=True)
+    run(1, None, "first", enable_checkpointing=True, callbacks=[save])
+    run(2, tmp_path / "saved" / "epoch=0.ckpt", "second")
+    run(2, None, "whole")
+    for rank in (0, 1):
+        a, b = (torch.load(tmp_path / folder / f"{rank}.pt") for folder in ("second", "whole"))
+        same(a["weights"], b["weights"])
+        assert torch.equal(a["draw"], b["draw"])
