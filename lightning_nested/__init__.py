@@ -49,6 +49,14 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "RandomSubspace",
         "SmallIPD",
     ),
+    "optim": (
+        "ComplexAdam",
+        "ComplexSGD",
+        "Extragradient",
+        "ExtrapolationFromThePast",
+        "OptimisticAdam",
+        "OptimisticSGD",
+    ),
     "callbacks": ("HypergradientCallback",),
     "modules": (
         "GANModule",
@@ -100,6 +108,12 @@ if TYPE_CHECKING:
     from lightning_nested.modules import GANModule as GANModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
+    from lightning_nested.optim import ComplexAdam as ComplexAdam
+    from lightning_nested.optim import ComplexSGD as ComplexSGD
+    from lightning_nested.optim import Extragradient as Extragradient
+    from lightning_nested.optim import ExtrapolationFromThePast as ExtrapolationFromThePast
+    from lightning_nested.optim import OptimisticAdam as OptimisticAdam
+    from lightning_nested.optim import OptimisticSGD as OptimisticSGD
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name
 
     def __getattr__(name: str) -> object:
