@@ -6,6 +6,7 @@ from lightning_nested.modules.gan import GANModule
 from lightning_nested.modules.image_classifier import ImageClassifier
 from lightning_nested.modules.nested import NestedModule
 from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled
+from lightning_nested.modules.zoo_game import ZooGame
 
 __all__ = [
     "GANModule",
@@ -17,4 +18,5 @@ __all__ = [
     "LoopOptions",
     "NestedModule",
     "Unrolled",
+    "ZooGame",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,8 @@ class GameModule(LightningModule):
         step_cache: For a subclass to share tensors between the losses of one batch, for example fakes; emptied
             before every batch.
         batch_players: Who steps on the present batch, in order.
+        joint_graph: True where a loss is asked for with its graph to *every* player, as for the game's Jacobian:
+            then ``player_loss`` must not detach what other players made. In training detaching saves time.
 
     Raises:
         ValueError: Arguments that contradict each other.
@@ -118,6 +121,7 @@ class GameModule(LightningModule):
         self.game_updates = self.gradient_evaluations = 0
         self.step_cache: dict[str, Any] = {}
         self.batch_players: tuple[str, ...] = ()
+        self.joint_graph = False
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._make_optimizers, self._make_schedulers = dict(optimizers or {}), dict(schedulers or {})
         self._position = 0  # batches of the present round that are done
@@ -143,6 +147,25 @@ class GameModule(LightningModule):
     def player_losses(self, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
         """The losses of players that step together; override it to share work between them."""
         return {name: self.player_loss(name, batch) for name in names}
+
+    @property
+    def running_players(self) -> dict[str, Player]:
+        """The players with their optimizers and trained parameters; empty before ``fit``."""
+        return dict(self._players)
+
+    @contextmanager
+    def joint_evaluation(self, players: Sequence[str]) -> Iterator[None]:
+        """Losses evaluated inside keep their graph to every player, and share nothing with training."""
+        kept = self.step_cache, self.batch_players, self.joint_graph
+        self.step_cache, self.batch_players, self.joint_graph = {}, tuple(players), True
+        try:
+            yield
+        finally:
+            self.step_cache, self.batch_players, self.joint_graph = kept
+
+    def game_metrics(self) -> dict[str, Any]:
+        """Further values to log with the losses, every ``log_every_n_steps`` game updates."""
+        return {}
 
     def on_player_step(self, name: str) -> None:
         """Called after each step of a player."""
@@ -192,6 +215,8 @@ class GameModule(LightningModule):
                 "GameModule scales no losses: one scale for players of different size would hide which of them "
                 f"overflows. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
+        # Lightning advises to save the state before the step; after a complete update is where a game resumes.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         players = self.players()
         if not players:
             raise MisconfigurationException("players() must name at least one player. Got none.")
@@ -370,7 +395,7 @@ class GameModule(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every == 0 or self.game_updates % every:
             return
-        metrics = {f"{name}_loss": loss for name, loss in self._losses.items()}
+        metrics = {f"{name}_loss": loss for name, loss in self._losses.items()} | self.game_metrics()
         self.log_dict(metrics, prog_bar=True, logger=False)
         self.log("game_updates", float(self.game_updates), logger=False)
         # Not by self.log: Lightning's x axis counts batches.
