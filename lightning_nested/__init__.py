@@ -48,6 +48,12 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "QuadraticGame",
         "RandomSubspace",
         "SmallIPD",
+        "convergence_rate",
+        "game_jacobian",
+        "game_spectrum",
+        "joint_gradient",
+        "modes_covered",
+        "suggest_momentum",
     ),
     "optim": (
         "ComplexAdam",
@@ -98,6 +104,12 @@ if TYPE_CHECKING:
     from lightning_nested.games import QuadraticGame as QuadraticGame
     from lightning_nested.games import RandomSubspace as RandomSubspace
     from lightning_nested.games import SmallIPD as SmallIPD
+    from lightning_nested.games import convergence_rate as convergence_rate
+    from lightning_nested.games import game_jacobian as game_jacobian
+    from lightning_nested.games import game_spectrum as game_spectrum
+    from lightning_nested.games import joint_gradient as joint_gradient
+    from lightning_nested.games import modes_covered as modes_covered
+    from lightning_nested.games import suggest_momentum as suggest_momentum
     from lightning_nested.hypergradient import ConjugateGradient as ConjugateGradient
     from lightning_nested.hypergradient import DenseSolve as DenseSolve
     from lightning_nested.hypergradient import FiniteDifference as FiniteDifference
