@@ -196,6 +196,11 @@ class GameSpectrumCallback(Callback):
         if self.adapt:
             self._adapt(trainer, pl_module, measured)
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(k=self.k, which=self.which, every_n_updates=self.every_n_updates)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._seed is None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -264,6 +264,8 @@ class GameModule(LightningModule):
         self._sums.load_state_dict(saved["sums"], self.device)
         if self._epoch_open:
             restore_random_state(saved["random"], self.global_rank)
+        else:
+            _begin_next_epoch(self.trainer)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -410,6 +412,17 @@ def check_names(what: str, given: Mapping[str, Any], players: Mapping[str, nn.Mo
         raise MisconfigurationException(
             f"{what} must name players. Got {unknown}; the players are {list(players)}."
         )
+
+
+def _begin_next_epoch(trainer: Trainer) -> None:
+    """With ``max_steps`` Lightning resumes a finished epoch as if it were open, and spends a batch on closing it."""
+    fit_loop = trainer.fit_loop
+    epochs, batches = fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress.current
+    if trainer.max_steps != -1 and 0 < batches.ready == batches.completed:
+        if epochs.current.completed < epochs.current.processed:
+            epochs.increment_completed()
+        fit_loop.reset_restart_stage()
+        fit_loop.epoch_loop.restarting = False
 
 
 @contextmanager

@@ -242,17 +242,19 @@ def assert_same_run(a: tuple[GAN, Trainer], b: tuple[GAN, Trainer]) -> None:
         torch.testing.assert_close(mine.state_dict(), other.state_dict(), rtol=0, atol=0)
     clocks = [(m.game_updates, m.gradient_evaluations, t.global_step) for m, t in (a, b)]
     assert clocks[0] == clocks[1]
+    assert a[1].current_epoch == b[1].current_epoch
     assert clocks[0][0] == clocks[0][2]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 1000}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("name", GAMES)
-def test_resuming_at_an_epochs_end_is_bit_exact(name: str, tmp_path: Path) -> None:
+def test_resuming_at_an_epochs_end_is_bit_exact(name: str, limit: dict[str, int], tmp_path: Path) -> None:
     """Seven batches an epoch and five a round: every epoch ends inside a round."""
 
     def run(epochs: int, path: Path | None = None, **options: Any) -> tuple[GAN, Trainer]:
         torch.manual_seed(path is None)  # a resumed run must not depend on the seed it is started with
-        module, fit = GAMES[name](), trainer(max_epochs=epochs, **options)
+        module, fit = GAMES[name](), trainer(max_epochs=epochs, **limit, **options)
         torch.manual_seed(5 + (path is None))
         loader = DataLoader(points(70, 2), batch_size=10, shuffle=True)
         fit.fit(module, loader, ckpt_path=path, weights_only=True)
