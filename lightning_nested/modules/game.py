@@ -416,7 +416,7 @@ def check_names(what: str, given: Mapping[str, Any], players: Mapping[str, nn.Mo
 
 def _begin_next_epoch(trainer: Trainer) -> None:
     """With ``max_steps`` Lightning resumes a finished epoch as if it were open, and spends a batch on closing it."""
-    fit_loop = trainer.fit_loop
+    fit_loop: Any = trainer.fit_loop
     epochs, batches = fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress.current
     if trainer.max_steps != -1 and 0 < batches.ready == batches.completed:
         if epochs.current.completed < epochs.current.processed:
