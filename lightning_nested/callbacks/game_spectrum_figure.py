@@ -33,7 +33,7 @@ STYLE: dict[Any, Any] = {
 _COLOURS = ("#2f6db3", "#e1691e", "#1b9e77", "#6a3d9a")  # of players; blue and orange stay apart in grey too
 _CONTRACTS, _FAINT = "#e8f1e4", "#d8dce1"
 _LEVELS = (0.9, 0.97, 0.99, 0.997)
-_DECADES = 6  # below the largest eigenvalue, what is smaller is drawn at the edge
+_DECADES = 5  # below the largest eigenvalue; of what is smaller, single precision does not know the angle
 
 
 def spectrum_figure(
@@ -67,7 +67,6 @@ def spectrum_figure(
             _draw(panel, spectrum, players, bottom, top)
             title = titles[index] if titles else f"after {spectrum.game_updates} game updates"
             panel.set_title(title + _caption(spectrum))
-            panel.set_xlabel("log₁₀ |λ|")
         axes[0].set_ylabel("arg λ")
         _legend(axes[-1], spectra, players)
     return figure
@@ -81,18 +80,23 @@ def _draw(axes: Axes, spectrum: MeasuredSpectrum, players: Sequence[str], bottom
     for t in ticks:
         axes.axhline(math.pi * t, color=_FAINT, linewidth=0.7, zorder=0.5)
     _contours(axes, spectrum, bottom, top)
-    values = spectrum.eigenvalues.numpy()
-    x = np.log10(np.maximum(np.abs(values), 10.0**bottom))
+    values = spectrum.eigenvalues.numpy() + 0.0  # −0.0 + 0.0 = 0.0: negative real numbers go to π, not to −π
+    visible = np.abs(values) > 10.0**bottom
     colours = np.full(len(values), "#24292f", dtype=object)
     if spectrum.shares is not None:
         colours = np.array([_COLOURS[i % len(_COLOURS)] for i in spectrum.shares.argmax(dim=1)], dtype=object)
+    values, colours = values[visible], colours[visible]
+    x = np.log10(np.abs(values))
+    left_out = int((~visible).sum())
+    axes.set_xlabel("log₁₀ |λ|" + (f"  ({left_out} smaller ones not drawn)" if left_out else ""))
     size = 26 if len(values) < 100 else 11
     axes.scatter(x, np.angle(values), s=size, c=colours, alpha=0.75, linewidths=0, zorder=3, clip_on=False)
     for index, name in enumerate(players):
         own = spectrum.own.get(name)
         if own is not None:
             real = own.numpy()
-            x = np.log10(np.maximum(np.abs(real), 10.0**bottom))
+            real = real[np.abs(real) > 10.0**bottom]
+            x = np.log10(np.abs(real))
             # Beside the lines 0 and π, or the eigenvalues of the game would hide them.
             y = np.where(real >= 0, 0.0, math.pi) + 0.16 * (index + 1) * np.where(real >= 0, 1, -1)
             axes.scatter(
