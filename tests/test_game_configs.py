@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lightning_nested.cli import main, shipped_configs
+from lightning_nested.modules import GANModule, ZooGame
 
 ROOT = Path(__file__).parents[1]
 GAMES = ("bilinear", "dirac_gan", "gaussians_gan")
@@ -76,6 +77,18 @@ def test_each_player_has_its_own_optimizer_from_yaml(capsys: pytest.CaptureFixtu
         "discriminator": pytest.approx(0.3927, abs=1e-4),
         "generator": 0.5,
     }
+
+
+@pytest.mark.parametrize("name", ["bilinear", "gaussians_gan"])
+def test_a_checkpoint_of_the_command_line_loads_in_python(name: str, tmp_path: Path) -> None:
+    options = ["--trainer.max_steps=2", "--trainer.logger=false", "--trainer.enable_checkpointing=true"]
+    main(["fit", "--config", name, *options, f"--trainer.default_root_dir={tmp_path}"])
+    kind = ZooGame if name == "bilinear" else GANModule
+    module = kind.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")), weights_only=True)
+    if isinstance(module, ZooGame):
+        assert module.distances[-1] == float(module.distance())
+    else:
+        assert module.sample(3).shape == (3, 2)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -115,6 +116,9 @@ class GameModule(LightningModule):
         loop: GameLoop = GameLoop(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
+        if _given_hyperparameters.get() is not None:
+            # Built by LightningCLI, which saves the configuration instead of the values: all plain data.
+            self.save_hyperparameters()
         self.automatic_optimization = False
         check_steps(update, steps_per_player or {})
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
