@@ -161,8 +161,9 @@ def table(results: dict[str, dict[str, dict[str, Any]]], seeds: int) -> str:
 
 
 def _score(found: dict[str, list[float]], seeds: int) -> tuple[int, float]:
-    """On the tuning seeds: how many cover everything, then the median share of good samples."""
-    return sum(m == 8 for m in found["modes"][seeds:]), _quartiles(found["quality"][seeds:])[1]
+    """On the tuning seeds, without any on all: how many cover everything, then the median share of good samples."""
+    start = seeds if len(found["modes"]) > seeds else 0
+    return sum(m == 8 for m in found["modes"][start:]), _quartiles(found["quality"][start:])[1]
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:
