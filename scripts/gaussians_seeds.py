@@ -177,9 +177,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--tuning-seeds", type=int, default=10, help="more seeds, which choose the rate only")
+    parser.add_argument("--tuning-seeds", type=int, default=0, help="more seeds, which choose the rate only")
     parser.add_argument("--updates", type=int, default=4000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 5.5e-4, 1e-3, 1.8e-3, 3e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--latent-dim", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
