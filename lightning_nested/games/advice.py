@@ -27,7 +27,7 @@ _FINE = (0.05, 0.005, 0.0005)  # sizes of simplices in log units
 _TILTED = np.array(
     [[1.0, 0.3, 0.0], [-0.3, 1.0, 0.1], [0.2, -0.2, 1.0]]
 )  # off the axes, which are often symmetric
-_RING = 16  # perturbations of an eigenvalue
+_RING = 24  # perturbations of an eigenvalue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,8 @@ def suggest_momentum(
         ValueError: An argument out of range, an eigenvalue that no momentum contracts, or no settings that converge.
 
     Warns:
-        UserWarning: Eigenvalues of negative real part, which small steps run away from and the suggested ones approach.
+        UserWarning: Eigenvalues of negative real part, by more than the noise: small steps run away from such a
+            point, and the suggested ones approach it.
 
     Example:
         On the bilinear game no real momentum converges; π/8 reaches a rate of 0.9354, and the best phase 0.8882.
@@ -101,7 +102,7 @@ def suggest_momentum(
     _check_arguments(phase, noise, cutoff, unstable)
     values = _eigenvalues(eigenvalues).reshape(-1)
     kept, scale = _upper_half(values, cutoff)
-    kept, dropped = _stable(kept, unstable)
+    kept, dropped = _stable(kept, unstable, noise)
     targets = _perturbed(kept, noise) / scale
     orders = (False, True) if alternating is None else (alternating,)
     found = [(_Search(targets, order).run(phase), order) for order in orders]
@@ -115,7 +116,12 @@ def suggest_momentum(
             "Leave the phase free, lower `noise`, or add damping to the game (a gradient penalty)."
         )
     return MomentumSuggestion(
-        lr=lr / scale, momentum=momentum, phase=angle, rate=rate, alternating=order, dropped=dropped
+        lr=lr / scale,
+        momentum=momentum,
+        phase=angle if phase is None else phase,
+        rate=rate,
+        alternating=order,
+        dropped=dropped,
     )
 
 
@@ -130,7 +136,9 @@ class _Search:
         """Rate, lr, |β| and φ of the best point."""
         for _ in range(3):
             point = self._anywhere(phase)
-            if not self._add_worse([point]):
+            seen, whole = float(self._worst(self.targets[self.active], point)), self.full(point)
+            self._add_worse([point])
+            if whole - seen <= 0.1 * (1 - seen):  # else perhaps another valley, seen with the worse ones
                 break
         free, turns = (2, ()) if phase is not None else (3, (0.0, math.pi))  # a real β is often the best
         if phase is None:
@@ -151,9 +159,8 @@ class _Search:
         return float(self._worst(self.targets, point))
 
     def _worst(self, targets: Array, points: Array) -> Array:
-        lr, momentum, phase = (x[..., None] for x in _natural(points))
-        radii: Array = momentum_radii(targets, lr, momentum, phase, self.alternating).max(axis=-1)
-        return radii
+        worst: Array = momentum_radii(targets, *_natural(points), self.alternating).max(axis=-1)
+        return worst
 
     def _anywhere(self, phase: float | None) -> Array:
         """Differential evolution over the active eigenvalues, a generation at a time."""
@@ -167,10 +174,9 @@ class _Search:
             _BOUNDS[: 3 - len(tail)],
             vectorized=True,
             updating="deferred",
-            init="sobol",
-            popsize=16,
-            maxiter=60,
-            tol=1e-6,
+            popsize=14,
+            maxiter=50,
+            tol=1e-5,
             polish=False,
             seed=0,
         )
@@ -251,7 +257,7 @@ def _upper_half(values: Array, cutoff: float) -> tuple[Array, float]:
     return np.unique(np.round(kept / scale, 12)) * scale, scale
 
 
-def _stable(values: Array, unstable: Literal["raise", "drop"]) -> tuple[Array, int]:
+def _stable(values: Array, unstable: Literal["raise", "drop"], noise: float) -> tuple[Array, int]:
     """The eigenvalues that some momentum contracts, and how many there are not."""
     hopeless = (values.imag == 0) & (values.real < 0)
     if hopeless.any():
@@ -266,7 +272,7 @@ def _stable(values: Array, unstable: Literal["raise", "drop"]) -> tuple[Array, i
             )
         warnings.warn(f"{text}. They are left out.", stacklevel=3)
     values = values[~hopeless]
-    left = values[values.real < -1e-8 * np.abs(values).max()]
+    left = values[values.real < -noise * np.abs(values) - 1e-8 * np.abs(values).max()]
     if len(left):
         warnings.warn(
             f"{len(left)} eigenvalues have a negative real part, as low as {left.real.min():.4g}: small steps run away "

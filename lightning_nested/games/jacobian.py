@@ -50,7 +50,7 @@ def joint_gradient(
         Gradients of the same structure as ``players``; zeros for a tensor that its loss does not depend on.
 
     Raises:
-        ValueError: A player is given twice, shares a tensor, or has a loss that does not depend on it.
+        ValueError: Players share a parameter, or one has a loss that does not depend on it.
         FloatingPointError: A loss is not finite.
 
     Example:
@@ -266,13 +266,16 @@ def _structured(tensors: Vector, players: PlayersT) -> PlayersT:
 
 
 def _check_distinct(tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+    """Refuse parameters that are held twice; plain tensors become leaves of their own, even the same one."""
     seen: dict[tuple[int, int], int] = {}
     for tensor, owner in zip(tensors, owners, strict=True):
         if not tensor.is_floating_point():
             raise ValueError(
                 f"Players must hold floating-point tensors. Got {tensor.dtype} for player {owner}."
             )
-        key = (tensor.data_ptr(), tensor.numel()) if tensor.numel() and tensor.data_ptr() else (0, id(tensor))
+        if not tensor.requires_grad or not tensor.numel():
+            continue
+        key = (tensor.data_ptr(), tensor.numel())
         if key in seen:
             raise ValueError(
                 "Every tensor must belong to one player, once. "

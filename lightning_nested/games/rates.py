@@ -21,6 +21,8 @@ from torch import Tensor
 Eigenvalues: TypeAlias = "Tensor | Sequence[complex]"
 Array: TypeAlias = "NDArray[Any]"
 
+_SHIFT = np.eye(5)
+
 
 @overload
 def convergence_rate(
@@ -78,9 +80,7 @@ def convergence_rate(
     """
     values = _eigenvalues(eigenvalues).reshape(-1)
     alpha, size, angle = _settings(lr, momentum, phase)
-    worst = momentum_radii(values, alpha[..., None], size[..., None], angle[..., None], alternating).max(
-        axis=-1
-    )
+    worst = momentum_radii(values, alpha, size, angle, alternating).max(axis=-1)
     return _returned(worst, lr, momentum, phase)
 
 
@@ -96,8 +96,10 @@ def eigenvalue_rates(
 
     Arguments and errors as in :func:`convergence_rate`.
     """
+    values = _eigenvalues(eigenvalues)
     alpha, size, angle = _settings(lr, momentum, phase)
-    return torch.from_numpy(momentum_radii(_eigenvalues(eigenvalues), alpha, size, angle, alternating))
+    rates = momentum_radii(values.reshape(-1), alpha, size, angle, alternating)
+    return torch.from_numpy(rates.reshape(values.shape))
 
 
 def extragradient_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Tensor:
@@ -186,16 +188,16 @@ def momentum_map(
 
 
 def momentum_radii(eigenvalues: Array, lr: Array, momentum: Array, phase: Array, alternating: bool) -> Array:
-    """Largest |root| for each eigenvalue and setting, all broadcast: the kernel, without checks."""
-    eigenvalues, lr, momentum, phase = np.broadcast_arrays(eigenvalues, lr, momentum, phase)
-    real, square = momentum * np.cos(phase), momentum**2
+    """The kernel, without checks: largest |root| of shape (..., k) for k eigenvalues and settings of shape (...)."""
+    real, square, lr = (momentum * np.cos(phase))[..., None], (momentum**2)[..., None], lr[..., None]
     if not alternating:
         return _cubic_radius(*_momentum_cubic(lr * eigenvalues, real, square))
-    radius = np.empty(eigenvalues.shape)
     alone = eigenvalues.imag == 0
-    radius[alone] = _cubic_radius(*_momentum_cubic((lr * eigenvalues)[alone], real[alone], square[alone]))
-    coupled = ~alone
-    radius[coupled] = _alternating_radius((lr * eigenvalues)[coupled], real[coupled], square[coupled])
+    if not alone.any():
+        return _alternating_radius(lr * eigenvalues, real, square)
+    radius = np.empty((*real.shape[:-1], len(eigenvalues)))
+    radius[..., alone] = _cubic_radius(*_momentum_cubic(lr * eigenvalues[alone], real, square))
+    radius[..., ~alone] = _alternating_radius(lr * eigenvalues[~alone], real, square)
     return radius
 
 
@@ -228,16 +230,14 @@ def _alternating_radius(x: Array, real: Array, square: Array) -> Array:
     b, c, d = _momentum_cubic(x.real, real, square)
     pull = x.imag**2
     companion = np.zeros((*x.shape, 6, 6))
-    companion[..., 1:, :5] = np.eye(5)
-    row = (
-        2 * b + pull,
-        b * b + 2 * c - 2 * real * pull,
-        2 * d + 2 * b * c + real**2 * pull,
-        c * c + 2 * b * d,
-        2 * c * d,
-        d * d,
-    )
-    companion[..., 0, :] = -np.stack(row, axis=-1)
+    companion[..., 1:, :5] = _SHIFT
+    row = companion[..., 0, :]
+    row[..., 0] = -2 * b - pull
+    row[..., 1] = 2 * real * pull - b * b - 2 * c
+    row[..., 2] = -2 * (d + b * c) - real**2 * pull
+    row[..., 3] = -c * c - 2 * b * d
+    row[..., 4] = -2 * c * d
+    row[..., 5] = -d * d
     radius: Array = np.abs(np.linalg.eigvals(companion)).max(axis=-1)
     return radius
 
