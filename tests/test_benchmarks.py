@@ -85,6 +85,14 @@ def test_callback_cost_runs(run: Script) -> None:
     assert found["a step without callback"].median > 0
 
 
+def test_optimizers_run_and_make_the_same_steps(run: Script) -> None:
+    found = run("optimizers", ["--rounds", "1", "--tensors", "3", "--elements", "300"])
+    for name, entry in found.items():
+        if entry["error_to_float64"] is not None:
+            # five float32 steps on numbers of about 1, over changes of about 0.005 and more
+            assert entry["error_to_float64"] < 1e-3, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["digits", "fashion"])
 def test_against_search_runs(run: Script, data: str) -> None:

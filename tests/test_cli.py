@@ -200,6 +200,29 @@ def test_classes_go_by_short_name_and_a_module_may_bring_no_data(capsys: pytest.
     assert config["seed_everything"] is True
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ComplexSGD", ["lr=0.05", "phase=0.3927"]),
+        ("ComplexAdam", ["betas=[0, 0.999]", "debias=true", "compiled=false"]),
+        ("Extragradient", ["lr=0.1"]),
+        ("OptimisticAdam", []),
+    ],
+)
+def test_optimizers_for_games_are_options_of_a_module(name: str, options: list[str], tmp_path: Path) -> None:
+    chosen = [f"--model.optimizer=lightning_nested.{name}"]
+    chosen += [f"--model.optimizer.{option}" for option in options]
+    main(["fit", "--config", "digits", *chosen, *QUICK])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    (state,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
+    (group,) = state["param_groups"]
+    if name == "ComplexAdam":
+        assert group["betas"] == (0.0, 0.999)
+    if name == "ComplexSGD":
+        assert (group["lr"], group["phase"]) == (0.05, 0.3927)
+    assert ("extrapolated" in group) == (name == "Extragradient")
+
+
 def test_a_checkpoint_of_the_command_line_loads_in_python(tmp_path: Path) -> None:
     main(["fit", "--config=digits", "--model.network_options.hidden=[5]", *QUICK])
     module = ImageClassifier.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")), weights_only=True)

@@ -25,7 +25,7 @@ class GameOptimizer(Optimizer, ABC):
     Args:
         params: Parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``.
         defaults: Options of the groups that do not give them.
-        compiled: Whether steps go through ``torch.compile``. It belongs to the machine, not to the run, so it is no
+        compiled: Whether steps run in C where they can. It belongs to the machine, not to the run, so it is no
             option of a group and no part of ``state_dict``.
 
     Attributes:
@@ -38,7 +38,7 @@ class GameOptimizer(Optimizer, ABC):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, compiled: bool = False) -> None:
         self.compiled = compiled
-        super().__init__(params, checked(self.checks, defaults) | defaults_not_checked(self.checks, defaults))
+        super().__init__(params, checked(self.checks, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, also late in a run; nothing is added where an option is out of range.
@@ -82,16 +82,16 @@ class GameOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, options, params, grads in list(self._gradients()):
+        for _, options, params, grads in list(self._gradients()):
             if params:
-                self._update(group, options, params, grads)
+                self._update(options, params, grads, [self.state[p] for p in params])
         return loss
 
     @abstractmethod
     def _update(
-        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
-        """Change ``params`` in place. ``options`` are those of the group, checked."""
+        """Change ``params`` in place. ``options`` are those of their group, checked."""
 
     def _gradients(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[Tensor], list[Tensor]]]:
         """Each group, its checked options, and its parameters that have a gradient."""
@@ -106,31 +106,6 @@ class GameOptimizer(Optimizer, ABC):
                         "give sparse=False to the embedding, or torch.optim.SparseAdam its parameters."
                     )
             yield group, options, params, grads
-
-    def _buffers(self, name: str, params: list[Tensor]) -> list[Tensor]:
-        """The state of that name for each parameter; zeros where there is none yet."""
-        result = []
-        for p in params:
-            state = self.state[p]
-            buffer = state.get(name)
-            if buffer is None:
-                buffer = state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            result.append(buffer)
-        return result
-
-    def _by_step(
-        self, params: list[Tensor], grads: list[Tensor]
-    ) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-        """Count the step; parameters that joined late, or once had no gradient, come apart from the others."""
-        groups: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-        for p, g in zip(params, grads, strict=True):
-            state = self.state[p]
-            state["step"] = int(state.get("step", 0)) + 1
-            ps, gs = groups.setdefault(state["step"], ([], []))
-            ps.append(p)
-            gs.append(g)
-        for step, (ps, gs) in groups.items():
-            yield step, ps, gs
 
     def _check_parameter(self, p: Any) -> None:
         if isinstance(p, Tensor) and p.is_complex():
@@ -151,6 +126,22 @@ class GameOptimizer(Optimizer, ABC):
                     group.setdefault(name, value)
 
 
-def defaults_not_checked(checks: Mapping[str, Check], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What a subclass keeps in its groups for itself."""
-    return {name: value for name, value in defaults.items() if name not in checks}
+def buffers(name: str, params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """The state of that name for each parameter; zeros where there is none yet."""
+    for p, state in zip(params, states, strict=True):
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return [state[name] for state in states]
+
+
+def by_step(states: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+    """Count the step; parameters that joined late, or once had no gradient, come apart from the others.
+
+    Returns:
+        Each number of steps with the places of the parameters that have taken as many.
+    """
+    places: dict[int, list[int]] = {}
+    for i, state in enumerate(states):
+        state["step"] = int(state.get("step", 0)) + 1
+        places.setdefault(state["step"], []).append(i)
+    return list(places.items())

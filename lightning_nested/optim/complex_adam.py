@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer
+from lightning_nested.optim.base import GameOptimizer, buffers, by_step
+from lightning_nested.optim.native import Native
 from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
 from lightning_nested.optim.walk import ascent, ascents, walk
 
@@ -40,7 +41,8 @@ class ComplexAdam(GameOptimizer):
             AdamW).
         debias: Adam's factor and correction of the first moment.
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps through ``torch.compile``: faster on CPU from about a million parameters.
+        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
+            float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -86,11 +88,16 @@ class ComplexAdam(GameOptimizer):
         super().__init__(params, defaults, compiled=compiled)
 
     def _update(
-        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
-        for step, ps, gs in self._by_step(params, grads):
-            real, imag = self._buffers("momentum_buffer", ps), self._buffers("momentum_buffer_imag", ps)
-            complex_adam(ps, gs, real, imag, self._buffers("exp_avg_sq", ps), step=step, **options)
+        for step, places in by_step(states):
+            ps, some = [params[i] for i in places], [states[i] for i in places]
+            moments = [
+                buffers(name, ps, some) for name in ("momentum_buffer", "momentum_buffer_imag", "exp_avg_sq")
+            ]
+            complex_adam(
+                ps, [grads[i] for i in places], *moments, step=step, **options, compiled=self.compiled
+            )
 
 
 def complex_adam(
@@ -108,6 +115,7 @@ def complex_adam(
     weight_decay: float = 0.0,
     debias: bool = False,
     maximize: bool = False,
+    compiled: bool = False,
 ) -> None:
     """One step of :class:`ComplexAdam` on lists of tensors, in place.
 
@@ -125,6 +133,7 @@ def complex_adam(
         weight_decay: λ.
         debias: Factor and correction of the first moment.
         maximize: Ascend.
+        compiled: Take the kernel in C where there is one.
     """
     c, s = coefficient(betas[0], phase)
     # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
@@ -158,7 +167,12 @@ def complex_adam(
         if rates[1]:
             torch._foreach_addcdiv_(ws, b, denominators, value=rates[1])
 
-    walk(one, many, params, grads, real, imag, squares)
+    native = None
+    if compiled:
+        sign = -1.0 if maximize else 1.0
+        averages = (betas[1], 1 - betas[1], eps * root)
+        native = Native("complex_adam", (sign, weight_decay, c, s, *averages, -rates[0], -rates[1]))
+    walk(one, many, params, grads, real, imag, squares, native=native)
 
 
 def _factor(c: float, s: float, momentum: float, phase: float, step: int) -> complex:

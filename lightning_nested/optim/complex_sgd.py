@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer
+from lightning_nested.optim.base import GameOptimizer, buffers
+from lightning_nested.optim.native import Native
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
 from lightning_nested.optim.walk import ascent, ascents, walk
 
@@ -39,7 +40,8 @@ class ComplexSGD(GameOptimizer):
         phase: arg β in radians, in [−π, π].
         weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled: it enters the momentum).
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps through ``torch.compile``: faster on CPU from about a million parameters.
+        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
+            float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -82,23 +84,23 @@ class ComplexSGD(GameOptimizer):
         super().__init__(params, defaults, compiled=compiled)
 
     def _update(
-        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
-        pairs = list(zip(params, grads, strict=True))
-        if coefficient(options["momentum"], options["phase"])[1]:
-            real = []
-        else:
-            real = [(p, g) for p, g in pairs if self.state[p].get("momentum_buffer_imag") is None]
-        known = {p for p, _ in real}
-        for subset, is_real in ((real, True), ([(p, g) for p, g in pairs if p not in known], False)):
-            if subset:
-                ps, gs = map(list, zip(*subset, strict=True))
+        turns = coefficient(options["momentum"], options["phase"])[1] != 0
+        real: list[int] = []
+        imag: list[int] = []
+        for i, state in enumerate(states):
+            (imag if turns or state.get("momentum_buffer_imag") is not None else real).append(i)
+        for places in (real, imag):
+            if places:
+                ps, some = [params[i] for i in places], [states[i] for i in places]
                 complex_sgd(
                     ps,
-                    gs,
-                    self._buffers("momentum_buffer", ps),
-                    None if is_real else self._buffers("momentum_buffer_imag", ps),
+                    [grads[i] for i in places],
+                    buffers("momentum_buffer", ps, some),
+                    buffers("momentum_buffer_imag", ps, some) if places is imag else None,
                     **options,
+                    compiled=self.compiled,
                 )
 
 
@@ -113,6 +115,7 @@ def complex_sgd(
     phase: float,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    compiled: bool = False,
 ) -> None:
     """One step of :class:`ComplexSGD` on lists of tensors, in place.
 
@@ -126,6 +129,7 @@ def complex_sgd(
         phase: arg β.
         weight_decay: λ.
         maximize: Ascend.
+        compiled: Take the kernel in C where there is one.
     """
     c, s = coefficient(momentum, phase)
 
@@ -152,4 +156,11 @@ def complex_sgd(
             torch._foreach_copy_(a, new)
         torch._foreach_add_(ws, a, alpha=-lr)
 
-    walk(one, many, params, grads, real, *(() if imag is None else (imag,)))
+    native = None
+    if compiled:
+        sign = -1.0 if maximize else 1.0
+        if imag is None:
+            native = Native("real_sgd", (sign, weight_decay, c, lr))
+        else:
+            native = Native("complex_sgd", (sign, weight_decay, c, s, lr))
+    walk(one, many, params, grads, real, *(() if imag is None else (imag,)), native=native)

@@ -131,10 +131,10 @@ class Extragradient(GameOptimizer):
         return loss if own else second
 
     def _update(
-        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
         # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
-        anchors = [self.state[p].pop("anchor", p) for p in params]
+        anchors = [state.pop("anchor", p) for p, state in zip(params, states, strict=True)]
         descend(params, anchors, grads, **options)
 
     @torch.no_grad()
@@ -178,13 +178,12 @@ class ExtrapolationFromThePast(GameOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def _update(
-        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
-        anchors = []
-        for p in params:
-            if "anchor" not in self.state[p]:
-                self.state[p]["anchor"] = p.detach().clone(memory_format=torch.preserve_format)
-            anchors.append(self.state[p]["anchor"])
+        for p, state in zip(params, states, strict=True):
+            if "anchor" not in state:
+                state["anchor"] = p.detach().clone(memory_format=torch.preserve_format)
+        anchors = [state["anchor"] for state in states]
         extrapolate_from_the_past(params, anchors, grads, **options)
 
 

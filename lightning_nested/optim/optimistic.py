@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer
+from lightning_nested.optim.base import GameOptimizer, buffers, by_step
 from lightning_nested.optim.options import decay_rates, flag, non_negative
 from lightning_nested.optim.walk import ascent, ascents, walk
 
@@ -49,9 +49,9 @@ class OptimisticSGD(GameOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def _update(
-        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
-        optimistic_sgd(params, grads, self._buffers("previous_grad", params), **options)
+        optimistic_sgd(params, grads, buffers("previous_grad", params, states), **options)
 
 
 def optimistic_sgd(
@@ -131,11 +131,12 @@ class OptimisticAdam(GameOptimizer):
         super().__init__(params, defaults)
 
     def _update(
-        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
-        for step, ps, gs in self._by_step(params, grads):
-            moments = self._buffers("exp_avg", ps), self._buffers("exp_avg_sq", ps)
-            optimistic_adam(ps, gs, *moments, self._buffers("previous_direction", ps), step=step, **options)
+        for step, places in by_step(states):
+            ps, some = [params[i] for i in places], [states[i] for i in places]
+            moments = [buffers(name, ps, some) for name in ("exp_avg", "exp_avg_sq", "previous_direction")]
+            optimistic_adam(ps, [grads[i] for i in places], *moments, step=step, **options)
 
 
 def optimistic_adam(

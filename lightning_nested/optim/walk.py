@@ -14,20 +14,32 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_nested.optim.native import Native
+
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]  # what the _foreach functions take
 
 TILE = 1 << 17  # elements of a piece: four or five of its kind stay in a common second-level cache
 SMALL = 1 << 13  # elements; below, the cost of a call is more than that of the arithmetic
 
 
-def walk(one: Callable[..., None], many: Callable[..., None], *lists: Sequence[Tensor]) -> None:
+def walk(
+    one: Callable[..., None],
+    many: Callable[..., None],
+    *lists: Sequence[Tensor],
+    native: Native | None = None,
+) -> None:
     """Apply an update to the i-th tensors of all lists, for every i.
 
     Args:
         one: The update of single tensors ``one(w, g, ...)``.
         many: The same update of lists ``many([w, ...], [g, ...], ...)``.
         lists: Parameters first; equal lengths, and equal shapes at the same place.
+        native: The same update in C, for the tensors that it can take.
     """
+    if native is not None:
+        lists = tuple(native.run(lists))
+        if not lists:
+            return
     if not on_cpu(lists[0]):
         many(*(list(tensors) for tensors in lists))
         return

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ BETAS: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"eps": -1e-8}, r"eps must be at least 0"),
 )
 
-CASES = (
+CASES: tuple[OptimizerCase, ...] = (
     OptimizerCase(
         "ComplexSGD",
         ComplexSGD,
@@ -143,6 +144,14 @@ CASES = (
         ("exp_avg", "exp_avg_sq", "previous_direction", "step"),
     ),
 )
+
+COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
+if COMPILER:
+    CASES += tuple(
+        replace(case, name=f"{case.name}-compiled", options={**case.options, "compiled": True}, bad=())
+        for case in CASES
+        if case.name.startswith("Complex")
+    )
 
 BAD = tuple((case, options, message) for case in CASES for options, message in (*COMMON, *case.bad))
 
