@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer, seed_everything
@@ -56,7 +57,7 @@ def main() -> None:
         optimizer=lambda params: ComplexAdam(params, lr=5e-4),
         loop=GameLoop(reuse_batch=True),
     )
-    spectrum = GameSpectrumCallback(options.updates // 2, k=None, per_player=False)
+    spectrum = GameSpectrumCallback(options.updates // 2, k=None)
     modes = ModeCoverage(options.updates // 2, name="gaussians_spectrum_modes")
     trainer = Trainer(
         accelerator="cpu",
@@ -76,8 +77,10 @@ def main() -> None:
         f"{when}: {s.game_updates} updates, {covered.get(s.game_updates, '0 of 8 modes')}"
         for when, s in zip(("start", "middle", "end"), spectrum.history, strict=True)
     ]
-    figure = spectrum_figure(spectrum.history, list(module.players()), titles)
-    figure.savefig(options.folder / "gaussians_spectrum.png")
+    drawn = [replace(s, own={}) for s in spectrum.history]  # a thousand squares would hide the circles
+    spectrum_figure(drawn, list(module.players()), titles).savefig(
+        options.folder / "gaussians_spectrum.png", dpi=92
+    )
     print(f"n = {sum(p.numel() for p in module.parameters())}, seed {options.seed}")
     for title, measured in zip(titles, spectrum.history, strict=True):
         values = {name: round(value, 4) for name, value in kinds(measured.eigenvalues).items()}
@@ -85,6 +88,9 @@ def main() -> None:
             values["shared by both, ≥ 10 % each"] = round(
                 float((measured.shares.min(dim=1).values > 0.1).double().mean()), 4
             )
+        for name, own in measured.own.items():
+            large = own[own.abs() > 1e-4 * own.abs().max()]
+            values[f"negative in the {name}'s own block"] = round(float((large < 0).double().mean()), 4)
         print(title, values)
 
 
