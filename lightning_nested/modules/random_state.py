@@ -22,7 +22,7 @@ def random_states(trainer: Trainer) -> list[dict[str, Any]]:
         "numpy": (numpy_state[0], numpy_state[1].tolist(), *(float(x) for x in numpy_state[2:])),
         "python": random.getstate(),
     }
-    if trainer.world_size == 1:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]
     states: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(states, state)

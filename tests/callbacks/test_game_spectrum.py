@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import GameSpectrumCallback
+from lightning_nested.callbacks.game_momentum import better_momentum
 from lightning_nested.callbacks.game_report import GameReport, measured_rate
-from lightning_nested.callbacks.game_spectrum import better_momentum
 from lightning_nested.callbacks.step_dynamics import Momentum, step_dynamics
 from lightning_nested.games import Bilinear, QuadraticGame, convergence_rate
 from lightning_nested.modules import GANModule, ZooGame
