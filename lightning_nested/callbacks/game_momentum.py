@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_nested.callbacks.step_dynamics import Momentum
 from lightning_nested.games import convergence_rate, extragradient_rate, optimistic_rate
-from lightning_nested.games.rates import momentum_radii
 
 
 def predicted_rate(eigenvalues: Tensor, momentum: Momentum | None, alternating: bool) -> float | None:
@@ -58,25 +56,29 @@ def better_momentum(
         >>> round(better.phase, 4), 0.7 <= better.momentum <= 0.9
         (0.3927, True)
     """
-    values = eigenvalues.numpy()
+    upper = eigenvalues[eigenvalues.imag >= 0]  # an eigenvalue and its conjugate have one rate
 
-    def radii(sizes: Any, phases: Any) -> Any:
-        beta, angle = (g.reshape(-1, 1) for g in np.meshgrid(sizes, phases, indexing="ij"))
-        return momentum_radii(values[None], np.ones(1), beta, angle, alternating), beta[:, 0], angle[:, 0]
+    def rates(sizes: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        beta, angle = torch.cartesian_prod(sizes, phases).unbind(dim=1)
+        each = [
+            convergence_rate([z], lr=1.0, momentum=beta, phase=angle, alternating=alternating)
+            for z in upper.tolist()
+        ]
+        return torch.stack([torch.as_tensor(rate) for rate in each], dim=1), beta, angle
 
-    everywhere, _, _ = radii(np.linspace(0, max_momentum, 20), np.linspace(0, math.pi, 17))
-    contracted = everywhere.min(axis=0) < 1
-    if not contracted.any():
+    everywhere, _, _ = rates(_grid(0.0, max_momentum), _grid(0.0, math.pi))
+    upper = upper[everywhere.min(dim=0).values < 1]
+    if len(upper) == 0:
         return now
-    values = values[contracted]
-    sizes = np.linspace(
-        max(0.0, now.momentum - max_change[0]), min(max_momentum, now.momentum + max_change[0]), 21
-    )
-    phase = abs(now.phase)  # the opposite phase gives the same iterates
-    phases = np.linspace(max(0.0, phase - max_change[1]), min(math.pi, phase + max_change[1]), 21)
-    near, beta, angle = radii(np.append(sizes, now.momentum), np.append(phases, phase))
-    best = int(near.max(axis=1).argmin())
-    present = momentum_radii(values, np.ones(1), np.array(now.momentum), np.array(phase), alternating).max()
-    if not near[best].max() < present:
-        return now
-    return Momentum("momentum", float(beta[best]), float(angle[best]))
+    size, phase = now.momentum, abs(now.phase)  # the opposite phase gives the same iterates
+    sizes = _grid(max(0.0, size - max_change[0]), min(max_momentum, size + max_change[0]))
+    phases = _grid(max(0.0, phase - max_change[1]), min(math.pi, phase + max_change[1]))
+    near, beta, angle = rates(sizes, phases)
+    worst = near.max(dim=1).values
+    best = int(worst.argmin())
+    present = convergence_rate(upper, lr=1.0, momentum=size, phase=phase, alternating=alternating)
+    return Momentum("momentum", float(beta[best]), float(angle[best])) if worst[best] < present else now
+
+
+def _grid(low: float, high: float) -> Tensor:
+    return torch.linspace(low, high, 21, dtype=torch.float64).clamp(low, high)
