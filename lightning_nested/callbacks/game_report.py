@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.callbacks.game_spectrum_figure import STYLE
-from lightning_nested.callbacks.run_folder import write_report
+from lightning_nested.callbacks.run_folder import run_folder, write_report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +49,7 @@ class GameReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = run_folder(trainer)
         if not trainer.is_global_zero or not pl_module.distances:
             return
         spectra = [c for c in trainer.callbacks if isinstance(c, GameSpectrumCallback)]  # type: ignore[attr-defined]
@@ -64,7 +65,7 @@ class GameReport(Callback):
             "predicted_rate": history[-1].rate if history else None,
         }
         figure = _figure(pl_module, self.results)
-        folder = write_report(trainer, self.name, self.results, figure, pl_module.game_updates)
+        write_report(trainer, folder, self.name, self.results, figure, pl_module.game_updates)
         print(
             _line(self.results), f"{folder / self.name}.png and results.json beside it", sep="\n", flush=True
         )

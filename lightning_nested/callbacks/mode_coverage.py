@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_nested.callbacks.game_spectrum_figure import STYLE
 from lightning_nested.callbacks.isolation import RandomStream
-from lightning_nested.callbacks.run_folder import write_report
+from lightning_nested.callbacks.run_folder import run_folder, write_report
 from lightning_nested.games import high_quality, modes_covered
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class ModeCoverage(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         if self.history[-1][0] != pl_module.game_updates:
@@ -107,7 +108,7 @@ class ModeCoverage(Callback):
             "at_least": self.at_least,
         }
         figure = mode_figure(self.history, self._pictures, data.centres, data.std)
-        folder = write_report(trainer, self.name, results, figure, updates)
+        write_report(trainer, folder, self.name, results, figure, updates)
         print(
             f"\n{modes} of {len(data.centres)} modes covered (by at least {self.at_least} of {self.num_samples} "
             f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates",

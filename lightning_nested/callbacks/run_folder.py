@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write_report(trainer: Trainer, name: str, results: dict[str, Any], figure: Figure, step: int) -> Path:
-    """Write ``results.json`` and ``<name>.png``, and the figure to loggers that take figures.
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run's logger, without one ``default_root_dir``; to be asked on every process together."""
+    return Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is sent from process 0 to the others
 
-    Returns:
-        The folder: that of the run's logger, without one ``default_root_dir``.
-    """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+
+def write_report(
+    trainer: Trainer, folder: Path, name: str, results: dict[str, Any], figure: Figure, step: int
+) -> None:
+    """Write ``results.json`` and ``<name>.png``, and the figure to loggers that take figures."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     figure.savefig(folder / f"{name}.png")
@@ -26,4 +28,3 @@ def write_report(trainer: Trainer, name: str, results: dict[str, Any], figure: F
         add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
         if add_figure is not None:
             add_figure(name, figure, step)
-    return folder
