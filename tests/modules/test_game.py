@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -312,11 +312,15 @@ def test_accumulated_batches_are_one_large_batch() -> None:
 
     def run(size: int, **kw: Any) -> GAN:
         module = GAN(steps_per_player=None, update="simultaneous", **kw)
-        trainer(max_epochs=2).fit(module, DataLoader(points(15), size))
+        fit = trainer(max_epochs=2, log_every_n_steps=1)
+        fit.fit(module, DataLoader(points(15), size))
+        losses.append([float(fit.callback_metrics[f"{name}_loss"]) for name in module.players()])
         return module
 
+    losses: list[list[float]] = []
     accumulated, whole = run(5, loop=GameLoop(accumulate_grad_batches=2)), run(10)
     assert accumulated.game_updates == whole.game_updates == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # logged in single precision
     same(tensors(accumulated), tensors(whole), rtol=1e-12)
 
 
@@ -627,3 +631,15 @@ def test_settings_that_two_gradients_exclude() -> None:
 def test_momentum_out_of_range_is_refused_before_anything_moves() -> None:
     for options, match in (({"momentum": 1.0}, "Got 1.0"), ({"phase": 4.0}, "Got 4.0")):
         fails(Bilinear(optimizer=lambda p, o=options: ComplexSGD(p, lr=0.1, **o)), ValueError, match)
+
+
+def test_lightnings_weight_averaging_counts_game_updates() -> None:
+    averaging = EMAWeightAveraging(decay=0.5, update_every_n_steps=2)
+    module = Bilinear(steps_per_player={"x": 4})
+    kept: list[tuple[float, float]] = []
+    module.on_game_update = lambda: kept.append(module.values())  # type: ignore[method-assign]
+    trainer(callbacks=[averaging]).fit(module, steps(20))  # four game updates
+    assert len(kept) == 4
+    first, third = kept[0], kept[2]  # Lightning counts steps from 0; its first average is a copy
+    expected = tuple(0.5 * a + 0.5 * b for a, b in zip(first, third, strict=True))
+    assert module.values() == pytest.approx(expected, rel=1e-12)  # the average replaces the last weights
