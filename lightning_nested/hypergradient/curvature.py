@@ -45,6 +45,7 @@ def explain_double_backward() -> Iterator[None]:
             "is not implemented",
             "once_differentiable",
             "differentiate twice",
+            "donated buffer",  # torch.compile; with those disabled it has no double backward either
         )
         if not any(mark in text for mark in marks):
             raise
@@ -173,14 +174,41 @@ class DiagonalOperator(LinearOperator):
 
 
 class FlatOperatorAdapter(LinearOperator):
-    """Any object with ``A @ v`` on a flat vector, seen as an operator on tuples."""
+    """Any object with ``A @ v`` on a flat vector, seen as an operator on tuples.
+
+    Raises:
+        ValueError: In a product: it has another size, dtype or device than the vector.
+    """
 
     def __init__(self, operator: FlatOperator, like: Vector, *, symmetric: bool = True) -> None:
         self.operator, self.like, self.symmetric = operator, like, symmetric
 
     def matvec(self, v: Vector) -> Vector:
         """A v through one flat vector."""
-        return unflatten((self.operator @ flatten(v)).clone(), v)
+        flat = flatten(v)
+        name, n = type(self.operator).__name__, flat.numel()
+        shape = getattr(self.operator, "shape", None)
+        if isinstance(shape, tuple) and tuple(shape) != (n, n):
+            raise ValueError(
+                f"An operator must act on flat vectors of all parameters, of shape ({n},). Got {name} of shape "
+                f"{tuple(shape)}; give one for the parameters that the inner optimizer trains, in their order."
+            )
+        if isinstance(self.operator, Tensor):
+            _same_kind(self.operator, flat, "An operator")
+        product = self.operator @ flat
+        if not isinstance(product, Tensor) or product.shape != flat.shape:
+            got = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
+            raise ValueError(f"A product with {name} must have the vector's shape ({n},). Got {got}.")
+        _same_kind(product, flat, f"A product with {name}")
+        return unflatten(product.clone(), v)
+
+
+def _same_kind(tensor: Tensor, flat: Tensor, what: str) -> None:
+    if (tensor.dtype, tensor.device) != (flat.dtype, flat.device):
+        raise ValueError(
+            f"{what} must have the dtype and device of the parameters, {flat.dtype} on {flat.device}. "
+            f"Got {tensor.dtype} on {tensor.device}; convert it with .to(...)."
+        )
 
 
 def as_operator(operator: LinearOperator | FlatOperator, like: Vector) -> LinearOperator:
@@ -229,6 +257,16 @@ def _own(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
         )
         taken.add(storage)
     return tuple(owned)
+
+
+def refuse_sparse(gradient: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient is a sparse tensor, which has no products with vectors of the parameters' shape."""
+    for g in gradient:
+        if g is not None and g.layout != torch.strided:
+            raise ValueError(
+                f"Gradients must be dense. Got one of shape {tuple(g.shape)} and layout {g.layout}; build the "
+                "embedding with sparse=False."
+            )
 
 
 def _nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
@@ -282,6 +320,7 @@ def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
     one = torch.ones_like(loss, requires_grad=True)
     with explain_double_backward():
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True)
+        refuse_sparse(gradient)
         refuse_once_differentiable(gradient)
     return _materialize(gradient, params)
 

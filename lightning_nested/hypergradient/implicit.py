@@ -31,6 +31,7 @@ from lightning_nested.hypergradient.curvature import (
     difference_length,
     explain_double_backward,
     gradient_with_graph,
+    refuse_sparse,
 )
 from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, Solution, SolverState, as_solver
 from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm, scale_
@@ -140,7 +141,9 @@ class FiniteDifference(Curvature):
 
 
 def _gradient(loss: Tensor, inputs: Vector) -> Vector:
-    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    gradient = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    refuse_sparse(gradient)
+    return gradient
 
 
 class _DifferenceLinearization(Linearization):
@@ -245,6 +248,7 @@ def implicit_result(
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
     grads = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
+    refuse_sparse(grads)
     b = average(_zeros_where_none(grads[: len(w)], w), reduce)
     direct = grads[len(w) :]
 

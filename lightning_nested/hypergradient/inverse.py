@@ -341,7 +341,8 @@ class ConjugateGradient(InverseSolver):
         max_iterations: Products with A at most.
         tolerance: Relative residual to stop at.
         damping: Added to the diagonal.
-        preconditioner: Any object with ``M @ v`` on a flat vector (or a LinearOperator), an approximate inverse of A.
+        preconditioner: Any object with ``M @ v`` on a flat vector (or a LinearOperator), an approximate inverse of A,
+            positive definite.
         warm_start: Begin from the previous solution (one more product).
     """
 
@@ -378,10 +379,21 @@ class ConjugateGradient(InverseSolver):
         for _ in range(self.max_iterations):
             if residual <= self.tolerance * size or residual == 0.0:
                 break
+            pp = _number(dot(p, p), reduce)
+            if rz <= 0.0 or pp == 0.0:
+                if inverse is None and stepped:  # the squares underflow
+                    break
+                raise FloatingPointError(
+                    f"rᵀMr of conjugate gradient must be positive. Got {rz:g} at ‖r‖ = {residual:g}: "
+                    + (
+                        "the outer gradient is too small for its dtype; scale the outer loss."
+                        if inverse is None
+                        else "the preconditioner M is not positive definite; add damping to it."
+                    )
+                )
             q = operator @ p
             products += 1
             pq = _check_finite(_number(dot(p, q), reduce), "pᵀAp of conjugate gradient")
-            pp = _number(dot(p, p), reduce)
             curvature = pq / pp if math.isnan(curvature) else min(curvature, pq / pp)
             if pq <= 0.0:
                 status = "negative_curvature"

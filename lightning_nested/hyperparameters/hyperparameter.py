@@ -111,7 +111,7 @@ class Hyperparameter(ABC):
 
     def _leaf(self, value: Tensor, device: torch.device | str) -> Tensor:
         """An unconstrained leaf whose natural value is ``value``."""
-        return self.transform.inverse(value.detach()).to(device).clone().requires_grad_(True)
+        return self.transform.start(value.detach()).to(device).clone().requires_grad_(True)
 
     def __getstate__(self) -> dict[str, Any]:
         # A module that holds this object can be deep-copied or pickled: leaves are stored as plain tensors.

@@ -41,6 +41,10 @@ class LearningRate(Hyperparameter):
         self.transform = (
             transform if transform is not None else Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0)))
         )
+        if init is not None:
+            self.transform.start(
+                torch.tensor(float(init), dtype=torch.float64)
+            )  # refuse it where it is given
         self._rates: tuple[float, ...] = ()
 
     def attach(self, rates: Sequence[float]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_nested.hypergradient.curvature import (
     DiagonalOperator,
@@ -64,6 +65,69 @@ class OuterReport:
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
+def _check_types(
+    hyperparameters: object, optimizer: object, scheduler: object, solver: object, curvature: object
+) -> None:
+    def named(value: object) -> str:
+        if isinstance(value, type):
+            return f"the class {value.__name__}; write {value.__name__}(...)"
+        return f"{type(value).__name__} {value!r}"[:200]
+
+    if isinstance(hyperparameters, str) or not isinstance(hyperparameters, Iterable):
+        raise TypeError(
+            f"hyperparameters must be a list of Hyperparameter objects. Got {named(hyperparameters)}."
+        )
+    for hyperparameter in hyperparameters:
+        if not isinstance(hyperparameter, Hyperparameter):
+            raise TypeError(
+                "hyperparameters must be Hyperparameter objects, such as WeightDecay(). "
+                f"Got {named(hyperparameter)}."
+            )
+    kinds = (LinearOperator, FlatOperator)
+    for name, value, kind, example in (
+        ("solver", solver, InverseSolver, "Neumann()"),
+        ("curvature", curvature, Curvature, "Hessian()"),
+    ):
+        if value is not None and (isinstance(value, type) or not isinstance(value, (kind, *kinds))):
+            raise TypeError(
+                f"{name} must be an object such as {example}, or any with `A @ v` on a flat vector. Got {named(value)}."
+            )
+    if not callable(optimizer) or not (scheduler is None or callable(scheduler)):
+        wrong = scheduler if callable(optimizer) else optimizer
+        raise TypeError(
+            "optimizer and scheduler must be functions: from tensors to an optimizer, from that to a scheduler. "
+            f"Got {named(wrong)}; write lambda tensors: torch.optim.Adam(tensors, lr=0.05)."
+        )
+
+
+@contextmanager
+def _explain_changed_weights() -> Iterator[None]:
+    """Name the cure where a graph through training steps needs weights as they were before a step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "The graph through the training steps needs a tensor that has changed since: a checkpointed submodule "
+            "(torch.utils.checkpoint) is computed again with the present weights, or the inner loss writes into a "
+            f"tensor. Got: {str(error).split('; expected')[0]}. Turn checkpointing off (and lower num_steps or "
+            "truncate to save memory), or use Implicit()."
+        ) from error
+
+
+def _finite_mean(outer_loss: Tensor, reduce: Reduce | None) -> float:
+    if outer_loss.numel() != 1:
+        raise ValueError(
+            f"The outer loss must be a scalar. Got shape {tuple(outer_loss.shape)}; take its mean."
+        )
+    value = outer_loss.detach().reshape(1).clone()
+    mean = float(value if reduce is None else reduce(value))
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
+    return mean
+
+
 class _FixedDecay:
     """A decay that is not tuned: curvature without a mixed derivative."""
 
@@ -90,6 +154,11 @@ class OuterStep:
         scheduler: From that optimizer to a learning-rate scheduler, stepped once per outer step.
         solver: See :func:`implicit_hypergradient`.
         curvature: See :func:`implicit_hypergradient`.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: No hyperparameters, or equal names; in :meth:`build`, an optimizer that needs the loss again or a
+            scheduler that needs a metric.
     """
 
     def __init__(
@@ -101,6 +170,7 @@ class OuterStep:
         solver: InverseSolver | LinearOperator | FlatOperator | None = None,
         curvature: Curvature | LinearOperator | FlatOperator | None = None,
     ) -> None:
+        _check_types(hyperparameters, optimizer, scheduler, solver, curvature)
         names = [h.name for h in hyperparameters]
         if not names:
             raise ValueError(
@@ -169,8 +239,24 @@ class OuterStep:
         carry_optimizer_(self.optimizer, old, origins)
 
     def _start_optimizer(self) -> None:
-        self.optimizer = self._make_optimizer(list(self.tensors))
-        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler is not None else None
+        optimizer = self._make_optimizer(list(self.tensors))
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "optimizer must be a function from tensors to a torch optimizer. "
+                f"Got one that returns {type(optimizer).__name__}."
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "The outer optimizer must move by one gradient. Got LBFGS, which evaluates the loss again in each "
+                "step; give torch.optim.Adam, for example."
+            )
+        scheduler = self._make_scheduler(optimizer) if self._make_scheduler is not None else None
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "The outer scheduler must step by itself. Got ReduceLROnPlateau, which waits for a metric; give "
+                "ExponentialLR or CosineAnnealingLR, for example."
+            )
+        self.optimizer, self.scheduler = optimizer, scheduler
 
     def reset(self) -> None:
         """Forget all values, the optimizer and the solver's memory: the next :meth:`build` begins anew."""
@@ -224,13 +310,11 @@ class OuterStep:
             compare_identity: Also compare with the hypergradient of ``Identity()``.
 
         Raises:
+            ValueError: The outer loss is not a scalar.
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
         """
         self._pending = None
-        value = outer_loss.detach().reshape(1).clone()
-        mean = float(value if reduce is None else reduce(value))
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
+        mean = _finite_mean(outer_loss, reduce)
         graph = self.in_graph_tensors
         penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
         if any(fixed_decay):
@@ -280,15 +364,12 @@ class OuterStep:
             inner_gradient_norm: For the report.
 
         Raises:
-            ValueError: The graph reaches no hyperparameter.
+            ValueError: The outer loss is not a scalar, or its graph reaches no hyperparameter.
             FloatingPointError: The outer loss or a hypergradient is not finite. Nothing has changed then.
         """
         self._pending = None
-        value = outer_loss.detach().reshape(1).clone()
-        mean = float(value if reduce is None else reduce(value))
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
-        with explain_double_backward():
+        mean = _finite_mean(outer_loss, reduce)
+        with explain_double_backward(), _explain_changed_weights():
             found = torch.autograd.grad(outer_loss, self.tensors, allow_unused=True)
         if all(g is None for g in found):
             raise ValueError(

@@ -56,6 +56,7 @@ class WeightDecay(Hyperparameter):
         self.transform = (
             transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init))
         )
+        self.transform.start(torch.tensor(float(init), dtype=torch.float64))  # refuse it where it is given
         self.parameter_names: tuple[str, ...] = ()
         self._matched: set[str] = (
             set()

@@ -287,3 +287,19 @@ def test_the_global_random_stream_is_untouched() -> None:
     Neumann(num_terms=2).solve(as_operator(MATRIX, B), B)
     Nystrom(rank=2).solve(as_operator(MATRIX, B), B)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("diagonal", [[0.0, 0.0, 0.0], [1.0, -1.0, -1.0]])
+def test_a_preconditioner_that_is_not_positive_definite_is_named(diagonal: list[float]) -> None:
+    solver = ConjugateGradient(preconditioner=torch.diag(torch.tensor(diagonal, dtype=DOUBLE)))
+    with pytest.raises(FloatingPointError, match="preconditioner M is not positive definite"):
+        solver.solve(as_operator(MATRIX, B), B)
+
+
+def test_conjugate_gradient_ends_where_its_squares_underflow() -> None:
+    tiny = (
+        torch.full((3,), 3e-23),
+    )  # the square of the first residual is the least number above zero in float32
+    x = ConjugateGradient().solve(DiagonalOperator(2.0), tiny).x[0]
+    assert torch.isfinite(x).all()
+    assert (x > 0).all()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_nested.hypergradient import ConjugateGradient, Neumann
 from lightning_nested.hyperparameters import ExampleWeights, ModuleTensors, OuterStep, WeightDecay
@@ -301,3 +302,54 @@ def test_tensors_of_a_module_are_copied_with_it() -> None:
         assert all(
             t is p for t, p in zip(twin.optimizer.param_groups[0]["params"], twin.tensors, strict=True)
         )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OuterStep([3]), "must be Hyperparameter objects.*Got int 3"),  # type: ignore[list-item]
+        (lambda: OuterStep([WeightDecay]), r"class WeightDecay; write WeightDecay\("),  # type: ignore[list-item]
+        (lambda: OuterStep(WeightDecay), r"must be a list.*write WeightDecay\("),  # type: ignore[arg-type]
+        (lambda: OuterStep("augmenter"), "must be a list.*'augmenter'"),  # type: ignore[arg-type]
+        (lambda: step(solver="cg"), r"solver must be an object such as Neumann\(\).*'cg'"),
+        (lambda: step(solver=Neumann), "the class Neumann"),
+        (lambda: step(curvature=Neumann()), "curvature must be"),
+        (lambda: step(optimizer=0.1), "must be functions.*Got float 0.1"),
+        (lambda: step(scheduler=0.1), "must be functions.*Got float 0.1"),
+        (lambda: step(optimizer=list).build(ridge()[0], "cpu"), "returns list"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_optimizers_and_schedulers_that_need_more_than_a_gradient() -> None:
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    for options, message in (
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
+        ({"scheduler": plateau}, "Plateau"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(**options).build(ridge()[0], "cpu")
+
+
+def test_an_outer_loss_must_be_a_scalar() -> None:
+    outer = step()
+    parameters, inner, _ = ridge()
+    outer.build(parameters, "cpu")
+    with pytest.raises(ValueError, match=r"scalar. Got shape \(2,\)"):
+        outer.compute(inner, torch.ones(2), parameters)
+    with pytest.raises(ValueError, match=r"scalar. Got shape \(2,\)"):
+        outer.compute_unrolled(torch.ones(2))
+
+
+def test_a_checkpointed_submodule_in_unrolled_steps_is_named() -> None:
+    outer = step()
+    outer.build(ridge()[0], "cpu")
+    w = torch.ones(2, dtype=DOUBLE)
+    loss = (checkpoint(lambda x: (x * w * w.clone()).sin(), outer.tensors[0], use_reentrant=False)).sum()
+    held = outer.tensors[0].sin() * w.requires_grad_(False) + loss
+    w.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"checkpointed submodule.*or use Implicit\(\)"):
+        outer.compute_unrolled(held.sum())

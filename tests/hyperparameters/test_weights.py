@@ -10,11 +10,13 @@ from torch import nn
 
 from lightning_nested.hyperparameters import (
     ExampleWeights,
+    Exp,
     Interval,
     LearningRate,
     LossWeights,
     ModuleTensors,
     Softplus,
+    WeightDecay,
 )
 
 
@@ -73,9 +75,41 @@ def test_bad_arguments(make: Any, message: str) -> None:
 
 
 def test_a_loss_weight_of_zero_is_refused_before_training() -> None:
-    weights = LossWeights(["a"], init=0.0, transform=Softplus())
     with pytest.raises(ValueError, match=r"positive\. Got 0"):
-        weights.build({})
+        LossWeights(["a"], init=0.0, transform=Softplus())
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.tensor([0, -1]), r"lie in \[0, 4\).*Got -1"),
+        (torch.tensor([4, 0]), "Got 4; num_examples"),
+        (torch.tensor([0.5]), "integers. Got torch.float32"),
+        (torch.tensor([True]), "integers. Got torch.bool"),
+        ({}, "integers. Got dict"),
+    ],
+)
+def test_indices_that_are_no_examples(index: Any, message: str) -> None:
+    weights = ExampleWeights(4)
+    weights.build({})
+    assert weights(torch.tensor([[3, 0]])).shape == (1, 2)
+    assert weights(torch.tensor([], dtype=torch.int64)).shape == (0,)
+    with pytest.raises(ValueError, match=message):
+        weights(index)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ExampleWeights(2, init=1 - 1e-5),
+        lambda: WeightDecay(init=1e-4, transform=Exp(lower=1e-3)),
+        lambda: LossWeights(["a", "b"], init=[0.5, 0.9999], transform=Interval()),
+        lambda: LearningRate(init=1e-4, transform=Exp(lower=1e-3)),
+    ],
+)
+def test_a_start_that_the_first_step_would_move_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="start must lie inside the bounds of its transform"):
+        make()
 
 
 def test_learning_rates_of_groups() -> None:
