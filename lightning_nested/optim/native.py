@@ -38,12 +38,10 @@ class Native:
     Attributes:
         name: ``real_sgd``, ``complex_sgd`` or ``complex_adam``.
         scalars: h, in the order of its signature.
-        read_only: Places of the lists that are not written to.
     """
 
     name: str
     scalars: tuple[float, ...]
-    read_only: tuple[int, ...] = (1,)
 
     def run(self, lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
         """Update what the kernels can take: contiguous float32 and float64 on CPU.
@@ -62,10 +60,8 @@ class Native:
             if places:
                 columns = [[column[i] for i in places] for column in lists]
                 self._call(dtype, columns, [sizes[i] for i in places])
-                # autograd must learn that its saved tensors have changed
-                increment_version(
-                    [a for k, column in enumerate(columns) if k not in self.read_only for a in column]
-                )
+                for w in columns[0]:
+                    increment_version(w)  # autograd must learn that its saved parameters have changed
         if all(taken):
             return ()
         return [[a for a, takes in zip(column, taken, strict=True) if not takes] for column in lists]
