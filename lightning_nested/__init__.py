@@ -63,14 +63,24 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "modes_covered",
         "suggest_momentum",
     ),
-    "callbacks": ("HypergradientCallback",),
+    "callbacks": (
+        "GameReport",
+        "GameSpectrumCallback",
+        "HypergradientCallback",
+        "ModeCoverage",
+    ),
     "modules": (
+        "GANModule",
+        "GameLoop",
+        "GameModule",
         "ImageClassifier",
         "NestedModule",
+        "ZooGame",
     ),
     "datamodules": (
         "DigitsDataModule",
         "FashionMNISTDataModule",
+        "MixtureOfGaussiansDataModule",
     ),
 }
 _PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in names}
@@ -78,9 +88,13 @@ _PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in 
 __all__ = ["__version__", *_PACKAGE_OF]
 
 if TYPE_CHECKING:
+    from lightning_nested.callbacks import GameReport as GameReport
+    from lightning_nested.callbacks import GameSpectrumCallback as GameSpectrumCallback
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
+    from lightning_nested.callbacks import ModeCoverage as ModeCoverage
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from lightning_nested.datamodules import MixtureOfGaussiansDataModule as MixtureOfGaussiansDataModule
     from lightning_nested.games import Bilinear as Bilinear
     from lightning_nested.games import DiracGAN as DiracGAN
     from lightning_nested.games import GaussiansGAN as GaussiansGAN
@@ -112,8 +126,12 @@ if TYPE_CHECKING:
     from lightning_nested.hyperparameters import LossWeights as LossWeights
     from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
+    from lightning_nested.modules import GameLoop as GameLoop
+    from lightning_nested.modules import GameModule as GameModule
+    from lightning_nested.modules import GANModule as GANModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
+    from lightning_nested.modules import ZooGame as ZooGame
     from lightning_nested.optim import ComplexAdam as ComplexAdam
     from lightning_nested.optim import ComplexSGD as ComplexSGD
     from lightning_nested.optim import Extragradient as Extragradient
