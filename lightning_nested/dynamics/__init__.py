@@ -1,3 +1,18 @@
 """Training as a dynamical system: Lyapunov exponents, the optimizer as a map, ridge riders. PyTorch only."""
 
-__all__: list[str] = []
+from lightning_nested.dynamics.lyapunov import (
+    LyapunovSpectrum,
+    kaplan_yorke_dimension,
+    lyapunov_exponents,
+    lyapunov_spectrum,
+)
+from lightning_nested.dynamics.maps import DifferentiableMap, rk4_step
+
+__all__ = [
+    "DifferentiableMap",
+    "LyapunovSpectrum",
+    "kaplan_yorke_dimension",
+    "lyapunov_exponents",
+    "lyapunov_spectrum",
+    "rk4_step",
+]

@@ -1,0 +1,115 @@
+"""Maps x ↦ F(x) that push a frame of tangents along with the point: what Lyapunov exponents are computed from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hypergradient.vectors import Vector
+
+State: TypeAlias = Tensor | tuple[Tensor, ...]
+Step: TypeAlias = Callable[[Any], Any]
+"""From a state to the next one, in the same form: a tensor, or a tuple of tensors."""
+
+
+class DifferentiableMap(ABC):
+    """A map of tuples of tensors with its derivative along a frame.
+
+    A state may carry tensors that are no coordinates, such as a step count: they come after the first
+    ``num_coordinates`` ones, and frames have no entry for them.
+    """
+
+    num_coordinates: int | None = None  # None: every tensor of the state is one
+
+    @abstractmethod
+    def step(self, x: Vector) -> Vector:
+        """The next state F(x)."""
+
+    @abstractmethod
+    def push(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
+        """F(x) and the frame of derivatives J(x)·v, one tensor (k, *shape) per coordinate tensor in and out."""
+
+    def coordinates(self, x: Vector) -> Vector:
+        """The part of a state that has tangents."""
+        return x if self.num_coordinates is None else x[: self.num_coordinates]
+
+
+class FunctionMap(DifferentiableMap):
+    """Any differentiable function, by forward-mode derivatives, all k tangents at once.
+
+    Args:
+        step: From a state to the next one, made of operations that ``torch.func`` can differentiate. Inside,
+            gradients are taken by ``torch.func.grad``, not ``torch.autograd.grad``.
+        single: The function takes and returns one tensor instead of a tuple.
+    """
+
+    def __init__(self, step: Step, *, single: bool) -> None:
+        self._function, self._single = step, single
+
+    def step(self, x: Vector) -> Vector:
+        """One evaluation."""
+        return self._tuple(*x)
+
+    def _tuple(self, *x: Tensor) -> Vector:
+        out = self._function(x[0] if self._single else x)
+        return (out,) if self._single else tuple(out)
+
+    def push(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
+        """``vmap`` of ``jvp`` over the frame."""
+
+        def along(*v: Tensor) -> tuple[Vector, Vector]:
+            value: Vector
+            derivative: Vector
+            value, derivative = torch.func.jvp(self._tuple, x, v)  # type: ignore[misc]  # two without has_aux
+            return value, derivative
+
+        # Dual numbers carry the value with every tangent: k equal copies of it come out.
+        values, pushed = torch.vmap(along)(*frame)
+        return tuple(a[0] for a in values), pushed
+
+
+def as_map(step: Step | DifferentiableMap, x0: State) -> DifferentiableMap:
+    """``step`` itself if it has a derivative of its own, else a :class:`FunctionMap`."""
+    if isinstance(step, DifferentiableMap):
+        return step
+    if not callable(step):
+        raise TypeError(f"step must be a function of the state. Got {type(step).__name__}.")
+    return FunctionMap(step, single=isinstance(x0, Tensor))
+
+
+def rk4_step(field: Step, dt: float) -> Step:
+    """One step of the classical Runge-Kutta method for the flow ẋ = field(x).
+
+    x ← x + dt/6 (k₁ + 2k₂ + 2k₃ + k₄); local error O(dt⁵).
+
+    Args:
+        field: From a state (a tensor or a tuple of tensors) to its velocity.
+        dt: Time of a step. Give the same to :func:`lyapunov_exponents`, for exponents per unit time.
+
+    >>> step = rk4_step(lambda x: -x, 0.1)
+    >>> f"{float(step(torch.tensor(1.0, dtype=torch.float64))):.6f}"  # exp(-0.1) = 0.904837
+    '0.904837'
+    """
+
+    def moved(x: State, velocity: State, time: float) -> State:
+        if isinstance(x, Tensor):
+            return x + time * velocity  # type: ignore[operator]  # the velocity has the form of the state
+        return tuple(a + time * b for a, b in zip(x, velocity, strict=True))
+
+    def step(x: State) -> State:
+        k1 = field(x)
+        k2 = field(moved(x, k1, dt / 2))
+        k3 = field(moved(x, k2, dt / 2))
+        k4 = field(moved(x, k3, dt))
+        if isinstance(x, Tensor):
+            moved_on: Tensor = x + dt / 6 * (k1 + 2 * (k2 + k3) + k4)
+            return moved_on
+        return tuple(
+            a + dt / 6 * (p + 2 * (q + r) + s) for a, p, q, r, s in zip(x, k1, k2, k3, k4, strict=True)
+        )
+
+    return step
