@@ -38,6 +38,17 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "ModuleTensors",
         "WeightDecay",
     ),
+    "games": (
+        "Bilinear",
+        "DiracGAN",
+        "GaussiansGAN",
+        "IteratedPrisonersDilemma",
+        "MatchingPennies",
+        "PenniesAndDilemma",
+        "QuadraticGame",
+        "RandomSubspace",
+        "SmallIPD",
+    ),
     "callbacks": ("HypergradientCallback",),
     "modules": (
         "ImageClassifier",
@@ -56,6 +67,15 @@ if TYPE_CHECKING:
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from lightning_nested.games import Bilinear as Bilinear
+    from lightning_nested.games import DiracGAN as DiracGAN
+    from lightning_nested.games import GaussiansGAN as GaussiansGAN
+    from lightning_nested.games import IteratedPrisonersDilemma as IteratedPrisonersDilemma
+    from lightning_nested.games import MatchingPennies as MatchingPennies
+    from lightning_nested.games import PenniesAndDilemma as PenniesAndDilemma
+    from lightning_nested.games import QuadraticGame as QuadraticGame
+    from lightning_nested.games import RandomSubspace as RandomSubspace
+    from lightning_nested.games import SmallIPD as SmallIPD
     from lightning_nested.hypergradient import ConjugateGradient as ConjugateGradient
     from lightning_nested.hypergradient import DenseSolve as DenseSolve
     from lightning_nested.hypergradient import FiniteDifference as FiniteDifference
