@@ -49,10 +49,26 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "RandomSubspace",
         "SmallIPD",
     ),
+    "optim": (
+        "ComplexAdam",
+        "ComplexSGD",
+        "Extragradient",
+        "ExtrapolationFromThePast",
+        "OptimisticAdam",
+        "OptimisticSGD",
+    ),
     "callbacks": ("HypergradientCallback",),
     "modules": (
         "ImageClassifier",
         "NestedModule",
+    ),
+    "dynamics": (
+        "LyapunovSpectrum",
+        "kaplan_yorke_dimension",
+        "lyapunov_exponents",
+        "lyapunov_spectrum",
+        "rk4_step",
+        "update_map",
     ),
     "datamodules": (
         "DigitsDataModule",
@@ -67,6 +83,12 @@ if TYPE_CHECKING:
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from lightning_nested.dynamics import LyapunovSpectrum as LyapunovSpectrum
+    from lightning_nested.dynamics import kaplan_yorke_dimension as kaplan_yorke_dimension
+    from lightning_nested.dynamics import lyapunov_exponents as lyapunov_exponents
+    from lightning_nested.dynamics import lyapunov_spectrum as lyapunov_spectrum
+    from lightning_nested.dynamics import rk4_step as rk4_step
+    from lightning_nested.dynamics import update_map as update_map
     from lightning_nested.games import Bilinear as Bilinear
     from lightning_nested.games import DiracGAN as DiracGAN
     from lightning_nested.games import GaussiansGAN as GaussiansGAN
@@ -94,6 +116,12 @@ if TYPE_CHECKING:
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
+    from lightning_nested.optim import ComplexAdam as ComplexAdam
+    from lightning_nested.optim import ComplexSGD as ComplexSGD
+    from lightning_nested.optim import Extragradient as Extragradient
+    from lightning_nested.optim import ExtrapolationFromThePast as ExtrapolationFromThePast
+    from lightning_nested.optim import OptimisticAdam as OptimisticAdam
+    from lightning_nested.optim import OptimisticSGD as OptimisticSGD
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name
 
     def __getattr__(name: str) -> object:

@@ -20,9 +20,10 @@ from lightning_nested.dynamics.frames import (
     random_frame,
     to_rows,
 )
-from lightning_nested.dynamics.maps import DifferentiableMap, State, Step, as_map
+from lightning_nested.dynamics.maps import DifferentiableMap, State, Step, as_map, recorded
 from lightning_nested.hypergradient.vectors import Vector
 
+_RECORD = 30  # steps from which on recording the map's operations pays
 _SELF_CHECK = 32  # coordinates up to which the determinant is computed beside the full spectrum
 
 
@@ -211,7 +212,7 @@ def lyapunov_spectrum(
     """
     state: Vector = (x0,) if isinstance(x0, Tensor) else tuple(x0)
     differentiable = as_map(step, x0)
-    run = _Run(differentiable, state, batched=batched, every=orthonormalize_every)
+    run = _Run(differentiable, state, batched=batched, every=orthonormalize_every, steps=num_steps + burn_in)
     k = run.n if k is None else k
     _check_counts(k, run.n, num_steps, burn_in, orthonormalize_every, dt, window)
     run.check_function(state)
@@ -272,7 +273,9 @@ def lyapunov_spectrum(
 class _Run:
     """A state and its frame on their way, over one start point or a batch of them."""
 
-    def __init__(self, differentiable: DifferentiableMap, x0: Vector, *, batched: bool, every: int) -> None:
+    def __init__(
+        self, differentiable: DifferentiableMap, x0: Vector, *, batched: bool, every: int, steps: int
+    ) -> None:
         self._map, self._every, self._batch_dims = differentiable, every, int(batched)
         coordinates = differentiable.coordinates(x0)
         if not coordinates or any(not a.is_floating_point() for a in coordinates):
@@ -285,6 +288,7 @@ class _Run:
         self.n = sum(a.numel() for a in coordinates) // max(1, math.prod(self.batch))
         self.determinant: Tensor | None = None
         self._steps_done = 0
+        self._records = steps >= _RECORD
         self._push = torch.vmap(differentiable.push) if batched else differentiable.push
         self._step = torch.vmap(differentiable.step) if batched else differentiable.step
 
@@ -312,6 +316,8 @@ class _Run:
     def window(self, x: Vector, rows: Tensor) -> tuple[Vector, Tensor, Tensor]:
         """``every`` steps, then an orthonormalisation."""
         frame = from_rows(rows, self.like, batch_dims=self._batch_dims)
+        if self._records and self._steps_done == 0:
+            self._push = recorded(self._push, x, frame)
         for _ in range(self._every):
             x, frame = self._push(x, frame)
             self._steps_done += 1

@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten
 
 from lightning_nested.hypergradient.vectors import Vector
 
@@ -79,6 +82,29 @@ def as_map(step: Step | DifferentiableMap, x0: State) -> DifferentiableMap:
     if not callable(step):
         raise TypeError(f"step must be a function of the state. Got {type(step).__name__}.")
     return FunctionMap(step, single=isinstance(x0, Tensor))
+
+
+def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
+    """``function`` as the list of its tensor operations, for inputs of the example's shapes.
+
+    Nested transforms (a batch of forward derivatives of gradients) cost ten times the arithmetic of a small problem,
+    and half of what they do is never used. Replaying the operations that matter costs neither.
+
+    A function whose operations depend on values (Python branches on a tensor) cannot be recorded, and is returned as
+    it is: PyTorch refuses such a recording, it does not specialise in silence.
+    """
+    try:
+        # Without in-place operations, so that what nothing reads can be left out.
+        graph = make_fx(functionalize(lambda *inputs: function(*inputs), remove="mutations"))(*example)
+    except Exception:  # of any kind: what cannot be recorded still runs as it did
+        return function
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    expected, found = (tree_flatten(call(*example))[0] for call in (function, graph))
+    if not all(torch.allclose(a, b, rtol=1e-4, equal_nan=True) for a, b in zip(expected, found, strict=True)):
+        return function
+    replay: Callable[..., Any] = graph
+    return replay
 
 
 def rk4_step(field: Step, dt: float) -> Step:

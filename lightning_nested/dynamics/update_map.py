@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -26,8 +27,8 @@ from lightning_nested.hypergradient.vectors import Vector, clone
 from lightning_nested.optim import (
     ComplexAdam,
     ComplexSGD,
-    ExtrapolationFromThePast,
     Extragradient,
+    ExtrapolationFromThePast,
     OptimisticAdam,
     OptimisticSGD,
 )
@@ -77,15 +78,27 @@ def update_map(
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     entries = [
-        [(p, rule if rule is not None else _known_rule(o, group)) for group in o.param_groups for p in group["params"]]
+        [
+            (p, rule if rule is not None else _known_rule(o, group))
+            for group in o.param_groups
+            for p in group["params"]
+        ]
         for o in optimizers
     ]
     params = tuple(p.detach() for player in entries for p, _ in player)
     rules = [r for player in entries for _, r in player]
-    buffers = [dict(o.state.get(p, {})) for o, player in zip(optimizers, entries, strict=True) for p, _ in player]
+    buffers = [
+        dict(o.state.get(p, {})) for o, player in zip(optimizers, entries, strict=True) for p, _ in player
+    ]
     owners = [i for i, player in enumerate(entries) for _ in player]
     return UpdateMap(
-        params, rules, loss, owners=owners, several=not isinstance(optimizer, Optimizer), alternating=alternating, buffers=buffers
+        params,
+        rules,
+        loss,
+        owners=owners,
+        several=not isinstance(optimizer, Optimizer),
+        alternating=alternating,
+        buffers=buffers,
     )
 
 
@@ -118,7 +131,9 @@ class UpdateMap(DifferentiableMap):
         self._alternating = alternating
         players = max(self._owners) + 1
         if self._game and len(sample) != players:
-            raise ValueError(f"There must be one loss for each player. Got {len(sample)} losses and {players} players.")
+            raise ValueError(
+                f"There must be one loss for each player. Got {len(sample)} losses and {players} players."
+            )
         if alternating and not self._game:
             raise ValueError("alternating=True is for games. Got a single loss.")
         gradients = {r.num_gradients for r in self.rules}
@@ -143,7 +158,9 @@ class UpdateMap(DifferentiableMap):
             buffers += [f if k is None else k for f, k in zip(fresh, found, strict=True)]
             counts.add(float(kept.get("step", 1.0 if any(k is not None for k in found) else 0.0)))
         if len(counts) > 1:
-            raise ValueError(f"All parameters must have taken the same number of steps. Got {sorted(counts)}.")
+            raise ValueError(
+                f"All parameters must have taken the same number of steps. Got {sorted(counts)}."
+            )
         clock = torch.tensor(counts.pop(), dtype=self._params[0].dtype, device=self._params[0].device)
         return clone((*self._params, *buffers, clock))
 
@@ -206,7 +223,7 @@ class UpdateMap(DifferentiableMap):
         if not self._game:
             only: Vector = torch.func.grad(lambda p: self.losses(p)[0])(params)
             return only
-        values, pull = torch.func.vjp(self.losses, params)
+        values, pull = torch.func.vjp(self.losses, params)  # type: ignore[misc]  # two without has_aux
         result = [torch.zeros_like(p) for p in params]
         for player in range(len(values)) if players is None else players:
             cotangent = tuple(torch.full_like(v, float(j == player)) for j, v in enumerate(values))
@@ -234,14 +251,13 @@ class UpdateMap(DifferentiableMap):
 
     def _ascents(self, params: Vector, g: Vector) -> Vector:
         return tuple(
-            r.ascent(w, a) if isinstance(r, Descent) else a for r, w, a in zip(self.rules, params, g, strict=True)
+            r.ascent(w, a) if isinstance(r, Descent) else a
+            for r, w, a in zip(self.rules, params, g, strict=True)
         )
 
     def _moved(self, params: Vector, e: Vector, anchors: Vector) -> Vector:
         one = torch.ones(())
-        return tuple(
-            r.step(w, a, (), one)[0] for r, w, a in zip(self.rules, anchors, e, strict=True)
-        )
+        return tuple(r.step(w, a, (), one)[0] for r, w, a in zip(self.rules, anchors, e, strict=True))
 
     def _split(self, x: Vector) -> tuple[Vector, list[Vector], Tensor]:
         """Parameters, buffers of each, and the number of the step to come."""
@@ -264,37 +280,42 @@ def _grouped(params: Vector, owners: Sequence[int]) -> tuple[Tensor | Vector, ..
 def _known_rule(optimizer: Optimizer, group: Mapping[str, Any]) -> UpdateRule:
     """The rule of a parameter group's optimizer with the group's options."""
     kind = type(optimizer)
-    common = {
-        "lr": float(group["lr"]),
-        "weight_decay": float(group.get("weight_decay", 0.0)),
-        "maximize": bool(group.get("maximize", False)),
-    }
+    number = {name: float(value) for name, value in group.items() if isinstance(value, (int, float, Tensor))}
+    lr, decay, maximize = number["lr"], number.get("weight_decay", 0.0), bool(group.get("maximize", False))
+    descent = partial(_with, lr=lr, weight_decay=decay, maximize=maximize)
     if group.get("amsgrad", False):
-        raise ValueError("update_map knows Adam without amsgrad. Got amsgrad=True; pass rule= with a re-statement.")
+        raise ValueError(
+            "update_map knows Adam without amsgrad. Got amsgrad=True; pass rule= with a re-statement."
+        )
     if kind is torch.optim.SGD:
-        rest = {"momentum": float(group["momentum"]), "dampening": float(group["dampening"])}
-        return SGDRule(**common, **rest, nesterov=bool(group["nesterov"]))
+        nesterov = bool(group["nesterov"])
+        return descent(SGDRule, momentum=number["momentum"], dampening=number["dampening"], nesterov=nesterov)
     if kind is ComplexSGD:
-        return ComplexSGDRule(**common, momentum=float(group["momentum"]), phase=float(group["phase"]))
-    if kind is Extragradient:
-        return ExtragradientRule(**common)
-    if kind is ExtrapolationFromThePast:
-        return PastRule(**common)
-    if kind is OptimisticSGD:
-        return OptimisticSGDRule(**common)
+        return descent(ComplexSGDRule, momentum=number["momentum"], phase=number["phase"])
+    plain = {
+        Extragradient: ExtragradientRule,
+        ExtrapolationFromThePast: PastRule,
+        OptimisticSGD: OptimisticSGDRule,
+    }
+    if kind in plain:
+        return descent(plain[kind])
     if kind in (torch.optim.Adam, torch.optim.AdamW, ComplexAdam, OptimisticAdam):
         beta1, beta2 = (float(b) for b in group["betas"])
-        adaptive = {**common, "beta2": beta2, "eps": float(group["eps"])}
+        adaptive = partial(descent, beta2=beta2, eps=number["eps"])
         if kind is ComplexAdam:
-            return ComplexAdamRule(
-                **adaptive, momentum=beta1, phase=float(group["phase"]), debias=bool(group["debias"])
+            return adaptive(
+                ComplexAdamRule, momentum=beta1, phase=number["phase"], debias=bool(group["debias"])
             )
         if kind is OptimisticAdam:
-            return OptimisticAdamRule(**adaptive, beta1=beta1)
+            return adaptive(OptimisticAdamRule, beta1=beta1)
         decoupled = kind is torch.optim.AdamW or bool(group.get("decoupled_weight_decay", False))
-        return AdamRule(**adaptive, beta1=beta1, decoupled=decoupled)
+        return adaptive(AdamRule, beta1=beta1, decoupled=decoupled)
     raise ValueError(
         "update_map knows SGD, Adam, AdamW, ComplexSGD, ComplexAdam, Extragradient, ExtrapolationFromThePast, "
         f"OptimisticSGD and OptimisticAdam. Got {kind.__name__}; pass rule= with a re-statement of its step: a "
         "subclass of lightning_nested.dynamics.UpdateRule."
     )
+
+
+def _with(rule: Callable[..., UpdateRule], **options: Any) -> UpdateRule:
+    return rule(**options)
