@@ -63,6 +63,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "NestedModule",
     ),
     "dynamics": (
+        "GeneralizedRidgeRider",
         "LyapunovSpectrum",
         "kaplan_yorke_dimension",
         "lyapunov_exponents",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from lightning_nested.dynamics import GeneralizedRidgeRider as GeneralizedRidgeRider
     from lightning_nested.dynamics import LyapunovSpectrum as LyapunovSpectrum
     from lightning_nested.dynamics import kaplan_yorke_dimension as kaplan_yorke_dimension
     from lightning_nested.dynamics import lyapunov_exponents as lyapunov_exponents

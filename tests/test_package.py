@@ -123,7 +123,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str],
 
 def shipped() -> set[str]:
     """What an installation needs of the package folder, as paths from the root."""
-    wanted = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("configs/*.yaml"), PACKAGE / "py.typed"]
+    wanted = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("configs/**/*.yaml"), PACKAGE / "py.typed"]
     return {path.relative_to(ROOT).as_posix() for path in wanted}
 
 

@@ -289,7 +289,7 @@ class _Run:
         self.determinant: Tensor | None = None
         self._steps_done = 0
         self._records = steps >= _RECORD
-        self._push = torch.vmap(differentiable.push) if batched else differentiable.push
+        self._push = differentiable.push_batch if batched else differentiable.push
         self._step = torch.vmap(differentiable.step) if batched else differentiable.step
 
     def check_function(self, x: Vector) -> None:

@@ -33,8 +33,25 @@ class DifferentiableMap(ABC):
         """The next state F(x)."""
 
     @abstractmethod
+    def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
+        """F(x) and the derivative J(x)·v along one tangent, a tensor per coordinate tensor."""
+
     def push(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
-        """F(x) and the frame of derivatives J(x)·v, one tensor (k, *shape) per coordinate tensor in and out."""
+        """F(x) and the frame of derivatives, one tensor (k, *shape) per coordinate tensor in and out."""
+        # Dual numbers carry the value with every tangent: k equal copies of it come out.
+        values, pushed = torch.vmap(lambda v: self.jvp(x, v))(frame)
+        return tuple(a[0] for a in values), pushed
+
+    def push_batch(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
+        """:meth:`push` for a batch of states (batch, *shape) and their frames (batch, k, *shape).
+
+        One ``vmap`` over all pairs of state and tangent: through two nested ones torch 2.14 derives
+        ``torch.linalg.solve`` wrongly, and says nothing.
+        """
+        batch, k = frame[0].shape[:2]
+        states = tuple(a.repeat_interleave(k, dim=0) for a in x)
+        values, pushed = torch.vmap(self.jvp)(states, tuple(a.flatten(0, 1) for a in frame))
+        return tuple(a[::k] for a in values), tuple(a.view(batch, k, *a.shape[1:]) for a in pushed)
 
     def coordinates(self, x: Vector) -> Vector:
         """The part of a state that has tangents."""
@@ -61,18 +78,12 @@ class FunctionMap(DifferentiableMap):
         out = self._function(x[0] if self._single else x)
         return (out,) if self._single else tuple(out)
 
-    def push(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
-        """``vmap`` of ``jvp`` over the frame."""
-
-        def along(*v: Tensor) -> tuple[Vector, Vector]:
-            value: Vector
-            derivative: Vector
-            value, derivative = torch.func.jvp(self._tuple, x, v)  # type: ignore[misc]  # two without has_aux
-            return value, derivative
-
-        # Dual numbers carry the value with every tangent: k equal copies of it come out.
-        values, pushed = torch.vmap(along)(*frame)
-        return tuple(a[0] for a in values), pushed
+    def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
+        """Forward mode."""
+        value: Vector
+        derivative: Vector
+        value, derivative = torch.func.jvp(self._tuple, x, v)  # type: ignore[misc]  # two without has_aux
+        return value, derivative
 
 
 def as_map(step: Step | DifferentiableMap, x0: State) -> DifferentiableMap:
@@ -93,18 +104,35 @@ def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
     A function whose operations depend on values (Python branches on a tensor) cannot be recorded, and is returned as
     it is: PyTorch refuses such a recording, it does not specialise in silence.
     """
+
+    def call(*inputs: Any) -> Any:
+        return function(*inputs)
+
     try:
-        # Without in-place operations, so that what nothing reads can be left out.
-        graph = make_fx(functionalize(lambda *inputs: function(*inputs), remove="mutations"))(*example)
+        graph = make_fx(call)(*example)
+        if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.graph.nodes):
+            # Only without in-place operations can what nothing reads be left out.
+            graph = make_fx(functionalize(call, remove="mutations"))(*example)
     except Exception:  # of any kind: what cannot be recorded still runs as it did
         return function
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.copy.default:
+            node.target = _copied  # aten's has no derivative
+        if node.target is torch.ops.aten._efficientzerotensor.default:
+            node.target = (
+                torch.ops.aten.zeros.default
+            )  # those hold no memory, and only transforms know how to read them
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    expected, found = (tree_flatten(call(*example))[0] for call in (function, graph))
+    expected, found = (tree_flatten(f(*example))[0] for f in (function, graph))
     if not all(torch.allclose(a, b, rtol=1e-4, equal_nan=True) for a, b in zip(expected, found, strict=True)):
         return function
     replay: Callable[..., Any] = graph
     return replay
+
+
+def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(target, non_blocking=non_blocking).expand_as(target)
 
 
 def rk4_step(field: Step, dt: float) -> Step:

@@ -197,10 +197,10 @@ class UpdateMap(DifferentiableMap):
             params, slots = tuple(after), done
         return (*params, *(b for s in slots for b in s), t)
 
-    def push(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
-        """One step, and its derivative along each tangent of the frame."""
+    def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
+        """One step, and its derivative along a tangent."""
         params, slots, t = self._split(x)
-        dparams, dslots, _ = self._split(frame)
+        dparams, dslots, _ = self._split(v)
         for players in self._turns():
             mine = [i for i, owner in enumerate(self._owners) if owner in players]
             g, dg = self._product(params, dparams, players)
@@ -234,16 +234,13 @@ class UpdateMap(DifferentiableMap):
         return tuple(result)
 
     def _product(self, params: Vector, dparams: Vector, players: Sequence[int]) -> tuple[Vector, Vector]:
-        """The gradient and its derivative along each tangent: forward-mode over reverse-mode."""
-
-        def along(*v: Tensor) -> tuple[Vector, Vector]:
-            value: Vector
-            derivative: Vector
-            value, derivative = torch.func.jvp(lambda *p: self.gradient(p, players), params, v)  # type: ignore[misc]
-            return value, derivative
-
-        values, derivatives = torch.vmap(along)(*dparams)
-        return tuple(a[0] for a in values), derivatives
+        """The gradient and its derivative along a tangent: forward-mode over reverse-mode."""
+        value: Vector
+        derivative: Vector
+        value, derivative = torch.func.jvp(  # type: ignore[misc]  # two without has_aux
+            lambda *p: self.gradient(p, players), params, dparams
+        )
+        return value, derivative
 
     def _turns(self) -> list[list[int]]:
         players = list(range(max(self._owners) + 1))

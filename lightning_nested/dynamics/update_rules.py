@@ -46,18 +46,14 @@ class UpdateRule(ABC):
     def tangent(
         self, w: Tensor, g: Tensor, slots: Vector, t: Tensor, dw: Tensor, dg: Tensor, dslots: Vector
     ) -> tuple[Tensor, Vector]:
-        """Derivative of :meth:`step` along k directions at once: dw, dg and dslots have shapes (k, *w.shape)."""
+        """Derivative of :meth:`step` along (dw, dg, dslots), in the shapes of (w, g, slots)."""
 
         def flat(w: Tensor, g: Tensor, *slots: Tensor) -> Vector:
             after, buffers = self.step(w, g, slots, t)
             return (after, *buffers)
 
-        def along(*v: Tensor) -> Vector:
-            derivative: Vector = torch.func.jvp(flat, (w, g, *slots), v)[1]
-            return derivative
-
-        after, *buffers = torch.vmap(along)(dw, dg, *dslots)
-        return after, tuple(buffers)
+        derivative: Vector = torch.func.jvp(flat, (w, g, *slots), (dw, dg, *dslots))[1]
+        return derivative[0], derivative[1:]
 
 
 @dataclass(frozen=True, kw_only=True)
