@@ -57,7 +57,10 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "OptimisticAdam",
         "OptimisticSGD",
     ),
-    "callbacks": ("HypergradientCallback",),
+    "callbacks": (
+        "HypergradientCallback",
+        "LyapunovCallback",
+    ),
     "modules": (
         "ImageClassifier",
         "NestedModule",
@@ -82,6 +85,7 @@ __all__ = ["__version__", *_PACKAGE_OF]
 
 if TYPE_CHECKING:
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
+    from lightning_nested.callbacks import LyapunovCallback as LyapunovCallback
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_nested.dynamics import GeneralizedRidgeRider as GeneralizedRidgeRider

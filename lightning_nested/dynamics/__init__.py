@@ -10,6 +10,7 @@ from lightning_nested.dynamics.lyapunov import (
     lyapunov_spectrum,
 )
 from lightning_nested.dynamics.maps import DifferentiableMap, rk4_step
+from lightning_nested.dynamics.tracker import TrainingTracker
 from lightning_nested.dynamics.tree import Branch, RideTree, Solution
 from lightning_nested.dynamics.update_map import UpdateMap, update_map
 from lightning_nested.dynamics.update_rules import UpdateRule
@@ -25,6 +26,7 @@ __all__ = [
     "Ray",
     "RideTree",
     "Solution",
+    "TrainingTracker",
     "UpdateMap",
     "UpdateRule",
     "kaplan_yorke_dimension",

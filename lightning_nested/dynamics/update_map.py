@@ -79,7 +79,7 @@ def update_map(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     entries = [
         [
-            (p, rule if rule is not None else _known_rule(o, group))
+            (p, rule if rule is not None else known_rule(o, group))
             for group in o.param_groups
             for p in group["params"]
         ]
@@ -274,7 +274,7 @@ def _grouped(params: Vector, owners: Sequence[int]) -> tuple[Tensor | Vector, ..
     return tuple(players)
 
 
-def _known_rule(optimizer: Optimizer, group: Mapping[str, Any]) -> UpdateRule:
+def known_rule(optimizer: Optimizer, group: Mapping[str, Any]) -> UpdateRule:
     """The rule of a parameter group's optimizer with the group's options."""
     kind = type(optimizer)
     number = {name: float(value) for name, value in group.items() if isinstance(value, (int, float, Tensor))}
