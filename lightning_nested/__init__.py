@@ -68,6 +68,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "dynamics": (
         "GeneralizedRidgeRider",
         "LyapunovSpectrum",
+        "RidgeRider",
         "kaplan_yorke_dimension",
         "lyapunov_exponents",
         "lyapunov_spectrum",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_nested.dynamics import GeneralizedRidgeRider as GeneralizedRidgeRider
     from lightning_nested.dynamics import LyapunovSpectrum as LyapunovSpectrum
+    from lightning_nested.dynamics import RidgeRider as RidgeRider
     from lightning_nested.dynamics import kaplan_yorke_dimension as kaplan_yorke_dimension
     from lightning_nested.dynamics import lyapunov_exponents as lyapunov_exponents
     from lightning_nested.dynamics import lyapunov_spectrum as lyapunov_spectrum

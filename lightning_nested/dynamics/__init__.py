@@ -10,6 +10,7 @@ from lightning_nested.dynamics.lyapunov import (
     lyapunov_spectrum,
 )
 from lightning_nested.dynamics.maps import DifferentiableMap, rk4_step
+from lightning_nested.dynamics.ridge_rider import RidgeRider
 from lightning_nested.dynamics.tracker import TrainingTracker
 from lightning_nested.dynamics.tree import Branch, RideTree, Solution
 from lightning_nested.dynamics.update_map import UpdateMap, update_map
@@ -25,6 +26,7 @@ __all__ = [
     "Processes",
     "Ray",
     "RideTree",
+    "RidgeRider",
     "Solution",
     "TrainingTracker",
     "UpdateMap",

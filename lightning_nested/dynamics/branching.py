@@ -34,6 +34,9 @@ class Branching:
             those of the first n that are positive.
         num_exponents: n.
         horizon: H.
+        candidates: Places that are compared before the ascent, which begins from the one with the largest objective:
+            the start itself, and others at a standard normal distance from it. The objective has many maxima.
+        spread: Standard deviation of that distance.
         ascent_steps: Steps of Adam on the start point.
         ascent_rate: Its rate.
         segment: Steps between checkpoints, whose inside is computed again in the backward pass; None: √H, the least
@@ -43,6 +46,8 @@ class Branching:
     objective: str = "max"
     num_exponents: int = 1  # n
     horizon: int = 20  # H
+    candidates: int = 1
+    spread: float = 1.0
     ascent_steps: int = 40
     ascent_rate: float = 0.1
     segment: int | None = None
@@ -50,7 +55,7 @@ class Branching:
     def __post_init__(self) -> None:
         if self.objective not in _OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}. Got {self.objective!r}.")
-        for name in ("num_exponents", "horizon"):
+        for name in ("num_exponents", "horizon", "candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
         if (
@@ -172,6 +177,24 @@ class FiniteTime:
                 p.grad.nan_to_num_(0.0, 0.0, 0.0)
             optimizer.step()
         return tuple(best), torch.stack(history)
+
+
+def screen(training: UpdateMap, starts: Vector, branching: Branching) -> Vector:
+    """For each start of a batch the candidate around it with the largest objective; the same draws for every start."""
+    if branching.candidates == 1:
+        return starts
+    count = branching.candidates
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    for p in starts:
+        draw = torch.randn(count, *p.shape[1:], generator=generator, dtype=torch.float64).to(p)
+        draw[0] = 0.0  # the start itself
+        moved.append((p.unsqueeze(1) + branching.spread * draw).flatten(0, 1))
+    with torch.no_grad():
+        value = branching.value(FiniteTime(training, tuple(moved), branching).exponents(tuple(moved)))
+    value = torch.where(torch.isfinite(value), value, -math.inf)
+    best = value.reshape(-1, count).argmax(1) + count * torch.arange(len(starts[0]), device=value.device)
+    return tuple(m[best] for m in moved)
 
 
 def _check_memory(needed: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics.branching import Branching, FiniteTime
+from lightning_nested.dynamics.branching import Branching, FiniteTime, screen
 from lightning_nested.dynamics.executors import Executor, InProcess
 from lightning_nested.dynamics.maps import recorded
 from lightning_nested.dynamics.tree import Branch, RideTree
@@ -34,7 +34,8 @@ _PATH_SIZE = 64  # parameters up to which paths are kept
 class GeneralizedRidgeRider:
     """Finds different solutions of one training problem, of a loss or of a game.
 
-    1. From each start, ascend an objective of the top Lyapunov exponents to a branching point.
+    1. From each start, or the best candidate around it, ascend an objective of the top Lyapunov exponents to a
+       branching point.
     2. Step ± along the directions that training separates most, each at every one of ``distances``.
     3. Ride: run the plain optimizer from each of these places.
     4. Keep the ends that behave differently, ranked by their losses. With ``depth`` > 1, branch again from every end.
@@ -184,7 +185,8 @@ class _Crew:
 
     def find(self, jobs: Sequence[tuple[str, Tensor]]) -> list[Branch]:
         """A branching point for each start."""
-        training, starts = self._training(), self._stacked(jobs)
+        training = self._training()
+        starts = screen(training, self._stacked(jobs), self.rider.branching)
         finite = FiniteTime(training, starts, self.rider.branching)
         points, history = finite.ascend(starts)
         exponents, _ = finite.directions(points)
