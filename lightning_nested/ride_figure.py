@@ -29,6 +29,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
 }
+_NAMED = 6  # solutions in the legend
 _LARGEST = 64  # parameters up to which the field is drawn
 
 
@@ -83,10 +84,20 @@ def _field(
 ) -> None:
     training = update_map(optimizer([p.clone() for p in like]), game.losses)
     origin, basis = _plane(tree, training, like, branching)
-    runs = {b.name: torch.tensor(b.path, dtype=origin.dtype) for b in tree.leaves if b.path and b.finite}
-    drawn = {name: (path - origin) @ basis.mT for name, path in runs.items()}
-    points = torch.stack([flatten(r.tensors(like)) - origin for r in tree.roots]) @ basis.mT
-    reach = torch.cat([points, *(path[: max(2, len(path) // 3)] for path in drawn.values())])
+    flat_plane = len(origin) == 2
+    # Where the plane is all there is every run lies on it; else show those of its own branching point.
+    roots = tree.roots if flat_plane else tree.roots[:1]
+    drawn = {}
+    for root in roots:
+        start = flatten(root.tensors(like))
+        for b in tree.below(root.name):
+            if b.path and b.finite:
+                path = torch.cat([start[None], torch.tensor(b.path, dtype=origin.dtype)])
+                drawn[b.name] = (path - origin) @ basis.mT
+    points = torch.stack([flatten(r.tensors(like)) - origin for r in roots]) @ basis.mT
+    reach = torch.cat(
+        [points, *(path[: max(3, len(path) // (3 if flat_plane else 20))] for path in drawn.values())]
+    )
     low, high = reach.quantile(0.02, dim=0) - 1.0, reach.quantile(0.98, dim=0) + 1.0
     xs, ys = (
         torch.linspace(float(a), float(b), resolution, dtype=origin.dtype)
@@ -123,7 +134,7 @@ def _field(
     )
     axes.set_xlim(float(low[0]), float(high[0]))
     axes.set_ylim(float(low[1]), float(high[1]))
-    two = sum(p.numel() for p in like) == 2
+    two = flat_plane
     axes.set_xlabel("logit of the first player" if two else "most separating direction")
     axes.set_ylabel("logit of the second player" if two else "second direction")
     axes.set_title("Where training separates" + ("" if two else " (plane through branching point 0)"))
@@ -143,20 +154,19 @@ def _plane(tree: RideTree, training: Any, like: Vector, branching: Branching) ->
 
 def _ends(axes: Axes, tree: RideTree, number: dict[str, int]) -> None:
     solutions = tree.solutions()
-    for i, solution in enumerate(solutions[:12]):
+    largest = sorted(range(len(solutions)), key=lambda i: -len(solutions[i].branches))[:_NAMED]
+    for i, solution in enumerate(solutions):
         ends = [tree.branches[name] for name in solution.branches]
         roots = {name.split("+")[0].split("-")[0] for name in solution.branches}
-        x = [b.losses[0] for b in ends]
-        y = [b.losses[1] if len(b.losses) > 1 else float(i) for b in ends]
         text = ", ".join(f"{v:.2f}" for v in solution.losses)
         axes.scatter(
-            x,
-            y,
-            s=30 + 8 * len(ends),
+            [ends[0].losses[0]],
+            [ends[0].losses[1] if len(ends[0].losses) > 1 else float(i)],
+            s=25 + 4 * len(ends),
             color=_COLOURS[i % len(_COLOURS)],
             alpha=0.75,
             edgecolor="white",
-            label=f"({text}): {len(ends)} branches of {len(roots)} points",
+            label=f"({text}): {len(ends)} branches of {len(roots)} points" if i in largest else None,
         )
     axes.set_title(f"{len(solutions)} solutions in {len(tree.leaves)} branches")
     axes.set_xlabel("loss of the first player" if len(tree.leaves[0].losses) > 1 else "loss")
@@ -164,4 +174,7 @@ def _ends(axes: Axes, tree: RideTree, number: dict[str, int]) -> None:
     axes.margins(0.15)
     axes.grid(color="#d8dce1", lw=0.6)
     axes.set_axisbelow(True)
-    axes.legend(loc="best", title="losses (first, second)")
+    legend = axes.legend(loc="best", title="losses: the most frequent")
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_sizes([40])  # type: ignore[attr-defined]

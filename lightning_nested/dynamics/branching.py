@@ -118,7 +118,8 @@ class FiniteTime:
         state = torch.vmap(lambda *p: self._training.start(p))(*starts)
         frame = self._frame
         for steps in self._segments:
-            if any(a.requires_grad for a in state):
+            # Transforms that could not be recorded do not go through a checkpoint.
+            if isinstance(self._push, torch.fx.GraphModule) and any(a.requires_grad for a in state):
                 state, frame = checkpoint(self._run, steps, state, frame, use_reentrant=False)
             else:
                 state, frame = self._run(steps, state, frame)

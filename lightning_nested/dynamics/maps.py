@@ -115,13 +115,10 @@ def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
             graph = make_fx(functionalize(call, remove="mutations"))(*example)
     except Exception:  # of any kind: what cannot be recorded still runs as it did
         return function
-    for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.copy.default:
-            node.target = _copied  # aten's has no derivative
-        if node.target is torch.ops.aten._efficientzerotensor.default:
-            node.target = (
-                torch.ops.aten.zeros.default
-            )  # those hold no memory, and only transforms know how to read them
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten._linalg_check_errors.default:
+            graph.graph.erase_node(node)
+        node.target = _REPLACED.get(node.target, node.target)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     expected, found = (tree_flatten(f(*example))[0] for f in (function, graph))
@@ -133,6 +130,36 @@ def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
 
 def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target, non_blocking=non_blocking).expand_as(target)
+
+
+def _solve(matrix: Tensor, right: Tensor, *, left: bool = True, check_errors: bool = False) -> Vector:
+    """As ``aten._linalg_solve_ex``, with the matrix itself in the place of its factors."""
+    vector = right.ndim == 1 or (right.ndim == matrix.ndim - 1 and right.shape == matrix.shape[:-1])
+    b = right.unsqueeze(-1) if vector else right
+    inverse = torch.linalg.inv(matrix)
+    x = inverse @ b if left else b @ inverse
+    pivots = torch.ones(matrix.shape[:-1], dtype=torch.int32, device=matrix.device)
+    return (x.squeeze(-1) if vector else x), matrix, pivots, torch.zeros_like(pivots[..., 0])
+
+
+def _solve_again(
+    matrix: Tensor, pivots: Tensor, right: Tensor, *, left: bool = True, adjoint: bool = False
+) -> Tensor:
+    """As ``aten.linalg_lu_solve``, with what :func:`_solve` gives for factors."""
+    inverse = torch.linalg.inv(matrix)
+    inverse = inverse.mH if adjoint else inverse
+    product: Tensor = inverse @ right if left else right @ inverse
+    return product
+
+
+# Operations that a recording holds and that autograd cannot differentiate, or differentiates wrongly.
+_REPLACED: dict[Any, Any] = {
+    torch.ops.aten.copy.default: _copied,  # has no derivative
+    torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default,  # holds no memory to be read
+    # The factors of a solve count as constants: a derivative of a derivative would miss what they depend on.
+    torch.ops.aten._linalg_solve_ex.default: _solve,
+    torch.ops.aten.linalg_lu_solve.default: _solve_again,
+}
 
 
 def rk4_step(field: Step, dt: float) -> Step:
