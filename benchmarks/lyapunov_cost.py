@@ -59,15 +59,19 @@ class Problem:
         self.optimizer.step()
 
 
-def kept_graph(problem: Problem, k: int, every: int) -> Callable[[], object]:
-    """Ours: the graph of the gradient kept, all products from it."""
+def kept_graph(problem: Problem, k: int, every: int, *, reuse: bool = False) -> Callable[[], object]:
+    """Ours: the graph of the gradient kept, all products from it; ``reuse``: its gradient in place of a backward."""
     tracker = TrainingTracker(problem.params, k=k, align=0, orthonormalize_every=every)
 
     def call() -> None:
         problem.optimizer.zero_grad()
         loss = problem.loss()
         tracker.observe(loss, lr=problem.rate)
-        loss.backward()
+        if reuse:
+            for p, g in zip(problem.params, tracker.gradient, strict=True):
+                p.grad = g
+        else:
+            loss.backward()
         tracker.advance(problem.optimizer)
         problem.optimizer.step()
 
@@ -188,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         contestants = {
             f"ours, every {every}": several(kept_graph(problem, k, every)),
             "ours, every step": several(kept_graph(problem, k, 1)),
+            "ours, own loop": several(kept_graph(problem, k, every, reuse=True)),
             "JVP loop": several(forward_mode(problem, k, batched=False)),
             "vmapped JVP": several(forward_mode(problem, k, batched=True)),
             "perturbed runs": several(perturbed(problem, k, 1e-3)),

@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -59,11 +60,11 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
     config = parser.parse_args(list(arguments))
     torch.set_num_threads(config.num_threads)
     optimizer = _optimizer(config.optimizer)
-    objects = parser.instantiate_classes(config)
-    game, options = objects.game, vars(objects.rider)
+    # The method was called otherwise before jsonargparse 4.49.
+    objects = getattr(parser, "instantiate", parser.instantiate_classes)(config)
+    game, rider = objects.game, objects.rider
     if config.workers > 1:
-        options["executor"] = Processes(max_workers=config.workers)
-    rider = GeneralizedRidgeRider(**options)
+        rider = replace(rider, executor=Processes(max_workers=config.workers))
     seeds = range(config.seed_everything, config.seed_everything + config.starts)
     starts = [tuple(p.detach() for p in game.initial(torch.Generator().manual_seed(s))) for s in seeds]
     try:

@@ -89,7 +89,7 @@ def test_lyapunov_cost_runs_and_agrees_with_float64(run: Script) -> None:
     small = ["--rounds", "1", "--widths", "12", "10", "5", "--batch", "16", "--ks", "2", "--steps", "10"]
     found = run("lyapunov_cost", small)
     assert found["accuracy"]["float32, every 5"] < 1e-5
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 @pytest.mark.slow

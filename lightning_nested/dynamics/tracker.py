@@ -38,6 +38,8 @@ class TrainingTracker:
 
     Attributes:
         growth: For every window (k,), the logarithmic growth.
+        gradient: Of the last observed loss, one tensor per parameter: a loop of one's own may use it in place of a
+            backward pass.
         alignment: min over the frame of |qᵀHq|/‖Hq‖, 1 for eigenvectors; NaN before the first step or without Lanczos.
 
     Raises:
@@ -67,6 +69,7 @@ class TrainingTracker:
         self.growth: list[Tensor] = []
         self.alignment = math.nan
         self.steps = 0
+        self.gradient: Vector = ()
         self._products: Tensor | None = None
         self._spare: Tensor | None = None
 
@@ -82,6 +85,7 @@ class TrainingTracker:
         operator = HessianOperator(loss, self.params)
         if self.frame is None:
             self.frame = self._first_frame(operator, lr)
+        self.gradient = tuple(g.detach() for g in operator.gradient)
         products = self._spare if self._spare is not None else torch.empty_like(self.frame)
         self._spare = None
         for i in range(self.k):
