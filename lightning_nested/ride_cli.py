@@ -69,7 +69,9 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
     starts = [tuple(p.detach() for p in game.initial(torch.Generator().manual_seed(s))) for s in seeds]
     try:
         with _Bar() as bar:
-            tree: RideTree = rider.ride(game.losses, starts, optimizer, folder=config.output, progress=bar.update)
+            tree: RideTree = rider.ride(
+                game.losses, starts, optimizer, folder=config.output, progress=bar.update
+            )
     except ValueError as error:
         parser.error(str(error))
     print_tree(tree)

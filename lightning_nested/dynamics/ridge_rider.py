@@ -5,7 +5,6 @@ Parker-Holder, Metz, Resnick, Hu, Lerer, Letcher, Peysakhovich, Pacchiano & Foer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ class RidgeRider:
     """Finds different minima of one loss from one saddle.
 
     At a saddle, follow ±e for the ``num_directions`` most negative eigenvalues: w ← w + step_size·e, with e tracked by
-    ``refinements`` power iterations on σI − H at every step, started from the previous e and kept on its side. A ridge
+    ``refinements`` Lanczos iterations at every step, started from the previous e and kept on its side. A ridge
     ends where its curvature is no longer negative. If other negative curvature is left there, branch again; otherwise
     descend to the minimum. Ends that behave alike count once.
 
@@ -34,7 +33,7 @@ class RidgeRider:
         num_directions: Directions at each saddle, most negative first; 1 finds 2^d minima in 2^d descents.
         step_size: Length of a step along the ridge.
         max_ridge_steps: Steps after which a ridge that goes on is left.
-        refinements: Power iterations a step.
+        refinements: Lanczos iterations a step.
         descent_rate: Rate of the final gradient descent.
         descent_steps: Its steps.
         max_depth: Levels of branching.
@@ -197,19 +196,26 @@ class _Walker:
         return self.node(name, parent, at, w, path, saddle=saddle)
 
     def _track(self, w: Tensor, e: Tensor) -> tuple[Tensor, float]:
-        """The eigenvector nearest to e by warm-started power iterations on σI − H, and its curvature."""
-        curvature = math.inf
-        previous = e
-        # σ above the Rayleigh quotients in reach makes the most negative direction near e the dominant one.
-        shift = 0.0
+        """The eigenvector nearest to e and its curvature, by Lanczos iterations started from e.
+
+        The Ritz vector of largest overlap, not of least curvature: a ridge that flattens must not be left for another.
+        """
+        basis, images = [e], [self.product(w, e)[1]]
         for _ in range(self.rider.refinements):
-            image = self.product(w, e)[1]
-            curvature = float(e @ image)
-            shift = max(shift, float(image.norm()) + abs(curvature))
-            e = shift * e - image
-            e = e / e.norm()
-            e = e if float(e @ previous) >= 0 else -e
-        return e, curvature
+            stacked, rest = torch.stack(basis), images[-1].clone()
+            for _ in range(2):
+                rest -= stacked.mT @ (stacked @ rest)
+            size = rest.norm()
+            if float(size) <= 1e-9 * (1 + float(images[-1].norm())):
+                break
+            basis.append(rest / size)
+            images.append(self.product(w, basis[-1])[1])
+        stacked = torch.stack(basis)
+        small = stacked @ torch.stack(images).mT
+        values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        nearest = int(vectors[0].abs().argmax())
+        tracked = stacked.mT @ vectors[:, nearest]
+        return (tracked if float(tracked @ e) >= 0 else -tracked), float(values[nearest])
 
     def node(
         self,

@@ -218,7 +218,7 @@ def wells(d: int) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "d", [3, 4, pytest.param(5, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)]
+    "d", [2, 3, 4, pytest.param(5, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)]
 )
 def test_ridges_from_one_saddle_lead_to_all_minima(d: int) -> None:
     loss, turn = wells(d)
