@@ -119,6 +119,13 @@ def games(arguments: argparse.Namespace) -> dict[str, Any]:
             losses = torch.vmap(lambda *p, game=game: torch.stack(game.losses(p)))(*ends)
             found[method] = [{named(row, name)} for row in losses.tolist()]
             results[f"{name} / {method}"] = losses.tolist()
+        if arguments.no_rider:
+            kinds = {m: [next(iter(k)) for k in sets] for m, sets in found.items()}
+            rows += [
+                [name, m, ", ".join(f"{k} {v.count(k)}" for k in sorted(set(v))), "-"]
+                for m, v in kinds.items()
+            ]
+            continue
         rider, rate = rider_of(name)
         began = time.process_time()
         tree = rider.ride(game.losses, starts, partial(SGD, lr=rate))
@@ -190,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--seeds", type=int, default=10)
     options.add_argument("--games", nargs="*", default=list(GAMES), choices=list(GAMES))
     options.add_argument("--gan_seeds", type=int, default=3)
+    options.add_argument("--no_rider", action="store_true", help="plain gradient and LOLA only")
     options.add_argument("--no_wells", action="store_true")
     arguments = options.parse_args(argv)
     start(arguments)
