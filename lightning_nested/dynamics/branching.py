@@ -103,12 +103,9 @@ class FiniteTime:
                 f"Got {branching.num_exponents} and {self.num_parameters}."
             )
         size = branching.segment if branching.segment is not None else math.isqrt(branching.horizon)
-        self._segments = [size] * (branching.horizon // size) + [branching.horizon % size] * (
-            branching.horizon % size > 0
-        )
-        _check_memory(
-            len(self._segments) * self._batch * self.num_parameters * total * starts[0].element_size()
-        )
+        count = -(-branching.horizon // size)
+        _check_memory(count * self._batch * self.num_parameters * total * starts[0].element_size())
+        self._segments = [min(size, branching.horizon - i * size) for i in range(count)]
         rows = torch.eye(self.num_parameters, total, dtype=starts[0].dtype, device=starts[0].device)
         self._frame = from_rows(rows.expand(self._batch, -1, -1), coordinates, batch_dims=1)
         self._push = recorded(training.push_batch, states, self._frame)
