@@ -63,10 +63,21 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "modes_covered",
         "suggest_momentum",
     ),
+    "dynamics": (
+        "GeneralizedRidgeRider",
+        "LyapunovSpectrum",
+        "RidgeRider",
+        "kaplan_yorke_dimension",
+        "lyapunov_exponents",
+        "lyapunov_spectrum",
+        "rk4_step",
+        "update_map",
+    ),
     "callbacks": (
         "GameReport",
         "GameSpectrumCallback",
         "HypergradientCallback",
+        "LyapunovCallback",
         "ModeCoverage",
     ),
     "modules": (
@@ -91,10 +102,19 @@ if TYPE_CHECKING:
     from lightning_nested.callbacks import GameReport as GameReport
     from lightning_nested.callbacks import GameSpectrumCallback as GameSpectrumCallback
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
+    from lightning_nested.callbacks import LyapunovCallback as LyapunovCallback
     from lightning_nested.callbacks import ModeCoverage as ModeCoverage
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_nested.datamodules import MixtureOfGaussiansDataModule as MixtureOfGaussiansDataModule
+    from lightning_nested.dynamics import GeneralizedRidgeRider as GeneralizedRidgeRider
+    from lightning_nested.dynamics import LyapunovSpectrum as LyapunovSpectrum
+    from lightning_nested.dynamics import RidgeRider as RidgeRider
+    from lightning_nested.dynamics import kaplan_yorke_dimension as kaplan_yorke_dimension
+    from lightning_nested.dynamics import lyapunov_exponents as lyapunov_exponents
+    from lightning_nested.dynamics import lyapunov_spectrum as lyapunov_spectrum
+    from lightning_nested.dynamics import rk4_step as rk4_step
+    from lightning_nested.dynamics import update_map as update_map
     from lightning_nested.games import Bilinear as Bilinear
     from lightning_nested.games import DiracGAN as DiracGAN
     from lightning_nested.games import GaussiansGAN as GaussiansGAN

@@ -61,7 +61,12 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
 
 
-def resolve_config(value: str) -> str:
+def shipped_rides() -> dict[str, Path]:
+    """The configurations of ``ride``, by name."""
+    return {path.stem: path for path in sorted((CONFIG_FOLDER / "ride").glob("*.yaml"))}
+
+
+def resolve_config(value: str, shipped: dict[str, Path] | None = None) -> str:
     """The file that ``--config value`` means.
 
     An existing file is taken as it is, else a shipped configuration of that name, with or without ``.yaml``.
@@ -74,7 +79,7 @@ def resolve_config(value: str) -> str:
         >>> Path(resolve_config("digits")).name
         'digits.yaml'
     """
-    shipped = shipped_configs()
+    shipped = shipped_configs() if shipped is None else shipped
     name = re.sub(r"\.ya?ml$", "", value)
     if Path(value).is_file() or not re.fullmatch(r"[\w.-]+", value):
         return value
@@ -86,7 +91,7 @@ def resolve_config(value: str) -> str:
     return str(shipped[name])
 
 
-def resolve_configs(arguments: Iterable[str]) -> list[str]:
+def resolve_configs(arguments: Iterable[str], shipped: dict[str, Path] | None = None) -> list[str]:
     """The arguments with the value of each ``--config`` resolved, in any of the forms argparse accepts.
 
     Raises:
@@ -97,9 +102,9 @@ def resolve_configs(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         joined = re.match(r"(--config=|-c=?)(?=[^-=])", argument)
         if expects_value:
-            resolved.append(resolve_config(argument))
+            resolved.append(resolve_config(argument, shipped))
         elif joined:
-            resolved.append(joined[0] + resolve_config(argument[joined.end() :]))
+            resolved.append(joined[0] + resolve_config(argument[joined.end() :], shipped))
         else:
             resolved.append(argument)
         expects_value = not expects_value and argument in ("-c", "--config")
@@ -131,12 +136,23 @@ def _run_lightning(arguments: list[str]) -> None:
     NestedCLI(args=resolved)
 
 
+def _run_ride(arguments: list[str]) -> None:
+    try:
+        resolved = resolve_configs(arguments[1:], shipped_rides())
+    except ValueError as error:
+        _fail(str(error))
+    from lightning_nested.ride_cli import run_ride  # torch, but not Lightning
+
+    run_ride(resolved)
+
+
 def _show_configs(arguments: list[str]) -> None:
     if len(arguments) > 2 or "-h" in arguments or "--help" in arguments:
         print(f"usage: {_PROGRAM} configs [NAME]\n\nList the configurations of the package, or print one.")
     elif len(arguments) == 2:
         try:
-            print(Path(resolve_config(arguments[1])).read_text(encoding="utf-8"), end="")
+            known = shipped_configs() | shipped_rides()
+            print(Path(resolve_config(arguments[1], known)).read_text(encoding="utf-8"), end="")
         except (OSError, ValueError) as error:
             _fail(str(error))
     else:
@@ -153,6 +169,7 @@ COMMANDS: dict[str, Command] = {
     "validate": Command("evaluate on the validation data", _run_lightning),
     "test": Command("evaluate on the test data", _run_lightning),
     "predict": Command("run the model on the prediction data", _run_lightning),
+    "ride": Command("branch a game's training and write down its different solutions", _run_ride),
     "configs": Command("list the configurations that come with the package, or print one", _show_configs),
 }
 
@@ -164,7 +181,8 @@ def _help() -> str:
         f"usage: {_PROGRAM} [--help] [--version] COMMAND [OPTIONS]\n\n"
         f"{(lightning_nested.__doc__ or '').splitlines()[0]}\n\n"
         f"commands:\n{commands}\n\n"
-        f"configurations for --config: {', '.join(shipped_configs())}\n\n"
+        f"configurations for --config: {', '.join(shipped_configs())}\n"
+        f"configurations for ride --config: {', '.join(shipped_rides())}\n\n"
         f"examples:\n  {_PROGRAM} fit --config digits --trainer.max_epochs 5\n  {_PROGRAM} fit --help"
     )
 

@@ -93,6 +93,13 @@ def test_optimizers_run_and_make_the_same_steps(run: Script) -> None:
             assert entry["error_to_float64"] < 1e-3, name
 
 
+def test_lyapunov_cost_runs_and_agrees_with_float64(run: Script) -> None:
+    small = ["--rounds", "1", "--widths", "12", "10", "5", "--batch", "16", "--ks", "2", "--steps", "10"]
+    found = run("lyapunov_cost", small)
+    assert found["accuracy"]["float32, every 5"] < 1e-5
+    assert len(found) == 7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["digits", "fashion"])
 def test_against_search_runs(run: Script, data: str) -> None:

@@ -126,7 +126,7 @@ def shipped() -> set[str]:
     wanted = [
         *PACKAGE.rglob("*.py"),
         *PACKAGE.rglob("*.c"),
-        *PACKAGE.glob("configs/*.yaml"),
+        *PACKAGE.glob("configs/**/*.yaml"),
         PACKAGE / "py.typed",
     ]
     return {path.relative_to(ROOT).as_posix() for path in wanted}

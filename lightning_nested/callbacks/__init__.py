@@ -4,6 +4,7 @@ from lightning_nested.callbacks.game_report import GameReport
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.callbacks.label_noise_report import LabelNoiseReport
+from lightning_nested.callbacks.lyapunov import LyapunovCallback
 from lightning_nested.callbacks.mode_coverage import ModeCoverage
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "GameSpectrumCallback",
     "HypergradientCallback",
     "LabelNoiseReport",
+    "LyapunovCallback",
     "ModeCoverage",
 ]

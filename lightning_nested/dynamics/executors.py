@@ -1,0 +1,136 @@
+"""Where the branches of a ride run: together in this process, in several processes, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executor(ABC):
+    """Runs a function on chunks of jobs; results come as they are finished.
+
+    The jobs of one chunk run together through ``vmap``, and are finished together.
+    """
+
+    batch_size: int | None = None  # jobs in a chunk; None: all in this process, one elsewhere
+
+    def chunks(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
+        """Jobs in chunks of ``batch_size``."""
+        size = self.batch_size if self.batch_size is not None else self._default_size(len(jobs))
+        return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+    def _default_size(self, count: int) -> int:
+        return 1
+
+    @abstractmethod
+    def map(
+        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
+    ) -> Iterator[Result]:
+        """Results in any order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InProcess(Executor):
+    """In this process, all jobs in one batch."""
+
+    def _default_size(self, count: int) -> int:
+        return max(1, count)
+
+    def map(
+        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
+    ) -> Iterator[Result]:
+        """One chunk after the other."""
+        for chunk in chunks:
+            yield function(chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes(Executor):
+    """In several processes of this machine, each with one thread. Results do not depend on their number.
+
+    Attributes:
+        max_workers: Processes; None: one per core.
+    """
+
+    max_workers: int | None = None
+
+    def map(
+        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
+    ) -> Iterator[Result]:
+        """As they are finished.
+
+        Raises:
+            TypeError: What the function holds cannot be sent to another process.
+        """
+        check_picklable(function)
+        # Spawned, not forked: a process with threads must not fork.
+        with ProcessPoolExecutor(
+            self.max_workers,
+            mp_context=get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        ) as pool:
+            for future in as_completed([pool.submit(function, chunk) for chunk in chunks]):
+                yield future.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ray(Executor):
+    """On a Ray cluster: ``pip install lightning-nested[ray]``.
+
+    Attributes:
+        address: As ``ray.init`` takes it; None: the cluster this process belongs to, or a new one here.
+    """
+
+    address: str | None = None
+
+    def map(
+        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
+    ) -> Iterator[Result]:
+        """As they are finished.
+
+        Raises:
+            ModuleNotFoundError: Ray is not installed.
+        """
+        try:
+            import ray  # only when asked for: it is an extra
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "The executor Ray needs the package ray. Got none installed: pip install 'lightning-nested[ray]', or "
+                "use Processes()."
+            ) from error
+        check_picklable(function)
+        if not ray.is_initialized():
+            ray.init(address=self.address)
+        remote: Any = ray.remote(_call)
+        waiting = [remote.remote(function, chunk) for chunk in chunks]
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            yield from ray.get(done)
+
+
+def _call(function: Callable[[Any], Any], chunk: Any) -> Any:
+    return function(chunk)
+
+
+def check_picklable(function: object) -> None:
+    """Raise an error that names the way out if ``function`` cannot be sent to another process."""
+    try:
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            "Branches in other processes need a game and an optimizer that can be pickled. "
+            f"Got: {error}. Use a class or a function of a module, and functools.partial(SGD, lr=...) in place of a "
+            "lambda; or run in this process with InProcess()."
+        ) from error

@@ -1,0 +1,115 @@
+"""Frames of tangents: orthonormalisation, covariant directions, and how they sit in memory.
+
+A frame of k tangents is a matrix Y of shape (..., k, n), one tangent per row: rows are contiguous, so that a
+tangent of a large model is a plain flat vector.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hypergradient.vectors import Vector
+
+_TALL = 4096  # from this many coordinates on, two Gram matrices are cheaper than Householder reflections
+
+
+def to_rows(frame: Vector, *, batch_dims: int = 0) -> Tensor:
+    """One matrix (..., k, n) from tensors (..., k, *shape)."""
+    lead = batch_dims + 1
+    return torch.cat([a.reshape(*a.shape[:lead], -1) for a in frame], dim=-1)
+
+
+def from_rows(rows: Tensor, like: Vector, *, batch_dims: int = 0) -> Vector:
+    """Tensors (..., k, *shape) from a matrix (..., k, n); ``like`` are unbatched or batched coordinates."""
+    shapes = [a.shape[batch_dims:] for a in like]
+    pieces = torch.split(rows, [math.prod(s) for s in shapes], dim=-1)
+    return tuple(p.reshape(*rows.shape[:-1], *s) for p, s in zip(pieces, shapes, strict=True))
+
+
+def random_frame(
+    k: int, n: int, like: Tensor, generator: torch.Generator | None, batch: tuple[int, ...]
+) -> Tensor:
+    """Orthonormal rows (..., k, n), Haar-distributed, drawn on the CPU so that devices agree."""
+    draw = torch.randn(*batch, k, n, generator=generator, dtype=torch.float64)
+    return orthonormalize(draw)[0].to(like)
+
+
+def orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Y = L Q with orthonormal rows Q and lower-triangular L of non-negative diagonal.
+
+    Householder QR for short rows. Tall frames (n ≥ 4096) by Cholesky-QR twice, which is two Gram matrices; it squares
+    the condition number, so a frame worse conditioned than eps^(-1/4) falls back to Householder.
+    Yamamoto et al. (2015), ETNA 44:306-326.
+
+    Args:
+        rows: (..., k, n), k ≤ n.
+
+    Returns:
+        Q (..., k, n) and L (..., k, k). A row that depends on those before it (beyond rounding) has L_ii = 0, and an
+        arbitrary orthonormal direction in Q.
+
+    >>> Q, L = orthonormalize(torch.tensor([[3.0, 4.0], [0.0, 5.0]]))
+    >>> L.diagonal().tolist()
+    [5.0, 3.0]
+    """
+    if rows.shape[-1] >= _TALL and rows.ndim == 2:
+        found = _cholesky_twice(rows)
+        if found is not None:
+            return found
+    q, r = torch.linalg.qr(rows.mT)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    sign = torch.where(diagonal < 0, -1.0, 1.0).to(rows.dtype)
+    lower = (r * sign.unsqueeze(-1)).mT
+    # What is left of a row that depends on the others is rounding of its length.
+    rounding = 4 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=-1)
+    kept = (diagonal.abs() > rounding).to(rows.dtype)
+    lower = lower - torch.diag_embed(lower.diagonal(dim1=-2, dim2=-1) * (1 - kept))
+    return (q * sign.unsqueeze(-2)).mT, lower
+
+
+def _cholesky_twice(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Cholesky-QR2, or None where the Gram matrix is too close to singular for it."""
+    total: Tensor | None = None
+    q = rows
+    for sweep in range(2):
+        gram = q @ q.mT
+        lower, info = torch.linalg.cholesky_ex(gram)
+        if int(info) != 0:
+            return None
+        diagonal = lower.diagonal()
+        if sweep == 0 and float(diagonal.min() / diagonal.max()) < torch.finfo(rows.dtype).eps ** 0.25:
+            return None
+        # One product with a small inverse streams the frame once; a triangular solve does it row by row.
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        q = torch.linalg.solve_triangular(lower, eye, upper=False) @ q
+        total = lower if total is None else total @ lower
+    assert total is not None
+    return q, total
+
+
+def covariant_directions(frames: Tensor, factors: Tensor, discard: int) -> Tensor:
+    """Covariant Lyapunov vectors: directions that the dynamics maps onto one another, one for each exponent.
+
+    Backward through the triangular factors: C_{t−1} ∝ R_t⁻¹ C_t, and v_t = Q_t C_t. Any upper-triangular start
+    converges; ``discard`` steps at the end are for that. Ginelli et al. (2007), PRL 99:130601.
+
+    Args:
+        frames: Q_t, (T, ..., k, n).
+        factors: L_t with Y_t = L_t Q_t, (T, ..., k, k).
+        discard: Trailing times that only serve the convergence.
+
+    Returns:
+        Unit rows (T − discard, ..., k, n).
+    """
+    eye = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
+    c = eye.expand(factors.shape[1:]).clone()
+    kept: list[Tensor] = []
+    for t in range(len(factors) - 1, -1, -1):
+        if t < len(factors) - discard:
+            kept.append(c.mT @ frames[t])
+        c = torch.linalg.solve_triangular(factors[t].mT, c, upper=True)
+        c = c / torch.linalg.vector_norm(c, dim=-2, keepdim=True)
+    return torch.stack(kept[::-1])

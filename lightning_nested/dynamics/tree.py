@@ -1,0 +1,166 @@
+"""The tree of a ride: branches with their starts, ends and losses, kept in files so that nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A node of the tree: a start point, or what a run from beside it came to. Plain numbers, so that JSON holds it.
+
+    Attributes:
+        name: ``"3"`` for the fourth root, ``"3+0"`` and ``"3-0"`` for its first direction, ``"3+0/-1"`` deeper.
+        parent: Name of the node that it branched from; None for a root.
+        start: Parameters where it began, one flat list per tensor.
+        end: Parameters where it came to; of a root the branching point.
+        losses: One per player, at ``end``.
+        exponents: Finite-time exponents at a root's branching point, or curvatures of a ridge; largest first.
+        behaviour: What solutions are told apart by; the losses unless the rider was given something else.
+        path: Parameters on the way, flat, thinned.
+        finite: Whether the run stayed finite.
+    """
+
+    name: str
+    parent: str | None
+    start: list[list[float]]
+    end: list[list[float]]
+    losses: list[float]
+    exponents: list[float] = field(default_factory=list)
+    behaviour: list[float] = field(default_factory=list)
+    path: list[list[float]] = field(default_factory=list)
+    finite: bool = True
+
+    def tensors(self, like: Sequence[Tensor], which: str = "end") -> tuple[Tensor, ...]:
+        """Start or end as tensors of the shapes and dtypes of ``like``."""
+        values = self.end if which == "end" else self.start
+        return tuple(
+            torch.tensor(v, dtype=p.dtype, device=p.device).reshape(p.shape)
+            for v, p in zip(values, like, strict=True)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A group of branches that behave alike.
+
+    Attributes:
+        losses: Of the group's best branch.
+        branches: Names, the best first.
+        behaviour: Of the best branch.
+    """
+
+    losses: list[float]
+    branches: list[str]
+    behaviour: list[float]
+
+
+@dataclass
+class RideTree:
+    """All branches of a ride, in the order in which they were made.
+
+    Attributes:
+        branches: By name; roots hold branching points.
+        tolerance: Distance of behaviours up to which two solutions count as one.
+        folder: Where branches are kept; None: in memory.
+        settings: What a folder's branches were made with; a ride with other settings refuses the folder.
+    """
+
+    tolerance: float = 1e-2
+    folder: Path | None = None
+    settings: str = ""
+    branches: dict[str, Branch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.folder is None:
+            return
+        self.folder = Path(self.folder)
+        kept = self.folder / "branches"
+        kept.mkdir(parents=True, exist_ok=True)
+        settings = kept / "settings.txt"
+        if settings.exists() and settings.read_text(encoding="utf-8") != self.settings:
+            raise ValueError(
+                f"A ride must go on with the settings it began with. Got a folder {self.folder} of another ride: "
+                "give an empty folder, or the settings in its branches/settings.txt."
+            )
+        settings.write_text(self.settings, encoding="utf-8")
+        for file in sorted(kept.glob("*.json")):
+            branch = Branch(**json.loads(file.read_text(encoding="utf-8")))
+            self.branches[branch.name] = branch
+
+    def add(self, branches: Iterable[Branch]) -> None:
+        """Keep finished branches; each file appears whole or not at all."""
+        for branch in branches:
+            self.branches[branch.name] = branch
+            if self.folder is not None:
+                file = self.folder / "branches" / f"{branch.name.replace('/', '_')}.json"
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(asdict(branch)), encoding="utf-8")
+                os.replace(part, file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.branches
+
+    @property
+    def roots(self) -> list[Branch]:
+        """Branching points of the first level."""
+        return [b for b in self.branches.values() if b.parent is None]
+
+    @property
+    def leaves(self) -> list[Branch]:
+        """Branches from which nothing branched."""
+        parents = {b.parent for b in self.branches.values()}
+        return [b for b in self.branches.values() if b.name not in parents and b.parent is not None]
+
+    def below(self, root: str) -> list[Branch]:
+        """The leaves that descend from this root."""
+
+        def origin(branch: Branch) -> str:
+            while branch.parent is not None:
+                branch = self.branches[branch.parent]
+            return branch.name
+
+        return [b for b in self.leaves if origin(b) == root]
+
+    def solutions(self, branches: Iterable[Branch] | None = None) -> list[Solution]:
+        """Distinct ends, ranked by the sum of losses, the lowest first; runs that diverged are none.
+
+        Two branches are the same solution if no entry of their behaviours differs by more than ``tolerance``.
+        """
+        found: list[Solution] = []
+        ends = [b for b in (self.leaves if branches is None else branches) if b.finite]
+        for branch in sorted(ends, key=lambda b: (sum(b.losses), b.name)):
+            for solution in found:
+                pairs = zip(solution.behaviour, branch.behaviour, strict=True)
+                if all(math.isfinite(a) and abs(a - b) <= self.tolerance for a, b in pairs):
+                    solution.branches.append(branch.name)
+                    break
+            else:
+                found.append(
+                    Solution(losses=branch.losses, branches=[branch.name], behaviour=branch.behaviour)
+                )
+        return found
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per branch, with plain values: for CSV and screens."""
+        number = {name: i for i, s in enumerate(self.solutions()) for name in s.branches}
+        return [
+            {
+                "branch": b.name,
+                "parent": b.parent or "",
+                **{f"loss_{i}": value for i, value in enumerate(b.losses)},
+                "top_exponent": b.exponents[0] if b.exponents else "",
+                "solution": number.get(b.name, ""),
+                "finite": b.finite,
+            }
+            for b in self.branches.values()
+        ]

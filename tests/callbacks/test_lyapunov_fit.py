@@ -1,0 +1,239 @@
+"""LyapunovCallback in real fits: no trace, closed forms, the map's own exponents, two processes, resuming, refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nested.callbacks import LyapunovCallback
+from lightning_nested.dynamics import TrainingTracker, lyapunov_spectrum, update_map
+from lightning_nested.dynamics.frames import to_rows
+from tests.cases import DOUBLE
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+}
+
+
+class Regression(LightningModule):
+    """Half the mean squared error of a small network."""
+
+    def __init__(self, net: nn.Module, optimizer: Any = OPTIMIZERS["sgd"]) -> None:
+        super().__init__()
+        self.net, self.optimizer = net, optimizer
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        loss = 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean()
+        self.log("train", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+def trainer(*callbacks: Any, **options: Any) -> Trainer:
+    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(callbacks=list(callbacks), **{"devices": 1, **defaults, **quiet, **options})
+
+
+def data(n: int, dtype: torch.dtype = DOUBLE) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 5, generator=generator, dtype=dtype)
+    return TensorDataset(x, x.sum(1, keepdim=True).sin())
+
+
+def smooth(dtype: torch.dtype = DOUBLE) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype)
+
+
+def noisy() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fixed_batch": True}, {"every_n_steps": 2, "orthonormalize_every": 2}]
+)
+def test_training_is_bit_for_bit_the_same(options: dict[str, Any]) -> None:
+    def run(*callbacks: Any) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        seed_everything(3, verbose=False)
+        module, fit = Regression(noisy(), OPTIMIZERS["momentum"]), trainer(*callbacks, max_epochs=2)
+        fit.fit(module, DataLoader(data(64, torch.float32), 16, shuffle=True))
+        return module.state_dict(), torch.get_rng_state(), fit.callback_metrics
+
+    callback = LyapunovCallback(2, **options)
+    plain, followed = run(), run(callback)
+    assert len(callback.windows) == (2 if "every_n_steps" in options else 8)
+    for key, value in plain[0].items():
+        assert torch.equal(value, followed[0][key]), key
+    assert torch.equal(plain[1], followed[1])
+    assert torch.equal(plain[2]["train"], followed[2]["train"])
+    assert "lyapunov/running_1" in followed[2]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_exponents_are_those_of_the_optimizer_as_a_map(name: str) -> None:
+    """Full batches make the run autonomous: the same frame through update_map gives the same growth."""
+    module, whole = Regression(smooth(), OPTIMIZERS[name]), data(32)
+    start = [p.detach().clone().requires_grad_(True) for p in module.parameters()]
+    names = [n for n, _ in module.net.named_parameters()]
+    x, y = whole.tensors
+
+    def loss(params: Any) -> Tensor:
+        out = torch.func.functional_call(module.net, dict(zip(names, params, strict=True)), (x,))
+        return 0.5 * ((out - y) ** 2).mean()
+
+    training = update_map(OPTIMIZERS[name](start), loss)
+    state = training.initial()
+    callback = LyapunovCallback(3, align=0)
+    trainer(callback, max_epochs=12).fit(module, DataLoader(whole, 32))
+    tracker = TrainingTracker(start, k=3, align=0)
+    frame = tracker._first_frame(None, 0.0)  # type: ignore[arg-type]  # random: needs no operator
+    coordinates = training.coordinates(state)
+    rows = torch.cat(
+        [frame, torch.zeros(3, sum(a.numel() for a in coordinates) - frame.shape[1]).to(frame)], 1
+    )
+    # Buffers of the map lie by parameter, those of the tracker by kind: zeros at first, so the frames agree.
+    expected = lyapunov_spectrum(training, state, k=3, num_steps=12, frame=rows)
+    torch.testing.assert_close(
+        callback.exponents, expected.exponents, rtol=1e-9, atol=1e-12, check_dtype=False
+    )
+    assert to_rows(tuple(a.unsqueeze(0) for a in coordinates)).shape[1] == rows.shape[1]
+
+
+def test_lanczos_aligns_the_frame_with_the_least_curvature() -> None:
+    torch.manual_seed(0)
+    curvature = torch.linspace(-0.5, 2.0, 200, dtype=DOUBLE)
+    w = torch.randn(200, dtype=DOUBLE).requires_grad_(True)
+    loss = 0.5 * (curvature * w * w).sum()
+    aligned, random = (TrainingTracker([w], k=2, align=a) for a in (80, 0))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    for tracker in (aligned, random):
+        tracker.observe(loss, lr=0.1)
+        w.grad = (curvature * w).detach()
+        assert tracker.advance(optimizer)
+    assert aligned.alignment > 0.99
+    exact = torch.log(1 - 0.1 * curvature[:2])
+    torch.testing.assert_close(aligned.running(), exact, rtol=0, atol=1e-4)
+    assert float(random.running()[0]) < float(exact[0]) - 0.05
+
+
+def test_a_quadratic_run_reads_its_rates() -> None:
+    module = Regression(nn.Linear(5, 1, bias=False).double(), lambda p: torch.optim.SGD(p, lr=0.3))
+    whole = data(64)
+    callback = LyapunovCallback(5, align=5)
+    trainer(callback, max_epochs=30).fit(module, DataLoader(whole, 64))
+    x = whole.tensors[0]
+    rates = (1 - 0.3 * torch.linalg.eigvalsh(x.mT @ x / 64)).abs().log().sort(descending=True).values
+    torch.testing.assert_close(callback.exponents, rates, rtol=0, atol=1e-10, check_dtype=False)
+    assert callback.crossings == []
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    found = []
+    for size, window in ((32, 1), (8, 4)):
+        callback = LyapunovCallback(2, align=0)
+        fit = trainer(callback, max_epochs=5, accumulate_grad_batches=window)
+        fit.fit(Regression(smooth(), OPTIMIZERS["adam"]), DataLoader(data(32), size))
+        found.append(callback.exponents)
+        assert len(callback.windows) == 5
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_see_the_global_batch() -> None:
+    single = LyapunovCallback(2, align=6)
+    trainer(single, max_epochs=4).fit(Regression(smooth()), DataLoader(data(32), 32))
+
+    class Compare(LyapunovCallback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # in the processes: nothing comes back
+            torch.testing.assert_close(self.exponents, single.exponents, rtol=1e-9, atol=1e-12)
+
+    fit = trainer(Compare(2, align=6), max_epochs=4, devices=2, strategy="ddp_fork")
+    fit.fit(Regression(smooth()), DataLoader(data(32), 16))
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    def fit(epochs: int, ckpt: str | None = None) -> tuple[LyapunovCallback, Trainer]:
+        callback = LyapunovCallback(2, align=4)
+        run = trainer(callback, max_epochs=epochs)
+        run.fit(
+            Regression(smooth(), OPTIMIZERS["adam"]),
+            DataLoader(data(32), 16),
+            ckpt_path=ckpt,
+            weights_only=True,
+        )
+        return callback, run
+
+    whole, _ = fit(4)
+    _, half = fit(2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(4, str(tmp_path / "half.ckpt"))
+    assert torch.equal(whole.local_exponents, resumed.local_exponents)
+    assert whole.windows == resumed.windows
+
+
+def test_chaos_is_flagged_when_the_rate_crosses_the_edge() -> None:
+    """Beyond 2/μ a quadratic's step stretches: the smoothed exponent becomes positive when the rate rises there."""
+
+    def optimizer(params: Any) -> Any:
+        sgd = torch.optim.SGD(params, lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: 0.1 if epoch < 10 else 6.0)
+        return {"optimizer": sgd, "lr_scheduler": schedule}
+
+    module = Regression(nn.Linear(5, 1, bias=False).double(), optimizer)
+    callback = LyapunovCallback(1, smoothing=2)
+    run = trainer(callback, max_epochs=16)
+    run.fit(module, DataLoader(data(64), 64))
+    assert callback.crossings in ([10], [11])
+    assert float(run.callback_metrics["lyapunov/edge_of_chaos"]) == 1.0
+    assert math.isfinite(float(run.callback_metrics["lyapunov/kaplan_yorke"]))
+
+
+def test_the_figure_is_drawn(tmp_path: Path) -> None:
+    callback = LyapunovCallback(2, figure=True)
+    trainer(callback, max_epochs=6, default_root_dir=str(tmp_path)).fit(
+        Regression(smooth()), DataLoader(data(32), 32)
+    )
+    assert (tmp_path / "lyapunov.png").stat().st_size > 10_000
+
+
+class Manual(Regression):
+    def __init__(self) -> None:
+        super().__init__(smooth())
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (Manual(), {}, "automatic_optimization=False"),
+        (Regression(smooth()), {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0"),
+    ],
+)
+def test_refusals(module: LightningModule, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(LyapunovCallback(), **options).fit(module, DataLoader(data(8), 8))
+
+
+def test_unknown_optimizers_and_too_many_exponents_are_refused() -> None:
+    loader = DataLoader(data(8), 8)
+    with pytest.raises(ValueError, match="Got RMSprop"):
+        trainer(LyapunovCallback()).fit(Regression(smooth(), lambda p: torch.optim.RMSprop(p)), loader)
+    with pytest.raises(ValueError, match="k=30 and n=29"):
+        trainer(LyapunovCallback(30)).fit(Regression(smooth()), loader)
+    with pytest.raises(ValueError, match=r"k must be at least 1\. Got 0"):
+        LyapunovCallback(0)
