@@ -31,6 +31,21 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "implicit_hypergradient",
         "unrolled_hypergradient",
     ),
+    "hypernetworks": (
+        "DenseResponse",
+        "FactorisedResponse",
+        "FixedScale",
+        "GlobalNormal",
+        "GlobalUniform",
+        "HyperConv1d",
+        "HyperConv2d",
+        "HyperEmbedding",
+        "HyperLSTM",
+        "HyperLinear",
+        "LearnedScale",
+        "NoPerturbation",
+        "best_response",
+    ),
     "hyperparameters": (
         "ExampleWeights",
         "LearningRate",
@@ -67,6 +82,19 @@ if TYPE_CHECKING:
     from lightning_nested.hypergradient import check_hypergradient as check_hypergradient
     from lightning_nested.hypergradient import implicit_hypergradient as implicit_hypergradient
     from lightning_nested.hypergradient import unrolled_hypergradient as unrolled_hypergradient
+    from lightning_nested.hypernetworks import DenseResponse as DenseResponse
+    from lightning_nested.hypernetworks import FactorisedResponse as FactorisedResponse
+    from lightning_nested.hypernetworks import FixedScale as FixedScale
+    from lightning_nested.hypernetworks import GlobalNormal as GlobalNormal
+    from lightning_nested.hypernetworks import GlobalUniform as GlobalUniform
+    from lightning_nested.hypernetworks import HyperConv1d as HyperConv1d
+    from lightning_nested.hypernetworks import HyperConv2d as HyperConv2d
+    from lightning_nested.hypernetworks import HyperEmbedding as HyperEmbedding
+    from lightning_nested.hypernetworks import HyperLSTM as HyperLSTM
+    from lightning_nested.hypernetworks import HyperLinear as HyperLinear
+    from lightning_nested.hypernetworks import LearnedScale as LearnedScale
+    from lightning_nested.hypernetworks import NoPerturbation as NoPerturbation
+    from lightning_nested.hypernetworks import best_response as best_response
     from lightning_nested.hyperparameters import ExampleWeights as ExampleWeights
     from lightning_nested.hyperparameters import LearningRate as LearningRate
     from lightning_nested.hyperparameters import LossWeights as LossWeights
