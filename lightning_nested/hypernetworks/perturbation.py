@@ -15,6 +15,8 @@ class Perturbation(ABC):
     """Strategy: the distribution of h during training. All in unconstrained units."""
 
     entropy_weight: float = 0.0  # τ
+    antithetic: bool = False
+    signs: bool = False
 
     def initial(self, center: Tensor) -> Tensor | None:
         """The unconstrained learned scales s, (n,); None where nothing is learned."""
@@ -29,13 +31,21 @@ class Perturbation(ABC):
         return None
 
     def draw(self, center: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
-        """Standard normal noise: (n,), or (size, n).
+        """Noise of mean 0 and variance 1: (n,), or (size, n).
 
         Raises:
-            ValueError: The batch is too small.
+            ValueError: Antithetic pairs of a batch of one example.
         """
-        shape = center.shape if size is None else (size, *center.shape)
-        return torch.randn(shape, generator=generator, dtype=center.dtype).to(center.device)
+        if self.antithetic and size is not None:
+            if size < 2:
+                raise ValueError(f"antithetic=True needs a batch of at least 2 examples. Got {size}.")
+            half = self._noise(((size + 1) // 2, *center.shape), center, generator)
+            return torch.cat([half, -half])[:size]
+        return self._noise(center.shape if size is None else (size, *center.shape), center, generator)
+
+    def _noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
+        return torch.where(noise < 0, -1.0, 1.0).to(like.dtype) if self.signs else noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,7 @@ class LearnedScale(Perturbation):
         init: σ at the start, in unconstrained units.
         entropy_weight: τ.
         antithetic: With one h of each example, the second half of the batch gets the negative noise of the first.
+        signs: ε is ±1 instead of normal: the same mean and variance, and less noise in the response's slope.
 
     Raises:
         ValueError: A number is out of range.
@@ -57,6 +68,7 @@ class LearnedScale(Perturbation):
     init: float = 0.5
     entropy_weight: float = 1e-3
     antithetic: bool = False
+    signs: bool = False
 
     def __post_init__(self) -> None:
         if not (self.init > 0 and math.isfinite(self.init)) or self.entropy_weight < 0:
@@ -80,13 +92,6 @@ class LearnedScale(Perturbation):
         constant = 0.5 * math.log(2 * math.pi * math.e)
         return self.entropy_weight * (functional.softplus(scale).log() + constant).sum()
 
-    def draw(self, center: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
-        """Noise, in pairs if antithetic."""
-        if not self.antithetic or size is None:
-            return super().draw(center, size, generator)
-        half = super().draw(center, _half_of(size), generator)
-        return torch.cat([half, -half])[:size]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FixedScale(Perturbation):
@@ -95,10 +100,12 @@ class FixedScale(Perturbation):
     Args:
         scale: σ, in unconstrained units.
         antithetic: As in :class:`LearnedScale`.
+        signs: As there.
     """
 
     scale: float = 0.1
     antithetic: bool = False
+    signs: bool = False
 
     def __post_init__(self) -> None:
         if not (self.scale > 0 and math.isfinite(self.scale)):
@@ -110,13 +117,6 @@ class FixedScale(Perturbation):
         """λ + σ ε."""
         return center + self.scale * noise
 
-    def draw(self, center: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
-        """Noise, in pairs if antithetic."""
-        if not self.antithetic or size is None:
-            return super().draw(center, size, generator)
-        half = super().draw(center, _half_of(size), generator)
-        return torch.cat([half, -half])[:size]
-
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalNormal(Perturbation):
@@ -125,10 +125,12 @@ class GlobalNormal(Perturbation):
     Args:
         mean: In unconstrained units: one for all, or one of each.
         scale: Standard deviation.
+        signs: As in :class:`LearnedScale`.
     """
 
     mean: float | tuple[float, ...] = 0.0
     scale: float = 1.0
+    signs: bool = False
 
     def __post_init__(self) -> None:
         if not (self.scale > 0 and math.isfinite(self.scale)):
@@ -171,9 +173,3 @@ class NoPerturbation(Perturbation):
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
         """λ, or λ for each example."""
         return center if noise.dim() == 1 else center.expand(noise.shape)
-
-
-def _half_of(size: int) -> int:
-    if size < 2:
-        raise ValueError(f"antithetic=True needs a batch of at least 2 examples. Got {size}.")
-    return (size + 1) // 2

@@ -104,10 +104,9 @@ class Response(nn.Module):
         return {name: self._parameter(name) for name in self._names}
 
     def response_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters φ of Δ by name."""
-        general = {id(p) for p in self.module.parameters() if id(p) in self._ids()}
-        frozen = {id(p) for p in self.module.parameters() if not p.requires_grad}
-        return {n: p for n, p in self.named_parameters() if id(p) not in general | frozen}
+        """The parameters φ of Δ by name, those that require gradients."""
+        general = {id(p) for p in self.general_parameters().values()}
+        return {n: p for n, p in self.named_parameters() if p.requires_grad and id(p) not in general}
 
     def weights(self, h: Tensor) -> dict[str, Tensor]:
         """w(h) by name, with its graph; h (n,)."""
@@ -289,9 +288,6 @@ class Response(nn.Module):
 
     def _parameter(self, name: str) -> nn.Parameter:
         return self.module.get_parameter(name)
-
-    def _ids(self) -> set[int]:
-        return {id(self._parameter(name)) for name in self._names}
 
 
 def _plus_tangent(output: Any) -> Any:
