@@ -41,6 +41,10 @@ class LearningRate(Hyperparameter):
         self.transform = (
             transform if transform is not None else Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0)))
         )
+        if init is not None:
+            self.transform.start(
+                torch.tensor(float(init), dtype=torch.float64)
+            )  # refuse it where it is given
         self._rates: tuple[float, ...] = ()
 
     def attach(self, rates: Sequence[float]) -> None:
@@ -54,8 +58,7 @@ class LearningRate(Hyperparameter):
                 "LearningRate must know the inner optimizer's groups. Got none: it is tuned through unrolled "
                 "steps, by NestedModule(gradient=Unrolled(...)); elsewhere call attach([lr, ...]) first."
             )
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"rates": self._leaf(torch.tensor(self._rates, dtype=dtype), device)}
+        self._create({"rates": torch.tensor(self._rates, dtype=self._dtype(parameters))}, device)
 
     def rates(self) -> tuple[Tensor, ...]:
         """The rate of each group, 0-dimensional, with its graph."""

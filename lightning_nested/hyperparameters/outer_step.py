@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_nested.hypergradient.curvature import (
     DiagonalOperator,
@@ -21,6 +22,7 @@ from lightning_nested.hypergradient.curvature import (
 from lightning_nested.hypergradient.implicit import Curvature, Loss, Penalty, implicit_result
 from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, SolverState
 from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm
+from lightning_nested.hyperparameters.carry_over import Names, carry_optimizer_
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.weight_decay import WeightDecay
 
@@ -63,6 +65,69 @@ class OuterReport:
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
+def _check_types(
+    hyperparameters: object, optimizer: object, scheduler: object, solver: object, curvature: object
+) -> None:
+    def named(value: object) -> str:
+        if isinstance(value, type):
+            return f"the class {value.__name__}; write {value.__name__}(...)"
+        return f"{type(value).__name__} {value!r}"[:200]
+
+    if isinstance(hyperparameters, str) or not isinstance(hyperparameters, Iterable):
+        raise TypeError(
+            f"hyperparameters must be a list of Hyperparameter objects. Got {named(hyperparameters)}."
+        )
+    for hyperparameter in hyperparameters:
+        if not isinstance(hyperparameter, Hyperparameter):
+            raise TypeError(
+                "hyperparameters must be Hyperparameter objects, such as WeightDecay(). "
+                f"Got {named(hyperparameter)}."
+            )
+    kinds = (LinearOperator, FlatOperator)
+    for name, value, kind, example in (
+        ("solver", solver, InverseSolver, "Neumann()"),
+        ("curvature", curvature, Curvature, "Hessian()"),
+    ):
+        if value is not None and (isinstance(value, type) or not isinstance(value, (kind, *kinds))):
+            raise TypeError(
+                f"{name} must be an object such as {example}, or any with `A @ v` on a flat vector. Got {named(value)}."
+            )
+    if not callable(optimizer) or not (scheduler is None or callable(scheduler)):
+        wrong = scheduler if callable(optimizer) else optimizer
+        raise TypeError(
+            "optimizer and scheduler must be functions: from tensors to an optimizer, from that to a scheduler. "
+            f"Got {named(wrong)}; write lambda tensors: torch.optim.Adam(tensors, lr=0.05)."
+        )
+
+
+@contextmanager
+def _explain_changed_weights() -> Iterator[None]:
+    """Name the cure where a graph through training steps needs weights as they were before a step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "The graph through the training steps needs a tensor that has changed since: a checkpointed submodule "
+            "(torch.utils.checkpoint) is computed again with the present weights, or the inner loss writes into a "
+            f"tensor. Got: {str(error).split('; expected')[0]}. Turn checkpointing off (and lower num_steps or "
+            "truncate to save memory), or use Implicit()."
+        ) from error
+
+
+def _finite_mean(outer_loss: Tensor, reduce: Reduce | None) -> float:
+    if outer_loss.numel() != 1:
+        raise ValueError(
+            f"The outer loss must be a scalar. Got shape {tuple(outer_loss.shape)}; take its mean."
+        )
+    value = outer_loss.detach().reshape(1).clone()
+    mean = float(value if reduce is None else reduce(value))
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
+    return mean
+
+
 class _FixedDecay:
     """A decay that is not tuned: curvature without a mixed derivative."""
 
@@ -81,6 +146,7 @@ class OuterStep:
 
     ``compute`` finds the hypergradients at the present weights and holds them; ``apply`` moves the hyperparameters.
     Two calls, because the training loss's graph may still need the old values in between.
+    A deep copy goes on by itself; to pickle one, ``optimizer`` and ``scheduler`` must be functions with a name.
 
     Args:
         hyperparameters: What is tuned; names must differ.
@@ -88,6 +154,11 @@ class OuterStep:
         scheduler: From that optimizer to a learning-rate scheduler, stepped once per outer step.
         solver: See :func:`implicit_hypergradient`.
         curvature: See :func:`implicit_hypergradient`.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: No hyperparameters, or equal names; in :meth:`build`, an optimizer that needs the loss again or a
+            scheduler that needs a metric.
     """
 
     def __init__(
@@ -99,6 +170,7 @@ class OuterStep:
         solver: InverseSolver | LinearOperator | FlatOperator | None = None,
         curvature: Curvature | LinearOperator | FlatOperator | None = None,
     ) -> None:
+        _check_types(hyperparameters, optimizer, scheduler, solver, curvature)
         names = [h.name for h in hyperparameters]
         if not names:
             raise ValueError(
@@ -116,18 +188,92 @@ class OuterStep:
         self.optimizer: Optimizer
         self.scheduler: LRScheduler | None = None
         self._pending: Vector | None = None
+        self._inner: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # the parameters of `build`
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Create the tensors that do not exist yet and the optimizer over all of them."""
+        """Create the tensors and the optimizer over all of them, or go on with those there are.
+
+        A second call with the same parameters changes nothing. Where parameters were added (a layer was unfrozen) or
+        taken away, what belongs to the ones that stay keeps its value and the optimizer's memory, the rest begins
+        at its start, and the solver's state is dropped. Where none stays, or one has another shape, the
+        parameters are those of another model: everything begins anew, as after :meth:`reset`.
+
+        Args:
+            parameters: Inner parameters by name.
+            device: Where the tensors live.
+        """
+        inner = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
+        shared = inner.keys() & self._inner.keys()
+        if self._inner and (not shared or any(inner[name][0] != self._inner[name][0] for name in shared)):
+            self.reset()
+        if list(inner.items()) != list(self._inner.items()):  # of another space, if only by the order
+            self.solver_state = SolverState()
+        self._inner = inner
+        earlier = self._located()
         for hyperparameter in self.hyperparameters:
             hyperparameter.build(parameters, device)
-        self.optimizer = self._make_optimizer(list(self.tensors))
-        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler is not None else None
+        self._build_optimizer(earlier)
+
+    def _located(self) -> dict[tuple[str, str], tuple[Tensor, Names]]:
+        """Each tensor and the names of its entries, by its hyperparameter and key."""
+        return {(h.name, key): (t, h.entries()) for h in self.hyperparameters for key, t in h.tensors.items()}
+
+    def _build_optimizer(self, earlier: Mapping[tuple[str, str], tuple[Tensor, Names]]) -> None:
+        """An optimizer over the present tensors, with the memory of the one over the ``earlier`` tensors."""
+        old, schedule = vars(self).get("optimizer"), self.scheduler
+        if old is not None:
+            held = [p for group in old.param_groups for p in group["params"]]
+            if {id(p) for p in held} == {id(t) for t in self.tensors}:
+                return
+        self._pending = None
+        self._start_optimizer()
+        if old is None:
+            return
+        if self.scheduler is not None and schedule is not None:
+            self.scheduler.load_state_dict(schedule.state_dict())
+        origins = {
+            tensor: (*earlier[where], names)
+            for where, (tensor, names) in self._located().items()
+            if where in earlier
+        }
+        carry_optimizer_(self.optimizer, old, origins)
+
+    def _start_optimizer(self) -> None:
+        optimizer = self._make_optimizer(list(self.tensors))
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "optimizer must be a function from tensors to a torch optimizer. "
+                f"Got one that returns {type(optimizer).__name__}."
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "The outer optimizer must move by one gradient. Got LBFGS, which evaluates the loss again in each "
+                "step; give torch.optim.Adam, for example."
+            )
+        scheduler = self._make_scheduler(optimizer) if self._make_scheduler is not None else None
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "The outer scheduler must step by itself. Got ReduceLROnPlateau, which waits for a metric; give "
+                "ExponentialLR or CosineAnnealingLR, for example."
+            )
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    def reset(self) -> None:
+        """Forget all values, the optimizer and the solver's memory: the next :meth:`build` begins anew."""
+        for hyperparameter in self.hyperparameters:
+            hyperparameter.reset()
+        vars(self).pop("optimizer", None)
+        self.scheduler, self.solver_state, self._pending, self._inner = None, SolverState(), None, {}
 
     @property
     def tensors(self) -> Vector:
         """All unconstrained tensors: those in the loss's graph first, then the decays'."""
         return tuple(t for h in (*self.in_graph, *self.decays) for t in h.tensors.values())
+
+    @property
+    def in_graph_tensors(self) -> Vector:
+        """Those unconstrained tensors that losses depend on through their graphs."""
+        return tuple(t for h in self.in_graph for t in h.tensors.values())
 
     def values(self) -> dict[str, Tensor]:
         """Values in natural units: ``name``, or ``name/key`` where a hyperparameter has several tensors."""
@@ -164,14 +310,12 @@ class OuterStep:
             compare_identity: Also compare with the hypergradient of ``Identity()``.
 
         Raises:
+            ValueError: The outer loss is not a scalar.
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
         """
         self._pending = None
-        value = outer_loss.detach().reshape(1).clone()
-        mean = float(value if reduce is None else reduce(value))
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
-        graph = tuple(t for h in self.in_graph for t in h.tensors.values())
+        mean = _finite_mean(outer_loss, reduce)
+        graph = self.in_graph_tensors
         penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
         if any(fixed_decay):
             penalties.append(_FixedDecay(fixed_decay))
@@ -220,15 +364,12 @@ class OuterStep:
             inner_gradient_norm: For the report.
 
         Raises:
-            ValueError: The graph reaches no hyperparameter.
+            ValueError: The outer loss is not a scalar, or its graph reaches no hyperparameter.
             FloatingPointError: The outer loss or a hypergradient is not finite. Nothing has changed then.
         """
         self._pending = None
-        value = outer_loss.detach().reshape(1).clone()
-        mean = float(value if reduce is None else reduce(value))
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
-        with explain_double_backward():
+        mean = _finite_mean(outer_loss, reduce)
+        with explain_double_backward(), _explain_changed_weights():
             found = torch.autograd.grad(outer_loss, self.tensors, allow_unused=True)
         if all(g is None for g in found):
             raise ValueError(
@@ -295,6 +436,10 @@ class OuterStep:
             hyperparameter.project_()
         self._pending = None
 
+    def discard(self) -> None:
+        """Drop the held hypergradients."""
+        self._pending = None
+
     def clear_gradients(self) -> None:
         """Drop what a backward pass of the training loss left on the hyperparameters."""
         for tensor in self.tensors:
@@ -327,3 +472,21 @@ class OuterStep:
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.solver_state.load_state_dict(state["solver"], tuple(parameters.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of hyperparameters have tensors of their own, which a copied optimizer would not know.
+        state = dict(self.__dict__)
+        if "optimizer" in state:
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scheduler"] = self.scheduler.state_dict() if self.scheduler is not None else None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer, scheduler = state.get("optimizer"), state["scheduler"]
+        self.__dict__.update({key: value for key, value in state.items() if key != "optimizer"})
+        if optimizer is None:
+            return
+        self._start_optimizer()
+        self.optimizer.load_state_dict(optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)

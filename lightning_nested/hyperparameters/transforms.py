@@ -26,6 +26,24 @@ class Transform(ABC):
             ValueError: The value lies outside the range.
         """
 
+    def start(self, value: Tensor) -> Tensor:
+        """The unconstrained tensor of a value to start from.
+
+        Raises:
+            ValueError: The value lies outside the range, or where :meth:`project_` would move it from.
+        """
+        raw = self.inverse(value)
+        projected = raw.clone()
+        self.project_(projected)
+        moved = (projected - raw).abs() > 1e-5 * (1.0 + raw.abs())  # more than rounding
+        if bool(moved.any()):
+            start, end = (float(v[moved].flatten()[0]) for v in (value, self.forward(projected)))
+            raise ValueError(
+                f"A start must lie inside the bounds of its transform. Got {start:g}, which the first outer step would "
+                f"move to {end:g} by {self}; widen the transform, or start there."
+            )
+        return raw
+
     def project_(self, raw: Tensor) -> None:  # noqa: B027
         """Move ``raw`` back into the range where the transform is well conditioned, in place; by default nowhere."""
 

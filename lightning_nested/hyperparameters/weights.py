@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Interval, Softplus, Transform
 
+_INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 and bool are masks
+
 
 class BoundHyperparameter(Hyperparameter):
     """A hyperparameter that the user's training loss reads.
@@ -58,19 +60,31 @@ class ExampleWeights(BoundHyperparameter):
         self.transform = (
             transform if transform is not None else Interval(upper=1.0 if init < 1.0 else 2.0 * init)
         )
-        self.transform.inverse(
-            torch.tensor(float(init))
-        )  # refuse a start outside the range where it is given
+        self.transform.start(torch.tensor(float(init), dtype=torch.float64))  # refuse it where it is given
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (num_examples,)."""
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {
-            "weights": self._leaf(torch.full((self.num_examples,), self.init, dtype=dtype), device)
-        }
+        self._create(
+            {"weights": torch.full((self.num_examples,), self.init, dtype=self._dtype(parameters))}, device
+        )
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Weights of the examples ``index`` (any shape, integers in [0, num_examples))."""
+        """Weights of the examples ``index`` (any shape, integers in [0, num_examples)), at least float32.
+
+        Raises:
+            ValueError: ``index`` holds no integers; or one out of range, if it is on the CPU (to look at it on a GPU
+                would stop for the device).
+        """
+        if not isinstance(index, Tensor) or index.dtype not in _INDICES:
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise ValueError(f"index must be a tensor of integers. Got {got}.")
+        if index.device.type == "cpu" and index.numel():
+            lowest, highest = (int(i) for i in index.aminmax())
+            if lowest < 0 or highest >= self.num_examples:
+                raise ValueError(
+                    f"index must lie in [0, {self.num_examples}), the {self.num_examples} examples of {self.name}. "
+                    f"Got {lowest if lowest < 0 else highest}; num_examples is the size of the training set."
+                )
         raw = self.tensors["weights"]
         return self.transform.forward(raw[index.to(raw.device)])
 
@@ -110,11 +124,11 @@ class LossWeights(BoundHyperparameter):
                 f"init must be one finite number, or one per name. Got {init!r} for {list(names)}."
             )
         self.transform = transform if transform is not None else Softplus()
+        self.transform.start(torch.tensor(self.init, dtype=torch.float64))  # refuse it where it is given
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (number of names,)."""
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"weights": self._leaf(torch.tensor(self.init, dtype=dtype), device)}
+        self._create({"weights": torch.tensor(self.init, dtype=self._dtype(parameters))}, device)
 
     def values(self) -> dict[str, Tensor]:
         """One weight per name."""
@@ -122,7 +136,7 @@ class LossWeights(BoundHyperparameter):
         return dict(zip(self.names, values["weights"].unbind(), strict=True)) if values else {}
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Σ wᵢ·lossᵢ, a scalar.
+        """Σ wᵢ·lossᵢ, a scalar, at least float32.
 
         Raises:
             ValueError: The names differ from the ones given at construction.

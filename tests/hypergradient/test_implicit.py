@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,8 @@ from lightning_nested.hypergradient import (
     implicit_hypergradient,
     implicit_result,
 )
+from lightning_nested.hypergradient.curvature import HessianOperator, as_operator
+from lightning_nested.hypergradient.vectors import flatten
 from tests.cases import CASES, DOUBLE, Case, ridge_inner, ridge_outer, ridge_solution
 
 TIGHT = 1e-8  # exact or converged solves in float64; the references have ten digits
@@ -468,3 +472,100 @@ def test_the_training_graph_survives_a_hypergradient() -> None:
     loss.backward()
     assert w.grad is not None
     assert np.isfinite(w.grad.numpy()).all()
+
+
+def test_finite_differences_move_by_what_autocast_can_resolve(generator: torch.Generator) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / 2)
+    w = tuple(net.parameters())
+    x, y = torch.randn(64, 4, generator=generator), torch.randn(64, 1, generator=generator)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return ((net(x) - y).float() ** 2).mean()
+
+    v = tuple(torch.randn(p.shape, generator=generator) for p in w)
+    exact = flatten(HessianOperator(((net(x) - y) ** 2).mean(), w) @ v)
+
+    def error(epsilon: float | None) -> float:
+        product = FiniteDifference(epsilon=epsilon).linearize(loss, w).curvature @ v
+        return float((flatten(product) - exact).norm() / exact.norm())
+
+    # float32's own length divides bfloat16's rounding by 0.0025: an error above 20 %.
+    assert error(torch.finfo(torch.float32).eps ** (1 / 3) / 2) > 0.2
+    assert error(None) < 0.05
+    assert error(None) == error(torch.finfo(torch.bfloat16).eps ** (1 / 3) / 2)
+
+
+@pytest.mark.parametrize("place", ["curvature", "solver", "preconditioner"])
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        (torch.eye(2, dtype=DOUBLE), r"shape \(3,\). Got Tensor of shape \(2, 2\)"),
+        (torch.eye(3), "torch.float64 on cpu. Got torch.float32 on cpu"),
+        (torch.eye(3, dtype=DOUBLE, device="meta"), "Got torch.float64 on meta"),
+    ],
+)
+def test_given_operators_of_other_sizes_and_kinds(place: str, operator: Tensor, message: str) -> None:
+    w = torch.ones(3, dtype=DOUBLE, requires_grad=True)
+    lam = torch.ones(3, dtype=DOUBLE, requires_grad=True)
+    options: dict[str, Any] = {place: operator}
+    if place == "preconditioner":
+        options = {"solver": ConjugateGradient(preconditioner=operator)}
+    with pytest.raises(ValueError, match=message):
+        implicit_hypergradient(0.5 * ((w - lam) ** 2).sum(), ((w - 2) ** 2).sum(), [w], [lam], **options)
+
+
+def test_products_of_given_operators_are_checked() -> None:
+    class Wrong:
+        def __init__(self, product: Any) -> None:
+            self.product = product
+
+        def __matmul__(self, v: Tensor) -> Any:
+            return self.product
+
+    like = (torch.ones(3, dtype=DOUBLE),)
+    for product, message in (
+        (torch.ones(2), r"Got shape \(2,\)"),
+        (None, "Got NoneType"),
+        (torch.ones(3), "float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_operator(Wrong(product), like) @ like
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = torch.ones(4, 2, requires_grad=True)
+    lam = torch.ones(2, requires_grad=True)
+    index = torch.tensor([0, 1])
+
+    def loss() -> Tensor:
+        return (nn.functional.embedding(index, table, sparse=True) * lam).pow(2).mean()
+
+    for curvature in (None, FiniteDifference()):
+        with pytest.raises(ValueError, match="sparse=False"):
+            implicit_hypergradient(loss, loss(), [table], [lam], curvature=curvature)
+    dense = table.pow(2).mean()
+    with pytest.raises(ValueError, match="sparse=False"):
+        implicit_hypergradient(loss, dense, [table], [lam], solver=Identity())
+
+
+def test_a_compiled_model_is_explained() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    compiled = torch.compile(net, backend="aot_eager")
+    w = tuple(net.parameters())
+    lam = torch.ones((), requires_grad=True)
+    x = torch.ones(3, 2)
+
+    def inner() -> Tensor:
+        return lam * (compiled(x) ** 2).mean()
+
+    with pytest.raises(DoubleBackwardError, match=r"no torch.compile.*FiniteDifference\(\)"):
+        implicit_hypergradient(inner(), net(x).mean(), w, [lam])
+    (found,) = implicit_hypergradient(
+        inner, net(x).mean(), w, [lam], curvature=FiniteDifference(), solver=Identity()
+    )
+    (exact,) = implicit_hypergradient(lam * (net(x) ** 2).mean(), net(x).mean(), w, [lam], solver=Identity())
+    torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-4)
