@@ -139,9 +139,15 @@ class Cutout(BoundHyperparameter):
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Two unconstrained tensors of shape ()."""
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
+        earlier, dtype = self.tensors, self._dtype(parameters)
         self.tensors = {
-            key: self.unconstrained(key, torch.tensor(value, dtype=dtype)).to(device).requires_grad_(True)
+            key: (
+                earlier[key].detach()
+                if key in earlier
+                else self.unconstrained(key, torch.tensor(value, dtype=dtype))
+            )
+            .to(device, dtype)
+            .requires_grad_(True)
             for key, value in self.init.items()
         }
 

@@ -117,8 +117,7 @@ class DropoutRates(BoundHyperparameter):
             raise ValueError(
                 "DropoutRates must know its layers. Got none; call install(network) first, or give init=."
             )
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"rates": self._leaf(torch.tensor(start, dtype=dtype), device)}
+        self._create({"rates": torch.tensor(start, dtype=self._dtype(parameters))}, device)
 
     def rate(self, index: int = 0) -> Tensor:
         """In natural units: (), or (batch,)."""

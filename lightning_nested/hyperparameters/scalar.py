@@ -41,7 +41,7 @@ class Scalar(BoundHyperparameter):
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape ()."""
-        self.tensors = {"value": self._leaf(torch.tensor(self.init, dtype=_dtype(parameters)), device)}
+        self._create({"value": torch.tensor(self.init, dtype=self._dtype(parameters))}, device)
 
     def value(self) -> Tensor:
         """In natural units: (), or (batch,) where each example has its own."""
@@ -98,8 +98,8 @@ class Categorical(BoundHyperparameter):
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One score per option."""
-        scores = functional.one_hot(torch.tensor(self.init), len(self.options)).to(_dtype(parameters))
-        self.tensors = {"index": self._leaf(scores, device)}
+        scores = functional.one_hot(torch.tensor(self.init), len(self.options)).to(self._dtype(parameters))
+        self._create({"index": scores}, device)
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
         """Index of the option, as floating type."""
@@ -147,7 +147,3 @@ class LabelSmoothing(Scalar):
 def whole(value: Tensor, upper: float) -> Tensor:
     """The floor, without a derivative; not above ``upper`` where rounding reached the interval's end."""
     return value.detach().floor().clamp(max=upper)
-
-
-def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
-    return next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()

@@ -27,11 +27,15 @@ class HyperparameterVector:
             if not hyperparameter.built:
                 raise ValueError(f"hyperparameters must be built. Got {hyperparameter.name!r}, which is not.")
         self.hyperparameters = tuple(hyperparameters)
-        self._leaves = {h.name: dict(h.tensors) for h in self.hyperparameters}
+        self._held: dict[str, dict[str, Tensor]] | None = None  # the leaves, while others stand in for them
         self.sizes = [t.numel() for t in self.tensors]
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def _leaves(self) -> dict[str, dict[str, Tensor]]:
+        return self._held if self._held is not None else {h.name: h.tensors for h in self.hyperparameters}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -98,9 +102,10 @@ class HyperparameterVector:
         pieces = iter(h.split(self.sizes, dim=-1))  # type: ignore[no-untyped-call]
         lead = h.shape[:-1]
         before = [h.tensors for h in self.hyperparameters]
+        held, self._held = self._held, self._leaves
         natural = {}
         for hyperparameter in self.hyperparameters:
-            leaves = self._leaves[hyperparameter.name]
+            leaves = self._held[hyperparameter.name]
             moved = {key: next(pieces).reshape((*lead, *leaf.shape)) for key, leaf in leaves.items()}
             hyperparameter.tensors = moved
             for key, raw in moved.items():
@@ -109,5 +114,6 @@ class HyperparameterVector:
         try:
             yield natural
         finally:
+            self._held = held
             for hyperparameter, tensors in zip(self.hyperparameters, before, strict=True):
                 hyperparameter.tensors = tensors

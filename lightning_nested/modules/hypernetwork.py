@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import log_outer_step, reduction
+from lightning_nested.callbacks.fitting import log_outer_step, reduction, refuse_strategy
 from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
 from lightning_nested.hypernetworks import Response, best_response
@@ -235,11 +234,7 @@ class HypernetworkModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise MisconfigurationException(
-                "HypernetworkModule needs whole parameters on every process: a single device or DDP. "
-                f"Got {type(self.trainer.strategy).__name__}; use Trainer(strategy='ddp')."
-            )
+        refuse_strategy(self.trainer, "HypernetworkModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"HypernetworkModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
