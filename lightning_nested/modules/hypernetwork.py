@@ -24,14 +24,11 @@ from typing_extensions import override
 from lightning_nested.callbacks.fitting import log_outer_step, reduction, refuse_strategy
 from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
-from lightning_nested.hypernetworks import Response, best_response
 from lightning_nested.hypernetworks.response import Mode, Weights
 from lightning_nested.hyperparameters import (
     BoundHyperparameter,
     DropConnect,
-    DropoutRates,
     Hyperparameter,
-    HyperparameterVector,
     LearningRate,
     ModuleTensors,
     OuterReport,
@@ -41,6 +38,11 @@ from lightning_nested.modules.cycles import InnerProblem, check_loss
 from lightning_nested.modules.fast_weights import average_gradients
 from lightning_nested.modules.response_loops import DeltaSTN, ResponseLoop
 from lightning_nested.modules.response_monitor import ResponseOptions, monitor_response, sgd_steps
+from lightning_nested.modules.response_setup import (
+    build_response,
+    length_of_first_tensor,
+    one_point_of_each_example,
+)
 
 
 def default_weights_optimizer(parameters: Any) -> Optimizer:
@@ -132,7 +134,7 @@ class HypernetworkModule(LightningModule):
                 )
         self.loop, self.options = loop, options
         self.outer = OuterStep(tuned, optimizer=outer_optimizer, scheduler=outer_scheduler)
-        self._build(network)
+        self.network, self.vector = build_response(network, self.outer)
         self._make = (weights_optimizer, response_optimizer)
         self._make_schedulers = (weights_scheduler, response_scheduler)
         self._drop_connects = [h for h in tuned if isinstance(h, DropConnect)]
@@ -141,7 +143,7 @@ class HypernetworkModule(LightningModule):
         if self.scale is not None:
             self.scale.requires_grad_()
             self._scale_optimizer = scale_optimizer([self.scale])
-        self.per_example = self._points_per_batch()
+        self.per_example = one_point_of_each_example(self.vector, self.network, options)
         self.inner_steps = self.outer_steps = self.skipped_steps = 0
         self.last_report: OuterReport | None = None
         self._skipped_in_a_row = 0
@@ -173,9 +175,9 @@ class HypernetworkModule(LightningModule):
 
     def num_examples(self, batch: Any) -> int:
         """Examples in a batch: the length of its first tensor."""
-        for part in _tensors(batch):
-            if part.dim() > 0:
-                return len(part)
+        size = length_of_first_tensor(batch)
+        if size is not None:
+            return size
         raise MisconfigurationException(
             f"num_examples(batch) must know the size of a batch. Got a {type(batch).__name__} without tensors; "
             "override it."
@@ -507,47 +509,7 @@ class HypernetworkModule(LightningModule):
         seed = self._problem.batches.seed if self._problem is not None else 0
         return (seed + 15_485_863 * (step + 1) + 32_452_843 * kind + 49_979_687 * self.global_rank) % 2**31
 
-    # ---- construction
-
-    def _build(self, network: nn.Module) -> None:
-        tuned = self.outer.hyperparameters
-        given = isinstance(network, Response)
-        response = network if isinstance(network, Response) else None
-        parameters = (
-            {n: p.detach() for n, p in response.general_parameters().items()}
-            if response is not None
-            else {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        )
-        dropouts = [h for h in tuned if isinstance(h, DropoutRates)]
-        if response is None:
-            response = best_response(network, _count(tuned, parameters, network))
-        for dropout in dropouts:
-            dropout.install(response.module)
-        self.outer.build(parameters, "cpu")
-        self.vector = HyperparameterVector((*self.outer.in_graph, *self.outer.decays))
-        if response.num_hyperparameters != len(self.vector):
-            raise ValueError(
-                f"The response must have num_hyperparameters={len(self.vector)}, one per unconstrained number. "
-                f"Got {'a response with' if given else ''} {response.num_hyperparameters}."
-            )
-        self.network: Response = response
-
-    def _points_per_batch(self) -> bool:
-        """Whether each example gets an h of its own."""
-        wanted = self.options.per_example
-        reasons = [
-            f"{h.name} acts on the whole batch" for h in self.vector.hyperparameters if not h.per_example
-        ]
-        if self.network.one_point_only():
-            reasons.append(f"{self.network.one_point_only()[0]} has no layer that responds by itself")
-        if self.options.refine_steps:
-            reasons.append("refine_steps moves the weights of one point")
-        if wanted and reasons:
-            raise ValueError(
-                f"per_example=True needs losses and layers that take one λ of each example. Got: {'; '.join(reasons)}. "
-                "Leave it out: one λ is then tried for each batch."
-            )
-        return not reasons if wanted is None else wanted
+    # ---- names and optimizers
 
     def _bind(self) -> None:
         """Hyperparameters that the inner loss reads become attributes."""
@@ -574,18 +536,6 @@ class HypernetworkModule(LightningModule):
         return weights, response
 
 
-def _count(tuned: Sequence[Hyperparameter], parameters: Mapping[str, Tensor], network: nn.Module) -> int:
-    """Unconstrained numbers that the hyperparameters will have on this network."""
-    count = 0
-    for hyperparameter in tuned:
-        if isinstance(hyperparameter, DropoutRates):
-            count += hyperparameter.count(network)
-        else:
-            hyperparameter.build(parameters, "cpu")
-            count += sum(t.numel() for t in hyperparameter.tensors.values())
-    return count
-
-
 class _Loss:
     """What a loop calls."""
 
@@ -594,14 +544,3 @@ class _Loss:
 
     def __call__(self, batch: Any, h: Tensor, mode: Mode = "response") -> Tensor:
         return self._module.training_loss(batch, h, mode)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _tensors(part)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        for part in batch:
-            yield from _tensors(part)
