@@ -33,6 +33,18 @@ def sgd(rate: float) -> Any:
     return lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9)
 
 
+SIGMA = 0.1  # of the local perturbation
+
+
+def local(n: int) -> FactorisedResponse:
+    """w₀ + B h: linear in its parameters. The slope's curvature is σ² times the weights', and so is its rate."""
+    response = FactorisedResponse(Rows(), n, rank=n)
+    with torch.no_grad():
+        response.encoder.copy_(torch.eye(n))
+    response.encoder.requires_grad_(False)
+    return response
+
+
 def one_decay(data: Data, steps: int) -> dict[str, Any]:
     """Curves at 30 values, and where each has its minimum."""
     grid = torch.linspace(LOWEST, HIGHEST, 30)
@@ -49,8 +61,8 @@ def one_decay(data: Data, steps: int) -> dict[str, Any]:
     seconds = {"global": time.process_time() - begin}
     begin = time.process_time()
     near = fit(
-        data, FactorisedResponse(Rows(), 1, rank=1), DeltaSTN(train_steps=5, perturbation=FixedScale(scale=0.1)),
-        steps // 2, per="model", start=-2.0, weights=sgd(0.05), phi=sgd(0.05), outer=adam(0.03),
+        data, local(1), DeltaSTN(train_steps=5, perturbation=FixedScale(scale=SIGMA, signs=True)),
+        steps // 2, per="model", start=-2.0, weights=sgd(0.05), phi=sgd(0.02 / SIGMA**2), outer=adam(0.03),
     )  # fmt: skip
     seconds["local"] = time.process_time() - begin
 
@@ -102,8 +114,8 @@ def ten_decays(data: Data, steps: int, count: int, seed: int) -> dict[str, Any]:
     by_network = torch.tensor([data.losses(matrix(module.network.weights(p)))[0] for p in points])
     found = {}
     near = fit(
-        data, FactorisedResponse(Rows(), 10, rank=10), DeltaSTN(train_steps=5, perturbation=FixedScale(scale=0.1)),
-        steps // 2, per="tensor", start=-2.0, weights=sgd(0.05), phi=sgd(0.02), outer=adam(0.03),
+        data, local(10), DeltaSTN(train_steps=5, perturbation=FixedScale(scale=SIGMA, signs=True)),
+        steps // 2, per="tensor", start=-2.0, weights=sgd(0.05), phi=sgd(0.004 / SIGMA**2), outer=adam(0.03),
     )  # fmt: skip
     for name, tuned in (("global", module), ("Delta-STN", near)):
         found[name] = data.losses(optimum(data, tuned.vector.flat().detach().exp().unsqueeze(1)))
@@ -116,40 +128,18 @@ def ten_decays(data: Data, steps: int, count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def figure(path: Path, one: dict[str, Any], ten: dict[str, Any]) -> None:
+def figure(path: Path, one: dict[str, Any] | None, ten: dict[str, Any] | None) -> None:
     """The curves, and histograms of the errors."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    left.plot(
-        one["grid"], one["true"], "o", color="black", markersize=4, label="true: trained to convergence"
-    )
-    left.plot(one["grid"], one["global"], color="#3182bd", linewidth=2, label="global hypernetwork")
-    near = one["minimum"]["Delta-STN"]
-    window = [(x, y) for x, y in zip(one["grid"], one["local"], strict=True) if abs(x - near) < 1.3]
-    left.plot(*zip(*window, strict=True), color="#e6550d", linewidth=2, label="Delta-STN, around its λ")
-    left.axvline(one["minimum"]["true"], color="black", linewidth=0.8, linestyle=":")
-    left.axvline(near, color="#e6550d", linewidth=0.8, linestyle="--")
-    low, high = min(one["true"]), max(one["true"])
-    left.set_ylim(low - 0.12 * (high - low), high + 0.1 * (high - low))
-    left.set(xlabel="log decay", ylabel="validation loss", title="One decay: learned and true curve")
-    left.legend(frameon=False, fontsize=9)
-    errors = [ten["hypernetwork"], ten["Gaussian process"]]
-    reach = 1.05 * max(abs(e) for group in errors for e in group)
-    edges = [reach * (2 * i / 40 - 1) for i in range(41)]
-    right.hist(errors[0], edges, color="#3182bd", alpha=0.7, label="global hypernetwork")
-    right.hist(errors[1], edges, color="#969696", alpha=0.7, label="Gaussian process on 25 trainings")
-    right.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
-    right.set(
-        xlabel="predicted − true validation loss",
-        ylabel="random settings",
-        title="Ten decays: errors",
-    )
-    right.legend(frameon=False, fontsize=9)
-    for axis in (left, right):
+    panels = [(draw, found) for draw, found in ((draw_curves, one), (draw_errors, ten)) if found is not None]
+    fig, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
+    for axis, (draw, found) in zip(axes[0], panels, strict=True):
+        draw(axis, found)
+        axis.legend(frameon=False, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.5)
     fig.tight_layout()
@@ -158,11 +148,51 @@ def figure(path: Path, one: dict[str, Any], ten: dict[str, Any]) -> None:
     plt.close(fig)
 
 
+def draw_curves(axis: Any, one: dict[str, Any]) -> None:
+    """Learned and true."""
+    axis.plot(
+        one["grid"], one["true"], "o", color="black", markersize=4, label="true: trained to convergence"
+    )
+    axis.plot(one["grid"], one["global"], color="#3182bd", linewidth=2, label="global hypernetwork")
+    near = one["minimum"]["Delta-STN"]
+    window = [(x, y) for x, y in zip(one["grid"], one["local"], strict=True) if abs(x - near) < 1.3]
+    axis.plot(*zip(*window, strict=True), color="#e6550d", linewidth=2, label="Delta-STN, around its λ")
+    axis.axvline(one["minimum"]["true"], color="black", linewidth=0.8, linestyle=":")
+    axis.axvline(near, color="#e6550d", linewidth=0.8, linestyle="--")
+    low, high = min(one["true"]), max(one["true"])
+    axis.set_ylim(low - 0.12 * (high - low), high + 0.1 * (high - low))
+    axis.set(xlabel="log decay", ylabel="validation loss", title="One decay: learned and true curve")
+
+
+def draw_errors(axis: Any, ten: dict[str, Any]) -> None:
+    """Histograms."""
+    errors = [ten["hypernetwork"], ten["Gaussian process"]]
+    reach = 1.05 * max(abs(e) for group in errors for e in group)
+    edges = [reach * (2 * i / 40 - 1) for i in range(41)]
+    axis.hist(errors[0], edges, color="#3182bd", alpha=0.7, label="global hypernetwork")
+    axis.hist(errors[1], edges, color="#969696", alpha=0.7, label="Gaussian process on 25 trainings")
+    axis.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="predicted − true validation loss", ylabel="random settings", title="Ten decays: errors")
+
+
+def show(ten: dict[str, Any]) -> None:
+    """Errors of prediction, and the losses of a training with the decays that each method found."""
+    rows = []
+    for name in ("hypernetwork", "Gaussian process"):
+        error, truth = torch.tensor(ten[name]), torch.tensor(ten["truth"])
+        correlation = torch.corrcoef(torch.stack([truth, truth + error]))[0, 1]
+        numbers = (error.mean(), error.abs().mean(), error.square().mean().sqrt(), correlation)
+        rows.append([name, *(f"{float(n):.4f}" for n in numbers)])
+    print_table(["ten decays", "mean error", "mean |error|", "root mean square", "correlation"], rows)
+    print({k: tuple(round(x, 4) for x in v) for k, v in ten["found"].items()}, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__, rounds=1)
     options.add_argument("--size", type=int, default=500, help="images to train, and to tune on")
     options.add_argument("--steps", type=int, default=6000, help="steps of the global hypernetwork")
     options.add_argument("--points", type=int, default=100, help="random settings of ten decays")
+    options.add_argument("--parts", nargs="+", choices=("one", "ten"), default=["one", "ten"])
     options.add_argument("--figure", type=Path, default=None)
     arguments = options.parse_args(argv)
     start(arguments)
@@ -174,20 +204,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for seed in range(arguments.rounds):
         torch.manual_seed(seed)
         data = Data(seed, arguments.size)
-        one = one_decay(data, arguments.steps)
-        print(f"seed {seed}: minimum at {one['minimum']}, CPU seconds {one['seconds']}", flush=True)
-        ten = ten_decays(data, arguments.steps, arguments.points, seed)
-        rows = []
-        for name in ("hypernetwork", "Gaussian process"):
-            error, truth = torch.tensor(ten[name]), torch.tensor(ten["truth"])
-            rank = float(torch.corrcoef(torch.stack([truth, truth + error]))[0, 1])
-            numbers = (error.mean(), error.abs().mean(), error.square().mean().sqrt(), rank)
-            rows.append([name, *(f"{float(n):.4f}" for n in numbers)])
-        print_table(["ten decays", "mean error", "mean |error|", "root mean square", "correlation"], rows)
-        print({k: tuple(round(x, 4) for x in v) for k, v in ten["found"].items()}, flush=True)
-        results.append({"one": one, "ten": ten})
+        found: dict[str, Any] = {}
+        if "one" in arguments.parts:
+            found["one"] = one_decay(data, arguments.steps)
+            print(
+                f"seed {seed}: minimum at {found['one']['minimum']}, CPU s {found['one']['seconds']}",
+                flush=True,
+            )
+        if "ten" in arguments.parts:
+            found["ten"] = ten_decays(data, arguments.steps, arguments.points, seed)
+            show(found["ten"])
+        results.append(found)
     if arguments.figure is not None:
-        figure(arguments.figure, results[0]["one"], results[0]["ten"])
+        figure(arguments.figure, results[0].get("one"), results[0].get("ten"))
     report(arguments, {"seeds": results}, packages=("scikit-learn",), load_before=before)
     return {"seeds": results}
 

@@ -164,7 +164,9 @@ class DeltaSTN(STN):
     """Delta-STN: w(h) = w₀ + Δ(h − λ); w₀ is trained at the unperturbed λ, Δ on the output linearised in it.
 
     The two no longer pull at each other, which makes the problem better conditioned. When λ moves, w₀ moves along
-    the response, so that w(·) stays the same function. Bae & Grosse (2020), NeurIPS, arXiv 2010.13514.
+    the response, so that w(·) stays the same function. The response's curvature is σ² times that of the weights: give
+    ``response_optimizer`` a rate of about the weights' over σ², or Adam. Bae & Grosse (2020), NeurIPS, arXiv
+    2010.13514.
 
     Args:
         perturbation: The distribution.
