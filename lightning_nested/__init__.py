@@ -64,6 +64,23 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "Scalar",
         "WeightDecay",
     ),
+    "games": (
+        "Bilinear",
+        "DiracGAN",
+        "GaussiansGAN",
+        "IteratedPrisonersDilemma",
+        "MatchingPennies",
+        "PenniesAndDilemma",
+        "QuadraticGame",
+        "RandomSubspace",
+        "SmallIPD",
+        "convergence_rate",
+        "game_jacobian",
+        "game_spectrum",
+        "joint_gradient",
+        "modes_covered",
+        "suggest_momentum",
+    ),
     "callbacks": ("HypergradientCallback",),
     "modules": (
         "DeltaSTN",
@@ -91,6 +108,21 @@ if TYPE_CHECKING:
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from lightning_nested.games import Bilinear as Bilinear
+    from lightning_nested.games import DiracGAN as DiracGAN
+    from lightning_nested.games import GaussiansGAN as GaussiansGAN
+    from lightning_nested.games import IteratedPrisonersDilemma as IteratedPrisonersDilemma
+    from lightning_nested.games import MatchingPennies as MatchingPennies
+    from lightning_nested.games import PenniesAndDilemma as PenniesAndDilemma
+    from lightning_nested.games import QuadraticGame as QuadraticGame
+    from lightning_nested.games import RandomSubspace as RandomSubspace
+    from lightning_nested.games import SmallIPD as SmallIPD
+    from lightning_nested.games import convergence_rate as convergence_rate
+    from lightning_nested.games import game_jacobian as game_jacobian
+    from lightning_nested.games import game_spectrum as game_spectrum
+    from lightning_nested.games import joint_gradient as joint_gradient
+    from lightning_nested.games import modes_covered as modes_covered
+    from lightning_nested.games import suggest_momentum as suggest_momentum
     from lightning_nested.hypergradient import ConjugateGradient as ConjugateGradient
     from lightning_nested.hypergradient import DenseSolve as DenseSolve
     from lightning_nested.hypergradient import FiniteDifference as FiniteDifference

@@ -42,6 +42,7 @@ from lightning_nested.hyperparameters import (
     OuterReport,
     OuterStep,
 )
+from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 
 
@@ -99,9 +100,6 @@ class HypergradientCallback(Callback):
         log_every_n_outer_steps: int = 10,
         max_skipped: int = 10,
     ) -> None:
-        given = (
-            [hyperparameters] if isinstance(hyperparameters, (str, Hyperparameter)) else list(hyperparameters)
-        )
         for name, value, least in (
             ("every_n_steps", every_n_steps, 1),
             ("warmup_steps", warmup_steps, 0),
@@ -112,7 +110,7 @@ class HypergradientCallback(Callback):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}. Got {value}.")
         self.outer = OuterStep(
-            [ModuleTensors(h) if isinstance(h, str) else h for h in given],
+            as_hyperparameters(hyperparameters),
             optimizer=optimizer,
             scheduler=scheduler,
             solver=solver if solver is not None else Neumann(),
@@ -230,13 +228,15 @@ class HypergradientCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         (optimizer,) = trainer.optimizers
+        if self._module is not pl_module:  # a second fit of the same module goes on with the values it has
+            if self._module is not None:
+                self.outer.reset()
+            self._module, self._parameters = pl_module, {}
+            self.inner_steps = self.outer_steps = self.skipped_steps = self._skipped_in_a_row = 0
         for hyperparameter in self.outer.hyperparameters:
             if isinstance(hyperparameter, ModuleTensors):
                 hyperparameter.attach(pl_module)
         self._take_out(optimizer)
-        if self._module is not pl_module:  # a second fit of the same module goes on with the values it has
-            self._module, self._parameters = pl_module, {}
-            self.inner_steps = self.outer_steps = self.skipped_steps = self._skipped_in_a_row = 0
         self._collect(optimizer, pl_module, trainer.strategy.root_device)
         self._warn_two_decays(optimizer)
         if self.restart_every is not None:

@@ -1,3 +1,58 @@
 """Differentiable games: joint gradient, Jacobian, spectrum, convergence rates and advice on momentum. PyTorch only."""
 
-__all__: list[str] = []
+from lightning_nested.games.advice import MomentumSuggestion, suggest_momentum
+from lightning_nested.games.dirac import DiracGAN
+from lightning_nested.games.game import Game
+from lightning_nested.games.gaussians import GaussiansGAN
+from lightning_nested.games.iterated import (
+    IteratedPrisonersDilemma,
+    MatchingPennies,
+    PenniesAndDilemma,
+    SmallIPD,
+    policy_losses,
+)
+from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
+from lightning_nested.games.modes import high_quality, modes_covered, ring
+from lightning_nested.games.quadratic import Bilinear, QuadraticGame
+from lightning_nested.games.rates import (
+    convergence_rate,
+    eigenvalue_rates,
+    extragradient_rate,
+    momentum_map,
+    optimistic_rate,
+    proximal_rate,
+)
+from lightning_nested.games.spectrum import Spectrum, SpectrumError, game_spectrum, leading_eigenvalues
+from lightning_nested.games.subspace import RandomSubspace
+
+__all__ = [
+    "Bilinear",
+    "DiracGAN",
+    "Game",
+    "GaussiansGAN",
+    "IteratedPrisonersDilemma",
+    "JacobianOperator",
+    "MatchingPennies",
+    "MomentumSuggestion",
+    "PenniesAndDilemma",
+    "QuadraticGame",
+    "RandomSubspace",
+    "SmallIPD",
+    "Spectrum",
+    "SpectrumError",
+    "convergence_rate",
+    "eigenvalue_rates",
+    "extragradient_rate",
+    "game_jacobian",
+    "game_spectrum",
+    "high_quality",
+    "joint_gradient",
+    "leading_eigenvalues",
+    "modes_covered",
+    "momentum_map",
+    "optimistic_rate",
+    "policy_losses",
+    "proximal_rate",
+    "ring",
+    "suggest_momentum",
+]

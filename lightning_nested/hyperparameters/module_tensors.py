@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,3 +64,11 @@ class ModuleTensors(Hyperparameter):
             raise ValueError(
                 f"ModuleTensors({self.path!r}) must be attached to a module first. Call attach(module)."
             )
+
+
+def as_hyperparameters(given: Hyperparameter | str | Iterable[Hyperparameter | str]) -> list[Hyperparameter]:
+    """One or several hyperparameters as a list; a dotted name stands for :class:`ModuleTensors`."""
+    several: Iterable[Any] = (
+        [given] if isinstance(given, str | Hyperparameter) or not isinstance(given, Iterable) else given
+    )
+    return [ModuleTensors(h) if isinstance(h, str) else h for h in several]

@@ -27,6 +27,7 @@ from lightning_nested.hyperparameters import (
     OuterReport,
     OuterStep,
 )
+from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 from lightning_nested.modules.cycles import Cycle, InnerProblem
 from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions
@@ -102,10 +103,7 @@ class NestedModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        given = (
-            [hyperparameters] if isinstance(hyperparameters, str | Hyperparameter) else list(hyperparameters)
-        )
-        tuned = [ModuleTensors(h) if isinstance(h, str) else h for h in given]
+        tuned = as_hyperparameters(hyperparameters)
         rates = [h.name for h in tuned if isinstance(h, LearningRate)]
         if rates and isinstance(gradient, Implicit):
             raise ValueError(

@@ -251,9 +251,14 @@ def test_a_second_fit_with_another_module_begins_anew() -> None:
     trainer(callback).fit(Regression(smooth()), *loaders)
     torch.manual_seed(1)
     other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
-    trainer(callback).fit(Regression(other), *loaders)
-    assert callback.inner_steps == 4
-    assert callback.outer_steps == 2
+    for net in (other, smooth(), smooth()):  # other sizes, and twice the same names and shapes
+        trainer(callback).fit(Regression(net), *loaders)
+        assert callback.inner_steps == 4
+        assert callback.outer_steps == 2
+        fresh = HypergradientCallback(WeightDecay("parameter"), warmup_steps=2, solver=Neumann(num_terms=2))
+        if net is not other:
+            trainer(fresh).fit(Regression(smooth()), *loaders)
+            assert torch.equal(values(callback), values(fresh))
 
 
 class Newton(Regression):
@@ -308,6 +313,12 @@ def test_deepspeed_is_not_the_ddp_that_lightning_takes_it_for() -> None:
     fit._accelerator_connector.strategy = Pretended()
     with pytest.raises(MisconfigurationException, match="Got Pretended; use"):
         HypergradientCallback(WeightDecay()).setup(fit, Regression(smooth()), "fit")
+
+
+@pytest.mark.parametrize("given", [[3], WeightDecay, [WeightDecay]])
+def test_what_is_no_hyperparameter_is_named(given: Any) -> None:
+    with pytest.raises(TypeError, match="Got"):
+        HypergradientCallback(given)
 
 
 def test_an_attribute_that_is_taken_is_not_overwritten() -> None:

@@ -1,0 +1,428 @@
+"""Does momentum chosen from the spectrum beat tuned momentum on mixtures of cooperation and conflict?
+
+    python scripts/momentum_robustness.py --output docs/images
+
+Quadratic games with a share of conflict from none to full (`QuadraticGame.mixture`), every method run as it is, in
+float64, until the distance to the solution has fallen to `--tolerance` of the first one; what counts are evaluations of
+the joint gradient: one a step, two for extragradient. Every rival has a grid of learning rates (in units of 1/largest
+|eigenvalue|) and momenta, simultaneous and alternating where it has momentum, and is run twice: with the one setting of
+the grid that is best over all games (by predicted rate), and with the best one for each game in hindsight (the fastest
+in the run itself of the `--candidates` with the best predicted rates). Ours reads its settings from the eigenvalues,
+exact or wrong by 10 %, before the run. Writes JSON, CSV and a PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_nested.games import (
+    QuadraticGame,
+    convergence_rate,
+    extragradient_rate,
+    optimistic_rate,
+    suggest_momentum,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array = NDArray[Any]
+
+OURS, NOISY = "ours", "ours, 10 % noise"
+RATES = np.geomspace(0.03, 4.5, 24)
+MOMENTA = np.array([0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9])
+PHASES = {"positive": 0.0, "negative": math.pi, "complex π/8": math.pi / 8}
+COLOURS = {
+    "positive": "#8a8f98",
+    "negative": "#6a3d9a",
+    "complex π/8": "#2f6db3",
+    "optimistic": "#1b9e77",
+    "extragradient": "#a6761d",
+    OURS: "#e1691e",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings to run side by side, one row each."""
+
+    lr: Array
+    beta: Array  # complex; not used but by "momentum"
+    alternating: Array  # bool; likewise
+    method: str = "momentum"  # or "optimistic", "extragradient"
+
+    def take(self, rows: Array) -> Settings:
+        """Some of the settings."""
+        return Settings(
+            lr=self.lr[rows], beta=self.beta[rows], alternating=self.alternating[rows], method=self.method
+        )
+
+
+def evaluations(
+    own: Array, coupling: Array, start: tuple[Array, Array], settings: Settings, tolerance: float, limit: int
+) -> Array:
+    """Evaluations of the joint gradient (ax + by, ay − bx) until ‖(x, y)‖ falls to ``tolerance`` of its start.
+
+    Args:
+        own: a, of shape (n,).
+        coupling: b, of shape (n,).
+        start: x and y, each of shape (n,).
+        settings: s settings of one method.
+        tolerance: Relative distance.
+        limit: Evaluations after which a run is given up.
+
+    Returns:
+        Float64 of shape (s,), infinite where the tolerance was not reached.
+    """
+    cost = 2 if settings.method == "extragradient" else 1
+    found = np.full(len(settings.lr), np.inf)
+    rows = np.arange(len(settings.lr))
+    x, y = (np.tile(v, (len(rows), 1)) for v in start)
+    memory = [np.zeros_like(x, dtype=complex), np.zeros_like(y, dtype=complex)]
+    first = math.hypot(*(float(np.linalg.norm(v)) for v in start))
+    running = settings
+    for step in range(1, limit // cost + 1):
+        x, y = _step(x, y, own, coupling, running, memory, first_step=step == 1)
+        size = np.sqrt((x * x + y * y).sum(axis=1)) / first
+        arrived = size <= tolerance
+        found[rows[arrived]] = step * cost
+        if (keep := ~arrived & (size < 1e8)).all():
+            continue
+        rows, x, y, memory = rows[keep], x[keep], y[keep], [m[keep] for m in memory]
+        running = settings.take(rows)
+        if not len(rows):
+            break
+    return found
+
+
+def _step(
+    x: Array, y: Array, a: Array, b: Array, settings: Settings, memory: list[Array], *, first_step: bool
+) -> tuple[Array, Array]:
+    """One step of every setting; ``memory`` (momentum, or the last gradient) is written."""
+    lr = settings.lr[:, None]
+    gx, gy = a * x + b * y, a * y - b * x
+    if settings.method == "extragradient":
+        hx, hy = x - lr * gx, y - lr * gy
+        return x - lr * (a * hx + b * hy), y - lr * (a * hy - b * hx)
+    if settings.method == "optimistic":
+        last = (gx, gy) if first_step else (memory[0].real, memory[1].real)
+        memory[:] = [gx.astype(complex), gy.astype(complex)]
+        return x - lr * (2 * gx - last[0]), y - lr * (2 * gy - last[1])
+    beta = settings.beta[:, None]
+    memory[0] = beta * memory[0] - gx
+    moved = x + lr * memory[0].real
+    gy = a * y - b * np.where(settings.alternating[:, None], moved, x)
+    memory[1] = beta * memory[1] - gy
+    return moved, y + lr * memory[1].real
+
+
+def rivals() -> dict[str, Settings]:
+    """The grid of every rival, with learning rates for a largest eigenvalue of modulus 1."""
+    lr, momentum, order = (v.reshape(-1) for v in np.meshgrid(RATES, MOMENTA, [False, True], indexing="ij"))
+    grids = {
+        name: Settings(lr=lr, beta=momentum * np.exp(1j * phase), alternating=order.astype(bool))
+        for name, phase in PHASES.items()
+    }
+    fine = np.geomspace(RATES[0], RATES[-1], 8 * len(RATES))
+    for name in ("optimistic", "extragradient"):
+        grids[name] = Settings(lr=fine, beta=0j * fine, alternating=fine < 0, method=name)
+    return grids
+
+
+def suggested(eigenvalues: torch.Tensor, noise: float) -> tuple[Settings, dict[str, Any]]:
+    """Ours as settings, and what was suggested."""
+    advice = suggest_momentum(eigenvalues, alternating=True, noise=noise)
+    settings = Settings(
+        lr=np.array([advice.lr]),
+        beta=np.array([advice.momentum * np.exp(1j * advice.phase)]),
+        alternating=np.array([advice.alternating]),
+    )
+    return settings, {**advice.settings, "rate": advice.rate, "alternating": advice.alternating}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One game and where it begins."""
+
+    share: float
+    seed: int
+    own: Array
+    coupling: Array
+    start: tuple[Array, Array]
+    eigenvalues: torch.Tensor
+
+    @classmethod
+    def draw(cls, share: float, seed: int, size: int) -> Case:
+        """The game and its start, both of the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        game = QuadraticGame.mixture(size, share, generator)
+        x, y = (v.detach().numpy() for v in game.initial(generator))
+        own, coupling = game.first.diagonal().numpy(), game.coupling.diagonal().numpy()
+        values = game.eigenvalues()[:size]  # one of each pair
+        scale = float(values.abs().max())
+        return cls(
+            share=share,
+            seed=seed,
+            own=own / scale,
+            coupling=coupling / scale,
+            start=(x, y),
+            eigenvalues=values / scale,
+        )
+
+    def predicted(self, grid: Settings) -> Array:
+        """Worst rate per evaluation of every setting."""
+        lr = torch.from_numpy(grid.lr)
+        if grid.method == "extragradient":
+            return np.asarray(extragradient_rate(self.eigenvalues, lr=lr)) ** 0.5
+        if grid.method == "optimistic":
+            return np.asarray(optimistic_rate(self.eigenvalues, lr=lr))
+        rates = np.empty(len(grid.lr))
+        for order in (False, True):
+            rows = grid.alternating == order
+            beta = torch.from_numpy(grid.beta[rows])
+            found = convergence_rate(
+                self.eigenvalues, lr=lr[rows], momentum=beta.abs(), phase=beta.angle(), alternating=order
+            )
+            rates[rows] = np.asarray(found)
+        return rates
+
+    def run(self, settings: Settings, tolerance: float, limit: int) -> Array:
+        """Evaluations that every setting needs."""
+        return evaluations(self.own, self.coupling, self.start, settings, tolerance, limit)
+
+    def wrong_eigenvalues(self) -> torch.Tensor:
+        """Each off by up to 10 % in a random direction, but not to the left of the imaginary axis."""
+        generator = torch.Generator().manual_seed(1000 + self.seed)
+        wrong = self.eigenvalues * (1 + 0.1 * _disc(len(self.eigenvalues), generator))
+        return torch.complex(wrong.real.clamp_min(0.0), wrong.imag)
+
+
+def needed(rates: Array, tolerance: float, limit: int) -> Array:
+    """Log of the evaluations that a rate predicts, twice the limit at most."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.where(rates < 1, math.log(tolerance) / np.log(rates), np.inf)
+    logarithms: Array = np.log(np.clip(steps, 1, 2 * limit))
+    return logarithms
+
+
+def _disc(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform points of the unit disc."""
+    radius, angle = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    return torch.polar(radius.sqrt(), 2 * math.pi * angle)
+
+
+def play(cases: Sequence[Case], options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluations of all methods in all cases, and what was suggested to ours."""
+    tolerance, limit = options.tolerance, options.limit
+    grids = rivals()
+    scores = {
+        name: np.stack([needed(c.predicted(grid), tolerance, limit) for c in cases])
+        for name, grid in grids.items()
+    }
+    choice = {name: int(score.mean(axis=0).argmin()) for name, score in scores.items()}
+    champion = min(grids, key=lambda name: float(scores[name].mean(axis=0).min()))
+    fixed: dict[str, list[float]] = {name: [] for name in grids}
+    hindsight: dict[str, list[float]] = {name: [] for name in grids}
+    ours: dict[str, list[float]] = {OURS: [], NOISY: []}
+    advices = []
+    for i, case in enumerate(cases):
+        for name, grid in grids.items():
+            rows = np.argsort(scores[name][i], kind="stable")[: options.candidates]
+            counts = case.run(grid.take(np.append(rows, choice[name])), tolerance, limit)
+            fixed[name].append(float(counts[-1]))
+            hindsight[name].append(float(counts.min()))
+        advice: dict[str, Any] = {"share": case.share, "seed": case.seed}
+        for name, seen, noise in ((OURS, case.eigenvalues, 0.0), (NOISY, case.wrong_eigenvalues(), 0.1)):
+            if name == NOISY and case.seed >= options.noisy_seeds:
+                ours[name].append(math.nan)
+                continue
+            settings, advice[name] = suggested(seen, noise)
+            ours[name].append(float(case.run(settings, tolerance, limit)[0]))
+        advices.append(advice)
+        print(f"share {case.share:.3f} seed {case.seed}: ours {ours[OURS][-1]:g}", flush=True)
+    found = {
+        "fixed": {name: np.array(v) for name, v in fixed.items()},
+        "hindsight": {name: np.array(v) for name, v in hindsight.items()},
+        "fixed settings": {name: _describe(name, row) for name, row in choice.items()},
+        "champion": champion,
+    }
+    found["ours"] = {name: _against(np.array(v), found) for name, v in ours.items()}
+    return found, advices
+
+
+def _against(counts: Array, found: dict[str, Any]) -> dict[str, Any]:
+    """How often ours needs no more than its rivals, in the cases where it ran."""
+    ran = ~np.isnan(counts)
+    best_fixed = np.stack(list(found["fixed"].values())).min(axis=0)
+    best_hindsight = np.stack(list(found["hindsight"].values())).min(axis=0)
+    both = ran & np.isfinite(counts) & np.isfinite(best_hindsight)
+    quantiles = np.quantile((counts / best_hindsight)[both], [0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
+    return {
+        "counts": counts,
+        "cases": int(ran.sum()),
+        "did not arrive": int(np.isinf(counts).sum()),
+        "no more than the champion": float((counts <= found["fixed"][found["champion"]])[ran].mean()),
+        "no more than any method with its fixed setting": float((counts <= best_fixed)[ran].mean()),
+        "no more than any method tuned in hindsight": float((counts <= best_hindsight)[ran].mean()),
+        "at most 5 % more than any method tuned in hindsight": float(
+            (counts <= 1.05 * best_hindsight)[ran].mean()
+        ),
+        "ratio to the best in hindsight, quantiles 0 25 50 75 90 100 %": [float(q) for q in quantiles],
+    }
+
+
+def _describe(name: str, row: int) -> dict[str, Any]:
+    grid = rivals()[name]
+    described: dict[str, Any] = {"lr × largest |eigenvalue|": round(float(grid.lr[row]), 4)}
+    if grid.method == "momentum":
+        described |= {
+            "momentum": round(float(abs(grid.beta[row])), 4),
+            "alternating": bool(grid.alternating[row]),
+        }
+    return described
+
+
+def figure(shares: Array, cases: Sequence[Case], found: dict[str, Any], path: Path) -> None:
+    """Median and quartiles of the evaluations over the share of conflict, by both readings."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    style: Any = {
+        "font.size": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e3e6ea",
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+    }
+    where = np.array([case.share for case in cases])
+    with plt.rc_context(style):
+        whole, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), sharey=True, layout="constrained")
+        titles = ("rivals: one setting for every game", "rivals: tuned for each game in hindsight")
+        for axis, reading, title in zip(axes, ("fixed", "hindsight"), titles, strict=True):
+            for name, counts in found[reading].items():
+                _band(axis, shares, where, counts, name)
+            _band(axis, shares, where, found["ours"][OURS]["counts"], OURS)
+            axis.set(title=title, xlabel="largest share of conflict γ in the game", yscale="log")
+        axes[0].set_ylabel("gradient evaluations to 10⁻⁶")
+        handles, labels = axes[0].get_legend_handles_labels()
+        whole.legend(handles, labels, loc="outside lower center", ncols=6)
+        whole.savefig(path, dpi=110)
+        plt.close(whole)
+
+
+def _band(axis: Axes, shares: Array, where: Array, counts: Array, name: str) -> None:
+    """Median line and quartile band; infinite where that many runs did not arrive."""
+    quartiles = np.array(
+        [np.quantile(counts[where == s], [0.25, 0.5, 0.75], method="nearest") for s in shares]
+    )
+    quartiles[~np.isfinite(quartiles)] = np.nan
+    ours = name == OURS
+    axis.plot(
+        shares,
+        quartiles[:, 1],
+        color=COLOURS[name],
+        label=name,
+        lw=2.4 if ours else 1.4,
+        zorder=3 if ours else 2,
+    )
+    axis.fill_between(shares, quartiles[:, 0], quartiles[:, 2], color=COLOURS[name], alpha=0.12, lw=0)
+
+
+def write(
+    options: argparse.Namespace,
+    cases: Sequence[Case],
+    advices: Sequence[dict[str, Any]],
+    found: dict[str, Any],
+) -> None:
+    """JSON with everything, CSV with a row per case."""
+    names = [*found["fixed"], OURS, NOISY]
+    with (options.output / "momentum_robustness.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [
+                "share",
+                "seed",
+                *(f"{n} ({r})" for r in ("fixed", "hindsight") for n in found["fixed"]),
+                OURS,
+                NOISY,
+            ]
+        )
+        for i, case in enumerate(cases):
+            rivals_of = [found[r][n][i] for r in ("fixed", "hindsight") for n in found["fixed"]]
+            ours = [found["ours"][n]["counts"][i] for n in (OURS, NOISY)]
+            writer.writerow([f"{case.share:.4g}", case.seed, *(f"{c:g}" for c in (*rivals_of, *ours))])
+    medians = {
+        name: float(np.nanmedian(found[r][name] if r else found["ours"][name]["counts"]))
+        for name in names
+        for r in (["hindsight"] if name in found["hindsight"] else [""])
+    }
+    summaries = {
+        "settings": {"size": options.size, "tolerance": options.tolerance, "limit": options.limit},
+        "cases": len(cases),
+        "fixed settings": found["fixed settings"],
+        "champion": found["champion"],
+        "medians, rivals in hindsight": medians,
+        "medians, rivals fixed": {n: _plain(float(np.median(c))) for n, c in found["fixed"].items()},
+        "failed, rivals fixed": {n: int((~np.isfinite(c)).sum()) for n, c in found["fixed"].items()},
+        "ours": {n: {k: v for k, v in d.items() if k != "counts"} for n, d in found["ours"].items()},
+        "suggestions": advices,
+    }
+    text = json.dumps(summaries, indent=1, default=float, ensure_ascii=False)
+    (options.output / "momentum_robustness.json").write_text(text + "\n", encoding="utf-8")
+    shown = {k: v for k, v in summaries.items() if k != "suggestions"}
+    print(json.dumps(shown, indent=1, default=float, ensure_ascii=False))
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def main() -> None:
+    """Run every case, print the summary, write the files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mixtures", type=int, default=20, help="shares of conflict from 0 to 1")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument(
+        "--noisy-seeds",
+        type=int,
+        default=3,
+        help="seeds in which ours also works from eigenvalues 10 %% wrong",
+    )
+    parser.add_argument("--size", type=int, default=10, help="numbers each player holds")
+    parser.add_argument(
+        "--candidates", type=int, default=24, help="settings tried for each game in hindsight"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-6)
+    parser.add_argument("--limit", type=int, default=3_000, help="evaluations after which a run is given up")
+    parser.add_argument("--output", type=Path, default=Path())
+    options = parser.parse_args()
+
+    shares = np.linspace(0.0, 1.0, options.mixtures)
+    cases = [Case.draw(float(share), seed, options.size) for share in shares for seed in range(options.seeds)]
+    found, advices = play(cases, options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write(options, cases, advices, found)
+    figure(shares, cases, found, options.output / "momentum_robustness.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Eigenvalues by products against LAPACK on the dense Jacobian."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_nested.games import (
+    GaussiansGAN,
+    JacobianOperator,
+    MatchingPennies,
+    QuadraticGame,
+    SpectrumError,
+    game_jacobian,
+    game_spectrum,
+    leading_eigenvalues,
+)
+from lightning_nested.games.spectrum import Which
+from lightning_nested.hypergradient.curvature import LinearOperator
+from lightning_nested.hypergradient.vectors import Vector
+
+WHICH: tuple[Which, ...] = ("largest_magnitude", "largest_imaginary", "smallest_real")
+KEYS = {
+    "largest_magnitude": lambda z: -abs(z),
+    "largest_imaginary": lambda z: -abs(z.imag),
+    "smallest_real": lambda z: z.real,
+}
+
+
+class Matrix(LinearOperator):
+    """A given matrix, which counts its products."""
+
+    symmetric = False
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.like, self.count = matrix, (torch.zeros(len(matrix), dtype=matrix.dtype),), 0
+
+    def matvec(self, v: Vector) -> Vector:
+        self.count += 1
+        return (self.matrix @ v[0],)
+
+
+@pytest.fixture(scope="module")
+def gan() -> tuple[GaussiansGAN, tuple[Tensor, ...]]:
+    game = GaussiansGAN(hidden=(6, 6), noise_dim=3, batch_size=32)
+    return game, game.initial(torch.Generator().manual_seed(1))
+
+
+def closest(found: Tensor, truth: list[complex]) -> float:
+    return max(min(abs(z - t) for t in truth) for z in found.tolist())
+
+
+class TestLeading:
+    @pytest.mark.parametrize("which", WHICH)
+    @pytest.mark.parametrize("k", [1, 4, 7])
+    def test_gan_equals_dense(
+        self, gan: tuple[GaussiansGAN, tuple[Tensor, ...]], k: int, which: Which
+    ) -> None:
+        game, players = gan
+        truth = np.linalg.eigvals(game_jacobian(game.losses, players).numpy())
+        operator = JacobianOperator(game.losses, players).T
+        found = leading_eigenvalues(operator, k, which)
+        assert len(found.eigenvalues) in (k, k + 1)
+        assert found.size == operator.like[0].numel() + operator.like[1].numel()
+        wanted = sorted(truth.tolist(), key=KEYS[which])[: len(found.eigenvalues)]
+        scale = abs(truth).max()
+        assert closest(found.eigenvalues, wanted) < 1e-8 * scale
+        assert (
+            closest(torch.tensor(wanted, dtype=torch.complex128), found.eigenvalues.tolist()) < 1e-8 * scale
+        )
+        keys = [KEYS[which](z) for z in found.eigenvalues.tolist()]
+        assert keys == pytest.approx(sorted(keys), abs=1e-8 * scale)
+        assert found.residuals.max() < 1e-7
+        assert found.num_products >= found.size if k is None else found.num_products > 0
+
+    @pytest.mark.parametrize("which", WHICH)
+    def test_random_matrix(self, which: Which) -> None:
+        matrix = torch.randn(120, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        operator = Matrix(matrix)
+        found = leading_eigenvalues(operator, 5, which)
+        assert found.num_products == operator.count
+        wanted = sorted(np.linalg.eigvals(matrix.numpy()).tolist(), key=KEYS[which])
+        assert closest(found.eigenvalues, wanted[: len(found.eigenvalues)]) < 1e-8 * 12
+
+    def test_pairs_stay_whole(self) -> None:
+        values = torch.arange(1, 61) * 0.1j + torch.linspace(0.1, 2, 60)
+        game = QuadraticGame.from_eigenvalues(values)
+        operator = JacobianOperator(game.losses, game.initial())
+        found = leading_eigenvalues(operator, 3, "largest_imaginary").eigenvalues
+        assert found.imag.tolist() == pytest.approx([6.0, -6.0, 5.9, -5.9])
+
+    def test_repeats_itself(self, gan: tuple[GaussiansGAN, tuple[Tensor, ...]]) -> None:
+        game, players = gan
+        first, second = (game_spectrum(game.losses, players, 4) for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_far_fewer_products_than_numbers(self) -> None:
+        game = GaussiansGAN(hidden=(32, 32))
+        operator = JacobianOperator(game.losses, game.initial(torch.Generator().manual_seed(0)))
+        found = leading_eigenvalues(operator.T, 6)
+        assert found.size == 2851
+        assert found.num_products < 150
+        assert found.residuals.max() < 1e-7
+
+    def test_single_precision(self) -> None:
+        game = GaussiansGAN(hidden=(6, 6), noise_dim=3, batch_size=32)
+        double = game.initial(torch.Generator().manual_seed(1))
+        found = game_spectrum(game.losses, tuple(p.detach().float() for p in double), 4)
+        truth = game_spectrum(game.losses, double, 4)
+        assert found.dtype == torch.complex128
+        assert (found - truth).abs().max() < 1e-4 * truth.abs().max()
+
+    def test_reduce_scales_the_spectrum(self, gan: tuple[GaussiansGAN, tuple[Tensor, ...]]) -> None:
+        game, players = gan
+        whole = game_spectrum(game.losses, players, 4)
+        half = game_spectrum(game.losses, players, 4, reduce=lambda flat: flat / 2)
+        torch.testing.assert_close(2 * half, whole)
+
+    def test_zero_operator(self) -> None:
+        found = leading_eigenvalues(Matrix(torch.zeros(50, 50, dtype=torch.float64)), 2)
+        assert found.eigenvalues.tolist() == [0, 0]
+        assert found.residuals.tolist() == [0, 0]
+
+
+class TestGameSpectrum:
+    def test_all_of_a_small_game(self) -> None:
+        zero = torch.zeros(1, dtype=torch.float64)
+        found = game_spectrum(MatchingPennies().losses, (zero, zero))
+        torch.testing.assert_close(found, torch.tensor([0.25j, -0.25j], dtype=torch.complex128))
+
+    def test_known_eigenvalues(self) -> None:
+        game = QuadraticGame.mixture(40, 0.8, torch.Generator().manual_seed(0))
+        known = game.eigenvalues().tolist()
+        for which in WHICH:
+            found = game_spectrum(game.losses, game.initial(), 6, which)
+            wanted = sorted(known, key=KEYS[which])[: len(found)]
+            assert closest(found, wanted) < 1e-9
+
+    @pytest.mark.parametrize("player", [0, 1])
+    def test_players_own_block(self, gan: tuple[GaussiansGAN, tuple[Tensor, ...]], player: int) -> None:
+        game, players = gan
+        n = game.sizes[0]
+        part = slice(0, n) if player == 0 else slice(n, None)
+        block = game_jacobian(game.losses, players)[part, part]
+        truth = np.linalg.eigvalsh(((block + block.T) / 2).numpy())
+        largest = game_spectrum(game.losses, players, 3, player=player)
+        assert not largest.imag.any()
+        expected = truth[np.argsort(-abs(truth))][:3]
+        assert largest.real.tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+        smallest = game_spectrum(game.losses, players, 2, "smallest_real", player=player)
+        assert smallest.real.tolist() == pytest.approx(truth[:2].tolist(), abs=1e-9)
+        assert game_spectrum(game.losses, players, player=player).shape == (game.sizes[player],)
+        with pytest.raises(ValueError, match="needs an operator that is not symmetric"):
+            game_spectrum(game.losses, players, 2, "largest_imaginary", player=player)
+
+
+class TestErrors:
+    def test_no_convergence(self) -> None:
+        # A shift by one place around a circle: all eigenvalues have modulus 1, and none leads.
+        matrix = torch.roll(torch.eye(400, dtype=torch.float64), 1, dims=0)
+        with pytest.raises(
+            SpectrumError, match=r"must converge within max_products=60\. Got 0 of them"
+        ) as caught:
+            leading_eigenvalues(Matrix(matrix), 6, max_products=60)
+        assert caught.value.num_products >= 20
+        assert caught.value.eigenvalues.dtype == torch.complex128
+
+    def test_products_that_are_not_finite(self) -> None:
+        for k in (None, 2):
+            with pytest.raises(FloatingPointError, match="must be finite"):
+                leading_eigenvalues(Matrix(torch.full((40, 40), torch.nan, dtype=torch.float64)), k)
+
+    def test_arguments(self) -> None:
+        game = QuadraticGame.from_eigenvalues([1j] * 3)
+        for arguments, message in (
+            ({"k": 0}, r"k must lie in \[1, 6\]\. Got 0"),
+            ({"k": 7}, r"k must lie in \[1, 6\]\. Got 7"),
+            ({"which": "LM"}, "which must be one of"),
+            ({"tolerance": -1.0}, "tolerance must be non-negative"),
+            ({"max_products": 0}, "max_products must be at least 1"),
+            ({"player": 2}, r"player must lie in \[0, 2\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                game_spectrum(game.losses, game.initial(), **arguments)  # type: ignore[arg-type]
+
+    def test_all_of_a_large_game(self) -> None:
+        with pytest.raises(ValueError, match=r"All eigenvalues need n <= 4096\. Got n=5000; give k"):
+            leading_eigenvalues(Matrix(torch.zeros(5000, 1)), None)
