@@ -32,11 +32,37 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "unrolled_hypergradient",
     ),
     "hyperparameters": (
+        "Brightness",
+        "Categorical",
+        "Contrast",
+        "Cutout",
+        "DropConnect",
+        "DropoutRates",
         "ExampleWeights",
+        "InputNoise",
+        "Integer",
+        "LabelSmoothing",
         "LearningRate",
         "LossWeights",
         "ModuleTensors",
+        "Saturation",
+        "Scalar",
         "WeightDecay",
+    ),
+    "hypernetworks": (
+        "DenseResponse",
+        "FactorisedResponse",
+        "FixedScale",
+        "GlobalNormal",
+        "GlobalUniform",
+        "HyperConv1d",
+        "HyperConv2d",
+        "HyperEmbedding",
+        "HyperLSTM",
+        "HyperLinear",
+        "LearnedScale",
+        "NoPerturbation",
+        "best_response",
     ),
     "optim": (
         "ComplexAdam",
@@ -81,11 +107,20 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "ModeCoverage",
     ),
     "modules": (
+        "DeltaSTN",
         "GANModule",
         "GameLoop",
         "GameModule",
+        "Global",
+        "HypernetworkModule",
         "ImageClassifier",
+        "Local",
         "NestedModule",
+        "ResponseMonitor",
+        "ResponseOptions",
+        "STN",
+        "Simplified",
+        "TunedImageClassifier",
         "ZooGame",
     ),
     "datamodules": (
@@ -141,16 +176,49 @@ if TYPE_CHECKING:
     from lightning_nested.hypergradient import check_hypergradient as check_hypergradient
     from lightning_nested.hypergradient import implicit_hypergradient as implicit_hypergradient
     from lightning_nested.hypergradient import unrolled_hypergradient as unrolled_hypergradient
+    from lightning_nested.hypernetworks import DenseResponse as DenseResponse
+    from lightning_nested.hypernetworks import FactorisedResponse as FactorisedResponse
+    from lightning_nested.hypernetworks import FixedScale as FixedScale
+    from lightning_nested.hypernetworks import GlobalNormal as GlobalNormal
+    from lightning_nested.hypernetworks import GlobalUniform as GlobalUniform
+    from lightning_nested.hypernetworks import HyperConv1d as HyperConv1d
+    from lightning_nested.hypernetworks import HyperConv2d as HyperConv2d
+    from lightning_nested.hypernetworks import HyperEmbedding as HyperEmbedding
+    from lightning_nested.hypernetworks import HyperLinear as HyperLinear
+    from lightning_nested.hypernetworks import HyperLSTM as HyperLSTM
+    from lightning_nested.hypernetworks import LearnedScale as LearnedScale
+    from lightning_nested.hypernetworks import NoPerturbation as NoPerturbation
+    from lightning_nested.hypernetworks import best_response as best_response
+    from lightning_nested.hyperparameters import Brightness as Brightness
+    from lightning_nested.hyperparameters import Categorical as Categorical
+    from lightning_nested.hyperparameters import Contrast as Contrast
+    from lightning_nested.hyperparameters import Cutout as Cutout
+    from lightning_nested.hyperparameters import DropConnect as DropConnect
+    from lightning_nested.hyperparameters import DropoutRates as DropoutRates
     from lightning_nested.hyperparameters import ExampleWeights as ExampleWeights
+    from lightning_nested.hyperparameters import InputNoise as InputNoise
+    from lightning_nested.hyperparameters import Integer as Integer
+    from lightning_nested.hyperparameters import LabelSmoothing as LabelSmoothing
     from lightning_nested.hyperparameters import LearningRate as LearningRate
     from lightning_nested.hyperparameters import LossWeights as LossWeights
     from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors
+    from lightning_nested.hyperparameters import Saturation as Saturation
+    from lightning_nested.hyperparameters import Scalar as Scalar
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
+    from lightning_nested.modules import STN as STN
+    from lightning_nested.modules import DeltaSTN as DeltaSTN
     from lightning_nested.modules import GameLoop as GameLoop
     from lightning_nested.modules import GameModule as GameModule
     from lightning_nested.modules import GANModule as GANModule
+    from lightning_nested.modules import Global as Global
+    from lightning_nested.modules import HypernetworkModule as HypernetworkModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
+    from lightning_nested.modules import Local as Local
     from lightning_nested.modules import NestedModule as NestedModule
+    from lightning_nested.modules import ResponseMonitor as ResponseMonitor
+    from lightning_nested.modules import ResponseOptions as ResponseOptions
+    from lightning_nested.modules import Simplified as Simplified
+    from lightning_nested.modules import TunedImageClassifier as TunedImageClassifier
     from lightning_nested.modules import ZooGame as ZooGame
     from lightning_nested.optim import ComplexAdam as ComplexAdam
     from lightning_nested.optim import ComplexSGD as ComplexSGD

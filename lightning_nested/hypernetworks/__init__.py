@@ -1,3 +1,44 @@
 """Learned best responses: how the trained weights answer to the hyperparameters. PyTorch only."""
 
-__all__: list[str] = []
+from lightning_nested.hypernetworks.convert import BestResponse, LowRankResponse, best_response
+from lightning_nested.hypernetworks.dense import DenseResponse, FactorisedResponse
+from lightning_nested.hypernetworks.layers import (
+    HyperConv1d,
+    HyperConv2d,
+    HyperEmbedding,
+    HyperLayer,
+    HyperLinear,
+    RowResponse,
+)
+from lightning_nested.hypernetworks.lstm import HyperLSTM
+from lightning_nested.hypernetworks.perturbation import (
+    FixedScale,
+    GlobalNormal,
+    GlobalUniform,
+    LearnedScale,
+    NoPerturbation,
+    Perturbation,
+)
+from lightning_nested.hypernetworks.response import Response
+
+__all__ = [
+    "BestResponse",
+    "DenseResponse",
+    "FactorisedResponse",
+    "FixedScale",
+    "GlobalNormal",
+    "GlobalUniform",
+    "HyperConv1d",
+    "HyperConv2d",
+    "HyperEmbedding",
+    "HyperLSTM",
+    "HyperLayer",
+    "HyperLinear",
+    "LearnedScale",
+    "LowRankResponse",
+    "NoPerturbation",
+    "Perturbation",
+    "Response",
+    "RowResponse",
+    "best_response",
+]

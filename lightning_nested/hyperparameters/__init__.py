@@ -1,9 +1,12 @@
-"""What can be tuned: weight decay, example and loss weights, any tensor or submodule. torch only."""
+"""What can be tuned: decay, dropout, augmentation, smoothing, weights, any tensor or submodule. torch only."""
 
+from lightning_nested.hyperparameters.augmentation import Brightness, Contrast, Cutout, InputNoise, Saturation
+from lightning_nested.hyperparameters.dropout import DropConnect, DropoutRates
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.learning_rate import LearningRate
 from lightning_nested.hyperparameters.module_tensors import ModuleTensors
 from lightning_nested.hyperparameters.outer_step import OuterReport, OuterStep
+from lightning_nested.hyperparameters.scalar import Categorical, Integer, LabelSmoothing, Scalar
 from lightning_nested.hyperparameters.transforms import (
     Exp,
     Interval,
@@ -12,21 +15,34 @@ from lightning_nested.hyperparameters.transforms import (
     Transform,
     Unconstrained,
 )
+from lightning_nested.hyperparameters.vector import HyperparameterVector
 from lightning_nested.hyperparameters.weight_decay import DecayPenalty, WeightDecay
 from lightning_nested.hyperparameters.weights import BoundHyperparameter, ExampleWeights, LossWeights
 
 __all__ = [
     "BoundHyperparameter",
+    "Brightness",
+    "Categorical",
+    "Contrast",
+    "Cutout",
     "DecayPenalty",
+    "DropConnect",
+    "DropoutRates",
     "ExampleWeights",
     "Exp",
     "Hyperparameter",
+    "HyperparameterVector",
+    "InputNoise",
+    "Integer",
     "Interval",
+    "LabelSmoothing",
     "LearningRate",
     "LossWeights",
     "ModuleTensors",
     "OuterReport",
     "OuterStep",
+    "Saturation",
+    "Scalar",
     "Simplex",
     "Softplus",
     "Transform",

@@ -23,10 +23,12 @@ class Hyperparameter(ABC):
     Attributes:
         name: Key of its values in logs and checkpoints.
         tensors: Unconstrained leaves by name, empty until built.
+        per_example: Whether it can be read at one value of each example of a batch.
     """
 
     name: str
     transform: Transform
+    per_example = False  # whether a tensor may get a leading dimension: one value of each example
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -56,7 +58,19 @@ class Hyperparameter(ABC):
     def values(self) -> dict[str, Tensor]:
         """Detached values in natural units, by the names of ``tensors``."""
         with torch.no_grad():
-            return {key: self.transform.forward(raw).clone() for key, raw in self.tensors.items()}
+            return {key: self.natural(key, raw).clone() for key, raw in self.tensors.items()}
+
+    def natural(self, key: str, raw: Tensor) -> Tensor:
+        """Value in natural units of the unconstrained ``raw`` in place of ``tensors[key]``, with its graph."""
+        return self.transform.forward(raw)
+
+    def unconstrained(self, key: str, value: Tensor) -> Tensor:
+        """The inverse of :meth:`natural`.
+
+        Raises:
+            ValueError: ``value`` lies outside the transform's range.
+        """
+        return self.transform.inverse(value)
 
     @torch.no_grad()
     def project_(self) -> None:

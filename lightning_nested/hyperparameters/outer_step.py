@@ -376,8 +376,30 @@ class OuterStep:
                 "The outer loss must depend on at least one hyperparameter, through the training steps or directly. "
                 f"Got none of {[h.name for h in self.hyperparameters]}: does the inner loss read them?"
             )
+        return self.hold(found, mean, reduce=reduce, inner_gradient_norm=inner_gradient_norm)
+
+    def hold(
+        self,
+        gradients: Sequence[Tensor | None],
+        outer_loss: float,
+        *,
+        reduce: Reduce | None = None,
+        inner_gradient_norm: float = math.nan,
+    ) -> OuterReport:
+        """Take hypergradients that were found elsewhere, one per tensor of :attr:`tensors`, for :meth:`apply`.
+
+        Args:
+            gradients: Of this process; None where the outer loss does not depend.
+            outer_loss: For the report; the mean over processes.
+            reduce: Averages a tensor over processes.
+            inner_gradient_norm: For the report.
+
+        Raises:
+            FloatingPointError: A hypergradient is not finite. Nothing has changed then.
+        """
+        self._pending = None
         local = tuple(
-            torch.zeros_like(t) if g is None else g for t, g in zip(self.tensors, found, strict=True)
+            torch.zeros_like(t) if g is None else g for t, g in zip(self.tensors, gradients, strict=True)
         )
         hypergradient = average(local, reduce)
         size = float(norm(hypergradient))
@@ -385,7 +407,7 @@ class OuterStep:
             raise FloatingPointError(f"The hypergradient must be finite. Got norm {size}.")
         self._pending = hypergradient
         return OuterReport(
-            outer_loss=mean,
+            outer_loss=outer_loss,
             hypergradient_norm=size,
             inner_gradient_norm=inner_gradient_norm,
             residual=math.nan,

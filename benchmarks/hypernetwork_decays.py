@@ -1,0 +1,232 @@
+"""7 850 decays of a linear softmax: hypernetwork, implicit, unrolled gradients, TPE and random search.
+
+500 Fashion-MNIST images to train, 500 to tune, 10 000 test images. Cost counts gradient evaluations of the training
+loss: a step is 1, a Delta-STN step 3 (two losses, one with a tangent), an outer step 1; a hypergradient with ten steps
+of conjugate gradients 12; an unrolled step 3. Searches train from scratch in each trial. At the end of the budget the
+model with the lowest validation loss so far is judged.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from _linear_softmax import HIGHEST, LOWEST, Data, decay
+from _measuring import Spread, load, parser, print_table, report, start
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from lightning_nested.hypergradient import ConjugateGradient
+from lightning_nested.hypernetworks import LearnedScale
+from lightning_nested.modules import (
+    DeltaSTN,
+    HypernetworkModule,
+    Implicit,
+    LoopOptions,
+    NestedModule,
+    ResponseOptions,
+    Unrolled,
+)
+
+START, RATE = -4.0, 0.05
+Losses = tuple[float, float]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer of every training."""
+    return torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
+
+
+def linear() -> nn.Linear:
+    """From zero, as a convex problem may."""
+    net = nn.Linear(784, 10)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    return net
+
+
+def judge(net: nn.Module, data: Data) -> Losses:
+    """Validation and test loss."""
+    with torch.no_grad():
+        return tuple(float(functional.cross_entropy(net(x), y)) for x, y in (data.val, data.test))  # type: ignore[return-value]
+
+
+def train(data: Data, decays: Sequence[Tensor], steps: int) -> Losses:
+    """One training with fixed decays of weight and bias."""
+    net = linear()
+    optimizer = sgd(net.parameters())
+    best = (float("inf"), float("inf"))
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        functional.cross_entropy(net(data.train[0]), data.train[1]).backward()
+        for p, d in zip(net.parameters(), decays, strict=True):
+            p.grad.add_(d * p.detach())  # type: ignore[union-attr]
+        optimizer.step()
+        if step % max(1, steps // 10) == 0:
+            best = min(best, judge(net, data))
+    return best
+
+
+class Record(Callback):
+    """The best model so far, and the end of the budget."""
+
+    def __init__(self, data: Data, cost: Callable[[Any], float], budget: float) -> None:
+        self.data, self.cost, self.budget, self.best = data, cost, budget, (float("inf"), float("inf"))
+        self.looks = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """A look every fortieth of the budget."""
+        spent = self.cost(pl_module)
+        trainer.should_stop = spent >= self.budget
+        if spent >= self.budget * (self.looks + 1) / 40:
+            self.looks += 1
+            net: Any = pl_module.net if isinstance(pl_module, Nested) else pl_module.network
+            self.best = min(self.best, judge(net, self.data))
+
+
+class Tuned(HypernetworkModule):
+    """Whole batches."""
+
+    data: Data
+
+    def inner_loss(self, batch: Any, values: Any) -> Tensor:
+        """Cross-entropy of the training images."""
+        return functional.cross_entropy(self.network(self.data.train[0]), self.data.train[1])
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        """Cross-entropy of the validation images."""
+        return functional.cross_entropy(self.network(self.data.val[0]), self.data.val[1])
+
+
+class Nested(NestedModule):
+    """The same with hypergradients."""
+
+    data: Data
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(decay("parameter", START), inner_optimizer=sgd, **options)
+        self.net = linear()
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        """Cross-entropy of the training images."""
+        return functional.cross_entropy(self.net(self.data.train[0]), self.data.train[1])
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        """Cross-entropy of the validation images."""
+        return functional.cross_entropy(self.net(self.data.val[0]), self.data.val[1])
+
+
+def adam(rate: float) -> Any:
+    """From tensors to Adam."""
+    return lambda tensors: torch.optim.Adam(tensors, lr=rate)
+
+
+def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple[Losses, Losses]:
+    """One run of ours: the best model in it, and a fresh training with its last decays."""
+    module: Any
+    if name == "hypernetwork":
+        module = Tuned(
+            linear(), decay("parameter", START),
+            loop=DeltaSTN(train_steps=5, warmup_steps=50, perturbation=LearnedScale(init=0.3, entropy_weight=0.0)),
+            weights_optimizer=sgd, response_optimizer=adam(1e-3), outer_optimizer=adam(rate),
+            scale_optimizer=adam(0.0), options=ResponseOptions(log_every_n_outer_steps=0),
+        )  # fmt: skip
+        cost = lambda m: 3.0 * m.inner_steps + m.outer_steps  # noqa: E731
+    elif name == "implicit":
+        module = Nested(
+            gradient=Implicit(solver=ConjugateGradient(max_iterations=10)), inner_steps_per_outer=10,
+            outer_optimizer=adam(rate), loop=LoopOptions(warmup_steps=50, log_every_n_outer_steps=0),
+        )  # fmt: skip
+        cost = lambda m: m.inner_steps + 12.0 * m.outer_steps  # noqa: E731
+    else:
+        module = Nested(
+            gradient=Unrolled(num_steps=10),
+            outer_optimizer=adam(rate),
+            loop=LoopOptions(log_every_n_outer_steps=0),
+        )
+        cost = lambda m: 3.0 * m.inner_steps + m.outer_steps  # noqa: E731
+    module.data = data
+    record = Record(data, cost, budget - steps)
+    trainer = Trainer(
+        max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[record],
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+    )  # fmt: skip
+    batches: DataLoader[Any] = DataLoader(torch.zeros(100, 1), batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, batches, batches)
+    with torch.no_grad():
+        values = [
+            v.exp() for v in (module.vector.tensors if name == "hypernetwork" else module.outer.tensors)
+        ]
+    fresh = train(data, values, steps)
+    return min(record.best, fresh), fresh
+
+
+def search(data: Data, sampler: str, seed: int, budget: float, steps: int) -> Losses:
+    """Trials of a training each."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    kinds = {"TPE": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    study = optuna.create_study(sampler=kinds[sampler](seed=seed))
+    best = (float("inf"), float("inf"))
+    for _ in range(int(budget / steps)):
+        trial = study.ask()
+        values = torch.tensor([trial.suggest_float(f"d{i}", LOWEST, HIGHEST) for i in range(7850)]).exp()
+        losses = train(data, [values[:7840].view(10, 784), values[7840:]], steps)
+        study.tell(trial, losses[0])
+        best = min(best, losses)
+    return best
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--size", type=int, default=500)
+    options.add_argument("--steps", type=int, default=300, help="gradients of one training")
+    options.add_argument("--trainings", type=int, default=24, help="budget in trainings")
+    options.add_argument("--rate", type=float, default=0.03, help="outer rate of Adam on log decays")
+    arguments = options.parse_args(argv)
+    start(arguments)
+    before = load()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    budget = float(arguments.steps * arguments.trainings)
+    found: dict[str, list[Losses]] = {}
+    fresh: dict[str, list[Losses]] = {}
+    for seed in range(arguments.rounds):
+        torch.manual_seed(seed)
+        data = Data(seed, arguments.size)
+        for name in ("hypernetwork", "implicit", "unrolled"):
+            best, again = tune(data, name, budget, arguments.steps, arguments.rate)
+            found.setdefault(name, []).append(best)
+            fresh.setdefault(name, []).append(again)
+        one = [
+            train(data, [torch.tensor(v).exp()] * 2, arguments.steps)
+            for v in torch.linspace(LOWEST, HIGHEST, 24)
+        ]
+        found.setdefault("grid of 24, one decay", []).append(min(one))
+        if find_spec("optuna") is not None:
+            for sampler in ("TPE", "random"):
+                found.setdefault(sampler, []).append(search(data, sampler, seed, budget, arguments.steps))
+        print(
+            f"seed {seed}: " + str({k: tuple(round(x, 4) for x in v[-1]) for k, v in found.items()}),
+            flush=True,
+        )
+    rows = []
+    for name, losses in found.items():
+        again = f"{statistics.median(x[1] for x in fresh[name]):.4f}" if name in fresh else ""
+        rows.append([name, *(Spread.of([x[i] for x in losses]).text(4) for i in (0, 1)), again])
+    print_table(["method", "validation loss", "test loss", "test loss of a fresh training"], rows)
+    report(arguments, {"found": found, "fresh": fresh}, packages=("optuna",), load_before=before)
+    return {"found": found, "fresh": fresh}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Any module into one whose weights answer to hyperparameters."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nested.hypernetworks.layers import (
+    HyperBatchNorm1d,
+    HyperBatchNorm2d,
+    HyperConv1d,
+    HyperConv2d,
+    HyperEmbedding,
+    HyperGroupNorm,
+    HyperLayer,
+    HyperLayerNorm,
+    HyperLinear,
+    RowResponse,
+)
+from lightning_nested.hypernetworks.lstm import HyperLSTM
+from lightning_nested.hypernetworks.response import Response
+
+_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: HyperLinear,
+    nn.Conv1d: HyperConv1d,
+    nn.Conv2d: HyperConv2d,
+    nn.Embedding: HyperEmbedding,
+    nn.LSTM: HyperLSTM,
+    nn.LayerNorm: HyperLayerNorm,
+    nn.GroupNorm: HyperGroupNorm,
+    nn.BatchNorm1d: HyperBatchNorm1d,
+    nn.BatchNorm2d: HyperBatchNorm2d,
+}
+
+
+class LowRankResponse(nn.Module):
+    """Δ(h) = Σ_k (vₖ·h) qₖ for a parameter of any shape: ``rank · (numel + n)`` parameters.
+
+    Args:
+        like: The parameter.
+        num_hyperparameters: n.
+        rank: Terms; n suffices for every linear response.
+    """
+
+    def __init__(self, like: Tensor, num_hyperparameters: int, rank: int) -> None:
+        super().__init__()
+        like = like.detach()
+        size = float(like.square().mean().sqrt()) or 1.0
+        self.scale = nn.Parameter(like.new_zeros(rank, num_hyperparameters))  # v
+        self.directions = nn.Parameter(
+            size * torch.randn_like(like.expand(rank, *like.shape).contiguous())
+        )  # q
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Δ(h) of the parameter's shape, for h (n,)."""
+        change: Tensor = torch.tensordot(self.scale @ delta, self.directions, dims=1)
+        return change
+
+
+class BestResponse(Response):
+    """What :func:`best_response` makes."""
+
+    def __init__(
+        self, module: nn.Module, num_hyperparameters: int, *, rank: int | None = None, batch_dim: int = 0
+    ) -> None:
+        super().__init__(module, num_hyperparameters, batch_dim)
+        rank = min(2, num_hyperparameters) if rank is None else rank
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1. Got {rank}.")
+        general = self.general_parameters()
+        by_layers: dict[int, RowResponse] = {}
+        elsewhere: set[int] = set()  # parameters that another kind of module reads too
+        for layer in list(self.module.modules()):
+            kind = _kind(layer)
+            if kind is None:
+                elsewhere |= {id(p) for p in layer.parameters(recurse=False)}
+                continue
+            # The class changes under the layer: its names, hooks and whoever else holds it stay as they are.
+            layer.__class__ = kind
+            cast("HyperLayer", layer).respond(num_hyperparameters, self.layers, by_layers)
+        self._of: dict[str, RowResponse | None] = {n: by_layers.get(id(p)) for n, p in general.items()}
+        self.rest = nn.ModuleList(
+            LowRankResponse(p, num_hyperparameters, rank) for n, p in general.items() if self._of[n] is None
+        )
+        self._one_point = tuple(n for n, p in general.items() if self._of[n] is None or id(p) in elsewhere)
+
+    def changes(self, delta: Tensor) -> dict[str, Tensor]:
+        """Δ of each parameter."""
+        rest = iter(self.rest)
+        return {name: (self._response(name) or next(rest))(delta) for name in self._of}
+
+    def one_point_only(self) -> tuple[str, ...]:
+        """Parameters without a layer of ours."""
+        return self._one_point
+
+    def _response(self, name: str) -> RowResponse | None:
+        # Looked up by name, not held: a deep copy must find its own.
+        if self._of[name] is None:
+            return None
+        owner, _, attribute = name.rpartition(".")
+        return cast("HyperLayer", self.module.get_submodule(owner)).response_of(attribute)
+
+
+def _kind(layer: nn.Module) -> type[nn.Module] | None:
+    """Our class for a layer; None for subclasses, whose forward may read the weights in any way."""
+    if isinstance(layer, nn.Embedding) and (
+        layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
+    ):
+        return None
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        return None
+    if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+        return None
+    return _LAYERS.get(type(layer))
+
+
+def best_response(
+    module: nn.Module, num_hyperparameters: int, *, rank: int | None = None, batch_dim: int = 0
+) -> BestResponse:
+    """Convert any module: ``response(x, h)`` is its output with weights that answer to h.
+
+    Linear layers, convolutions (1d, 2d), embeddings, LSTMs and normalisation layers get W(h) = W₀ + diag(V h) W₁;
+    each other parameter a low-rank response, which needs one h for the batch. At first the response is zero. Shared
+    weights are converted once and stay shared; buffers stay; the module given is not touched.
+
+    A parameter of r rows and m entries gets ``m + r·n`` more, one without a layer ``rank · (m + n)``.
+
+    Args:
+        module: To be copied and converted.
+        num_hyperparameters: n.
+        rank: Of the low-rank responses; default ``min(2, n)``.
+        batch_dim: Dimension of the examples in the inputs of linear layers and embeddings: 1 for networks over
+            (time, batch, …).
+
+    Raises:
+        ValueError: There is no parameter that could respond, or n or the rank is below 1.
+
+    >>> response = best_response(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), 5)
+    >>> response.num_parameters()  # 5 rows of 5 numbers each beside a second set of weights
+    {'general': 23, 'response': 73}
+    >>> x, h = torch.randn(7, 4), torch.randn(7, 5)
+    >>> tuple(response(x, h).shape), tuple(response(x, h[0]).shape)
+    ((7, 2), (7, 2))
+    """
+    return BestResponse(module, num_hyperparameters, rank=rank, batch_dim=batch_dim)

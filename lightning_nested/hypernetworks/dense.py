@@ -1,0 +1,82 @@
+"""Hypernetworks for all weights of a small module at once: an MLP, and a linear map through a bottleneck.
+
+Lorraine & Duvenaud (2018), arXiv 1802.09419.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nested.hypernetworks.response import Response
+
+
+class _WholeResponse(Response):
+    """Responses that give all weights as one vector."""
+
+    def _split(self, vector: Tensor) -> dict[str, Tensor]:
+        general = self.general_parameters()
+        pieces = torch.split(vector, [p.numel() for p in general.values()])
+        return {n: piece.view_as(p) for piece, (n, p) in zip(pieces, general.items(), strict=True)}
+
+    def _size(self) -> int:
+        return sum(p.numel() for p in self.general_parameters().values())
+
+
+class DenseResponse(_WholeResponse):
+    """w(h) = w₀ + g(h) − g(0) with g an MLP from h to all N weights; h is h − center.
+
+    ``Σ (inᵢ + 1)·outᵢ`` over the hidden layers, and ``last hidden · N``, parameters beside w₀, which stands for the
+    last bias. One h for the batch.
+
+    Args:
+        module: Any module; small, as the last layer has N rows.
+        num_hyperparameters: n.
+        hidden: Widths of g.
+    """
+
+    def __init__(self, module: nn.Module, num_hyperparameters: int, hidden: Sequence[int] = (50,)) -> None:
+        super().__init__(module, num_hyperparameters)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden must hold at least one width, each at least 1. Got {tuple(hidden)}.")
+        example = next(iter(self.general_parameters().values()))
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise([num_hyperparameters, *hidden]):
+            layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+        last = nn.Linear(hidden[-1], self._size(), bias=False)
+        nn.init.normal_(last.weight, std=0.01)
+        self.hypernetwork = nn.Sequential(*layers, last).to(example)
+
+    def changes(self, delta: Tensor) -> dict[str, Tensor]:
+        """Δ of each parameter."""
+        both = self.hypernetwork[:-1](torch.stack([delta, torch.zeros_like(delta)]))
+        return self._split(self.hypernetwork[-1](both[0] - both[1]))
+
+
+class FactorisedResponse(_WholeResponse):
+    """w(h) = w₀ + B A h with a bottleneck of k units: ``k·(n + N)`` parameters beside w₀. One h for the batch.
+
+    With k ≥ min(n, N) it holds every linear response.
+
+    Args:
+        module: Any module.
+        num_hyperparameters: n.
+        rank: k.
+    """
+
+    def __init__(self, module: nn.Module, num_hyperparameters: int, rank: int = 10) -> None:
+        super().__init__(module, num_hyperparameters)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1. Got {rank}.")
+        example = next(iter(self.general_parameters().values())).detach()
+        self.encoder = nn.Parameter(
+            torch.randn(rank, num_hyperparameters).to(example) / num_hyperparameters**0.5
+        )
+        self.decoder = nn.Parameter(example.new_zeros(self._size(), rank))
+
+    def changes(self, delta: Tensor) -> dict[str, Tensor]:
+        """Δ of each parameter."""
+        return self._split(self.decoder @ (self.encoder @ delta))

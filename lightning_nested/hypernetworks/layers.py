@@ -1,0 +1,473 @@
+"""Layers whose weights answer to hyperparameters: W(h) = W₀ + diag(V h) W₁, one row of W per output unit.
+
+MacKay, Vicol, Lorraine, Duvenaud & Grosse (2019), ICLR, arXiv 1903.03088 (Self-Tuning Networks); linearised:
+Bae & Grosse (2020), NeurIPS, arXiv 2010.13514 (Delta-STN).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+
+class RowResponse(nn.Module):
+    """Change of a parameter with h: Δ(h) = diag(V h) W₁, where a row is all that belongs to one output.
+
+    V begins at zero, so that a converted network is at first the network it was; W₁ begins random, of the size
+    of W₀, or as ones for a vector. ``numel + rows · n`` parameters.
+
+    Args:
+        like: The parameter W₀ that responds.
+        num_hyperparameters: n.
+    """
+
+    def __init__(self, like: Tensor, num_hyperparameters: int) -> None:
+        super().__init__()
+        like = like.detach()
+        rows = like.shape[0] if like.dim() else 1
+        self.scale = nn.Parameter(like.new_zeros(rows, num_hyperparameters))  # V
+        if like.dim() < 2:
+            # Ones: a bias often begins at zero, and the product of two zeros would never learn.
+            direction = torch.ones_like(like)
+        else:
+            size = float(like.square().mean().sqrt()) or 1 / math.sqrt(like[0].numel())
+            direction = torch.randn_like(like) * size
+        self.direction = nn.Parameter(direction)  # W₁
+
+    def coefficients(self, delta: Tensor) -> Tensor:
+        """V h, of shape (rows,) or (batch, rows)."""
+        return functional.linear(delta, self.scale)
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Δ(h) of the parameter's shape, for h (n,)."""
+        shape = (-1, *(1,) * (self.direction.dim() - 1)) if self.direction.dim() else ()
+        return self.coefficients(delta).reshape(shape) * self.direction
+
+
+class Point:
+    """Where the layers of one converted module stand; they share it.
+
+    Attributes:
+        delta: h − center of each example (batch, n); None: weights are as they stand.
+        linearized: Whether the output's first-order change is wanted; see :meth:`Response.at`.
+        batch_dim: Dimension of the examples in the inputs of linear layers and embeddings.
+        visited: Layers that were called since.
+    """
+
+    def __init__(self, batch_dim: int = 0) -> None:
+        self.delta: Tensor | None = None
+        self.linearized = False
+        self.batch_dim = batch_dim
+        self.visited: set[int] = set()
+
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+
+class HyperLayer(_Base):
+    """What the layers share; mixed into a class of ``torch.nn``, whose parameters keep their names.
+
+    A layer is called with ``layer(x, h)``: h of shape (n,) for one point, or (batch, n) for one of each example.
+    Inside a module made by :func:`best_response`, h comes from there, and the call is the plain one.
+    """
+
+    plain: type[nn.Module]  # the class of torch.nn
+    _point: Point | None = None
+
+    def respond(
+        self,
+        num_hyperparameters: int,
+        point: Point | None = None,
+        shared: dict[int, RowResponse] | None = None,
+    ) -> None:
+        """Give each parameter of the layer its response.
+
+        Args:
+            num_hyperparameters: n.
+            point: Of the whole module.
+            shared: Responses so far by the parameter's id: a shared weight has one.
+        """
+        known = {} if shared is None else shared
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                if id(parameter) not in known:
+                    known[id(parameter)] = RowResponse(parameter, num_hyperparameters)
+                self.add_module(f"{name}_response", known[id(parameter)])
+        self._point = point
+        self.num_hyperparameters = num_hyperparameters
+
+    def revert(self) -> None:
+        """Become the plain layer again, with the weights that stand in it."""
+        for name in [name for name in self._modules if name.endswith("_response")]:
+            del self._modules[name]
+        self.__dict__.pop("_point", None)
+        self.__dict__.pop("num_hyperparameters", None)
+        self.__class__ = self.plain  # type: ignore[assignment]
+
+    def response_of(self, name: str) -> RowResponse | None:
+        """The response of a parameter; None where it has none."""
+        return cast("RowResponse | None", self._modules.get(f"{name}_response"))
+
+    def _call(
+        self, per_example: Callable[[Tensor, Tensor, bool], Any], x: Any, h: Tensor | None, *rest: Any
+    ) -> Any:
+        """Plain, at one h, or at one of each example."""
+        point = self._point
+        if h is None:
+            if point is None:
+                raise ValueError(
+                    f"{type(self).__name__} needs h of shape (n,) or (batch, n). Got none; call layer(x, h)."
+                )
+            point.visited.add(id(self))
+            if point.delta is None:
+                return self.plain.forward(self, x, *rest)
+            return per_example(x, point.delta, point.linearized)
+        check_hyperparameters(h, self.num_hyperparameters)
+        if h.dim() == 2:
+            return per_example(x, h, False)
+        weights = {}
+        for name, parameter in self.named_parameters(recurse=False):
+            response = self.response_of(name)
+            if response is not None:
+                weights[name] = parameter + response(h)
+        # The substituted call comes back without h, as one inside a converted module does.
+        held, self._point = point, Point()
+        try:
+            return torch.func.functional_call(self, weights, (x, *rest))
+        finally:
+            self._point = held
+
+    @property
+    def _batch_dim(self) -> int:
+        return self._point.batch_dim if self._point is not None else 0
+
+
+def check_hyperparameters(h: Tensor, num_hyperparameters: int) -> None:
+    """h must be (n,) or (batch, n)."""
+    if h.dim() not in (1, 2) or h.shape[-1] != num_hyperparameters:
+        raise ValueError(
+            f"h must have shape ({num_hyperparameters},), or (batch, {num_hyperparameters}) for one point of each "
+            f"example. Got {tuple(h.shape)}."
+        )
+
+
+def check_examples(x: Tensor, delta: Tensor, dim: int, layer: str) -> None:
+    """x must have one example for each row of h."""
+    if x.dim() <= dim or x.shape[dim] != delta.shape[0]:
+        raise ValueError(
+            f"x must have as many examples (dimension {dim}) as h has rows, {delta.shape[0]}. Got shape "
+            f"{tuple(x.shape)} in {layer}; give one h of shape (n,), or batch_dim= of best_response."
+        )
+
+
+def respond_to(
+    operation: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    response: RowResponse | None,
+    delta: Tensor,
+    place: Callable[[Tensor], Tensor],
+    linearized: bool,
+) -> Tensor:
+    """``operation(x, W(h_i))`` for each example i, from two operations with the weights of all.
+
+    Args:
+        operation: Bilinear in x and the weight, one row of it per output.
+        x: Input.
+        weight: W₀.
+        response: V and W₁; None: the weight does not respond.
+        delta: (batch, n).
+        place: From coefficients (batch, rows) to a shape that broadcasts with the output.
+        linearized: Value W₀x with the tangent of the response, and derivatives for V and W₁ alone: the mean
+            output does not move, ``∂/∂V`` is that of the first-order change.
+    """
+    if not linearized:
+        base = operation(x, weight)
+        if response is None:
+            return base
+        return base + place(response.coefficients(delta)) * operation(x, response.direction)
+    base = operation(x, weight.detach())
+    if response is None:
+        return base
+    # Detached: at W₀ the input's derivative is W₀'s alone, as the response's own value is 0 there.
+    primal = unpack_dual(x)[0].detach()
+    return base + tangent_only(place(response.coefficients(delta)) * operation(primal, response.direction))
+
+
+def placement(dims: int, batch_dim: int, row_dim: int) -> Callable[[Tensor], Tensor]:
+    """From (rows,) or (batch, rows) to a shape of ``dims`` dimensions that broadcasts with the output."""
+
+    def place(c: Tensor) -> Tensor:
+        shape = [1] * dims
+        shape[row_dim] = c.shape[-1]
+        if c.dim() == 2:
+            shape[batch_dim] = c.shape[0]
+        return c.reshape(shape)
+
+    return place
+
+
+def tangent_only(change: Tensor) -> Tensor:
+    """A dual number of value 0 and tangent ``change``, whose value carries ``change``'s derivatives.
+
+    So a backward pass from a cotangent u of the output gives ∂⟨u, J·change⟩/∂φ by an ordinary vector-Jacobian
+    product; the tangent itself needs no derivative. (Differentiating a tangent is silently wrong through
+    normalisation layers in torch 2.14.)
+    """
+    return make_dual(change - change.detach(), change.detach())
+
+
+def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """A dual number."""
+    return cast("Tensor", forward_ad.make_dual(value, tangent))  # type: ignore[no-untyped-call]
+
+
+def unpack_dual(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Its value, and its tangent if it has one."""
+    return cast("tuple[Tensor, Tensor | None]", forward_ad.unpack_dual(dual))  # type: ignore[no-untyped-call]
+
+
+class HyperLinear(HyperLayer, nn.Linear):
+    """y = W₀x + b₀ + (V h) ⊙ (W₁x) + (U h) ⊙ b₁.
+
+    ``2(in·out + out) + 2·out·n`` parameters.
+
+    Args:
+        in_features: Width of x.
+        out_features: Width of y.
+        num_hyperparameters: n.
+        bias: Whether there is b₀.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        x (batch, …, in) with h (n,) or (batch, n); y (batch, …, out).
+
+    >>> layer = HyperLinear(3, 2, num_hyperparameters=5)
+    >>> sum(p.numel() for p in layer.parameters()) == 2 * (3 * 2 + 2) + 2 * 2 * 5
+    True
+    """
+
+    plain = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_hyperparameters: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.respond(num_hyperparameters)
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """y for one h, or one of each example."""
+        return cast("Tensor", self._call(self._per_example, x, h))
+
+    def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
+        dim = self._batch_dim
+        check_examples(x, delta, dim, type(self).__name__)
+        place = placement(x.dim(), dim, -1)
+        y = respond_to(
+            functional.linear, x, self.weight, self.response_of("weight"), delta, place, linearized
+        )
+        return add_bias(y, self.bias, self.response_of("bias"), delta, place, linearized)
+
+
+def add_bias(
+    y: Tensor,
+    bias: Tensor | None,
+    response: RowResponse | None,
+    delta: Tensor,
+    place: Callable[[Tensor], Tensor],
+    linearized: bool,
+) -> Tensor:
+    """y + b₀ + (U h) ⊙ b₁ of each example."""
+    if bias is None:
+        return y
+    y = y + place(bias.detach() if linearized else bias)
+    if response is None:
+        return y
+    change = place(response.coefficients(delta) * response.direction)
+    return y + (tangent_only(change) if linearized else change)
+
+
+class _HyperConv(HyperLayer):
+    """Convolutions, with one coefficient per output channel."""
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """y for one h, or one of each example."""
+        return cast("Tensor", self._call(self._per_example, x, h))
+
+    def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
+        conv = cast("nn.Conv2d", self)
+        if x.dim() != conv.weight.dim():
+            raise ValueError(
+                f"{type(self).__name__} with one h of each example needs a batch of images. Got {tuple(x.shape)}."
+            )
+        check_examples(x, delta, 0, type(self).__name__)
+        place = placement(x.dim(), 0, 1)
+        y = respond_to(
+            lambda x, w: conv._conv_forward(x, w, None),  # padding modes included
+            x, conv.weight, self.response_of("weight"), delta, place, linearized,
+        )  # fmt: skip
+        return add_bias(y, conv.bias, self.response_of("bias"), delta, place, linearized)
+
+
+class HyperConv1d(_HyperConv, nn.Conv1d):
+    """``nn.Conv1d`` with the response of :class:`HyperLinear` per output channel.
+
+    Args:
+        in_channels: Of x.
+        out_channels: Of y.
+        kernel_size: Width of the kernel.
+        num_hyperparameters: n.
+        **options: The other arguments of ``nn.Conv1d``.
+    """
+
+    plain = nn.Conv1d
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Any, num_hyperparameters: int, **options: Any
+    ) -> None:
+        nn.Conv1d.__init__(self, in_channels, out_channels, kernel_size, **options)
+        self.respond(num_hyperparameters)
+
+
+class HyperConv2d(_HyperConv, nn.Conv2d):
+    """``nn.Conv2d`` with the response of :class:`HyperLinear` per output channel.
+
+    Args:
+        in_channels: Of x.
+        out_channels: Of y.
+        kernel_size: Sides of the kernel.
+        num_hyperparameters: n.
+        **options: The other arguments of ``nn.Conv2d``.
+
+    >>> layer = HyperConv2d(1, 4, 3, num_hyperparameters=2)
+    >>> tuple(layer(torch.zeros(5, 1, 8, 8), torch.zeros(5, 2)).shape)
+    (5, 4, 6, 6)
+    """
+
+    plain = nn.Conv2d
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Any, num_hyperparameters: int, **options: Any
+    ) -> None:
+        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, **options)
+        self.respond(num_hyperparameters)
+
+
+class HyperEmbedding(HyperLayer, nn.Embedding):
+    """Row of token t: e₀ₜ + (vₜ·h) e₁ₜ.
+
+    ``2·num·dim + num·n`` parameters. The rows are those of a tied output layer, so that a shared weight has one
+    response.
+
+    Args:
+        num_embeddings: Number of tokens.
+        embedding_dim: Width of a row.
+        num_hyperparameters: n.
+        **options: The other arguments of ``nn.Embedding``.
+    """
+
+    plain = nn.Embedding
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, num_hyperparameters: int, **options: Any
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, **options)
+        self.respond(num_hyperparameters)
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """Rows of the tokens x (batch, …) for one h, or one of each example."""
+        return cast("Tensor", self._call(self._per_example, x, h))
+
+    def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
+        dim = self._batch_dim
+        check_examples(x, delta, dim, type(self).__name__)
+        base = functional.embedding(x, self.weight.detach() if linearized else self.weight, self.padding_idx)
+        response = self.response_of("weight")
+        if response is None:
+            return base
+        shape = [1] * x.dim()
+        shape[dim] = len(delta)
+        rows = functional.embedding(x, response.scale, self.padding_idx)
+        coefficient = (rows * delta.reshape(*shape, -1)).sum(-1, keepdim=True)
+        change = coefficient * functional.embedding(x, response.direction, self.padding_idx)
+        return base + (tangent_only(change) if linearized else change)
+
+
+class _HyperNorm(HyperLayer):
+    """Normalisation layers: gain and shift respond entry by entry, the statistics are those of the batch."""
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """y for one h, or one of each example."""
+        return cast("Tensor", self._call(self._per_example, x, h))
+
+    def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
+        layer_norm = isinstance(self, nn.LayerNorm)
+        dim = self._batch_dim if layer_norm else 0
+        check_examples(x, delta, dim, type(self).__name__)
+        gain, shift = self._parameters["weight"], self._parameters["bias"]
+        self._parameters["weight"] = self._parameters["bias"] = None
+        try:
+            y = cast("Tensor", self.plain.forward(self, x))
+        finally:
+            self._parameters["weight"], self._parameters["bias"] = gain, shift
+        place = placement(x.dim(), dim, -1 if layer_norm else 1)
+        if gain is not None:
+            y = self._scaled(y, gain, self.response_of("weight"), delta, place, linearized)
+        return add_bias(y, shift, self.response_of("bias"), delta, place, linearized)
+
+    @staticmethod
+    def _scaled(
+        y: Tensor,
+        gain: Tensor,
+        response: RowResponse | None,
+        delta: Tensor,
+        place: Callable[[Tensor], Tensor],
+        linearized: bool,
+    ) -> Tensor:
+        base = y * place(gain.detach() if linearized else gain)
+        if response is None:
+            return base
+        factor = place(response.coefficients(delta) * response.direction)
+        if not linearized:
+            return base + y * factor
+        return base + tangent_only(unpack_dual(y)[0].detach() * factor)
+
+
+class HyperLayerNorm(_HyperNorm, nn.LayerNorm):
+    """Made by :func:`best_response`; see :class:`_HyperNorm`."""
+
+    plain = nn.LayerNorm
+
+
+class HyperGroupNorm(_HyperNorm, nn.GroupNorm):
+    """Made by :func:`best_response`; see :class:`_HyperNorm`."""
+
+    plain = nn.GroupNorm
+
+
+class HyperBatchNorm1d(_HyperNorm, nn.BatchNorm1d):
+    """Made by :func:`best_response`; see :class:`_HyperNorm`."""
+
+    plain = nn.BatchNorm1d
+
+
+class HyperBatchNorm2d(_HyperNorm, nn.BatchNorm2d):
+    """Made by :func:`best_response`; see :class:`_HyperNorm`."""
+
+    plain = nn.BatchNorm2d

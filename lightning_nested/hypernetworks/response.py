@@ -1,0 +1,315 @@
+"""A module whose weights are a function of hyperparameters, w(h) = w₀ + Δ(h − center)."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lightning_nested.hypernetworks.layers import (
+    HyperLayer,
+    Point,
+    check_hyperparameters,
+    make_dual,
+    unpack_dual,
+)
+
+Weights = Mapping[str, Tensor]
+Mode = Literal["response", "general", "linearized"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the module is evaluated."""
+
+    h: Tensor
+    mode: Mode = "response"
+    weights: Weights | None = None
+    change: Callable[[dict[str, Tensor]], Weights] | None = None
+
+
+class Response(nn.Module):
+    """The base of all learned best responses.
+
+    ``response(x, h)`` is the module's output with the weights w(h). h holds n unconstrained numbers: (n,) for one
+    point, or (batch, n) for one of each example where the module's layers allow it. Inside ``with response.at(h):``
+    and after ``response.bind(h)`` the call is the module's own, ``response(x)``.
+
+    The weights w₀ keep their names; Δ(0) = 0, so that the network at ``center`` is the plain one with w₀.
+
+    Args:
+        module: Any module; a copy is kept.
+        num_hyperparameters: n.
+        batch_dim: Dimension of the examples in the inputs of linear layers and embeddings.
+
+    Attributes:
+        module: The copy.
+        center: Subtracted from h, (n,); zero unless moved by :meth:`recenter`.
+
+    Raises:
+        ValueError: n is below 1, or there is no parameter that could respond.
+    """
+
+    center: Tensor
+    point: Tensor
+
+    def __init__(self, module: nn.Module, num_hyperparameters: int, batch_dim: int = 0) -> None:
+        super().__init__()
+        if num_hyperparameters < 1:
+            raise ValueError(f"num_hyperparameters must be at least 1. Got {num_hyperparameters}.")
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+            raise ValueError(
+                f"The parameters must be initialised. Got lazy ones in {type(module).__name__}; call it once."
+            )
+        self.module = copy.deepcopy(module)
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not any(p.is_floating_point() for p in named.values()):
+            raise ValueError(
+                "The module must have a parameter that requires gradients. "
+                f"Got {type(module).__name__} with none; there is nothing that could respond."
+            )
+        self._names = tuple(named)
+        self.num_hyperparameters = num_hyperparameters
+        first = next(iter(named.values()))
+        self.register_buffer("center", first.new_zeros(num_hyperparameters, requires_grad=False))
+        self.register_buffer("point", first.new_zeros(num_hyperparameters, requires_grad=False))
+        self.layers = Point(batch_dim)
+        self._place: _Place | None = None
+        self._bound = False
+        self._double_vjp = False  # once forward mode has met an operation it does not know
+
+    # ---- what kinds of responses define
+
+    @abstractmethod
+    def changes(self, delta: Tensor) -> dict[str, Tensor]:
+        """Δ of each parameter for h − center = ``delta`` (n,)."""
+
+    def one_point_only(self) -> tuple[str, ...]:
+        """Parameters for which each example cannot have an h of its own."""
+        return self._names
+
+    # ---- parameters
+
+    def general_parameters(self) -> dict[str, nn.Parameter]:
+        """w₀ by name, as in the module that was given."""
+        return {name: self._parameter(name) for name in self._names}
+
+    def response_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters φ of Δ by name, those that require gradients."""
+        general = {id(p) for p in self.general_parameters().values()}
+        return {n: p for n, p in self.named_parameters() if p.requires_grad and id(p) not in general}
+
+    def weights(self, h: Tensor) -> dict[str, Tensor]:
+        """w(h) by name, with its graph; h (n,)."""
+        check_hyperparameters(h, self.num_hyperparameters)
+        if h.dim() == 2:
+            raise ValueError(f"weights(h) needs one point. Got {tuple(h.shape)}; give h of shape (n,).")
+        changes = self.changes(h - self.center)
+        return {name: p + changes[name] for name, p in self.general_parameters().items()}
+
+    @torch.no_grad()
+    def recenter(self, h: Tensor) -> None:
+        """Make h the center. The general weights become w(h), so that w(·) stays the same function.
+
+        Exact for responses that are linear in h; for others the value at h is kept.
+        """
+        for name, value in self.weights(h).items():
+            self._parameter(name).copy_(value)
+        self.center.copy_(h)
+
+    # ---- evaluation
+
+    @contextmanager
+    def at(
+        self,
+        h: Tensor,
+        mode: Mode = "response",
+        *,
+        weights: Weights | None = None,
+        change: Callable[[dict[str, Tensor]], Weights] | None = None,
+    ) -> Iterator[None]:
+        """Inside, the response is called like the plain module.
+
+        Args:
+            h: (n,), or (batch, n).
+            mode: ``"response"``: with w(h). ``"general"``: with w₀. ``"linearized"``: the value is
+                f(w₀) + J·Δ(h), with derivatives with respect to φ alone; the function that Delta-STN trains.
+            weights: In place of w(h), by name.
+            change: From the weights by name to those used, such as a mask; needs one h.
+        """
+        check_hyperparameters(h, self.num_hyperparameters)
+        if h.dim() == 2 and mode != "general":
+            if self.one_point_only():
+                some = ", ".join(self.one_point_only()[:4])
+                raise ValueError(
+                    "One h of each example needs layers that respond by themselves: linear, convolution 1d and 2d, "
+                    f"embedding, LSTM, batch, group and layer norm. Got others that hold {some}; give one h of "
+                    "shape (n,) for the batch."
+                )
+            if weights is not None or change is not None:
+                raise ValueError("weights= and change= need one h. Got one of each example.")
+        before, self._place = self._place, _Place(h, mode, weights, change)
+        try:
+            yield
+        finally:
+            self._place = before
+
+    def bind(self, h: Tensor) -> None:
+        """From now on ``response(x)`` is evaluated at h (n,), outside :meth:`at`."""
+        check_hyperparameters(h, self.num_hyperparameters)
+        self.point.copy_(h.detach())
+        self._bound = True
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The module's output. The last positional argument is h unless h is given by ``at`` or ``bind``."""
+        place = self._place
+        if place is None and self._bound:
+            place = _Place(self.point)
+        if place is None:
+            if len(inputs) < 2 or not isinstance(inputs[-1], Tensor):
+                raise ValueError(
+                    "response(x, h) needs h as its last argument. "
+                    f"Got {len(inputs)} argument(s); give h, or call inside `with response.at(h):`."
+                )
+            with self.at(inputs[-1]):
+                return self.forward(*inputs[:-1], **options)
+        if place.mode == "general":
+            weights = place.change(dict(self.general_parameters())) if place.change is not None else {}
+            return self._run(weights, inputs, options)
+        if place.h.dim() == 2:
+            return self._each(place, inputs, options)
+        if place.mode == "linearized":
+            return self._linearized(place, inputs, options)
+        weights = dict(place.weights) if place.weights is not None else self.weights(place.h)
+        return self._run(place.change(weights) if place.change is not None else weights, inputs, options)
+
+    def _run(self, weights: Weights, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if not weights:
+            return self.module(*inputs, **options)
+        return torch.func.functional_call(self.module, dict(weights), inputs, options)
+
+    def _each(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """One h of each example, by the layers themselves."""
+        layers = self.layers
+        layers.delta, layers.linearized = place.h - self.center, place.mode == "linearized"
+        layers.visited = set()
+        try:
+            if place.mode == "response":
+                result = self.module(*inputs, **options)
+            else:
+                with forward_ad.dual_level():
+                    result = tree_map(_plus_tangent, self.module(*inputs, **options))
+        finally:
+            layers.delta, layers.linearized = None, False
+        missed = [
+            name
+            for name, layer in self.module.named_modules()
+            if isinstance(layer, HyperLayer) and id(layer) not in layers.visited
+        ]
+        if missed:
+            raise ValueError(
+                "One h of each example needs every layer to be called. "
+                f"Got {', '.join(missed[:4])} that are not: unused, or their weights are read from outside; give "
+                "one h of shape (n,) for the batch."
+            )
+        return result
+
+    def _linearized(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """f(w₀) + J·Δ: the tangent by forward mode, φ's derivatives by an ordinary backward pass of f.
+
+        φ sees w₀ + Δ − stop(Δ), whose value is w₀. Then the vector-Jacobian product of the output is that of J·Δ(φ),
+        and no derivative of a tangent is taken, which torch gets wrong through normalisation layers.
+        """
+        changes = self.changes(place.h - self.center)
+        values = {
+            n: p.detach() + changes[n] - changes[n].detach() for n, p in self.general_parameters().items()
+        }
+        tangents = {n: changes[n].detach() for n in values}
+        change = place.change if place.change is not None else dict
+        if not self._double_vjp:
+            try:
+                with (
+                    forward_ad.dual_level(),
+                    sdpa_kernel(SDPBackend.MATH),
+                    torch.backends.cudnn.flags(enabled=False),
+                ):
+                    duals = {n: make_dual(v, tangents[n]) for n, v in values.items()}
+                    return tree_map(_plus_tangent, self._run(change(duals), inputs, options))
+            except (NotImplementedError, RuntimeError) as error:
+                if "forward" not in str(error).lower():
+                    raise
+                self._double_vjp = True
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            names = list(values)
+            leaves = {n: v if v.requires_grad else v.requires_grad_() for n, v in values.items()}
+            outputs, tree = tree_flatten(self._run(change(dict(leaves)), inputs, options))
+            return tree_unflatten(_add_tangents(outputs, leaves, tangents, names), tree)
+
+    # ---- the plain network
+
+    def export(self, h: Tensor) -> nn.Module:
+        """The plain module with the weights w(h): a copy, no hypernetwork left.
+
+        Args:
+            h: (n,).
+
+        >>> from lightning_nested.hypernetworks import best_response
+        >>> response = best_response(nn.Linear(3, 2), num_hyperparameters=4)
+        >>> type(response.export(torch.zeros(4))).__name__
+        'Linear'
+        """
+        with torch.no_grad():
+            weights = self.weights(h)
+            plain = copy.deepcopy(self.module)
+            for layer in list(plain.modules()):
+                revert = getattr(layer, "revert", None)
+                if callable(revert):
+                    revert()
+            for name, parameter in plain.named_parameters():
+                if name in weights:
+                    parameter.copy_(weights[name])
+        return plain
+
+    def num_parameters(self) -> dict[str, int]:
+        """How many are ``"general"`` (w₀) and ``"response"`` (φ)."""
+        return {
+            "general": sum(p.numel() for p in self.general_parameters().values()),
+            "response": sum(p.numel() for p in self.response_parameters().values()),
+        }
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self.module.get_parameter(name)
+
+
+def _plus_tangent(output: Any) -> Any:
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return output
+    value, tangent = unpack_dual(output)
+    return value if tangent is None else value + tangent.detach()
+
+
+def _add_tangents(outputs: list[Any], weights: Weights, tangents: Weights, names: list[str]) -> list[Any]:
+    """J·Δ by two reverse passes: the derivative with respect to v of Jᵀv, applied to Δ."""
+    live = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
+    cotangents = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
+    inputs = [weights[n] for n in names]
+    pulled = torch.autograd.grad(
+        [outputs[i] for i in live], inputs, cotangents, create_graph=True, allow_unused=True
+    )
+    used = [(g, tangents[n]) for g, n in zip(pulled, names, strict=True) if g is not None and g.requires_grad]
+    moved = torch.autograd.grad(
+        [g for g, _ in used], cotangents, [t for _, t in used], retain_graph=True, allow_unused=True
+    )
+    result = list(outputs)
+    for i, tangent in zip(live, moved, strict=True):
+        result[i] = outputs[i] if tangent is None else outputs[i] + tangent.detach()
+    return result

@@ -1,0 +1,177 @@
+"""Rates of dropout layers and of drop-connect, which drops weights instead of units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nested.hyperparameters.scalar import Scalar
+from lightning_nested.hyperparameters.transforms import Interval
+from lightning_nested.hyperparameters.weights import BoundHyperparameter
+
+
+class TunedDropout(nn.Module):
+    """A dropout layer that reads its rate from :class:`DropoutRates`; made by :meth:`DropoutRates.install`."""
+
+    rates: DropoutRates
+    index: int
+    p: float
+    whole_channels = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x with units dropped in training, x itself in evaluation."""
+        return self.rates.drop(x, self.index, self.whole_channels) if self.training else x
+
+    def revert(self) -> None:
+        """Become the plain layer again, with the present rate."""
+        self.p = float(self.rates.rate(self.index).detach())
+        for name in ("rates", "index"):
+            del self.__dict__[name]
+        self.__class__ = nn.Dropout2d if self.whole_channels else nn.Dropout  # type: ignore[assignment]
+
+
+class TunedDropout2d(TunedDropout):
+    """The same for whole channels."""
+
+    whole_channels = True
+
+
+_KINDS: dict[type[nn.Module], type[TunedDropout]] = {nn.Dropout: TunedDropout, nn.Dropout2d: TunedDropout2d}
+
+
+class DropoutRates(BoundHyperparameter):
+    """The rates of all ``nn.Dropout`` and ``nn.Dropout2d`` layers of a network.
+
+    Masks are Bernoulli, which has no derivative: tuned by hypernetworks. With ``temperature`` they are relaxed
+    (Gal, Hron & Kendall 2017, arXiv 1705.07832), and every other engine can tune the rates too.
+
+    Args:
+        per: ``"layer"``: one rate of each layer; ``"model"``: one for all.
+        init: At the start; None: the layers' own.
+        upper: Rates stay below.
+        temperature: Of the relaxed masks; None: hard masks.
+        name: Attribute of the module it is bound to, and key in logs.
+
+    Raises:
+        ValueError: A number is out of range; in :meth:`install`, there is no dropout layer.
+    """
+
+    per_example = True
+    usage = "self.dropout.install(self.network)  # once, in __init__"
+
+    def __init__(
+        self,
+        per: Literal["layer", "model"] = "layer",
+        init: float | None = None,
+        upper: float = 0.9,
+        temperature: float | None = None,
+        name: str = "dropout",
+    ) -> None:
+        super().__init__()
+        if per not in ("layer", "model"):
+            raise ValueError(f"per must be 'layer' or 'model'. Got {per!r}.")
+        if not 0 < upper < 1 or (init is not None and not 0 < init < upper):
+            raise ValueError(f"0 < init < upper < 1 must hold. Got init={init}, upper={upper}.")
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature must be positive, or None. Got {temperature}.")
+        self.per, self.init, self.upper, self.name, self.temperature = per, init, upper, name, temperature
+        self.transform = Interval(lower=0.0, upper=upper)
+        self._start: list[float] = []
+
+    def install(self, network: nn.Module) -> None:
+        """Let the dropout layers of ``network`` read their rates here. In place; before :meth:`build`."""
+        for index, layer in enumerate(self._found(network)):
+            own = float(getattr(layer, "p", 0.0))
+            start = own if self.init is None else self.init
+            if not 0 < start < self.upper:
+                raise ValueError(
+                    f"A rate must begin inside (0, {self.upper}). Got {start} of dropout layer {index}; give init=."
+                )
+            self._start.append(start)
+            layer.__class__ = _KINDS[type(layer)]
+            layer.__dict__.update({"rates": self, "index": index if self.per == "layer" else 0})
+        if self.per == "model":
+            self._start = [sum(self._start) / len(self._start)]
+
+    def count(self, network: nn.Module) -> int:
+        """Number of rates that ``network`` needs."""
+        return len(self._found(network)) if self.per == "layer" else 1
+
+    def _found(self, network: nn.Module) -> list[nn.Module]:
+        found = [m for m in network.modules() if type(m) in _KINDS]
+        if not found:
+            raise ValueError(
+                "DropoutRates needs layers nn.Dropout or nn.Dropout2d. "
+                f"Got none in {type(network).__name__}; leave it out, or add the layers."
+            )
+        return found
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """One unconstrained tensor of shape (number of rates,)."""
+        start = self._start or ([self.init] if self.init is not None else [])
+        if not start:
+            raise ValueError(
+                "DropoutRates must know its layers. Got none; call install(network) first, or give init=."
+            )
+        self._create({"rates": torch.tensor(start, dtype=self._dtype(parameters))}, device)
+
+    def rate(self, index: int = 0) -> Tensor:
+        """In natural units: (), or (batch,)."""
+        return self.transform.forward(self.tensors["rates"])[..., index]
+
+    def drop(self, x: Tensor, index: int = 0, whole_channels: bool = False) -> Tensor:
+        """x·mask/(1 − p); the first dimension counts examples."""
+        keep = 1 - self.rate(index).to(x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
+        noise = torch.rand(x.shape[:2] + (1,) * (x.dim() - 2) if whole_channels else x.shape, device=x.device)
+        noise = noise.to(x.dtype)
+        if self.temperature is None:
+            keep = keep.detach()
+            return x * (noise < keep) / keep
+        noise = noise.clamp(1e-6, 1 - 1e-6)
+        soft = torch.sigmoid((keep.logit(eps=1e-6) + noise.logit()) / self.temperature)
+        return x * soft / keep
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """For networks that are written for it: dropout of x with the first rate."""
+        return self.drop(x)
+
+
+class DropConnect(Scalar):
+    """Each weight of the chosen tensors is zero with probability p, one mask for the batch.
+
+    ``drop_connect(weights)`` gives the weights that are used, by name: :class:`HypernetworkModule` does it in
+    training by itself; elsewhere use ``torch.func.functional_call``. Wan et al. (2013), ICML, PMLR 28:1058-1066.
+
+    Args:
+        init: p at the start.
+        upper: p stays below.
+        include: Names of parameters, with ``*`` wildcards; tensors of one dimension are never dropped.
+        name: Attribute of the module it is bound to, and key in logs.
+    """
+
+    per_example = False
+    usage = "weights = self.drop_connect(dict(self.network.named_parameters()))"
+
+    def __init__(
+        self,
+        init: float = 0.1,
+        upper: float = 0.9,
+        include: Sequence[str] = ("*",),
+        name: str = "drop_connect",
+    ) -> None:
+        super().__init__(name, init, Interval(lower=0.0, upper=upper))
+        self.include = tuple([include] if isinstance(include, str) else include)
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """w·mask/(1 − p) for each chosen tensor, the others as they are."""
+        keep = 1 - self.value().detach()
+        return {
+            name: w * (torch.rand(w.shape, device=w.device) < keep) / keep.to(w.dtype)
+            if w.dim() > 1 and any(fnmatchcase(name, pattern) for pattern in self.include)
+            else w
+            for name, w in weights.items()
+        }

@@ -1,0 +1,149 @@
+"""Single numbers and choices that the training loss reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_nested.hyperparameters.transforms import Interval, Transform, Unconstrained
+from lightning_nested.hyperparameters.weights import BoundHyperparameter
+
+
+class Scalar(BoundHyperparameter):
+    """One number, for any use: ``module.name.value()`` is it, with its graph.
+
+    Args:
+        name: Attribute of the module it is bound to, and key in logs.
+        init: At the start, in natural units.
+        transform: From the unconstrained tensor; default ``Unconstrained()``.
+
+    Raises:
+        ValueError: ``init`` lies outside the transform's range.
+    """
+
+    per_example = True
+    usage = "self.scale = None  # in __init__, for Scalar('scale', ...)\nloss = loss * self.scale.value()"
+
+    def __init__(self, name: str, init: float, transform: Transform | None = None) -> None:
+        super().__init__()
+        if not math.isfinite(init):
+            raise ValueError(f"init must be finite. Got {init} for {name!r}.")
+        self.name, self.init = name, float(init)
+        self.transform = transform if transform is not None else Unconstrained()
+        self.transform.inverse(
+            torch.tensor(self.init, dtype=torch.float64)
+        )  # refused here, not in the middle of fit
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """One unconstrained tensor of shape ()."""
+        self._create({"value": torch.tensor(self.init, dtype=self._dtype(parameters))}, device)
+
+    def value(self) -> Tensor:
+        """In natural units: (), or (batch,) where each example has its own."""
+        return self.natural("value", self.tensors["value"])
+
+
+class Integer(Scalar):
+    """A whole number in lower … upper: the floor of a real one in (lower, upper + 1).
+
+    It has no derivative: tuned by hypernetworks, whose perturbations try its neighbours.
+
+    Args:
+        name: Attribute of the module it is bound to, and key in logs.
+        lower: Smallest value.
+        upper: Largest value.
+        init: At the start.
+    """
+
+    def __init__(self, name: str, lower: int, upper: int, init: int) -> None:
+        if not lower <= init <= upper:
+            raise ValueError(f"lower ≤ init ≤ upper must hold. Got {lower}, {init}, {upper} for {name!r}.")
+        super().__init__(name, init + 0.5, Interval(lower=lower, upper=upper + 1))
+        self.lower, self.upper = lower, upper
+
+    def natural(self, key: str, raw: Tensor) -> Tensor:
+        """A whole number, as floating type."""
+        return whole(self.transform.forward(raw), self.upper)
+
+    def unconstrained(self, key: str, value: Tensor) -> Tensor:
+        """Of the middle of the interval that becomes ``value``."""
+        return self.transform.inverse(value + 0.5)
+
+
+class Categorical(BoundHyperparameter):
+    """One of several options: the one of the largest score. Tuned by hypernetworks, whose perturbations try others.
+
+    Args:
+        name: Attribute of the module it is bound to, and key in logs.
+        options: What is chosen from.
+        init: Index of the first choice.
+    """
+
+    per_example = True
+    usage = "self.loss = None  # in __init__, for Categorical('loss', [...])\nfunction = self.loss.choice()"
+
+    def __init__(self, name: str, options: Sequence[Any], init: int = 0) -> None:
+        super().__init__()
+        if len(options) < 2 or not 0 <= init < len(options):
+            raise ValueError(
+                f"options must be at least 2 and init the index of one. Got {len(options)} and {init} for {name!r}."
+            )
+        self.name, self.options, self.init = name, tuple(options), init
+        self.transform = Unconstrained()
+
+    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """One score per option."""
+        scores = functional.one_hot(torch.tensor(self.init), len(self.options)).to(self._dtype(parameters))
+        self._create({"index": scores}, device)
+
+    def natural(self, key: str, raw: Tensor) -> Tensor:
+        """Index of the option, as floating type."""
+        return raw.argmax(-1).to(raw.dtype)
+
+    def unconstrained(self, key: str, value: Tensor) -> Tensor:
+        """Scores whose largest is that of option ``value``."""
+        if not 0 <= int(value) < len(self.options):
+            raise ValueError(f"{self.name} must be in 0 … {len(self.options) - 1}. Got {int(value)}.")
+        return functional.one_hot(value.long(), len(self.options)).to(self.tensors["index"].dtype)
+
+    def choice(self) -> Any:
+        """The chosen option, or a list of one for each example."""
+        index = self.natural("index", self.tensors["index"]).long()
+        return self.options[int(index)] if index.dim() == 0 else [self.options[i] for i in index.tolist()]
+
+
+class LabelSmoothing(Scalar):
+    """Cross-entropy against (1 − ε)·target + ε/classes, with ε tuned; differentiable.
+
+    ``module.label_smoothing(logits, labels)`` is the mean loss of a batch.
+
+    Args:
+        init: ε at the start.
+        upper: ε stays below.
+        name: Attribute of the module it is bound to, and key in logs.
+    """
+
+    usage = (
+        "self.label_smoothing = None  # in __init__\n"
+        "loss = (F.cross_entropy if self.label_smoothing is None else self.label_smoothing)(logits, labels)"
+    )
+
+    def __init__(self, init: float = 0.05, upper: float = 0.5, name: str = "label_smoothing") -> None:
+        super().__init__(name, init, Interval(lower=0.0, upper=upper))
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the batch; logits (batch, classes), labels (batch,)."""
+        log = logits.log_softmax(-1)
+        smoothing = self.value()
+        right = log.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return -((1 - smoothing) * right + smoothing * log.mean(-1)).mean()
+
+
+def whole(value: Tensor, upper: float) -> Tensor:
+    """The floor, without a derivative; not above ``upper`` where rounding reached the interval's end."""
+    return value.detach().floor().clamp(max=upper)

@@ -1,0 +1,119 @@
+"""All hyperparameters as one vector, and their evaluation at another point than their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+
+
+class HyperparameterVector:
+    """The unconstrained tensors of built hyperparameters, end to end: h of shape (n,).
+
+    Args:
+        hyperparameters: Built ones.
+
+    Raises:
+        ValueError: One is not built.
+    """
+
+    def __init__(self, hyperparameters: Sequence[Hyperparameter]) -> None:
+        for hyperparameter in hyperparameters:
+            if not hyperparameter.built:
+                raise ValueError(f"hyperparameters must be built. Got {hyperparameter.name!r}, which is not.")
+        self.hyperparameters = tuple(hyperparameters)
+        self._held: dict[str, dict[str, Tensor]] | None = None  # the leaves, while others stand in for them
+        self.sizes = [t.numel() for t in self.tensors]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def _leaves(self) -> dict[str, dict[str, Tensor]]:
+        return self._held if self._held is not None else {h.name: h.tensors for h in self.hyperparameters}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The leaves, in the vector's order."""
+        return tuple(t for h in self.hyperparameters for t in self._leaves[h.name].values())
+
+    def flat(self) -> Tensor:
+        """h (n,), with its graph to the leaves."""
+        return torch.cat([t.reshape(-1) for t in self.tensors])
+
+    def at_values(self, values: Mapping[str, Any]) -> Tensor:
+        """h of values in natural units, detached; what is not named stays as it is.
+
+        Args:
+            values: By ``name`` or ``name/key``, as :meth:`bound` yields them.
+
+        Raises:
+            ValueError: A name is unknown, a value lies outside its interval, or has another shape.
+        """
+        given, pieces = dict(values), []
+        for hyperparameter in self.hyperparameters:
+            leaves = self._leaves[hyperparameter.name]
+            for key, leaf in leaves.items():
+                label = hyperparameter.name if len(leaves) == 1 else f"{hyperparameter.name}/{key}"
+                if label not in given:
+                    pieces.append(leaf.detach().reshape(-1))
+                    continue
+                value = torch.as_tensor(given.pop(label), dtype=leaf.dtype, device=leaf.device)
+                try:
+                    raw = hyperparameter.unconstrained(key, value)
+                except ValueError as error:
+                    raise ValueError(f"The value of {label!r} must lie in its interval: {error}") from error
+                if raw.numel() not in (1, leaf.numel()):
+                    raise ValueError(
+                        f"{label!r} must have shape {tuple(leaf.shape)}. Got {tuple(value.shape)}."
+                    )
+                pieces.append(raw.expand(leaf.shape).reshape(-1))
+        if given:
+            known = [f"{h.name}" for h in self.hyperparameters]
+            raise ValueError(f"values must be of {', '.join(known)}. Got {', '.join(given)}.")
+        return torch.cat(pieces)
+
+    @contextmanager
+    def bound(self, h: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Inside, every hyperparameter has the values of ``h``: (n,), or (batch, n).
+
+        Yields:
+            Values in natural units, with their graph to h: by ``name``, or ``name/key`` where there are several.
+
+        Raises:
+            ValueError: h has another length, or one row of each example where one of them allows none.
+        """
+        if h.dim() not in (1, 2) or h.shape[-1] != len(self):
+            raise ValueError(
+                f"h must have shape ({len(self)},) or (batch, {len(self)}). Got {tuple(h.shape)}."
+            )
+        if h.dim() == 2:
+            batch = [x.name for x in self.hyperparameters if not x.per_example]
+            if batch:
+                raise ValueError(
+                    f"One h of each example needs hyperparameters that act on examples. Got {', '.join(batch)}, which "
+                    f"act on the whole batch; give one h of shape ({len(self)},)."
+                )
+        pieces = iter(h.split(self.sizes, dim=-1))  # type: ignore[no-untyped-call]
+        lead = h.shape[:-1]
+        before = [h.tensors for h in self.hyperparameters]
+        held, self._held = self._held, self._leaves
+        natural = {}
+        for hyperparameter in self.hyperparameters:
+            leaves = self._held[hyperparameter.name]
+            moved = {key: next(pieces).reshape((*lead, *leaf.shape)) for key, leaf in leaves.items()}
+            hyperparameter.tensors = moved
+            for key, raw in moved.items():
+                label = hyperparameter.name if len(moved) == 1 else f"{hyperparameter.name}/{key}"
+                natural[label] = hyperparameter.natural(key, raw)
+        try:
+            yield natural
+        finally:
+            self._held = held
+            for hyperparameter, tensors in zip(self.hyperparameters, before, strict=True):
+                hyperparameter.tensors = tensors

@@ -1,0 +1,546 @@
+"""A LightningModule that learns how its network's best weights answer to hyperparameters, and tunes with it."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from typing_extensions import override
+
+from lightning_nested.callbacks.fitting import log_outer_step, reduction, refuse_strategy
+from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers
+from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
+from lightning_nested.hypernetworks.response import Mode, Weights
+from lightning_nested.hyperparameters import (
+    BoundHyperparameter,
+    DropConnect,
+    Hyperparameter,
+    LearningRate,
+    ModuleTensors,
+    OuterReport,
+    OuterStep,
+)
+from lightning_nested.modules.cycles import InnerProblem, check_loss
+from lightning_nested.modules.fast_weights import average_gradients
+from lightning_nested.modules.response_loops import DeltaSTN, ResponseLoop
+from lightning_nested.modules.response_monitor import ResponseOptions, monitor_response, sgd_steps
+from lightning_nested.modules.response_setup import (
+    build_response,
+    length_of_first_tensor,
+    one_point_of_each_example,
+)
+
+
+def default_weights_optimizer(parameters: Any) -> Optimizer:
+    """SGD of rate 0.1 and momentum 0.9."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def default_response_optimizer(parameters: Any) -> Optimizer:
+    """Adam of rate 1e-3."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def default_hyperparameter_optimizer(tensors: Any) -> Optimizer:
+    """Adam of rate 0.01."""
+    return torch.optim.Adam(tensors, lr=0.01)
+
+
+class HypernetworkModule(LightningModule):
+    """Trains a network together with its response to hyperparameters, and moves them along it; to be extended.
+
+        class Tuned(HypernetworkModule):
+            def __init__(self, **kwargs):
+                super().__init__(SmallCNN(), [WeightDecay(), Brightness(), LabelSmoothing()], **kwargs)
+
+            def inner_loss(self, batch, values):              # a training batch, at values that are tried
+                images, labels = batch
+                return self.label_smoothing(self.network(self.brightness(images)), labels)
+
+            def outer_loss(self, batch):                      # a validation batch
+                return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    ``self.network(x)`` is the network at the hyperparameters that are being tried, and at the present ones λ̂
+    everywhere else. The outer gradient is ∂L_V/∂w · ∂w_φ/∂λ: no derivative of the training loss with respect to λ
+    is needed, so whole numbers, choices and random masks can be tuned. Weight decays are added to the inner loss,
+    dropout and drop-connect rates reach the network by themselves.
+
+    Optimization is manual; ``trainer.global_step`` counts training steps. Each step draws from random streams of its
+    own, which makes a run resumed from an epoch's end go on as if it had not stopped, dropout included. In a
+    data-parallel run each process tries other hyperparameters, and λ̂ stays equal. Subclasses that override
+    ``setup``, ``on_fit_start``, ``on_train_start``, ``on_save_checkpoint`` or ``on_load_checkpoint`` call
+    ``super()``'s. Lorraine & Duvenaud (2018), arXiv 1802.09419; further papers at the loops.
+
+    Args:
+        network: Any module, which :func:`best_response` converts; or a :class:`Response`, such as
+            ``FactorisedResponse(module, n)``.
+        hyperparameters: What is tuned.
+        loop: ``DeltaSTN()``, ``STN()``, ``Local()``, ``Simplified()`` or ``Global(response_steps=...)``.
+        weights_optimizer: From w₀ to its optimizer.
+        response_optimizer: From φ to its optimizer.
+        outer_optimizer: From λ's unconstrained tensors to their optimizer.
+        scale_optimizer: From the perturbation's unconstrained scales to their optimizer.
+        weights_scheduler: Stepped after each epoch.
+        response_scheduler: Stepped after each epoch.
+        outer_scheduler: Stepped after each step of λ.
+        options: Points per batch, refinement, monitor, clipping, logging.
+
+    Attributes:
+        network: The response; see :class:`Response`.
+        inner_steps: Made so far; with ``outer_steps`` and ``skipped_steps`` the module's own clock.
+
+    Raises:
+        ValueError: Arguments that contradict each other.
+        MisconfigurationException: In ``fit``: settings the module cannot work with.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        hyperparameters: Hyperparameter | Sequence[Hyperparameter],
+        *,
+        loop: ResponseLoop = DeltaSTN(),  # noqa: B008 - frozen
+        weights_optimizer: OptimizerCallable = default_weights_optimizer,
+        response_optimizer: OptimizerCallable = default_response_optimizer,
+        outer_optimizer: OptimizerCallable = default_hyperparameter_optimizer,
+        scale_optimizer: OptimizerCallable = default_hyperparameter_optimizer,
+        weights_scheduler: LRSchedulerCallable | None = None,
+        response_scheduler: LRSchedulerCallable | None = None,
+        outer_scheduler: LRSchedulerCallable | None = None,
+        options: ResponseOptions = ResponseOptions(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        tuned = [hyperparameters] if isinstance(hyperparameters, Hyperparameter) else list(hyperparameters)
+        for h in tuned:
+            if isinstance(h, LearningRate | ModuleTensors):
+                raise ValueError(
+                    "A hyperparameter of HypernetworkModule must act through the training loss or the weights' "
+                    f"penalty. Got {h.name!r}, a {type(h).__name__}; tune it with NestedModule."
+                )
+        self.loop, self.options = loop, options
+        self.outer = OuterStep(tuned, optimizer=outer_optimizer, scheduler=outer_scheduler)
+        self.network, self.vector = build_response(network, self.outer)
+        self._make = (weights_optimizer, response_optimizer)
+        self._make_schedulers = (weights_scheduler, response_scheduler)
+        self._drop_connects = [h for h in tuned if isinstance(h, DropConnect)]
+        self.scale: Tensor | None = loop.distribution.initial(self.vector.flat().detach())
+        self._scale_optimizer: Optimizer | None = None
+        if self.scale is not None:
+            self.scale.requires_grad_()
+            self._scale_optimizer = scale_optimizer([self.scale])
+        self.per_example = one_point_of_each_example(self.vector, self.network, options)
+        self.inner_steps = self.outer_steps = self.skipped_steps = 0
+        self.last_report: OuterReport | None = None
+        self._skipped_in_a_row = 0
+        self._saved: Mapping[str, Any] | None = None
+        self._problem: InnerProblem | None = None
+        self._bind()
+
+    # ---- what users write and read
+
+    @abstractmethod
+    def inner_loss(self, batch: Any, values: Mapping[str, Tensor]) -> Tensor:
+        """Training loss of a batch: a scalar with its graph, without tuned weight decays.
+
+        Args:
+            batch: Of the training data.
+            values: What is tried, in natural units by ``name`` or ``name/key``; of shape (batch, …) where each
+                example has its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define inner_loss(self, batch, values).")
+
+    @abstractmethod
+    def outer_loss(self, batch: Any) -> Tensor:
+        """Validation loss of a batch: a scalar with its graph."""
+        raise NotImplementedError(f"{type(self).__name__} must define outer_loss(self, batch).")
+
+    def outer_dataloader(self) -> Any:
+        """Loader of the outer batches; None: the validation data of ``fit``."""
+        return None
+
+    def num_examples(self, batch: Any) -> int:
+        """Examples in a batch: the length of its first tensor."""
+        size = length_of_first_tensor(batch)
+        if size is not None:
+            return size
+        raise MisconfigurationException(
+            f"num_examples(batch) must know the size of a batch. Got a {type(batch).__name__} without tensors; "
+            "override it."
+        )
+
+    @override
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The network's output at λ̂."""
+        return self.network(*inputs, **options)
+
+    def values(self) -> dict[str, Tensor]:
+        """Tuned values in natural units, by ``name`` or ``name/key``."""
+        return self.outer.values()
+
+    def export(self, values: Mapping[str, Any] | None = None) -> nn.Module:
+        """The plain network with the best-response weights at λ̂, or at other values: no hypernetwork left.
+
+        Args:
+            values: In natural units by ``name`` or ``name/key``; what is not named is at λ̂.
+
+        Raises:
+            ValueError: A value lies outside its interval, or a name is unknown.
+        """
+        h = self.vector.at_values(values or {})
+        with self.vector.bound(h):
+            return self.network.export(h)
+
+    def scales(self) -> dict[str, Tensor]:
+        """Standard deviations of the perturbation in unconstrained units, by hyperparameter; empty if not learned."""
+        if self.scale is None:
+            return {}
+        sizes = [sum(t.numel() for t in h.tensors.values()) for h in self.vector.hyperparameters]
+        pieces = torch.split(functional.softplus(self.scale.detach()), sizes)
+        return {h.name: piece for h, piece in zip(self.vector.hyperparameters, pieces, strict=True)}
+
+    # ---- lifecycle
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One of w₀ and one of φ; those of λ and the scales are no business of the Trainer."""
+        groups = (self.network.general_parameters(), self.network.response_parameters())
+        optimizers = [make(list(g.values())) for make, g in zip(self._make, groups, strict=True)]
+        schedulers = []
+        for make, optimizer in zip(self._make_schedulers, optimizers, strict=True):
+            if make is not None:
+                scheduler = make(optimizer)
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    raise MisconfigurationException(
+                        "Schedulers of HypernetworkModule are stepped by the epoch. Got ReduceLROnPlateau, which "
+                        "needs a metric; use another, or step it in on_validation_epoch_end."
+                    )
+                schedulers.append(scheduler)
+        return optimizers, schedulers
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_strategy(self.trainer, "HypernetworkModule")
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise MisconfigurationException(
+                f"HypernetworkModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
+            )
+
+    @override
+    def on_fit_start(self) -> None:
+        for tensor in (*self.vector.tensors, *([] if self.scale is None else [self.scale])):
+            tensor.data = tensor.data.to(self.device)  # the same leaves: their optimizers hold them
+        for optimizer in (self.outer.optimizer, self._scale_optimizer):
+            if optimizer is not None:
+                optimizer.load_state_dict(optimizer.state_dict())  # its state goes to where the leaves are
+        self._follow()
+
+    @override
+    def on_train_start(self) -> None:
+        batches = OuterBatches(self.trainer, self.outer_dataloader(), seed=base_seed(self.trainer))
+        if self._saved is not None:
+            batches.load_state_dict(self._saved["batches"])
+            self._saved = None
+        weights, _ = self._optimizers()
+        self._problem = InnerProblem(
+            module=self,
+            inner_loss=lambda batch: self.training_loss(batch, self.vector.flat().detach()),
+            outer_loss=self.outer_loss,
+            optimizer=weights,
+            parameters={**self.network.general_parameters(), **self.network.response_parameters()},
+            outer=self.outer,
+            batches=batches,
+            accumulate=1,
+            clip=self.options.gradient_clip_val,
+            clip_algorithm=self.options.gradient_clip_algorithm,
+        )
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        problem = self._problem
+        if problem is None:
+            raise MisconfigurationException(
+                "HypernetworkModule must be started by its hooks. "
+                f"Got a {type(self).__name__} that overrides setup, on_fit_start or on_train_start without super()'s."
+            )
+        trained = self.loop.trains(self.inner_steps)
+        if trained:
+            loss = self._inner_step(batch, problem)
+            self.inner_steps += 1
+        for _ in range(self.loop.outer_steps(self.inner_steps)):
+            self._outer_step(batch, problem)
+        if not trained:
+            loss = torch.tensor(self.last_report.outer_loss if self.last_report else math.nan)
+        if self.trainer.is_last_batch:
+            for config in self.trainer.lr_scheduler_configs:
+                self.lr_scheduler_step(config.scheduler, None)
+        return {"loss": loss}
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logs the outer loss at λ̂ as ``val_loss``; to be overridden."""
+        loss = self.outer_loss(batch)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=self.num_examples(batch))
+        return loss
+
+    @override
+    def teardown(self, stage: str) -> None:
+        if self._problem is not None:
+            self._outer_position = self._problem.batches.state_dict()
+        self._problem = None
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        position = (
+            self._problem.batches.state_dict() if self._problem else getattr(self, "_outer_position", None)
+        )
+        checkpoint["hypernetwork"] = {
+            "outer": self.outer.state_dict(),
+            "scale": None if self.scale is None else self.scale.detach().cpu().clone(),
+            "scale_optimizer": self._scale_optimizer.state_dict() if self._scale_optimizer else None,
+            "batches": position,
+            "inner_steps": self.inner_steps,
+            "outer_steps": self.outer_steps,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("hypernetwork")
+        if state is None:
+            return
+        self.outer.load_state_dict(state["outer"], {})
+        if (state["scale"] is None) != (self.scale is None):
+            raise ValueError(
+                "The checkpoint must be of a loop that learns the perturbation's scale exactly if this one does. "
+                f"Got {self.loop}."
+            )
+        if self.scale is not None and self._scale_optimizer is not None:
+            with torch.no_grad():
+                self.scale.copy_(state["scale"])
+            self._scale_optimizer.load_state_dict(state["scale_optimizer"])
+        self.inner_steps, self.outer_steps = state["inner_steps"], state["outer_steps"]
+        self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self._saved = state if state["batches"] is not None else None
+
+    # ---- losses
+
+    def training_loss(
+        self, batch: Any, h: Tensor, mode: Mode = "response", weights: Weights | None = None
+    ) -> Tensor:
+        """The inner loss with its penalties at h, of shape (n,) or (batch, n)."""
+        response, decays = self.network, self.outer.decays
+        if weights is None and decays and mode == "response":
+            weights = response.weights(h)
+        # A linearised pass repeats the batch: it must not count twice in running statistics.
+        hold = untouched_buffers(response) if mode == "linearized" else nullcontext()
+        with hold, self.vector.bound(h) as values, self._at(h, mode, weights):
+            loss = check_loss("inner_loss", self, self.inner_loss(batch, values))
+            for decay in decays:
+                loss = loss + decay.penalty(self._penalised(h, mode, weights))
+        return loss
+
+    def _penalised(self, h: Tensor, mode: Mode, weights: Weights | None) -> Weights:
+        if weights is not None:
+            return weights
+        general = self.network.general_parameters()
+        if mode == "general":
+            return dict(general)
+        changes = self.network.changes(h - self.network.center)
+        return {name: p.detach() + changes[name] for name, p in general.items()}
+
+    @contextmanager
+    def _at(self, h: Tensor, mode: Mode, weights: Weights | None) -> Iterator[None]:
+        def dropped(weights: dict[str, Tensor]) -> Weights:
+            result: Weights = weights
+            for drop_connect in self._drop_connects:
+                result = drop_connect(result)
+            return result
+
+        with self.network.at(h, mode, weights=weights, change=dropped if self._drop_connects else None):
+            yield
+
+    # ---- steps
+
+    def _inner_step(self, batch: Any, problem: InnerProblem) -> Tensor:
+        general, phi = self.network.general_parameters(), self.network.response_parameters()
+        size = self.num_examples(batch) if self.per_example else None
+        with RandomStream(self._seed(self.inner_steps, 1), self.device), torch.enable_grad():
+            center = self.vector.flat().detach()
+            with torch.no_grad():
+                h = self.loop.distribution.sample(
+                    center, self.scale, self._noise(center, size, self.inner_steps, 2)
+                )
+            loss, for_general, for_phi = self.loop.gradients(
+                _Loss(self), batch, center, h, list(general.values()), list(phi.values())
+            )
+        found = [*for_general, *for_phi]
+        averaged = average_gradients(found, list(problem.parameters.values()), reduction(self.trainer))
+        limited = problem.limit(list(averaged))
+        for parameter, gradient in zip(problem.parameters.values(), limited, strict=True):
+            parameter.grad = gradient
+        weights, response = self._optimizers()
+        weights.step()
+        response.optimizer.step()  # past Lightning's wrapper: global_step counts training steps
+        for parameter in problem.parameters.values():
+            parameter.grad = None
+        return loss
+
+    def _outer_step(self, batch: Any, problem: InnerProblem) -> None:
+        try:
+            report = self._outer_gradients(batch, problem)
+        except FloatingPointError as error:
+            self._skip(error)
+            return
+        self._skipped_in_a_row = 0
+        self.last_report = report
+        self.outer.apply()
+        if self._scale_optimizer is not None:
+            self._scale_optimizer.step()
+        self.outer_steps += 1
+        self._follow()
+        every = self.options.log_every_n_outer_steps
+        if every > 0 and (self.outer_steps - 1) % every == 0:
+            log_outer_step(self, report, self.values(), self.skipped_steps)
+            for name, scale in self.scales().items():
+                self.log(f"perturbation/{name}", float(scale.mean()), batch_size=1)
+        monitor = self.options.monitor
+        if monitor is not None and (self.outer_steps - 1) % monitor.every_n_outer_steps == 0:
+            with RandomStream(self._seed(self.outer_steps, 5), self.device):
+                found = monitor_response(self, batch, problem)
+            self.log_dict({f"response/{key}": value for key, value in found.items()}, batch_size=1)
+
+    def _outer_gradients(self, batch: Any, problem: InnerProblem) -> OuterReport:
+        """Of λ and of the scales, held for their optimizers."""
+        flat = self.vector.flat()
+        step = self.outer_steps + self.skipped_steps
+
+        def tried(size: int | None) -> Tensor:
+            if self.scale is None:  # only a learned scale needs perturbed outer steps
+                return flat
+            return self.loop.distribution.sample(flat, self.scale, self._noise(flat, size, step, 3))
+
+        with torch.enable_grad():
+            common = None if self.per_example else tried(None)
+            weights = (
+                self._refined(batch, common) if self.options.refine_steps and common is not None else None
+            )
+
+        def evaluate(outer_loss: Any, outer_batch: Any) -> Tensor:
+            h = tried(self.num_examples(outer_batch)) if common is None else common
+            with self.network.at(h, weights=weights):
+                return check_loss("outer_loss", self, outer_loss(outer_batch))
+
+        with torch.enable_grad():
+            loss = problem.evaluate_outer(evaluate)
+            bonus = self.loop.distribution.bonus(self.scale)
+            total = loss if bonus is None else loss - bonus
+        reduce = reduction(self.trainer)
+        mean = float(loss.detach()) if reduce is None else float(reduce(loss.detach().reshape(1).clone()))
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
+        learned = [] if self.scale is None else [self.scale]
+        with problem.full_precision():
+            found = torch.autograd.grad(total, [*self.vector.tensors, *learned], allow_unused=True)
+        report = self.outer.hold(found[: len(self.vector.tensors)], mean, reduce=reduce)
+        if self.scale is not None:
+            (gradient,) = average_gradients(found[-1:], learned, reduce)
+            if gradient is not None and not bool(gradient.isfinite().all()):
+                raise FloatingPointError(
+                    "The gradient of the perturbation's scale must be finite. Got one that is not."
+                )
+            self.scale.grad = gradient
+        return report
+
+    def _refined(self, batch: Any, h: Tensor) -> dict[str, Tensor]:
+        """w(h) moved by a few real steps on the training loss; the derivative is w(h)'s."""
+        predicted = self.network.weights(h)
+        with RandomStream(self._seed(self.outer_steps, 4), self.device):
+            rate = float(self._optimizers()[0].param_groups[0]["lr"])
+            refined = sgd_steps(self, batch, h.detach(), predicted, self.options.refine_steps, rate)
+        return {name: w + (refined[name] - w).detach() for name, w in predicted.items()}
+
+    def _skip(self, error: FloatingPointError) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.options.max_skipped:
+            raise FloatingPointError(
+                f"More than max_skipped={self.options.max_skipped} successive outer steps failed. "
+                f"Got at last: {error}"
+            ) from error
+        if self._skipped_in_a_row == 1:
+            rank_zero_warn(
+                f"HypernetworkModule skipped the outer step at inner step {self.inner_steps}: {error}"
+            )
+
+    def _follow(self) -> None:
+        """The network stands at λ̂; a centred one is centred there."""
+        h = self.vector.flat().detach()
+        if self.loop.centred and not torch.equal(h, self.network.center):
+            if self.outer_steps == 0 and not bool(self.network.center.any()):
+                self.network.center.copy_(h)  # the first center: w₀ is what the user gave
+            else:
+                self.network.recenter(h)
+        self.network.bind(h)
+
+    def _noise(self, center: Tensor, size: int | None, step: int, kind: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed(step, kind))
+        return self.loop.distribution.draw(center, size, generator)
+
+    def _seed(self, step: int, kind: int) -> int:
+        """A number for each step, kind of draw and process; the kinds' factors are large primes."""
+        seed = self._problem.batches.seed if self._problem is not None else 0
+        return (seed + 15_485_863 * (step + 1) + 32_452_843 * kind + 49_979_687 * self.global_rank) % 2**31
+
+    # ---- names and optimizers
+
+    def _bind(self) -> None:
+        """Hyperparameters that the inner loss reads become attributes."""
+        for hyperparameter in self.outer.hyperparameters:
+            if isinstance(hyperparameter, BoundHyperparameter):
+                name = hyperparameter.name
+                if getattr(self, name, None) not in (None, hyperparameter):
+                    raise ValueError(
+                        f"{type(hyperparameter).__name__} becomes the attribute {name!r}. Got a "
+                        f"{type(self).__name__} that has it already; set another name=."
+                    )
+                setattr(self, name, hyperparameter)
+
+    def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer]:
+        optimizers = self.optimizers()
+        if not isinstance(optimizers, list) or len(optimizers) != 2:
+            raise MisconfigurationException(
+                "configure_optimizers must return two: of the weights and of the response. "
+                f"Got {len(optimizers) if isinstance(optimizers, list) else 1}."
+            )
+        weights, response = optimizers
+        assert isinstance(weights, LightningOptimizer)
+        assert isinstance(response, LightningOptimizer)
+        return weights, response
+
+
+class _Loss:
+    """What a loop calls."""
+
+    def __init__(self, module: HypernetworkModule) -> None:
+        self._module, self.response = module, module.network
+
+    def __call__(self, batch: Any, h: Tensor, mode: Mode = "response") -> Tensor:
+        return self._module.training_loss(batch, h, mode)

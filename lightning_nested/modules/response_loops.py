@@ -1,0 +1,192 @@
+"""How a hypernetwork is trained beside its hyperparameters: global, local, simplified, STN, Delta-STN."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hypernetworks import (
+    FixedScale,
+    GlobalNormal,
+    LearnedScale,
+    NoPerturbation,
+    Perturbation,
+    Response,
+)
+from lightning_nested.hypernetworks.response import Mode
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class TrainingLoss(Protocol):
+    """The inner loss with its penalties."""
+
+    response: Response
+
+    def __call__(self, batch: Any, h: Tensor, mode: Mode = "response") -> Tensor:
+        """Scalar with its graph at the perturbed or present h."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseLoop(ABC):
+    """Which steps follow each other, where h is tried, and which gradients train w₀ and φ.
+
+    Args:
+        train_steps: Steps on training data, then
+        valid_steps: steps of the hyperparameters on validation data.
+        warmup_steps: Steps on training data before the first of these rounds.
+
+    Raises:
+        ValueError: A number is too small.
+    """
+
+    train_steps: int = 1
+    valid_steps: int = 1
+    warmup_steps: int = 0
+
+    centred: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def distribution(self) -> Perturbation:
+        """Of h in training."""
+
+    def __post_init__(self) -> None:
+        if self.train_steps < 1 or self.valid_steps < 1 or self.warmup_steps < 0:
+            raise ValueError(
+                "train_steps and valid_steps must be at least 1, warmup_steps at least 0. "
+                f"Got {self.train_steps}, {self.valid_steps} and {self.warmup_steps}."
+            )
+
+    def trains(self, inner_steps: int) -> bool:
+        """Whether the next batch is used for a training step, after ``inner_steps`` of them."""
+        return True
+
+    def outer_steps(self, inner_steps: int) -> int:
+        """Steps of the hyperparameters that follow the training step of number ``inner_steps``."""
+        rounds = inner_steps - self.warmup_steps
+        return self.valid_steps if rounds > 0 and rounds % self.train_steps == 0 else 0
+
+    def gradients(
+        self,
+        loss: TrainingLoss,
+        batch: Any,
+        center: Tensor,
+        h: Tensor,
+        general: list[Tensor],
+        phi: list[Tensor],
+    ) -> tuple[Tensor, Gradients, Gradients]:
+        """The loss, its gradients for w₀ and those for φ. Here: all of the loss at the perturbed h."""
+        value = loss(batch, h)
+        found = torch.autograd.grad(value, [*general, *phi], allow_unused=True)
+        return value.detach(), found[: len(general)], found[len(general) :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Global(ResponseLoop):
+    """First the response everywhere, h ~ p(λ), for ``response_steps``; then only steps of the hyperparameters.
+
+    Lorraine & Duvenaud (2018), arXiv 1802.09419, algorithm 2.
+
+    Args:
+        response_steps: Steps on training data.
+        perturbation: p(λ).
+    """
+
+    response_steps: int
+    perturbation: Perturbation = GlobalNormal()  # noqa: RUF009 - frozen
+
+    @property
+    def distribution(self) -> Perturbation:
+        """p(λ)."""
+        return self.perturbation
+
+    def trains(self, inner_steps: int) -> bool:
+        """In the first phase."""
+        return inner_steps < self.response_steps
+
+    def outer_steps(self, inner_steps: int) -> int:
+        """None in the first phase, ``valid_steps`` per batch in the second."""
+        return 0 if self.trains(inner_steps) else self.valid_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(ResponseLoop):
+    """Alternating, h ~ N(λ, σ²) of fixed scale. Lorraine & Duvenaud (2018), algorithm 3.
+
+    Args:
+        perturbation: The distribution.
+    """
+
+    perturbation: Perturbation = FixedScale()  # noqa: RUF009 - frozen
+
+    @property
+    def distribution(self) -> Perturbation:
+        """N(λ, σ²)."""
+        return self.perturbation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simplified(ResponseLoop):
+    """Alternating, at h = λ. The response's slope is learned only from λ's own movement: while λ rests, it is not."""
+
+    @property
+    def distribution(self) -> Perturbation:
+        """λ."""
+        return NoPerturbation()
+
+
+@dataclass(frozen=True, kw_only=True)
+class STN(ResponseLoop):
+    """Self-Tuning Networks: alternating, h ~ N(λ, σ²) with σ learned against an entropy bonus.
+
+    MacKay, Vicol, Lorraine, Duvenaud & Grosse (2019), ICLR, arXiv 1903.03088.
+
+    Args:
+        perturbation: The distribution.
+    """
+
+    train_steps: int = 2
+    perturbation: Perturbation = LearnedScale()  # noqa: RUF009 - frozen
+
+    @property
+    def distribution(self) -> Perturbation:
+        """N(λ, σ²)."""
+        return self.perturbation
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaSTN(STN):
+    """Delta-STN: w(h) = w₀ + Δ(h − λ); w₀ is trained at the unperturbed λ, Δ on the output linearised in it.
+
+    The two no longer pull at each other, which makes the problem better conditioned. When λ moves, w₀ moves along
+    the response, so that w(·) stays the same function. The response's curvature is σ² times that of the weights: give
+    ``response_optimizer`` a rate of about the weights' over σ², or Adam. Bae & Grosse (2020), NeurIPS, arXiv
+    2010.13514.
+
+    Args:
+        perturbation: The distribution.
+    """
+
+    train_steps: int = 5
+
+    centred: ClassVar[bool] = True
+
+    def gradients(
+        self,
+        loss: TrainingLoss,
+        batch: Any,
+        center: Tensor,
+        h: Tensor,
+        general: list[Tensor],
+        phi: list[Tensor],
+    ) -> tuple[Tensor, Gradients, Gradients]:
+        """The loss at λ, its gradients for w₀, and those of the linearised loss at h for φ."""
+        value = loss(batch, center, "general")
+        for_general = torch.autograd.grad(value, general, allow_unused=True)
+        for_phi = torch.autograd.grad(loss(batch, h, "linearized"), phi, allow_unused=True)
+        return value.detach(), for_general, for_phi
