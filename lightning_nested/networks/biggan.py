@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lightning_nested.networks.biggan_blocks import DiscriminatorBlock, GeneratorBlock, SelfAttention
 from lightning_nested.networks.biggan_tables import DISCRIMINATORS, GENERATORS, check_resolution
-from lightning_nested.networks.conditional_batch_norm import ConditionalBatchNorm2d
+from lightning_nested.networks.conditional_batch_norm import ClassEmbedding, ConditionalBatchNorm2d
 from lightning_nested.networks.spectral_norm import (
     SpectralNormConv2d,
     SpectralNormEmbedding,
@@ -47,7 +47,7 @@ class Generator(nn.Module):
         initialization: ``"normal"`` N(0, 0.02²) or ``"orthogonal"``, of all weights and embeddings.
 
     Shape:
-        z ``(N, latent_dim)``, labels ``(N,)`` of type long; output ``(N, image_channels, resolution,
+        z ``(N, latent_dim)``, labels ``(N,)`` of type long or mixtures of classes ``(N, num_classes)``; output ``(N, image_channels, resolution,
         resolution)``.
 
     Raises:
@@ -97,13 +97,13 @@ class Generator(nn.Module):
         def layer(channels: int) -> nn.Module:
             if shared_dim:
                 return SpectralNormLinear(condition_dim, channels, bias=False)
-            return nn.Embedding(num_classes, channels)
+            return ClassEmbedding(num_classes, channels)
 
         def norm(channels: int) -> ConditionalBatchNorm2d:
             return ConditionalBatchNorm2d(channels, layer(channels), layer(channels))
 
         channels = [width * multiple for multiple in table.widths]
-        self.shared = nn.Embedding(num_classes, shared_dim) if shared_dim else None
+        self.shared = ClassEmbedding(num_classes, shared_dim) if shared_dim else None
         self.linear = SpectralNormLinear(self.slice_dim, channels[0] * _FIRST_SIDE**2)
         self.blocks = nn.ModuleList(
             GeneratorBlock(fan_in, fan_out, norm) for fan_in, fan_out in pairwise(channels)
@@ -219,6 +219,10 @@ class Discriminator(nn.Module):
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Raise ValueError for a class that does not exist; on CPU only, since elsewhere it would wait."""
     if torch.compiler.is_compiling() or labels.device.type != "cpu" or not len(labels):
+        return
+    if labels.is_floating_point():
+        if labels.ndim != 2 or labels.shape[1] != num_classes:
+            raise ValueError(f"Mixtures must have shape (N, {num_classes}). Got {tuple(labels.shape)}.")
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:

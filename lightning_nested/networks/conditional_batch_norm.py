@@ -10,6 +10,23 @@ from torch import Tensor, nn
 from lightning_nested.networks.spectral_norm import frozen_power_iteration
 
 
+class ClassEmbedding(nn.Embedding):
+    """``nn.Embedding`` that also takes mixtures of classes: float weights ``(N, num_classes)``.
+
+    Example:
+        >>> embed = ClassEmbedding(3, 2)
+        >>> mixture = torch.tensor([[0.0, 1.0, 0.0]])
+        >>> bool(torch.equal(embed(mixture), embed(torch.tensor([1]))))
+        True
+    """
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """``(N,)`` indices or ``(N, num_classes)`` weights to ``(N, embedding_dim)``."""
+        if labels.is_floating_point():
+            return labels @ self.weight
+        return super().forward(labels)
+
+
 class ConditionalBatchNorm2d(nn.Module):
     """h = (1 + gain(y)) ⊙ (x − μ)/√(σ² + ε) + bias(y), one gain and bias per example and channel.
 

@@ -38,14 +38,24 @@ class SpectralNormLayer(nn.Module):
     @torch.no_grad()
     def match_vectors(self) -> None:
         """Set v for the present u and weight: call it after weights were initialised anew."""
-        self.v.copy_(functional.normalize(torch.mv(self.weight.flatten(1).T, self.u), dim=0, eps=self.eps))
+        matrix = self.weight.flatten(1)
+        self.v.copy_(functional.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.eps))
+
+    @torch.no_grad()
+    def iterate(self) -> tuple[Tensor, Tensor]:
+        """One power iteration on the present weight, whatever the mode; returns the new u and v."""
+        matrix = self.weight.flatten(1)
+        v = functional.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.eps)
+        u = functional.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
+        self.u.copy_(u)
+        self.v.copy_(v)
+        return u, v
 
     def normalized_weight(self) -> Tensor:
         """W̄ of the weight's shape, differentiable in the weight; moves u and v in train mode."""
         # In half precision the iteration would stall and σ be off by a per cent.
         with torch.autocast(self.weight.device.type, enabled=False):
-            normalized: Tensor = self.weight / self._sigma(self.weight.flatten(1))
-            return normalized
+            return torch.div(self.weight, self._sigma(self.weight.flatten(1)))
 
     @torch.no_grad()
     def singular_value(self) -> Tensor:
@@ -54,11 +64,7 @@ class SpectralNormLayer(nn.Module):
 
     def _sigma(self, matrix: Tensor) -> Tensor:
         if self.training and not self.frozen:
-            with torch.no_grad():
-                v = functional.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.eps)
-                u = functional.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
-                self.u.copy_(u)
-                self.v.copy_(v)
+            u, v = self.iterate()
         else:
             u, v = self.u.clone(), self.v.clone()  # a later iteration must not change what this graph holds
         return torch.dot(u, torch.mv(matrix, v))
@@ -91,7 +97,8 @@ class SpectralNormConv2d(nn.Conv2d, SpectralNormLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in, H, W)`` to ``(N, out, H', W')``."""
-        return self._conv_forward(x, self.normalized_weight(), self.bias)
+        y: Tensor = self._conv_forward(x, self.normalized_weight(), self.bias)
+        return y
 
 
 class SpectralNormLinear(nn.Linear, SpectralNormLayer):
