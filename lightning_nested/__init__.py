@@ -38,8 +38,21 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "ModuleTensors",
         "WeightDecay",
     ),
+    "games": (
+        "Bilinear",
+        "DiracGAN",
+        "GaussiansGAN",
+        "IteratedPrisonersDilemma",
+        "MatchingPennies",
+        "PenniesAndDilemma",
+        "QuadraticGame",
+        "RandomSubspace",
+        "SmallIPD",
+    ),
     "callbacks": ("HypergradientCallback",),
     "modules": (
+        "GameLoop",
+        "GameModule",
         "ImageClassifier",
         "NestedModule",
     ),
@@ -56,6 +69,15 @@ if TYPE_CHECKING:
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from lightning_nested.games import Bilinear as Bilinear
+    from lightning_nested.games import DiracGAN as DiracGAN
+    from lightning_nested.games import GaussiansGAN as GaussiansGAN
+    from lightning_nested.games import IteratedPrisonersDilemma as IteratedPrisonersDilemma
+    from lightning_nested.games import MatchingPennies as MatchingPennies
+    from lightning_nested.games import PenniesAndDilemma as PenniesAndDilemma
+    from lightning_nested.games import QuadraticGame as QuadraticGame
+    from lightning_nested.games import RandomSubspace as RandomSubspace
+    from lightning_nested.games import SmallIPD as SmallIPD
     from lightning_nested.hypergradient import ConjugateGradient as ConjugateGradient
     from lightning_nested.hypergradient import DenseSolve as DenseSolve
     from lightning_nested.hypergradient import FiniteDifference as FiniteDifference
@@ -72,6 +94,8 @@ if TYPE_CHECKING:
     from lightning_nested.hyperparameters import LossWeights as LossWeights
     from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
+    from lightning_nested.modules import GameLoop as GameLoop
+    from lightning_nested.modules import GameModule as GameModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name

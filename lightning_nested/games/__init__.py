@@ -1,3 +1,32 @@
 """Differentiable games: joint gradient, Jacobian, spectrum, convergence rates and advice on momentum. PyTorch only."""
 
-__all__: list[str] = []
+from lightning_nested.games.dirac import DiracGAN
+from lightning_nested.games.game import Game
+from lightning_nested.games.gaussians import GaussiansGAN
+from lightning_nested.games.iterated import (
+    IteratedPrisonersDilemma,
+    MatchingPennies,
+    PenniesAndDilemma,
+    SmallIPD,
+    policy_losses,
+)
+from lightning_nested.games.modes import high_quality, modes_covered, ring
+from lightning_nested.games.quadratic import Bilinear, QuadraticGame
+from lightning_nested.games.subspace import RandomSubspace
+
+__all__ = [
+    "Bilinear",
+    "DiracGAN",
+    "Game",
+    "GaussiansGAN",
+    "IteratedPrisonersDilemma",
+    "MatchingPennies",
+    "PenniesAndDilemma",
+    "QuadraticGame",
+    "RandomSubspace",
+    "SmallIPD",
+    "high_quality",
+    "modes_covered",
+    "policy_losses",
+    "ring",
+]

@@ -1,0 +1,64 @@
+"""A differentiable game: one loss per player, each of them a function of what every player holds."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Game(ABC):
+    """A game of the zoo: ``losses(players)`` and ``initial(generator)``, and nothing that changes in between.
+
+    A player is a tensor of shape ``(n_i,)``; a tuple of players goes in, a tuple of scalar losses comes out, and
+    every player wants its own to be low. Games are small: float64 is their default dtype, but any dtype goes in.
+
+    Attributes:
+        names: One per player, for tables and figures.
+    """
+
+    names: tuple[str, ...] = ("first", "second")
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers each player holds."""
+
+    @abstractmethod
+    def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The loss of every player, scalars with graphs.
+
+        Args:
+            players: One tensor of shape ``(n_i,)`` each.
+        """
+
+    def initial(
+        self, generator: torch.Generator | None = None, *, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, ...]:
+        """Standard normal players, leaves that require gradients, so that an optimizer takes them as they are."""
+        return tuple(
+            torch.randn(n, generator=generator, dtype=dtype).requires_grad_(True) for n in self.sizes
+        )
+
+    def _unpack(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The players, after a check of their number and shapes.
+
+        Raises:
+            ValueError: Players that do not fit this game.
+        """
+        got = tuple(tuple(p.shape) for p in players)
+        if got != tuple((n,) for n in self.sizes):
+            raise ValueError(
+                f"The players of {type(self).__name__} must be tensors of shapes {[(n,) for n in self.sizes]}. "
+                f"Got {list(got)}; `game.initial()` gives such players."
+            )
+        return players
+
+
+def check_positive(**values: float) -> None:
+    """Raise unless every value is positive and finite."""
+    for name, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive. Got {value}.")

@@ -1,0 +1,118 @@
+"""In which order the players of a game step, and the options of its loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Update = Literal["simultaneous", "alternating"]
+Slot = tuple[tuple[str, ...], ...]
+"""What happens with one batch: steps in order, each of the players that step together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameLoop:
+    """What the Trainer refuses to do in manual optimization, and how batches meet steps.
+
+    Args:
+        accumulate_grad_batches: Batches per step of a player; an epoch's last step may have fewer.
+        gradient_clip_val: Limit of a player's gradient; a dictionary gives each player its own; None: none.
+        gradient_clip_algorithm: Whether it limits the norm of the player's gradient or each entry.
+        reuse_batch: In alternating updates, a player's first step uses the batch of the step before it, so
+            that four discriminator steps and a generator step take four batches in place of five.
+
+    Raises:
+        ValueError: A value is out of range, or ``reuse_batch`` meets accumulation.
+    """
+
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | dict[str, float] | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    reuse_batch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.accumulate_grad_batches < 1:
+            raise ValueError(
+                f"accumulate_grad_batches must be at least 1. Got {self.accumulate_grad_batches}."
+            )
+        clip = self.gradient_clip_val
+        limits = [] if clip is None else list(clip.values()) if isinstance(clip, dict) else [clip]
+        if not all(limit > 0 for limit in limits):
+            raise ValueError(f"gradient_clip_val must be positive, or None. Got {clip}.")
+        if self.gradient_clip_algorithm not in ("norm", "value"):
+            raise ValueError(
+                f"gradient_clip_algorithm must be 'norm' or 'value'. Got {self.gradient_clip_algorithm!r}."
+            )
+        if self.reuse_batch and self.accumulate_grad_batches > 1:
+            raise ValueError(
+                "reuse_batch=True lets two steps see one batch, which accumulation over several cannot do. Got "
+                f"accumulate_grad_batches={self.accumulate_grad_batches}; set it to 1, or reuse_batch=False."
+            )
+
+    def clip_of(self, player: str) -> float | None:
+        """The limit of a player's gradient."""
+        clip = self.gradient_clip_val
+        return clip.get(player) if isinstance(clip, dict) else clip
+
+
+def schedule(
+    players: Sequence[str], update: Update, steps_per_player: Mapping[str, int] | None, *, reuse_batch: bool
+) -> list[Slot]:
+    """The batches of one game update, each with the steps that use it.
+
+    Args:
+        players: Names in the order in which they step.
+        update: ``"simultaneous"``: all step together; ``"alternating"``: one after the other.
+        steps_per_player: Steps of each player in one update, where not 1; alternating only.
+        reuse_batch: A player's first step joins the last step of the player before it.
+
+    Raises:
+        ValueError: An unknown name, a number below 1, or several steps in a simultaneous update.
+
+    Example:
+        >>> schedule(["d", "g"], "alternating", {"d": 2}, reuse_batch=False)
+        [(('d',),), (('d',),), (('g',),)]
+        >>> schedule(["d", "g"], "alternating", {"d": 2}, reuse_batch=True)
+        [(('d',),), (('d',), ('g',))]
+        >>> schedule(["d", "g"], "simultaneous", None, reuse_batch=False)
+        [(('d', 'g'),)]
+    """
+    steps = dict(steps_per_player or {})
+    unknown = [name for name in steps if name not in players]
+    if unknown:
+        raise ValueError(
+            f"steps_per_player must name players. Got {unknown}; the players are {list(players)}."
+        )
+    check_steps(update, steps)
+    if update == "simultaneous":
+        return [(tuple(players),)]
+    slots: list[list[tuple[str, ...]]] = []
+    for name in players:
+        for k in range(steps.get(name, 1)):
+            if reuse_batch and k == 0 and slots:
+                slots[-1].append((name,))
+            else:
+                slots.append([(name,)])
+    return [tuple(slot) for slot in slots]
+
+
+def check_steps(update: str, steps: Mapping[str, int]) -> None:
+    """Refuse what no set of players could make right.
+
+    Raises:
+        ValueError: As :func:`schedule`.
+    """
+    if update not in ("simultaneous", "alternating"):
+        raise ValueError(f"update must be 'simultaneous' or 'alternating'. Got {update!r}.")
+    for name, k in steps.items():
+        if k < 1:
+            raise ValueError(
+                f"steps_per_player must be at least 1 for every player. Got {k} for {name!r}; a player that never "
+                "steps is none: leave it out of players()."
+            )
+        if k > 1 and update == "simultaneous":
+            raise ValueError(
+                f"In a simultaneous update every player steps once. Got steps_per_player={dict(steps)}; use "
+                "update='alternating'."
+            )
