@@ -105,7 +105,9 @@ class GradientRegularizer(ABC):
             )
 
     @abstractmethod
-    def penalty(self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
+    def penalty(
+        self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """The penalty of a batch, a scalar with its graph, without ``every``."""
 
 
@@ -116,7 +118,9 @@ class R1(GradientRegularizer):
     Mescheder, Geiger & Nowozin (2018), ICML, PMLR 80:3481-3490.
     """
 
-    def penalty(self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
+    def penalty(
+        self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """See class."""
         return 0.5 * self.weight * _squared_gradient_norm(score, real).mean()
 
@@ -128,7 +132,9 @@ class GradientPenalty(GradientRegularizer):
     Gulrajani et al. (2017), NeurIPS, arXiv 1704.00028.
     """
 
-    def penalty(self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
+    def penalty(
+        self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """See class."""
         mix = torch.rand(len(real), 1, 1, 1, generator=generator, device=real.device, dtype=real.dtype)
         norm = (_squared_gradient_norm(score, torch.lerp(fake.to(real.dtype), real, mix)) + 1e-12).sqrt()
@@ -171,7 +177,7 @@ class DiffAugment:
         if unknown:
             raise ValueError(f"policy must hold {', '.join(get_args(Policy))}. Got {unknown}.")
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """``(N, C, H, W)`` to the same shape; random numbers come from ``generator``."""
         steps = {"color": _color, "translation": _translation, "cutout": _cutout}
         for name in self.policy:
@@ -179,12 +185,12 @@ class DiffAugment:
         return images
 
 
-def _uniform(images: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:
+def _uniform(images: Tensor, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device, dtype=images.dtype)
     return low + (high - low) * draw
 
 
-def _color(images: Tensor, generator: torch.Generator) -> Tensor:
+def _color(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     images = images + _uniform(images, -0.5, 0.5, generator)
     grey = images.mean(dim=1, keepdim=True)
     images = grey + (images - grey) * _uniform(images, 0.0, 2.0, generator)
@@ -192,11 +198,11 @@ def _color(images: Tensor, generator: torch.Generator) -> Tensor:
     return mean + (images - mean) * _uniform(images, 0.5, 1.5, generator)
 
 
-def _shifts(images: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
+def _shifts(images: Tensor, low: int, high: int, generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(low, high + 1, (len(images), 1, 1), generator=generator, device=images.device)
 
 
-def _translation(images: Tensor, generator: torch.Generator) -> Tensor:
+def _translation(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     n, _, height, width = images.shape
     rows = torch.arange(height, device=images.device).view(1, -1, 1) + _shifts(
         images, -(height // 8), height // 8, generator
@@ -211,7 +217,7 @@ def _translation(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved.permute(0, 3, 1, 2)
 
 
-def _cutout(images: Tensor, generator: torch.Generator) -> Tensor:
+def _cutout(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     _, _, height, width = images.shape
     top = _shifts(images, -(height // 4), height - height // 4, generator)
     left = _shifts(images, -(width // 4), width - width // 4, generator)

@@ -47,8 +47,8 @@ class Generator(nn.Module):
         initialization: ``"normal"`` N(0, 0.02²) or ``"orthogonal"``, of all weights and embeddings.
 
     Shape:
-        z ``(N, latent_dim)``, labels ``(N,)`` of type long or mixtures of classes ``(N, num_classes)``; output ``(N, image_channels, resolution,
-        resolution)``.
+        z ``(N, latent_dim)``, labels ``(N,)`` of type long or mixtures of classes ``(N, num_classes)``;
+        output ``(N, image_channels, resolution, resolution)``.
 
     Raises:
         ValueError: If a size is not possible, or a label is not in [0, num_classes).
