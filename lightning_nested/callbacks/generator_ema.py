@@ -59,12 +59,18 @@ class GeneratorEMA(Callback):
         self._average: nn.Module | None = None
         self._saved: dict[str, Tensor] | None = None
         self._swapped = False
+        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self._hook: RemovableHandle | None = None
 
     @property
     @override
     def state_key(self) -> str:
         return self._generate_state_key(module=self.module, decay=self.decay)
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether the generator has the averaged values now."""
+        return self._swapped
 
     def averaged(self) -> nn.Module:
         """A copy of the network with averaged weights and buffers, in evaluation mode: for export.
@@ -86,11 +92,11 @@ class GeneratorEMA(Callback):
     @contextmanager
     def swapped(self, pl_module: LightningModule) -> Iterator[None]:
         """Inside, the generator has the averaged values."""
-        self._swap(pl_module)
+        self._stand_in(pl_module)
         try:
             yield
         finally:
-            self._swap(pl_module)
+            self._step_back(pl_module)
 
     # ---- lifecycle
 

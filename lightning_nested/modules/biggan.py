@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nested.modules.biggan_options import BigGANNetworks, BigGANObjective, Execution, Sampling
+from lightning_nested.modules.biggan_options import (
+    BatchNormMode,
+    BigGANNetworks,
+    BigGANObjective,
+    Execution,
+    Sampling,
+)
 from lightning_nested.modules.game import GameModule
 from lightning_nested.modules.game_loop import GameLoop
 from lightning_nested.modules.sampling import interpolate, sample_images, seeded
@@ -280,6 +287,16 @@ class BigGAN(GameModule):
         sampling = sampling or self.sampling
         generator = generator or seeded(self.device, sampling.seed, "sample")
         return sample_images(self.generator, labels, sampling, generator=generator, z=z)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels."""
+        return self.networks.num_classes
+
+    def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
+        """What :class:`GenerativeMetrics` and :class:`SampleGrid` ask for."""
+        sampling = replace(self.sampling, batch_norm=cast(BatchNormMode, batch_norm))
+        return self.sample(labels, sampling=sampling, generator=generator)
 
     def interpolate(self, start: int, end: int, steps: int = 8, *, seed: int | None = None) -> Tensor:
         """Images on a line in z and class from one image to another, ``(steps, C, side, side)``."""
