@@ -49,8 +49,22 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "RandomSubspace",
         "SmallIPD",
     ),
-    "callbacks": ("HypergradientCallback",),
+    "optim": (
+        "ComplexAdam",
+        "ComplexSGD",
+        "Extragradient",
+        "ExtrapolationFromThePast",
+        "OptimisticAdam",
+        "OptimisticSGD",
+    ),
+    "callbacks": (
+        "GenerativeMetrics",
+        "GeneratorEMA",
+        "HypergradientCallback",
+        "SampleGrid",
+    ),
     "modules": (
+        "BigGAN",
         "GameLoop",
         "GameModule",
         "ImageClassifier",
@@ -66,7 +80,10 @@ _PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in 
 __all__ = ["__version__", *_PACKAGE_OF]
 
 if TYPE_CHECKING:
+    from lightning_nested.callbacks import GenerativeMetrics as GenerativeMetrics
+    from lightning_nested.callbacks import GeneratorEMA as GeneratorEMA
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
+    from lightning_nested.callbacks import SampleGrid as SampleGrid
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_nested.games import Bilinear as Bilinear
@@ -94,10 +111,17 @@ if TYPE_CHECKING:
     from lightning_nested.hyperparameters import LossWeights as LossWeights
     from lightning_nested.hyperparameters import ModuleTensors as ModuleTensors
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
+    from lightning_nested.modules import BigGAN as BigGAN
     from lightning_nested.modules import GameLoop as GameLoop
     from lightning_nested.modules import GameModule as GameModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
+    from lightning_nested.optim import ComplexAdam as ComplexAdam
+    from lightning_nested.optim import ComplexSGD as ComplexSGD
+    from lightning_nested.optim import Extragradient as Extragradient
+    from lightning_nested.optim import ExtrapolationFromThePast as ExtrapolationFromThePast
+    from lightning_nested.optim import OptimisticAdam as OptimisticAdam
+    from lightning_nested.optim import OptimisticSGD as OptimisticSGD
 else:  # hidden from type checkers: with a __getattr__ in sight they would accept any misspelt name
 
     def __getattr__(name: str) -> object:

@@ -1,0 +1,181 @@
+"""Adam whose first moment has a complex decay.
+
+Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_nested.optim.base import GameOptimizer
+from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
+from lightning_nested.optim.tiles import ascent, ascents, on_cpu, tiles
+
+
+class ComplexAdam(GameOptimizer):
+    """μ ← β₁μ − g, v ← β₂v + (1 − β₂)g², w ← w + lr·Re μ/(√v̂ + ε), with v̂ = v/(1 − β₂ᵗ).
+
+    β₁ = betas[0]·e^{i·phase}; only the first moment is complex. As the method is published it has neither Adam's
+    factor 1 − β₁ nor a correction of the first moment, so that at the same ``lr`` a step is about |1/(1 − β₁)| times
+    Adam's. ``debias=True`` gives both: w ← w + lr·Re(κμ)/(√v̂ + ε) with κ = (1 − β₁)/(1 − β₁ᵗ), which returns a
+    constant gradient unchanged at every t. With phase 0 that is ``torch.optim.Adam``. The opposite phase gives the
+    same iterates.
+
+    The buffers hold −Re μ, −Im μ and v: three numbers per parameter. ``betas=(0, 0.999)`` is accepted.
+
+    Args:
+        params: Parameters or groups; each group may have its own options.
+        lr: Learning rate α.
+        betas: |β₁| and β₂, each in [0, 1).
+        phase: arg β₁ in radians, in [−π, π].
+        eps: ε.
+        weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled, as in ``torch.optim.Adam``; not
+            AdamW).
+        debias: Adam's factor and correction of the first moment.
+        maximize: Ascend. As in torch, weight decay still decays.
+        compiled: Run steps through ``torch.compile``: faster on CPU from about a million parameters.
+
+    Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
+
+    >>> w = torch.tensor([1.0], requires_grad=True)
+    >>> w.grad = torch.tensor([3.0])
+    >>> ComplexAdam([w], lr=0.25).step()  # the first step is lr·sign(g), at every phase
+    >>> round(w.item(), 6)
+    0.75
+    """
+
+    checks = {  # noqa: RUF012
+        "lr": non_negative,
+        "betas": complex_decay_rates,
+        "phase": angle,
+        "eps": non_negative,
+        "weight_decay": non_negative,
+        "debias": flag,
+        "maximize": flag,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.8, 0.999),
+        phase: float = math.pi / 8,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        debias: bool = False,
+        maximize: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "phase": phase,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "debias": debias,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, compiled=compiled)
+
+    def _update(
+        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        for step, ps, gs in self._by_step(params, grads):
+            real, imag = self._buffers("momentum_buffer", ps), self._buffers("momentum_buffer_imag", ps)
+            complex_adam(ps, gs, real, imag, self._buffers("exp_avg_sq", ps), step=step, **options)
+
+
+def complex_adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    real: Sequence[Tensor],
+    imag: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    phase: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    debias: bool = False,
+    maximize: bool = False,
+) -> None:
+    """One step of :class:`ComplexAdam` on lists of tensors, in place.
+
+    Args:
+        params: w.
+        grads: g; not changed.
+        real: −Re μ.
+        imag: −Im μ.
+        squares: v.
+        step: t ≥ 1, of this step.
+        lr: α.
+        betas: |β₁|, β₂.
+        phase: arg β₁.
+        eps: ε.
+        weight_decay: λ.
+        debias: Factor and correction of the first moment.
+        maximize: Ascend.
+    """
+    c, s = coefficient(betas[0], phase)
+    # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
+    root = math.sqrt(1 - betas[1] ** step)
+    factor = _factor(c, s, betas[0], phase, step) if debias else 1 + 0j
+    rates = (-lr * root * factor.real, lr * root * factor.imag)
+    if not on_cpu(params, grads):
+        grads = ascents(params, grads, weight_decay, maximize)
+        _foreach(params, grads, real, imag, squares, c, s, betas[1], eps * root, rates)
+        return
+    for w, g, a, b, v, spare in tiles(params, grads, real, imag, squares):
+        g = ascent(w, g, weight_decay, maximize, spare)
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        # a, b ← c·a − s·b + g, s·a + c·b in four calls and one tile of scratch
+        g = torch.add(g, b, alpha=-s, out=spare)
+        b.mul_(c).add_(a, alpha=s)
+        torch.add(g, a, alpha=c, out=a)
+        denominator = torch.sqrt(v, out=spare).add_(eps * root)
+        w.addcdiv_(a, denominator, value=rates[0])
+        if rates[1]:
+            w.addcdiv_(b, denominator, value=rates[1])
+
+
+def _factor(c: float, s: float, momentum: float, phase: float, step: int) -> complex:
+    """κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
+    power = cmath.rect(momentum**step, math.remainder(phase * step, math.tau)) if s else complex(c**step)
+    return (1 - complex(c, s)) / (1 - power)
+
+
+def _foreach(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    real: Sequence[Tensor],
+    imag: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    c: float,
+    s: float,
+    beta2: float,
+    eps: float,
+    rates: tuple[float, float],
+) -> None:
+    params, real, imag, squares = list(params), list(real), list(imag), list(squares)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, list(grads), list(grads), value=1 - beta2)
+    grads = torch._foreach_add(list(grads), imag, alpha=-s)
+    torch._foreach_mul_(imag, c)
+    torch._foreach_add_(imag, real, alpha=s)
+    torch._foreach_mul_(real, c)
+    torch._foreach_add_(real, grads)
+    denominators = torch._foreach_sqrt(squares)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(params, real, denominators, value=rates[0])
+    if rates[1]:
+        torch._foreach_addcdiv_(params, imag, denominators, value=rates[1])

@@ -1,0 +1,208 @@
+"""Extragradient and its one-gradient form, extrapolation from the past.
+
+Korpelevich (1976), Ekonomika i Mat. Metody 12:747-756; Popov (1980), Math. Notes 28:845-848;
+Gidel, Berard, Vignoud, Vincent & Lacoste-Julien (2019), ICLR.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_nested.optim.base import Closure, GameOptimizer
+from lightning_nested.optim.options import flag, non_negative
+from lightning_nested.optim.tiles import ascent, ascents, on_cpu, tiles
+
+_CHECKS = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}
+
+
+class Extragradient(GameOptimizer):
+    """w′ ← w − lr·g(w), then w ← w − lr·g(w′): look ahead, and step from where one was.
+
+    Two gradients an update. In a game every player looks ahead before any player steps::
+
+        backward(); for o in optimizers: o.extrapolate()
+        backward(); for o in optimizers: o.step()
+
+    For one loss, ``step(closure)`` does both. On the bilinear game the rate is √(1 − lr² + lr⁴).
+
+    The saved w lives in the state between the two halves only, so that a checkpoint between updates holds nothing.
+
+    Args:
+        params: Parameters or groups; each group may have its own options.
+        lr: Learning rate α of both halves.
+        weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled).
+        maximize: Ascend. As in torch, weight decay still decays.
+
+    Korpelevich (1976), Ekonomika i Mat. Metody 12:747-756.
+
+    >>> w = torch.tensor([1.0], requires_grad=True)
+    >>> optimizer = Extragradient([w], lr=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (w**2 / 2).sum()
+    ...     loss.backward()
+    ...     return loss.item()
+    >>> optimizer.step(closure)  # returns the loss before the update
+    0.5
+    >>> round(w.item(), 6)  # 1 − lr + lr²
+    0.91
+    """
+
+    num_gradients: ClassVar[int] = 2
+    checks = _CHECKS
+
+    def __init__(
+        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+
+    @torch.no_grad()
+    def extrapolate(self, closure: Closure | None = None) -> float | None:
+        """Save w and move to w − lr·g.
+
+        Args:
+            closure: Recomputes the gradients and returns the loss.
+
+        Raises:
+            RuntimeError: The parameters are extrapolated already.
+        """
+        if self.is_extrapolated:
+            raise RuntimeError(
+                "extrapolate() needs parameters that are not extrapolated. Got a second call; recompute the gradients "
+                "and call step()."
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, options, params, grads in list(self._gradients()):
+            for p in params:
+                self.state[p]["anchor"] = p.detach().clone(memory_format=torch.preserve_format)
+            descend(params, params, grads, **options)
+            group["extrapolated"] = True
+        return loss
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether ``extrapolate`` was called and ``step`` was not yet."""
+        return any(group.get("extrapolated", False) for group in self.param_groups)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Closure) -> float: ...
+
+    def step(self, closure: Closure | None = None) -> float | None:
+        """w ← w_saved − lr·g with the gradients at the extrapolated point.
+
+        A parameter without a gradient there returns to where it was; one that had none before is stepped from where
+        it is.
+
+        Args:
+            closure: Recomputes the gradients and returns the loss. It is called before the extrapolation and after
+                it, and only after it where ``extrapolate`` has been called.
+
+        Returns:
+            The loss of the closure's first call; None without one.
+
+        Raises:
+            RuntimeError: Neither ``extrapolate`` was called nor a closure given.
+        """
+        loss = None
+        if not self.is_extrapolated:
+            if closure is None:
+                raise RuntimeError(
+                    "step() needs extrapolated parameters. Got neither a call of extrapolate() nor a closure; call "
+                    "extrapolate(), recompute the gradients, then step(); or give step() a closure."
+                )
+            loss = self.extrapolate(closure)
+        try:
+            second = super().step(closure)
+        except BaseException:
+            if loss is not None:
+                self._return()  # as if the step had never begun
+            raise
+        self._return()
+        return second if loss is None else loss
+
+    def _update(
+        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
+        anchors = [self.state[p].pop("anchor", p) for p in params]
+        descend(params, anchors, grads, **options)
+
+    @torch.no_grad()
+    def _return(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "anchor" in self.state.get(p, {}):
+                    p.copy_(self.state[p].pop("anchor"))
+                if not self.state.get(p, True):
+                    del self.state[p]
+            group["extrapolated"] = False
+
+
+class ExtrapolationFromThePast(GameOptimizer):
+    """w′ ← w − lr·g(w′₋), w ← w − lr·g(w′): extragradient that looks ahead with the previous gradient.
+
+    One gradient an update. The parameters hold w′, where gradients are taken; ``anchor`` in the state holds w. With a
+    constant learning rate w′ goes through the iterates of :class:`OptimisticSGD`.
+
+    Args:
+        params: Parameters or groups; each group may have its own options.
+        lr: Learning rate α of both halves.
+        weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw′ is added to g (coupled).
+        maximize: Ascend. As in torch, weight decay still decays.
+
+    Popov (1980), Math. Notes 28:845-848; Gidel, Berard, Vignoud, Vincent & Lacoste-Julien (2019), ICLR.
+
+    >>> w = torch.tensor([1.0], requires_grad=True)
+    >>> optimizer = ExtrapolationFromThePast([w], lr=0.1)
+    >>> w.grad = w.detach().clone()
+    >>> optimizer.step()
+    >>> round(w.item(), 6), round(optimizer.state[w]["anchor"].item(), 6)
+    (0.8, 0.9)
+    """
+
+    checks = _CHECKS
+
+    def __init__(
+        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+
+    def _update(
+        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        anchors = []
+        for p in params:
+            if "anchor" not in self.state[p]:
+                self.state[p]["anchor"] = p.detach().clone(memory_format=torch.preserve_format)
+            anchors.append(self.state[p]["anchor"])
+        grads = ascents(params, grads, options["weight_decay"], options["maximize"])
+        descend(anchors, anchors, grads, lr=options["lr"])
+        descend(params, anchors, grads, lr=options["lr"])
+
+
+def descend(
+    params: list[Tensor],
+    anchors: list[Tensor],
+    grads: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """W ← anchor − lr·g in place; the decay's gradient is taken at w."""
+    if not on_cpu(params, grads):
+        steps = torch._foreach_add(anchors, ascents(params, grads, weight_decay, maximize), alpha=-lr)
+        torch._foreach_copy_(params, steps)
+        return
+    for w, anchor, g, spare in tiles(params, anchors, grads):
+        torch.add(anchor, ascent(w, g, weight_decay, maximize, spare), alpha=-lr, out=w)

@@ -1,0 +1,176 @@
+"""Optimistic gradient steps: the last gradient predicts the next one.
+
+Daskalakis, Ilyas, Syrgkanis & Zeng (2018), ICLR, "Training GANs with Optimism".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_nested.optim.base import GameOptimizer
+from lightning_nested.optim.options import decay_rates, flag, non_negative
+from lightning_nested.optim.tiles import ascent, ascents, on_cpu, tiles
+
+
+class OptimisticSGD(GameOptimizer):
+    """w ← w − lr(2gₜ − gₜ₋₁), with g₋₁ = 0.
+
+    One gradient an update. On the bilinear game the rate is √((1 + √(1 − 4lr²))/2) for lr ≤ ½. The first step is twice
+    a gradient step, as published.
+
+    Args:
+        params: Parameters or groups; each group may have its own options.
+        lr: Learning rate α.
+        weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled).
+        maximize: Ascend. As in torch, weight decay still decays.
+
+    Daskalakis, Ilyas, Syrgkanis & Zeng (2018), ICLR, Eq. 5; Popov (1980), Math. Notes 28:845-848.
+
+    >>> w = torch.tensor([1.0], requires_grad=True)
+    >>> optimizer = OptimisticSGD([w], lr=0.1)
+    >>> for gradient in (1.0, 4.0):
+    ...     w.grad = torch.tensor([gradient])
+    ...     optimizer.step()
+    >>> round(w.item(), 6)  # 1 − 0.1·2 − 0.1·(8 − 1)
+    0.1
+    """
+
+    checks = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}  # noqa: RUF012
+
+    def __init__(
+        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+
+    def _update(
+        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        optimistic_sgd(params, grads, self._buffers("previous_grad", params), **options)
+
+
+def optimistic_sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """One step of :class:`OptimisticSGD` on lists of tensors, in place; ``previous`` is gₜ₋₁, then gₜ."""
+    if not on_cpu(params, grads):
+        grads = ascents(params, grads, weight_decay, maximize)
+        torch._foreach_add_(list(params), grads, alpha=-2 * lr)
+        torch._foreach_add_(list(params), list(previous), alpha=lr)
+        torch._foreach_copy_(list(previous), grads)
+        return
+    for w, g, old, spare in tiles(params, grads, previous):
+        g = ascent(w, g, weight_decay, maximize, spare)
+        w.add_(g, alpha=-2 * lr).add_(old, alpha=lr)
+        old.copy_(g)
+
+
+class OptimisticAdam(GameOptimizer):
+    """w ← w − lr(2dₜ − dₜ₋₁) with Adam's direction dₜ = m̂ₜ/(√v̂ₜ + ε) and d₀ = 0.
+
+    m and v are Adam's moments, both corrected for their start. One gradient an update; three numbers per parameter.
+
+    Args:
+        params: Parameters or groups; each group may have its own options.
+        lr: Learning rate α.
+        betas: β₁, β₂, each in [0, 1).
+        eps: ε.
+        weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled, as in ``torch.optim.Adam``).
+        maximize: Ascend. As in torch, weight decay still decays.
+
+    Daskalakis, Ilyas, Syrgkanis & Zeng (2018), ICLR, Algorithm 1 ("Optimistic Adam"): θₜ = θₜ₋₁ − 2η dₜ + η dₜ₋₁.
+
+    >>> w = torch.tensor([1.0], requires_grad=True)
+    >>> optimizer = OptimisticAdam([w], lr=0.1)
+    >>> for _ in range(2):  # a constant gradient has d = 1: −2·lr, then −lr
+    ...     w.grad = torch.tensor([3.0])
+    ...     optimizer.step()
+    >>> round(w.item(), 6)
+    0.7
+    """
+
+    checks = {  # noqa: RUF012
+        "lr": non_negative,
+        "betas": decay_rates,
+        "eps": non_negative,
+        "weight_decay": non_negative,
+        "maximize": flag,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _update(
+        self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        for step, ps, gs in self._by_step(params, grads):
+            moments = self._buffers("exp_avg", ps), self._buffers("exp_avg_sq", ps)
+            optimistic_adam(ps, gs, *moments, self._buffers("previous_direction", ps), step=step, **options)
+
+
+def optimistic_adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """One step of :class:`OptimisticAdam` on lists of tensors, in place; ``previous`` is dₜ₋₁, then dₜ."""
+    beta1, beta2 = betas
+    # d = rate·m/(√v + ε·root)
+    root = math.sqrt(1 - beta2**step)
+    rate = root / (1 - beta1**step)
+    if not on_cpu(params, grads):
+        grads = ascents(params, grads, weight_decay, maximize)
+        torch._foreach_lerp_(list(averages), grads, 1 - beta1)
+        torch._foreach_mul_(list(squares), beta2)
+        torch._foreach_addcmul_(list(squares), grads, grads, value=1 - beta2)
+        torch._foreach_add_(list(params), list(previous), alpha=lr)
+        denominators = torch._foreach_sqrt(list(squares))
+        torch._foreach_add_(denominators, eps * root)
+        directions = torch._foreach_div(list(averages), denominators)
+        torch._foreach_mul_(directions, rate)
+        torch._foreach_add_(list(params), directions, alpha=-2 * lr)
+        torch._foreach_copy_(list(previous), directions)
+        return
+    for w, g, m, v, d, spare in tiles(params, grads, averages, squares, previous):
+        g = ascent(w, g, weight_decay, maximize, spare)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        w.add_(d, alpha=lr)
+        torch.div(m, torch.sqrt(v, out=spare).add_(eps * root), out=d).mul_(rate)
+        w.add_(d, alpha=-2 * lr)
