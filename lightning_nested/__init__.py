@@ -65,6 +65,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     ),
     "modules": (
         "BigGAN",
+        "GANModule",
         "GameLoop",
         "GameModule",
         "ImageClassifier",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from lightning_nested.modules import BigGAN as BigGAN
     from lightning_nested.modules import GameLoop as GameLoop
     from lightning_nested.modules import GameModule as GameModule
+    from lightning_nested.modules import GANModule as GANModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
     from lightning_nested.optim import ComplexAdam as ComplexAdam

@@ -10,8 +10,10 @@ from lightning_nested.games.iterated import (
     SmallIPD,
     policy_losses,
 )
+from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
 from lightning_nested.games.modes import high_quality, modes_covered, ring
 from lightning_nested.games.quadratic import Bilinear, QuadraticGame
+from lightning_nested.games.spectrum import Spectrum, SpectrumError, game_spectrum, leading_eigenvalues
 from lightning_nested.games.subspace import RandomSubspace
 
 __all__ = [
@@ -20,12 +22,19 @@ __all__ = [
     "Game",
     "GaussiansGAN",
     "IteratedPrisonersDilemma",
+    "JacobianOperator",
     "MatchingPennies",
     "PenniesAndDilemma",
     "QuadraticGame",
     "RandomSubspace",
     "SmallIPD",
+    "Spectrum",
+    "SpectrumError",
+    "game_jacobian",
+    "game_spectrum",
     "high_quality",
+    "joint_gradient",
+    "leading_eigenvalues",
     "modes_covered",
     "policy_losses",
     "ring",

@@ -14,6 +14,7 @@ from lightning_nested.modules.biggan import BigGAN
 from lightning_nested.modules.biggan_options import BigGANNetworks, BigGANObjective, Execution, Sampling
 from lightning_nested.modules.game import GameModule
 from lightning_nested.modules.game_loop import GameLoop
+from lightning_nested.modules.gan import GANModule
 from lightning_nested.modules.image_classifier import ImageClassifier
 from lightning_nested.modules.linear_decay import LinearDecay
 from lightning_nested.modules.nested import NestedModule
@@ -34,6 +35,7 @@ __all__ = [
     "R1",
     "Sampling",
     "Wasserstein",
+    "GANModule",
     "GameLoop",
     "GameModule",
     "GradientStrategy",

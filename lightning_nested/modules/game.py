@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -92,6 +91,7 @@ class GameModule(LightningModule):
         gradient_evaluations: Gradients of one player so far; compare methods by it.
         step_cache: For a subclass to share tensors between the losses of one batch, for example fakes; emptied
             before every batch.
+        batch_players: Who steps on the present batch, in order.
 
     Raises:
         ValueError: Arguments that contradict each other.
@@ -117,6 +117,7 @@ class GameModule(LightningModule):
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
         self.step_cache: dict[str, Any] = {}
+        self.batch_players: tuple[str, ...] = ()
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._make_optimizers, self._make_schedulers = dict(optimizers or {}), dict(schedulers or {})
         self._position = 0  # batches of the present round that are done
@@ -252,6 +253,7 @@ class GameModule(LightningModule):
         full = last or self._sums.count + 1 >= self.loop.accumulate_grad_batches
         ends = full and self._position + 1 == len(self._schedule)
         slot = self._schedule[self._position]
+        self.batch_players = tuple(name for names in slot for name in names)
         for k, names in enumerate(slot):
             self._play([self._players[name] for name in names], batch, full, ends and k + 1 == len(slot))
         self.step_cache.clear()
@@ -303,22 +305,36 @@ class GameModule(LightningModule):
 
     def _play(self, players: Sequence[Player], batch: Any, full: bool, counts: bool) -> None:
         """One batch of a step of players that step together, and the step itself with its last batch."""
-        twice = players[0].num_gradients > 1
-        start = RandomStream.snapshot(self.device) if twice else None
-        if start is not None:
-            with start.replay(), untouched_buffers(self), silent_logging(self, self.trainer):
-                self._gradients(players, batch)
-            self._set_gradients(players)
-            for player in players:
-                player.extrapolate()
-            self.step_cache.clear()  # what it holds was computed before the extrapolation
-        self._gradients(players, batch)
+        if players[0].num_gradients == 1:
+            self._gradients(players, batch)
+            if full:
+                self._set_gradients(players)
+        else:
+            self._look_ahead(players, batch)
         if not full:
             return
-        self._set_gradients(players)
         for k, player in enumerate(players):
-            self._step(player, counts=counts and k + 1 == len(players))
+            with _counted(player.optimizer, counts and k + 1 == len(players)):
+                player.optimizer.step()
+            player.clear_gradient()
             self.on_player_step(player.name)
+
+    def _look_ahead(self, players: Sequence[Player], batch: Any) -> None:
+        """Gradients at the extrapolated point, where the players are left."""
+        start = RandomStream.snapshot(self.device)
+        with start.replay(), untouched_buffers(self), silent_logging(self, self.trainer):
+            self._gradients(players, batch)
+        self._set_gradients(players)
+        self.step_cache.clear()  # what it holds was computed before the extrapolation
+        try:
+            for player in players:
+                player.extrapolate()
+            self._gradients(players, batch)
+            self._set_gradients(players)
+        except BaseException:
+            for player in players:
+                player.retreat()
+            raise
 
     def _gradients(self, players: Sequence[Player], batch: Any) -> None:
         names = [player.name for player in players]
@@ -343,21 +359,6 @@ class GameModule(LightningModule):
             self._losses[player.name] = loss
         for player, gradient in zip(players, gradients, strict=True):
             player.set_gradient(gradient)
-
-    def _step(self, player: Player, *, counts: bool) -> None:
-        if player.num_gradients > 1:
-            # Lightning hands every optimizer a closure, which Extragradient would take for its second gradient.
-            optimizer = player.optimizer.optimizer
-            call._call_callback_hooks(self.trainer, "on_before_optimizer_step", optimizer)
-            call._call_lightning_module_hook(self.trainer, "on_before_optimizer_step", optimizer)
-            with _counted(player.optimizer, counts):
-                player.optimizer._on_before_step()
-                optimizer.step()
-                player.optimizer._on_after_step()
-        else:
-            with _counted(player.optimizer, counts):
-                player.optimizer.step()
-        player.clear_gradient()
 
     def _step_schedulers(self, interval: str, count: int) -> None:
         for config in self.trainer.lr_scheduler_configs:

@@ -55,6 +55,12 @@ class Player:
         optimizer: Any = self.optimizer.optimizer
         optimizer.extrapolate()
 
+    def retreat(self) -> None:
+        """Return from an extrapolated point as if the step had never begun."""
+        if getattr(self.optimizer.optimizer, "is_extrapolated", False):
+            self.clear_gradient()  # what has no gradient goes back to where it was
+            self.optimizer.optimizer.step()
+
     def clear_gradient(self) -> None:
         """Let go of the gradient's memory."""
         for parameter in self.parameters:

@@ -1,0 +1,309 @@
+"""The joint gradient of a game and its Jacobian: dense, and as products from one kept graph.
+
+With losses L_i and players θ_i the joint gradient is ξ = (∂L_1/∂θ_1, …, ∂L_n/∂θ_n), and J = ∂ξ/∂θ. Unlike a
+Hessian J is not symmetric, and its eigenvalues are complex where the players are in conflict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hypergradient.curvature import (
+    AveragedOperator,
+    HessianOperator,
+    LinearOperator,
+    _materialize,
+    _own,
+    explain_double_backward,
+    gradient_with_graph,
+)
+from lightning_nested.hypergradient.vectors import Reduce, Vector, average, flatten, unflatten
+
+Player: TypeAlias = "Tensor | tuple[Tensor, ...]"
+"""What one player holds: a tensor, or the parameters of a network."""
+
+PlayersT = TypeVar("PlayersT", bound="tuple[Player, ...]")
+
+Losses: TypeAlias = "Callable[[PlayersT], Sequence[Tensor]] | Sequence[Tensor]"
+"""A function of the players, or the losses themselves with graphs that reach the players' tensors."""
+
+
+def joint_gradient(
+    losses: Losses[PlayersT], players: PlayersT, *, create_graph: bool = False, reduce: Reduce | None = None
+) -> PlayersT:
+    """Each player's gradient of its own loss, ξ = (∂L_i/∂θ_i)_i.
+
+    No player's loss reaches another player's gradient, so nothing has to be frozen or toggled.
+
+    Args:
+        losses: ``losses(players) -> scalars``, or those scalars with graphs.
+        players: Per player a tensor or a tuple of tensors. Tensors that require no gradient are seen as leaves.
+        create_graph: Keep a graph of the gradients.
+        reduce: Averages a tensor over processes: all gradients then travel in one message.
+
+    Returns:
+        Gradients of the same structure as ``players``; zeros for a tensor that its loss does not depend on.
+
+    Raises:
+        ValueError: A player is given twice, shares a tensor, or has a loss that does not depend on it.
+        FloatingPointError: A loss is not finite.
+
+    Example:
+        >>> x, y = torch.tensor([2.0]), torch.tensor([3.0])
+        >>> [g.item() for g in joint_gradient(lambda p: ((p[0] * p[1]).sum(), -(p[0] * p[1]).sum()), (x, y))]
+        [3.0, -2.0]
+    """
+    values, tensors, owners = _evaluate(losses, players, reduce)
+    gradient: list[Tensor] = []
+    for player, loss in enumerate(values):
+        own = tuple(t for t, o in zip(tensors, owners, strict=True) if o == player)
+        found = torch.autograd.grad(
+            loss,
+            own,
+            create_graph=create_graph,
+            retain_graph=True if player < len(values) - 1 else None,
+            allow_unused=True,
+        )
+        _check_used(found, player)
+        gradient += _materialize(found, own)
+    return _structured(average(tuple(gradient), reduce), players)
+
+
+def game_jacobian(losses: Losses[PlayersT], players: PlayersT, *, reduce: Reduce | None = None) -> Tensor:
+    """The dense Jacobian J of the joint gradient, row i the gradient of ξ_i.
+
+    One backward pass a row: for small games; :class:`JacobianOperator` has products.
+
+    Args:
+        losses: As in :func:`joint_gradient`.
+        players: As in :func:`joint_gradient`.
+        reduce: Averages a tensor over processes.
+
+    Returns:
+        Shape (n, n), with n the numbers that all players hold, the first player's first.
+
+    Example:
+        >>> from lightning_nested.games import QuadraticGame
+        >>> game = QuadraticGame.from_eigenvalues([0.5 + 2j])
+        >>> game_jacobian(game.losses, game.initial()).tolist()
+        [[0.5, 2.0], [-2.0, 0.5]]
+    """
+    return JacobianOperator(losses, players, reduce=reduce).dense()
+
+
+class JacobianOperator(LinearOperator):
+    """J and its transpose as products: ``J @ v``, ``J.matvec(v)`` = J v, ``J.rmatvec(v)`` = Jᵀ v, ``J.T``.
+
+    The gradients are built once with their graphs; a product is then one backward pass through them, so all
+    products see the same batch and noise. Jᵀu is the derivative of ⟨ξ, u⟩. The i-th block of J v is the
+    derivative of ⟨∂L_i/∂θ, v⟩ with respect to θ_i, because the Hessian of each L_i is symmetric; no third
+    derivative is needed, as it would be in forward mode by two transpositions.
+
+    Vectors are flat tuples of tensors, the first player's tensors first.
+
+    Args:
+        losses: As in :func:`joint_gradient`.
+        players: As in :func:`joint_gradient`.
+        reduce: Averages a tensor over processes: products are then those of the whole batch.
+
+    Attributes:
+        like: The players' tensors, one after the other.
+        owners: For each of them the index of its player.
+        gradient: This process's own joint gradient, with its graph.
+
+    Raises:
+        ValueError: As :func:`joint_gradient`.
+        FloatingPointError: A loss is not finite.
+        DoubleBackwardError: An operation of a loss can be differentiated only once.
+
+    Example:
+        >>> from lightning_nested.games import Bilinear
+        >>> jacobian = JacobianOperator(Bilinear().losses, Bilinear().initial())
+        >>> (jacobian @ torch.tensor([1.0, 2.0], dtype=torch.float64)).tolist()
+        [2.0, -1.0]
+    """
+
+    symmetric = False
+    like: Vector
+
+    def __init__(self, losses: Losses[PlayersT], players: PlayersT, *, reduce: Reduce | None = None) -> None:
+        self._losses, self.like, self.owners = _evaluate(losses, players, reduce)
+        self.reduce = reduce
+        self.gradient: Vector = ()
+        for player, loss in enumerate(self._losses):
+            own = gradient_with_graph(loss, self.tensors_of(player))
+            _check_used([g if g.requires_grad else None for g in own], player)
+            self.gradient += own
+        self._live = [i for i, g in enumerate(self.gradient) if g.requires_grad]
+
+    @property
+    def size(self) -> int:
+        """N, the numbers that all players hold."""
+        return sum(p.numel() for p in self.like)
+
+    @property
+    def num_players(self) -> int:
+        """Losses, and players."""
+        return len(self._losses)
+
+    def tensors_of(self, player: int) -> Vector:
+        """The tensors of one player."""
+        return tuple(p for p, owner in zip(self.like, self.owners, strict=True) if owner == player)
+
+    @cached_property
+    def _full(self) -> list[Vector]:
+        """∂L_i/∂θ for all of θ, with graphs: what products with J need and products with Jᵀ do not."""
+        return [gradient_with_graph(loss, self.like) for loss in self._losses]
+
+    def matvec(self, v: Vector) -> Vector:
+        """J v, one backward pass per player."""
+        products: list[Tensor | None] = []
+        for player, gradient in enumerate(self._full):
+            own = self.tensors_of(player)
+            live = [i for i, g in enumerate(gradient) if g.requires_grad]
+            products += _derivative([gradient[i] for i in live], own, [v[i] for i in live])
+        return average(_own(products, self.like, v), self.reduce)
+
+    def rmatvec(self, v: Vector) -> Vector:
+        """Jᵀ v, one backward pass."""
+        outputs = [self.gradient[i] for i in self._live]
+        products = _derivative(outputs, self.like, [v[i] for i in self._live])
+        return average(_own(products, self.like, v), self.reduce)
+
+    @property
+    def T(self) -> TransposedOperator:  # noqa: N802
+        """Jᵀ as an operator; it has the same eigenvalues, and cheaper products."""
+        return TransposedOperator(self)
+
+    def block(self, player: int) -> LinearOperator:
+        """A player's own block ∂²L_i/∂θ_i², symmetric, on that player's tensors alone.
+
+        Raises:
+            ValueError: No such player.
+        """
+        if not 0 <= player < self.num_players:
+            raise ValueError(f"player must lie in [0, {self.num_players}). Got {player}.")
+        own = HessianOperator(self._losses[player], self.tensors_of(player))
+        return own if self.reduce is None else AveragedOperator(own, self.reduce)
+
+    def dense(self) -> Tensor:
+        """J as a matrix of shape (n, n), one product with Jᵀ a row."""
+        rows = []
+        unit = torch.zeros(self.size, dtype=self.like[0].dtype, device=self.like[0].device)
+        for i in range(self.size):
+            unit[i] = 1.0
+            rows.append(flatten(self.rmatvec(unflatten(unit, self.like))))
+            unit[i] = 0.0
+        return torch.stack(rows)
+
+
+class TransposedOperator(LinearOperator):
+    """Jᵀ of a :class:`JacobianOperator`."""
+
+    symmetric = False
+    like: Vector
+
+    def __init__(self, operator: JacobianOperator) -> None:
+        self.operator, self.like = operator, operator.like
+
+    @property
+    def T(self) -> JacobianOperator:  # noqa: N802
+        """J itself."""
+        return self.operator
+
+    def matvec(self, v: Vector) -> Vector:
+        """Jᵀ v."""
+        return self.operator.rmatvec(v)
+
+    def rmatvec(self, v: Vector) -> Vector:
+        """J v."""
+        return self.operator.matvec(v)
+
+
+def _derivative(outputs: list[Tensor], inputs: Vector, v: list[Tensor]) -> Sequence[Tensor | None]:
+    """Derivative of ⟨outputs, v⟩ with respect to the inputs."""
+    if not outputs:  # every loss is linear
+        return [None] * len(inputs)
+    with explain_double_backward():
+        return torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
+
+
+def _evaluate(
+    losses: Losses[PlayersT], players: PlayersT, reduce: Reduce | None
+) -> tuple[tuple[Tensor, ...], Vector, tuple[int, ...]]:
+    """Losses with graphs, the tensors that they are functions of, and whose tensor each is."""
+    if isinstance(players, Tensor) or not players:
+        raise ValueError(f"players must be a tuple with one entry per player. Got {type(players).__name__}.")
+    tensors: list[Tensor] = []
+    owners: list[int] = []
+    for index, player in enumerate(players):
+        held = (player,) if isinstance(player, Tensor) else tuple(player)
+        if not held:
+            raise ValueError(f"Every player must hold a tensor. Got none for player {index}.")
+        tensors += held
+        owners += [index] * len(held)
+    _check_distinct(tensors, owners)
+    with torch.enable_grad():
+        if callable(losses):
+            tensors = [t if t.requires_grad else t.detach().requires_grad_(True) for t in tensors]
+            values = tuple(losses(_structured(tuple(tensors), players)))
+        else:
+            values = tuple(losses)
+    _check_losses(values, len(players), reduce)
+    return values, tuple(tensors), tuple(owners)
+
+
+def _structured(tensors: Vector, players: PlayersT) -> PlayersT:
+    """The tensors in the structure of ``players``."""
+    rest = iter(tensors)
+    made = (next(rest) if isinstance(p, Tensor) else tuple(next(rest) for _ in p) for p in players)
+    return tuple(made)  # type: ignore[return-value]  # the structure of `players`, entry by entry
+
+
+def _check_distinct(tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+    seen: dict[tuple[int, int], int] = {}
+    for tensor, owner in zip(tensors, owners, strict=True):
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"Players must hold floating-point tensors. Got {tensor.dtype} for player {owner}."
+            )
+        key = (tensor.data_ptr(), tensor.numel()) if tensor.numel() and tensor.data_ptr() else (0, id(tensor))
+        if key in seen:
+            raise ValueError(
+                "Every tensor must belong to one player, once. "
+                f"Got one of shape {tuple(tensor.shape)} for players {seen[key]} and {owner}: "
+                "give a shared part to one of them, or copy it."
+            )
+        seen[key] = owner
+
+
+def _check_losses(values: tuple[Tensor, ...], num_players: int, reduce: Reduce | None) -> None:
+    if len(values) != num_players or any(v.numel() != 1 for v in values):
+        raise ValueError(
+            f"There must be one scalar loss for each of the {num_players} players. "
+            f"Got shapes {[tuple(v.shape) for v in values]}."
+        )
+    for index, value in enumerate(values):
+        if not value.requires_grad:
+            raise ValueError(
+                f"The loss of player {index} must have a graph. Got one without; is it detached?"
+            )
+    together = torch.stack([v.detach().reshape(()) for v in values])
+    together = together if reduce is None else reduce(together)  # every process raises, or none
+    if not bool(torch.isfinite(together).all()):
+        raise FloatingPointError(
+            f"Every loss must be finite. Got {together.tolist()}: lower the learning rates, or look at the data."
+        )
+
+
+def _check_used(gradient: Sequence[Tensor | None], player: int) -> None:
+    if all(g is None for g in gradient):
+        raise ValueError(
+            f"The loss of player {player} must depend on that player. Got one that does not: is the player frozen, "
+            "or its output detached?"
+        )

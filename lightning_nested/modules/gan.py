@@ -1,0 +1,164 @@
+"""A generative adversarial network: a game of a discriminator and a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from lightning_nested.modules.game import GameModule
+
+GANLoss = Literal["hinge", "non_saturating", "wasserstein"]
+
+# Of the logits on real and on generated data: the discriminator's loss, and the generator's of the latter.
+_LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "hinge": (
+        lambda real, fake: functional.relu(1 - real).mean() + functional.relu(1 + fake).mean(),
+        lambda fake: -fake.mean(),
+    ),
+    "non_saturating": (
+        lambda real, fake: functional.softplus(-real).mean() + functional.softplus(fake).mean(),
+        lambda fake: functional.softplus(-fake).mean(),
+    ),
+    "wasserstein": (lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()),
+}
+
+
+class GANModule(GameModule):
+    """A generator G and a discriminator D that tells its samples G(z), z ~ N(0, 1), from the data x.
+
+    The losses are one of
+
+    - ``"non_saturating"``: L_D = E log(1+e^{−D(x)}) + E log(1+e^{D(G(z))}), L_G = E log(1+e^{−D(G(z))});
+    - ``"hinge"``: L_D = E max(0, 1−D(x)) + E max(0, 1+D(G(z))), L_G = −E D(G(z));
+    - ``"wasserstein"``: L_D = E D(G(z)) − E D(x), L_G = −E D(G(z)); D must bound its own slope.
+
+    A batch is the real data, or a sequence of data and class numbers, of which the latter are used if
+    ``num_classes`` is given: then the networks are called as ``generator(z, y)`` and ``discriminator(x, y)``.
+    Real and generated data go through the discriminator in one forward. As in every :class:`GameModule` each
+    step has its own batch and latents, the discriminator steps first, and options of the game are passed on.
+    Goodfellow et al. (2014), NeurIPS 27; Lim & Ye (2017), arXiv 1705.02894; Arjovsky, Chintala & Bottou (2017),
+    ICML, PMLR 70:214-223.
+
+    Args:
+        generator: From latents ``(n, latent_dim)`` to data.
+        discriminator: From data to one logit per example, ``(n,)`` or ``(n, 1)``.
+        latent_dim: Width of z.
+        loss: Which losses.
+        num_classes: Classes of a conditional model; None: unconditional.
+        reuse_fakes: Where the generator steps on the same batch as the discriminator (simultaneous updates, or
+            ``GameLoop(reuse_batch=True)``), it steps on the same fakes, which saves its forward.
+        **game: Arguments of :class:`GameModule`.
+
+    Raises:
+        ValueError: An unknown loss or a size below 1.
+
+    Shape:
+        ``forward(n)`` or ``sample(n)``: n generated examples.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        latent_dim: int,
+        loss: GANLoss = "non_saturating",
+        num_classes: int | None = None,
+        reuse_fakes: bool = False,
+        **game: Any,
+    ) -> None:
+        super().__init__(**game)
+        if loss not in _LOSSES:
+            raise ValueError(f"loss must be one of {sorted(_LOSSES)}. Got {loss!r}.")
+        if latent_dim < 1 or (num_classes is not None and num_classes < 1):
+            raise ValueError(
+                "latent_dim must be at least 1, and num_classes too, or None. "
+                f"Got {latent_dim} and {num_classes}."
+            )
+        self.generator, self.discriminator = generator, discriminator
+        self.latent_dim, self.loss, self.num_classes = latent_dim, loss, num_classes
+        self.reuse_fakes = reuse_fakes
+
+    @override
+    def players(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator, "generator": self.generator}
+
+    @override
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        if name == "discriminator":
+            return self.discriminator_loss(batch)
+        return self.generator_loss(batch)
+
+    def discriminator_loss(self, batch: Any) -> Tensor:
+        """L_D of a batch."""
+        real, labels = self.real_data(batch)
+        shared = self.reuse_fakes and "generator" in self.batch_players
+        with torch.set_grad_enabled(shared):
+            fake, fake_labels = self.fakes(len(real))
+        if shared:
+            self.step_cache["fakes"] = fake, fake_labels
+        both = torch.cat([real, fake.detach()])
+        both_labels = None if labels is None or fake_labels is None else torch.cat([labels, fake_labels])
+        logits = self.discriminate(both, both_labels)
+        return _LOSSES[self.loss][0](logits[: len(real)], logits[len(real) :])
+
+    def generator_loss(self, batch: Any) -> Tensor:
+        """L_G on as many fakes as the batch has examples."""
+        fakes = self.step_cache.pop("fakes", None)
+        fake, labels = self.fakes(len(self.real_data(batch)[0])) if fakes is None else fakes
+        return _LOSSES[self.loss][1](self.discriminate(fake, labels))
+
+    def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Data and, in a conditional model, labels of a batch."""
+        if isinstance(batch, Tensor):
+            batch = (batch,)
+        data: Tensor = batch[0]
+        if self.num_classes is None:
+            return data, None
+        if len(batch) < 2:
+            raise ValueError(
+                f"num_classes={self.num_classes} needs batches (data, labels). Got {len(batch)} tensor; use "
+                "num_classes=None, or a datamodule with labels."
+            )
+        return data, batch[1]
+
+    def fakes(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Generated data, and labels in a conditional model."""
+        latents, labels = self.sample_latents(count), self.sample_labels(count)
+        data: Tensor = self.generator(latents) if labels is None else self.generator(latents, labels)
+        return data, labels
+
+    def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits ``(n,)``, positive for what is taken for real."""
+        logits: Tensor = self.discriminator(data) if labels is None else self.discriminator(data, labels)
+        return logits.flatten()
+
+    def sample_latents(self, count: int) -> Tensor:
+        """Z ~ N(0, 1), ``(count, latent_dim)``, in the generator's precision and on its device."""
+        like = next(self.generator.parameters())
+        return torch.randn(count, self.latent_dim, dtype=like.dtype, device=like.device)
+
+    def sample_labels(self, count: int) -> Tensor | None:
+        """Class numbers, uniform; None in an unconditional model."""
+        if self.num_classes is None:
+            return None
+        return torch.randint(self.num_classes, (count,), device=next(self.generator.parameters()).device)
+
+    @override
+    def forward(self, count: int) -> Tensor:
+        return self.fakes(count)[0]
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """Generated data in evaluation mode, without a graph."""
+        training = self.generator.training
+        self.generator.eval()
+        try:
+            return self.fakes(count)[0]
+        finally:
+            self.generator.train(training)
