@@ -289,7 +289,7 @@ def _train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batc
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=max(steps, 2))
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         network.train()
         for _ in range(epochs):
             for rows in torch.split(torch.randperm(len(images)), batch_size):

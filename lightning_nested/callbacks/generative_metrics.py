@@ -149,6 +149,9 @@ class GenerativeMetrics(Callback):
 
     # ---- one scoring
 
+    # Stand-alone validation runs in inference mode, whose tensors could not train a classifier.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         extractor, real = self._prepare(trainer)
         generator_of = cast(ClassConditionalSampler, pl_module)

@@ -137,9 +137,10 @@ class BigGAN(GameModule):
         return self._discriminator_loss(images, labels)
 
     def _discriminator_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.objective.reuse_fakes):
+        shared = self.objective.reuse_fakes and "generator" in self.batch_players
+        with torch.set_grad_enabled(shared):
             fakes, fake_labels = self._fakes(len(images))
-        if self.objective.reuse_fakes:
+        if shared:
             self.step_cache["fakes"] = fakes, fake_labels
         fakes = fakes.detach()
         both, both_labels = torch.cat((images, fakes.to(images.dtype))), torch.cat((labels, fake_labels))
