@@ -72,6 +72,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "NestedModule",
     ),
     "datamodules": (
+        "CIFAR10DataModule",
         "DigitsDataModule",
         "FashionMNISTDataModule",
     ),
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from lightning_nested.callbacks import GeneratorEMA as GeneratorEMA
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
     from lightning_nested.callbacks import SampleGrid as SampleGrid
+    from lightning_nested.datamodules import CIFAR10DataModule as CIFAR10DataModule
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_nested.games import Bilinear as Bilinear

@@ -210,6 +210,12 @@ class BigGAN(GameModule):
     # ---- lifecycle
 
     @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        # Scores of a stand-alone validation name the updates of the weights they judge.
+        self.game_updates = checkpoint.get("game", {}).get("game_updates", self.game_updates)
+
+    @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in self.generator.modules())

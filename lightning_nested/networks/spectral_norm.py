@@ -18,8 +18,8 @@ class SpectralNormLayer(nn.Module):
     W̄ is then one fixed function of W, so derivatives taken over several forwards belong to one function.
 
     Miyato, Kataoka, Koyama & Yoshida (2018), ICLR, arXiv 1802.05957. The same function as
-    ``torch.nn.utils.parametrizations.spectral_norm``, with a ``state_dict`` of plain names (``weight``, ``u``,
-    ``v``) and the freezing.
+    ``torch.nn.utils.parametrizations.spectral_norm``, which improves u before v, with a ``state_dict`` of plain
+    names (``weight``, ``u``, ``v``) and the freezing.
     """
 
     weight: Tensor
