@@ -144,7 +144,8 @@ class GradientPenalty(GradientRegularizer):
 def _squared_gradient_norm(score: Score, images: Tensor) -> Tensor:
     images = images.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(score(images).sum(), images, create_graph=True)
-    return gradient.float().square().flatten(1).sum(dim=1)
+    wide = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+    return wide.square().flatten(1).sum(dim=1)
 
 
 Policy = Literal["color", "translation", "cutout"]
