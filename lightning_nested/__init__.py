@@ -48,6 +48,12 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "QuadraticGame",
         "RandomSubspace",
         "SmallIPD",
+        "convergence_rate",
+        "game_jacobian",
+        "game_spectrum",
+        "joint_gradient",
+        "modes_covered",
+        "suggest_momentum",
     ),
     "optim": (
         "ComplexAdam",
@@ -58,9 +64,12 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "OptimisticSGD",
     ),
     "callbacks": (
+        "GameReport",
+        "GameSpectrumCallback",
         "GenerativeMetrics",
         "GeneratorEMA",
         "HypergradientCallback",
+        "ModeCoverage",
         "SampleGrid",
     ),
     "modules": (
@@ -70,11 +79,13 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "GameModule",
         "ImageClassifier",
         "NestedModule",
+        "ZooGame",
     ),
     "datamodules": (
         "CIFAR10DataModule",
         "DigitsDataModule",
         "FashionMNISTDataModule",
+        "MixtureOfGaussiansDataModule",
     ),
 }
 _PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in names}
@@ -82,13 +93,17 @@ _PACKAGE_OF = {name: package for package, names in _EXPORTS.items() for name in 
 __all__ = ["__version__", *_PACKAGE_OF]
 
 if TYPE_CHECKING:
+    from lightning_nested.callbacks import GameReport as GameReport
+    from lightning_nested.callbacks import GameSpectrumCallback as GameSpectrumCallback
     from lightning_nested.callbacks import GenerativeMetrics as GenerativeMetrics
     from lightning_nested.callbacks import GeneratorEMA as GeneratorEMA
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
+    from lightning_nested.callbacks import ModeCoverage as ModeCoverage
     from lightning_nested.callbacks import SampleGrid as SampleGrid
     from lightning_nested.datamodules import CIFAR10DataModule as CIFAR10DataModule
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
+    from lightning_nested.datamodules import MixtureOfGaussiansDataModule as MixtureOfGaussiansDataModule
     from lightning_nested.games import Bilinear as Bilinear
     from lightning_nested.games import DiracGAN as DiracGAN
     from lightning_nested.games import GaussiansGAN as GaussiansGAN
@@ -98,6 +113,12 @@ if TYPE_CHECKING:
     from lightning_nested.games import QuadraticGame as QuadraticGame
     from lightning_nested.games import RandomSubspace as RandomSubspace
     from lightning_nested.games import SmallIPD as SmallIPD
+    from lightning_nested.games import convergence_rate as convergence_rate
+    from lightning_nested.games import game_jacobian as game_jacobian
+    from lightning_nested.games import game_spectrum as game_spectrum
+    from lightning_nested.games import joint_gradient as joint_gradient
+    from lightning_nested.games import modes_covered as modes_covered
+    from lightning_nested.games import suggest_momentum as suggest_momentum
     from lightning_nested.hypergradient import ConjugateGradient as ConjugateGradient
     from lightning_nested.hypergradient import DenseSolve as DenseSolve
     from lightning_nested.hypergradient import FiniteDifference as FiniteDifference
@@ -120,6 +141,7 @@ if TYPE_CHECKING:
     from lightning_nested.modules import GANModule as GANModule
     from lightning_nested.modules import ImageClassifier as ImageClassifier
     from lightning_nested.modules import NestedModule as NestedModule
+    from lightning_nested.modules import ZooGame as ZooGame
     from lightning_nested.optim import ComplexAdam as ComplexAdam
     from lightning_nested.optim import ComplexSGD as ComplexSGD
     from lightning_nested.optim import Extragradient as Extragradient

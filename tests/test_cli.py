@@ -261,3 +261,20 @@ def test_the_module_runs_as_a_program() -> None:
     command = [sys.executable, "-m", "lightning_nested", "--version"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.strip() == f"lightning-nested {lightning_nested.__version__}"
+
+
+@pytest.mark.slow
+def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "lightning_nested", "fit", "--config", "digits", *QUICK),
+        *("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.callbacks+=HypergradientCallback"),
+        "--trainer.callbacks.hyperparameters=WeightDecay",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    callbacks = torch.load(checkpoint, weights_only=True)["callbacks"]
+    (state,) = (s for key, s in callbacks.items() if key.startswith("HypergradientCallback"))
+    assert (
+        state["outer_steps"] == state["inner_steps"] == 8
+    )  # two epochs of four steps: 700 images by 2 × 100

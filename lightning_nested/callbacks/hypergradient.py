@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,11 +26,14 @@ from lightning_nested.callbacks.fitting import (
     log_outer_step,
     named_outputs,
     reduction,
+    refuse_strategy,
     reinitialize,
-    transfer,
+    step_arguments,
+    trainable,
 )
-from lightning_nested.callbacks.isolation import RandomStream, evaluation_mode, without_trace
+from lightning_nested.callbacks.isolation import RandomStream, StandIns, untouched_buffers, without_trace
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
+from lightning_nested.callbacks.outer_loss import evaluate_outer
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton, InverseSolver, Neumann
 from lightning_nested.hyperparameters import (
     BoundHyperparameter,
@@ -51,7 +56,8 @@ class HypergradientCallback(Callback):
     hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
     The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
-    evaluation mode. Buffers, metrics, logs and random numbers of the run are untouched by it.
+    evaluation mode. Buffers, metrics, plain attributes, logs and random numbers of the run are untouched by it. The
+    validation loader is asked for a second time, so a random split belongs into ``setup``, not ``val_dataloader``.
 
     Under ``accumulate_grad_batches`` the graphs of all batches of an outer step are kept until its last batch.
     A decoupled decay of the inner optimizer (AdamW) is not part of the curvature; a coupled one (SGD) is.
@@ -128,14 +134,21 @@ class HypergradientCallback(Callback):
         self._initial: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []  # of the window of accumulated batches
         self._evaluations: list[Callable[[], Tensor]] = []  # the same, to be run again by FiniteDifference
-        self._outputs: Tensor | None = None  # of the submodule that GaussNewton names
+        self._again: Callable[[], Tensor] | None = None  # the present batch's
+        self._outputs: list[Tensor] = []  # of the submodule that GaussNewton names
+        self._attempted = False  # an outer step in this window, whether or not it could be made
         self._handle: RemovableHandle | None = None
-        self._batch: tuple[Any, int, RandomStream] = (None, 0, RandomStream(0))
+        self._bound = StandIns()  # hyperparameters, for attributes of the module, during a fit
+        self._methods = StandIns()  # of the module, during a batch
 
     # ---- what users read and override
 
     def values(self) -> dict[str, Tensor]:
-        """Tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``."""
+        """Tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.
+
+        A strategy that forks or spawns processes trains a copy of the callback: there, read them in a hook, or from
+        a checkpoint.
+        """
         return self.outer.values()
 
     def should_update(self, trainer: Trainer, step: int) -> bool:
@@ -148,12 +161,20 @@ class HypergradientCallback(Callback):
         if callable(own):
             loss = own(batch)
         else:
-            loss = call._call_lightning_module_hook(trainer, "validation_step", batch, 0, pl_module=pl_module)
+            arguments = step_arguments(pl_module.validation_step, batch, 0)
+            loss = call._call_lightning_module_hook(
+                trainer, "validation_step", *arguments, pl_module=pl_module
+            )
             loss = loss.get("loss") if isinstance(loss, Mapping) else loss
         if not isinstance(loss, Tensor):
             raise MisconfigurationException(
                 f"The outer loss must be a tensor. Got {type(loss).__name__} from {type(pl_module).__name__}; "
                 f"return the loss from validation_step, or add:\n{_OUTER_LOSS}"
+            )
+        if loss.numel() != 1:
+            raise MisconfigurationException(
+                f"The outer loss of {type(pl_module).__name__} must be a scalar. Got shape {tuple(loss.shape)}; "
+                "return its mean."
             )
         if not loss.requires_grad:
             raise MisconfigurationException(
@@ -179,10 +200,12 @@ class HypergradientCallback(Callback):
                 f"HypergradientCallback works with automatic optimization. Got {name} with "
                 "automatic_optimization=False; extend lightning_nested.modules.NestedModule for a loop of your own."
             )
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        refuse_strategy(trainer, "HypergradientCallback", static_graph=False)
+        others = [c for c in trainer.callbacks if isinstance(c, HypergradientCallback) and c is not self]  # type: ignore[attr-defined]
+        if others:
             raise MisconfigurationException(
-                "HypergradientCallback needs whole parameters on every process: a single device or DDP. "
-                f"Got {type(trainer.strategy).__name__}; use Trainer(strategy='ddp')."
+                "One HypergradientCallback tunes all hyperparameters: another's decays would be missing from its "
+                f"curvature. Got {1 + len(others)}; give one of them the list."
             )
         if isinstance(self.curvature, GaussNewton) and trainer.accumulate_grad_batches > 1:
             raise MisconfigurationException(
@@ -196,14 +219,11 @@ class HypergradientCallback(Callback):
                 f"HypergradientCallback needs an outer loss. Got {name} without outer_loss and validation_step; "
                 f"add:\n{_OUTER_LOSS}"
             )
+        if trainer.accumulate_grad_batches > 1:
+            self._check_backward(pl_module)
         for hyperparameter in self.outer.hyperparameters:
             if isinstance(hyperparameter, BoundHyperparameter):
-                if not hasattr(pl_module, hyperparameter.name):
-                    raise MisconfigurationException(
-                        f"{type(hyperparameter).__name__} is read by the training loss through the attribute "
-                        f"{hyperparameter.name!r}. Got {name} without it; add:\n{hyperparameter.usage}"
-                    )
-                setattr(pl_module, hyperparameter.name, hyperparameter)
+                self._bind(hyperparameter, pl_module)
         if isinstance(self.curvature, GaussNewton):
             self._handle = named_outputs(pl_module, self.curvature).register_forward_hook(self._keep_outputs)
 
@@ -214,21 +234,11 @@ class HypergradientCallback(Callback):
             if isinstance(hyperparameter, ModuleTensors):
                 hyperparameter.attach(pl_module)
         self._take_out(optimizer)
-        names = {id(p): n for n, p in pl_module.named_parameters()}
-        self._parameters = {
-            names.get(id(p), f"group{g}.{i}"): p
-            for g, group in enumerate(optimizer.param_groups)
-            for i, p in enumerate(group["params"])
-            if p.requires_grad
-        }
-        if not self._parameters:
-            raise MisconfigurationException(
-                "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
-            )
-        self._warn_two_decays(optimizer)
         if self._module is not pl_module:  # a second fit of the same module goes on with the values it has
-            self.outer.build(self._parameters, trainer.strategy.root_device)
-            self._module = pl_module
+            self._module, self._parameters = pl_module, {}
+            self.inner_steps = self.outer_steps = self.skipped_steps = self._skipped_in_a_row = 0
+        self._collect(optimizer, pl_module, trainer.strategy.root_device)
+        self._warn_two_decays(optimizer)
         if self.restart_every is not None:
             self._initial = {n: p.detach().clone() for n, p in self._parameters.items()}
         if self._saved is not None:
@@ -236,42 +246,55 @@ class HypergradientCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clear_window()
         self._batches = OuterBatches(trainer, self.outer_dataloader, seed=base_seed(trainer))
         if self._saved is not None:
-            self._batches.load_state_dict(self._saved["batches"])
+            if self._saved["batches"]:
+                self._batches.load_state_dict(self._saved["batches"])
             self._saved = None
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if (
+            batch_idx % trainer.accumulate_grad_batches == 0
+        ):  # where the Trainer itself begins with zero gradients
+            self._clear_window()
+            if not self._same_parameters(trainer.optimizers[0]):  # frozen or unfrozen meanwhile
+                self._collect(trainer.optimizers[0], pl_module, trainer.strategy.root_device)
         if isinstance(self.curvature, FiniteDifference) and self.should_update(trainer, self.inner_steps):
-            self._batch = (batch, batch_idx, RandomStream.snapshot(trainer.strategy.root_device))
+            self._note_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self.outer.pending or not self.should_update(trainer, self.inner_steps):
+        # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
+        if self._attempted or not self.should_update(trainer, self.inner_steps):
             return
         self._losses.append(loss)
-        if isinstance(self.curvature, FiniteDifference):
-            self._evaluations.append(partial(self._evaluate_again, trainer, pl_module, *self._batch))
+        if self._again is not None:
+            self._evaluations.append(self._again)
         if self._window_goes_on(trainer):
             # The graph is needed once more at the window's last batch.
-            pl_module.__dict__["backward"] = partial(type(pl_module).backward, pl_module, retain_graph=True)
+            self._methods.put(pl_module, "backward", partial(pl_module.backward, retain_graph=True))
             return
-        self._outer_step(trainer, pl_module)
+        self._attempted = True
+        with untouched_buffers(pl_module):  # torch.utils.checkpoint runs the forward again in every product
+            self._outer_step(trainer, pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.__dict__.pop("backward", None)
+        self._methods.put_back()
         self.outer.clear_gradients()
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        # A fused optimizer takes the scale of fp16 off itself, after this.
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         for decay in self.outer.decays:
-            decay.add_gradient_(self._parameters)
+            decay.add_gradient_(self._parameters, _loss_scale(trainer) if fused else 1.0)
 
     @override
     def on_train_batch_end(
@@ -279,19 +302,24 @@ class HypergradientCallback(Callback):
     ) -> None:
         if self._window_goes_on(trainer):
             return
-        self._losses.clear()
-        self._evaluations.clear()
-        self._outputs = None
         self.inner_steps += 1
-        if self.outer.pending:
-            self.outer.apply()
+        pending = self.outer.pending
+        self.outer.apply()
+        self._clear_window()
+        if pending:
             self.outer_steps += 1
             self._log(trainer, pl_module)
             if self.restart_every is not None and self.outer_steps % self.restart_every == 0:
                 self._restart(trainer, pl_module)
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._clear_window()
+        self._bound.put_back()
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._bound.put_back()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -305,7 +333,7 @@ class HypergradientCallback(Callback):
             return dict(self._saved) if self._saved is not None else {}
         return {
             "outer": self.outer.state_dict(),
-            "batches": self._batches.state_dict() if self._batches is not None else self._position,
+            "batches": self._outer_position(),
             "inner_steps": self.inner_steps,
             "outer_steps": self.outer_steps,
             "skipped_steps": self.skipped_steps,
@@ -326,14 +354,14 @@ class HypergradientCallback(Callback):
     def _outer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._batches is not None
         reduce = reduction(trainer)
-        batch = transfer(trainer, pl_module, self._batches.next())
-        with (
-            self._batches.stream,
-            evaluation_mode(pl_module),
-            without_trace(pl_module, trainer),
-            trainer.precision_plugin.val_step_context(),
-        ):
-            outer_loss = self.outer_loss(trainer, pl_module, batch)
+        outer_loss = evaluate_outer(
+            trainer,
+            pl_module,
+            self._batches,
+            lambda batch: self.outer_loss(trainer, pl_module, batch),
+            (*self._parameters.values(), *self.outer.in_graph_tensors),
+            scale=_loss_scale(trainer),
+        )
         log = self._logs_at(self.outer_steps + 1)
         try:
             self.last_report = self.outer.compute(
@@ -357,13 +385,28 @@ class HypergradientCallback(Callback):
             return lambda: torch.stack([evaluate() for evaluate in evaluations]).sum()
         return self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).sum()
 
+    def _note_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Have the random numbers noted when ``training_step`` begins: after every hook that may draw some."""
+        step, device = module.training_step, trainer.strategy.root_device
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            start = RandomStream.snapshot(device)
+            self._again = partial(self._evaluate_again, trainer, module, batch, batch_idx, start)
+            self._methods.put_back()
+            return step(*args, **kwargs)
+
+        self._methods.put(module, "training_step", functools.wraps(step)(noted))
+
     def _evaluate_again(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, start: RandomStream
     ) -> Tensor:
         """The training loss of a batch once more, with the masks of its first evaluation and without trace."""
         with start.replay(), without_trace(pl_module, trainer), trainer.precision_plugin.train_step_context():
             output = call._call_lightning_module_hook(
-                trainer, "training_step", batch, batch_idx, pl_module=pl_module
+                trainer,
+                "training_step",
+                *step_arguments(pl_module.training_step, batch, batch_idx),
+                pl_module=pl_module,
             )
         loss = output["loss"] if isinstance(output, Mapping) else output
         assert isinstance(loss, Tensor)
@@ -371,18 +414,19 @@ class HypergradientCallback(Callback):
 
     def _resolved_curvature(self, trainer: Trainer) -> Curvature | None:
         curvature = self.curvature
-        if isinstance(curvature, GaussNewton) and isinstance(curvature.outputs, str):
-            if self._outputs is None:
-                raise MisconfigurationException(
-                    f"GaussNewton(outputs={curvature.outputs!r}) must name a submodule that training_step calls and "
-                    "that returns one tensor. Got no output from it in this step."
-                )
-            return GaussNewton(outputs=self._outputs)
-        return curvature
+        if not isinstance(curvature, GaussNewton):
+            return curvature
+        if len(self._outputs) != 1 or len(self._losses) != 1:
+            raise MisconfigurationException(
+                f"GaussNewton(outputs={curvature.outputs!r}) must name a submodule that training_step calls once and "
+                f"that returns one tensor, in one batch a step. Got {len(self._outputs)} outputs in "
+                f"{len(self._losses)} batch(es); use Hessian()."
+            )
+        return GaussNewton(outputs=self._outputs[0])
 
     def _keep_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
         if module.training and isinstance(output, Tensor) and output.requires_grad:
-            self._outputs = output
+            self._outputs.append(output)
 
     def _skip(self, error: FloatingPointError) -> None:
         self.skipped_steps += 1
@@ -400,7 +444,7 @@ class HypergradientCallback(Callback):
         """New initial weights, the same on every process, and an inner optimizer without memory."""
         assert self._batches is not None
         seed = self._batches.seed + 104_729 * self.outer_steps
-        reinitialize(pl_module, self._initial, self._parameters, self.outer.tensors, seed)
+        reinitialize(pl_module, self._initial, self._parameters, seed)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
 
@@ -418,15 +462,81 @@ class HypergradientCallback(Callback):
         self.outer.load_state_dict(state["outer"], self._parameters)
         self.inner_steps, self.outer_steps = state["inner_steps"], state["outer_steps"]
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        if self._batches is not None:
+        if self._batches is not None and state["batches"]:
             self._batches.load_state_dict(state["batches"])
         for name, value in state["initial"].items():
             self._initial[name] = value.to(self._parameters[name].device)
 
+    def _outer_position(self) -> dict[str, int]:
+        """Of the outer batches; empty before there were any."""
+        if self._batches is not None:
+            return self._batches.state_dict()
+        return self._saved["batches"] if self._saved is not None else self._position
+
+    # ---- the window of accumulated batches
+
+    def _clear_window(self) -> None:
+        """Nothing is left of an earlier window, wherever it was broken off."""
+        self._losses, self._evaluations, self._outputs = [], [], []
+        self._again, self._attempted = None, False
+        self.outer.discard()
+        self._methods.put_back()
+
     def _window_goes_on(self, trainer: Trainer) -> bool:
         return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
+    # ---- the module
+
+    def _bind(self, hyperparameter: BoundHyperparameter, module: LightningModule) -> None:
+        """Let the module's training loss read the hyperparameter, until ``fit`` ends."""
+        name = hyperparameter.name
+        if not hasattr(module, name):
+            raise MisconfigurationException(
+                f"{type(hyperparameter).__name__} is read by the training loss through the attribute {name!r}. "
+                f"Got {type(module).__name__} without it; add:\n{hyperparameter.usage}"
+            )
+        if getattr(module, name) not in (None, hyperparameter):
+            raise MisconfigurationException(
+                f"{type(hyperparameter).__name__} stands in for the attribute {name!r}, which must be None. "
+                f"Got a {type(getattr(module, name)).__name__} in {type(module).__name__}; set another name=."
+            )
+        self._bound.put(module, name, hyperparameter)
+
+    def _check_backward(self, module: LightningModule) -> None:
+        parameters = inspect.signature(module.backward).parameters
+        if "retain_graph" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        raise MisconfigurationException(
+            "With accumulate_grad_batches the graphs are needed again at the window's last batch. Got "
+            f"{type(module).__name__}.backward{inspect.signature(module.backward)}, which cannot keep one; give it "
+            "**kwargs and pass them to loss.backward."
+        )
+
     # ---- the inner optimizer
+
+    def _same_parameters(self, optimizer: Optimizer) -> bool:
+        held = trainable(optimizer)
+        return len(held) == len(self._parameters) and all(map(operator.is_, held, self._parameters.values()))
+
+    def _collect(self, optimizer: Optimizer, module: LightningModule, device: torch.device) -> None:
+        """The inner parameters by name, and hyperparameters of their sizes; values that were there stay."""
+        names = {id(p): n for n, p in module.named_parameters()}
+        held = trainable(optimizer)
+        if not held:
+            raise MisconfigurationException(
+                "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
+            )
+        parameters = {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
+        added = {n: p for n, p in parameters.items() if n not in self._parameters}
+        if self._parameters and len(parameters) != len(self._parameters):
+            rank_zero_info(
+                f"HypergradientCallback: the inner optimizer moves {len(parameters)} tensors from now on, "
+                f"{len(self._parameters)} before."
+            )
+        if self.restart_every is not None:
+            self._initial.update({n: p.detach().clone() for n, p in added.items()})
+        self._parameters = parameters
+        self.outer.build(parameters, device)
 
     def _take_out(self, optimizer: Optimizer) -> None:
         """Remove hyperparameters that are the module's own tensors from the inner optimizer."""

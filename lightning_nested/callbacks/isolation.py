@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -129,6 +132,93 @@ def untouched_metrics(module: nn.Module) -> Iterator[None]:
                 setattr(metric, name, value)
 
 
+_CONTAINERS = (list, dict, set, deque)
+_OF_EVERY_MODULE = frozenset(
+    LightningModule().__dict__
+)  # parameters, hooks, the Trainer: none of them a user's
+
+
+@contextmanager
+def untouched_attributes(module: nn.Module) -> Iterator[None]:
+    """Plain attributes, and what lists, dicts, sets and deques among them hold, are as before afterwards.
+
+    Counters, and the outputs that a ``validation_step`` collects for the epoch's end. Objects of other classes are
+    not looked into.
+    """
+    kept = []
+    for m in module.modules():
+        if not isinstance(m, Metric):  # see untouched_metrics
+            attributes = {key: value for key, value in m.__dict__.items() if key not in _OF_EVERY_MODULE}
+            contents = [
+                (value, copy.copy(value)) for value in attributes.values() if isinstance(value, _CONTAINERS)
+            ]
+            kept.append((m, attributes, contents))
+    try:
+        yield
+    finally:
+        for m, attributes, contents in kept:
+            for key in [key for key in m.__dict__ if key not in _OF_EVERY_MODULE and key not in attributes]:
+                del m.__dict__[key]
+            m.__dict__.update(attributes)
+            for value, content in contents:
+                _refill(value, content)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Put ``content`` back into ``container``, which other names may hold."""
+    if isinstance(container, list):
+        container[:] = content
+        return
+    container.clear()
+    if isinstance(container, deque):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+class StandIns:
+    """Attributes of a module that others stand in for, until they are put back.
+
+    >>> module, stand_ins = nn.Linear(1, 1), StandIns()
+    >>> stand_ins.put(module, "forward", lambda x: x)
+    >>> module.forward(3)
+    3
+    >>> stand_ins.put_back()
+    >>> "forward" in vars(module)
+    False
+    """
+
+    _ABSENT = object()
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[nn.Module, str, object]] = []
+
+    def put(self, module: nn.Module, name: str, value: object) -> None:
+        """Let ``value`` be the instance's attribute; it may hide one of the class."""
+        self._replaced.append((module, name, module.__dict__.get(name, self._ABSENT)))
+        module.__dict__[name] = value
+
+    def put_back(self) -> None:
+        """Every attribute as it was, the last one first."""
+        while self._replaced:
+            module, name, value = self._replaced.pop()
+            if value is self._ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+
+
+@contextmanager
+def validation_stage(trainer: Trainer) -> Iterator[None]:
+    """``trainer.validating`` instead of ``trainer.training``: batch hooks tell augmentation by it."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
 @contextmanager
 def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
     """``self.log``, ``self.log_dict`` and the loggers swallow what they are given."""
@@ -154,9 +244,17 @@ def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def without_trace(module: LightningModule, trainer: Trainer) -> Iterator[None]:
-    """An evaluation inside changes no buffer, metric or log. Modes and random numbers are the caller's choice."""
+def without_trace(module: LightningModule, trainer: Trainer, *, attributes: bool = True) -> Iterator[None]:
+    """An evaluation inside changes no buffer, metric, attribute or log. Modes and random numbers are the caller's.
+
+    Args:
+        module: What is evaluated.
+        trainer: Whose logs are kept silent.
+        attributes: Whether plain attributes are put back too.
+    """
     with ExitStack() as stack:
+        if attributes:
+            stack.enter_context(untouched_attributes(module))
         stack.enter_context(untouched_buffers(module))
         stack.enter_context(untouched_metrics(module))
         stack.enter_context(silent_logging(module, trainer))

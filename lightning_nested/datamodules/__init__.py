@@ -3,6 +3,7 @@
 from lightning_nested.datamodules.cifar10 import CIFAR10DataModule
 from lightning_nested.datamodules.digits import DigitsDataModule
 from lightning_nested.datamodules.fashion_mnist import FashionMNISTDataModule
+from lightning_nested.datamodules.gaussians import MixtureOfGaussiansDataModule
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, TensorBatches
 from lightning_nested.datamodules.synthetic_images import SyntheticImagesDataModule
 
@@ -12,5 +13,6 @@ __all__ = [
     "FashionMNISTDataModule",
     "InMemoryDataModule",
     "SyntheticImagesDataModule",
+    "MixtureOfGaussiansDataModule",
     "TensorBatches",
 ]

@@ -1,5 +1,6 @@
 """Differentiable games: joint gradient, Jacobian, spectrum, convergence rates and advice on momentum. PyTorch only."""
 
+from lightning_nested.games.advice import MomentumSuggestion, suggest_momentum
 from lightning_nested.games.dirac import DiracGAN
 from lightning_nested.games.game import Game
 from lightning_nested.games.gaussians import GaussiansGAN
@@ -13,6 +14,14 @@ from lightning_nested.games.iterated import (
 from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
 from lightning_nested.games.modes import high_quality, modes_covered, ring
 from lightning_nested.games.quadratic import Bilinear, QuadraticGame
+from lightning_nested.games.rates import (
+    convergence_rate,
+    eigenvalue_rates,
+    extragradient_rate,
+    momentum_map,
+    optimistic_rate,
+    proximal_rate,
+)
 from lightning_nested.games.spectrum import Spectrum, SpectrumError, game_spectrum, leading_eigenvalues
 from lightning_nested.games.subspace import RandomSubspace
 
@@ -24,18 +33,26 @@ __all__ = [
     "IteratedPrisonersDilemma",
     "JacobianOperator",
     "MatchingPennies",
+    "MomentumSuggestion",
     "PenniesAndDilemma",
     "QuadraticGame",
     "RandomSubspace",
     "SmallIPD",
     "Spectrum",
     "SpectrumError",
+    "convergence_rate",
+    "eigenvalue_rates",
+    "extragradient_rate",
     "game_jacobian",
     "game_spectrum",
     "high_quality",
     "joint_gradient",
     "leading_eigenvalues",
     "modes_covered",
+    "momentum_map",
+    "optimistic_rate",
     "policy_losses",
+    "proximal_rate",
     "ring",
+    "suggest_momentum",
 ]

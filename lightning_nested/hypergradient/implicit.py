@@ -25,8 +25,10 @@ from lightning_nested.hypergradient.curvature import (
     GaussNewtonOperator,
     HessianOperator,
     LinearOperator,
+    UnitProducts,
     as_operator,
     central_difference,
+    difference_length,
     explain_double_backward,
     gradient_with_graph,
 )
@@ -121,7 +123,8 @@ class FiniteDifference(Curvature):
     Two gradients a product. The inner loss must be given as a function, with its noise and statistics frozen.
 
     Args:
-        epsilon: Length of the move relative to ``1 + ‖w‖``; None: cube root of the dtype's machine epsilon.
+        epsilon: Length of the move relative to ``1 + ‖w‖``; None: half the cube root of the machine epsilon of the
+            coarsest dtype that the loss is computed in: 0.0025 in float32, 0.1 under bfloat16 autocast.
     """
 
     epsilon: float | None = None
@@ -136,15 +139,18 @@ class FiniteDifference(Curvature):
         return _DifferenceLinearization(inner_loss, params, self.epsilon)
 
 
+def _gradient(loss: Tensor, inputs: Vector) -> Vector:
+    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
 class _DifferenceLinearization(Linearization):
     def __init__(self, loss: Callable[[], Tensor], params: Vector, epsilon: float | None) -> None:
         self._loss, self._params = loss, params
-        self.gradient = self._gradient(params)
-        operator = FiniteDifferenceOperator(lambda: self._gradient(params), params, epsilon=epsilon)
+        value = loss()
+        length = epsilon if epsilon is not None else difference_length(value, params)
+        self.gradient = _gradient(value, params)
+        operator = FiniteDifferenceOperator(lambda: _gradient(loss(), params), params, epsilon=length)
         self.curvature, self._length = operator, operator._length
-
-    def _gradient(self, inputs: Vector) -> Vector:
-        return torch.autograd.grad(self._loss(), inputs, allow_unused=True, materialize_grads=True)
 
     def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
         if not hparams:
@@ -154,7 +160,7 @@ class _DifferenceLinearization(Linearization):
         if not reached:
             return (None,) * len(hparams)
         live = tuple(hparams[i] for i in reached)
-        products = central_difference(lambda: self._gradient(live), self._params, v, self._length)
+        products = central_difference(lambda: _gradient(self._loss(), live), self._params, v, self._length)
         result: list[Tensor | None] = [None] * len(hparams)
         for i, product in zip(reached, products, strict=True):
             result[i] = product
@@ -231,7 +237,8 @@ def implicit_result(
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
         reduce: Averages a tensor over processes: then the result is the hypergradient of the global batch.
-        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product.
+        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product; a
+            given operator is the curvature without it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
     """
@@ -245,9 +252,12 @@ def implicit_result(
         curvature = Hessian()
     if isinstance(curvature, Curvature):
         problem = curvature.linearize(inner_loss, w)
+        operator = problem.curvature
+        if inner_scale != 1.0:  # fp16: its range is short
+            operator = UnitProducts(operator) * (1.0 / inner_scale)
     else:
         problem = _GivenCurvature(as_operator(curvature, w), inner_loss, w)
-    operator = problem.curvature if inner_scale == 1.0 else problem.curvature * (1.0 / inner_scale)
+        operator = problem.curvature  # its owner knows nothing of the scale
     if reduce is not None:
         operator = AveragedOperator(operator, reduce)
     for penalty in penalties:
@@ -257,12 +267,13 @@ def implicit_result(
     )
 
     def indirect(v: Vector) -> tuple[Vector, tuple[Vector, ...]]:
-        mixed = problem.mixed(v, hyper)
+        size = float(norm(v)) if inner_scale != 1.0 else 1.0  # as in UnitProducts
+        factor = size / inner_scale if size > 0 else 1.0
+        mixed = problem.mixed(v if inner_scale == 1.0 else tuple(a / (size or 1.0) for a in v), hyper)
         if not allow_unused:
             _refuse_unseen(mixed, direct, hyper)
         total = tuple(
-            (torch.zeros_like(h) if d is None else d.detach())
-            - (0.0 if m is None else m.detach() / inner_scale)
+            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
             for h, d, m in zip(hyper, direct, mixed, strict=True)
         )
         closed = tuple(scale_(penalty.mixed(v), -1.0) for penalty in penalties)

@@ -136,6 +136,15 @@ class InverseSolver(ABC):
         """Solve for a finite b of norm ``size`` > 0."""
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of factorisations, which half precision does not have."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
 def _with_solution(state: SolverState, x: Vector) -> SolverState:
     return SolverState(x, state.eigenvector, state.eigenvalue)
 
@@ -411,6 +420,8 @@ class Nystrom(InverseSolver):
     Hataya & Yamada (2023), AISTATS, PMLR 206:4643-4654; the stable sketch of Frangella, Tropp & Udell (2023),
     SIAM J. Matrix Anal. Appl. 44:718-752.
 
+    Half precision: products in it, factors in float32.
+
     Args:
         rank: Products with A; at most n is used.
         damping: ρ > 0; 0 is allowed when ``rank`` ≥ n.
@@ -442,17 +453,18 @@ class Nystrom(InverseSolver):
             raise ValueError(f"damping must be positive when rank < n. Got damping=0, rank={rank}, n={n}.")
         generator = torch.Generator().manual_seed(self.seed)
         sketch = torch.randn(n, rank, generator=generator, dtype=torch.float64)
-        sketch = torch.linalg.qr(sketch.to(flat.device))[0].to(flat.dtype)
+        wide = _wide(flat.dtype)
+        # Rounded to the dtype of the products, if that is narrower.
+        sketch = torch.linalg.qr(sketch.to(flat.device))[0].to(flat.dtype).to(wide)
         columns = [flatten(operator @ unflatten(sketch[:, i].contiguous(), like)) for i in range(rank)]
-        image = torch.stack(columns, dim=1)
-        core = sketch.T @ image
-        core = (core + core.T) / 2
+        image = torch.stack(columns, dim=1).to(wide)
+        core = _symmetric(sketch.T @ image)
         curvature = _check_finite(_number(torch.linalg.eigvalsh(core)[0], reduce), "The Nyström core")
         # A shift of rounding size makes the Cholesky factor exist; it is taken off the eigenvalues again.
-        shift = float(torch.finfo(flat.dtype).eps * torch.linalg.vector_norm(image) * math.sqrt(n))
+        shift = float(torch.finfo(wide).eps * torch.linalg.vector_norm(image) * math.sqrt(n))
         shift += max(0.0, -2.0 * curvature)
         shifted = image + shift * sketch
-        factor, failed = torch.linalg.cholesky_ex(core + shift * torch.eye(rank).to(core))
+        factor, failed = torch.linalg.cholesky_ex(_symmetric(sketch.T @ shifted))
         if int(failed):
             raise FloatingPointError(
                 f"The Nyström core is not positive definite. Got smallest eigenvalue {curvature:g}; "
@@ -476,7 +488,8 @@ class Nystrom(InverseSolver):
         )
         # Rounding of the core is not curvature.
         scale = float(inverse.eigenvalues.max()) if inverse.eigenvalues.numel() else 0.0
-        negative = inverse.curvature < -1e3 * torch.finfo(b[0].dtype).eps * max(scale, 1e-30)
+        noise = min(1e3 * torch.finfo(b[0].dtype).eps, 0.1)
+        negative = inverse.curvature < -noise * max(scale, 1e-30)
         return Solution(
             x=x,
             residual=relative,
@@ -498,7 +511,7 @@ class NystromInverse(LinearOperator):
 
     def matvec(self, v: Vector) -> Vector:
         """U(Λ + ρ)⁻¹Uᵀv + (v − UUᵀv)/ρ; the second part is empty at full rank."""
-        flat = flatten(v)
+        flat = flatten(v).to(self.basis.dtype)
         coordinates = self.basis.T @ flat
         inside = self.basis @ (coordinates / (self.eigenvalues + self.damping))
         if self.basis.shape[1] < flat.numel():
@@ -509,6 +522,8 @@ class NystromInverse(LinearOperator):
 @dataclass(frozen=True, kw_only=True)
 class DenseSolve(InverseSolver):
     """x = (A + damping·I)⁻¹b with the matrix written out: n products, n² memory, the reference on small problems.
+
+    Half precision: products in it, the matrix in float32.
 
     Args:
         damping: Added to the diagonal.
@@ -525,6 +540,7 @@ class DenseSolve(InverseSolver):
         self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
     ) -> Solution:
         flat = flatten(b)
+        flat = flat.to(_wide(flat.dtype))
         n = flat.numel()
         if n > self.max_size:
             raise ValueError(
@@ -538,7 +554,7 @@ class DenseSolve(InverseSolver):
             matrix[:, i] = flatten(operator @ unflatten(unit, b))
         matrix.diagonal().add_(self.damping)
         _check_finite(_number(torch.linalg.vector_norm(matrix), reduce), "The norm of the curvature matrix")
-        eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+        eigenvalues = torch.linalg.eigvalsh(_symmetric(matrix))
         smallest = _number(eigenvalues[0], reduce)
         x, failed = torch.linalg.solve_ex(matrix, flat)
         relative = _number(torch.linalg.vector_norm(flat - matrix @ x), reduce) / size

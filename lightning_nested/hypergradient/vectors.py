@@ -68,9 +68,9 @@ def flatten(v: Iterable[Tensor]) -> Tensor:
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Vector:
-    """Views into ``flat`` with the shapes of ``like``."""
+    """Views into ``flat`` with the shapes of ``like``; copies where ``like`` has another dtype."""
     pieces = torch.split(flat, [a.numel() for a in like])
-    return tuple(p.view(a.shape) for p, a in zip(pieces, like, strict=True))
+    return tuple(p.view(a.shape).to(a.dtype) for p, a in zip(pieces, like, strict=True))
 
 
 def average(v: Vector, reduce: Reduce | None) -> Vector:

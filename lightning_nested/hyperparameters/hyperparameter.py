@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -37,12 +38,20 @@ class Hyperparameter(ABC):
 
     @abstractmethod
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Create the tensors.
+        """Create the tensors. A second call keeps the values of those that stay; :meth:`reset` forgets them.
 
         Args:
             parameters: Inner parameters by name.
             device: Where the tensors live.
         """
+
+    def reset(self) -> None:
+        """Forget the tensors: the next :meth:`build` begins anew."""
+        self.tensors = {}
+
+    def entries(self) -> tuple[str, ...] | None:
+        """Names of the entries of its one tensor, where they come and go with the inner parameters; else None."""
+        return None
 
     def values(self) -> dict[str, Tensor]:
         """Detached values in natural units, by the names of ``tensors``."""
@@ -78,6 +87,27 @@ class Hyperparameter(ABC):
                     f"Got {tuple(state[key].shape)}: the checkpoint belongs to other settings."
                 )
             raw.copy_(state[key])
+
+    @staticmethod
+    def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
+        """Of unconstrained tensors: the widest of the parameters, at least float32.
+
+        An outer step changes a log-decay of −9 by some 0.05, which bfloat16 rounds to nothing.
+        """
+        dtypes = [p.dtype for p in parameters.values() if p.is_floating_point()]
+        return reduce(torch.promote_types, dtypes or [torch.get_default_dtype()], torch.float32)
+
+    def _create(self, values: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """Leaves at natural ``values``; an earlier tensor of that name and shape stays, with its own."""
+        earlier, self.tensors = self.tensors, {}
+        for key, value in values.items():
+            old = earlier.get(key)
+            if old is None or old.shape != value.shape:
+                self.tensors[key] = self._leaf(value, device)
+            elif old.dtype == value.dtype and old.device == torch.empty(0, device=device).device:
+                self.tensors[key] = old
+            else:
+                self.tensors[key] = old.detach().to(device, value.dtype).requires_grad_(True)
 
     def _leaf(self, value: Tensor, device: torch.device | str) -> Tensor:
         """An unconstrained leaf whose natural value is ``value``."""

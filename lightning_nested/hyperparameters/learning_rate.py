@@ -54,8 +54,7 @@ class LearningRate(Hyperparameter):
                 "LearningRate must know the inner optimizer's groups. Got none: it is tuned through unrolled "
                 "steps, by NestedModule(gradient=Unrolled(...)); elsewhere call attach([lr, ...]) first."
             )
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"rates": self._leaf(torch.tensor(self._rates, dtype=dtype), device)}
+        self._create({"rates": torch.tensor(self._rates, dtype=self._dtype(parameters))}, device)
 
     def rates(self) -> tuple[Tensor, ...]:
         """The rate of each group, 0-dimensional, with its graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,13 @@ class ModuleTensors(Hyperparameter):
                 f"A hyperparameter given by name must be a module with parameters that require gradients, or a leaf "
                 f"tensor of floating type. Got {self.path!r}, a {type(found).__name__} with none."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The tensors themselves: copied together with their module they are the copy's.
+        return dict(self.__dict__)
+
+    def reset(self) -> None:
+        """Nothing to forget: the tensors are the module's."""
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Nothing to create; :meth:`attach` has found the tensors."""

@@ -21,6 +21,7 @@ from lightning_nested.hypergradient.curvature import (
 from lightning_nested.hypergradient.implicit import Curvature, Loss, Penalty, implicit_result
 from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, SolverState
 from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm
+from lightning_nested.hyperparameters.carry_over import Names, carry_optimizer_
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.weight_decay import WeightDecay
 
@@ -81,6 +82,7 @@ class OuterStep:
 
     ``compute`` finds the hypergradients at the present weights and holds them; ``apply`` moves the hyperparameters.
     Two calls, because the training loss's graph may still need the old values in between.
+    A deep copy goes on by itself; to pickle one, ``optimizer`` and ``scheduler`` must be functions with a name.
 
     Args:
         hyperparameters: What is tuned; names must differ.
@@ -116,18 +118,76 @@ class OuterStep:
         self.optimizer: Optimizer
         self.scheduler: LRScheduler | None = None
         self._pending: Vector | None = None
+        self._inner: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # the parameters of `build`
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Create the tensors that do not exist yet and the optimizer over all of them."""
+        """Create the tensors and the optimizer over all of them, or go on with those there are.
+
+        A second call with the same parameters changes nothing. Where parameters were added (a layer was unfrozen) or
+        taken away, what belongs to the ones that stay keeps its value and the optimizer's memory, the rest begins
+        at its start, and the solver's state is dropped. Where none stays, or one has another shape, the
+        parameters are those of another model: everything begins anew, as after :meth:`reset`.
+
+        Args:
+            parameters: Inner parameters by name.
+            device: Where the tensors live.
+        """
+        inner = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
+        shared = inner.keys() & self._inner.keys()
+        if self._inner and (not shared or any(inner[name][0] != self._inner[name][0] for name in shared)):
+            self.reset()
+        if list(inner.items()) != list(self._inner.items()):  # of another space, if only by the order
+            self.solver_state = SolverState()
+        self._inner = inner
+        earlier = self._located()
         for hyperparameter in self.hyperparameters:
             hyperparameter.build(parameters, device)
+        self._build_optimizer(earlier)
+
+    def _located(self) -> dict[tuple[str, str], tuple[Tensor, Names]]:
+        """Each tensor and the names of its entries, by its hyperparameter and key."""
+        return {(h.name, key): (t, h.entries()) for h in self.hyperparameters for key, t in h.tensors.items()}
+
+    def _build_optimizer(self, earlier: Mapping[tuple[str, str], tuple[Tensor, Names]]) -> None:
+        """An optimizer over the present tensors, with the memory of the one over the ``earlier`` tensors."""
+        old, schedule = vars(self).get("optimizer"), self.scheduler
+        if old is not None:
+            held = [p for group in old.param_groups for p in group["params"]]
+            if {id(p) for p in held} == {id(t) for t in self.tensors}:
+                return
+        self._pending = None
+        self._start_optimizer()
+        if old is None:
+            return
+        if self.scheduler is not None and schedule is not None:
+            self.scheduler.load_state_dict(schedule.state_dict())
+        origins = {
+            tensor: (*earlier[where], names)
+            for where, (tensor, names) in self._located().items()
+            if where in earlier
+        }
+        carry_optimizer_(self.optimizer, old, origins)
+
+    def _start_optimizer(self) -> None:
         self.optimizer = self._make_optimizer(list(self.tensors))
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler is not None else None
+
+    def reset(self) -> None:
+        """Forget all values, the optimizer and the solver's memory: the next :meth:`build` begins anew."""
+        for hyperparameter in self.hyperparameters:
+            hyperparameter.reset()
+        vars(self).pop("optimizer", None)
+        self.scheduler, self.solver_state, self._pending, self._inner = None, SolverState(), None, {}
 
     @property
     def tensors(self) -> Vector:
         """All unconstrained tensors: those in the loss's graph first, then the decays'."""
         return tuple(t for h in (*self.in_graph, *self.decays) for t in h.tensors.values())
+
+    @property
+    def in_graph_tensors(self) -> Vector:
+        """Those unconstrained tensors that losses depend on through their graphs."""
+        return tuple(t for h in self.in_graph for t in h.tensors.values())
 
     def values(self) -> dict[str, Tensor]:
         """Values in natural units: ``name``, or ``name/key`` where a hyperparameter has several tensors."""
@@ -171,7 +231,7 @@ class OuterStep:
         mean = float(value if reduce is None else reduce(value))
         if not math.isfinite(mean):
             raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
-        graph = tuple(t for h in self.in_graph for t in h.tensors.values())
+        graph = self.in_graph_tensors
         penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
         if any(fixed_decay):
             penalties.append(_FixedDecay(fixed_decay))
@@ -273,6 +333,10 @@ class OuterStep:
             hyperparameter.project_()
         self._pending = None
 
+    def discard(self) -> None:
+        """Drop the held hypergradients."""
+        self._pending = None
+
     def clear_gradients(self) -> None:
         """Drop what a backward pass of the training loss left on the hyperparameters."""
         for tensor in self.tensors:
@@ -305,3 +369,21 @@ class OuterStep:
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.solver_state.load_state_dict(state["solver"], tuple(parameters.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of hyperparameters have tensors of their own, which a copied optimizer would not know.
+        state = dict(self.__dict__)
+        if "optimizer" in state:
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scheduler"] = self.scheduler.state_dict() if self.scheduler is not None else None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer, scheduler = state.get("optimizer"), state["scheduler"]
+        self.__dict__.update({key: value for key, value in state.items() if key != "optimizer"})
+        if optimizer is None:
+            return
+        self._start_optimizer()
+        self.optimizer.load_state_dict(optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)

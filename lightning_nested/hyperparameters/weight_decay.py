@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_nested.hypergradient.curvature import DiagonalOperator, LinearOperator
 from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
 
@@ -56,10 +57,17 @@ class WeightDecay(Hyperparameter):
             transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init))
         )
         self.parameter_names: tuple[str, ...] = ()
+        self._matched: set[str] = (
+            set()
+        )  # patterns that have matched a name: what they match may be frozen later
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Create one unconstrained tensor: shapes (), (number of tensors,), or as the parameters."""
-        for pattern in (*self.include, *self.exclude):
+        """Create one unconstrained tensor: shapes (), (number of tensors,), or as the parameters.
+
+        A second call, with parameters that were added (unfrozen) or taken away, keeps the decays of those that stay;
+        new ones begin at ``init``.
+        """
+        for pattern in {*self.include, *self.exclude} - self._matched:
             if not any(fnmatchcase(name, pattern) for name in parameters):
                 close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.4)
                 raise ValueError(
@@ -72,16 +80,29 @@ class WeightDecay(Hyperparameter):
                 f"At least one parameter must be decayed. Got include={self.include}, exclude={self.exclude}, "
                 f"which leaves none of {len(parameters)}."
             )
-        self.parameter_names = tuple(chosen)
-        dtype = next(iter(chosen.values())).dtype
+        self._matched = {*self.include, *self.exclude}
+        before, self.parameter_names = self.parameter_names, tuple(chosen)
+        dtype = self._dtype(chosen)
         if self.per == "parameter":
             shapes = {name: p.shape for name, p in chosen.items()}
         else:
             shapes = {self.per: torch.Size([]) if self.per == "model" else torch.Size([len(chosen)])}
-        self.tensors = {
-            key: self._leaf(torch.full(shape, self.init, dtype=dtype), device)
-            for key, shape in shapes.items()
-        }
+        # The entries of an earlier vector are the decays of others, even if it has the same size.
+        earlier = self.tensors.pop("tensor", None) if before != self.parameter_names else None
+        self._create({key: torch.full(s, self.init, dtype=dtype) for key, s in shapes.items()}, device)
+        if earlier is not None:
+            kept = carry_entries(earlier, self.tensors["tensor"], before, self.parameter_names)
+            if kept is not None:
+                self.tensors["tensor"] = kept.requires_grad_(True)
+
+    def reset(self) -> None:
+        """Forget the decays and the parameters they were of."""
+        super().reset()
+        self.parameter_names, self._matched = (), set()
+
+    def entries(self) -> tuple[str, ...] | None:
+        """Names of the parameters, with ``per="tensor"``."""
+        return self.parameter_names if self.per == "tensor" else None
 
     def values(self) -> dict[str, Tensor]:
         """Decays in natural units; with ``per="tensor"`` one scalar under each parameter's name."""
@@ -99,12 +120,17 @@ class WeightDecay(Hyperparameter):
         return dict(zip(self.parameter_names, each, strict=True))
 
     @torch.no_grad()
-    def add_gradient_(self, parameters: Mapping[str, Tensor]) -> None:
-        """grad ← grad + d ∘ w for every chosen parameter that has a gradient."""
+    def add_gradient_(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """grad ← grad + scale · d ∘ w for every chosen parameter that has a gradient.
+
+        Args:
+            parameters: By the names they had in :meth:`build`.
+            scale: Factor that the gradients carry (a GradScaler's, before a fused optimizer takes it off).
+        """
         for name, decay in self.decays().items():
             parameter = parameters[name]
             if parameter.grad is not None:
-                parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter)
+                parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter, value=scale)
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""
@@ -138,10 +164,12 @@ class DecayPenalty:
         """vᵢ wᵢ ∂dᵢ/∂λᵢ, summed over the weights that share a decay."""
         by_name = dict(zip(self._names, v, strict=True))
         if self._decay.per == "parameter":
-            slopes = [self._parameters[n] * by_name[n] for n in self._values]
+            slopes = [(self._parameters[n] * by_name[n]).to(d.dtype) for n, d in self._values.items()]
         else:
             # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
-            slopes = [torch.sum(self._parameters[n] * by_name[n]) for n in self._values]
+            slopes = [
+                torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in self._values.items()
+            ]
         return torch.autograd.grad(
             list(self._values.values()), tuple(self._decay.tensors.values()), slopes, retain_graph=True
         )

@@ -64,13 +64,12 @@ class ExampleWeights(BoundHyperparameter):
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (num_examples,)."""
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {
-            "weights": self._leaf(torch.full((self.num_examples,), self.init, dtype=dtype), device)
-        }
+        self._create(
+            {"weights": torch.full((self.num_examples,), self.init, dtype=self._dtype(parameters))}, device
+        )
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Weights of the examples ``index`` (any shape, integers in [0, num_examples))."""
+        """Weights of the examples ``index`` (any shape, integers in [0, num_examples)), at least float32."""
         raw = self.tensors["weights"]
         return self.transform.forward(raw[index.to(raw.device)])
 
@@ -113,8 +112,7 @@ class LossWeights(BoundHyperparameter):
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (number of names,)."""
-        dtype = next(iter(parameters.values())).dtype if parameters else torch.get_default_dtype()
-        self.tensors = {"weights": self._leaf(torch.tensor(self.init, dtype=dtype), device)}
+        self._create({"weights": torch.tensor(self.init, dtype=self._dtype(parameters))}, device)
 
     def values(self) -> dict[str, Tensor]:
         """One weight per name."""
@@ -122,7 +120,7 @@ class LossWeights(BoundHyperparameter):
         return dict(zip(self.names, values["weights"].unbind(), strict=True)) if values else {}
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Σ wᵢ·lossᵢ, a scalar.
+        """Σ wᵢ·lossᵢ, a scalar, at least float32.
 
         Raises:
             ValueError: The names differ from the ones given at construction.

@@ -19,6 +19,7 @@ from lightning_nested.modules.image_classifier import ImageClassifier
 from lightning_nested.modules.linear_decay import LinearDecay
 from lightning_nested.modules.nested import NestedModule
 from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled
+from lightning_nested.modules.zoo_game import ZooGame
 
 __all__ = [
     "AdversarialLoss",
@@ -44,4 +45,5 @@ __all__ = [
     "LoopOptions",
     "NestedModule",
     "Unrolled",
+    "ZooGame",
 ]

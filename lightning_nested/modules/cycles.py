@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import coupled_decay, named_outputs, reduction, transfer
-from lightning_nested.callbacks.isolation import RandomStream, evaluation_mode, without_trace
+from lightning_nested.callbacks.fitting import coupled_decay, named_outputs, reduction
+from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers, without_trace
 from lightning_nested.callbacks.outer_batches import OuterBatches
+from lightning_nested.callbacks.outer_loss import evaluate_outer
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton
 from lightning_nested.hypergradient.vectors import norm
 from lightning_nested.hyperparameters import LearningRate, OuterReport, OuterStep
@@ -51,17 +52,20 @@ class InnerProblem:
     clip: float | None
     clip_algorithm: Literal["norm", "value"]
 
-    def evaluate_outer(self, evaluate: Callable[[Callable[[Any], Tensor], Any], Tensor]) -> Tensor:
-        """The outer loss of the next outer batch in evaluation mode, without trace."""
-        trainer = self.module.trainer
-        batch = transfer(trainer, self.module, self.batches.next())
-        with (
-            self.batches.stream,
-            evaluation_mode(self.module),
-            without_trace(self.module, trainer),
-            trainer.precision_plugin.val_step_context(),
-        ):
-            return check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch))
+    def evaluate_outer(
+        self,
+        evaluate: Callable[[Callable[[Any], Tensor], Any], Tensor],
+        tensors: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The outer loss of the next outer batch; see :func:`evaluate_outer`."""
+        return evaluate_outer(
+            self.module.trainer,
+            self.module,
+            self.batches,
+            lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
+            tensors,
+            attributes=False,
+        )
 
     def full_precision(self) -> torch.autocast:
         """Derivatives are taken outside autocast, as in any training."""
@@ -123,7 +127,7 @@ class ImplicitCycle(Cycle):
         self._curvature = curvature
         self._losses: list[Tensor] = []
         self._again: list[Callable[[], Tensor]] = []
-        self._outputs: Tensor | None = None
+        self._outputs: list[Tensor] = []
         self._outputs_of: nn.Module | None = None
         if isinstance(curvature, GaussNewton):
             if problem.accumulate > 1:
@@ -170,7 +174,7 @@ class ImplicitCycle(Cycle):
         return outcome
 
     def _drop_graphs(self) -> None:
-        self._losses, self._again, self._outputs = [], [], None
+        self._losses, self._again, self._outputs = [], [], []
 
     @override
     def drop(self) -> None:
@@ -179,19 +183,23 @@ class ImplicitCycle(Cycle):
 
     def _outer(self) -> OuterReport | FloatingPointError:
         problem = self.problem
-        outer_loss = problem.evaluate_outer(lambda loss, batch: loss(batch))
+        outer_loss = problem.evaluate_outer(
+            lambda loss, batch: loss(batch),
+            (*problem.parameters.values(), *problem.outer.in_graph_tensors),
+        )
         again = list(self._again)
         inner = torch.stack(self._losses).sum() if len(self._losses) > 1 else self._losses[0]
         curvature = self._curvature
         if isinstance(curvature, GaussNewton):
-            if self._outputs is None:
+            if len(self._outputs) != 1:
                 raise MisconfigurationException(
-                    f"GaussNewton(outputs={curvature.outputs!r}) must name a submodule that inner_loss calls "
-                    "and that returns one tensor. Got no output from it in this step."
+                    f"GaussNewton(outputs={curvature.outputs!r}) must name a submodule that inner_loss calls once "
+                    f"and that returns one tensor. Got {len(self._outputs)} outputs in this step; use Hessian()."
                 )
-            curvature = GaussNewton(outputs=self._outputs)
+            curvature = GaussNewton(outputs=self._outputs[0])
         try:
-            with problem.full_precision():
+            # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
+            with problem.full_precision(), untouched_buffers(problem.module):
                 return problem.outer.compute(
                     (lambda: torch.stack([f() for f in again]).sum()) if again else inner,
                     outer_loss,
@@ -216,7 +224,7 @@ class ImplicitCycle(Cycle):
 
     def _keep_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
-            self._outputs = output
+            self._outputs.append(output)
 
 
 class UnrolledCycle(Cycle):

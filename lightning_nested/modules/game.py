@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -92,6 +94,8 @@ class GameModule(LightningModule):
         step_cache: For a subclass to share tensors between the losses of one batch, for example fakes; emptied
             before every batch.
         batch_players: Who steps on the present batch, in order.
+        joint_graph: True where a loss is asked for with its graph to *every* player, as for the game's Jacobian:
+            then ``player_loss`` must not detach what other players made. In training detaching saves time.
 
     Raises:
         ValueError: Arguments that contradict each other.
@@ -112,12 +116,16 @@ class GameModule(LightningModule):
         loop: GameLoop = GameLoop(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
+        if _given_hyperparameters.get() is not None:
+            # Built by LightningCLI, which saves the configuration instead of the values: all plain data.
+            self.save_hyperparameters()
         self.automatic_optimization = False
         check_steps(update, steps_per_player or {})
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
         self.step_cache: dict[str, Any] = {}
         self.batch_players: tuple[str, ...] = ()
+        self.joint_graph = False
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._make_optimizers, self._make_schedulers = dict(optimizers or {}), dict(schedulers or {})
         self._position = 0  # batches of the present round that are done
@@ -143,6 +151,25 @@ class GameModule(LightningModule):
     def player_losses(self, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
         """The losses of players that step together; override it to share work between them."""
         return {name: self.player_loss(name, batch) for name in names}
+
+    @property
+    def running_players(self) -> dict[str, Player]:
+        """The players with their optimizers and trained parameters; empty before ``fit``."""
+        return dict(self._players)
+
+    @contextmanager
+    def joint_evaluation(self, players: Sequence[str]) -> Iterator[None]:
+        """Losses evaluated inside keep their graph to every player, and share nothing with training."""
+        kept = self.step_cache, self.batch_players, self.joint_graph
+        self.step_cache, self.batch_players, self.joint_graph = {}, tuple(players), True
+        try:
+            yield
+        finally:
+            self.step_cache, self.batch_players, self.joint_graph = kept
+
+    def game_metrics(self) -> dict[str, Any]:
+        """Further values to log with the losses, every ``log_every_n_steps`` game updates."""
+        return {}
 
     def on_player_step(self, name: str) -> None:
         """Called after each step of a player."""
@@ -192,6 +219,8 @@ class GameModule(LightningModule):
                 "GameModule scales no losses: one scale for players of different size would hide which of them "
                 f"overflows. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
+        # Lightning advises to save the state before the step; after a complete update is where a game resumes.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         players = self.players()
         if not players:
             raise MisconfigurationException("players() must name at least one player. Got none.")
@@ -239,6 +268,8 @@ class GameModule(LightningModule):
         self._sums.load_state_dict(saved["sums"], self.device)
         if self._epoch_open:
             restore_random_state(saved["random"], self.global_rank)
+        else:
+            _begin_next_epoch(self.trainer)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -370,7 +401,7 @@ class GameModule(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every == 0 or self.game_updates % every:
             return
-        metrics = {f"{name}_loss": loss for name, loss in self._losses.items()}
+        metrics = {f"{name}_loss": loss for name, loss in self._losses.items()} | self.game_metrics()
         self.log_dict(metrics, prog_bar=True, logger=False)
         self.log("game_updates", float(self.game_updates), logger=False)
         # Not by self.log: Lightning's x axis counts batches.
@@ -385,6 +416,17 @@ def check_names(what: str, given: Mapping[str, Any], players: Mapping[str, nn.Mo
         raise MisconfigurationException(
             f"{what} must name players. Got {unknown}; the players are {list(players)}."
         )
+
+
+def _begin_next_epoch(trainer: Trainer) -> None:
+    """With ``max_steps`` Lightning resumes a finished epoch as if it were open, and spends a batch on closing it."""
+    fit_loop: Any = trainer.fit_loop
+    epochs, batches = fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress.current
+    if trainer.max_steps != -1 and 0 < batches.ready == batches.completed:
+        if epochs.current.completed < epochs.current.processed:
+            epochs.increment_completed()
+        fit_loop.reset_restart_stage()
+        fit_loop.epoch_loop.restarting = False
 
 
 @contextmanager

@@ -98,11 +98,11 @@ class GANModule(GameModule):
         """L_D of a batch."""
         real, labels = self.real_data(batch)
         shared = self.reuse_fakes and "generator" in self.batch_players
-        with torch.set_grad_enabled(shared):
+        with torch.set_grad_enabled(shared or self.joint_graph):
             fake, fake_labels = self.fakes(len(real))
         if shared:
             self.step_cache["fakes"] = fake, fake_labels
-        both = torch.cat([real, fake.detach()])
+        both = torch.cat([real, fake if self.joint_graph else fake.detach()])
         both_labels = None if labels is None or fake_labels is None else torch.cat([labels, fake_labels])
         logits = self.discriminate(both, both_labels)
         return _LOSSES[self.loss][0](logits[: len(real)], logits[len(real) :])

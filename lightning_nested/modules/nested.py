@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,14 +11,13 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import log_outer_step, reinitialize
+from lightning_nested.callbacks.fitting import log_outer_step, refuse_strategy, reinitialize, trainable
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
 from lightning_nested.hyperparameters import (
     BoundHyperparameter,
@@ -134,6 +134,7 @@ class NestedModule(LightningModule):
         self.last_report: OuterReport | None = None
         self._make_inner, self._make_inner_scheduler = inner_optimizer, inner_scheduler
         self._skipped_in_a_row = 0
+        self._outer_position: dict[str, int] = {}  # of the outer batches, once they are gone
         self._position = 0  # inner steps of the present cycle so far
         self._inner: dict[str, nn.Parameter] = {}
         self._initial: dict[str, Tensor] = {}
@@ -193,11 +194,7 @@ class NestedModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise MisconfigurationException(
-                "NestedModule needs whole parameters on every process: a single device or DDP. "
-                f"Got {type(self.trainer.strategy).__name__}; use Trainer(strategy='ddp')."
-            )
+        refuse_strategy(self.trainer, "NestedModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"NestedModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
@@ -206,6 +203,12 @@ class NestedModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        self._collect()
+        if self.loop.restart_every is not None:
+            self._initial = {name: p.detach().clone() for name, p in self._inner.items()}
+
+    def _collect(self) -> None:
+        """The parameters that the inner optimizer moves, by name, and hyperparameters of their sizes."""
         optimizer = self._optimizer()
         tuned = {
             id(t): h.name
@@ -214,7 +217,7 @@ class NestedModule(LightningModule):
             for t in self._of(h)
         }
         names = {id(p): name for name, p in self.named_parameters()}
-        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        held = trainable(optimizer.optimizer)
         twice = [f"{names.get(id(p))} ({tuned[id(p)]!r})" for p in held if id(p) in tuned]
         unknown = [tuple(p.shape) for p in held if id(p) not in names]
         if twice:
@@ -228,15 +231,12 @@ class NestedModule(LightningModule):
                 f"Got {f'others of shapes {unknown}' if unknown else 'none'}; "
                 "give it self.inner_parameters()."
             )
-        first = not self._inner
-        self._inner = {names[id(p)]: p for p in held}
-        if first:
+        if not self._inner:
             for hyperparameter in self.outer.hyperparameters:
                 if isinstance(hyperparameter, LearningRate):
                     hyperparameter.attach([float(group["lr"]) for group in optimizer.param_groups])
-            self.outer.build(self._inner, self.device)
-        if self.loop.restart_every is not None:
-            self._initial = {name: p.detach().clone() for name, p in self._inner.items()}
+        self._inner = {names[id(p)]: p for p in held}
+        self.outer.build(self._inner, self.device)
 
     @override
     def on_train_start(self) -> None:
@@ -245,6 +245,10 @@ class NestedModule(LightningModule):
             self._restore(self._saved, batches)
             self._saved = None
         self._set_rates()
+        self._begin(batches)
+
+    def _begin(self, batches: OuterBatches) -> None:
+        """A runner for the present parameters."""
         self._problem = InnerProblem(
             module=self,
             inner_loss=self.inner_loss,
@@ -266,6 +270,8 @@ class NestedModule(LightningModule):
                 "NestedModule must be started by its hooks. "
                 f"Got a {type(self).__name__} that overrides one of {_HOOKS} without calling super()'s."
             )
+        if batch_idx % self.loop.accumulate_grad_batches == 0:
+            self._follow_frozen(self._problem)
         remaining = self._remaining(batch_idx)
         loss = self._cycle.add(batch, remaining=remaining)
         last = self.trainer.is_last_batch
@@ -333,6 +339,22 @@ class NestedModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("nested")
 
+    def _follow_frozen(self, problem: InnerProblem) -> None:
+        """Begin anew with other parameters where a finetuning callback froze or unfroze some."""
+        held = trainable(self._optimizer().optimizer)
+        if len(held) == len(self._inner) and all(map(operator.is_, held, self._inner.values())):
+            return
+        if self._cycle is not None:
+            self._cycle.drop()
+        before = set(self._inner)
+        self._collect()
+        if self.loop.restart_every is not None:
+            new = {name: p.detach().clone() for name, p in self._inner.items() if name not in before}
+            self._initial.update(new)
+        if self.gradient.ends_with_epoch:
+            self._position = 0
+        self._begin(problem.batches)
+
     # ---- the outer step
 
     def _remaining(self, batch_idx: int) -> int:
@@ -363,7 +385,7 @@ class NestedModule(LightningModule):
             log_outer_step(self, report, self.values(), self.skipped_steps)
         if restart_every is not None and self.outer_steps % restart_every == 0:
             seed = problem.batches.seed + 104_729 * self.outer_steps
-            reinitialize(self, self._initial, self._inner, self.outer.tensors, seed)
+            reinitialize(self, self._initial, self._inner, seed)
             self._optimizer().state.clear()
 
     def _skip(self, error: FloatingPointError) -> None:
@@ -379,7 +401,8 @@ class NestedModule(LightningModule):
 
     def _restore(self, state: Mapping[str, Any], batches: OuterBatches) -> None:
         self.outer.load_state_dict(state["outer"], self._inner)
-        batches.load_state_dict(state["batches"])
+        if state["batches"]:  # none were drawn before training began
+            batches.load_state_dict(state["batches"])
         self.inner_steps, self.outer_steps = state["inner_steps"], state["outer_steps"]
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         # Half a cycle's graph is not in a checkpoint: an unrolled one begins anew.

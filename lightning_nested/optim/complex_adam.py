@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer
 from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
-from lightning_nested.optim.tiles import ascent, ascents, on_cpu, tiles
+from lightning_nested.optim.walk import ascent, ascents, walk
 
 
 class ComplexAdam(GameOptimizer):
@@ -131,51 +131,37 @@ def complex_adam(
     root = math.sqrt(1 - betas[1] ** step)
     factor = _factor(c, s, betas[0], phase, step) if debias else 1 + 0j
     rates = (-lr * root * factor.real, lr * root * factor.imag)
-    if not on_cpu(params, grads):
-        grads = ascents(params, grads, weight_decay, maximize)
-        _foreach(params, grads, real, imag, squares, c, s, betas[1], eps * root, rates)
-        return
-    for w, g, a, b, v, spare in tiles(params, grads, real, imag, squares):
-        g = ascent(w, g, weight_decay, maximize, spare)
+
+    def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor, v: Tensor) -> None:
+        g = ascent(w, g, weight_decay, maximize)
         v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        # a, b ← c·a − s·b + g, s·a + c·b in four calls and one tile of scratch
-        g = torch.add(g, b, alpha=-s, out=spare)
+        new = torch.add(g, b, alpha=-s)  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
         b.mul_(c).add_(a, alpha=s)
-        torch.add(g, a, alpha=c, out=a)
-        denominator = torch.sqrt(v, out=spare).add_(eps * root)
+        torch.add(new, a, alpha=c, out=a)
+        denominator = torch.sqrt(v, out=new).add_(eps * root)
         w.addcdiv_(a, denominator, value=rates[0])
         if rates[1]:
             w.addcdiv_(b, denominator, value=rates[1])
+
+    def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
+        new = ascents(ws, gs, weight_decay, maximize)
+        torch._foreach_mul_(v, betas[1])
+        torch._foreach_addcmul_(v, new, new, value=1 - betas[1])
+        new = torch._foreach_add(new, b, alpha=-s)
+        torch._foreach_mul_(b, c)
+        torch._foreach_add_(b, a, alpha=s)
+        torch._foreach_add_(new, a, alpha=c)
+        torch._foreach_copy_(a, new)
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominators, eps * root)
+        torch._foreach_addcdiv_(ws, a, denominators, value=rates[0])
+        if rates[1]:
+            torch._foreach_addcdiv_(ws, b, denominators, value=rates[1])
+
+    walk(one, many, params, grads, real, imag, squares)
 
 
 def _factor(c: float, s: float, momentum: float, phase: float, step: int) -> complex:
     """κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
     power = cmath.rect(momentum**step, math.remainder(phase * step, math.tau)) if s else complex(c**step)
     return (1 - complex(c, s)) / (1 - power)
-
-
-def _foreach(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    real: Sequence[Tensor],
-    imag: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    c: float,
-    s: float,
-    beta2: float,
-    eps: float,
-    rates: tuple[float, float],
-) -> None:
-    params, real, imag, squares = list(params), list(real), list(imag), list(squares)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, list(grads), list(grads), value=1 - beta2)
-    grads = torch._foreach_add(list(grads), imag, alpha=-s)
-    torch._foreach_mul_(imag, c)
-    torch._foreach_add_(imag, real, alpha=s)
-    torch._foreach_mul_(real, c)
-    torch._foreach_add_(real, grads)
-    denominators = torch._foreach_sqrt(squares)
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(params, real, denominators, value=rates[0])
-    if rates[1]:
-        torch._foreach_addcdiv_(params, imag, denominators, value=rates[1])

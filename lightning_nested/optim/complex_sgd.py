@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
-from lightning_nested.optim.tiles import ascent, ascents, on_cpu, tiles
+from lightning_nested.optim.walk import ascent, ascents, walk
 
 
 class ComplexSGD(GameOptimizer):
@@ -128,34 +128,28 @@ def complex_sgd(
         maximize: Ascend.
     """
     c, s = coefficient(momentum, phase)
-    if not on_cpu(params, grads):
-        _foreach(params, ascents(params, grads, weight_decay, maximize), real, imag, lr, c, s)
-    elif imag is None:
-        for w, g, a, spare in tiles(params, grads, real):
-            a.mul_(c).add_(ascent(w, g, weight_decay, maximize, spare))
-            w.add_(a, alpha=-lr)
-    else:
-        for w, g, a, b, spare in tiles(params, grads, real, imag):
-            # a, b ← c·a − s·b + g, s·a + c·b in four calls and one tile of scratch
-            g = torch.add(ascent(w, g, weight_decay, maximize, spare), b, alpha=-s, out=spare)
+
+    def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor | None = None) -> None:
+        g = ascent(w, g, weight_decay, maximize)
+        if b is None:
+            a.mul_(c).add_(g)
+        else:  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
+            new = torch.add(g, b, alpha=-s)
             b.mul_(c).add_(a, alpha=s)
-            torch.add(g, a, alpha=c, out=a)
-            w.add_(a, alpha=-lr)
+            torch.add(new, a, alpha=c, out=a)
+        w.add_(a, alpha=-lr)
 
+    def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor] | None = None) -> None:
+        new = ascents(ws, gs, weight_decay, maximize)
+        if b is None:
+            torch._foreach_mul_(a, c)
+            torch._foreach_add_(a, new)
+        else:
+            new = torch._foreach_add(new, b, alpha=-s)
+            torch._foreach_mul_(b, c)
+            torch._foreach_add_(b, a, alpha=s)
+            torch._foreach_add_(new, a, alpha=c)
+            torch._foreach_copy_(a, new)
+        torch._foreach_add_(ws, a, alpha=-lr)
 
-def _foreach(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    real: Sequence[Tensor],
-    imag: Sequence[Tensor] | None,
-    lr: float,
-    c: float,
-    s: float,
-) -> None:
-    if imag is not None:
-        grads = torch._foreach_add(list(grads), list(imag), alpha=-s)
-        torch._foreach_mul_(list(imag), c)
-        torch._foreach_add_(list(imag), list(real), alpha=s)
-    torch._foreach_mul_(list(real), c)
-    torch._foreach_add_(list(real), list(grads))
-    torch._foreach_add_(list(params), list(real), alpha=-lr)
+    walk(one, many, params, grads, real, *(() if imag is None else (imag,)))

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import Closure, GameOptimizer
 from lightning_nested.optim.options import flag, non_negative
-from lightning_nested.optim.tiles import ascent, ascents, on_cpu, tiles
+from lightning_nested.optim.walk import ascent, ascents, walk
 
 _CHECKS = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}
 
@@ -113,8 +113,8 @@ class Extragradient(GameOptimizer):
         Raises:
             RuntimeError: Neither ``extrapolate`` was called nor a closure given.
         """
-        loss = None
-        if not self.is_extrapolated:
+        loss, own = None, not self.is_extrapolated
+        if own:
             if closure is None:
                 raise RuntimeError(
                     "step() needs extrapolated parameters. Got neither a call of extrapolate() nor a closure; call "
@@ -124,11 +124,11 @@ class Extragradient(GameOptimizer):
         try:
             second = super().step(closure)
         except BaseException:
-            if loss is not None:
+            if own:
                 self._return()  # as if the step had never begun
             raise
         self._return()
-        return second if loss is None else loss
+        return loss if own else second
 
     def _update(
         self, group: dict[str, Any], options: dict[str, Any], params: list[Tensor], grads: list[Tensor]
@@ -185,9 +185,31 @@ class ExtrapolationFromThePast(GameOptimizer):
             if "anchor" not in self.state[p]:
                 self.state[p]["anchor"] = p.detach().clone(memory_format=torch.preserve_format)
             anchors.append(self.state[p]["anchor"])
-        grads = ascents(params, grads, options["weight_decay"], options["maximize"])
-        descend(anchors, anchors, grads, lr=options["lr"])
-        descend(params, anchors, grads, lr=options["lr"])
+        extrapolate_from_the_past(params, anchors, grads, **options)
+
+
+def extrapolate_from_the_past(
+    params: list[Tensor],
+    anchors: list[Tensor],
+    grads: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Anchor ← anchor − lr·g, w ← anchor − lr·g in place; the decay's gradient is taken at w."""
+
+    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
+        g = ascent(w, g, weight_decay, maximize)
+        anchor.add_(g, alpha=-lr)
+        torch.add(anchor, g, alpha=-lr, out=w)
+
+    def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
+        new = ascents(ws, gs, weight_decay, maximize)
+        torch._foreach_add_(starts, new, alpha=-lr)
+        torch._foreach_copy_(ws, torch._foreach_add(starts, new, alpha=-lr))
+
+    walk(one, many, params, anchors, grads)
 
 
 def descend(
@@ -200,9 +222,13 @@ def descend(
     maximize: bool = False,
 ) -> None:
     """W ← anchor − lr·g in place; the decay's gradient is taken at w."""
-    if not on_cpu(params, grads):
-        steps = torch._foreach_add(anchors, ascents(params, grads, weight_decay, maximize), alpha=-lr)
-        torch._foreach_copy_(params, steps)
-        return
-    for w, anchor, g, spare in tiles(params, anchors, grads):
-        torch.add(anchor, ascent(w, g, weight_decay, maximize, spare), alpha=-lr, out=w)
+
+    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
+        torch.add(anchor, ascent(w, g, weight_decay, maximize), alpha=-lr, out=w)
+
+    def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
+        torch._foreach_copy_(
+            ws, torch._foreach_add(starts, ascents(ws, gs, weight_decay, maximize), alpha=-lr)
+        )
+
+    walk(one, many, params, anchors, grads)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer
 from lightning_nested.optim.options import decay_rates, flag, non_negative
-from lightning_nested.optim.tiles import ascent, ascents, on_cpu, tiles
+from lightning_nested.optim.walk import ascent, ascents, walk
 
 
 class OptimisticSGD(GameOptimizer):
@@ -64,16 +64,19 @@ def optimistic_sgd(
     maximize: bool = False,
 ) -> None:
     """One step of :class:`OptimisticSGD` on lists of tensors, in place; ``previous`` is gₜ₋₁, then gₜ."""
-    if not on_cpu(params, grads):
-        grads = ascents(params, grads, weight_decay, maximize)
-        torch._foreach_add_(list(params), grads, alpha=-2 * lr)
-        torch._foreach_add_(list(params), list(previous), alpha=lr)
-        torch._foreach_copy_(list(previous), grads)
-        return
-    for w, g, old, spare in tiles(params, grads, previous):
-        g = ascent(w, g, weight_decay, maximize, spare)
+
+    def one(w: Tensor, g: Tensor, old: Tensor) -> None:
+        g = ascent(w, g, weight_decay, maximize)
         w.add_(g, alpha=-2 * lr).add_(old, alpha=lr)
         old.copy_(g)
+
+    def many(ws: list[Tensor], gs: list[Tensor], old: list[Tensor]) -> None:
+        new = ascents(ws, gs, weight_decay, maximize)
+        torch._foreach_add_(ws, new, alpha=-2 * lr)
+        torch._foreach_add_(ws, old, alpha=lr)
+        torch._foreach_copy_(old, new)
+
+    walk(one, many, params, grads, previous)
 
 
 class OptimisticAdam(GameOptimizer):
@@ -154,23 +157,26 @@ def optimistic_adam(
     # d = rate·m/(√v + ε·root)
     root = math.sqrt(1 - beta2**step)
     rate = root / (1 - beta1**step)
-    if not on_cpu(params, grads):
-        grads = ascents(params, grads, weight_decay, maximize)
-        torch._foreach_lerp_(list(averages), grads, 1 - beta1)
-        torch._foreach_mul_(list(squares), beta2)
-        torch._foreach_addcmul_(list(squares), grads, grads, value=1 - beta2)
-        torch._foreach_add_(list(params), list(previous), alpha=lr)
-        denominators = torch._foreach_sqrt(list(squares))
-        torch._foreach_add_(denominators, eps * root)
-        directions = torch._foreach_div(list(averages), denominators)
-        torch._foreach_mul_(directions, rate)
-        torch._foreach_add_(list(params), directions, alpha=-2 * lr)
-        torch._foreach_copy_(list(previous), directions)
-        return
-    for w, g, m, v, d, spare in tiles(params, grads, averages, squares, previous):
-        g = ascent(w, g, weight_decay, maximize, spare)
+
+    def one(w: Tensor, g: Tensor, m: Tensor, v: Tensor, d: Tensor) -> None:
+        g = ascent(w, g, weight_decay, maximize)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w.add_(d, alpha=lr)
-        torch.div(m, torch.sqrt(v, out=spare).add_(eps * root), out=d).mul_(rate)
+        torch.div(m, v.sqrt().add_(eps * root), out=d).mul_(rate)
         w.add_(d, alpha=-2 * lr)
+
+    def many(ws: list[Tensor], gs: list[Tensor], m: list[Tensor], v: list[Tensor], d: list[Tensor]) -> None:
+        new = ascents(ws, gs, weight_decay, maximize)
+        torch._foreach_lerp_(m, new, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, new, new, value=1 - beta2)
+        torch._foreach_add_(ws, d, alpha=lr)
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominators, eps * root)
+        directions = torch._foreach_div(m, denominators)
+        torch._foreach_mul_(directions, rate)
+        torch._foreach_copy_(d, directions)
+        torch._foreach_add_(ws, d, alpha=-2 * lr)
+
+    walk(one, many, params, grads, averages, squares, previous)

@@ -117,6 +117,23 @@ def test_nystrom_is_exact_on_low_rank_and_damped_elsewhere() -> None:
     assert solution.residual < 1e-8
 
 
+@pytest.mark.parametrize("solver", [Nystrom(rank=8, damping=0.5), DenseSolve(damping=0.5)])
+def test_factorisations_of_half_precision_are_made_in_float32(
+    solver: InverseSolver, generator: torch.Generator
+) -> None:
+    half, n = torch.bfloat16, 8
+    matrix = spd(n, 4.0, generator)
+    b = torch.randn(n, generator=generator, dtype=DOUBLE)
+    truth = torch.linalg.solve(matrix + 0.5 * torch.eye(n, dtype=DOUBLE), b)
+    solution = solver.solve(as_operator(matrix.to(half), (b.to(half),)), (b.to(half),))
+    assert solution.x[0].dtype == half
+    assert solution.status != "negative_curvature"
+    # Products are off by n·eps/2 at most, amplified by the condition of A + damping, 1.5/0.75.
+    error = torch.linalg.vector_norm(solution.x[0].double() - truth) / torch.linalg.vector_norm(truth)
+    assert float(error) < 2 * n * torch.finfo(half).eps / 2
+    assert solution.residual < 2 * n * torch.finfo(half).eps
+
+
 def test_nystrom_as_preconditioner_saves_products() -> None:
     generator = torch.Generator().manual_seed(3)
     matrix = spd(100, 1e4, generator) + 1e-3 * torch.eye(100, dtype=DOUBLE)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.modules import GameLoop, GameModule, GANModule
+from lightning_nested.optim import ComplexSGD, Extragradient
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -242,17 +243,19 @@ def assert_same_run(a: tuple[GAN, Trainer], b: tuple[GAN, Trainer]) -> None:
         torch.testing.assert_close(mine.state_dict(), other.state_dict(), rtol=0, atol=0)
     clocks = [(m.game_updates, m.gradient_evaluations, t.global_step) for m, t in (a, b)]
     assert clocks[0] == clocks[1]
+    assert a[1].current_epoch == b[1].current_epoch
     assert clocks[0][0] == clocks[0][2]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 1000}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("name", GAMES)
-def test_resuming_at_an_epochs_end_is_bit_exact(name: str, tmp_path: Path) -> None:
+def test_resuming_at_an_epochs_end_is_bit_exact(name: str, limit: dict[str, int], tmp_path: Path) -> None:
     """Seven batches an epoch and five a round: every epoch ends inside a round."""
 
     def run(epochs: int, path: Path | None = None, **options: Any) -> tuple[GAN, Trainer]:
         torch.manual_seed(path is None)  # a resumed run must not depend on the seed it is started with
-        module, fit = GAMES[name](), trainer(max_epochs=epochs, **options)
+        module, fit = GAMES[name](), trainer(max_epochs=epochs, **limit, **options)
         torch.manual_seed(5 + (path is None))
         loader = DataLoader(points(70, 2), batch_size=10, shuffle=True)
         fit.fit(module, loader, ckpt_path=path, weights_only=True)
@@ -552,3 +555,75 @@ def test_sharded_and_scaled_training_is_refused() -> None:
     fit.precision_plugin.scaler = object()
     with pytest.raises(MisconfigurationException, match="use 'bf16-mixed'"):
         fit.fit(module, steps(1))
+
+
+# ---- two gradients an update
+
+
+class Normed(GANModule):
+    """Batch norm in the generator, latents from the global stream."""
+
+    def __init__(self, optimizer: Optimizer, **kw: Any) -> None:
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
+        super().__init__(generator, mlp(2, 1, 1), latent_dim=2, optimizer=optimizer, **kw)
+        self.draws: list[float] = []
+
+    def sample_latents(self, count: int) -> Tensor:
+        latents = super().sample_latents(count)
+        self.draws.append(float(latents.sum()))
+        return latents
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "alternating"])
+def test_extragradient_looks_ahead_with_the_same_latents_and_moves_buffers_once(update: Any) -> None:
+    module = Normed(lambda p: Extragradient(p, lr=0.1), update=update)
+    torch.manual_seed(1)
+    trainer().fit(module, DataLoader(points(20, 2), 10))
+    plain = Normed(sgd(0.1), update=update)
+    torch.manual_seed(1)
+    trainer().fit(plain, DataLoader(points(20, 2), 10))
+    half = len(module.draws) // 2
+    per_step = 2 if update == "simultaneous" else 1  # evaluations of the generator in a step
+    steps_of = [module.draws[i : i + 2 * per_step] for i in range(0, 2 * half, 2 * per_step)]
+    assert all(draws[:per_step] == draws[per_step:] for draws in steps_of)
+    assert [x for draws in steps_of for x in draws[:per_step]] == plain.draws
+    assert module.generator[1].num_batches_tracked == plain.generator[1].num_batches_tracked
+    assert not any("anchor" in s for o in module.running_players.values() for s in o.optimizer.state.values())
+
+
+def test_a_second_gradient_that_is_not_finite_changes_no_player() -> None:
+    class Bad(Bilinear):
+        def player_loss(self, name: str, batch: Any) -> Tensor:
+            loss = super().player_loss(name, batch)
+            return loss / 0 if len(self.calls) == 8 else loss
+
+    module = Bad(update="simultaneous", optimizer=lambda p: Extragradient(p, lr=0.1, weight_decay=0.1))
+    good: list[tuple[float, float]] = []
+    module.on_game_update = lambda: good.append(module.values())  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="no player has stepped"):
+        trainer().fit(module, steps(8))
+    assert module.game_updates == len(good) == 1
+    assert module.values() == good[-1]
+
+
+def test_settings_that_two_gradients_exclude() -> None:
+    two: Any = lambda p: Extragradient(p, lr=0.1)  # noqa: E731
+    fails(
+        Bilinear(update="simultaneous", optimizers={"x": two, "y": sgd(0.1)}),
+        MisconfigurationException,
+        "must need equally many gradients",
+    )
+    fails(
+        Bilinear(optimizer=two, loop=GameLoop(accumulate_grad_batches=2)),
+        MisconfigurationException,
+        "cannot accumulate over several",
+    )
+    mixed = Bilinear(optimizers={"x": two, "y": sgd(0.1)})  # in turns it is well defined
+    trainer().fit(mixed, steps(2))
+    assert (mixed.game_updates, mixed.gradient_evaluations) == (1, 3)
+
+
+def test_momentum_out_of_range_is_refused_before_anything_moves() -> None:
+    for options, match in (({"momentum": 1.0}, "Got 1.0"), ({"phase": 4.0}, "Got 4.0")):
+        fails(Bilinear(optimizer=lambda p, o=options: ComplexSGD(p, lr=0.1, **o)), ValueError, match)

@@ -1,0 +1,202 @@
+"""Which modes of a mixture of Gaussians does a generator cover?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nested.callbacks.game_spectrum_figure import STYLE
+from lightning_nested.callbacks.isolation import RandomStream
+from lightning_nested.callbacks.run_folder import write_report
+from lightning_nested.games import high_quality, modes_covered
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SAMPLE, _CENTRE, _MODES, _QUALITY = "#2f6db3", "#e1691e", "#2f6db3", "#1b9e77"
+
+
+class ModeCoverage(Callback):
+    """Counts covered modes and good samples of a :class:`GANModule` while it trains.
+
+    A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
+    at least ``at_least`` such samples are nearest to it. Samples are drawn in evaluation mode with random
+    numbers of their own: training does not notice. Logs ``modes_covered`` and ``high_quality`` against game
+    updates; at the end prints a line and writes ``results.json`` and the figure ``<name>.png``.
+    Metz et al. (2017), ICLR; Srivastava et al. (2017), NeurIPS 30.
+
+    Args:
+        every_n_updates: Game updates between counts.
+        num_samples: Samples drawn for a count.
+        at_least: Samples that make a mode covered.
+        seed: Of the samples' latents.
+        name: Of the figure's file.
+
+    Attributes:
+        history: ``(game_updates, modes, share of high quality)`` of each count.
+
+    Raises:
+        ValueError: A number below 1.
+        MisconfigurationException: In ``setup``: no ``sample`` in the module, or no ``centres`` and ``std`` in the
+            datamodule.
+    """
+
+    def __init__(
+        self,
+        every_n_updates: int = 500,
+        *,
+        num_samples: int = 2500,
+        at_least: int = 20,
+        seed: int = 0,
+        name: str = "modes",
+    ) -> None:
+        if min(every_n_updates, num_samples, at_least) < 1:
+            raise ValueError(
+                "every_n_updates, num_samples and at_least must be at least 1. "
+                f"Got {every_n_updates}, {num_samples} and {at_least}."
+            )
+        self.every_n_updates, self.num_samples, self.at_least = every_n_updates, num_samples, at_least
+        self.seed, self.name = seed, name
+        self.history: list[tuple[int, int, float]] = []
+        self._pictures: list[tuple[int, Tensor]] = []  # samples at each count, on CPU
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if stage == "fit" and not (
+            hasattr(pl_module, "sample") and hasattr(data, "centres") and hasattr(data, "std")
+        ):
+            raise MisconfigurationException(
+                "ModeCoverage needs a module that can sample and data whose modes are known. Got "
+                f"{type(pl_module).__name__} on {type(data).__name__}; use GANModule on "
+                "MixtureOfGaussiansDataModule."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not self.history:
+            self._count(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        updates = pl_module.game_updates
+        if updates % self.every_n_updates == 0 and updates != self.history[-1][0]:
+            self._count(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self.history[-1][0] != pl_module.game_updates:
+            self._measure(trainer, pl_module)
+        updates, modes, quality = self.history[-1]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        results = {
+            "game_updates": updates,
+            "modes": len(data.centres),
+            "modes_covered": modes,
+            "high_quality": quality,
+            "samples": self.num_samples,
+            "at_least": self.at_least,
+        }
+        figure = mode_figure(self.history, self._pictures, data.centres, data.std)
+        folder = write_report(trainer, self.name, results, figure, updates)
+        print(
+            f"\n{modes} of {len(data.centres)} modes covered (by at least {self.at_least} of {self.num_samples} "
+            f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates",
+            f"{folder / self.name}.png and results.json beside it",
+            sep="\n",
+            flush=True,
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "pictures": self._pictures}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self._pictures = list(state_dict["history"]), list(state_dict["pictures"])
+
+    def _count(self, trainer: Trainer, module: Any) -> None:
+        _, modes, quality = self._measure(trainer, module)
+        metrics = {"modes_covered": float(modes), "high_quality": quality}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=module.game_updates)
+
+    def _measure(self, trainer: Trainer, module: Any) -> tuple[int, int, float]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with RandomStream(self.seed, module.device):
+            samples = module.sample(self.num_samples).float().cpu()
+        modes = modes_covered(samples, data.centres, data.std, at_least=self.at_least)
+        quality = float(high_quality(samples, data.centres, data.std))
+        self.history.append((module.game_updates, modes, quality))
+        self._pictures.append((module.game_updates, samples[:1000].clone()))
+        return self.history[-1]
+
+
+def mode_figure(
+    history: list[tuple[int, int, float]], pictures: list[tuple[int, Tensor]], centres: Tensor, std: float
+) -> Figure:
+    """Samples at the start, twice on the way and at the end, and the counts over the run.
+
+    Args:
+        history: ``(game_updates, modes, share of high quality)``.
+        pictures: ``(game_updates, samples)``.
+        centres: ``(modes, 2)``.
+        std: Of each mode.
+
+    Returns:
+        A figure without a window.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    last = len(pictures) - 1
+    chosen = sorted({0, max(last // 8, min(last, 1)), last // 2, last})
+    with mpl.rc_context(STYLE):
+        figure = Figure(
+            figsize=(3.1 * (len(chosen) + 1) + 0.6, 3.4), dpi=100, facecolor="white", layout="constrained"
+        )
+        *panels, counts = figure.subplots(1, len(chosen) + 1, width_ratios=[1.0] * len(chosen) + [1.25])
+        for panel, index in zip(panels, chosen, strict=True):
+            updates, samples = pictures[index]
+            _, modes, quality = history[index]
+            _samples(panel, samples, centres, std)
+            panel.set_title(f"{updates} updates\n{modes} modes, {100 * quality:.0f} % good")
+        _counts(counts, history, len(centres))
+    return figure
+
+
+def _samples(axes: Axes, samples: Tensor, centres: Tensor, std: float) -> None:
+    from matplotlib.patches import Circle
+
+    for x, y in centres.tolist():
+        axes.add_patch(Circle((x, y), max(3 * std, 0.03), facecolor="none", edgecolor=_CENTRE, linewidth=1.2))
+    x, y = samples.mT.tolist()
+    axes.scatter(x, y, s=3, color=_SAMPLE, alpha=0.35, linewidths=0)
+    reach = 1.35 * float(centres.abs().max())
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-reach, reach)
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _counts(axes: Axes, history: list[tuple[int, int, float]], num_modes: int) -> None:
+    updates, modes, quality = zip(*history, strict=True)
+    axes.plot(updates, modes, color=_MODES, linewidth=1.8)
+    axes.set_ylim(-0.02 * num_modes, 1.06 * num_modes)
+    axes.set_ylabel("modes covered", color=_MODES)
+    axes.set_xlabel("game updates")
+    share = axes.twinx()
+    share.plot(updates, [100 * q for q in quality], color=_QUALITY, linewidth=1.8)
+    share.set_ylim(-2, 106)
+    share.set_ylabel("% of high quality", color=_QUALITY)
+    axes.set_title(f"{int(modes[-1])} of {num_modes} modes\nat the end")

@@ -1,0 +1,80 @@
+"""How an elementwise update walks through memory: piece by piece on CPU, all tensors at once on accelerators.
+
+A step is bound by memory. ``torch._foreach_*`` sweeps all its tensors once per operation: right on an accelerator,
+where every call is a kernel launch, and a trap on CPU, where the next operation finds nothing in cache. So on CPU a
+large tensor comes alone, cut into tiles, and small ones, whose cost is the call, come together in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]  # what the _foreach functions take
+
+TILE = 1 << 17  # elements of a piece: four or five of its kind stay in a common second-level cache
+SMALL = 1 << 13  # elements; below, the cost of a call is more than that of the arithmetic
+
+
+def walk(one: Callable[..., None], many: Callable[..., None], *lists: Sequence[Tensor]) -> None:
+    """Apply an update to the i-th tensors of all lists, for every i.
+
+    Args:
+        one: The update of single tensors ``one(w, g, ...)``.
+        many: The same update of lists ``many([w, ...], [g, ...], ...)``.
+        lists: Parameters first; equal lengths, and equal shapes at the same place.
+    """
+    if not on_cpu(lists[0]):
+        many(*(list(tensors) for tensors in lists))
+        return
+    block: list[tuple[Tensor, ...]] = []
+    elements = 0
+    for tensors in zip(*lists, strict=True):
+        size = tensors[0].numel()
+        if size < SMALL:
+            block.append(tensors)
+            elements += size
+            if elements >= TILE:
+                _flush(one, many, block)
+                elements = 0
+        elif size <= TILE or not all(a.is_contiguous() for a in tensors):
+            one(*tensors)
+        else:
+            for piece in zip(*(a.view(-1).split(TILE) for a in tensors), strict=True):
+                one(*piece)
+    _flush(one, many, block)
+
+
+def _flush(one: Callable[..., None], many: Callable[..., None], block: list[tuple[Tensor, ...]]) -> None:
+    if len(block) == 1:
+        one(*block[0])
+    elif block:
+        many(*map(list, zip(*block, strict=True)))
+    block.clear()
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are plain CPU tensors; subclasses (DTensor) have no ``out=``, so they go the other way."""
+    return all(a.is_cpu and type(a) in (Parameter, Tensor) for a in tensors)
+
+
+def ascent(w: Tensor, g: Tensor, weight_decay: float, maximize: bool) -> Tensor:
+    """The gradient of what is minimised, ±g + weight_decay·w; g itself where that is all."""
+    if maximize:
+        g = g.neg()
+    if weight_decay:
+        g = g.add(w, alpha=weight_decay)
+    return g
+
+
+def ascents(params: Tensors, grads: Tensors, weight_decay: float, maximize: bool) -> Tensors:
+    """The same for lists."""
+    if maximize:
+        grads = torch._foreach_neg(grads)
+    if weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    return grads

@@ -1,0 +1,204 @@
+"""Adam, optimistic Adam and complex Adam on the ring of eight Gaussians: equal updates, one grid of learning rates.
+
+All seeds of a setting train at once: the networks of a seed are one slice of stacked weights, the loss is the sum over
+seeds, and these optimizers act on every number alone, so that the seeds do not touch each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import Tensor, nn
+
+from lightning_nested.callbacks.isolation import RandomStream
+from lightning_nested.datamodules import MixtureOfGaussiansDataModule
+from lightning_nested.games import high_quality, modes_covered
+from lightning_nested.modules import GameLoop, GANModule
+from lightning_nested.optim import ComplexAdam, OptimisticAdam
+
+METHODS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "Adam, β₁ = 0": lambda params, lr: torch.optim.Adam(params, lr=lr, betas=(0.0, 0.999)),
+    "Adam, β₁ = 0.5": lambda params, lr: torch.optim.Adam(params, lr=lr, betas=(0.5, 0.999)),
+    "OptimisticAdam, β₁ = 0.5": lambda params, lr: OptimisticAdam(params, lr=lr, betas=(0.5, 0.999)),
+    "ComplexAdam, β₁ = 0.8 exp(iπ/8)": lambda params, lr: ComplexAdam(
+        params, lr=lr, betas=(0.8, 0.999), phase=math.pi / 8
+    ),
+}
+
+
+class StackedMLP(nn.Module):
+    """One network for each seed, as slices of stacked weights; initialised as ``nn.Linear``, by the seed alone."""
+
+    def __init__(self, seeds: Sequence[int], widths: Sequence[int], stream: int) -> None:
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        draws = [torch.Generator().manual_seed(1_000_003 * seed + stream) for seed in seeds]
+        for i, o in pairwise(widths):
+            bound = 1 / math.sqrt(i)
+            both = torch.stack([torch.rand(i + 1, o, generator=g) for g in draws]) * 2 * bound - bound
+            self.weights.append(nn.Parameter(both[:, :-1].clone()))
+            self.biases.append(nn.Parameter(both[:, -1:].clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (n, seeds, in) to (n, seeds, out)."""
+        x = x.transpose(0, 1)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < len(self.weights) - 1:
+                x = torch.tanh(x)
+        return x.transpose(0, 1)
+
+
+class StackedGAN(GANModule):
+    """A GAN for each seed; the loss is the sum over seeds, so every gradient is that of a seed alone."""
+
+    def __init__(self, seeds: Sequence[int], hidden: int, latent_dim: int, **options: Any) -> None:
+        super().__init__(
+            StackedMLP(seeds, [latent_dim, hidden, hidden, 2], 1),
+            StackedMLP(seeds, [2, hidden, hidden, 1], 2),
+            latent_dim=latent_dim,
+            **options,
+        )
+        self.num_seeds = len(seeds)
+
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        """Sum over seeds."""
+        return self.num_seeds * super().player_loss(name, batch)
+
+    def real_data(self, batch: Any) -> tuple[Tensor, None]:
+        """Different points for every seed."""
+        return batch[0].view(-1, self.num_seeds, 2), None
+
+    def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (n, seeds)."""
+        logits: Tensor = self.discriminator(data).squeeze(-1)
+        return logits
+
+    def sample_latents(self, count: int) -> Tensor:
+        """Different latents for every seed."""
+        return torch.randn(count, self.num_seeds, self.latent_dim)
+
+
+class Snapshots(Callback):
+    """Modes and share of good samples of every seed, at each epoch's end."""
+
+    def __init__(self, seeds: int) -> None:
+        self.seeds = seeds
+        self.found: dict[str, dict[str, list[float]]] = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Count."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with RandomStream(1):
+            samples = pl_module.sample(2500)
+        columns = [samples[:, s] for s in range(self.seeds)]
+        self.found[str(pl_module.game_updates)] = {
+            "modes": [modes_covered(x, data.centres, data.std, at_least=20) for x in columns],
+            "quality": [float(high_quality(x, data.centres, data.std)) for x in columns],
+        }
+
+
+def run(method: str, rate: float, seeds: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
+    """Train all seeds with one method and rate; what each covers after every thousand updates."""
+    seed_everything(0, verbose=False)
+    module = StackedGAN(
+        seeds,
+        options.hidden,
+        options.latent_dim,
+        optimizer=lambda params: METHODS[method](params, rate),
+        loop=GameLoop(reuse_batch=True),
+    )
+    snapshots = Snapshots(len(seeds))
+    began = time.process_time()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=options.updates,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[snapshots],
+    )
+    data = MixtureOfGaussiansDataModule(
+        std=options.std, batch_size=options.batch_size * len(seeds), num_batches=min(1000, options.updates)
+    )
+    trainer.fit(module, datamodule=data)
+    return {"after": snapshots.found, "seconds": time.process_time() - began}
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]], seeds: int) -> str:
+    """Every method at every rate on the first ``seeds`` seeds; the rate that the other seeds choose is marked."""
+    moments = list(next(iter(next(iter(results.values())).values()))["after"])
+    lines = [
+        f"| method | rate | 8 of 8 modes after {' / '.join(moments)} updates | modes at the end | % high quality |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for method, by_rate in results.items():
+        chosen = max(by_rate, key=lambda rate: _score(by_rate[rate]["after"][moments[-1]], seeds))
+        for rate in sorted(by_rate, key=float):
+            after = by_rate[rate]["after"]
+            full = [sum(m == 8 for m in after[moment]["modes"][:seeds]) for moment in moments]
+            modes = _quartiles(after[moments[-1]]["modes"][:seeds])
+            quality = [100 * x for x in _quartiles(after[moments[-1]]["quality"][:seeds])]
+            name = f"**{float(rate):g}**" if rate == chosen else f"{float(rate):g}"
+            lines.append(
+                f"| {method} | {name} | {' / '.join(map(str, full))} of {seeds} | "
+                f"{modes[1]:g} [{modes[0]:g}, {modes[2]:g}] | "
+                f"{quality[1]:.1f} [{quality[0]:.1f}, {quality[2]:.1f}] |"
+            )
+    return "\n".join(lines)
+
+
+def _score(found: dict[str, list[float]], seeds: int) -> tuple[int, float]:
+    """On the tuning seeds, without any on all: how many cover everything, then the median share of good samples."""
+    start = seeds if len(found["modes"]) > seeds else 0
+    return sum(m == 8 for m in found["modes"][start:]), _quartiles(found["quality"][start:])[1]
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    t = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    return [float(x) for x in t.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))]
+
+
+def main() -> None:
+    """Run the grid and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--tuning-seeds", type=int, default=10, help="more seeds, which choose the rate only")
+    parser.add_argument("--updates", type=int, default=4000)
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 5.5e-4, 1e-3, 1.8e-3, 3e-3])
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--latent-dim", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--std", type=float, default=0.05)
+    parser.add_argument("--output", type=Path, help="JSON; settings that are in it already are not run again")
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    done = options.output is not None and options.output.exists()
+    results: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if done else {}
+    seeds = range(options.seeds + options.tuning_seeds)
+    for rate in options.rates:
+        for method in METHODS:
+            by_rate = results.setdefault(method, {})
+            if str(rate) not in by_rate:
+                by_rate[str(rate)] = run(method, rate, seeds, options)
+                if options.output is not None:
+                    options.output.write_text(json.dumps(results, indent=1))
+    print(table(results, options.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""GameSpectrumCallback in real fits: closed forms, an independent Jacobian, no trace, two processes, adapting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nested.callbacks import GameSpectrumCallback
+from lightning_nested.callbacks.game_report import GameReport, measured_rate
+from lightning_nested.callbacks.game_spectrum import better_momentum
+from lightning_nested.callbacks.step_dynamics import Momentum, step_dynamics
+from lightning_nested.games import Bilinear, QuadraticGame, convergence_rate
+from lightning_nested.modules import GANModule, ZooGame
+from lightning_nested.optim import (
+    ComplexAdam,
+    ComplexSGD,
+    Extragradient,
+    ExtrapolationFromThePast,
+    OptimisticAdam,
+    OptimisticSGD,
+)
+
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+def trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    options = {"max_epochs": -1, "max_steps": 4, "logger": False, "devices": 1, **options}
+    return Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def zoo(game: Any = None, optimizer: Optimizer | None = None, **options: Any) -> ZooGame:
+    options = {"update": "simultaneous", "start": [[1.0], [1.0]], **options}
+    return ZooGame(game or Bilinear(), optimizer=optimizer or (lambda p: ComplexSGD(p, lr=0.1)), **options)
+
+
+# ---- closed forms
+
+
+def test_the_spectrum_of_the_bilinear_game() -> None:
+    callback = GameSpectrumCallback(2, k=None)
+    trainer(callback).fit(zoo())
+    assert [s.game_updates for s in callback.history] == [1, 2, 4]
+    for spectrum in callback.history:
+        expected = torch.tensor([0.1j, -0.1j], dtype=torch.complex128)
+        torch.testing.assert_close(spectrum.eigenvalues, expected, rtol=1e-14, atol=1e-16)
+        assert spectrum.rate == pytest.approx(0.977430, abs=1e-6)
+        torch.testing.assert_close(spectrum.shares, torch.full((2, 2), 0.5, dtype=torch.float64))
+        assert spectrum.own.keys() == {"first", "second"}
+        assert all(float(own.abs().max()) == 0 for own in spectrum.own.values())
+
+
+RATES: dict[str, tuple[Optimizer, float]] = {
+    "ComplexSGD": (lambda p: ComplexSGD(p, lr=0.1), 0.977430),
+    "negative momentum in turns": (lambda p: ComplexSGD(p, lr=0.5, momentum=0.5, phase=math.pi), 0.962544),
+    "SGD": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8), 1.149445),
+    "Extragradient": (lambda p: Extragradient(p, lr=0.1), math.sqrt(1 - 0.1**2 + 0.1**4)),
+    "OptimisticSGD": (lambda p: OptimisticSGD(p, lr=0.1), math.sqrt((1 + math.sqrt(1 - 0.04)) / 2)),
+    "past": (lambda p: ExtrapolationFromThePast(p, lr=0.1), math.sqrt((1 + math.sqrt(1 - 0.04)) / 2)),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_predicted_measured_and_known_rates_agree(name: str) -> None:
+    optimizer, known = RATES[name]
+    callback = GameSpectrumCallback(1000, k=None)
+    module = zoo(optimizer=optimizer, update="alternating" if "turns" in name else "simultaneous")
+    trainer(callback, max_steps=200 if known > 1 else 500).fit(module)
+    assert callback.history[0].rate == pytest.approx(known, abs=1e-6)
+    assert measured_rate(module.distances) == pytest.approx(known, abs=1e-3)
+    per_update = 4 if name == "Extragradient" else 2
+    assert module.gradient_evaluations == per_update * module.game_updates
+
+
+def test_different_learning_rates_are_in_the_spectrum() -> None:
+    """With α₁ and α₂ the eigenvalues of DJ are ± i√(α₁α₂), and the rate is again that of the training."""
+    callback = GameSpectrumCallback(1000, k=None)
+    module = ZooGame(
+        Bilinear(),
+        start=[[1.0], [1.0]],
+        update="simultaneous",
+        optimizers={
+            "first": lambda p: ComplexSGD(p, lr=0.2),
+            "second": lambda p: ComplexSGD(p, lr=0.05),
+        },
+    )
+    trainer(callback, max_steps=500).fit(module)
+    spectrum = callback.history[0]
+    assert float(spectrum.eigenvalues[0].imag) == pytest.approx(0.1, rel=1e-14)
+    assert measured_rate(module.distances) == pytest.approx(spectrum.rate, abs=1e-3)
+
+
+def test_products_find_what_the_dense_matrix_has() -> None:
+    game = QuadraticGame.from_eigenvalues([0.5 + 0.1j * k for k in range(1, 31)])
+    options = {"game": game, "start": None, "optimizer": lambda p: ComplexSGD(p, lr=0.01)}
+    few, every = GameSpectrumCallback(k=4), GameSpectrumCallback(k=None)
+    trainer(few, every, max_steps=1).fit(zoo(**options))
+    torch.testing.assert_close(
+        few.history[0].eigenvalues, every.history[0].eigenvalues[:4], rtol=1e-9, atol=0
+    )
+    assert abs(few.history[0].eigenvalues[0]) == pytest.approx(0.01 * abs(0.5 + 3j), rel=1e-9)
+    assert few.history[0].own["first"][0] == pytest.approx(0.005, rel=1e-9)
+
+
+# ---- an independent Jacobian
+
+
+def mlp(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+
+
+class GAN(GANModule):
+    """Latents come with the batch."""
+
+    def __init__(self, optimizer: Optimizer | None = None, **options: Any) -> None:
+        torch.manual_seed(0)
+        optimizer = optimizer or (lambda p: ComplexAdam(p, lr=0.01, betas=(0.7, 0.9)))
+        super().__init__(mlp(2, 2), mlp(2, 1), latent_dim=2, optimizer=optimizer, **options)
+
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        self.latents = batch[0][:, 2:]
+        return super().player_loss(name, (batch[0][:, :2],))
+
+    def sample_latents(self, count: int) -> Tensor:
+        return self.latents
+
+
+def points(n: int = 40) -> Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def loader(size: int = 10) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(points()), size)
+
+
+def jacobian_by_hand(module: GAN, batch: Tensor) -> Tensor:
+    """Of the written-out losses, row by row, with no code of the package."""
+    real, latents = batch[:, :2], batch[:, 2:]
+    d, g = list(module.discriminator.parameters()), list(module.generator.parameters())
+    fake = module.discriminator(module.generator(latents))
+    softplus = nn.functional.softplus
+    loss_d = softplus(-module.discriminator(real)).mean() + softplus(fake).mean()
+    gradient = [
+        *torch.autograd.grad(loss_d, d, create_graph=True),
+        *torch.autograd.grad(softplus(-fake).mean(), g, create_graph=True),
+    ]
+    flat = torch.cat([x.reshape(-1) for x in gradient])
+    rows = [torch.autograd.grad(entry, [*d, *g], retain_graph=True, materialize_grads=True) for entry in flat]
+    return torch.stack([torch.cat([x.reshape(-1) for x in row]) for row in rows])
+
+
+@pytest.mark.parametrize("name", ["ComplexAdam", "Adam", "SGD"])
+def test_the_spectrum_of_a_gan_is_that_of_the_preconditioned_jacobian(name: str) -> None:
+    optimizers: dict[str, Optimizer] = {
+        "ComplexAdam": lambda p: ComplexAdam(p, lr=0.01, betas=(0.7, 0.9)),
+        "Adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.9)),
+        "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
+    }
+    module, callback = GAN(optimizers[name]), GameSpectrumCallback(3, k=None)
+    trainer(callback, max_steps=3).fit(module, loader())
+    scale = []
+    for player in ("discriminator", "generator"):
+        optimizer = module.running_players[player].optimizer.optimizer
+        for p in module.players()[player].parameters():
+            state = optimizer.state[p]
+            v = state["exp_avg_sq"] / (1 - 0.9**3) if "exp_avg_sq" in state else None
+            scale.append(
+                torch.full((p.numel(),), 0.01) if v is None else 0.01 / (v.sqrt() + 1e-8).reshape(-1)
+            )
+    jacobian = torch.cat(scale).double()[:, None] * jacobian_by_hand(module, points()[:10])
+    expected = torch.linalg.eigvals(jacobian)
+    found = callback.history[-1].eigenvalues
+    # Each has a partner: eigenvalues of unsymmetric matrices are known to about √ε where they nearly coincide.
+    distance = (found[:, None] - expected[None]).abs()
+    assert float(distance.min(dim=1).values.max()) < 1e-7 * float(expected.abs().max())
+    assert float(distance.min(dim=0).values.max()) < 1e-7 * float(expected.abs().max())
+    assert float(found.imag.abs().max()) > 0.01 * float(found.abs().max()), "the players are coupled"
+
+
+def test_two_processes_see_the_spectrum_of_the_global_batch(tmp_path: Path) -> None:
+    class Half(GAN):
+        def player_loss(self, name: str, batch: Any) -> Tensor:
+            return super().player_loss(name, [batch[0][self.trainer.global_rank :: self.trainer.world_size]])
+
+    class Save(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            torch.save(spectrum.history[-1].eigenvalues, tmp_path / f"{trainer.global_rank}.pt")
+
+    spectrum = GameSpectrumCallback(2, k=4)
+    options = {"use_distributed_sampler": False, "max_steps": 2}
+    trainer(spectrum, Save(), devices=2, strategy="ddp_fork", **options).fit(Half(), loader())
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first, second)
+    one = GameSpectrumCallback(2, k=4)
+    trainer(one, **options).fit(Half(), loader())
+    torch.testing.assert_close(first, one.history[-1].eigenvalues, rtol=1e-8, atol=1e-10)
+
+
+# ---- no trace
+
+
+class Stateful(GANModule):
+    """Batch norm, spectral norm, dropout and latents from the global stream."""
+
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+        discriminator = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(2, 8)),
+            nn.Tanh(),
+            nn.Dropout(0.3),
+            nn.Linear(8, 1),
+        )
+        super().__init__(
+            generator, discriminator, latent_dim=2, optimizer=lambda p: ComplexAdam(p, lr=0.01), **options
+        )
+
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        self.log("seen", float(batch[0][0, 0]))
+        return super().player_loss(name, batch[0][:, :2].float())
+
+
+@pytest.mark.parametrize("update", ["alternating", "simultaneous"])
+def test_training_is_the_same_to_the_last_bit(update: Any) -> None:
+    def run(*callbacks: Callback) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
+        module = Stateful(update=update, reuse_fakes=True)
+        torch.manual_seed(1)
+        fit = trainer(*callbacks, max_steps=6)
+        fit.fit(module, loader())
+        metrics = {name: float(v) for name, v in fit.callback_metrics.items() if "spectrum" not in name}
+        return module.state_dict(), torch.rand(4), metrics
+
+    callback = GameSpectrumCallback(2, k=3)
+    without, with_it = run(), run(callback)
+    assert len(callback.history) == 4
+    assert without[0].keys() == with_it[0].keys()
+    assert all(torch.equal(value, with_it[0][name]) for name, value in without[0].items())
+    assert torch.equal(without[1], with_it[1])
+    assert without[2] == with_it[2]
+    again = GameSpectrumCallback(2, k=3)
+    run(again)
+    for a, b in zip(callback.history, again.history, strict=True):
+        assert torch.equal(a.eigenvalues, b.eigenvalues)
+
+
+# ---- adapting
+
+
+def test_adapting_makes_a_diverging_run_converge_within_its_bounds() -> None:
+    module = zoo(optimizer=lambda p: ComplexSGD(p, lr=0.1, momentum=0.8, phase=0.0))
+    callback = GameSpectrumCallback(10, k=None, adapt=True, max_change=(0.05, 0.2))
+    trainer(callback, max_steps=600).fit(module)
+    settings = [(s.momentum.momentum, s.momentum.phase) for s in callback.history if s.momentum]
+    assert settings[0] == (0.8, 0.0)
+    for (m0, p0), (m1, p1) in pairwise(settings):
+        assert abs(m1 - m0) <= 0.05 + 1e-12
+        assert abs(p1 - p0) <= 0.2 + 1e-12
+        assert m1 <= 0.95
+    assert callback.history[0].rate is not None
+    assert callback.history[0].rate > 1.1
+    last = callback.history[-1].rate
+    assert last is not None
+    assert last < 0.95, "better than the first guess of 0.8 and π/8, which is 0.977"
+    assert measured_rate(module.distances) == pytest.approx(last, abs=2e-3)
+    groups = [o.param_groups[0] for o in (p.optimizer for p in module.running_players.values())]
+    assert len({(g["momentum"], g["phase"]) for g in groups}) == 1
+
+
+def test_better_momentum_leaves_alone_what_it_cannot_help() -> None:
+    now = Momentum("momentum", 0.5, 0.3)
+    assert better_momentum(torch.tensor([-0.1 + 0j]), now) == now  # repelled whatever the momentum
+    some = torch.tensor([-0.1 + 0j, 0.1j, -0.1j])
+    better = better_momentum(some, now)
+    worst = [convergence_rate([0.1j], lr=1.0, momentum=m.momentum, phase=m.phase) for m in (now, better)]
+    assert worst[1] < worst[0] - 1e-3
+    assert better_momentum(some, better, max_change=(0.0, 0.0)) == better
+
+
+def test_an_adapted_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    def run(steps: int, path: Path | None = None, save: Path | None = None) -> GAN:
+        module = GAN(lambda p: ComplexAdam(p, lr=0.01, betas=(0.7, 0.9)))
+        callback = GameSpectrumCallback(3, k=4, adapt=True)
+        fit = trainer(callback, max_steps=steps)
+        torch.manual_seed(steps)
+        fit.fit(module, loader(), ckpt_path=path, weights_only=True)
+        if save is not None:
+            fit.save_checkpoint(save)
+        return module
+
+    whole = run(12)
+    run(4, save=tmp_path / "some.ckpt")  # 8 batches: two epochs
+    resumed = run(12, tmp_path / "some.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+    groups = [
+        [(g["betas"], g["phase"]) for p in m.running_players.values() for g in p.optimizer.param_groups]
+        for m in (whole, resumed)
+    ]
+    assert groups[0] == groups[1]
+    assert groups[0][0] != ((0.7, 0.9), math.pi / 8)
+
+
+# ---- pictures, reports
+
+
+def test_metrics_and_the_figure_go_to_the_logger() -> None:
+    class Recorder(Logger):
+        name, version = "recorder", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.metrics: dict[int, dict[str, float]] = {}
+            self.figures: list[tuple[str, int, Any]] = []
+            self.experiment = SimpleNamespace(add_figure=lambda *a: self.figures.append((a[0], a[2], a[1])))
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.metrics.setdefault(step or 0, {}).update(metrics)
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    recorder = Recorder()
+    fit = trainer(GameSpectrumCallback(3, k=None), logger=recorder, max_steps=3, log_every_n_steps=50)
+    fit.fit(
+        zoo(QuadraticGame.from_eigenvalues([0.5 + 1j])),
+    )
+    found = recorder.metrics[3]
+    assert found["spectrum/max_imaginary"] == pytest.approx(0.1)
+    assert found["spectrum/max_real"] == pytest.approx(0.05)
+    assert found["spectrum/own/first"] == pytest.approx(0.05)
+    assert found["spectrum/adversarial"] == 1.0
+    assert found["spectrum/predicted_rate"] < 1
+    assert fit.callback_metrics["spectrum/predicted_rate"] == pytest.approx(found["spectrum/predicted_rate"])
+    assert [(tag, step) for tag, step, _ in recorder.figures] == [("spectrum", 1), ("spectrum", 3)]
+    (axes,) = recorder.figures[0][2].axes
+    offsets = [
+        tuple(map(float, o)) for c in axes.collections for o in c.get_offsets() if c.get_offsets().size
+    ]
+    expected = (math.log10(0.1 * abs(0.5 + 1j)), math.atan2(1.0, 0.5))
+    assert any(o == pytest.approx(expected, abs=1e-9) for o in offsets)
+
+
+def test_the_report_of_a_zoo_game(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = GameReport("xy")
+    fit = trainer(GameSpectrumCallback(k=None), report, max_steps=300, default_root_dir=tmp_path)
+    fit.fit(zoo())
+    assert report.results["measured_rate"] == pytest.approx(report.results["predicted_rate"], abs=1e-4)
+    assert "measured 0.9774" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "xy.png"}
+
+
+# ---- what optimizers do
+
+
+def test_step_dynamics_of_groups_that_differ() -> None:
+    a, b = (nn.Parameter(torch.ones(n)) for n in (1, 2))
+    groups = [{"params": [a], "phase": 0.1}, {"params": [b], "lr": 0.5}]
+    found = step_dynamics(ComplexSGD(groups, lr=0.2), [a, b])
+    assert found.momentum is None
+    assert [d.tolist() for d in found.scale] == [pytest.approx([0.2]), [0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.Rprop(p, lr=0.1),
+        lambda p: ComplexAdam(p, lr=0.1, debias=True),
+        lambda p: OptimisticAdam(p, lr=0.1),
+    ],
+)
+def test_no_rate_is_predicted_for_updates_of_another_form(optimizer: Optimizer) -> None:
+    callback = GameSpectrumCallback(k=None)
+    trainer(callback, max_steps=1).fit(zoo(optimizer=optimizer))
+    assert callback.history[0].rate is None
+
+
+# ---- wrong input
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every_n_updates": 0},
+        {"k": 0},
+        {"max_products": 0},
+        {"max_momentum": 1.0},
+        {"max_momentum": -0.1},
+        {"max_change": (-0.1, 0.1)},
+    ],
+)
+def test_wrong_arguments(options: Any) -> None:
+    with pytest.raises(ValueError, match="Got"):
+        GameSpectrumCallback(**options)
+
+
+def test_modules_and_optimizers_that_do_not_fit() -> None:
+    with pytest.raises(MisconfigurationException, match=r"of a GameModule. Got BoringModel"):
+        trainer(GameSpectrumCallback()).fit(BoringModel(), loader())
+    with pytest.raises(MisconfigurationException, match="Got SGD for 'first'"):
+        trainer(GameSpectrumCallback(adapt=True)).fit(zoo(optimizer=lambda p: torch.optim.SGD(p, lr=0.1)))
+
+
+def test_a_detached_coupling_is_told() -> None:
+    class Detached(GAN):
+        def discriminator_loss(self, batch: Any) -> Tensor:
+            with torch.no_grad():
+                fake = self.generator(self.latents)
+            return (self.discriminator(fake) - self.discriminator(batch[0])).mean()
+
+    with pytest.warns(UserWarning, match="'discriminator' has no graph to the parameters of 'generator'"):
+        trainer(GameSpectrumCallback(k=2), max_steps=1).fit(Detached(), loader())
+
+
+def test_eigenvalues_that_do_not_converge_are_told_and_training_goes_on() -> None:
+    callback = GameSpectrumCallback(2, k=3, max_products=1)
+    module = zoo(QuadraticGame.from_eigenvalues([1 + 0.001j * k for k in range(100)]), start=None)
+    with pytest.warns(UserWarning, match=r"measured nothing after \d game updates.*max_products=1"):
+        trainer(callback).fit(module)
+    assert (callback.history, module.game_updates) == ([], 4)
