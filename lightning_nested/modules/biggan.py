@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,20 @@ from lightning_nested.modules.game_loop import GameLoop
 from lightning_nested.modules.sampling import interpolate, sample_images, seeded
 from lightning_nested.networks import Discriminator, Generator, frozen_power_iteration, singular_values
 from lightning_nested.networks.conditional_batch_norm import batch_norms
+
+
+def float_betas(make: OptimizerCallable) -> OptimizerCallable:
+    """The same optimizer with ``betas`` made floats: YAML's ``[0, 0.999]`` has an int, which Adam refuses."""
+
+    def build(params: Any) -> Optimizer:
+        keywords = getattr(make, "keywords", {})
+        betas = keywords.get("betas")
+        if betas is None:
+            return make(params)
+        return partial(cast(Any, make), betas=tuple(float(beta) for beta in betas))(params)  # type: ignore[no-any-return]
+
+    return build
+
 
 _ADAM = partial(torch.optim.Adam, lr=2e-4, betas=(0.0, 0.999), eps=1e-8)
 
@@ -89,7 +104,10 @@ class BigGAN(GameModule):
     ) -> None:
         schedulers = {"generator": generator_scheduler, "discriminator": discriminator_scheduler}
         super().__init__(
-            optimizers={"generator": generator_optimizer, "discriminator": discriminator_optimizer},
+            optimizers={
+                "generator": float_betas(generator_optimizer),
+                "discriminator": float_betas(discriminator_optimizer),
+            },
             schedulers={name: make for name, make in schedulers.items() if make is not None},
             steps_per_player={"discriminator": discriminator_steps},
             loop=GameLoop(reuse_batch=True) if loop is None else loop,
@@ -161,8 +179,13 @@ class BigGAN(GameModule):
         if self.objective.augment is not None:
             fakes = self.objective.augment(fakes)
         scores = self._forward("discriminator")(fakes, labels)
-        self._average_running_statistics()
         return self.objective.loss.generator(scores.float())
+
+    @contextmanager
+    def one_function(self) -> Iterator[None]:
+        """Inside, spectral vectors stay: several forwards are of one function, as products need."""
+        with frozen_power_iteration(self.generator, self.discriminator):
+            yield
 
     def _fakes(self, count: int) -> tuple[Tensor, Tensor]:
         z = torch.randn(count, self.networks.latent_dim, device=self.device)
@@ -218,8 +241,9 @@ class BigGAN(GameModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in self.generator.modules())
-        if synchronised and self.trainer.strategy.root_device.type == "cpu":
+        # The Trainer converts later, and DDP's own error then says neither which option nor what to do.
+        synchronises = getattr(self.trainer.strategy, "_layer_sync", None) is not None
+        if synchronises and self.trainer.strategy.root_device.type == "cpu":
             raise MisconfigurationException(
                 "sync_batchnorm needs GPUs: torch's SyncBatchNorm has no CPU implementation. "
                 "Got Trainer(sync_batchnorm=True) on CPU; leave it out."
@@ -239,11 +263,13 @@ class BigGAN(GameModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._is_generator(optimizer):
+            self._average_running_statistics()  # not sooner: a graph still holds them
         if self._logs_now():
             gradients = [
                 p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
             ]
-            name = "generator" if gradients and self._is_generator(optimizer) else "discriminator"
+            name = "generator" if self._is_generator(optimizer) else "discriminator"
             self._details[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
 
     @override
