@@ -281,7 +281,8 @@ class GenerativeMetrics(Callback):
                 file.write(json.dumps(record) + "\n")
 
 
-# ---- the libraries' scores, from features
+# ---- the libraries' scores, from the features of all processes: process 0 alone computes them, so no metric may
+# synchronise, which would wait for the others for ever
 
 
 class _Given(nn.Module):
@@ -304,7 +305,7 @@ def frechet_distance(real: RealStatistics, features: Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(features.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Given(features.shape[1]), sync_on_compute=False)
     metric.real_features_sum, metric.real_features_cov_sum = real.total, real.products
     metric.real_features_num_samples = torch.tensor(real.count)
     metric.update(features, real=False)
@@ -321,7 +322,10 @@ def kernel_distance(real: Tensor, features: Tensor, options: ScoreOptions) -> fl
         )
         size = min(options.kernel_subset_size, len(real), len(features))
         metric = KernelInceptionDistance(
-            feature=_Given(features.shape[1]), subsets=options.kernel_subsets, subset_size=size
+            feature=_Given(features.shape[1]),
+            subsets=options.kernel_subsets,
+            subset_size=size,
+            sync_on_compute=False,
         )
     metric.update(real, real=True)
     metric.update(features, real=False)
@@ -334,7 +338,9 @@ def inception_score(logits: Tensor, options: ScoreOptions) -> float:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `InceptionScore` will save all extracted features")
-        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=options.inception_splits)
+        metric = InceptionScore(
+            feature=_Given(logits.shape[1]), splits=options.inception_splits, sync_on_compute=False
+        )
     metric.update(logits)
     return float(metric.compute()[0])
 
