@@ -92,3 +92,19 @@ def test_against_search_runs(run: Script, data: str) -> None:
         pytest.skip("no Fashion-MNIST here: apt-get install dataset-fashion-mnist")
     found = run("against_search", ["--data", data, "--rounds", "1", "--trainings", "4", "--steps", "60"])
     assert any(name.startswith("ours") for name in found["tuners"])
+
+
+def test_biggan_cost_measures_three_loops(run: Script) -> None:
+    found = run("biggan_cost", ["--rounds", "1", "--width", "2", "--batch", "2"])
+    assert set(found) == {
+        "BigGAN in the Trainer",
+        "hand-written loop, Adam",
+        "hand-written loop, ComplexAdam",
+    }
+
+
+def test_biggan_estimate_counts_the_operations_of_one_update(run: Script) -> None:
+    found = run("biggan_estimate", ["--width", "2", "--batch", "2", "--no-memory"])
+    assert found["flop_per_update"] > 1e6
+    # Width 2 with z 128: the linear layer of the generator has 120 more inputs to its 128 outputs than with z 8.
+    assert found["parameters"] == 6067 + 4505 + 120 * 128
