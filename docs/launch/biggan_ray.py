@@ -2,7 +2,12 @@
 
 import lightning.pytorch as pl
 from ray.train import RunConfig, ScalingConfig
-from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback, prepare_trainer
+from ray.train.lightning import (
+    RayDDPStrategy,
+    RayLightningEnvironment,
+    RayTrainReportCallback,
+    prepare_trainer,
+)
 from ray.train.torch import TorchTrainer
 
 from lightning_nested import BigGAN, CIFAR10DataModule, GeneratorEMA
