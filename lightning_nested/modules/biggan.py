@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -150,17 +150,19 @@ class BigGAN(GameModule):
     @override
     def player_loss(self, name: str, batch: Sequence[Tensor]) -> Tensor:
         images, labels = self._checked(batch)
-        if name == "generator":
-            return self._generator_loss(len(images))
-        return self._discriminator_loss(images, labels)
+        with self.one_function() if self.joint_graph else nullcontext():
+            if name == "generator":
+                return self._generator_loss(len(images))
+            return self._discriminator_loss(images, labels)
 
     def _discriminator_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         shared = self.objective.reuse_fakes and "generator" in self.batch_players
-        with torch.set_grad_enabled(shared):
+        with torch.set_grad_enabled(shared or self.joint_graph):
             fakes, fake_labels = self._fakes(len(images))
         if shared:
             self.step_cache["fakes"] = fakes, fake_labels
-        fakes = fakes.detach()
+        if not self.joint_graph:  # a spectrum needs the discriminator's dependence on the generator
+            fakes = fakes.detach()
         both, both_labels = torch.cat((images, fakes.to(images.dtype))), torch.cat((labels, fake_labels))
         if self.objective.augment is not None:
             both = self.objective.augment(both)

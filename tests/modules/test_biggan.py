@@ -153,6 +153,7 @@ def test_every_option_trains(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look
 def test_compiled_networks_train_to_the_same_weights() -> None:
     def run(compile_: bool) -> dict[str, Tensor]:
         gan = module(execution=Execution(compile=compile_))
