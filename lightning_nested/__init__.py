@@ -102,11 +102,15 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "callbacks": (
         "GameReport",
         "GameSpectrumCallback",
+        "GenerativeMetrics",
+        "GeneratorEMA",
         "HypergradientCallback",
         "LyapunovCallback",
         "ModeCoverage",
+        "SampleGrid",
     ),
     "modules": (
+        "BigGAN",
         "DeltaSTN",
         "GANModule",
         "GameLoop",
@@ -124,6 +128,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "ZooGame",
     ),
     "datamodules": (
+        "CIFAR10DataModule",
         "DigitsDataModule",
         "FashionMNISTDataModule",
         "MixtureOfGaussiansDataModule",
@@ -136,9 +141,13 @@ __all__ = ["__version__", *_PACKAGE_OF]
 if TYPE_CHECKING:
     from lightning_nested.callbacks import GameReport as GameReport
     from lightning_nested.callbacks import GameSpectrumCallback as GameSpectrumCallback
+    from lightning_nested.callbacks import GenerativeMetrics as GenerativeMetrics
+    from lightning_nested.callbacks import GeneratorEMA as GeneratorEMA
     from lightning_nested.callbacks import HypergradientCallback as HypergradientCallback
     from lightning_nested.callbacks import LyapunovCallback as LyapunovCallback
     from lightning_nested.callbacks import ModeCoverage as ModeCoverage
+    from lightning_nested.callbacks import SampleGrid as SampleGrid
+    from lightning_nested.datamodules import CIFAR10DataModule as CIFAR10DataModule
     from lightning_nested.datamodules import DigitsDataModule as DigitsDataModule
     from lightning_nested.datamodules import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_nested.datamodules import MixtureOfGaussiansDataModule as MixtureOfGaussiansDataModule
@@ -206,6 +215,7 @@ if TYPE_CHECKING:
     from lightning_nested.hyperparameters import Scalar as Scalar
     from lightning_nested.hyperparameters import WeightDecay as WeightDecay
     from lightning_nested.modules import STN as STN
+    from lightning_nested.modules import BigGAN as BigGAN
     from lightning_nested.modules import DeltaSTN as DeltaSTN
     from lightning_nested.modules import GameLoop as GameLoop
     from lightning_nested.modules import GameModule as GameModule

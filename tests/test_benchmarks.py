@@ -121,3 +121,19 @@ def test_hypernetworks_run(run: Script, fashion_mnist: Path) -> None:
     assert {"hypernetwork", "implicit", "unrolled"} <= set(decays["found"])
     cnn = run("hypernetwork_cnn", ["--rounds", "1", "--epochs", "1", "--size", "1000", "--warmup", "2"])
     assert "Delta-STN, values held fixed" in cnn["seeds"][0]
+
+
+def test_biggan_cost_measures_three_loops(run: Script) -> None:
+    found = run("biggan_cost", ["--rounds", "1", "--width", "2", "--batch", "2"])
+    assert set(found) == {
+        "BigGAN in the Trainer",
+        "hand-written loop, Adam",
+        "hand-written loop, ComplexAdam",
+    }
+
+
+def test_biggan_estimate_counts_the_operations_of_one_update(run: Script) -> None:
+    found = run("biggan_estimate", ["--width", "2", "--batch", "2", "--no-memory"])
+    assert found["flop_per_update"] > 1e6
+    # Width 2 with z 128: the linear layer of the generator has 120 more inputs to its 128 outputs than with z 8.
+    assert found["parameters"] == 6067 + 4505 + 120 * 128

@@ -1,14 +1,18 @@
 """LightningDataModules: real data in memory, most of it without a download."""
 
+from lightning_nested.datamodules.cifar10 import CIFAR10DataModule
 from lightning_nested.datamodules.digits import DigitsDataModule
 from lightning_nested.datamodules.fashion_mnist import FashionMNISTDataModule
 from lightning_nested.datamodules.gaussians import MixtureOfGaussiansDataModule
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, TensorBatches
+from lightning_nested.datamodules.synthetic_images import SyntheticImagesDataModule
 
 __all__ = [
+    "CIFAR10DataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "InMemoryDataModule",
+    "SyntheticImagesDataModule",
     "MixtureOfGaussiansDataModule",
     "TensorBatches",
 ]

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
 
+_SIDE, _PADDED = 28, 32
 _UNSIGNED_BYTE = 0x08  # idx type code; the only one the MNIST family uses
 
 
@@ -31,12 +32,15 @@ class FashionMNISTDataModule(InMemoryDataModule):
 
     Args:
         root: folder with the files, or to download to.
+        resolution: 28, or 32 for images with a black border of two pixels.
+        symmetric: pixels in [−1, 1], as generators with tanh make them, instead of [0, 1].
+        drop_last: leave out a short last training batch.
 
     The other options are those of :class:`InMemoryDataModule`.
 
     Raises:
         FileNotFoundError: if the files are nowhere and cannot be downloaded.
-        ValueError: if a file is not an idx file of bytes.
+        ValueError: if a file is not an idx file of bytes, or ``resolution`` is neither.
     """
 
     system_folder: Path = Path("/usr/share/datasets/fashion-mnist")
@@ -54,7 +58,12 @@ class FashionMNISTDataModule(InMemoryDataModule):
         val_batch_size: int | None = None,
         seed: int | None = 0,
         num_workers: int = 0,
+        resolution: int = _SIDE,
+        symmetric: bool = False,
+        drop_last: bool = False,
     ) -> None:
+        if resolution not in (_SIDE, _PADDED):
+            raise ValueError(f"`resolution` must be {_SIDE} or {_PADDED}. Got {resolution}.")
         super().__init__(
             train_size=train_size,
             val_size=val_size,
@@ -67,6 +76,8 @@ class FashionMNISTDataModule(InMemoryDataModule):
             num_workers=num_workers,
         )
         self.root = root
+        self.pad_to = resolution if resolution != _SIDE else None
+        self.symmetric, self.drop_last = symmetric, drop_last
 
     @property
     def _download_folder(self) -> Path:

@@ -59,13 +59,16 @@ class TensorBatches(Dataset[Batch]):
         rows = torch.as_tensor(indices)
         return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
-    def loader(self, *, batch_size: int, shuffle: bool = False, num_workers: int = 0) -> DataLoader[Batch]:
-        """A loader over this dataset, its last batch kept even if short."""
+    def loader(
+        self, *, batch_size: int, shuffle: bool = False, num_workers: int = 0, drop_last: bool = False
+    ) -> DataLoader[Batch]:
+        """A loader over this dataset; its last batch is kept even if short, unless ``drop_last``."""
         return DataLoader(
             self,
             batch_size=batch_size,
             shuffle=shuffle,
             num_workers=num_workers,
+            drop_last=drop_last,
             collate_fn=_already_collated,
             persistent_workers=num_workers > 0,
         )
@@ -77,7 +80,10 @@ def _already_collated(batch: Any) -> Any:
 
 
 class InMemoryDataModule(LightningDataModule):
-    """Train, validation and test images as float tensors in [0, 1], batched without per-example work.
+    """Train, validation and test images as float tensors, batched without per-example work.
+
+    Pixels lie in [0, 1]; a subclass may ask for [−1, 1] (``symmetric``), for a border of the lowest value
+    (``pad_to``) and for training batches of equal size only (``drop_last``), which is what GANs want.
 
     A subclass says where images come from by ``load``. The split is *plain random* (not stratified): the
     first ``train_size`` positions of a seeded permutation of the pool are training images, the next
@@ -114,6 +120,9 @@ class InMemoryDataModule(LightningDataModule):
 
     num_classes: int = 10
     max_pixel: float = 255.0  # of the source's images, which are scaled by it
+    symmetric: bool = False  # pixels in [−1, 1]
+    pad_to: int | None = None  # side after padding
+    drop_last: bool = False  # of the training loader
 
     train_images: Tensor
     train_labels: Tensor
@@ -196,7 +205,12 @@ class InMemoryDataModule(LightningDataModule):
         labels = self.train_labels_clean if self.use_clean_labels else self.train_labels
         index = (torch.arange(self.train_size),) if self.with_index else ()
         data = TensorBatches(self.train_images, labels, *index)
-        return data.loader(batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers)
+        return data.loader(
+            batch_size=self.batch_size,
+            shuffle=True,
+            num_workers=self.num_workers,
+            drop_last=self.drop_last,
+        )
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -214,7 +228,13 @@ class InMemoryDataModule(LightningDataModule):
 
     def _scaled(self, source: LabelledImages, rows: Tensor) -> tuple[Tensor, Tensor]:
         # Rows first, floats second: a small subset of a large source never becomes floats as a whole.
-        return source.images[rows].float().div_(self.max_pixel), source.labels[rows].long()
+        images = source.images[rows].float().div_(self.max_pixel)
+        if self.pad_to is not None:
+            before, after = (self.pad_to - images.shape[-1]) // 2, -(-(self.pad_to - images.shape[-1]) // 2)
+            images = torch.nn.functional.pad(images, (before, after, before, after))
+        if self.symmetric:
+            images = images.mul_(2.0).sub_(1.0)
+        return images, source.labels[rows].long()
 
 
 def _seed_of_the_run() -> int:

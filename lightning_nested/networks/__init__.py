@@ -1,11 +1,29 @@
 """Networks that the modules train. PyTorch only."""
 
+from lightning_nested.networks.biggan import Discriminator, Generator
 from lightning_nested.networks.by_name import build_network
 from lightning_nested.networks.cnn import SmallCNN
+from lightning_nested.networks.conditional_batch_norm import ConditionalBatchNorm2d, standing_statistics
 from lightning_nested.networks.mlp import MLP
+from lightning_nested.networks.spectral_norm import (
+    SpectralNormConv2d,
+    SpectralNormEmbedding,
+    SpectralNormLinear,
+    frozen_power_iteration,
+    singular_values,
+)
 
 __all__ = [
+    "ConditionalBatchNorm2d",
+    "Discriminator",
+    "Generator",
     "MLP",
     "SmallCNN",
+    "SpectralNormConv2d",
+    "SpectralNormEmbedding",
+    "SpectralNormLinear",
     "build_network",
+    "frozen_power_iteration",
+    "singular_values",
+    "standing_statistics",
 ]

@@ -113,3 +113,21 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, mess
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_idx(tmp_path / name)
+
+
+def test_the_variant_for_generators(fashion_mnist: Path) -> None:
+    plain = FashionMNISTDataModule(train_size=64, val_size=10)
+    padded = FashionMNISTDataModule(
+        train_size=64, val_size=10, resolution=32, symmetric=True, drop_last=True, batch_size=30
+    )
+    for data in (plain, padded):
+        data.setup()
+    assert padded.train_images.shape == (64, 1, 32, 32)
+    torch.testing.assert_close(padded.train_images[:, :, 2:-2, 2:-2], plain.train_images * 2 - 1)
+    border = padded.train_images.clone()
+    border[:, :, 2:-2, 2:-2] = -1
+    assert (border == -1).all()
+    assert torch.equal(padded.train_labels, plain.train_labels)
+    assert [len(batch[1]) for batch in padded.train_dataloader()] == [30, 30]
+    with pytest.raises(ValueError, match=r"`resolution` must be 28 or 32. Got 64"):
+        FashionMNISTDataModule(resolution=64)

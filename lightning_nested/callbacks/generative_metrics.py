@@ -1,0 +1,360 @@
+"""FID, KID, Inception Score, precision and recall of a generator, each score with what it depends on."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_nested.callbacks.evaluators import Batches, Evaluator, FeatureExtractor, InceptionEvaluator
+from lightning_nested.callbacks.isolation import RandomStream
+from lightning_nested.callbacks.real_statistics import (
+    RealStatistics,
+    extract,
+    gather,
+    interleave,
+    real_statistics,
+)
+
+Split = Literal["train", "val", "test"]
+Score = Literal["frechet", "kernel", "inception_score", "precision_recall", "agreement"]
+BatchNormMode = Literal["running", "batch", "standing"]
+
+
+class ClassConditionalSampler(Protocol):
+    """What :class:`GenerativeMetrics` asks of a LightningModule."""
+
+    num_classes: int
+
+    def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
+        """Images of the classes, ``(N, C, H, W)`` in [−1, 1]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Details of the scores.
+
+    Args:
+        kernel_subsets: Random subsets of the kernel distance.
+        kernel_subset_size: Images in each; at most the number of samples.
+        inception_splits: Parts that the Inception Score is averaged over.
+        neighborhood: k of precision and recall.
+    """
+
+    kernel_subsets: int = 100
+    kernel_subset_size: int = 1000
+    inception_splits: int = 10
+    neighborhood: int = 3
+
+
+class GenerativeMetrics(Callback):
+    """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
+
+    Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are
+    extracted once. With Inception the scores are called ``fid``, ``kid``, ``inception_score``; with any other
+    evaluator ``frechet_distance``, ``kernel_distance``, ``classifier_score``: they are not FID. ``agreement``
+    is the share of samples that the evaluator's classifier labels as asked for.
+
+    Every score is logged as ``<score>/<evaluator>/<split>/<samples>/<batch norm>``, and appended with all of this
+    and the module's ``game_updates`` to ``scores.jsonl`` under ``default_root_dir``. Published scores of one and
+    the same checkpoint differ by 40 % between evaluators, reference splits and batch-norm modes.
+
+    Where :class:`GeneratorEMA` is among the callbacks, its average is what is scored. All processes make
+    samples. Statistics of the real images are kept on disk by the content of the images.
+
+    Heusel et al. (2017), NeurIPS (FID); Bińkowski et al. (2018), ICLR (KID); Salimans et al. (2016), NeurIPS (IS);
+    Kynkäänniemi et al. (2019), NeurIPS (precision and recall).
+
+    Args:
+        evaluator: ``InceptionEvaluator()``, ``ModuleEvaluator(...)`` or ``ClassifierEvaluator()``.
+        num_samples: Generated images, equally many of each class.
+        split: Real images to compare with.
+        batch_norm: Modes of the generator's batch norm; each is scored.
+        scores: Which scores.
+        options: Their details.
+        every_n_validations: Validations within ``fit`` from one scoring to the next.
+        cache: Folder for real statistics and trained classifiers; None: ``default_root_dir/metrics_cache``.
+        seed: Of the samples.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: If there are fewer samples than features, no datamodule, or the module cannot
+            make samples of a class.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator = InceptionEvaluator(),  # noqa: B008 - frozen
+        *,
+        num_samples: int = 50_000,
+        split: Split = "train",
+        batch_norm: Sequence[BatchNormMode] = ("running",),
+        scores: Sequence[Score] = ("frechet", "kernel", "inception_score", "precision_recall"),
+        options: ScoreOptions = ScoreOptions(),
+        every_n_validations: int = 1,
+        cache: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if num_samples < 2 or every_n_validations < 1:
+            raise ValueError(
+                "num_samples must be at least 2 and every_n_validations at least 1. "
+                f"Got {num_samples} and {every_n_validations}."
+            )
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split must be 'train', 'val' or 'test'. Got {split!r}.")
+        self.evaluator, self.num_samples, self.split = evaluator, num_samples, split
+        self.batch_norm, self.scores, self.options = tuple(batch_norm), tuple(scores), options
+        self.every_n_validations, self.cache, self.seed = every_n_validations, cache, seed
+        self.last: dict[str, float] = {}
+        self._extractor: FeatureExtractor | None = None
+        self._real: RealStatistics | None = None
+        self._validations = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            return
+        if not hasattr(pl_module, "sample_for_metrics"):
+            raise MisconfigurationException(
+                "GenerativeMetrics needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
+                f"Got {type(pl_module).__name__}."
+            )
+        if getattr(trainer, "datamodule", None) is None:
+            raise MisconfigurationException(
+                "GenerativeMetrics takes the real images from a LightningDataModule. Got none; pass datamodule=."
+            )
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if not trainer.training or self._validations % self.every_n_validations == 0:
+            self._score(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._score(trainer, pl_module)
+
+    # ---- one scoring
+
+    # Stand-alone validation runs in inference mode, whose tensors could not train a classifier.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        extractor, real = self._prepare(trainer)
+        generator_of = cast(ClassConditionalSampler, pl_module)
+        labels = torch.arange(self.num_samples) % generator_of.num_classes
+        mine = labels[trainer.global_rank :: trainer.world_size]
+        self.last = {}
+        extractor.to(pl_module.device)
+        for mode in self.batch_norm:
+            rng = torch.Generator(pl_module.device).manual_seed(self.seed * 1_000_003 + trainer.global_rank)
+            images = generator_of.sample_for_metrics(mine, batch_norm=mode, generator=rng)
+            features, logits = extract(extractor, images.float(), pl_module.device)
+            parts = gather(trainer, (features, logits))
+            features = interleave([part[0] for part in parts])
+            logits = None if parts[0][1] is None else interleave([part[1] for part in parts])
+            found: dict[str, float] = {}
+            if trainer.is_global_zero:
+                with RandomStream(self.seed):
+                    found = self._scores(real, features, logits, labels, extractor.judges_classes)
+            found = trainer.strategy.broadcast(found)
+            self._report(trainer, pl_module, mode, found)
+        extractor.cpu()
+
+    def _prepare(self, trainer: Trainer) -> tuple[FeatureExtractor, RealStatistics]:
+        if self._extractor is None or self._real is None:
+            cache = Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "metrics_cache"
+            train = self._batches(trainer, "train")
+            for rank in range(trainer.world_size):  # process 0 trains and downloads, the others read
+                if rank == trainer.global_rank and (rank == 0 or self._extractor is None):
+                    self._extractor = self.evaluator.build(train, cache).requires_grad_(False)
+                if rank == 0:
+                    trainer.strategy.barrier()
+            assert self._extractor is not None
+            self._check_count("num_samples", self.num_samples, self._extractor)
+            self._extractor.to(trainer.strategy.root_device)
+            self._real = real_statistics(
+                trainer,
+                self._extractor,
+                self._batches(trainer, self.split)(),
+                num_features_kept=self.num_samples,
+                cache=cache,
+            )
+            self._check_count(f"the real images of split={self.split!r}", self._real.count, self._extractor)
+            if self._extractor.judges_classes:
+                self._judge_the_judge(trainer, self._extractor, cache)
+        return self._extractor, self._real
+
+    def _check_count(self, what: str, count: int, extractor: FeatureExtractor) -> None:
+        if "frechet" in self.scores and count <= extractor.num_features:
+            raise MisconfigurationException(
+                f"A Fréchet distance needs more images than features. Got {count} ({what}) with the "
+                f"{extractor.num_features} features of {self.evaluator.name!r}: the covariance would be singular. "
+                "Raise num_samples (50000 is usual), or leave 'frechet' out of scores."
+            )
+
+    def _judge_the_judge(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path) -> None:
+        test = real_statistics(
+            trainer, extractor, self._batches(trainer, "test")(), num_features_kept=1, cache=cache
+        )
+        self.evaluator_accuracy = test.accuracy
+        rank_zero_info(
+            f"{self.evaluator.name} labels {test.accuracy:.1%} of {test.count} real test images right."
+        )
+        if test.accuracy < 0.9:
+            rank_zero_warn(
+                f"The classifier labels only {test.accuracy:.1%} of real test images right: agreement says little. "
+                "Train it longer: ClassifierEvaluator(epochs=...)."
+            )
+
+    def _batches(self, trainer: Trainer, split: str) -> Batches:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+
+        def batches() -> Iterable[Any]:
+            with RandomStream(self.seed):  # a shuffling loader draws from the global stream
+                return list(getattr(datamodule, f"{split}_dataloader")())
+
+        return batches
+
+    def _scores(
+        self,
+        real: RealStatistics,
+        features: Tensor,
+        logits: Tensor | None,
+        labels: Tensor,
+        judges_classes: bool,
+    ) -> dict[str, float]:
+        inception = self.evaluator.is_inception
+        found: dict[str, float] = {}
+        if "frechet" in self.scores:
+            found["fid" if inception else "frechet_distance"] = frechet_distance(real, features)
+        if "kernel" in self.scores:
+            name = "kid" if inception else "kernel_distance"
+            found[name] = kernel_distance(real.features, features, self.options)
+        if "inception_score" in self.scores and logits is not None:
+            name = "inception_score" if inception else "classifier_score"
+            found[name] = inception_score(logits, self.options)
+        if "precision_recall" in self.scores:
+            found |= precision_recall(real.features, features, self.options)
+        if "agreement" in self.scores and judges_classes and logits is not None:
+            right = (logits.argmax(dim=1) == labels).float()
+            found["agreement"] = float(right.mean())
+            for k in range(int(labels.max()) + 1):
+                found[f"agreement_class_{k}"] = float(right[labels == k].mean())
+        return found
+
+    def _report(
+        self, trainer: Trainer, pl_module: LightningModule, mode: str, found: dict[str, float]
+    ) -> None:
+        where = f"{self.evaluator.name}/{self.split}/{self.num_samples}/{mode}"
+        named = {f"{score}/{where}": value for score, value in found.items()}
+        self.last |= named
+        pl_module.log_dict(named, on_step=False, on_epoch=True, rank_zero_only=False)
+        if trainer.is_global_zero:
+            record = {
+                "evaluator": self.evaluator.name,
+                "fingerprint": self._extractor.fingerprint if self._extractor else None,
+                "split": self.split,
+                "real_images": self._real.count if self._real else 0,
+                "samples": self.num_samples,
+                "batch_norm": mode,
+                "game_updates": int(getattr(pl_module, "game_updates", trainer.global_step)),
+                "evaluator_accuracy": getattr(self, "evaluator_accuracy", None),
+                "scores": found,
+            }
+            path = Path(trainer.default_root_dir) / "scores.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+# ---- the libraries' scores, from the features of all processes: process 0 alone computes them, so no metric may
+# synchronise, which would wait for the others for ever
+
+
+class _Given(nn.Module):
+    """Stands where the libraries have their extractor: what comes in are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(real: RealStatistics, features: Tensor) -> float:
+    """‖μ_r − μ_f‖² + tr(Σ_r + Σ_f − 2(Σ_r Σ_f)^½) by torchmetrics, in float64.
+
+    Args:
+        real: Sums over the real images.
+        features: ``(N, F)`` of the generated ones.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(features.shape[1]), sync_on_compute=False)
+    metric.real_features_sum, metric.real_features_cov_sum = real.total, real.products
+    metric.real_features_num_samples = torch.tensor(real.count)
+    metric.update(features, real=False)
+    return float(metric.compute())
+
+
+def kernel_distance(real: Tensor, features: Tensor, options: ScoreOptions) -> float:
+    """The squared maximum mean discrepancy of a cubic kernel by torchmetrics, mean over random subsets."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Metric `Kernel Inception Distance` will save all extracted features"
+        )
+        size = min(options.kernel_subset_size, len(real), len(features))
+        metric = KernelInceptionDistance(
+            feature=_Given(features.shape[1]),
+            subsets=options.kernel_subsets,
+            subset_size=size,
+            sync_on_compute=False,
+        )
+    metric.update(real, real=True)
+    metric.update(features, real=False)
+    return float(metric.compute()[0])
+
+
+def inception_score(logits: Tensor, options: ScoreOptions) -> float:
+    """exp E KL(p(y|x) ‖ p(y)) by torchmetrics, mean over splits."""
+    from torchmetrics.image.inception import InceptionScore
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `InceptionScore` will save all extracted features")
+        metric = InceptionScore(
+            feature=_Given(logits.shape[1]), splits=options.inception_splits, sync_on_compute=False
+        )
+    metric.update(logits)
+    return float(metric.compute()[0])
+
+
+def precision_recall(real: Tensor, features: Tensor, options: ScoreOptions) -> dict[str, float]:
+    """Share of samples inside the real manifold and of real images inside the samples', by torch-fidelity."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    found = prc_features_to_metric(
+        features,
+        real,
+        prc_neighborhood=options.neighborhood,
+        prc_batch_size=10_000,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return {"precision": float(found["precision"]), "recall": float(found["recall"])}

@@ -1,0 +1,107 @@
+"""A grid of samples of each class at the same z throughout a run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nested.callbacks.generative_metrics import ClassConditionalSampler
+from lightning_nested.callbacks.generator_ema import GeneratorEMA
+
+
+class SampleGrid(Callback):
+    """One row per class, each image from the same z at every time, to TensorBoard and to PNG files.
+
+    Files are ``grids/<game updates>.png`` under ``default_root_dir``. If :class:`GeneratorEMA` is among the callbacks,
+    its average makes the images.
+
+    Args:
+        every_n_updates: Steps of ``trainer.global_step`` (game updates in a ``GameModule``) between grids;
+            there is one more at the end of training.
+        per_class: Images in a row.
+        batch_norm: ``"running"``, ``"batch"`` or ``"standing"`` statistics.
+        seed: Of z.
+
+    Raises:
+        ValueError: If a number is below 1.
+        MisconfigurationException: If the module cannot make samples of a class.
+    """
+
+    def __init__(
+        self, every_n_updates: int = 1000, *, per_class: int = 8, batch_norm: str = "running", seed: int = 0
+    ) -> None:
+        if every_n_updates < 1 or per_class < 1:
+            raise ValueError(
+                f"every_n_updates and per_class must be at least 1. Got {every_n_updates} and {per_class}."
+            )
+        self.every_n_updates, self.per_class = every_n_updates, per_class
+        self.batch_norm, self.seed = batch_norm, seed
+        self._last = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "sample_for_metrics"):
+            raise MisconfigurationException(
+                "SampleGrid needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
+                f"Got {type(pl_module).__name__}."
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step != self._last and step % self.every_n_updates == 0:
+            self._show(trainer, pl_module, step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._last:
+            self._show(trainer, pl_module, trainer.global_step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self._last}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last = state_dict["last"]
+
+    def grid(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """The grid, ``(C, H, W)`` in [0, 1]."""
+        from torchvision.utils import make_grid  # here, because it costs a second
+
+        source = cast(ClassConditionalSampler, pl_module)
+        labels = torch.arange(source.num_classes).repeat_interleave(self.per_class)
+        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        with ExitStack() as stack:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GeneratorEMA) and not callback.stands_in:
+                    stack.enter_context(callback.swapped(pl_module))
+            images = source.sample_for_metrics(labels, batch_norm=self.batch_norm, generator=generator)
+        grid: Tensor = make_grid(
+            images.float().cpu(), nrow=self.per_class, normalize=True, value_range=(-1, 1), padding=1
+        )
+        return grid
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        self._last = step
+        if not trainer.is_global_zero:
+            return
+        from torchvision.utils import save_image
+
+        grid = self.grid(trainer, pl_module)
+        folder = Path(trainer.default_root_dir) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(grid, folder / f"{step:06d}.png")
+        for logger in trainer.loggers:
+            add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+            if add_image is not None:
+                add_image("samples", grid, step)

@@ -1,0 +1,228 @@
+"""Losses of the two players of a GAN, penalties on the discriminator's gradient, and augmentation of what it sees."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Score = Callable[[Tensor], Tensor]
+"""From images to one number each, at labels that are fixed."""
+
+
+@dataclass(frozen=True)
+class AdversarialLoss(ABC):
+    """What each player minimises, given the discriminator's scores ``(N,)``; means over the batch."""
+
+    @abstractmethod
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The discriminator's loss, a scalar."""
+
+    @abstractmethod
+    def generator(self, fake: Tensor) -> Tensor:
+        """The generator's loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class Hinge(AdversarialLoss):
+    """L_D = E max(0, 1 − D(x)) + E max(0, 1 + D(G(z))), L_G = −E D(G(z)).
+
+    Lim & Ye (2017), arXiv 1705.02894; the loss of BigGAN.
+
+    >>> Hinge().discriminator(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])).item()
+    1.5
+    """
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """See class."""
+        return functional.relu(1.0 - real).mean() + functional.relu(1.0 + fake).mean()
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """See class."""
+        return -fake.mean()
+
+
+@dataclass(frozen=True)
+class NonSaturating(AdversarialLoss):
+    """L_D = E softplus(−D(x)) + E softplus(D(G(z))), L_G = E softplus(−D(G(z))).
+
+    Goodfellow et al. (2014), NeurIPS, section 3.
+
+    >>> round(NonSaturating().generator(torch.zeros(3)).item(), 4)
+    0.6931
+    """
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """See class."""
+        return functional.softplus(-real).mean() + functional.softplus(fake).mean()
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """See class."""
+        return functional.softplus(-fake).mean()
+
+
+@dataclass(frozen=True)
+class Wasserstein(AdversarialLoss):
+    """L_D = E D(G(z)) − E D(x), L_G = −E D(G(z)); take :class:`GradientPenalty` with it.
+
+    Arjovsky, Chintala & Bottou (2017), ICML, PMLR 70:214-223.
+
+    >>> Wasserstein().discriminator(torch.tensor([2.0]), torch.tensor([-1.0])).item()
+    -3.0
+    """
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """See class."""
+        return fake.mean() - real.mean()
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """See class."""
+        return -fake.mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientRegularizer(ABC):
+    """A penalty on ∂D/∂x, added to the discriminator's loss; differentiates twice.
+
+    Args:
+        weight: Its factor.
+        every: Batches of the discriminator from one penalty to the next; each is then ``every`` times as
+            large (lazy regularisation, Karras et al. 2020).
+    """
+
+    weight: float = 10.0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or self.every < 1:
+            raise ValueError(
+                f"weight must be positive and every at least 1. Got weight={self.weight}, every={self.every}."
+            )
+
+    @abstractmethod
+    def penalty(
+        self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The penalty of a batch, a scalar with its graph, without ``every``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class R1(GradientRegularizer):
+    """(weight/2) E ‖∂D/∂x‖² at real images x.
+
+    Mescheder, Geiger & Nowozin (2018), ICML, PMLR 80:3481-3490.
+    """
+
+    def penalty(
+        self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """See class."""
+        return 0.5 * self.weight * _squared_gradient_norm(score, real).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientPenalty(GradientRegularizer):
+    """weight · E (‖∂D/∂x‖ − 1)² at x = ε·real + (1 − ε)·fake, ε uniform per example.
+
+    Gulrajani et al. (2017), NeurIPS, arXiv 1704.00028.
+    """
+
+    def penalty(
+        self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """See class."""
+        mix = torch.rand(len(real), 1, 1, 1, generator=generator, device=real.device, dtype=real.dtype)
+        norm = (_squared_gradient_norm(score, torch.lerp(fake.to(real.dtype), real, mix)) + 1e-12).sqrt()
+        return self.weight * (norm - 1.0).square().mean()
+
+
+def _squared_gradient_norm(score: Score, images: Tensor) -> Tensor:
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(images).sum(), images, create_graph=True)
+    wide = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+    return wide.square().flatten(1).sum(dim=1)
+
+
+Policy = Literal["color", "translation", "cutout"]
+
+
+@dataclass(frozen=True)
+class DiffAugment:
+    """Random changes of every image the discriminator sees, real and made, that gradients pass through.
+
+    Colour: brightness ± 0.5, saturation × [0, 2], contrast × [0.5, 1.5]; translation by up to an eighth of the
+    side; cutout of a square of half the side. Zhao et al. (2020), NeurIPS, arXiv 2006.10738.
+
+    Args:
+        policy: Which of the three, in this order.
+
+    Raises:
+        ValueError: For an unknown one.
+
+    Example:
+        >>> images = torch.rand(2, 3, 32, 32)
+        >>> changed = DiffAugment(("cutout",))(images, torch.Generator().manual_seed(0))
+        >>> bool((changed == 0).any()), tuple(changed.shape)
+        (True, (2, 3, 32, 32))
+    """
+
+    policy: tuple[Policy, ...] = ("color", "translation", "cutout")
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.policy if name not in get_args(Policy)]
+        if unknown:
+            raise ValueError(f"policy must hold {', '.join(get_args(Policy))}. Got {unknown}.")
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """``(N, C, H, W)`` to the same shape; random numbers come from ``generator``."""
+        steps = {"color": _color, "translation": _translation, "cutout": _cutout}
+        for name in self.policy:
+            images = steps[name](images, generator)
+        return images
+
+
+def _uniform(images: Tensor, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
+    draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device, dtype=images.dtype)
+    return low + (high - low) * draw
+
+
+def _color(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    images = images + _uniform(images, -0.5, 0.5, generator)
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + (images - grey) * _uniform(images, 0.0, 2.0, generator)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (images - mean) * _uniform(images, 0.5, 1.5, generator)
+
+
+def _shifts(images: Tensor, low: int, high: int, generator: torch.Generator | None = None) -> Tensor:
+    return torch.randint(low, high + 1, (len(images), 1, 1), generator=generator, device=images.device)
+
+
+def _translation(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    n, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device).view(1, -1, 1) + _shifts(
+        images, -(height // 8), height // 8, generator
+    )
+    columns = torch.arange(width, device=images.device).view(1, 1, -1) + _shifts(
+        images, -(width // 8), width // 8, generator
+    )
+    # A border of zeros on every side; what a shift brings in from outside is read from it.
+    padded = functional.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+    example = torch.arange(n, device=images.device).view(-1, 1, 1)
+    moved = padded[example, (rows + 1).clamp(0, height + 1), (columns + 1).clamp(0, width + 1)]
+    return moved.permute(0, 3, 1, 2)
+
+
+def _cutout(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    _, _, height, width = images.shape
+    top = _shifts(images, -(height // 4), height - height // 4, generator)
+    left = _shifts(images, -(width // 4), width - width // 4, generator)
+    rows = torch.arange(height, device=images.device).view(1, -1, 1)
+    columns = torch.arange(width, device=images.device).view(1, 1, -1)
+    hole = (rows >= top) & (rows < top + height // 2) & (columns >= left) & (columns < left + width // 2)
+    return images.masked_fill(hole.unsqueeze(1), 0.0)

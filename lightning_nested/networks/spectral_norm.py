@@ -1,0 +1,159 @@
+"""Layers whose weight is divided by an estimate of its largest singular value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class SpectralNormLayer(nn.Module):
+    """W̄ = W / σ with σ = uᵀ W v, where u and v are constants and W is a ``(out, …)`` weight seen as a matrix.
+
+    A forward in train mode first improves the two vectors by one power iteration on the present weight,
+    v ← Wᵀu / ‖Wᵀu‖, u ← Wv / ‖Wv‖. In evaluation mode, and inside :func:`frozen_power_iteration`, they stay:
+    W̄ is then one fixed function of W, so derivatives taken over several forwards belong to one function.
+
+    Miyato, Kataoka, Koyama & Yoshida (2018), ICLR, arXiv 1802.05957. The same function as
+    ``torch.nn.utils.parametrizations.spectral_norm``, which improves u before v, with a ``state_dict`` of plain
+    names (``weight``, ``u``, ``v``) and the freezing.
+    """
+
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+    eps: float
+    frozen: bool
+
+    def _start(self, eps: float) -> None:
+        self.eps, self.frozen = eps, False
+        rows, columns = self.weight.flatten(1).shape
+        self.register_buffer("u", functional.normalize(torch.randn(rows), dim=0, eps=eps))
+        self.register_buffer("v", torch.empty(columns))
+        self.match_vectors()
+
+    @torch.no_grad()
+    def match_vectors(self) -> None:
+        """Set v for the present u and weight: call it after weights were initialised anew."""
+        matrix = self.weight.flatten(1)
+        self.v.copy_(functional.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.eps))
+
+    @torch.no_grad()
+    def iterate(self) -> tuple[Tensor, Tensor]:
+        """One power iteration on the present weight, whatever the mode; returns the new u and v."""
+        matrix = self.weight.flatten(1)
+        v = functional.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.eps)
+        u = functional.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
+        self.u.copy_(u)
+        self.v.copy_(v)
+        return u, v
+
+    def normalized_weight(self) -> Tensor:
+        """W̄ of the weight's shape, differentiable in the weight; moves u and v in train mode."""
+        # In half precision the iteration would stall and σ be off by a per cent.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return torch.div(self.weight, self._sigma(self.weight.flatten(1)))
+
+    @torch.no_grad()
+    def singular_value(self) -> Tensor:
+        """The present estimate σ = uᵀ W v, a scalar; changes nothing."""
+        return torch.dot(self.u, torch.mv(self.weight.flatten(1), self.v))
+
+    def _sigma(self, matrix: Tensor) -> Tensor:
+        if self.training and not self.frozen:
+            u, v = self.iterate()
+        else:
+            u, v = self.u.clone(), self.v.clone()  # a later iteration must not change what this graph holds
+        return torch.dot(u, torch.mv(matrix, v))
+
+
+class SpectralNormConv2d(nn.Conv2d, SpectralNormLayer):
+    """``nn.Conv2d`` with a spectrally normalised weight.
+
+    Example:
+        >>> layer = SpectralNormConv2d(3, 8, 3, padding=1)
+        >>> for _ in range(60):
+        ...     _ = layer(torch.zeros(1, 3, 4, 4))
+        >>> matrix = layer.normalized_weight().flatten(1)
+        >>> round(torch.linalg.matrix_norm(matrix, ord=2).item(), 3)
+        1.0
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        padding: int = 0,
+        bias: bool = True,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
+        self._start(eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, H, W)`` to ``(N, out, H', W')``."""
+        y: Tensor = self._conv_forward(x, self.normalized_weight(), self.bias)
+        return y
+
+
+class SpectralNormLinear(nn.Linear, SpectralNormLayer):
+    """``nn.Linear`` with a spectrally normalised weight."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, eps: float = 1e-8) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self._start(eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in)`` to ``(N, out)``."""
+        return functional.linear(x, self.normalized_weight(), self.bias)
+
+
+class SpectralNormEmbedding(nn.Embedding, SpectralNormLayer):
+    """``nn.Embedding`` with a spectrally normalised table."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, eps: float = 1e-8) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self._start(eps)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """``(N,)`` indices to ``(N, embedding_dim)``."""
+        return functional.embedding(index, self.normalized_weight())
+
+
+@contextmanager
+def frozen_power_iteration(*modules: nn.Module) -> Iterator[None]:
+    """Inside, every spectrally normalised layer is a function of its parameters alone, in train mode too.
+
+    Use it around Jacobian and Hessian products that take more than one forward.
+
+    Example:
+        >>> layer = SpectralNormLinear(3, 2)
+        >>> with frozen_power_iteration(layer):
+        ...     bool((layer.normalized_weight() == layer.normalized_weight()).all())
+        True
+    """
+    with ExitStack() as stack:
+        for layer in (layer for module in modules for layer in spectral_norm_layers(module).values()):
+            stack.callback(setattr, layer, "frozen", layer.frozen)
+            layer.frozen = True
+        yield
+
+
+def spectral_norm_layers(module: nn.Module) -> dict[str, SpectralNormLayer]:
+    """The spectrally normalised layers inside, by dotted name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SpectralNormLayer)}
+
+
+def singular_values(module: nn.Module) -> dict[str, Tensor]:
+    """σ of every spectrally normalised layer by dotted name, each a scalar; a sign of collapse when it jumps.
+
+    Example:
+        >>> list(singular_values(nn.Sequential(SpectralNormLinear(3, 2))))
+        ['0']
+    """
+    return {name: layer.singular_value() for name, layer in spectral_norm_layers(module).items()}

@@ -1,0 +1,150 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_nested.callbacks import GeneratorEMA
+from tests.modules.test_biggan import data, module, same, tensors, trainer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory", "ignore:You defined a `validation_step`", "ignore:.*callback states"
+)
+
+
+class Record(Callback):
+    """The generator after each of its updates."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, _: Trainer, pl_module: Any, *__: Any) -> None:
+        if pl_module.game_updates > len(self.states):
+            self.states.append(tensors(pl_module.generator))
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_the_recurrence(buffers: Any) -> None:
+    ema, record = GeneratorEMA(decay=0.7, start=2, buffers=buffers), Record()
+    gan = module()
+    trainer(max_steps=6, max_epochs=-1, callbacks=[ema, record]).fit(gan, data())
+    assert ema.updates == len(record.states) == 6
+    parameters = {name for name, _ in gan.generator.named_parameters()}
+    found = ema.state_dict()["average"]
+    for name in found:
+        expected = record.states[1][name].double()  # plain copies up to update 2
+        for state in record.states[2:]:
+            copied = not state[name].is_floating_point() or (buffers == "copy" and name not in parameters)
+            expected = state[name].double() if copied else 0.7 * expected + 0.3 * state[name].double()
+        # float32 arithmetic against float64: a few roundings per step.
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Look(Callback):
+    def __init__(self, ema: GeneratorEMA) -> None:
+        self.ema, self.seen = ema, {}
+
+    def on_validation_epoch_start(self, _: Trainer, pl_module: Any) -> None:
+        self.seen["validate"] = self.ema.stands_in, tensors(pl_module.generator)
+
+    def on_test_epoch_start(self, _: Trainer, pl_module: Any) -> None:
+        self.seen["test"] = self.ema.stands_in, tensors(pl_module.generator)
+
+    def on_predict_epoch_start(self, _: Trainer, pl_module: Any) -> None:
+        self.seen["predict"] = self.ema.stands_in, tensors(pl_module.generator)
+
+
+def test_stands_in_for_evaluation_and_steps_back(tmp_path: Path) -> None:
+    ema, gan = GeneratorEMA(decay=0.9, start=0), module()
+    look = Look(ema)
+    fit = trainer(
+        max_steps=3,
+        callbacks=[ema, look],
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    fit.fit(gan, data(12))
+    raw = tensors(gan)
+    averaged = dict(ema.averaged().named_parameters())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    same(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"], raw)
+    for stage in ("validate", "test", "predict"):
+        fresh_ema, fresh = GeneratorEMA(decay=0.9, start=0), module()
+        look = Look(fresh_ema)
+        run = trainer(callbacks=[fresh_ema, look], limit_val_batches=1, default_root_dir=tmp_path)
+        source = {} if stage == "predict" else {"datamodule": data(12)}
+        getattr(run, stage)(fresh, ckpt_path=tmp_path / "x.ckpt", weights_only=True, **source)
+        stood_in, seen = look.seen[stage]
+        assert stood_in
+        for name, value in averaged.items():
+            assert torch.equal(seen[name], value), name
+        assert not fresh_ema.stands_in
+        same(tensors(fresh), raw)  # spectral vectors and running statistics too
+
+
+def test_spectral_norm_of_the_average_has_unit_size() -> None:
+    """Averaged unit vectors are short: without matching, σ is too small and the weights too large."""
+    ema = GeneratorEMA(decay=0.9, start=0)
+    gan = module()
+    trainer(max_steps=8, max_epochs=-1, callbacks=[ema]).fit(gan, data())
+    average = ema.averaged()
+    layer = average.blocks[0].conv1  # type: ignore[union-attr,index]
+    torch.testing.assert_close(layer.u.norm(), torch.ones(()))
+    assert not average.training
+    assert average(torch.zeros(1, 8), torch.tensor([0])).shape == (1, 3, 32, 32)
+
+
+def test_an_exception_puts_the_raw_weights_back() -> None:
+    class Fail(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("in the middle")
+
+    ema, gan = GeneratorEMA(start=0), module()
+    before = tensors(gan)
+    run = trainer(callbacks=[ema, Fail()], limit_val_batches=1)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run.validate(gan, data(12))
+    assert not ema.stands_in
+    same(tensors(gan), before)
+
+
+def test_other_modules_and_automatic_optimization() -> None:
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return self.generator(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    ema = GeneratorEMA(decay=0.5, start=1)
+    loader = torch.utils.data.DataLoader(torch.randn(8, 2), batch_size=2)
+    trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[ema]).fit(Plain(), loader)
+    assert ema.updates == 2  # accumulated batches do not count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.0}, r"decay must lie in \[0, 1\)"),
+        ({"start": -1}, "start must be at least 0"),
+        ({"buffers": "skip"}, "'average' or 'copy'"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GeneratorEMA(**options)
+
+
+def test_wrong_modules() -> None:
+    with pytest.raises(MisconfigurationException, match="must name a network"):
+        trainer(max_steps=1, callbacks=[GeneratorEMA(module="painter")]).fit(module(), data())
+    with pytest.raises(RuntimeError, match="no average yet"):
+        GeneratorEMA().averaged()

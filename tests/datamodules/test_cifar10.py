@@ -1,0 +1,84 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_nested.datamodules import CIFAR10DataModule, SyntheticImagesDataModule
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files as the authors of CIFAR-10 made them: protocol 2, byte keys, 10 images each here."""
+    target = tmp_path / "cifar-10-batches-py"
+    target.mkdir()
+    random = np.random.default_rng(0)
+    for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        content = {
+            b"batch_label": name.encode(),
+            b"labels": [(k + i) % 10 for i in range(10)],
+            b"data": random.integers(0, 256, (10, 3072), dtype=np.uint8),
+            b"filenames": [f"{i}.png".encode() for i in range(10)],
+        }
+        (target / name).write_bytes(pickle.dumps(content, protocol=2))
+    return tmp_path
+
+
+def test_reads_the_format_and_scales(folder: Path) -> None:
+    data = CIFAR10DataModule(root=str(folder), train_size=50, batch_size=8)
+    data.prepare_data()
+    data.setup()
+    assert data.train_images.shape == (50, 3, 32, 32)
+    assert data.test_images.shape == (10, 3, 32, 32)
+    raw = pickle.loads((folder / "cifar-10-batches-py" / "test_batch").read_bytes())
+    # Red plane first, rows within it: pixel (0, 1) of the green plane is byte 1024 + 1.
+    expected = raw[b"data"][3, 1024 + 1] / 255 * 2 - 1
+    assert data.test_images[3, 1, 0, 1].item() == pytest.approx(expected, abs=1e-6)
+    assert data.test_labels.tolist() == raw[b"labels"]
+    # Without validation images of its own, validation runs on the test images.
+    assert torch.equal(data.val_images, data.test_images)
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.min() >= -1
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.long
+    inner = CIFAR10DataModule(root=str(folder / "cifar-10-batches-py"), train_size=30, val_size=20)
+    inner.setup()
+    assert len(inner.val_labels) == 20
+
+
+def test_a_missing_folder_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    data = CIFAR10DataModule(root=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1 … data_batch_5.*no route.*Unpack cifar-10"):
+        data.prepare_data()
+    with pytest.raises(FileNotFoundError, match="prepare_data"):
+        data.setup()
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", pickle.dumps({b"labels": []}), pickle.dumps(print)])
+def test_a_damaged_file_is_named(folder: Path, damage: bytes) -> None:
+    path = folder / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(damage)
+    with pytest.raises(ValueError, match=r"data_batch_3 must be a pickled batch.*Unpack the archive again"):
+        CIFAR10DataModule(root=str(folder), train_size=50).setup()
+
+
+def test_synthetic_classes_are_told_apart_by_their_mean() -> None:
+    data = SyntheticImagesDataModule(train_size=200, val_size=50)
+    data.setup()
+    assert data.train_images.shape == (200, 3, 32, 32)
+    assert -1 <= data.train_images.min() < -0.5 < 0.5 < data.train_images.max() <= 1
+    means = torch.stack([data.train_images[data.train_labels == k].mean(dim=0) for k in range(10)])
+    distance = torch.cdist(data.test_images.flatten(1), means.flatten(1))
+    assert (distance.argmin(dim=1) == data.test_labels).float().mean() > 0.95
+    again = SyntheticImagesDataModule(train_size=200, val_size=50)
+    again.setup()
+    assert torch.equal(again.train_images, data.train_images)
+    with pytest.raises(ValueError, match="channels must be 1 or 3"):
+        SyntheticImagesDataModule(channels=2)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from lightning_nested.modules.biggan_options import Sampling
+from lightning_nested.modules.sampling import interpolate, sample_images, seeded, truncated_normal
+from lightning_nested.networks import Generator
+
+
+def generator() -> Generator:
+    network = Generator(2, 8, initialization="orthogonal")
+    for _ in range(3):
+        network(torch.randn(10, 8), torch.arange(10))
+    return network
+
+
+def test_truncation_is_the_conditional_distribution() -> None:
+    z = truncated_normal(100_000, bound=1.0, generator=torch.Generator().manual_seed(0))
+    assert z.abs().max() <= 1
+    # Var = 1 − 2 φ(1)/(2Φ(1) − 1); the standard error of the estimate is below 1e-3.
+    density = torch.exp(torch.tensor(-0.5)) / (2 * torch.pi) ** 0.5
+    variance = 1 - 2 * density / torch.special.erf(torch.tensor(0.5**0.5))
+    assert z.var().item() == pytest.approx(variance.item(), abs=5e-3)
+
+
+@pytest.mark.parametrize("mode", ["running", "batch", "standing"])
+def test_every_mode_leaves_the_network_as_it_was(mode: str) -> None:
+    network = generator()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    sampling = Sampling(batch_norm=mode, batch_size=4, standing_batches=2)  # type: ignore[arg-type]
+    images = sample_images(network, torch.arange(10), sampling, generator=seeded("cpu", 1))
+    again = sample_images(network, torch.arange(10), sampling, generator=seeded("cpu", 1))
+    assert torch.equal(images, again)
+    assert not images.requires_grad
+    assert network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_modes_are_what_they_are_called() -> None:
+    network = generator()
+    z, labels = torch.randn(6, 8), torch.arange(6)
+
+    def images(mode: str) -> torch.Tensor:
+        sampling = Sampling(batch_norm=mode, batch_size=6)  # type: ignore[arg-type]
+        return sample_images(network, labels, sampling, generator=seeded("cpu", 1), z=z)
+
+    running = images("running")
+    batch = images("batch")
+    standing = images("standing")
+    network.eval()
+    torch.testing.assert_close(running, network(z, labels))
+    assert (running - batch).abs().max() > 1e-3
+    assert (running - standing).abs().max() > 1e-3
+
+
+def test_interpolation_ends_at_its_ends() -> None:
+    network = generator()
+    first, last = torch.randn(2, 8)
+    found = interpolate(network, (first, 3), (last, 7), 5, Sampling(), generator=seeded("cpu", 0))
+    network.eval()
+    ends = network(torch.stack((first, last)), torch.tensor([3, 7]))
+    assert found.shape == (5, 3, 32, 32)
+    torch.testing.assert_close(found[[0, -1]], ends)
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        interpolate(network, (first, 3), (last, 7), 1, Sampling(), generator=seeded("cpu", 0))
+    with pytest.raises(ValueError, match=r"labels must lie in 0 … 9. Got 10"):
+        interpolate(network, (first, 3), (last, 10), 3, Sampling(), generator=seeded("cpu", 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation": 0.0}, "truncation must be at least 0.1"),
+        ({"batch_norm": "train"}, "running, batch or standing"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_wrong_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)  # type: ignore[arg-type]

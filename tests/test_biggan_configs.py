@@ -1,0 +1,78 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_nested.cli import main
+from lightning_nested.modules import BigGAN
+from lightning_nested.nested_cli import NestedCLI
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-nested"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The classifier labels only", "ignore:Checkpoint directory", "ignore:The dirpath has changed"
+)
+def test_the_smoke_run_trains_scores_and_loads(tmp_path: Path) -> None:
+    quick = ["--trainer.max_steps=2", "--trainer.val_check_interval=8", "--trainer.enable_progress_bar=false"]
+    # An integer zero is what people write; Adam refuses it.
+    main(["fit", "--config", "biggan_smoke", *quick, "--model.generator_optimizer.betas=[0, 0.999]"])
+    assert (tmp_path / "runs/biggan_smoke/scores.jsonl").is_file()
+    assert (tmp_path / "runs/biggan_smoke/grids/000002.png").is_file()
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    gan = BigGAN.load_from_checkpoint(checkpoint, weights_only=True)
+    assert gan.networks.width == 4
+    assert gan.game_updates == 2
+    main(["predict", "--config", "biggan_smoke", "--ckpt_path", str(checkpoint), *quick[2:]])
+    assert len(list(tmp_path.rglob("samples/class_*/*.png"))) == 100
+
+
+@pytest.mark.parametrize(
+    ("configs", "devices", "batch"),
+    [
+        (["biggan_cifar10"], 8, 7),
+        (["biggan_cifar10", "biggan_cifar10_2gpu"], 2, 25),
+        (["biggan_cifar10", "biggan_cifar10_1gpu"], 1, 50),
+    ],
+)
+def test_the_reference_run_is_the_reference(configs: list[str], devices: int, batch: int) -> None:
+    options = [part for name in configs for part in ("--config", name)]
+    # What needs GPUs is parsed by the real options and then replaced.
+    replaced = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.strategy=auto"]
+    program = NestedCLI(args=[*options, *replaced, "--trainer.devices=1"], run=False)
+    gan = program.model
+    assert isinstance(gan, BigGAN)
+    assert [sum(p.numel() for p in m.parameters()) for m in (gan.generator, gan.discriminator)] == [
+        4_304_387,
+        4_207_361,
+    ]
+    assert gan.steps_per_player == {"discriminator": 4}
+    assert program.trainer.max_steps == 125_000
+    assert program.datamodule.batch_size == batch
+    text = [(ROOT / f"lightning_nested/configs/{name}.yaml").read_text() for name in configs]
+    assert f"devices: {devices}" in text[-1]
+    discriminator, generator = (gan._make_optimizers[n](gan.players()[n].parameters()) for n in gan.players())
+    assert type(discriminator).__name__ == "ComplexAdam"
+    assert isinstance(generator, torch.optim.Adam)
+    assert generator.defaults["betas"] == (0.0, 0.999)
+
+
+@pytest.mark.parametrize(
+    "script", ["scripts/verify_biggan.sh", "docs/launch/biggan_torchrun.sh", "docs/launch/biggan.slurm"]
+)
+def test_launch_files_are_valid_shell(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
