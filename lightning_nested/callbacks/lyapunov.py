@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import reduction
+from lightning_nested.callbacks.fitting import reduction, refuse_strategy
 from lightning_nested.callbacks.isolation import RandomStream, without_trace
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tracker import TrainingTracker
@@ -132,11 +131,7 @@ class LyapunovCallback(Callback):
                 f"LyapunovCallback works with automatic optimization. Got {name} with automatic_optimization=False; "
                 "use lightning_nested.dynamics.TrainingTracker in a loop of your own, or update_map for a game."
             )
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
-                "LyapunovCallback needs whole parameters on every process: a single device or DDP. "
-                f"Got {type(trainer.strategy).__name__}; use Trainer(strategy='ddp')."
-            )
+        refuse_strategy(trainer, "LyapunovCallback", static_graph=False)
         if trainer.gradient_clip_val:
             raise MisconfigurationException(
                 "LyapunovCallback follows the optimizer's step on the loss's own gradient. Got "

@@ -13,13 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import reduction
+from lightning_nested.callbacks.fitting import reduction, refuse_strategy
 from lightning_nested.callbacks.isolation import RandomStream, silent_logging, untouched_buffers
 from lightning_nested.callbacks.outer_batches import base_seed
 from lightning_nested.modules.game_loop import GameLoop, Slot, Update, check_steps, schedule
@@ -209,11 +208,7 @@ class GameModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise MisconfigurationException(
-                "GameModule needs whole parameters on every process: a single device or DDP. "
-                f"Got {type(self.trainer.strategy).__name__}; use Trainer(strategy='ddp')."
-            )
+        refuse_strategy(self.trainer, "GameModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 "GameModule scales no losses: one scale for players of different size would hide which of them "
