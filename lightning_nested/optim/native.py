@@ -53,20 +53,26 @@ class Native:
             return lists
         dtypes = [w.dtype for w in lists[0]]
         sizes = [w.numel() for w in lists[0]]
-        fits = [_fit(column, dtypes, sizes) for column in lists]
-        taken = [dtype in _REALS and all(row) for dtype, *row in zip(dtypes, *fits, strict=True)]
+        if len(set(dtypes)) == 1 and dtypes[0] in _REALS and all(_fits(c, dtypes[0], sizes) for c in lists):
+            self._update(dtypes[0], lists, sizes)  # the usual case
+            return ()
+        taken = [
+            dtype in _REALS and all(_fits((a,), dtype, (size,)) for a in row)
+            for dtype, size, *row in zip(dtypes, sizes, *lists, strict=True)
+        ]
         for dtype in _REALS:
             places = [i for i, takes in enumerate(taken) if takes and dtypes[i] == dtype]
             if places:
                 columns = [[column[i] for i in places] for column in lists]
-                self._call(dtype, columns, [sizes[i] for i in places])
-                for w in columns[0]:
-                    increment_version(w)  # autograd must learn that its saved parameters have changed
-        if all(taken):
-            return ()
+                self._update(dtype, columns, [sizes[i] for i in places])
         return [[a for a, takes in zip(column, taken, strict=True) if not takes] for column in lists]
 
-    def _call(self, dtype: torch.dtype, columns: list[list[Tensor]], sizes: list[int]) -> None:
+    def _update(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> None:
+        self._call(dtype, columns, sizes)
+        for w in columns[0]:
+            increment_version(w)  # autograd must learn that its saved parameters have changed
+
+    def _call(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> None:
         real, _, width = _REALS[dtype]
         function = getattr(library(), f"{self.name}_{real}")
         scalars = (ctypes.c_double * len(self.scalars))(*self.scalars)
@@ -118,16 +124,18 @@ def _shares(addresses: list[list[int]], sizes: list[int], width: int, threads: i
     return shares
 
 
-def _fit(column: Sequence[Tensor], dtypes: list[torch.dtype], sizes: list[int]) -> list[bool]:
-    return [
-        type(a) in _PLAIN
-        and a.is_cpu
-        and a.is_contiguous()
-        and a.dtype == dtype
-        and a.numel() == size
-        and not a.is_neg()
-        for a, dtype, size in zip(column, dtypes, sizes, strict=True)
-    ]
+def _fits(column: Sequence[Tensor], dtype: torch.dtype, sizes: Sequence[int]) -> bool:
+    for a, size in zip(column, sizes, strict=True):
+        if not (
+            a.dtype is dtype
+            and a.numel() == size
+            and a.is_contiguous()
+            and a.is_cpu
+            and type(a) in _PLAIN
+            and not a.is_neg()
+        ):
+            return False
+    return True
 
 
 @functools.cache
