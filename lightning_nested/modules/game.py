@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from lightning_nested.callbacks.fitting import reduction, refuse_strategy
@@ -65,8 +66,9 @@ class GameModule(LightningModule):
 
     **The clock.** ``game_updates`` counts complete rounds. ``trainer.global_step`` is made to count the same,
     not each optimizer's steps, so ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its
-    file name's ``{step}`` and ``EMAWeightAveraging`` speak of game updates. Losses are logged every
-    ``log_every_n_steps`` game updates as ``<player>_loss``, with game updates as the x axis.
+    file name's ``{step}`` and ``EMAWeightAveraging`` speak of game updates. Losses reach loggers every
+    ``log_every_n_steps`` game updates as ``<player>_loss``, with game updates as the x axis, and can be
+    monitored at every one.
 
     **Processes.** Works under plain ``ddp``: each player's gradient comes from ``torch.autograd.grad`` and is
     averaged in one flat message; DDP's hooks do not fire. Each process draws random numbers of its own.
@@ -198,7 +200,7 @@ class GameModule(LightningModule):
                 scheduler = make_scheduler(optimizer)
                 config: dict[str, Any] = {"scheduler": scheduler, "interval": "step", "name": f"lr-{name}"}
                 if isinstance(scheduler, ReduceLROnPlateau):
-                    config |= {"interval": "epoch", "monitor": scheduler.monitor}
+                    config["interval"] = "epoch"  # Lightning drops "monitor" in manual optimization
                 schedulers.append(config)
         return optimizers, schedulers  # type: ignore[return-value]
 
@@ -243,6 +245,14 @@ class GameModule(LightningModule):
                 raise MisconfigurationException(
                     "An optimizer that needs two gradients from one batch cannot accumulate over several. Got "
                     f"accumulate_grad_batches={self.loop.accumulate_grad_batches}; set it to 1."
+                )
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, ReduceLROnPlateau) and not getattr(scheduler, "monitor", None):
+                raise MisconfigurationException(
+                    "ReduceLROnPlateau must know its metric. Got one without, and Lightning drops a scheduler's "
+                    "'monitor' key in manual optimization; use "
+                    "lightning.pytorch.cli.ReduceLROnPlateau(optimizer, monitor=...)."
                 )
         if self._saved is not None:
             # Before the first pass over the loader begins, which draws from the global stream.
@@ -297,11 +307,14 @@ class GameModule(LightningModule):
     @override
     def on_train_epoch_end(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                metric = self.trainer.callback_metrics.get(str(config.monitor))
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                continue
+            if (self.current_epoch + 1) % config.frequency == 0:
+                monitor = getattr(config.scheduler, "monitor", None)
+                metric = self.trainer.callback_metrics.get(str(monitor))
                 if metric is None:
                     raise MisconfigurationException(
-                        f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged. "
+                        f"ReduceLROnPlateau monitors {monitor!r}, which was not logged. "
                         f"Got {sorted(self.trainer.callback_metrics)}."
                     )
                 self.lr_scheduler_step(config.scheduler, metric)
@@ -393,12 +406,16 @@ class GameModule(LightningModule):
                 self.lr_scheduler_step(config.scheduler, None)
 
     def _log(self) -> None:
+        losses = {f"{name}_loss": loss for name, loss in self._losses.items()}
+        # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps.
+        self.log_dict(losses, prog_bar=True, logger=False)
+        self.log("game_updates", float(self.game_updates), logger=False)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every == 0 or self.game_updates % every:
             return
-        metrics = {f"{name}_loss": loss for name, loss in self._losses.items()} | self.game_metrics()
-        self.log_dict(metrics, prog_bar=True, logger=False)
-        self.log("game_updates", float(self.game_updates), logger=False)
+        further = self.game_metrics()
+        self.log_dict(further, prog_bar=True, logger=False)
+        metrics = losses | further
         # Not by self.log: Lightning's x axis counts batches.
         for logger in self.trainer.loggers:
             logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.game_updates)

@@ -1,0 +1,114 @@
+"""GameModule where users leave the straight path: schedulers that watch, frozen parts, second fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_nested.modules import GameLoop, GameModule
+
+BATCHES = DataLoader(torch.ones(4, dtype=torch.float64), batch_size=1)
+
+
+def trainer(**options: Any) -> Trainer:
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "devices": 1, **options}
+    return Trainer(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+class Pair(nn.Module):
+    """Two numbers; the player's strategy is their sum."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor(b, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.a + self.b
+
+
+class Sums(GameModule):
+    """min over x, max over y of the batch's number times (x₁+x₂)(y₁+y₂)."""
+
+    def __init__(self, **kw: Any) -> None:
+        super().__init__(**{"optimizer": lambda params: torch.optim.SGD(params, lr=0.1), **kw})
+        self.x, self.y = Pair(1.0, 0.0), Pair(0.5, 0.0)
+
+    def players(self) -> dict[str, nn.Module]:
+        return {"x": self.x, "y": self.y}
+
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        product = batch.mean() * self.x() * self.y()
+        return product if name == "x" else -product
+
+    def values(self) -> list[float]:
+        return [p.item() for p in self.parameters()]
+
+
+# ---- schedulers and logged losses
+
+
+def test_a_plateau_scheduler_steps_on_its_metric_after_each_epoch() -> None:
+    class Constant(Sums):
+        def on_game_update(self) -> None:
+            self.log("watched", 1.0)
+
+    def plateau(optimizer: Any) -> Any:
+        return ReduceLROnPlateau(optimizer, monitor="watched", patience=0, factor=0.5)
+
+    module = Constant(schedulers={"x": plateau})
+    fit = trainer(max_epochs=4)
+    fit.fit(module, BATCHES)
+    rates = [o.param_groups[0]["lr"] for o in fit.optimizers]
+    assert rates == [0.1 * 0.5**3, 0.1]  # the first epoch sets the mark, three do not beat it
+
+
+def test_a_plateau_scheduler_honours_its_frequency() -> None:
+    class Own(Sums):
+        def configure_optimizers(self) -> Any:
+            x, y = (torch.optim.SGD(p.parameters(), lr=0.1) for p in self.players().values())
+            scheduler = ReduceLROnPlateau(y, monitor="watched", patience=0, factor=0.5)
+            return [x, y], [{"scheduler": scheduler, "frequency": 2}]
+
+        def on_game_update(self) -> None:
+            self.log("watched", 1.0)
+
+    fit = trainer(max_epochs=5)
+    fit.fit(Own(), BATCHES)
+    assert [o.param_groups[0]["lr"] for o in fit.optimizers] == [0.1, 0.05]  # after epochs 2 and 4
+
+
+def test_a_plateau_scheduler_without_monitor_is_refused() -> None:
+    module = Sums(scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o))
+    with pytest.raises(MisconfigurationException, match=r"cli.ReduceLROnPlateau\(optimizer, monitor="):
+        trainer().fit(module, BATCHES)
+
+
+def test_a_plateau_scheduler_of_a_metric_that_is_not_logged() -> None:
+    module = Sums(scheduler=lambda o: ReduceLROnPlateau(o, monitor="absent"))
+    with pytest.raises(MisconfigurationException, match=r"monitors 'absent', which was not logged. Got \["):
+        trainer().fit(module, BATCHES)
+
+
+def test_losses_can_be_monitored_in_epochs_shorter_than_log_every_n_steps() -> None:
+    module = Sums()
+    fit = trainer(
+        max_epochs=3, callbacks=[EarlyStopping("x_loss", patience=5, check_on_train_epoch_end=True)]
+    )
+    fit.fit(module, BATCHES)
+    assert fit.callback_metrics["x_loss"] == pytest.approx(module._losses["x"].item())
+    assert fit.callback_metrics["game_updates"] == 6
