@@ -27,6 +27,7 @@ from lightning_nested.modules.game_players import (
     GradientSums,
     Player,
     check_player_loss,
+    check_trainable,
     match_players,
     player_gradients,
 )
@@ -70,6 +71,9 @@ class GameModule(LightningModule):
     ``log_every_n_steps`` game updates as ``<player>_loss``, with game updates as the x axis, and can be
     monitored at every one.
 
+    **Freezing.** What the optimizers hold and is not frozen is read before every batch, so ``BaseFinetuning`` may
+    freeze and unfreeze in training; open gradient sums then begin anew. Players may share frozen parts.
+
     **Processes.** Works under plain ``ddp``: each player's gradient comes from ``torch.autograd.grad`` and is
     averaged in one flat message; DDP's hooks do not fire. Each process draws random numbers of its own.
 
@@ -100,7 +104,7 @@ class GameModule(LightningModule):
 
     Raises:
         ValueError: Arguments that contradict each other.
-        MisconfigurationException: In ``fit``: players share parameters, lack an optimizer or have no part in
+        MisconfigurationException: In ``fit``: players share trained parameters, lack an optimizer or have no part in
             their loss; a strategy shards parameters; fp16 loss scaling.
         FloatingPointError: A loss or gradient is not finite. No player has stepped on it.
     """
@@ -186,6 +190,7 @@ class GameModule(LightningModule):
         check_names("schedulers", self._make_schedulers, players)
         optimizers, schedulers = [], []
         for name, module in players.items():
+            check_trainable(name, module)
             make = self._make_optimizers.get(name, self._make_optimizer)
             if make is None:
                 raise MisconfigurationException(
@@ -229,11 +234,7 @@ class GameModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        found = self.optimizers()
-        names = {id(p): name for name, p in self.named_parameters()}
-        self._players = match_players(
-            self.players(), found if isinstance(found, list) else [found], names, self.loop
-        )
+        self._match_players()
         for step in (step for slot in self._schedule for step in slot):
             needs = {name: self._players[name].num_gradients for name in step}
             if len(set(needs.values())) > 1:
@@ -283,6 +284,9 @@ class GameModule(LightningModule):
                 f"GameModule must be started by its hooks ({_HOOKS}). "
                 f"Got a {type(self).__name__} that overrides one without calling super()'s."
             )
+        if not all(player.is_current for player in self._players.values()):
+            self._match_players()
+            self._sums.clear()  # gradients of other parameters
         self.step_cache.clear()
         last = bool(self.trainer.is_last_batch)
         self._epoch_open = not last
@@ -339,6 +343,14 @@ class GameModule(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("game")
+
+    def _match_players(self) -> None:
+        """Who trains what with which optimizer, now."""
+        found = self.optimizers()
+        names = {id(p): name for name, p in self.named_parameters()}
+        self._players = match_players(
+            self.players(), found if isinstance(found, list) else [found], names, self.loop
+        )
 
     # ---- one step
 

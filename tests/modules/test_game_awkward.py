@@ -112,3 +112,90 @@ def test_losses_can_be_monitored_in_epochs_shorter_than_log_every_n_steps() -> N
     fit.fit(module, BATCHES)
     assert fit.callback_metrics["x_loss"] == pytest.approx(module._losses["x"].item())
     assert fit.callback_metrics["game_updates"] == 6
+
+
+# ---- frozen parts
+
+
+class Do(Callback):
+    """Something before a batch."""
+
+    def __init__(self, batch: int, action: Any) -> None:
+        self.batch, self.action = batch, action
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch:
+            self.action(trainer, module)
+
+
+def after(frozen: int, free: int) -> list[float]:
+    """x₁, x₂, y₁, y₂ after simultaneous steps, the first ones with x₂ frozen, the last ones with it free."""
+    x, y = [1.0, 0.0], [0.5, 0.0]
+    for k in range(frozen + free):
+        dx, dy = 0.1 * sum(y), 0.1 * sum(x)
+        x = [x[0] - dx, x[1] - (dx if k >= frozen else 0.0)]
+        y = [y[0] + dy, y[1] + dy]
+    return x + y
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_parameters_unfrozen_in_training_are_trained(held: bool) -> None:
+    class Own(Sums):
+        def configure_optimizers(self) -> Any:
+            players = self.players().values()
+            return [
+                torch.optim.SGD([p for p in m.parameters() if held or p.requires_grad], 0.1) for m in players
+            ]
+
+    def unfreeze(fit: Trainer, module: Own) -> None:
+        module.x.b.requires_grad_(True)
+        if not held:
+            fit.optimizers[0].add_param_group({"params": [module.x.b]})
+
+    module = Own(update="simultaneous")
+    module.x.b.requires_grad_(False)
+    trainer(callbacks=[Do(2, unfreeze)]).fit(module, BATCHES)
+    assert module.values() == pytest.approx(after(2, 2), rel=1e-14)
+    assert len(module.running_players["x"].parameters) == 2
+
+
+def test_parameters_frozen_in_training_stay_and_open_sums_begin_anew() -> None:
+    module = Sums(update="simultaneous", loop=GameLoop(accumulate_grad_batches=2))
+    freeze = Do(1, lambda _, m: m.x.b.requires_grad_(False))
+    trainer(callbacks=[freeze]).fit(module, BATCHES)  # batch 0 is dropped; 1 and 2; 3 alone
+    assert module.values() == pytest.approx(after(2, 0), rel=1e-14)
+    assert module.game_updates == 2
+
+
+def test_players_may_share_a_frozen_part_but_not_a_trained_one() -> None:
+    class Shared(Sums):
+        def __init__(self, free: bool) -> None:
+            super().__init__()
+            self.x.common = self.y.common = nn.Linear(1, 1).requires_grad_(free)
+
+    trainer().fit(Shared(free=False), BATCHES)
+    with pytest.raises(MisconfigurationException, match="must not share parameters"):
+        trainer().fit(Shared(free=True), BATCHES)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_player_with_nothing_to_train_is_named(own: bool) -> None:
+    class Own(Sums):
+        def configure_optimizers(self) -> Any:
+            if not own:
+                return super().configure_optimizers()
+            return [torch.optim.SGD(p.parameters(), 0.1) for p in self.players().values()]
+
+    module = Own()
+    module.y.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match="Got 'y' with all of them frozen; unfreeze some"):
+        trainer().fit(module, BATCHES)
+
+
+def test_a_player_without_parameters_is_named() -> None:
+    class Empty(Sums):
+        def players(self) -> dict[str, nn.Module]:
+            return {"x": self.x, "y": nn.Identity()}
+
+    with pytest.raises(MisconfigurationException, match="Got 'y' without parameters"):
+        trainer().fit(Empty(), BATCHES)
