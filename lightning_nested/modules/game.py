@@ -215,6 +215,9 @@ class GameModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        self._saved = (
+            None  # of an earlier validate(ckpt_path=...) or load_from_checkpoint; fit restores after setup
+        )
         refuse_strategy(self.trainer, "GameModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
@@ -263,6 +266,12 @@ class GameModule(LightningModule):
     def on_train_start(self) -> None:
         saved, self._saved = self._saved, None
         if saved is None:
+            if (
+                self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
+            ):  # one that fits again goes on
+                self.game_updates = self.gradient_evaluations = self._position = 0
+                self._sums.clear()
+                self._losses = {}
             if self.trainer.world_size > 1:
                 seed = base_seed(self.trainer)  # every process takes part in agreeing on it
                 if self.global_rank > 0:  # with the latents of process 0, the batch would only seem larger

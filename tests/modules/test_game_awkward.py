@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,3 +200,66 @@ def test_a_player_without_parameters_is_named() -> None:
 
     with pytest.raises(MisconfigurationException, match="Got 'y' without parameters"):
         trainer().fit(Empty(), BATCHES)
+
+
+# ---- second fits
+
+
+class Validated(Sums):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+    def val_dataloader(self) -> Any:
+        return BATCHES
+
+
+@pytest.mark.parametrize("how", ["validate", "load_from_checkpoint"])
+def test_a_checkpoint_read_for_its_weights_does_not_move_the_next_fits_clock(
+    how: str, tmp_path: Path
+) -> None:
+    fit = trainer(max_epochs=3)
+    fit.fit(Validated(), BATCHES)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    module, again = Validated(), trainer()
+    if how == "validate":
+        again.validate(module, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    else:
+        module = Validated.load_from_checkpoint(tmp_path / "a.ckpt")
+    again.fit(module, BATCHES)
+    assert (module.game_updates, again.global_step, module.gradient_evaluations) == (2, 2, 4)
+    resumed = trainer(max_epochs=4)
+    resumed.fit(module, BATCHES, ckpt_path=tmp_path / "a.ckpt")
+    assert (module.game_updates, resumed.global_step, module.gradient_evaluations) == (8, 8, 16)
+
+
+def test_a_new_trainer_begins_a_round_of_its_own() -> None:
+    class Fragile(Sums):
+        fails = True
+
+        def player_loss(self, name: str, batch: Any) -> Tensor:
+            if self.fails and self.trainer.fit_loop.epoch_loop.batch_idx == 3:
+                raise RuntimeError("once")
+            return super().player_loss(name, batch)
+
+    module = Fragile(steps_per_player={"x": 2}, loop=GameLoop(accumulate_grad_batches=2))
+    with pytest.raises(RuntimeError, match="once"):
+        trainer().fit(module, BATCHES)
+    module.fails = False
+    module.load_state_dict(Sums().state_dict())
+    trainer(limit_train_batches=1).fit(module, BATCHES)
+    assert module.values() == pytest.approx([0.95, -0.05, 0.5, 0.0], rel=1e-14)
+    assert (module.game_updates, module.gradient_evaluations) == (0, 1)
+    trainer(limit_train_batches=3).fit(module, BATCHES)
+    assert module.gradient_evaluations == 3
+    assert module.values()[2:] == [0.5, 0.0]  # x steps first again
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_same_trainer_goes_on(steps: int) -> None:
+    """Also where the first fit ends inside the first round."""
+    module, fit = Sums(steps_per_player={"x": steps}), trainer()
+    fit.fit(module, BATCHES)
+    fit.fit_loop.max_epochs = 3
+    fit.fit(module, BATCHES)
+    updates = 12 // (steps + 1)
+    assert (module.game_updates, fit.global_step, module.gradient_evaluations) == (updates, updates, 12)
