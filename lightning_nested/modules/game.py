@@ -20,7 +20,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from lightning_nested.callbacks.fitting import reduction, refuse_strategy
-from lightning_nested.callbacks.isolation import RandomStream, silent_logging, untouched_buffers
+from lightning_nested.callbacks.isolation import (
+    RandomStream,
+    silent_logging,
+    untouched_buffers,
+    untouched_metrics,
+)
 from lightning_nested.callbacks.outer_batches import base_seed
 from lightning_nested.modules.game_loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game_players import (
@@ -63,7 +68,8 @@ class GameModule(LightningModule):
     discriminator steps and a generator step takes 5 batches (``GameLoop(reuse_batch=True)``: 4).
     ``"simultaneous"``: all gradients are taken at the same point, from the same batch; then all step.
     An optimizer with ``num_gradients == 2`` (``Extragradient``) gets its second gradient at the extrapolated
-    point, from the same batch and the same random numbers; buffers (batch norm, spectral norm) move once.
+    point, from the same batch and the same random numbers; buffers (batch norm, spectral norm) and torchmetrics
+    move once.
 
     **The clock.** ``game_updates`` counts complete rounds. ``trainer.global_step`` is made to count the same,
     not each optimizer's steps, so ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its
@@ -382,7 +388,12 @@ class GameModule(LightningModule):
     def _look_ahead(self, players: Sequence[Player], batch: Any) -> None:
         """Gradients at the extrapolated point, where the players are left."""
         start = RandomStream.snapshot(self.device)
-        with start.replay(), untouched_buffers(self), silent_logging(self, self.trainer):
+        with (
+            start.replay(),
+            untouched_buffers(self),
+            untouched_metrics(self),
+            silent_logging(self, self.trainer),
+        ):
             self._gradients(players, batch)
         self._set_gradients(players)
         self.step_cache.clear()  # what it holds was computed before the extrapolation

@@ -53,8 +53,15 @@ class Player:
         return len(now) == len(self.parameters) and all(map(is_, now, self.parameters))
 
     def set_gradient(self, gradient: Sequence[Tensor | None]) -> None:
-        """Clip the gradient and hand it to the parameters."""
+        """Clip the gradient and hand it to the parameters, as tensors that may be changed in place."""
+        seen: set[int] = set()
         for parameter, g in zip(self.parameters, self._clipped(gradient), strict=True):
+            # Autograd may answer with one tensor for two parameters, or with an expanded number.
+            if g is not None and g.layout is torch.strided:
+                memory = g.untyped_storage().data_ptr()
+                if memory in seen or g.stride() != parameter.stride():
+                    g = torch.empty_like(parameter).copy_(g)
+                seen.add(memory)
             parameter.grad = g
 
     def extrapolate(self) -> None:

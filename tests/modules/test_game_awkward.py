@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -13,8 +16,11 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from lightning_nested.modules import GameLoop, GameModule
+from lightning_nested.modules.random_state import random_states, restore_random_state
+from lightning_nested.optim import Extragradient
 
 BATCHES = DataLoader(torch.ones(4, dtype=torch.float64), batch_size=1)
 
@@ -263,3 +269,59 @@ def test_the_same_trainer_goes_on(steps: int) -> None:
     fit.fit(module, BATCHES)
     updates = 12 // (steps + 1)
     assert (module.game_updates, fit.global_step, module.gradient_evaluations) == (updates, updates, 12)
+
+
+# ---- what a step leaves behind
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_gradients_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """Of a + b autograd answers with one tensor for both; of a sum with an expanded number."""
+
+    class InPlace(Sums):
+        def __init__(self) -> None:
+            super().__init__()
+            for player in (self.x, self.y):
+                player.a, player.b = (nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in "ab")
+
+        def player_loss(self, name: str, batch: Any) -> Tensor:
+            return self.players()[name]().sum()
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad.mul_(0.5)
+
+    module = InPlace()
+    trainer().fit(module, BATCHES)
+    for p in module.parameters():
+        torch.testing.assert_close(p.detach(), torch.full(shape, -0.1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "alternating"])
+def test_extragradient_updates_metrics_once(update: Any) -> None:
+    class Measured(Sums):
+        def __init__(self) -> None:
+            super().__init__(update=update, optimizer=lambda p: Extragradient(p, lr=0.1))
+            self.mean = MeanMetric()
+
+        def player_loss(self, name: str, batch: Any) -> Tensor:
+            loss = super().player_loss(name, batch)
+            self.mean.update(loss.detach())
+            return loss
+
+    module = Measured()
+    trainer().fit(module, BATCHES)
+    evaluations = 8 if update == "simultaneous" else 4
+    assert module.mean.weight == module.mean._update_count == evaluations
+
+
+def test_processes_that_a_checkpoint_does_not_know_draw_numbers_of_their_own() -> None:
+    torch.manual_seed(3)
+    saved = random_states(trainer())
+    draws = []
+    for rank in range(3):
+        torch.manual_seed(3)
+        with pytest.warns(UserWarning, match="of 1 processes") if rank == 1 else nullcontext():
+            restore_random_state(saved, rank)
+        draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert all(len(set(column)) == 3 for column in zip(*draws, strict=True))
