@@ -31,7 +31,9 @@ from lightning_nested.modules.game_loop import GameLoop, Slot, Update, check_ste
 from lightning_nested.modules.game_players import (
     GradientSums,
     Player,
+    check_losses,
     check_player_loss,
+    check_players,
     check_trainable,
     match_players,
     player_gradients,
@@ -232,9 +234,7 @@ class GameModule(LightningModule):
             )
         # Lightning advises to save the state before the step; after a complete update is where a game resumes.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-        players = self.players()
-        if not players:
-            raise MisconfigurationException("players() must name at least one player. Got none.")
+        players = check_players(type(self).__name__, self.players())
         clip = self.loop.gradient_clip_val
         check_names("gradient_clip_val", clip if isinstance(clip, dict) else {}, players)
         self._schedule = schedule(
@@ -243,6 +243,7 @@ class GameModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        self._check_hooks(True)
         self._match_players()
         for step in (step for slot in self._schedule for step in slot):
             needs = {name: self._players[name].num_gradients for name in step}
@@ -294,11 +295,7 @@ class GameModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        if not self._players:
-            raise MisconfigurationException(
-                f"GameModule must be started by its hooks ({_HOOKS}). "
-                f"Got a {type(self).__name__} that overrides one without calling super()'s."
-            )
+        self._check_hooks(bool(self._players))
         if not all(player.is_current for player in self._players.values()):
             self._match_players()
             self._sums.clear()  # gradients of other parameters
@@ -359,6 +356,14 @@ class GameModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("game")
 
+    def _check_hooks(self, ran: bool) -> None:
+        """Whether ``setup`` and what else has to be before have run."""
+        if not (ran and self._schedule):
+            raise MisconfigurationException(
+                f"GameModule must be started by its hooks ({_HOOKS}). "
+                f"Got a {type(self).__name__} that overrides one without calling super()'s."
+            )
+
     def _match_players(self) -> None:
         """Who trains what with which optimizer, now."""
         found = self.optimizers()
@@ -409,7 +414,7 @@ class GameModule(LightningModule):
 
     def _gradients(self, players: Sequence[Player], batch: Any) -> None:
         names = [player.name for player in players]
-        losses = self.player_losses(names, batch)
+        losses = check_losses(type(self).__name__, names, self.player_losses(names, batch))
         where = f"{type(self).__name__}.player_loss"
         checked = [check_player_loss(where, name, losses[name]) for name in names]
         del losses

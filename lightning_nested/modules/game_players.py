@@ -173,6 +173,43 @@ def match_players(
     return {name: found[name] for name in modules}
 
 
+def check_players(where: str, players: object) -> dict[str, nn.Module]:
+    """The players, if they are modules by name.
+
+    Raises:
+        MisconfigurationException: Something else, or none.
+    """
+    if not isinstance(players, Mapping):
+        raise MisconfigurationException(
+            f"{where}.players() must return a dictionary from names to modules. "
+            f"Got a {type(players).__name__}; return {{'name': module, ...}}."
+        )
+    if not players:
+        raise MisconfigurationException(f"{where}.players() must name at least one player. Got none.")
+    for name, module in players.items():
+        if not isinstance(name, str) or not isinstance(module, nn.Module):
+            raise MisconfigurationException(
+                f"{where}.players() must return a dictionary from names to modules. "
+                f"Got {name!r}: {type(module).__name__}; wrap what a player trains in an nn.Module."
+            )
+    return dict(players)
+
+
+def check_losses(where: str, names: Sequence[str], losses: object) -> Mapping[str, Any]:
+    """The losses, if there is one for each of the players that step."""
+    if not isinstance(losses, Mapping):
+        raise MisconfigurationException(
+            f"{where}.player_losses must return a dictionary from names to losses. Got a {type(losses).__name__}."
+        )
+    lacking = [name for name in names if name not in losses]
+    if lacking:
+        raise MisconfigurationException(
+            f"{where}.player_losses must return a loss for each of {list(names)}. "
+            f"Got {list(losses)}, without {lacking}."
+        )
+    return losses
+
+
 def check_player_loss(where: str, name: str, loss: object) -> Tensor:
     """The loss, if it is a scalar with its graph."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -325,3 +325,49 @@ def test_processes_that_a_checkpoint_does_not_know_draw_numbers_of_their_own() -
             restore_random_state(saved, rank)
         draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert all(len(set(column)) == 3 for column in zip(*draws, strict=True))
+
+
+# ---- what is refused, and how
+
+
+@pytest.mark.parametrize("count", [1.5, 2.0, "2", True])
+def test_steps_per_player_are_whole_numbers(count: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be whole numbers. Got .* for 'x'"):
+        Sums(steps_per_player={"x": count})
+
+
+@pytest.mark.parametrize(
+    ("players", "match"),
+    [
+        (lambda m: [m.x, m.y], "from names to modules. Got a list"),
+        (lambda m: {"x": m.x, "y": m.y.a}, "from names to modules. Got 'y': Parameter"),
+        (lambda _: {}, "at least one player. Got none"),
+    ],
+)
+def test_players_that_are_not_modules_by_name(players: Any, match: str) -> None:
+    module = Sums()
+    module.players = lambda: players(module)  # type: ignore[method-assign]
+    with pytest.raises(MisconfigurationException, match=match):
+        trainer().fit(module, BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("losses", "match"),
+    [
+        (lambda m: {"x": m.x()}, r"for each of \['x', 'y'\]. Got \['x'\], without \['y'\]"),
+        (lambda m: (m.x(), m.y()), "Got a tuple"),
+    ],
+)
+def test_player_losses_that_lack_a_player(losses: Any, match: str) -> None:
+    module = Sums(update="simultaneous")
+    module.player_losses = lambda names, batch: losses(module)  # type: ignore[method-assign]
+    with pytest.raises(MisconfigurationException, match=match):
+        trainer().fit(module, BATCHES)
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+def test_a_hook_overridden_without_super_is_named(hook: str) -> None:
+    module = Sums()
+    setattr(module, hook, lambda *_, **__: None)
+    with pytest.raises(MisconfigurationException, match="overrides one without calling super"):
+        trainer().fit(module, BATCHES)
