@@ -10,22 +10,31 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from lightning_nested.callbacks.fitting import reduction, refuse_strategy
-from lightning_nested.callbacks.isolation import RandomStream, silent_logging, untouched_buffers
+from lightning_nested.callbacks.isolation import (
+    RandomStream,
+    silent_logging,
+    untouched_buffers,
+    untouched_metrics,
+)
 from lightning_nested.callbacks.outer_batches import base_seed
 from lightning_nested.modules.game_loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game_players import (
     GradientSums,
     Player,
+    check_losses,
     check_player_loss,
+    check_players,
+    check_trainable,
     match_players,
     player_gradients,
 )
@@ -61,12 +70,17 @@ class GameModule(LightningModule):
     discriminator steps and a generator step takes 5 batches (``GameLoop(reuse_batch=True)``: 4).
     ``"simultaneous"``: all gradients are taken at the same point, from the same batch; then all step.
     An optimizer with ``num_gradients == 2`` (``Extragradient``) gets its second gradient at the extrapolated
-    point, from the same batch and the same random numbers; buffers (batch norm, spectral norm) move once.
+    point, from the same batch and the same random numbers; buffers (batch norm, spectral norm) and torchmetrics
+    move once.
 
     **The clock.** ``game_updates`` counts complete rounds. ``trainer.global_step`` is made to count the same,
     not each optimizer's steps, so ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its
-    file name's ``{step}`` and ``EMAWeightAveraging`` speak of game updates. Losses are logged every
-    ``log_every_n_steps`` game updates as ``<player>_loss``, with game updates as the x axis.
+    file name's ``{step}`` and ``EMAWeightAveraging`` speak of game updates. Losses reach loggers every
+    ``log_every_n_steps`` game updates as ``<player>_loss``, with game updates as the x axis, and can be
+    monitored at every one.
+
+    **Freezing.** What the optimizers hold and is not frozen is read before every batch, so ``BaseFinetuning`` may
+    freeze and unfreeze in training; open gradient sums then begin anew. Players may share frozen parts.
 
     **Processes.** Works under plain ``ddp``: each player's gradient comes from ``torch.autograd.grad`` and is
     averaged in one flat message; DDP's hooks do not fire. Each process draws random numbers of its own.
@@ -98,7 +112,7 @@ class GameModule(LightningModule):
 
     Raises:
         ValueError: Arguments that contradict each other.
-        MisconfigurationException: In ``fit``: players share parameters, lack an optimizer or have no part in
+        MisconfigurationException: In ``fit``: players share trained parameters, lack an optimizer or have no part in
             their loss; a strategy shards parameters; fp16 loss scaling.
         FloatingPointError: A loss or gradient is not finite. No player has stepped on it.
     """
@@ -184,6 +198,7 @@ class GameModule(LightningModule):
         check_names("schedulers", self._make_schedulers, players)
         optimizers, schedulers = [], []
         for name, module in players.items():
+            check_trainable(name, module)
             make = self._make_optimizers.get(name, self._make_optimizer)
             if make is None:
                 raise MisconfigurationException(
@@ -198,7 +213,7 @@ class GameModule(LightningModule):
                 scheduler = make_scheduler(optimizer)
                 config: dict[str, Any] = {"scheduler": scheduler, "interval": "step", "name": f"lr-{name}"}
                 if isinstance(scheduler, ReduceLROnPlateau):
-                    config |= {"interval": "epoch", "monitor": scheduler.monitor}
+                    config["interval"] = "epoch"  # Lightning drops "monitor" in manual optimization
                 schedulers.append(config)
         return optimizers, schedulers  # type: ignore[return-value]
 
@@ -208,6 +223,9 @@ class GameModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        self._saved = (
+            None  # of an earlier validate(ckpt_path=...) or load_from_checkpoint; fit restores after setup
+        )
         refuse_strategy(self.trainer, "GameModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
@@ -216,9 +234,7 @@ class GameModule(LightningModule):
             )
         # Lightning advises to save the state before the step; after a complete update is where a game resumes.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-        players = self.players()
-        if not players:
-            raise MisconfigurationException("players() must name at least one player. Got none.")
+        players = check_players(type(self).__name__, self.players())
         clip = self.loop.gradient_clip_val
         check_names("gradient_clip_val", clip if isinstance(clip, dict) else {}, players)
         self._schedule = schedule(
@@ -227,11 +243,8 @@ class GameModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        found = self.optimizers()
-        names = {id(p): name for name, p in self.named_parameters()}
-        self._players = match_players(
-            self.players(), found if isinstance(found, list) else [found], names, self.loop
-        )
+        self._check_hooks(True)
+        self._match_players()
         for step in (step for slot in self._schedule for step in slot):
             needs = {name: self._players[name].num_gradients for name in step}
             if len(set(needs.values())) > 1:
@@ -244,6 +257,14 @@ class GameModule(LightningModule):
                     "An optimizer that needs two gradients from one batch cannot accumulate over several. Got "
                     f"accumulate_grad_batches={self.loop.accumulate_grad_batches}; set it to 1."
                 )
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, ReduceLROnPlateau) and not getattr(scheduler, "monitor", None):
+                raise MisconfigurationException(
+                    "ReduceLROnPlateau must know its metric. Got one without, and Lightning drops a scheduler's "
+                    "'monitor' key in manual optimization; use "
+                    "lightning.pytorch.cli.ReduceLROnPlateau(optimizer, monitor=...)."
+                )
         if self._saved is not None:
             # Before the first pass over the loader begins, which draws from the global stream.
             restore_random_state(self._saved["random"], self.global_rank)
@@ -252,6 +273,12 @@ class GameModule(LightningModule):
     def on_train_start(self) -> None:
         saved, self._saved = self._saved, None
         if saved is None:
+            if (
+                self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
+            ):  # one that fits again goes on
+                self.game_updates = self.gradient_evaluations = self._position = 0
+                self._sums.clear()
+                self._losses = {}
             if self.trainer.world_size > 1:
                 seed = base_seed(self.trainer)  # every process takes part in agreeing on it
                 if self.global_rank > 0:  # with the latents of process 0, the batch would only seem larger
@@ -268,11 +295,10 @@ class GameModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        if not self._players:
-            raise MisconfigurationException(
-                f"GameModule must be started by its hooks ({_HOOKS}). "
-                f"Got a {type(self).__name__} that overrides one without calling super()'s."
-            )
+        self._check_hooks(bool(self._players))
+        if not all(player.is_current for player in self._players.values()):
+            self._match_players()
+            self._sums.clear()  # gradients of other parameters
         self.step_cache.clear()
         last = bool(self.trainer.is_last_batch)
         self._epoch_open = not last
@@ -297,11 +323,14 @@ class GameModule(LightningModule):
     @override
     def on_train_epoch_end(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                metric = self.trainer.callback_metrics.get(str(config.monitor))
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                continue
+            if (self.current_epoch + 1) % config.frequency == 0:
+                monitor = getattr(config.scheduler, "monitor", None)
+                metric = self.trainer.callback_metrics.get(str(monitor))
                 if metric is None:
                     raise MisconfigurationException(
-                        f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged. "
+                        f"ReduceLROnPlateau monitors {monitor!r}, which was not logged. "
                         f"Got {sorted(self.trainer.callback_metrics)}."
                     )
                 self.lr_scheduler_step(config.scheduler, metric)
@@ -327,6 +356,22 @@ class GameModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("game")
 
+    def _check_hooks(self, ran: bool) -> None:
+        """Whether ``setup`` and what else has to be before have run."""
+        if not (ran and self._schedule):
+            raise MisconfigurationException(
+                f"GameModule must be started by its hooks ({_HOOKS}). "
+                f"Got a {type(self).__name__} that overrides one without calling super()'s."
+            )
+
+    def _match_players(self) -> None:
+        """Who trains what with which optimizer, now."""
+        found = self.optimizers()
+        names = {id(p): name for name, p in self.named_parameters()}
+        self._players = match_players(
+            self.players(), found if isinstance(found, list) else [found], names, self.loop
+        )
+
     # ---- one step
 
     def _play(self, players: Sequence[Player], batch: Any, full: bool, counts: bool) -> None:
@@ -348,7 +393,12 @@ class GameModule(LightningModule):
     def _look_ahead(self, players: Sequence[Player], batch: Any) -> None:
         """Gradients at the extrapolated point, where the players are left."""
         start = RandomStream.snapshot(self.device)
-        with start.replay(), untouched_buffers(self), silent_logging(self, self.trainer):
+        with (
+            start.replay(),
+            untouched_buffers(self),
+            untouched_metrics(self),
+            silent_logging(self, self.trainer),
+        ):
             self._gradients(players, batch)
         self._set_gradients(players)
         self.step_cache.clear()  # what it holds was computed before the extrapolation
@@ -364,7 +414,7 @@ class GameModule(LightningModule):
 
     def _gradients(self, players: Sequence[Player], batch: Any) -> None:
         names = [player.name for player in players]
-        losses = self.player_losses(names, batch)
+        losses = check_losses(type(self).__name__, names, self.player_losses(names, batch))
         where = f"{type(self).__name__}.player_loss"
         checked = [check_player_loss(where, name, losses[name]) for name in names]
         del losses
@@ -393,12 +443,16 @@ class GameModule(LightningModule):
                 self.lr_scheduler_step(config.scheduler, None)
 
     def _log(self) -> None:
+        losses = {f"{name}_loss": loss for name, loss in self._losses.items()}
+        # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps.
+        self.log_dict(losses, prog_bar=True, logger=False)
+        self.log("game_updates", float(self.game_updates), logger=False)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every == 0 or self.game_updates % every:
             return
-        metrics = {f"{name}_loss": loss for name, loss in self._losses.items()} | self.game_metrics()
-        self.log_dict(metrics, prog_bar=True, logger=False)
-        self.log("game_updates", float(self.game_updates), logger=False)
+        further = self.game_metrics()
+        self.log_dict(further, prog_bar=True, logger=False)
+        metrics = losses | further
         # Not by self.log: Lightning's x axis counts batches.
         for logger in self.trainer.loggers:
             logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.game_updates)

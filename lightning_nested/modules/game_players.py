@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -45,9 +46,22 @@ class Player:
         # that would be an explosion itself.
         return bool(torch.isfinite(loss + norm(tuple(g for g in gradient if g is not None))))
 
+    @property
+    def is_current(self) -> bool:
+        """Whether ``parameters`` still is what the optimizer trains: not after freezing or unfreezing."""
+        now = trained_parameters(self.optimizer)
+        return len(now) == len(self.parameters) and all(map(is_, now, self.parameters))
+
     def set_gradient(self, gradient: Sequence[Tensor | None]) -> None:
-        """Clip the gradient and hand it to the parameters."""
+        """Clip the gradient and hand it to the parameters, as tensors that may be changed in place."""
+        seen: set[int] = set()
         for parameter, g in zip(self.parameters, self._clipped(gradient), strict=True):
+            # Autograd may answer with one tensor for two parameters, or with an expanded number.
+            if g is not None and g.layout is torch.strided:
+                memory = g.untyped_storage().data_ptr()
+                if memory in seen or g.stride() != parameter.stride():
+                    g = torch.empty_like(parameter).copy_(g)
+                seen.add(memory)
             parameter.grad = g
 
     def extrapolate(self) -> None:
@@ -76,6 +90,26 @@ class Player:
         return [None if g is None else g * factor.to(g.dtype) for g in gradient]
 
 
+def trained_parameters(optimizer: LightningOptimizer) -> Vector:
+    """What an optimizer holds and is not frozen, in its order."""
+    return tuple(p for group in optimizer.optimizer.param_groups for p in group["params"] if p.requires_grad)
+
+
+def check_trainable(name: str, module: nn.Module) -> None:
+    """Refuse a player that has nothing to train.
+
+    Raises:
+        MisconfigurationException: No parameters, or all of them frozen.
+    """
+    if not any(p.requires_grad for p in module.parameters()):
+        frozen = any(True for _ in module.parameters())
+        raise MisconfigurationException(
+            f"Each player must have parameters to train. Got {name!r} "
+            f"{'with all of them frozen' if frozen else 'without parameters'}; "
+            f"{'unfreeze some' if frozen else 'give it some'}, or leave it out of players()."
+        )
+
+
 def match_players(
     modules: Mapping[str, nn.Module],
     optimizers: Sequence[LightningOptimizer],
@@ -91,12 +125,16 @@ def match_players(
         loop: Clipping.
 
     Raises:
-        MisconfigurationException: A parameter belongs to two players, an optimizer to several or none, or a
-            player has not exactly one optimizer.
+        MisconfigurationException: A parameter that is trained or held by an optimizer belongs to two players,
+            an optimizer to several or none, a player has not exactly one optimizer, or is wholly frozen.
     """
+    in_optimizers = {id(p) for o in optimizers for group in o.optimizer.param_groups for p in group["params"]}
     owner: dict[int, str] = {}
     for player, module in modules.items():
+        check_trainable(player, module)
         for parameter in module.parameters():
+            if not parameter.requires_grad and id(parameter) not in in_optimizers:
+                continue  # a frozen part, which players may share
             other = owner.setdefault(id(parameter), player)
             if other != player:
                 raise MisconfigurationException(
@@ -106,7 +144,7 @@ def match_players(
                 )
     found: dict[str, Player] = {}
     for optimizer in optimizers:
-        held = [p for group in optimizer.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        held = trained_parameters(optimizer)
         owners = sorted({owner.get(id(p), "no player") for p in held})
         if len(owners) != 1 or owners[0] == "no player":
             raise MisconfigurationException(
@@ -122,7 +160,7 @@ def match_players(
         found[name] = Player(
             name=name,
             optimizer=optimizer,
-            parameters=tuple(held),
+            parameters=held,
             clip=loop.clip_of(name),
             clip_algorithm=loop.gradient_clip_algorithm,
         )
@@ -133,6 +171,43 @@ def match_players(
             "or return one for each player from configure_optimizers."
         )
     return {name: found[name] for name in modules}
+
+
+def check_players(where: str, players: object) -> dict[str, nn.Module]:
+    """The players, if they are modules by name.
+
+    Raises:
+        MisconfigurationException: Something else, or none.
+    """
+    if not isinstance(players, Mapping):
+        raise MisconfigurationException(
+            f"{where}.players() must return a dictionary from names to modules. "
+            f"Got a {type(players).__name__}; return {{'name': module, ...}}."
+        )
+    if not players:
+        raise MisconfigurationException(f"{where}.players() must name at least one player. Got none.")
+    for name, module in players.items():
+        if not isinstance(name, str) or not isinstance(module, nn.Module):
+            raise MisconfigurationException(
+                f"{where}.players() must return a dictionary from names to modules. "
+                f"Got {name!r}: {type(module).__name__}; wrap what a player trains in an nn.Module."
+            )
+    return dict(players)
+
+
+def check_losses(where: str, names: Sequence[str], losses: object) -> Mapping[str, Any]:
+    """The losses, if there is one for each of the players that step."""
+    if not isinstance(losses, Mapping):
+        raise MisconfigurationException(
+            f"{where}.player_losses must return a dictionary from names to losses. Got a {type(losses).__name__}."
+        )
+    lacking = [name for name in names if name not in losses]
+    if lacking:
+        raise MisconfigurationException(
+            f"{where}.player_losses must return a loss for each of {list(names)}. "
+            f"Got {list(losses)}, without {lacking}."
+        )
+    return losses
 
 
 def check_player_loss(where: str, name: str, loss: object) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from lightning_nested.callbacks.isolation import evaluation_mode
 from lightning_nested.modules.game import GameModule
 
 GANLoss = Literal["hinge", "non_saturating", "wasserstein"]
@@ -153,12 +154,7 @@ class GANModule(GameModule):
     def forward(self, count: int) -> Tensor:
         return self.fakes(count)[0]
 
-    @torch.no_grad()
     def sample(self, count: int) -> Tensor:
-        """Generated data in evaluation mode, without a graph."""
-        training = self.generator.training
-        self.generator.eval()
-        try:
+        """Generated data in evaluation mode, without a graph; each part's own mode comes back."""
+        with evaluation_mode(self.generator), torch.no_grad():
             return self.fakes(count)[0]
-        finally:
-            self.generator.train(training)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 def random_states(trainer: Trainer) -> list[dict[str, Any]]:
@@ -32,12 +32,18 @@ def random_states(trainer: Trainer) -> list[dict[str, Any]]:
 def restore_random_state(states: Sequence[dict[str, Any]], rank: int) -> None:
     """Continue where a process of the saved run was.
 
-    A run with more processes than the saved one had gives the others no state; it warns.
+    A run with more processes than the saved one had seeds each of the others by its rank; it warns.
     """
     if rank >= len(states):
-        rank_zero_warn(
-            f"The checkpoint has the random state of {len(states)} processes; process {rank} keeps its own."
-        )
+        if rank == len(states):
+            warnings.warn(
+                f"The checkpoint has the random state of {len(states)} processes; the others are seeded by rank.",
+                stacklevel=2,
+            )
+        seed = (torch.initial_seed() + 7_368_787 * rank) % 2**63
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
         return
     state = states[rank]
     torch.set_rng_state(state["torch"])

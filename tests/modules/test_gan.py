@@ -162,3 +162,14 @@ def test_a_solution_elsewhere() -> None:
 def test_wrong_zoo_games(options: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         ZooGame(Bilinear(), **options)
+
+
+def test_sampling_leaves_each_modules_mode() -> None:
+    generator = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
+    module = GANModule(generator, nn.Linear(2, 1), latent_dim=2)
+    generator[1].eval()  # frozen statistics
+    sample = module.sample(5)
+    assert [m.training for m in generator] == [True, False, True, True]
+    assert generator.training
+    assert not sample.requires_grad
+    assert generator[1].num_batches_tracked == 0
