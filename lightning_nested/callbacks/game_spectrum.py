@@ -81,7 +81,8 @@ class GameSpectrumCallback(Callback):
 
     ``adapt=True`` sets |β| and arg β of :class:`ComplexSGD` and :class:`ComplexAdam`, one value for all players,
     to the values whose worst predicted rate is smallest at the present learning rates, never further from the present
-    ones than ``max_change``. Eigenvalues that no momentum contracts are left out. If nothing better is found,
+    ones than ``max_change``. Eigenvalues that no momentum contracts are left out. If nothing better is found, or no rate
+    can be predicted (several steps per update, momenta that differ, ``debias=True`` with a phase: a warning says so),
     nothing is changed.
 
     Args:
@@ -131,6 +132,7 @@ class GameSpectrumCallback(Callback):
         self._batch: Any = None
         self._seed: int | None = None
         self._measured = 0  # game updates at the last measurement
+        self._told = False  # that it cannot adapt
         self._saved: Mapping[str, Any] | None = None
 
     def should_measure(self, game_updates: int) -> bool:
@@ -307,7 +309,13 @@ class GameSpectrumCallback(Callback):
 
     def _adapt(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum) -> None:
         now = measured.momentum
-        if now is None or now.kind != "momentum":
+        if now is None or now.kind != "momentum" or measured.rate is None:
+            if not self._told:
+                self._told = True
+                rank_zero_warn(
+                    "adapt=True needs a predicted rate. Got none, so momentum and phase stay as they are: "
+                    f"{_why_no_rate(module, now)}."
+                )
             return
         better = better_momentum(
             measured.eigenvalues,
@@ -322,6 +330,14 @@ class GameSpectrumCallback(Callback):
 
 def _optimizers(module: Any) -> dict[str, torch.optim.Optimizer]:
     return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
+
+
+def _why_no_rate(module: Any, momentum: Momentum | None) -> str:
+    if momentum is None:
+        return "the players, or groups of one, differ in momentum, phase or kind of optimizer; give all the same"
+    if momentum.kind != "momentum":
+        return "the optimizers' update is another one, as that of ComplexAdam with debias=True and a phase is"
+    return f"players take several steps in an update (steps_per_player={dict(module.steps_per_player)})"
 
 
 def _warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[Vector]) -> None:

@@ -286,6 +286,38 @@ def test_adapting_makes_a_diverging_run_converge_within_its_bounds() -> None:
     assert len({(g["momentum"], g["phase"]) for g in groups}) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"steps_per_player": {"second": 2}}, "several steps"),
+        ({"optimizer": lambda p: ComplexAdam(p, lr=0.1, debias=True)}, "debias=True and a phase"),
+        (
+            {
+                "optimizer": None,
+                "optimizers": {
+                    "first": lambda p: ComplexSGD(p, lr=0.1, phase=0.1),
+                    "second": lambda p: ComplexSGD(p, lr=0.1, phase=0.2),
+                },
+            },
+            "differ in momentum",
+        ),
+    ],
+)
+def test_nothing_is_adapted_without_a_predicted_rate(options: Any, why: str) -> None:
+    def settings(module: ZooGame) -> list[Any]:
+        groups = [player.optimizer.param_groups[0] for player in module.running_players.values()]
+        return [(g.get("momentum"), g.get("betas"), g["phase"]) for g in groups]
+
+    options = {"optimizer": lambda p: ComplexSGD(p, lr=0.1), "update": "alternating", **options}
+    module, plain = (ZooGame(Bilinear(), start=[[1.0], [1.0]], **options) for _ in range(2))
+    with pytest.warns(UserWarning, match=why) as told:
+        trainer(GameSpectrumCallback(1, k=None, adapt=True), max_steps=6).fit(module)
+    trainer(max_steps=6).fit(plain)
+    assert len([w for w in told if "adapt=True" in str(w.message)]) == 1
+    assert settings(module) == settings(plain)
+    assert module.distances == plain.distances
+
+
 def test_better_momentum_leaves_alone_what_it_cannot_help() -> None:
     now = Momentum("momentum", 0.5, 0.3)
     assert better_momentum(torch.tensor([-0.1 + 0j]), now) == now  # repelled whatever the momentum
