@@ -66,6 +66,7 @@ class GameSpectrumCallback(Callback):
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before
     it (its learning rate, for Adam times 1/(√v̂+ε)), the eigenvalues are those of DJ: what one step multiplies.
     So the learning rate of the predictions is 1, and a spectrum of plain gradient steps is α times that of J.
+    The loss of a player that ascends (``maximize=True``) counts with a minus sign.
     Real positive eigenvalues are cooperation, imaginary parts conflict, negative real parts repel. The second
     moments v̂ are held still, weight decay is left out.
 
@@ -221,6 +222,7 @@ class GameSpectrumCallback(Callback):
         Raises:
             SpectrumError: The eigenvalues did not converge.
             FloatingPointError: A loss or a product is not finite.
+            ValueError: Parameters of one player ascend and others descend.
         """
         players = pl_module.running_players
         tensors = tuple(player.parameters for player in players.values())
@@ -231,7 +233,8 @@ class GameSpectrumCallback(Callback):
         losses = self._losses(trainer, pl_module, list(players))
         if not self.history:
             _warn_if_detached(list(players), losses, tensors)
-        jacobian = JacobianOperator(losses, tensors, reduce=reduction(trainer))
+        descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
+        jacobian = JacobianOperator(descended, tensors, reduce=reduction(trainer))
         operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
         eigenvalues, shares, products = self._eigenvalues(operator)
         own = {}

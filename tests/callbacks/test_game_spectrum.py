@@ -411,6 +411,39 @@ def test_step_dynamics_of_groups_that_differ() -> None:
     assert [d.tolist() for d in found.scale] == [pytest.approx([0.2]), [0.5, 0.5]]
 
 
+def test_a_player_that_ascends() -> None:
+    """Both players of xy, which the first descends and the second ascends, are the bilinear game."""
+
+    class Common(Bilinear):
+        def losses(self, players: Any) -> tuple[Tensor, ...]:
+            first, second = super().losses(players)
+            return first, -second
+
+    def optimizers(phase: float) -> dict[str, Optimizer]:
+        options: dict[str, Any] = {"lr": 0.1, "phase": phase}
+        return {
+            "first": lambda p: ComplexSGD(p, **options),
+            "second": lambda p: ComplexSGD(p, **options, maximize=True),
+        }
+
+    callback = GameSpectrumCallback(1000, k=None)
+    module = ZooGame(
+        Common(), start=[[1.0], [1.0]], update="simultaneous", optimizers=optimizers(math.pi / 8)
+    )
+    trainer(callback, max_steps=300).fit(module)
+    expected = torch.tensor([0.1j, -0.1j], dtype=torch.complex128)
+    torch.testing.assert_close(callback.history[0].eigenvalues, expected, rtol=1e-14, atol=1e-16)
+    assert callback.history[0].rate == pytest.approx(measured_rate(module.distances), abs=1e-3)
+
+
+def test_groups_that_ascend_and_descend_are_refused() -> None:
+    a, b = (nn.Parameter(torch.ones(n)) for n in (1, 2))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "maximize": True}], lr=0.1)
+    assert step_dynamics(optimizer, [b]).sign == -1
+    with pytest.raises(ValueError, match="must have the same maximize"):
+        step_dynamics(optimizer, [a, b])
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
