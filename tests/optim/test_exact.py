@@ -489,3 +489,14 @@ def test_the_best_settings(
     assert measured(lambda p: ComplexSGD(p, lr, momentum, phase), A, (1,) * n, False) == pytest.approx(
         rate, abs=4e-3
     )
+
+
+@pytest.mark.parametrize("phase", [3.1416, -3.142])
+def test_pi_rounded_up_is_pi(phase: float) -> None:
+    """So momentum is real, and there is no second buffer."""
+    problem = Quadratic()
+    optimizer = ComplexSGD(problem.params, 0.05, momentum=0.5, phase=phase)
+    problem.gradients()
+    optimizer.step()
+    assert optimizer.param_groups[0]["phase"] == math.copysign(math.pi, phase)
+    assert all("momentum_buffer_imag" not in optimizer.state[p] for p in problem.params)
