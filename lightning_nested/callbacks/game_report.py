@@ -113,7 +113,7 @@ def _figure(module: Any, results: dict[str, Any]) -> Figure:
         if rate is not None:
             distance.semilogy(
                 steps,
-                _predicted(module.distances, rate), 
+                _predicted(module.distances, rate),
                 color=_ORANGE,
                 linestyle="--",
                 label=f"rate {rate:.4f} predicted",

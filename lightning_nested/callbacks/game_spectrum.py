@@ -337,7 +337,9 @@ def _optimizers(module: Any) -> dict[str, torch.optim.Optimizer]:
 
 def _why_no_rate(module: Any, momentum: Momentum | None) -> str:
     if momentum is None:
-        return "the players, or groups of one, differ in momentum, phase or kind of optimizer; give all the same"
+        return (
+            "the players, or groups of one, differ in momentum, phase or kind of optimizer; give all the same"
+        )
     if momentum.kind != "momentum":
         return "the optimizers' update is another one, as that of ComplexAdam with debias=True and a phase is"
     return f"players take several steps in an update (steps_per_player={dict(module.steps_per_player)})"

@@ -219,7 +219,8 @@ def _arnoldi(
 
 def _with_conjugates(values: NDArray[Any], vectors: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """SciPy cuts the list at k, between the two of a pair if need be; the operator is real, so both are known."""
-    alone = [i for i, z in enumerate(values) if z.imag and not np.isclose(values, z.conj(), rtol=1e-9).any()]
+    near = _tolerance(values)
+    alone = [i for i, z in enumerate(values) if z.imag and not (np.abs(values - z.conj()) <= near).any()]
     return np.append(values, values[alone].conj()), np.append(vectors, vectors[:, alone].conj(), axis=1)
 
 
@@ -237,9 +238,18 @@ def _order(values: NDArray[Any], which: Which) -> NDArray[np.intp]:
 
 def _whole_pairs(values: NDArray[Any], order: NDArray[np.intp], k: int) -> NDArray[np.intp]:
     """The first k, and one more where its conjugate would be cut off."""
-    if k < len(values) and values[k - 1].imag > 0 and np.isclose(values[k], values[k - 1].conj()):
+    if (
+        k < len(values)
+        and values[k - 1].imag > 0
+        and abs(values[k] - values[k - 1].conj()) <= _tolerance(values)
+    ):
         k += 1
     return order[:k]
+
+
+def _tolerance(values: NDArray[Any]) -> float:
+    """Eigenvalues nearer than this are the same, at every scale of the game."""
+    return 1e-9 * float(np.abs(values).max(initial=0.0))
 
 
 def _residuals(product: _Counted, values: NDArray[Any], vectors: NDArray[Any]) -> NDArray[np.float64]:
@@ -247,8 +257,9 @@ def _residuals(product: _Counted, values: NDArray[Any], vectors: NDArray[Any]) -
         images = product.matrix @ vectors
     else:
         columns: list[NDArray[Any]] = []
+        near = 1e-3 * _tolerance(values)
         for i, value in enumerate(values):
-            if i and value.imag and np.isclose(value, values[i - 1].conj(), rtol=1e-12):
+            if i and value.imag and abs(value - values[i - 1].conj()) <= near:
                 columns.append(columns[-1].conj())
                 vectors[:, i] = vectors[:, i - 1].conj()
                 continue
