@@ -89,7 +89,7 @@ def game_spectrum(
 
     Raises:
         SpectrumError: No convergence within ``max_products``.
-        ValueError: An argument out of range, or a game too large for all eigenvalues.
+        ValueError: An argument out of range, or a game too large for all or half of its eigenvalues.
 
     Example:
         >>> from lightning_nested.games import DiracGAN
@@ -141,7 +141,7 @@ def leading_eigenvalues(
     size = sum(p.numel() for p in operator.like)
     _check_arguments(operator, size, k, which, tolerance, max_products)
     counted = _Counted(operator)
-    ncv = size if k is None else max(2 * k + 1, 20)
+    ncv = _subspace(size, k)
     if k is None or ncv >= size:
         values, vectors = _dense(counted)
     else:
@@ -155,6 +155,11 @@ def leading_eigenvalues(
         num_products=counted.count,
         size=size,
     )
+
+
+def _subspace(size: int, k: int | None) -> int:
+    """Vectors that Arnoldi's method keeps for k eigenvalues."""
+    return size if k is None else max(2 * k + 1, 20)
 
 
 class _Counted:
@@ -289,6 +294,11 @@ def _check_arguments(
         raise ValueError(f"All eigenvalues need n <= {_DENSE_LIMIT}. Got n={size}; give k.")
     if k is not None and not 1 <= k <= size:
         raise ValueError(f"k must lie in [1, {size}]. Got {k}.")
+    if k is not None and size > _DENSE_LIMIT and _subspace(size, k) >= size:
+        raise ValueError(
+            f"k must be at most (n - 2)/2 = {(size - 2) // 2} where n={size} > {_DENSE_LIMIT}, "
+            f"for more need the dense matrix. Got {k}."
+        )
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be non-negative. Got {tolerance}.")
     if max_products < 1:

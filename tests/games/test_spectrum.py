@@ -195,3 +195,12 @@ class TestErrors:
     def test_all_of_a_large_game(self) -> None:
         with pytest.raises(ValueError, match=r"All eigenvalues need n <= 4096\. Got n=5000; give k"):
             leading_eigenvalues(Matrix(torch.zeros(5000, 1)), None)
+
+    def test_no_k_leads_round_the_limit_of_dense_matrices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightning_nested.games.spectrum._DENSE_LIMIT", 30)
+        game = QuadraticGame.from_eigenvalues(torch.arange(1, 21) * 0.1j)
+        operator = JacobianOperator(game.losses, game.initial())
+        for k in (20, 39, 40):
+            with pytest.raises(ValueError, match=rf"at most \(n - 2\)/2 = 19 where n=40 > 30.* Got {k}"):
+                leading_eigenvalues(operator, k)
+        assert len(leading_eigenvalues(operator, 19, "largest_imaginary").eigenvalues) == 20
