@@ -17,7 +17,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.callbacks.fitting import reduction
-from lightning_nested.callbacks.game_momentum import better_momentum, predicted_rate
+from lightning_nested.callbacks.game_momentum import (
+    EXACT_LIMIT,
+    alternating_rate,
+    better_momentum,
+    predicted_rate,
+)
 from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
 from lightning_nested.callbacks.isolation import RandomStream, without_trace
 from lightning_nested.callbacks.outer_batches import base_seed
@@ -48,6 +53,8 @@ class MeasuredSpectrum:
         alternating: Whether the players step one after the other.
         rate: Worst predicted rate over the eigenvalues; None where it cannot be predicted.
         num_products: Products with Jacobians it took.
+        equal_curvatures: Whether the rate assumes that coupled coordinates have the same own curvature, as
+            :func:`lightning_nested.games.convergence_rate` does for alternating players.
     """
 
     game_updates: int
@@ -58,6 +65,7 @@ class MeasuredSpectrum:
     alternating: bool
     rate: float | None
     num_products: int
+    equal_curvatures: bool = False
 
 
 class GameSpectrumCallback(Callback):
@@ -77,14 +85,15 @@ class GameSpectrumCallback(Callback):
 
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
     ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``predicted_rate`` (worst of the eigenvalues measured;
-    needs one momentum for all players and one step each per update), ``own/<player>``; and to TensorBoard the
-    log-polar figure with the rate's contours.
+    needs one momentum for all players and one step each per update; for alternating players exact with ``k=None``
+    in games of up to 200 numbers, elsewhere assuming equal curvatures, see :func:`convergence_rate`), ``own/<player>``; and
+    to TensorBoard the log-polar figure with the rate's contours.
 
     ``adapt=True`` sets |β| and arg β of :class:`ComplexSGD` and :class:`ComplexAdam`, one value for all players,
     to the values whose worst predicted rate is smallest at the present learning rates, never further from the present
-    ones than ``max_change``. Eigenvalues that no momentum contracts are left out. If nothing better is found, or no rate
-    can be predicted (several steps per update, momenta that differ, ``debias=True`` with a phase: a warning says so),
-    nothing is changed.
+    ones than ``max_change``. Eigenvalues that no momentum contracts are left out. If nothing better is found,
+    or no rate can be predicted (several steps per update, momenta that differ, ``debias=True`` with a phase: a warning
+    says so), nothing is changed.
 
     Args:
         every_n_updates: Game updates between measurements; the first is after the first update.
@@ -243,6 +252,7 @@ class GameSpectrumCallback(Callback):
             own[name], products = found.real, products + used
         common = {each.momentum for each in dynamics.values()}
         momentum = common.pop() if len(common) == 1 else None
+        rate, assumed = self._rate(pl_module, operator, eigenvalues, momentum)
         return MeasuredSpectrum(
             game_updates=pl_module.game_updates,
             eigenvalues=eigenvalues,
@@ -250,11 +260,23 @@ class GameSpectrumCallback(Callback):
             own=own,
             momentum=momentum,
             alternating=pl_module.update == "alternating",
-            rate=predicted_rate(eigenvalues, momentum, pl_module.update == "alternating")
-            if max(pl_module.steps_per_player.values(), default=1) == 1
-            else None,
+            rate=rate,
             num_products=products,
+            equal_curvatures=assumed,
         )
+
+    def _rate(
+        self, module: Any, operator: StepJacobian, eigenvalues: Tensor, momentum: Momentum | None
+    ) -> tuple[float | None, bool]:
+        """The predicted rate, and whether it assumes equal curvatures."""
+        if max(module.steps_per_player.values(), default=1) > 1:
+            return None, False
+        alternating: bool = module.update == "alternating"
+        if alternating and momentum is not None and momentum.kind == "momentum":
+            if self.k is None and sum(operator.sizes) <= EXACT_LIMIT:
+                return alternating_rate(operator.dense(), operator.sizes, momentum), False
+            return predicted_rate(eigenvalues, momentum, True), True
+        return predicted_rate(eigenvalues, momentum, alternating), False
 
     def _losses(self, trainer: Trainer, module: Any, names: list[str]) -> list[Tensor]:
         """All players' losses at one point, on the fixed batch, with the same random numbers every time."""

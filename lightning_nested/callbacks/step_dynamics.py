@@ -191,15 +191,25 @@ class StepJacobian(LinearOperator):
 
     def __init__(self, jacobian: JacobianOperator, scale: Vector) -> None:
         self.jacobian, self.scale, self.like = jacobian, scale, jacobian.like
+        self._dense: Tensor | None = None
 
     def matvec(self, v: Vector) -> Vector:
         """Jᵀ(D v)."""
         return self.jacobian.rmatvec(tuple(a * d for a, d in zip(v, self.scale, strict=True)))
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers that each player holds."""
+        return tuple(
+            sum(p.numel() for p in self.jacobian.tensors_of(i)) for i in range(self.jacobian.num_players)
+        )
+
     def dense(self) -> Tensor:
         """√D J √D of shape (n, n): similar to DJ, and no player's eigenvectors are larger only by its scale."""
-        root = flatten(self.scale).sqrt()
-        return root[:, None] * self.jacobian.dense() * root
+        if self._dense is None:  # n products, so once
+            root = flatten(self.scale).sqrt()
+            self._dense = root[:, None] * self.jacobian.dense() * root
+        return self._dense
 
 
 class OwnStepJacobian(LinearOperator):

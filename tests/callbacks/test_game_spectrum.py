@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nested.callbacks import GameSpectrumCallback
 from lightning_nested.callbacks.game_momentum import better_momentum
 from lightning_nested.callbacks.game_report import GameReport, _predicted, measured_rate
+from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
 from lightning_nested.callbacks.step_dynamics import Momentum, step_dynamics
 from lightning_nested.games import Bilinear, QuadraticGame, convergence_rate
 from lightning_nested.modules import GANModule, ZooGame
@@ -108,6 +109,29 @@ def test_different_learning_rates_are_in_the_spectrum() -> None:
     spectrum = callback.history[0]
     assert float(spectrum.eigenvalues[0].imag) == pytest.approx(0.1, rel=1e-14)
     assert measured_rate(module.distances) == pytest.approx(spectrum.rate, abs=1e-3)
+
+
+class Uneven(Bilinear):
+    """xy, to which the first player adds a curvature that the second one lacks."""
+
+    def losses(self, players: Any) -> tuple[Tensor, ...]:
+        first, second = super().losses(players)
+        return first + players[0].square().sum(), second
+
+
+def test_the_rate_of_alternating_players_whose_curvatures_differ() -> None:
+    exact, assuming = GameSpectrumCallback(1000, k=None), GameSpectrumCallback(1000, k=2)
+    module = zoo(Uneven(), lambda p: ComplexSGD(p, lr=0.2, momentum=0.5), update="alternating")
+    trainer(exact, assuming, max_steps=200).fit(module)
+    measured = measured_rate(module.distances)
+    assert exact.history[0].rate == pytest.approx(measured, abs=5e-3)
+    assert assuming.history[0].rate != pytest.approx(measured, abs=0.1)
+    assert [c.history[0].equal_curvatures for c in (exact, assuming)] == [False, True]
+    titles = [
+        spectrum_figure([c.history[0]], ["first", "second"]).axes[0].get_title(loc="left")
+        for c in (exact, assuming)
+    ]
+    assert ["equal curvatures" in title for title in titles] == [False, True]
 
 
 def test_products_find_what_the_dense_matrix_has() -> None:
