@@ -74,7 +74,7 @@ def better_momentum(
         eigenvalues: Of DJ: the learning rate is in them.
         now: β of the next step.
         alternating: See :func:`lightning_nested.games.convergence_rate`.
-        max_momentum: Bound of |β|.
+        max_momentum: Bound of |β|; a larger one comes down as fast as ``max_change`` allows.
         max_change: Bounds of the changes of |β| and arg β.
 
     Example:
@@ -99,7 +99,8 @@ def better_momentum(
     if len(upper) == 0:
         return now
     size, phase = now.momentum, abs(now.phase)  # the opposite phase gives the same iterates
-    sizes = _grid(max(0.0, size - max_change[0]), min(max_momentum, size + max_change[0]))
+    bound = min(1 - 1e-9, max(max_momentum, size - max_change[0]))  # from above it comes down by max_change
+    sizes = _grid(max(0.0, size - max_change[0]), min(bound, size + max_change[0]))
     phases = _grid(max(0.0, phase - max_change[1]), min(math.pi, phase + max_change[1]))
     near, beta, angle = rates(sizes, phases)
     worst = near.max(dim=1).values

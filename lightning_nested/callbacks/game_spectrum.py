@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -86,8 +86,8 @@ class GameSpectrumCallback(Callback):
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
     ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``predicted_rate`` (worst of the eigenvalues measured;
     needs one momentum for all players and one step each per update; for alternating players exact with ``k=None``
-    in games of up to 200 numbers, elsewhere assuming equal curvatures, see :func:`convergence_rate`), ``own/<player>``; and
-    to TensorBoard the log-polar figure with the rate's contours.
+    in games of up to 200 numbers, elsewhere assuming equal curvatures, see :func:`convergence_rate`),
+    ``own/<player>``; and to TensorBoard the log-polar figure with the rate's contours.
 
     ``adapt=True`` sets |β| and arg β of :class:`ComplexSGD` and :class:`ComplexAdam`, one value for all players,
     to the values whose worst predicted rate is smallest at the present learning rates, never further from the present
@@ -131,6 +131,8 @@ class GameSpectrumCallback(Callback):
                 "every_n_updates, k and max_products must be at least 1 (k: or None). "
                 f"Got {every_n_updates}, {k} and {max_products}."
             )
+        if which not in get_args(Which):
+            raise ValueError(f"which must be one of {get_args(Which)}. Got {which!r}.")
         if not 0.0 <= max_momentum < 1.0:
             raise ValueError(f"max_momentum must lie in [0, 1): |β| ≥ 1 never converges. Got {max_momentum}.")
         if not min(max_change) >= 0:

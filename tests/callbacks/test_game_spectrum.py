@@ -352,6 +352,15 @@ def test_better_momentum_leaves_alone_what_it_cannot_help() -> None:
     assert better_momentum(some, better, max_change=(0.0, 0.0)) == better
 
 
+def test_a_momentum_above_the_bound_comes_down_by_no_more_than_max_change() -> None:
+    for now, lowest in ((Momentum("momentum", 0.99, 0.0), 0.98), (Momentum("momentum", 0.96, 0.0), 0.95)):
+        # λ = 1 wants far less momentum.
+        better = better_momentum(torch.tensor([1.0 + 0j]), now, max_momentum=0.95, max_change=(0.01, 0.1))
+        assert lowest - 1e-12 <= better.momentum <= now.momentum
+        assert better.phase <= 0.1 + 1e-12
+        assert better != now
+
+
 def test_an_adapted_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     def run(steps: int, path: Path | None = None, save: Path | None = None) -> GAN:
         module = GAN(lambda p: ComplexAdam(p, lr=0.01, betas=(0.7, 0.9)))
@@ -521,6 +530,7 @@ def test_no_rate_is_predicted_for_updates_of_another_form(optimizer: Optimizer) 
     [
         {"every_n_updates": 0},
         {"k": 0},
+        {"which": "foo"},
         {"max_products": 0},
         {"max_momentum": 1.0},
         {"max_momentum": -0.1},
