@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_nested.callbacks.step_dynamics import Momentum
-from lightning_nested.games import convergence_rate, extragradient_rate, optimistic_rate
+from lightning_nested.games import convergence_rate, extragradient_rate, momentum_map, optimistic_rate
+
+EXACT_LIMIT = 200  # numbers of all players: the eigenvalues of a step of 3n numbers take about a second
 
 
 def predicted_rate(eigenvalues: Tensor, momentum: Momentum | None, alternating: bool) -> float | None:
     """Worst rate over eigenvalues of DJ, so at a learning rate of 1; None where there is no prediction.
+
+    For alternating momentum it assumes equal curvatures, see :func:`lightning_nested.games.convergence_rate`;
+    :func:`alternating_rate` does not.
 
     >>> round(predicted_rate(torch.tensor([0.1j]), Momentum("momentum", 0.8, math.pi / 8), False), 6)
     0.97743
@@ -27,6 +33,28 @@ def predicted_rate(eigenvalues: Tensor, momentum: Momentum | None, alternating: 
         return None
     rate = extragradient_rate if momentum.kind == "extragradient" else optimistic_rate
     return float(rate(eigenvalues, lr=1.0))
+
+
+def alternating_rate(matrix: Tensor, sizes: Sequence[int], momentum: Momentum) -> float:
+    """Rate of players who step one after the other, whatever their curvatures: spectral radius of the step itself.
+
+    Args:
+        matrix: DJ, or √D J √D, of shape (n, n).
+        sizes: Numbers that each player holds, in the order of their steps.
+        momentum: Of kind ``"momentum"``.
+
+    >>> turn = torch.tensor([[0.0, 0.1], [-0.1, 0.0]])
+    >>> round(alternating_rate(turn, (1, 1), Momentum("momentum", 0.8, math.pi / 8)), 6)
+    0.94394
+    """
+    step = momentum_map(
+        matrix.detach().to("cpu", torch.float64),
+        lr=1.0,
+        momentum=momentum.momentum,
+        phase=momentum.phase,
+        sizes=sizes,
+    )
+    return float(torch.linalg.eigvals(step).abs().max())
 
 
 def better_momentum(
@@ -46,7 +74,7 @@ def better_momentum(
         eigenvalues: Of DJ: the learning rate is in them.
         now: β of the next step.
         alternating: See :func:`lightning_nested.games.convergence_rate`.
-        max_momentum: Bound of |β|.
+        max_momentum: Bound of |β|; a larger one comes down as fast as ``max_change`` allows.
         max_change: Bounds of the changes of |β| and arg β.
 
     Example:
@@ -71,7 +99,8 @@ def better_momentum(
     if len(upper) == 0:
         return now
     size, phase = now.momentum, abs(now.phase)  # the opposite phase gives the same iterates
-    sizes = _grid(max(0.0, size - max_change[0]), min(max_momentum, size + max_change[0]))
+    bound = min(1 - 1e-9, max(max_momentum, size - max_change[0]))  # from above it comes down by max_change
+    sizes = _grid(max(0.0, size - max_change[0]), min(bound, size + max_change[0]))
     phases = _grid(max(0.0, phase - max_change[1]), min(math.pi, phase + max_change[1]))
     near, beta, angle = rates(sizes, phases)
     worst = near.max(dim=1).values

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#2f6db3", "#e1691e", "#8a8f98"
-_FLOOR = 1e-13  # distances below it are rounding
+_FLOOR = 1e-13  # distances below it, relative to the first, are rounding
+_LARGEST_LOG = 700.0  # e^700 is still a float64
 
 
 class GameReport(Callback):
@@ -77,7 +78,7 @@ def measured_rate(distances: list[float]) -> float | None:
     >>> round(measured_rate([0.9**t for t in range(100)]), 12)
     0.9
     """
-    floor = _FLOOR * max(distances, default=0.0)
+    floor = _FLOOR * (distances[0] if distances else 0.0)
     used = next((t for t, d in enumerate(distances) if not floor < d < math.inf), len(distances))
     first, last = used // 2, used - 1
     if last - first < 2:
@@ -110,20 +111,31 @@ def _figure(module: Any, results: dict[str, Any]) -> Figure:
         distance.semilogy(steps, module.distances, color=_BLUE, linewidth=1.6, label="measured")
         rate = results["predicted_rate"]
         if rate is not None:
-            middle = len(module.distances) // 2
-            anchor = max(module.distances[middle], 1e-300)
-            predicted = [anchor * rate ** (t - middle) for t in steps]
             distance.semilogy(
-                steps, predicted, color=_ORANGE, linestyle="--", label=f"rate {rate:.4f} predicted"
+                steps,
+                _predicted(module.distances, rate),
+                color=_ORANGE,
+                linestyle="--",
+                label=f"rate {rate:.4f} predicted",
             )
-            low = max(min(d for d in module.distances if d > 0), 1e-18)
-            distance.set_ylim(low / 10, max(module.distances) * 10)
+            drawn = [d for d in module.distances if 0 < d < 1e300]
+            low = max(min(drawn, default=1e-18), 1e-18)
+            distance.set_ylim(low / 10, max(drawn, default=low) * 10)
         distance.set_xlabel("game updates")
         distance.set_ylabel("distance to the solution")
         distance.grid(color="#d8dce1", linewidth=0.6)
         distance.legend()
         figure.suptitle(_line(results).strip().partition(":")[0], x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def _predicted(distances: list[float], rate: float) -> list[float]:
+    """A geometric sequence through the last distance up to the middle that has a logarithm."""
+    positive = (t for t, d in enumerate(distances[: len(distances) // 2 + 1]) if 0 < d < math.inf)
+    anchor = max(positive, default=0)
+    at = distances[anchor] if 0 < distances[anchor] < math.inf else 1e-300
+    exponents = (math.log(at) + (t - anchor) * math.log(max(rate, 1e-300)) for t in range(len(distances)))
+    return [math.exp(min(max(x, -_LARGEST_LOG), _LARGEST_LOG)) for x in exponents]
 
 
 def _path(axes: Axes, module: Any) -> None:

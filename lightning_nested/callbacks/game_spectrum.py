@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.callbacks.fitting import reduction
-from lightning_nested.callbacks.game_momentum import better_momentum, predicted_rate
+from lightning_nested.callbacks.game_momentum import (
+    EXACT_LIMIT,
+    alternating_rate,
+    better_momentum,
+    predicted_rate,
+)
 from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
 from lightning_nested.callbacks.isolation import RandomStream, without_trace
 from lightning_nested.callbacks.outer_batches import base_seed
@@ -48,6 +53,8 @@ class MeasuredSpectrum:
         alternating: Whether the players step one after the other.
         rate: Worst predicted rate over the eigenvalues; None where it cannot be predicted.
         num_products: Products with Jacobians it took.
+        equal_curvatures: Whether the rate assumes that coupled coordinates have the same own curvature, as
+            :func:`lightning_nested.games.convergence_rate` does for alternating players.
     """
 
     game_updates: int
@@ -58,6 +65,7 @@ class MeasuredSpectrum:
     alternating: bool
     rate: float | None
     num_products: int
+    equal_curvatures: bool = False
 
 
 class GameSpectrumCallback(Callback):
@@ -66,6 +74,7 @@ class GameSpectrumCallback(Callback):
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before
     it (its learning rate, for Adam times 1/(√v̂+ε)), the eigenvalues are those of DJ: what one step multiplies.
     So the learning rate of the predictions is 1, and a spectrum of plain gradient steps is α times that of J.
+    The loss of a player that ascends (``maximize=True``) counts with a minus sign.
     Real positive eigenvalues are cooperation, imaginary parts conflict, negative real parts repel. The second
     moments v̂ are held still, weight decay is left out.
 
@@ -76,13 +85,15 @@ class GameSpectrumCallback(Callback):
 
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
     ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``predicted_rate`` (worst of the eigenvalues measured;
-    needs one momentum for all players and one step each per update), ``own/<player>``; and to TensorBoard the
-    log-polar figure with the rate's contours.
+    needs one momentum for all players and one step each per update; for alternating players exact with ``k=None``
+    in games of up to 200 numbers, elsewhere assuming equal curvatures, see :func:`convergence_rate`),
+    ``own/<player>``; and to TensorBoard the log-polar figure with the rate's contours.
 
     ``adapt=True`` sets |β| and arg β of :class:`ComplexSGD` and :class:`ComplexAdam`, one value for all players,
     to the values whose worst predicted rate is smallest at the present learning rates, never further from the present
     ones than ``max_change``. Eigenvalues that no momentum contracts are left out. If nothing better is found,
-    nothing is changed.
+    or no rate can be predicted (several steps per update, momenta that differ, ``debias=True`` with a phase: a warning
+    says so), nothing is changed.
 
     Args:
         every_n_updates: Game updates between measurements; the first is after the first update.
@@ -120,6 +131,8 @@ class GameSpectrumCallback(Callback):
                 "every_n_updates, k and max_products must be at least 1 (k: or None). "
                 f"Got {every_n_updates}, {k} and {max_products}."
             )
+        if which not in get_args(Which):
+            raise ValueError(f"which must be one of {get_args(Which)}. Got {which!r}.")
         if not 0.0 <= max_momentum < 1.0:
             raise ValueError(f"max_momentum must lie in [0, 1): |β| ≥ 1 never converges. Got {max_momentum}.")
         if not min(max_change) >= 0:
@@ -131,6 +144,7 @@ class GameSpectrumCallback(Callback):
         self._batch: Any = None
         self._seed: int | None = None
         self._measured = 0  # game updates at the last measurement
+        self._told = False  # that it cannot adapt
         self._saved: Mapping[str, Any] | None = None
 
     def should_measure(self, game_updates: int) -> bool:
@@ -219,6 +233,7 @@ class GameSpectrumCallback(Callback):
         Raises:
             SpectrumError: The eigenvalues did not converge.
             FloatingPointError: A loss or a product is not finite.
+            ValueError: Parameters of one player ascend and others descend.
         """
         players = pl_module.running_players
         tensors = tuple(player.parameters for player in players.values())
@@ -229,7 +244,8 @@ class GameSpectrumCallback(Callback):
         losses = self._losses(trainer, pl_module, list(players))
         if not self.history:
             _warn_if_detached(list(players), losses, tensors)
-        jacobian = JacobianOperator(losses, tensors, reduce=reduction(trainer))
+        descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
+        jacobian = JacobianOperator(descended, tensors, reduce=reduction(trainer))
         operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
         eigenvalues, shares, products = self._eigenvalues(operator)
         own = {}
@@ -238,6 +254,7 @@ class GameSpectrumCallback(Callback):
             own[name], products = found.real, products + used
         common = {each.momentum for each in dynamics.values()}
         momentum = common.pop() if len(common) == 1 else None
+        rate, assumed = self._rate(pl_module, operator, eigenvalues, momentum)
         return MeasuredSpectrum(
             game_updates=pl_module.game_updates,
             eigenvalues=eigenvalues,
@@ -245,11 +262,23 @@ class GameSpectrumCallback(Callback):
             own=own,
             momentum=momentum,
             alternating=pl_module.update == "alternating",
-            rate=predicted_rate(eigenvalues, momentum, pl_module.update == "alternating")
-            if max(pl_module.steps_per_player.values(), default=1) == 1
-            else None,
+            rate=rate,
             num_products=products,
+            equal_curvatures=assumed,
         )
+
+    def _rate(
+        self, module: Any, operator: StepJacobian, eigenvalues: Tensor, momentum: Momentum | None
+    ) -> tuple[float | None, bool]:
+        """The predicted rate, and whether it assumes equal curvatures."""
+        if max(module.steps_per_player.values(), default=1) > 1:
+            return None, False
+        alternating: bool = module.update == "alternating"
+        if alternating and momentum is not None and momentum.kind == "momentum":
+            if self.k is None and sum(operator.sizes) <= EXACT_LIMIT:
+                return alternating_rate(operator.dense(), operator.sizes, momentum), False
+            return predicted_rate(eigenvalues, momentum, True), True
+        return predicted_rate(eigenvalues, momentum, alternating), False
 
     def _losses(self, trainer: Trainer, module: Any, names: list[str]) -> list[Tensor]:
         """All players' losses at one point, on the fixed batch, with the same random numbers every time."""
@@ -307,7 +336,13 @@ class GameSpectrumCallback(Callback):
 
     def _adapt(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum) -> None:
         now = measured.momentum
-        if now is None or now.kind != "momentum":
+        if now is None or now.kind != "momentum" or measured.rate is None:
+            if not self._told:
+                self._told = True
+                rank_zero_warn(
+                    "adapt=True needs a predicted rate. Got none, so momentum and phase stay as they are: "
+                    f"{_why_no_rate(module, now)}."
+                )
             return
         better = better_momentum(
             measured.eigenvalues,
@@ -322,6 +357,16 @@ class GameSpectrumCallback(Callback):
 
 def _optimizers(module: Any) -> dict[str, torch.optim.Optimizer]:
     return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
+
+
+def _why_no_rate(module: Any, momentum: Momentum | None) -> str:
+    if momentum is None:
+        return (
+            "the players, or groups of one, differ in momentum, phase or kind of optimizer; give all the same"
+        )
+    if momentum.kind != "momentum":
+        return "the optimizers' update is another one, as that of ComplexAdam with debias=True and a phase is"
+    return f"players take several steps in an update (steps_per_player={dict(module.steps_per_player)})"
 
 
 def _warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[Vector]) -> None:

@@ -41,7 +41,8 @@ def spectrum_figure(
 ) -> Figure:
     """Eigenvalues of DJ: the logarithm of the modulus against the angle, a panel for each moment.
 
-    0 is cooperation, ± π/2 conflict, ± π repulsion. In the green region the present momentum contracts. A full circle
+    0 is cooperation, ± π/2 conflict, ± π repulsion. In the green region the present momentum contracts; its contours
+    assume equal curvatures where players alternate, see :func:`lightning_nested.games.convergence_rate`. A full circle
     is an eigenvalue of the game, coloured by the player to whom its eigenvector belongs where that is known; an open
     square is one of a player's own block.
 
@@ -130,6 +131,8 @@ def _caption(spectrum: MeasuredSpectrum) -> str:
     if momentum is None or momentum.kind != "momentum":
         return ""
     rate = "" if spectrum.rate is None else f", worst rate {spectrum.rate:.4f}"
+    if spectrum.rate is not None and spectrum.equal_curvatures:
+        rate += "\n(rates assume equal curvatures)"
     return f"\n|β| = {momentum.momentum:.2g}, arg β = {momentum.phase / math.pi:.3g}π{rate}"
 
 

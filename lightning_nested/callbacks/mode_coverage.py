@@ -93,7 +93,7 @@ class ModeCoverage(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         folder = run_folder(trainer)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.history:  # none of a fit without a step
             return
         if self.history[-1][0] != pl_module.game_updates:
             self._measure(trainer, pl_module)
@@ -115,6 +115,17 @@ class ModeCoverage(Callback):
             f"{folder / self.name}.png and results.json beside it",
             sep="\n",
             flush=True,
+        )
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            every_n_updates=self.every_n_updates,
+            num_samples=self.num_samples,
+            at_least=self.at_least,
+            seed=self.seed,
+            name=self.name,
         )
 
     @override

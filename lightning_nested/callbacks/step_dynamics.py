@@ -50,10 +50,12 @@ class StepDynamics:
         scale: D for each parameter tensor, of its shape: the learning rate, times 1/(√v̂+ε) where the optimizer
             has second moments v̂.
         momentum: Of all parameters; None where groups differ.
+        sign: −1 where the optimizer ascends (``maximize=True``): g is then the gradient of −L.
     """
 
     scale: Vector
     momentum: Momentum | None
+    sign: int = 1
 
 
 def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDynamics:
@@ -66,20 +68,31 @@ def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDyn
         optimizer: Of ``torch.optim`` or of this package.
         parameters: Those asked for, all of them in its groups.
 
+    Raises:
+        ValueError: Some of the parameters ascend and others descend.
+
     Example:
         >>> w = torch.zeros(2, requires_grad=True)
-        >>> step_dynamics(ComplexSGD([w], lr=0.5, momentum=0.8, phase=0.5), [w])
-        StepDynamics(scale=(tensor([0.5000, 0.5000]),), momentum=Momentum(kind='momentum', momentum=0.8, phase=0.5))
+        >>> found = step_dynamics(ComplexSGD([w], lr=0.5, momentum=0.8, phase=0.5), [w])
+        >>> found.scale, found.momentum, found.sign
+        ((tensor([0.5000, 0.5000]),), Momentum(kind='momentum', momentum=0.8, phase=0.5), 1)
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found = [_of_parameter(optimizer, groups[id(p)], optimizer.state.get(p, {})) for p in parameters]
     kinds = {momentum for _, momentum in found}
+    signs = {-1 if groups[id(p)].get("maximize", False) else 1 for p in parameters}
+    if len(signs) > 1:
+        raise ValueError(
+            "All parameter groups of a player must have the same maximize, or it has no loss of its own to descend. "
+            "Got True and False; make two players of them."
+        )
     return StepDynamics(
         scale=tuple(
             torch.as_tensor(scale, dtype=p.dtype, device=p.device).expand_as(p)
             for (scale, _), p in zip(found, parameters, strict=True)
         ),
         momentum=kinds.pop() if len(kinds) == 1 else None,
+        sign=signs.pop() if signs else 1,
     )
 
 
@@ -178,15 +191,25 @@ class StepJacobian(LinearOperator):
 
     def __init__(self, jacobian: JacobianOperator, scale: Vector) -> None:
         self.jacobian, self.scale, self.like = jacobian, scale, jacobian.like
+        self._dense: Tensor | None = None
 
     def matvec(self, v: Vector) -> Vector:
         """Jᵀ(D v)."""
         return self.jacobian.rmatvec(tuple(a * d for a, d in zip(v, self.scale, strict=True)))
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers that each player holds."""
+        return tuple(
+            sum(p.numel() for p in self.jacobian.tensors_of(i)) for i in range(self.jacobian.num_players)
+        )
+
     def dense(self) -> Tensor:
         """√D J √D of shape (n, n): similar to DJ, and no player's eigenvectors are larger only by its scale."""
-        root = flatten(self.scale).sqrt()
-        return root[:, None] * self.jacobian.dense() * root
+        if self._dense is None:  # n products, so once
+            root = flatten(self.scale).sqrt()
+            self._dense = root[:, None] * self.jacobian.dense() * root
+        return self._dense
 
 
 class OwnStepJacobian(LinearOperator):

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import differential_evolution, minimize, minimize_scalar
 
-from lightning_nested.games.rates import Array, Eigenvalues, _eigenvalues, momentum_radii
+from lightning_nested.games.rates import ROUNDED_PI, Array, Eigenvalues, _eigenvalues, momentum_radii
 
 _LARGEST_MOMENTUM = 0.9999
 # Of log α (for a largest eigenvalue of modulus 1), −log(1 − |β|) and φ.
@@ -100,6 +100,7 @@ def suggest_momentum(
         (0.9354, 0.8882)
     """
     _check_arguments(phase, noise, cutoff, unstable)
+    phase = None if phase is None else min(max(float(phase), -math.pi), math.pi)
     values = _eigenvalues(eigenvalues).reshape(-1)
     kept, scale = _upper_half(values, cutoff)
     kept, dropped = _stable(kept, unstable, noise)
@@ -305,7 +306,7 @@ def _spread(values: Array, count: int) -> Array:
 
 
 def _check_arguments(phase: float | None, noise: float, cutoff: float, unstable: str) -> None:
-    if phase is not None and not abs(phase) <= math.pi:
+    if phase is not None and not abs(phase) <= ROUNDED_PI:
         raise ValueError(f"phase must lie in [-π, π], or be None. Got {phase}.")
     for name, value in (("noise", noise), ("cutoff", cutoff)):
         if not 0 <= value < 1:

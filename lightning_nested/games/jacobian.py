@@ -267,22 +267,46 @@ def _structured(tensors: Vector, players: PlayersT) -> PlayersT:
 
 def _check_distinct(tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
     """Refuse parameters that are held twice; plain tensors become leaves of their own, even the same one."""
-    seen: dict[tuple[int, int], int] = {}
+    held: list[tuple[int, int, int, Tensor]] = []  # first byte, end, owner, tensor
     for tensor, owner in zip(tensors, owners, strict=True):
         if not tensor.is_floating_point():
             raise ValueError(
                 f"Players must hold floating-point tensors. Got {tensor.dtype} for player {owner}."
             )
-        if not tensor.requires_grad or not tensor.numel():
+        if not tensor.requires_grad or not tensor.numel() or tensor.is_meta:
             continue
-        key = (tensor.data_ptr(), tensor.numel())
-        if key in seen:
-            raise ValueError(
-                "Every tensor must belong to one player, once. "
-                f"Got one of shape {tuple(tensor.shape)} for players {seen[key]} and {owner}: "
-                "give a shared part to one of them, or copy it."
-            )
-        seen[key] = owner
+        reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        first = tensor.data_ptr()
+        held.append((first, first + reach * tensor.element_size(), owner, tensor))
+    held.sort(key=lambda entry: entry[:2])
+    near: list[tuple[int, int, int, Tensor]] = []  # those before that reach into the present one
+    for entry in held:
+        near = [e for e in near if e[1] > entry[0]]
+        for other in near:
+            if _overlap(other[3], entry[3]):
+                raise ValueError(
+                    "Every tensor must belong to one player, once. "
+                    f"Got one of shape {tuple(entry[3].shape)} for players "
+                    f"{min(other[2], entry[2])} and {max(other[2], entry[2])}: "
+                    "give a shared part to one of them, or copy it."
+                )
+        near.append(entry)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on overlapping stretches of memory have numbers in common; two columns have none."""
+    if a.device != b.device:
+        return False
+
+    def places(tensor: Tensor) -> Tensor:
+        steps = [
+            torch.arange(n).mul(step).reshape(-1, *[1] * (tensor.ndim - 1 - dim))
+            for dim, (n, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+        ]
+        offsets = sum(steps, start=torch.zeros((), dtype=torch.int64)).reshape(-1)
+        return tensor.data_ptr() + tensor.element_size() * offsets
+
+    return bool(torch.isin(places(a), places(b)).any())
 
 
 def _check_losses(values: tuple[Tensor, ...], num_players: int, reduce: Reduce | None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 Eigenvalues: TypeAlias = "Tensor | Sequence[complex]"
 Array: TypeAlias = "NDArray[Any]"
 
+ROUNDED_PI = math.pi + 1e-3  # as the optimizers: 3.1416 and 3.142 are meant to be π
 _SHIFT = np.eye(5)
 
 
@@ -165,7 +166,7 @@ def momentum_map(
         >>> round(torch.linalg.eigvals(step).abs().max().item(), 6)
         0.94394
     """
-    _settings(lr, momentum, phase)
+    phase = float(_settings(lr, momentum, phase)[2])
     n = jacobian.shape[0]
     if jacobian.shape != (n, n):
         raise ValueError(f"jacobian must be a square matrix. Got shape {tuple(jacobian.shape)}.")
@@ -266,11 +267,13 @@ def _settings(lr: float | Tensor, *beta: float | Tensor) -> list[Array]:
     ]
     inside = [(found[0] > 0) & np.isfinite(found[0])]
     if beta:
-        inside += [(found[1] >= 0) & (found[1] < 1), np.abs(found[2]) <= math.pi]
+        inside += [(found[1] >= 0) & (found[1] < 1), np.abs(found[2]) <= ROUNDED_PI]
     conditions = ("lr must be positive", "momentum |β| must lie in [0, 1)", "phase must lie in [-π, π]")
     for condition, values, good in zip(conditions, found, inside, strict=False):
         if not good.all():
             raise ValueError(f"{condition}. Got {values[~good].flat[0]:g}.")
+    if beta:
+        found[2] = found[2].clip(-math.pi, math.pi)
     return list(np.broadcast_arrays(*found))
 
 

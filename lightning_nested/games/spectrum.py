@@ -89,7 +89,7 @@ def game_spectrum(
 
     Raises:
         SpectrumError: No convergence within ``max_products``.
-        ValueError: An argument out of range, or a game too large for all eigenvalues.
+        ValueError: An argument out of range, or a game too large for all or half of its eigenvalues.
 
     Example:
         >>> from lightning_nested.games import DiracGAN
@@ -141,7 +141,7 @@ def leading_eigenvalues(
     size = sum(p.numel() for p in operator.like)
     _check_arguments(operator, size, k, which, tolerance, max_products)
     counted = _Counted(operator)
-    ncv = size if k is None else max(2 * k + 1, 20)
+    ncv = _subspace(size, k)
     if k is None or ncv >= size:
         values, vectors = _dense(counted)
     else:
@@ -155,6 +155,11 @@ def leading_eigenvalues(
         num_products=counted.count,
         size=size,
     )
+
+
+def _subspace(size: int, k: int | None) -> int:
+    """Vectors that Arnoldi's method keeps for k eigenvalues."""
+    return size if k is None else max(2 * k + 1, 20)
 
 
 class _Counted:
@@ -219,7 +224,8 @@ def _arnoldi(
 
 def _with_conjugates(values: NDArray[Any], vectors: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """SciPy cuts the list at k, between the two of a pair if need be; the operator is real, so both are known."""
-    alone = [i for i, z in enumerate(values) if z.imag and not np.isclose(values, z.conj(), rtol=1e-9).any()]
+    near = _tolerance(values)
+    alone = [i for i, z in enumerate(values) if z.imag and not (np.abs(values - z.conj()) <= near).any()]
     return np.append(values, values[alone].conj()), np.append(vectors, vectors[:, alone].conj(), axis=1)
 
 
@@ -237,9 +243,18 @@ def _order(values: NDArray[Any], which: Which) -> NDArray[np.intp]:
 
 def _whole_pairs(values: NDArray[Any], order: NDArray[np.intp], k: int) -> NDArray[np.intp]:
     """The first k, and one more where its conjugate would be cut off."""
-    if k < len(values) and values[k - 1].imag > 0 and np.isclose(values[k], values[k - 1].conj()):
+    if (
+        k < len(values)
+        and values[k - 1].imag > 0
+        and abs(values[k] - values[k - 1].conj()) <= _tolerance(values)
+    ):
         k += 1
     return order[:k]
+
+
+def _tolerance(values: NDArray[Any]) -> float:
+    """Eigenvalues nearer than this are the same, at every scale of the game."""
+    return 1e-9 * float(np.abs(values).max(initial=0.0))
 
 
 def _residuals(product: _Counted, values: NDArray[Any], vectors: NDArray[Any]) -> NDArray[np.float64]:
@@ -247,8 +262,9 @@ def _residuals(product: _Counted, values: NDArray[Any], vectors: NDArray[Any]) -
         images = product.matrix @ vectors
     else:
         columns: list[NDArray[Any]] = []
+        near = 1e-3 * _tolerance(values)
         for i, value in enumerate(values):
-            if i and value.imag and np.isclose(value, values[i - 1].conj(), rtol=1e-12):
+            if i and value.imag and abs(value - values[i - 1].conj()) <= near:
                 columns.append(columns[-1].conj())
                 vectors[:, i] = vectors[:, i - 1].conj()
                 continue
@@ -278,6 +294,11 @@ def _check_arguments(
         raise ValueError(f"All eigenvalues need n <= {_DENSE_LIMIT}. Got n={size}; give k.")
     if k is not None and not 1 <= k <= size:
         raise ValueError(f"k must lie in [1, {size}]. Got {k}.")
+    if k is not None and size > _DENSE_LIMIT and _subspace(size, k) >= size:
+        raise ValueError(
+            f"k must be at most (n - 2)/2 = {(size - 2) // 2} where n={size} > {_DENSE_LIMIT}, "
+            f"for more need the dense matrix. Got {k}."
+        )
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be non-negative. Got {tolerance}.")
     if max_products < 1:

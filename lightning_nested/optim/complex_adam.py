@@ -26,8 +26,8 @@ class ComplexAdam(GameOptimizer):
     β₁ = betas[0]·e^{i·phase}; only the first moment is complex. As the method is published it has neither Adam's
     factor 1 − β₁ nor a correction of the first moment, so that at the same ``lr`` a step is about |1/(1 − β₁)| times
     Adam's. ``debias=True`` gives both: w ← w + lr·Re(κμ)/(√v̂ + ε) with κ = (1 − β₁)/(1 − β₁ᵗ), which returns a
-    constant gradient unchanged at every t. With phase 0 that is ``torch.optim.Adam``. The opposite phase gives the
-    same iterates.
+    constant gradient unchanged at every t. With phase 0 that is ``torch.optim.Adam``, whose ``state_dict`` loads
+    here. The opposite phase gives the same iterates.
 
     The buffers hold −Re μ, −Im μ and v: three numbers per parameter. ``betas=(0, 0.999)`` is accepted.
 
@@ -87,6 +87,14 @@ class ComplexAdam(GameOptimizer):
         }
         super().__init__(params, defaults, compiled=compiled)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
+
+        Raises:
+            ValueError: Adam had ``amsgrad``, or weight decay as in AdamW.
+        """
+        super().load_state_dict(_from_adam(state_dict))
+
     def _update(
         self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
@@ -98,6 +106,24 @@ class ComplexAdam(GameOptimizer):
             complex_adam(
                 ps, [grads[i] for i in places], *moments, step=step, **options, compiled=self.compiled
             )
+
+
+def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
+    """The state with a ``momentum_buffer`` for every ``exp_avg``; the given one stays as it is."""
+    states = dict(saved["state"])
+    for group in saved["param_groups"]:
+        for key in group["params"]:
+            state = states.get(key, {})
+            if "exp_avg" not in state:
+                continue
+            if group.get("amsgrad") or (group.get("decoupled_weight_decay") and group["weight_decay"]):
+                raise ValueError(
+                    "A loaded state must be of ComplexAdam, or of torch.optim.Adam without amsgrad and without "
+                    "decoupled weight decay, which ComplexAdam does not have. Got one with; start without it."
+                )
+            rest = {name: value for name, value in state.items() if name != "exp_avg"}
+            states[key] = {**rest, "momentum_buffer": state["exp_avg"] / (1 - float(group["betas"][0]))}
+    return {**saved, "state": states}
 
 
 def complex_adam(

@@ -83,6 +83,20 @@ class ComplexSGD(GameOptimizer):
         }
         super().__init__(params, defaults, compiled=compiled)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, or of ``torch.optim.SGD``.
+
+        Raises:
+            ValueError: SGD had ``nesterov`` or ``dampening``: another momentum.
+        """
+        for group in state_dict["param_groups"]:
+            if group.get("nesterov") or (group.get("dampening") and group["momentum"]):
+                raise ValueError(
+                    "A loaded state must be of ComplexSGD, or of torch.optim.SGD with nesterov=False and dampening=0. "
+                    f"Got nesterov={group.get('nesterov')} and dampening={group.get('dampening')}; start without it."
+                )
+        super().load_state_dict(state_dict)
+
     def _update(
         self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
     ) -> None:

@@ -54,14 +54,18 @@ def magnitude(name: str, value: Any) -> float:
 
 
 def angle(name: str, value: Any) -> float:
-    """Radians in [−π, π]."""
+    """Radians in [−π, π]; π rounded up is π.
+
+    >>> angle("phase", 3.1416) == math.pi
+    True
+    """
     result = number(name, value)
     if abs(result) > _ROUNDED_PI:
         raise ValueError(
             f"{name} must lie in [−π, π], in radians. Got {result}; "
             f"{result} degrees are {name}={math.remainder(math.radians(result), math.tau):.6f}."
         )
-    return result
+    return min(max(result, -math.pi), math.pi)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import GameSpectrumCallback
 from lightning_nested.callbacks.game_momentum import better_momentum
-from lightning_nested.callbacks.game_report import GameReport, measured_rate
+from lightning_nested.callbacks.game_report import GameReport, _predicted, measured_rate
+from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
 from lightning_nested.callbacks.step_dynamics import Momentum, step_dynamics
 from lightning_nested.games import Bilinear, QuadraticGame, convergence_rate
 from lightning_nested.modules import GANModule, ZooGame
@@ -108,6 +109,29 @@ def test_different_learning_rates_are_in_the_spectrum() -> None:
     spectrum = callback.history[0]
     assert float(spectrum.eigenvalues[0].imag) == pytest.approx(0.1, rel=1e-14)
     assert measured_rate(module.distances) == pytest.approx(spectrum.rate, abs=1e-3)
+
+
+class Uneven(Bilinear):
+    """xy, to which the first player adds a curvature that the second one lacks."""
+
+    def losses(self, players: Any) -> tuple[Tensor, ...]:
+        first, second = super().losses(players)
+        return first + players[0].square().sum(), second
+
+
+def test_the_rate_of_alternating_players_whose_curvatures_differ() -> None:
+    exact, assuming = GameSpectrumCallback(1000, k=None), GameSpectrumCallback(1000, k=2)
+    module = zoo(Uneven(), lambda p: ComplexSGD(p, lr=0.2, momentum=0.5), update="alternating")
+    trainer(exact, assuming, max_steps=200).fit(module)
+    measured = measured_rate(module.distances)
+    assert exact.history[0].rate == pytest.approx(measured, abs=5e-3)
+    assert assuming.history[0].rate != pytest.approx(measured, abs=0.1)
+    assert [c.history[0].equal_curvatures for c in (exact, assuming)] == [False, True]
+    titles = [
+        spectrum_figure([c.history[0]], ["first", "second"]).axes[0].get_title(loc="left")
+        for c in (exact, assuming)
+    ]
+    assert ["equal curvatures" in title for title in titles] == [False, True]
 
 
 def test_products_find_what_the_dense_matrix_has() -> None:
@@ -286,6 +310,38 @@ def test_adapting_makes_a_diverging_run_converge_within_its_bounds() -> None:
     assert len({(g["momentum"], g["phase"]) for g in groups}) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"steps_per_player": {"second": 2}}, "several steps"),
+        ({"optimizer": lambda p: ComplexAdam(p, lr=0.1, debias=True)}, "debias=True and a phase"),
+        (
+            {
+                "optimizer": None,
+                "optimizers": {
+                    "first": lambda p: ComplexSGD(p, lr=0.1, phase=0.1),
+                    "second": lambda p: ComplexSGD(p, lr=0.1, phase=0.2),
+                },
+            },
+            "differ in momentum",
+        ),
+    ],
+)
+def test_nothing_is_adapted_without_a_predicted_rate(options: Any, why: str) -> None:
+    def settings(module: ZooGame) -> list[Any]:
+        groups = [player.optimizer.param_groups[0] for player in module.running_players.values()]
+        return [(g.get("momentum"), g.get("betas"), g["phase"]) for g in groups]
+
+    options = {"optimizer": lambda p: ComplexSGD(p, lr=0.1), "update": "alternating", **options}
+    module, plain = (ZooGame(Bilinear(), start=[[1.0], [1.0]], **options) for _ in range(2))
+    with pytest.warns(UserWarning, match=why) as told:
+        trainer(GameSpectrumCallback(1, k=None, adapt=True), max_steps=6).fit(module)
+    trainer(max_steps=6).fit(plain)
+    assert len([w for w in told if "adapt=True" in str(w.message)]) == 1
+    assert settings(module) == settings(plain)
+    assert module.distances == plain.distances
+
+
 def test_better_momentum_leaves_alone_what_it_cannot_help() -> None:
     now = Momentum("momentum", 0.5, 0.3)
     assert better_momentum(torch.tensor([-0.1 + 0j]), now) == now  # repelled whatever the momentum
@@ -294,6 +350,15 @@ def test_better_momentum_leaves_alone_what_it_cannot_help() -> None:
     worst = [convergence_rate([0.1j], lr=1.0, momentum=m.momentum, phase=m.phase) for m in (now, better)]
     assert worst[1] < worst[0] - 1e-3
     assert better_momentum(some, better, max_change=(0.0, 0.0)) == better
+
+
+def test_a_momentum_above_the_bound_comes_down_by_no_more_than_max_change() -> None:
+    for now, lowest in ((Momentum("momentum", 0.99, 0.0), 0.98), (Momentum("momentum", 0.96, 0.0), 0.95)):
+        # λ = 1 wants far less momentum.
+        better = better_momentum(torch.tensor([1.0 + 0j]), now, max_momentum=0.95, max_change=(0.01, 0.1))
+        assert lowest - 1e-12 <= better.momentum <= now.momentum
+        assert better.phase <= 0.1 + 1e-12
+        assert better != now
 
 
 def test_an_adapted_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
@@ -368,6 +433,36 @@ def test_the_report_of_a_zoo_game(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "xy.png"}
 
 
+@pytest.mark.parametrize(
+    ("start", "lr", "momentum", "steps"),
+    [(1.0, 0.1, 0.8, 600), (0.0, 0.1, 0.8, 4), (1.0, 5.0, 0.0, 200)],
+)
+def test_a_report_of_a_run_that_diverges_or_stands_still(
+    start: float, lr: float, momentum: float, steps: int, tmp_path: Path
+) -> None:
+    report = GameReport()
+    module = zoo(
+        optimizer=lambda p: ComplexSGD(p, lr=lr, momentum=momentum, phase=0.0), start=[[start], [start]]
+    )
+    spectrum = GameSpectrumCallback(10_000, k=None)
+    trainer(spectrum, report, max_steps=steps, default_root_dir=tmp_path).fit(module)
+    assert (tmp_path / "game.png").stat().st_size > 10_000
+
+
+def test_the_measured_rate_of_a_run_that_diverges() -> None:
+    assert measured_rate([1.5**t for t in range(200)]) == pytest.approx(1.5, rel=1e-12)
+    assert measured_rate([0.0] * 9) is None
+    assert measured_rate([]) is None
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-200, 0.9, 1.0, 10.0, 1e200])
+def test_a_prediction_that_no_float_can_hold(rate: float) -> None:
+    for distances in ([1.0] * 1001, [0.0] * 5, [1.0, math.inf, math.nan], [1e300, 1e-300, 0.0]):
+        found = _predicted(distances, rate)
+        assert all(0 < d < math.inf for d in found)
+    assert _predicted([1.0, 0.9, 0.81], 0.9) == pytest.approx([1.0, 0.9, 0.81])
+
+
 # ---- what optimizers do
 
 
@@ -377,6 +472,39 @@ def test_step_dynamics_of_groups_that_differ() -> None:
     found = step_dynamics(ComplexSGD(groups, lr=0.2), [a, b])
     assert found.momentum is None
     assert [d.tolist() for d in found.scale] == [pytest.approx([0.2]), [0.5, 0.5]]
+
+
+def test_a_player_that_ascends() -> None:
+    """Both players of xy, which the first descends and the second ascends, are the bilinear game."""
+
+    class Common(Bilinear):
+        def losses(self, players: Any) -> tuple[Tensor, ...]:
+            first, second = super().losses(players)
+            return first, -second
+
+    def optimizers(phase: float) -> dict[str, Optimizer]:
+        options: dict[str, Any] = {"lr": 0.1, "phase": phase}
+        return {
+            "first": lambda p: ComplexSGD(p, **options),
+            "second": lambda p: ComplexSGD(p, **options, maximize=True),
+        }
+
+    callback = GameSpectrumCallback(1000, k=None)
+    module = ZooGame(
+        Common(), start=[[1.0], [1.0]], update="simultaneous", optimizers=optimizers(math.pi / 8)
+    )
+    trainer(callback, max_steps=300).fit(module)
+    expected = torch.tensor([0.1j, -0.1j], dtype=torch.complex128)
+    torch.testing.assert_close(callback.history[0].eigenvalues, expected, rtol=1e-14, atol=1e-16)
+    assert callback.history[0].rate == pytest.approx(measured_rate(module.distances), abs=1e-3)
+
+
+def test_groups_that_ascend_and_descend_are_refused() -> None:
+    a, b = (nn.Parameter(torch.ones(n)) for n in (1, 2))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "maximize": True}], lr=0.1)
+    assert step_dynamics(optimizer, [b]).sign == -1
+    with pytest.raises(ValueError, match="must have the same maximize"):
+        step_dynamics(optimizer, [a, b])
 
 
 @pytest.mark.parametrize(
@@ -402,6 +530,7 @@ def test_no_rate_is_predicted_for_updates_of_another_form(optimizer: Optimizer) 
     [
         {"every_n_updates": 0},
         {"k": 0},
+        {"which": "foo"},
         {"max_products": 0},
         {"max_momentum": 1.0},
         {"max_momentum": -0.1},

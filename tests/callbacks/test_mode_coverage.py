@@ -94,6 +94,28 @@ def test_it_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
     assert resumed.history == whole.history
 
 
+def test_a_fit_without_a_step_has_no_report(tmp_path: Path) -> None:
+    callback = ModeCoverage()
+    fit = Trainer(
+        accelerator="cpu",
+        max_epochs=0,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    fit.fit(gan(), datamodule=MixtureOfGaussiansDataModule(num_batches=5))
+    assert (callback.history, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_two_of_them_keep_their_own_state() -> None:
+    kinds = [{}, {"num_samples": 50}, {"at_least": 5}, {"seed": 1}, {"name": "b"}, {"every_n_updates": 7}]
+    keys = {ModeCoverage(**options).state_key for options in kinds}  # type: ignore[arg-type]
+    assert len(keys) == len(kinds)
+
+
 @pytest.mark.parametrize("options", [{"every_n_updates": 0}, {"num_samples": 0}, {"at_least": 0}])
 def test_wrong_arguments(options: Any) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):

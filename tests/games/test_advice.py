@@ -200,3 +200,7 @@ class TestArguments:
         assert found.settings == {"lr": found.lr, "momentum": found.momentum, "phase": found.phase}
         with pytest.raises(AttributeError):
             found.lr = 1.0  # type: ignore[misc]
+
+    def test_pi_rounded_up_is_pi(self) -> None:
+        assert suggest_momentum([1.0], phase=3.1416).phase == PI
+        assert suggest_momentum([1.0], phase=-3.142).phase == -PI

@@ -244,3 +244,25 @@ class TestBadInput:
             joint_gradient(lambda p: (), (torch.ones(1), ()))
         with pytest.raises(ValueError, match="floating-point tensors"):
             joint_gradient(game.losses, (torch.ones(1), torch.ones(1, dtype=torch.int64)))
+
+
+def coupled(players: Players) -> Players:
+    product = players[0].sum() * players[1].square().sum()
+    return product, -product
+
+
+@pytest.mark.parametrize("views", ["a part", "shifted", "strided"])
+def test_players_that_share_memory_in_part_are_refused(views: str) -> None:
+    v = torch.ones(6, dtype=torch.float64)
+    pairs = {"a part": (v[:2], v), "shifted": (v[:4], v[3:]), "strided": (v[::3], v[1:4])}
+    players = tuple(p.detach().requires_grad_() for p in pairs[views])
+    with pytest.raises(ValueError, match="belong to one player, once"):
+        joint_gradient(coupled, players)
+
+
+def test_players_in_one_storage_without_common_numbers_are_fine() -> None:
+    m = torch.arange(8, dtype=torch.float64).reshape(4, 2)
+    for pair in ((m[:, 0], m[:, 1]), (m[:2], m[2:]), (m[:, :1], m[:, 1:])):
+        players = tuple(p.detach().requires_grad_() for p in pair)
+        found = joint_gradient(coupled, players)
+        torch.testing.assert_close(found[0], torch.full_like(pair[0], float(pair[1].square().sum())))

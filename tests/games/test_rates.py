@@ -265,3 +265,16 @@ class TestMeasured:
         for step, rate in ((extragradient, extragradient_rate), (optimistic, optimistic_rate)):
             predicted = rate(self.GAME.eigenvalues(), lr=lr)
             assert self.measured(step, start) == pytest.approx(predicted, abs=1e-3)
+
+
+def test_pi_rounded_up_is_pi() -> None:
+    at = {
+        phase: convergence_rate([1j], lr=0.5, momentum=0.5, phase=phase, alternating=True)
+        for phase in (math.pi, 3.1416, -3.142)
+    }
+    assert len(set(at.values())) == 1
+    jacobian = torch.eye(2, dtype=torch.float64)
+    steps = [momentum_map(jacobian, lr=0.1, momentum=0.5, phase=p) for p in (math.pi, 3.1416)]
+    assert torch.equal(*steps)
+    with pytest.raises(ValueError, match="phase must lie"):
+        convergence_rate([1j], lr=0.5, momentum=0.5, phase=3.15)

@@ -89,6 +89,15 @@ class TestLeading:
         found = leading_eigenvalues(operator, 3, "largest_imaginary").eigenvalues
         assert found.imag.tolist() == pytest.approx([6.0, -6.0, 5.9, -5.9])
 
+    @pytest.mark.parametrize("scale", [1e-12, 1e-9, 1.0, 1e9])
+    def test_the_scale_of_a_game_does_not_matter(self, scale: float) -> None:
+        values = (torch.arange(1, 41, dtype=torch.float64) * 0.1j + 0.5) * scale
+        game = QuadraticGame.from_eigenvalues(values)
+        found = leading_eigenvalues(JacobianOperator(game.losses, game.initial()), 3, "largest_imaginary")
+        expected = [0.5 + 4j, 0.5 - 4j, 0.5 + 3.9j, 0.5 - 3.9j]
+        assert (found.eigenvalues / scale).tolist() == pytest.approx(expected, abs=1e-8)
+        assert float(found.residuals.max()) < 1e-8
+
     def test_repeats_itself(self, gan: tuple[GaussiansGAN, tuple[Tensor, ...]]) -> None:
         game, players = gan
         first, second = (game_spectrum(game.losses, players, 4) for _ in range(2))
@@ -186,3 +195,12 @@ class TestErrors:
     def test_all_of_a_large_game(self) -> None:
         with pytest.raises(ValueError, match=r"All eigenvalues need n <= 4096\. Got n=5000; give k"):
             leading_eigenvalues(Matrix(torch.zeros(5000, 1)), None)
+
+    def test_no_k_leads_round_the_limit_of_dense_matrices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightning_nested.games.spectrum._DENSE_LIMIT", 30)
+        game = QuadraticGame.from_eigenvalues(torch.arange(1, 21) * 0.1j)
+        operator = JacobianOperator(game.losses, game.initial())
+        for k in (20, 39, 40):
+            with pytest.raises(ValueError, match=rf"at most \(n - 2\)/2 = 19 where n=40 > 30.* Got {k}"):
+                leading_eigenvalues(operator, k)
+        assert len(leading_eigenvalues(operator, 19, "largest_imaginary").eigenvalues) == 20

@@ -489,3 +489,57 @@ def test_the_best_settings(
     assert measured(lambda p: ComplexSGD(p, lr, momentum, phase), A, (1,) * n, False) == pytest.approx(
         rate, abs=4e-3
     )
+
+
+def test_a_state_of_torch_adam_loads() -> None:
+    problem, other = Quadratic(), Quadratic()
+    theirs = torch.optim.Adam(problem.params, 0.05, betas=(0.7, 0.9))
+    for _ in range(5):
+        problem.gradients()
+        theirs.step()
+    saved = theirs.state_dict()
+    names = set(saved["state"][0])
+    ours = ComplexAdam(other.params, 1.0, phase=0.0, debias=True)
+    ours.load_state_dict(copy.deepcopy(saved))
+    assert set(saved["state"][0]) == names
+    with torch.no_grad():
+        for p, value in zip(other.params, problem.values(), strict=True):
+            p.copy_(value)
+    for _ in range(5):
+        problem.gradients()
+        theirs.step()
+    follow(ours, other.gradients, 5)
+    for a, b in zip(problem.values(), other.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    again = ComplexAdam(other.params, 1.0, phase=0.0, debias=True)
+    again.load_state_dict(ours.state_dict())
+    assert again.state[other.params[0]].keys() == ours.state[other.params[0]].keys()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), lambda p: ComplexSGD(p, 0.1)),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.1), lambda p: ComplexSGD(p, 0.1)),
+        (lambda p: torch.optim.Adam(p, 0.1, amsgrad=True), ComplexAdam),
+        (lambda p: torch.optim.AdamW(p, 0.1), ComplexAdam),
+    ],
+)
+def test_states_of_other_methods_are_refused(theirs: Any, ours: Any) -> None:
+    problem = Quadratic()
+    optimizer = theirs(problem.params)
+    problem.gradients()
+    optimizer.step()
+    with pytest.raises(ValueError, match="A loaded state must be of Complex"):
+        ours(problem.params).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("phase", [3.1416, -3.142])
+def test_pi_rounded_up_is_pi(phase: float) -> None:
+    """So momentum is real, and there is no second buffer."""
+    problem = Quadratic()
+    optimizer = ComplexSGD(problem.params, 0.05, momentum=0.5, phase=phase)
+    problem.gradients()
+    optimizer.step()
+    assert optimizer.param_groups[0]["phase"] == math.copysign(math.pi, phase)
+    assert all("momentum_buffer_imag" not in optimizer.state[p] for p in problem.params)
