@@ -39,6 +39,7 @@ from lightning_nested.modules.game_players import (
     player_gradients,
 )
 from lightning_nested.modules.random_state import random_states, restore_random_state
+from lightning_nested.modules.schedulers import step_plateau_schedulers, step_schedulers
 
 _HOOKS = "setup, on_fit_start, on_train_start, on_save_checkpoint and on_load_checkpoint"
 
@@ -314,26 +315,15 @@ class GameModule(LightningModule):
         if ends:
             self.game_updates += 1
             self.on_game_update()
-            self._step_schedulers("step", self.game_updates)
+            step_schedulers(self, "step", self.game_updates)
             self._log()
         if last:
-            self._step_schedulers("epoch", self.current_epoch + 1)
+            step_schedulers(self, "epoch", self.current_epoch + 1)
         return dict(self._losses)
 
     @override
     def on_train_epoch_end(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            if not isinstance(config.scheduler, ReduceLROnPlateau):
-                continue
-            if (self.current_epoch + 1) % config.frequency == 0:
-                monitor = getattr(config.scheduler, "monitor", None)
-                metric = self.trainer.callback_metrics.get(str(monitor))
-                if metric is None:
-                    raise MisconfigurationException(
-                        f"ReduceLROnPlateau monitors {monitor!r}, which was not logged. "
-                        f"Got {sorted(self.trainer.callback_metrics)}."
-                    )
-                self.lr_scheduler_step(config.scheduler, metric)
+        step_plateau_schedulers(self)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -435,12 +425,6 @@ class GameModule(LightningModule):
             self._losses[player.name] = loss
         for player, gradient in zip(players, gradients, strict=True):
             player.set_gradient(gradient)
-
-    def _step_schedulers(self, interval: str, count: int) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            plateau = isinstance(config.scheduler, ReduceLROnPlateau)
-            if config.interval == interval and not plateau and count % config.frequency == 0:
-                self.lr_scheduler_step(config.scheduler, None)
 
     def _log(self) -> None:
         losses = {f"{name}_loss": loss for name, loss in self._losses.items()}

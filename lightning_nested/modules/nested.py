@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -30,6 +30,7 @@ from lightning_nested.hyperparameters import (
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 from lightning_nested.modules.cycles import Cycle, InnerProblem
+from lightning_nested.modules.schedulers import step_plateau_schedulers, step_schedulers
 from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions
 
 _HOOKS = "setup, on_fit_start, on_train_start, on_train_epoch_end, on_save_checkpoint and on_load_checkpoint"
@@ -178,13 +179,8 @@ class NestedModule(LightningModule):
         optimizer = self._make_inner(self.inner_parameters())
         if self._make_inner_scheduler is None:
             return optimizer
-        scheduler = self._make_inner_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
-            }
-        return [optimizer], [scheduler]
+        # Plateau schedulers too: Lightning drops a "monitor" key in manual optimization, with a warning.
+        return [optimizer], [self._make_inner_scheduler(optimizer)]
 
     # ---- lifecycle
 
@@ -283,9 +279,9 @@ class NestedModule(LightningModule):
                 self._outer_step(outcome, self._problem)
             elif outcome is not None:
                 self._skip(outcome)
-            self._step_schedulers("step", self.inner_steps)
+            step_schedulers(self, "step", self.inner_steps)
         if last:
-            self._step_schedulers("epoch", self.current_epoch + 1)
+            step_schedulers(self, "epoch", self.current_epoch + 1)
         return {"loss": loss}
 
     @override
@@ -300,15 +296,7 @@ class NestedModule(LightningModule):
         if self._cycle is not None and self.gradient.ends_with_epoch and self._position > 0:
             self._cycle.drop()
             self._position = 0
-        for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                metric = self.trainer.callback_metrics.get(str(config.monitor))
-                if metric is None:
-                    raise MisconfigurationException(
-                        f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged. "
-                        f"Got {sorted(self.trainer.callback_metrics)}."
-                    )
-                self.lr_scheduler_step(config.scheduler, metric)
+        step_plateau_schedulers(self)
 
     @override
     def teardown(self, stage: str) -> None:
@@ -429,12 +417,6 @@ class NestedModule(LightningModule):
                     )
                 for group, rate in zip(self._optimizer().param_groups, hyperparameter.rates(), strict=True):
                     group["lr"] = float(rate.detach())
-
-    def _step_schedulers(self, interval: str, count: int) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            plateau = isinstance(config.scheduler, ReduceLROnPlateau)
-            if config.interval == interval and not plateau and count % config.frequency == 0:
-                self.lr_scheduler_step(config.scheduler, None)
 
     def _bind(self) -> None:
         """Hyperparameters that the inner loss reads become attributes."""

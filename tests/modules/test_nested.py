@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional
@@ -512,6 +513,19 @@ def test_schedulers_step() -> None:
     fit.fit(module, loader(1), loader(2))
     assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05)
     assert module.outer.optimizer.param_groups[0]["lr"] == pytest.approx(0.25)
+
+
+def test_a_plateau_scheduler_steps_on_the_metric_it_names() -> None:
+    module = Classifier(
+        inner_scheduler=lambda o: ReduceLROnPlateau(
+            o, monitor="hypergradient/outer_loss", patience=0, threshold=1e9, threshold_mode="abs", factor=0.5
+        )
+    )
+    fit = trainer(max_epochs=3)
+    fit.fit(module, loader(1), loader(2))
+    start = module.configure_optimizers()[0][0].param_groups[0]["lr"]  # type: ignore[call-overload,index]
+    # No epoch improves by the threshold: the first sets the mark, each later one halves.
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(start / 4, rel=1e-12)
 
 
 def test_weights_without_gradients_give_no_nan_in_adam() -> None:
