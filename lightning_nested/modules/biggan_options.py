@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_nested.modules.adversarial import AdversarialLoss, DiffAugment, GradientRegularizer, Hinge
+from lightning_nested.networks.biggan import Initialization
 
 BatchNormMode = Literal["running", "batch", "standing"]
 
@@ -23,7 +24,7 @@ class BigGANNetworks:
         attention: Sides with self-attention, in both networks.
         shared_dim: Width of a class embedding shared by all layers of the generator; 0: one per layer.
         hierarchical: Give each generator block its own slice of z.
-        initialization: ``"normal"`` or ``"orthogonal"``.
+        initialization: ``"normal"``, ``"orthogonal"`` or ``"default"``.
     """
 
     width: int = 64
@@ -34,7 +35,7 @@ class BigGANNetworks:
     attention: tuple[int, ...] = ()
     shared_dim: int = 0
     hierarchical: bool = False
-    initialization: Literal["normal", "orthogonal"] = "normal"
+    initialization: Initialization = "normal"
 
 
 @dataclass(frozen=True, kw_only=True)
