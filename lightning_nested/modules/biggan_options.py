@@ -24,7 +24,7 @@ class BigGANNetworks:
         attention: Sides with self-attention, in both networks.
         shared_dim: Width of a class embedding shared by all layers of the generator; 0: one per layer.
         hierarchical: Give each generator block its own slice of z.
-        initialization: ``"normal"``, ``"orthogonal"`` or ``"default"``.
+        initialization: ``"normal"`` or ``"orthogonal"``.
     """
 
     width: int = 64
