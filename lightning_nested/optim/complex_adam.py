@@ -43,8 +43,8 @@ class ComplexAdam(GameOptimizer):
             AdamW).
         debias: Adam's factor and correction of the first moment.
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
-            float64 tensors; it changes nothing for others.
+        compiled: Run steps in C on CPU, in one sweep over memory instead of three; needs a C compiler. For contiguous
+            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 

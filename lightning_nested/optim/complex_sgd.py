@@ -42,8 +42,8 @@ class ComplexSGD(GameOptimizer):
         phase: arg β in radians, in [−π, π].
         weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled: it enters the momentum).
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
-            float64 tensors; it changes nothing for others.
+        compiled: Run steps in C on CPU, in one sweep over memory instead of two; needs a C compiler. For contiguous
+            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 

@@ -111,7 +111,7 @@ def library() -> ctypes.CDLL | None:
         return _compile()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         warnings.warn(
-            f"compiled=True needs a C compiler. Got: {error} Steps run without it, in about twice the time; install "
+            f"compiled=True needs a C compiler. Got: {error} Steps run without it, more slowly; install "
             "gcc or clang, or name one in the variable CC.",
             stacklevel=2,
         )
