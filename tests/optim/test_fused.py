@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -75,6 +75,8 @@ def test_equal_to_the_ordinary_step(
     calls: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert fused.works()
+    calls.clear()
     monkeypatch.setattr(walk, "TILE", 700)
     monkeypatch.setattr(walk, "SMALL", 10)
     shapes = ((3, 5), (), (0,), (2000,), (4,))
@@ -92,6 +94,8 @@ def test_equal_to_the_ordinary_step(
 def test_where_errors_would_grow_it_is_not_taken(
     kind: type[GameOptimizer], options: dict[str, Any], calls: list[str]
 ) -> None:
+    assert fused.works()
+    calls.clear()
     run(kind, Quadratic(), **options)
     assert not calls
 
@@ -119,10 +123,31 @@ def test_turn_is_a_scaled_rotation() -> None:
     torch.testing.assert_close(b, torch.tensor([-0.5, 0.6], dtype=torch.float64))
 
 
-def test_a_torch_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """As in a process that has taken no step yet."""
+    fused.works.cache_clear()
+    yield
+    fused.works.cache_clear()
+
+
+def refuses(*args: Any, **options: Any) -> None:
+    raise RuntimeError("params and grads share memory")
+
+
+@pytest.mark.parametrize("kernel", [None, lambda *args, **options: None, lambda params: None, refuses])
+def test_a_torch_without_the_kernels_or_with_others(
+    kernel: Callable[..., None] | None, untried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fused.works()
     expected = run(ComplexAdam, Quadratic(), lr=0.01)
-    monkeypatch.delattr(torch, "_fused_adam_")
+    fused.works.cache_clear()
+    if kernel is None:
+        monkeypatch.delattr(torch, "_fused_sgd_")
+    else:
+        monkeypatch.setattr(torch, "_fused_sgd_", kernel)
     compare(run(ComplexAdam, Quadratic(), lr=0.01), expected, 20)
+    assert not fused.works()
 
 
 @pytest.mark.parametrize(
