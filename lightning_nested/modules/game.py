@@ -315,8 +315,8 @@ class GameModule(LightningModule):
         if ends:
             self.game_updates += 1
             self.on_game_update()
-            step_schedulers(self, "step", self.game_updates)
             self._log()
+            step_schedulers(self, "step", self.game_updates)
         if last:
             step_schedulers(self, "epoch", self.current_epoch + 1)
         return dict(self._losses)
@@ -427,19 +427,21 @@ class GameModule(LightningModule):
             player.set_gradient(gradient)
 
     def _log(self) -> None:
-        losses = {f"{name}_loss": loss for name, loss in self._losses.items()}
-        # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps.
-        self.log_dict(losses, prog_bar=True, logger=False)
-        self.log("game_updates", float(self.game_updates), logger=False)
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every == 0 or self.game_updates % every:
-            return
-        further = self.game_metrics()
-        self.log_dict(further, prog_bar=True, logger=False)
-        metrics = losses | further
-        # Not by self.log: Lightning's x axis counts batches.
-        for logger in self.trainer.loggers:
-            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.game_updates)
+        trainer = self.trainer
+        metrics: dict[str, Any] = {f"{name}_loss": loss for name, loss in self._losses.items()}
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every > 0 and self.game_updates % every == 0
+        if due:
+            metrics |= self.game_metrics()
+            # Not by self.log: Lightning's x axis counts batches.
+            for logger in trainer.loggers:
+                logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.game_updates)
+        # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps. Not by self.log: it costs
+        # as much as a small game's update, to aggregate what nobody asks for.
+        shown = {k: torch.as_tensor(v, device=self.device) for k, v in metrics.items()}
+        trainer.callback_metrics.update(shown, game_updates=torch.tensor(float(self.game_updates)))
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_metrics.update({k: float(v) for k, v in metrics.items()})
 
 
 def check_names(what: str, given: Mapping[str, Any], players: Mapping[str, nn.Module]) -> None:

@@ -99,6 +99,34 @@ def test_a_plateau_scheduler_honours_its_frequency() -> None:
     assert [o.param_groups[0]["lr"] for o in fit.optimizers] == [0.1, 0.05]  # after epochs 2 and 4
 
 
+def test_a_plateau_scheduler_of_the_interval_step_follows_game_updates() -> None:
+    """It sees the metric of the same update, among them the losses, which the module logs itself."""
+
+    class Own(Sums):
+        def configure_optimizers(self) -> Any:
+            x, y = (torch.optim.SGD(p.parameters(), lr=0.1) for p in self.players().values())
+            watch = [
+                ReduceLROnPlateau(o, monitor=name, patience=0, factor=0.5, threshold=0.0)
+                for o, name in ((x, "watched"), (y, "y_loss"))
+            ]
+            return [x, y], [
+                {"scheduler": s, "interval": "step", "frequency": n}
+                for s, n in zip(watch, (1, 2), strict=True)
+            ]
+
+        def on_game_update(self) -> None:
+            self.log("watched", float(self.game_updates > 2))  # 0, 0, 1, 1
+
+    module = Own(update="simultaneous")
+    fit = trainer(max_epochs=1)
+    fit.fit(module, DataLoader(torch.ones(4)))
+    x, y = (config.scheduler for config in fit.lr_scheduler_configs)
+    assert fit.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**3
+    assert (x.last_epoch, y.last_epoch) == (4, 2)
+    assert min(x.best, 1.0) == 0.0
+    assert y.best <= float(module._losses["y"]) + 1e-6
+
+
 def test_a_plateau_scheduler_without_monitor_is_refused() -> None:
     module = Sums(scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o))
     with pytest.raises(MisconfigurationException, match=r"cli.ReduceLROnPlateau\(optimizer, monitor="):
@@ -362,6 +390,19 @@ def test_player_losses_that_lack_a_player(losses: Any, match: str) -> None:
     module = Sums(update="simultaneous")
     module.player_losses = lambda names, batch: losses(module)  # type: ignore[method-assign]
     with pytest.raises(MisconfigurationException, match=match):
+        trainer().fit(module, BATCHES)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, "a closure of its own"])
+def test_an_optimizer_that_needs_a_closure_is_refused(kind: Any) -> None:
+    class Closing(torch.optim.SGD):
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
+            return closure()
+
+    module = Sums(optimizer=lambda p: (Closing if isinstance(kind, str) else kind)(p, lr=0.1))
+    with pytest.raises(
+        MisconfigurationException, match=r"Got (LBFGS|Closing), whose step\(\) needs a closure; use"
+    ):
         trainer().fit(module, BATCHES)
 
 
