@@ -266,6 +266,15 @@ def test_a_checkpoint_read_for_its_weights_does_not_move_the_next_fits_clock(
     assert (module.game_updates, resumed.global_step, module.gradient_evaluations) == (8, 8, 16)
 
 
+def test_a_finished_run_that_is_resumed_knows_its_clock(tmp_path: Path) -> None:
+    fit = trainer(max_epochs=3)
+    fit.fit(Sums(), BATCHES)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    module = Sums()
+    trainer(max_epochs=3).fit(module, BATCHES, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert (module.game_updates, module.gradient_evaluations) == (6, 12)
+
+
 def test_a_new_trainer_begins_a_round_of_its_own() -> None:
     class Fragile(Sums):
         fails = True
@@ -406,7 +415,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused(kind: Any) -> None:
         trainer().fit(module, BATCHES)
 
 
-@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start"])
 def test_a_hook_overridden_without_super_is_named(hook: str) -> None:
     module = Sums()
     setattr(module, hook, lambda *_, **__: None)
