@@ -345,7 +345,7 @@ class BigGAN(GANModule):
         assert labels is not None
         generator = seeded(self.device, self.sampling.seed, stage, self.global_rank, batch_idx)
         running = Sampling(batch_size=len(images))
-        fakes = self.sample(labels, sampling=running, generator=generator)
+        fakes = self.sample(labels, sampling=running, generator=generator).to(images.dtype)
         real, fake = (widened(self.discriminator(x, labels)) for x in (images, fakes))
         metrics = {
             f"{stage}_discriminator_loss": self.loss.discriminator(real, fake),

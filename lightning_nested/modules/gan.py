@@ -126,9 +126,12 @@ class GANModule(GameModule):
 
     def generator_loss(self, batch: Any) -> Tensor:
         """L_G on as many fakes as the batch has examples."""
+        real = self.real_data(batch)[0]
         fakes = self.step_cache.pop("fakes", None)
-        fake, labels = self.fakes(len(self.real_data(batch)[0])) if fakes is None else fakes
-        return self.loss.generator(widened(self.discriminate(self._augmented(widened(fake)), labels)))
+        fake, labels = self.fakes(len(real)) if fakes is None else fakes
+        # In the precision of the data, as the discriminator's step has them: autocast made them in half of it.
+        fake = self._augmented(fake.to(real.dtype))
+        return self.loss.generator(widened(self.discriminate(fake, labels)))
 
     def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Data and, in a conditional model, labels of a batch."""
