@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_nested.callbacks.evaluators import Batches, Evaluator, FeatureExtractor, InceptionEvaluator
@@ -29,6 +30,7 @@ from lightning_nested.callbacks.real_statistics import (
 Split = Literal["train", "val", "test"]
 Score = Literal["frechet", "kernel", "inception_score", "precision_recall", "agreement"]
 BatchNormMode = Literal["running", "batch", "standing"]
+_NUMBERS_AT_ONCE = 2**28  # of generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px
 
 
 class ClassConditionalSampler(Protocol):
@@ -120,6 +122,7 @@ class GenerativeMetrics(Callback):
         self._extractor: FeatureExtractor | None = None
         self._real: RealStatistics | None = None
         self._validations = 0
+        self._numbers_per_image = 1
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -161,15 +164,21 @@ class GenerativeMetrics(Callback):
         extractor.to(pl_module.device)
         for mode in self.batch_norm:
             rng = torch.Generator(pl_module.device).manual_seed(self.seed * 1_000_003 + trainer.global_rank)
-            images = generator_of.sample_for_metrics(mine, batch_norm=mode, generator=rng)
-            features, logits = extract(extractor, images.float(), pl_module.device)
+            made = []
+            for part in torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image)):
+                images = generator_of.sample_for_metrics(part, batch_norm=mode, generator=rng)
+                made.append(extract(extractor, images.float(), pl_module.device))
+            features = torch.cat([f for f, _ in made])
+            logits = None if made[0][1] is None else torch.cat([y for _, y in made if y is not None])
             parts = gather(trainer, (features, logits))
             features = interleave([part[0] for part in parts])
             logits = None if parts[0][1] is None else interleave([part[1] for part in parts])
             found: dict[str, float] = {}
             if trainer.is_global_zero:
                 with RandomStream(self.seed):
-                    found = self._scores(real, features, logits, labels, extractor.judges_classes)
+                    found = self._scores(
+                        real, features, logits, labels, extractor.judges_classes, pl_module.device
+                    )
             found = trainer.strategy.broadcast(found)
             self._report(trainer, pl_module, mode, found)
         extractor.cpu()
@@ -186,10 +195,12 @@ class GenerativeMetrics(Callback):
             assert self._extractor is not None
             self._check_count("num_samples", self.num_samples, self._extractor)
             self._extractor.to(trainer.strategy.root_device)
+            images = list(self._batches(trainer, self.split)())
+            self._numbers_per_image = max((batch[0][0].numel() for batch in images), default=1)
             self._real = real_statistics(
                 trainer,
                 self._extractor,
-                self._batches(trainer, self.split)(),
+                images,
                 num_features_kept=self.num_samples,
                 cache=cache,
             )
@@ -225,7 +236,7 @@ class GenerativeMetrics(Callback):
 
         def batches() -> Iterable[Any]:
             with RandomStream(self.seed):  # a shuffling loader draws from the global stream
-                return list(getattr(datamodule, f"{split}_dataloader")())
+                return list(_whole(getattr(datamodule, f"{split}_dataloader")()))
 
         return batches
 
@@ -236,6 +247,7 @@ class GenerativeMetrics(Callback):
         logits: Tensor | None,
         labels: Tensor,
         judges_classes: bool,
+        device: torch.device,
     ) -> dict[str, float]:
         inception = self.evaluator.is_inception
         found: dict[str, float] = {}
@@ -248,7 +260,8 @@ class GenerativeMetrics(Callback):
             name = "inception_score" if inception else "classifier_score"
             found[name] = inception_score(logits, self.options)
         if "precision_recall" in self.scores:
-            found |= precision_recall(real.features, features, self.options)
+            # All pairs of samples, which is most of the work: the other processes wait, and not for ever.
+            found |= precision_recall(real.features.to(device), features.to(device), self.options)
         if "agreement" in self.scores and judges_classes and logits is not None:
             right = (logits.argmax(dim=1) == labels).float()
             found["agreement"] = float(right.mean())
@@ -279,6 +292,22 @@ class GenerativeMetrics(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _whole(loader: Any) -> Iterable[Any]:
+    """A loader of all its images: one for training leaves out those that fill no batch."""
+    if not (isinstance(loader, DataLoader) and loader.drop_last) or isinstance(
+        loader.dataset, IterableDataset
+    ):
+        return loader
+    if len(loader.sampler) != len(loader.dataset):  # type: ignore[arg-type]  # one that chooses, or repeats
+        return loader
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+    )
 
 
 # ---- the libraries' scores, from the features of all processes: process 0 alone computes them, so no metric may
@@ -341,8 +370,9 @@ def inception_score(logits: Tensor, options: ScoreOptions) -> float:
         metric = InceptionScore(
             feature=_Given(logits.shape[1]), splits=options.inception_splits, sync_on_compute=False
         )
-    metric.update(logits)
-    return float(metric.compute()[0])
+        metric.update(logits)
+        warnings.filterwarnings("ignore", "std")  # of one split, which nobody asked for
+        return float(metric.compute()[0])
 
 
 def precision_recall(real: Tensor, features: Tensor, options: ScoreOptions) -> dict[str, float]:
