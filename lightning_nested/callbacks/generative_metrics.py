@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -52,12 +53,20 @@ class ScoreOptions:
         kernel_subset_size: Images in each; at most the number of samples.
         inception_splits: Parts that the Inception Score is averaged over.
         neighborhood: k of precision and recall.
+
+    Raises:
+        ValueError: If a number is below 1.
     """
 
     kernel_subsets: int = 100
     kernel_subset_size: int = 1000
     inception_splits: int = 10
     neighborhood: int = 3
+
+    def __post_init__(self) -> None:
+        wrong = {name: value for name, value in asdict(self).items() if value < 1}
+        if wrong:
+            raise ValueError(f"Options of scores must be at least 1. Got {wrong}.")
 
 
 class GenerativeMetrics(Callback):
@@ -115,6 +124,8 @@ class GenerativeMetrics(Callback):
             )
         if split not in ("train", "val", "test"):
             raise ValueError(f"split must be 'train', 'val' or 'test'. Got {split!r}.")
+        _check_among("scores", scores, get_args(Score))
+        _check_among("batch_norm", batch_norm, get_args(BatchNormMode))
         self.evaluator, self.num_samples, self.split = evaluator, num_samples, split
         self.batch_norm, self.scores, self.options = tuple(batch_norm), tuple(scores), options
         self.every_n_validations, self.cache, self.seed = every_n_validations, cache, seed
@@ -143,8 +154,24 @@ class GenerativeMetrics(Callback):
         if trainer.sanity_checking:
             return
         self._validations += 1
-        if not trainer.training or self._validations % self.every_n_validations == 0:
+        # Not trainer.training, which is False in a validation within fit too.
+        alone = trainer.state.fn != TrainerFn.FITTING
+        if alone or self._validations % self.every_n_validations == 0:
             self._score(trainer, pl_module)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        where = {"evaluator": self.evaluator.name, "split": self.split, "num_samples": self.num_samples}
+        return self._generate_state_key(**where, batch_norm=self.batch_norm, scores=self.scores)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,6 +242,11 @@ class GenerativeMetrics(Callback):
                 f"A Fréchet distance needs more images than features. Got {count} ({what}) with the "
                 f"{extractor.num_features} features of {self.evaluator.name!r}: the covariance would be singular. "
                 "Raise num_samples (50000 is usual), or leave 'frechet' out of scores."
+            )
+        if "precision_recall" in self.scores and count <= self.options.neighborhood:
+            raise MisconfigurationException(
+                f"Precision and recall look at the {self.options.neighborhood} nearest of more images. Got {count} "
+                f"({what}). Raise num_samples, lower ScoreOptions(neighborhood=...), or leave them out of scores."
             )
 
     def _judge_the_judge(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path) -> None:
@@ -292,6 +324,14 @@ class GenerativeMetrics(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown or isinstance(given, str) or not given:
+        raise ValueError(
+            f"{what} must be a list of {', '.join(known)}. Got {given if isinstance(given, str) else list(given)}."
+        )
 
 
 def _whole(loader: Any) -> Iterable[Any]:

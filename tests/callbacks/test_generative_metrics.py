@@ -323,6 +323,37 @@ def test_fewer_samples_than_features(tmp_path: Path) -> None:
         scored(tmp_path, metrics)
 
 
+def test_fewer_samples_than_neighbours(tmp_path: Path) -> None:
+    metrics = GenerativeMetrics(
+        ModuleEvaluator(module=Pool(), label="pool"), num_samples=3, scores=("precision_recall",)
+    )
+    with pytest.raises(MisconfigurationException, match=r"3 nearest of more images. Got 3 \(num_samples\)"):
+        scored(tmp_path, metrics)
+
+
+def test_every_other_validation_also_of_a_resumed_run(tmp_path: Path) -> None:
+    """Validations 1, 2 | 3, 4 with ``every_n_validations=3``: the third is scored."""
+
+    def run(steps: int, **options: Any) -> int:
+        pool = ModuleEvaluator(module=Pool(), label="pool")
+        twice = [
+            GenerativeMetrics(pool, num_samples=n, scores=("frechet",), every_n_validations=3)
+            for n in (20, 30)
+        ]
+        fit = trainer(
+            max_steps=steps, callbacks=[*twice, SampleGrid(), SampleGrid(seed=1)], limit_val_batches=1,
+            val_check_interval=4, check_val_every_n_epoch=None, num_sanity_val_steps=0, default_root_dir=tmp_path,
+        )  # fmt: skip
+        fit.fit(module(), data(32), **options)
+        fit.save_checkpoint(tmp_path / "x.ckpt")
+        return len(list(tmp_path.glob("scores.jsonl")))
+
+    assert run(2) == 0
+    assert run(4, ckpt_path=tmp_path / "x.ckpt", weights_only=True) == 1
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [(line["game_updates"], line["samples"]) for line in lines] == [(3, 20), (3, 30)]
+
+
 def test_inception_without_network_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"must be a file. Got 'no.pth'. Download https://"):
         InceptionEvaluator(weights="no.pth").build(list, tmp_path)
@@ -363,6 +394,14 @@ def test_inception_from_a_weights_file(tmp_path: Path) -> None:
     [
         (lambda: GenerativeMetrics(num_samples=1), "num_samples must be at least 2"),
         (lambda: GenerativeMetrics(split="all"), "split must be 'train', 'val' or 'test'"),  # type: ignore[arg-type]
+        (lambda: GenerativeMetrics(scores=("fid",)), r"scores must be a list of frechet, .* Got \['fid'\]"),  # type: ignore[arg-type]
+        (lambda: GenerativeMetrics(scores="frechet"), "scores must be a list of .* Got frechet"),  # type: ignore[arg-type]
+        (
+            lambda: GenerativeMetrics(batch_norm=("train",)),
+            "batch_norm must be a list of running, batch, standing",
+        ),  # type: ignore[arg-type]
+        (lambda: ScoreOptions(kernel_subsets=0), r"at least 1. Got \{'kernel_subsets': 0\}"),
+        (lambda: SampleGrid(batch_norm="train"), "running, batch or standing. Got 'train'"),
         (lambda: SampleGrid(0), "every_n_updates and per_class must be at least 1"),
     ],
 )
