@@ -334,13 +334,14 @@ def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def _whole(loader: Any) -> Iterable[Any]:
+def _whole(loader: Iterable[Any]) -> Iterable[Any]:
     """A loader of all its images: one for training leaves out those that fill no batch."""
     if not (isinstance(loader, DataLoader) and loader.drop_last) or isinstance(
         loader.dataset, IterableDataset
     ):
         return loader
-    if len(loader.sampler) != len(loader.dataset):  # type: ignore[arg-type]  # one that chooses, or repeats
+    sampler: Any = loader.sampler
+    if len(sampler) != len(loader.dataset):  # one that chooses, or repeats
         return loader
     return DataLoader(
         loader.dataset,
