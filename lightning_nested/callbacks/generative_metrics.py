@@ -341,10 +341,11 @@ def _whole(loader: Iterable[Any]) -> Iterable[Any]:
     ):
         return loader
     sampler: Any = loader.sampler
-    if len(sampler) != len(loader.dataset):  # one that chooses, or repeats
+    dataset: Any = loader.dataset
+    if len(sampler) != len(dataset):  # one that chooses, or repeats
         return loader
     return DataLoader(
-        loader.dataset,
+        dataset,
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
