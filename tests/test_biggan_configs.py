@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lightning_nested.cli import main
 from lightning_nested.modules import BigGAN
@@ -69,6 +71,34 @@ def test_the_reference_run_is_the_reference(configs: list[str], devices: int, ba
     assert type(discriminator).__name__ == "ComplexAdam"
     assert isinstance(generator, torch.optim.Adam)
     assert generator.defaults["betas"] == (0.0, 0.999)
+
+
+def test_the_number_of_gpus_changes_no_update() -> None:
+    """Images of a step over all processes: the reference's 50, or what its comment says."""
+    images = {}
+    for name in ("biggan_cifar10", "biggan_cifar10_1gpu", "biggan_cifar10_2gpu"):
+        found = yaml.safe_load((ROOT / f"lightning_nested/configs/{name}.yaml").read_text())
+        images[name] = found["trainer"]["devices"] * found["data"]["init_args"]["batch_size"]
+        # What would change updates: their number, steps in each, rates.
+        assert name == "biggan_cifar10" or set(found) == {"trainer", "data"}
+        assert name == "biggan_cifar10" or "max_steps" not in found["trainer"]
+    assert images == {"biggan_cifar10": 56, "biggan_cifar10_1gpu": 50, "biggan_cifar10_2gpu": 50}
+
+
+@pytest.mark.parametrize("name", ["biggan_cifar10", "biggan_smoke", "biggan_fashion_small"])
+def test_a_printed_configuration_is_the_same_configuration(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(config: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            NestedCLI(args=["fit", "--config", config, "--print_config"])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    first = printed(name)
+    assert re.search(r"class_path: lightning_nested\S*\.BigGAN$", first, re.MULTILINE)
+    (tmp_path / "again.yaml").write_text(first)
+    assert printed(str(tmp_path / "again.yaml")) == first
 
 
 @pytest.mark.parametrize(

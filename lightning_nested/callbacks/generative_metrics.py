@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_nested.callbacks.evaluators import Batches, Evaluator, FeatureExtractor, InceptionEvaluator
@@ -29,6 +31,7 @@ from lightning_nested.callbacks.real_statistics import (
 Split = Literal["train", "val", "test"]
 Score = Literal["frechet", "kernel", "inception_score", "precision_recall", "agreement"]
 BatchNormMode = Literal["running", "batch", "standing"]
+_NUMBERS_AT_ONCE = 2**28  # of generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px
 
 
 class ClassConditionalSampler(Protocol):
@@ -50,12 +53,20 @@ class ScoreOptions:
         kernel_subset_size: Images in each; at most the number of samples.
         inception_splits: Parts that the Inception Score is averaged over.
         neighborhood: k of precision and recall.
+
+    Raises:
+        ValueError: If a number is below 1.
     """
 
     kernel_subsets: int = 100
     kernel_subset_size: int = 1000
     inception_splits: int = 10
     neighborhood: int = 3
+
+    def __post_init__(self) -> None:
+        wrong = {name: value for name, value in asdict(self).items() if value < 1}
+        if wrong:
+            raise ValueError(f"Options of scores must be at least 1. Got {wrong}.")
 
 
 class GenerativeMetrics(Callback):
@@ -113,6 +124,8 @@ class GenerativeMetrics(Callback):
             )
         if split not in ("train", "val", "test"):
             raise ValueError(f"split must be 'train', 'val' or 'test'. Got {split!r}.")
+        _check_among("scores", scores, get_args(Score))
+        _check_among("batch_norm", batch_norm, get_args(BatchNormMode))
         self.evaluator, self.num_samples, self.split = evaluator, num_samples, split
         self.batch_norm, self.scores, self.options = tuple(batch_norm), tuple(scores), options
         self.every_n_validations, self.cache, self.seed = every_n_validations, cache, seed
@@ -120,6 +133,7 @@ class GenerativeMetrics(Callback):
         self._extractor: FeatureExtractor | None = None
         self._real: RealStatistics | None = None
         self._validations = 0
+        self._numbers_per_image = 1
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -140,8 +154,24 @@ class GenerativeMetrics(Callback):
         if trainer.sanity_checking:
             return
         self._validations += 1
-        if not trainer.training or self._validations % self.every_n_validations == 0:
+        # Not trainer.training, which is False in a validation within fit too.
+        alone = trainer.state.fn != TrainerFn.FITTING
+        if alone or self._validations % self.every_n_validations == 0:
             self._score(trainer, pl_module)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        where = {"evaluator": self.evaluator.name, "split": self.split, "num_samples": self.num_samples}
+        return self._generate_state_key(**where, batch_norm=self.batch_norm, scores=self.scores)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,15 +191,21 @@ class GenerativeMetrics(Callback):
         extractor.to(pl_module.device)
         for mode in self.batch_norm:
             rng = torch.Generator(pl_module.device).manual_seed(self.seed * 1_000_003 + trainer.global_rank)
-            images = generator_of.sample_for_metrics(mine, batch_norm=mode, generator=rng)
-            features, logits = extract(extractor, images.float(), pl_module.device)
+            made = []
+            for part in torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image)):
+                images = generator_of.sample_for_metrics(part, batch_norm=mode, generator=rng)
+                made.append(extract(extractor, images.float(), pl_module.device))
+            features = torch.cat([f for f, _ in made])
+            logits = None if made[0][1] is None else torch.cat([y for _, y in made if y is not None])
             parts = gather(trainer, (features, logits))
             features = interleave([part[0] for part in parts])
             logits = None if parts[0][1] is None else interleave([part[1] for part in parts])
             found: dict[str, float] = {}
             if trainer.is_global_zero:
                 with RandomStream(self.seed):
-                    found = self._scores(real, features, logits, labels, extractor.judges_classes)
+                    found = self._scores(
+                        real, features, logits, labels, extractor.judges_classes, pl_module.device
+                    )
             found = trainer.strategy.broadcast(found)
             self._report(trainer, pl_module, mode, found)
         extractor.cpu()
@@ -186,10 +222,12 @@ class GenerativeMetrics(Callback):
             assert self._extractor is not None
             self._check_count("num_samples", self.num_samples, self._extractor)
             self._extractor.to(trainer.strategy.root_device)
+            images = list(self._batches(trainer, self.split)())
+            self._numbers_per_image = max((batch[0][0].numel() for batch in images), default=1)
             self._real = real_statistics(
                 trainer,
                 self._extractor,
-                self._batches(trainer, self.split)(),
+                images,
                 num_features_kept=self.num_samples,
                 cache=cache,
             )
@@ -204,6 +242,11 @@ class GenerativeMetrics(Callback):
                 f"A Fréchet distance needs more images than features. Got {count} ({what}) with the "
                 f"{extractor.num_features} features of {self.evaluator.name!r}: the covariance would be singular. "
                 "Raise num_samples (50000 is usual), or leave 'frechet' out of scores."
+            )
+        if "precision_recall" in self.scores and count <= self.options.neighborhood:
+            raise MisconfigurationException(
+                f"Precision and recall look at the {self.options.neighborhood} nearest of more images. Got {count} "
+                f"({what}). Raise num_samples, lower ScoreOptions(neighborhood=...), or leave them out of scores."
             )
 
     def _judge_the_judge(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path) -> None:
@@ -225,7 +268,7 @@ class GenerativeMetrics(Callback):
 
         def batches() -> Iterable[Any]:
             with RandomStream(self.seed):  # a shuffling loader draws from the global stream
-                return list(getattr(datamodule, f"{split}_dataloader")())
+                return list(_whole(getattr(datamodule, f"{split}_dataloader")()))
 
         return batches
 
@@ -236,6 +279,7 @@ class GenerativeMetrics(Callback):
         logits: Tensor | None,
         labels: Tensor,
         judges_classes: bool,
+        device: torch.device,
     ) -> dict[str, float]:
         inception = self.evaluator.is_inception
         found: dict[str, float] = {}
@@ -248,7 +292,8 @@ class GenerativeMetrics(Callback):
             name = "inception_score" if inception else "classifier_score"
             found[name] = inception_score(logits, self.options)
         if "precision_recall" in self.scores:
-            found |= precision_recall(real.features, features, self.options)
+            # All pairs of samples, which is most of the work: the other processes wait, and not for ever.
+            found |= precision_recall(real.features.to(device), features.to(device), self.options)
         if "agreement" in self.scores and judges_classes and logits is not None:
             right = (logits.argmax(dim=1) == labels).float()
             found["agreement"] = float(right.mean())
@@ -279,6 +324,32 @@ class GenerativeMetrics(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown or isinstance(given, str) or not given:
+        raise ValueError(
+            f"{what} must be a list of {', '.join(known)}. Got {given if isinstance(given, str) else list(given)}."
+        )
+
+
+def _whole(loader: Iterable[Any]) -> Iterable[Any]:
+    """A loader of all its images: one for training leaves out those that fill no batch."""
+    if not (isinstance(loader, DataLoader) and loader.drop_last) or isinstance(
+        loader.dataset, IterableDataset
+    ):
+        return loader
+    sampler: Any = loader.sampler
+    dataset: Any = loader.dataset
+    if len(sampler) != len(dataset):  # one that chooses, or repeats
+        return loader
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+    )
 
 
 # ---- the libraries' scores, from the features of all processes: process 0 alone computes them, so no metric may
@@ -341,8 +412,9 @@ def inception_score(logits: Tensor, options: ScoreOptions) -> float:
         metric = InceptionScore(
             feature=_Given(logits.shape[1]), splits=options.inception_splits, sync_on_compute=False
         )
-    metric.update(logits)
-    return float(metric.compute()[0])
+        metric.update(logits)
+        warnings.filterwarnings("ignore", "std")  # of one split, which nobody asked for
+        return float(metric.compute()[0])
 
 
 def precision_recall(real: Tensor, features: Tensor, options: ScoreOptions) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -58,7 +59,8 @@ class GeneratorEMA(Callback):
         self.updates = 0
         self._average: nn.Module | None = None
         self._saved: dict[str, Tensor] | None = None
-        self._swapped = False
+        self._begun = False  # whether the average is of anything but the network's first values
+        self._host: nn.Module | None = None  # the network whose place the average has now
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self._hook: RemovableHandle | None = None
 
@@ -70,7 +72,7 @@ class GeneratorEMA(Callback):
     @property
     def stands_in(self) -> bool:
         """Whether the generator has the averaged values now."""
-        return self._swapped
+        return self._host is not None
 
     def averaged(self) -> nn.Module:
         """A copy of the network with averaged weights and buffers, in evaluation mode: for export.
@@ -83,16 +85,18 @@ class GeneratorEMA(Callback):
                 "GeneratorEMA has no average yet. Got averaged() before fit, validate, test or predict; "
                 "call one of them with ckpt_path=..., then averaged()."
             )
-        if self._swapped:
+        if self.stands_in:
             raise RuntimeError("averaged() must not be called while the average stands in for the generator.")
         copy = deepcopy(self._average).eval()
+        if self._saved is not None:
+            copy.load_state_dict(self._saved)
         _match_spectral_norm(copy)
         return copy
 
     @contextmanager
     def swapped(self, pl_module: LightningModule) -> Iterator[None]:
         """Inside, the generator has the averaged values."""
-        self._stand_in(pl_module)
+        self._stand_in(None, pl_module)
         try:
             yield
         finally:
@@ -104,14 +108,16 @@ class GeneratorEMA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._average is None:
             self._average = deepcopy(self._network(pl_module)).requires_grad_(False)
-            if self._saved is not None:
-                self._average.load_state_dict(self._saved)
-                self._saved = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        average, network = self._pair(pl_module)
-        average.to(pl_module.device)
+        network = self._network(pl_module)
+        _, precision = self._matched(network), next(network.parameters()).dtype
+        if precision in (torch.float16, torch.bfloat16):
+            raise MisconfigurationException(
+                "GeneratorEMA needs weights of float32 or more: in half precision an average stands still, since a "
+                f"step of 1 - decay is below its resolution. Got {precision}; use precision='bf16-mixed'."
+            )
         wanted = {id(p) for p in network.parameters() if p.requires_grad}
         owners = [
             optimizer
@@ -133,10 +139,9 @@ class GeneratorEMA(Callback):
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """One step of the recurrence; called after each step of the generator's optimizer."""
-        if self._average is None:
-            raise RuntimeError("GeneratorEMA.update needs setup. Got a callback without an average.")
+        averages = _tensors(self._matched(network))
+        self._begun = True
         weight = 1.0 if self.updates <= self.start else 1.0 - self.decay
-        averages = _tensors(self._average)
         for name, value in _tensors(network).items():
             average = averages[name]
             copied = not average.is_floating_point() or (
@@ -149,7 +154,7 @@ class GeneratorEMA(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stand_in(pl_module)
+        self._stand_in(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,7 +162,7 @@ class GeneratorEMA(Callback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stand_in(pl_module)
+        self._stand_in(trainer, pl_module)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,7 +170,7 @@ class GeneratorEMA(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stand_in(pl_module)
+        self._stand_in(trainer, pl_module)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,7 +178,7 @@ class GeneratorEMA(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._swapped:
+        if self.stands_in:
             self._step_back(pl_module)
 
     @override
@@ -184,52 +189,78 @@ class GeneratorEMA(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        average: dict[str, Tensor] | None = self._saved
-        if self._average is not None:
-            average = {name: value.detach().clone() for name, value in self._average.state_dict().items()}
+        average = self._saved
+        if self._average is not None and average is None:
+            now = self._average if self._host is None else self._host
+            average = {name: value.detach().clone() for name, value in now.state_dict().items()}
+            if self._host is not None:
+                for name, (u, v) in self._vectors.items():  # as they were before they were matched
+                    prefix = f"{name}." if name else ""
+                    average |= {f"{prefix}u": u.clone(), f"{prefix}v": v.clone()}
         return {"updates": self.updates, "average": average}
 
     @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """In a checkpoint made during validation, as SLURM's signal may ask for, raw weights are the module's."""
+        if self._host is not None and self._average is not None:
+            for name, value in self._average.state_dict().items():
+                checkpoint["state_dict"][f"{self.module}.{name}"] = value.detach().clone()
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.updates, saved = state_dict["updates"], state_dict["average"]
-        if self._average is None:
-            self._saved = saved  # until setup knows the network
-        elif saved is not None:
-            self._average.load_state_dict(saved)
+        # Until the network is known, and where and how precise it is.
+        self.updates, self._saved = state_dict["updates"], state_dict["average"]
 
     # ---- the exchange
 
-    def _stand_in(self, pl_module: LightningModule) -> None:
-        average, network = self._pair(pl_module)
-        average.to(next(network.parameters()).device)
-        self._swap(pl_module)
+    @torch.inference_mode(False)  # what is made in validation is trained on afterwards
+    @torch.no_grad()
+    def _matched(self, network: nn.Module) -> nn.Module:
+        """The average, on the network's device and as precise; before any update the network's own values."""
+        if self._average is None:
+            raise RuntimeError(
+                "GeneratorEMA needs setup before it is used. Got a callback without an average."
+            )
+        self._average.to(next(network.parameters()))
+        if self._saved is not None:
+            self._average.load_state_dict(self._saved)
+            self._saved, self._begun = None, True
+        elif not self._begun:  # setup came before a checkpoint was loaded into the network
+            self._average.load_state_dict(network.state_dict())
+        return self._average
+
+    def _stand_in(self, trainer: Trainer | None, pl_module: LightningModule) -> None:
+        network = self._network(pl_module)
+        average = self._matched(network)
+        if not self._begun and trainer is not None and trainer.ckpt_path is not None:
+            rank_zero_warn(
+                f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
+                "evaluated. Give module and decay as in training."
+            )
+        self._swap(network, average)
+        self._host = network
         self._vectors = {
             name: (layer.u.clone(), layer.v.clone()) for name, layer in spectral_norm_layers(network).items()
         }
         _match_spectral_norm(network)
 
     def _step_back(self, pl_module: LightningModule) -> None:
-        _, network = self._pair(pl_module)
+        network, average = self._network(pl_module), self._average
+        assert average is not None
         for name, layer in spectral_norm_layers(network).items():
             u, v = self._vectors[name]
             layer.u.copy_(u)
             layer.v.copy_(v)
-        self._swap(pl_module)
+        self._swap(network, average)
+        self._host = None
 
-    def _swap(self, pl_module: LightningModule) -> None:
-        average, network = self._pair(pl_module)
+    def _swap(self, network: nn.Module, average: nn.Module) -> None:
         here, there = _tensors(network), _tensors(average)
         for name, value in here.items():
             # The storages change places: no copy, and parameters stay those that the optimizer holds.
             value.data, there[name].data = there[name].data, value.data
-        self._swapped = not self._swapped
-
-    def _pair(self, pl_module: LightningModule) -> tuple[nn.Module, nn.Module]:
-        if self._average is None:
-            raise RuntimeError(
-                "GeneratorEMA needs setup before it is used. Got a callback without an average."
-            )
-        return self._average, self._network(pl_module)
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         network = getattr(pl_module, self.module, None)

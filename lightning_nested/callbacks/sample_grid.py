@@ -30,7 +30,7 @@ class SampleGrid(Callback):
         seed: Of z.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or ``batch_norm`` is none of these.
         MisconfigurationException: If the module cannot make samples of a class.
     """
 
@@ -41,6 +41,8 @@ class SampleGrid(Callback):
             raise ValueError(
                 f"every_n_updates and per_class must be at least 1. Got {every_n_updates} and {per_class}."
             )
+        if batch_norm not in ("running", "batch", "standing"):
+            raise ValueError(f"batch_norm must be running, batch or standing. Got {batch_norm!r}.")
         self.every_n_updates, self.per_class = every_n_updates, per_class
         self.batch_norm, self.seed = batch_norm, seed
         self._last = 0
@@ -65,6 +67,16 @@ class SampleGrid(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._last:
             self._show(trainer, pl_module, trainer.global_step)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            every_n_updates=self.every_n_updates,
+            per_class=self.per_class,
+            batch_norm=self.batch_norm,
+            seed=self.seed,
+        )
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from torch.nn import functional
 Score = Callable[[Tensor], Tensor]
 """From images to one number each, at labels that are fixed."""
 
+GANLoss = Literal["hinge", "non_saturating", "wasserstein"]
+"""Losses by name; see :func:`adversarial_loss`."""
+
 
 @dataclass(frozen=True)
 class AdversarialLoss(ABC):
@@ -85,6 +88,30 @@ class Wasserstein(AdversarialLoss):
         return -fake.mean()
 
 
+_BY_NAME: dict[str, AdversarialLoss] = {
+    "hinge": Hinge(),
+    "non_saturating": NonSaturating(),
+    "wasserstein": Wasserstein(),
+}
+
+
+def adversarial_loss(loss: GANLoss | AdversarialLoss) -> AdversarialLoss:
+    """The loss of that name; one that is an object already stays as it is.
+
+    Raises:
+        ValueError: An unknown name.
+
+    Example:
+        >>> adversarial_loss("hinge")
+        Hinge()
+    """
+    if isinstance(loss, AdversarialLoss):
+        return loss
+    if loss not in _BY_NAME:
+        raise ValueError(f"loss must be one of {sorted(_BY_NAME)} or an AdversarialLoss. Got {loss!r}.")
+    return _BY_NAME[loss]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradientRegularizer(ABC):
     """A penalty on ∂D/∂x, added to the discriminator's loss; differentiates twice.
@@ -136,16 +163,22 @@ class GradientPenalty(GradientRegularizer):
         self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """See class."""
-        mix = torch.rand(len(real), 1, 1, 1, generator=generator, device=real.device, dtype=real.dtype)
+        shape = len(real), *[1] * (real.ndim - 1)
+        mix = torch.rand(shape, generator=generator, device=real.device, dtype=real.dtype)
         norm = (_squared_gradient_norm(score, torch.lerp(fake.to(real.dtype), real, mix)) + 1e-12).sqrt()
         return self.weight * (norm - 1.0).square().mean()
 
 
 def _squared_gradient_norm(score: Score, images: Tensor) -> Tensor:
-    images = images.detach().requires_grad_()
+    if not images.requires_grad:  # else they depend on the generator, as a spectrum wants to see
+        images = images.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(score(images).sum(), images, create_graph=True)
-    wide = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
-    return wide.square().flatten(1).sum(dim=1)
+    return widened(gradient).square().flatten(1).sum(dim=1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision as float32, in which sums and means are taken; anything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 Policy = Literal["color", "translation", "cutout"]
@@ -179,7 +212,13 @@ class DiffAugment:
             raise ValueError(f"policy must hold {', '.join(get_args(Policy))}. Got {unknown}.")
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """``(N, C, H, W)`` to the same shape; random numbers come from ``generator``."""
+        """``(N, C, H, W)`` to the same shape; random numbers come from ``generator``.
+
+        Raises:
+            ValueError: If these are no images.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"DiffAugment changes images (N, C, H, W). Got shape {tuple(images.shape)}.")
         steps = {"color": _color, "translation": _translation, "cutout": _cutout}
         for name in self.policy:
             images = steps[name](images, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nested.modules.adversarial import widened
 from lightning_nested.modules.biggan_options import (
     BatchNormMode,
     BigGANNetworks,
@@ -25,10 +26,11 @@ from lightning_nested.modules.biggan_options import (
     Execution,
     Sampling,
 )
-from lightning_nested.modules.game import GameModule
 from lightning_nested.modules.game_loop import GameLoop
+from lightning_nested.modules.gan import GANModule
 from lightning_nested.modules.sampling import interpolate, sample_images, seeded
-from lightning_nested.networks import Discriminator, Generator, frozen_power_iteration, singular_values
+from lightning_nested.networks import Discriminator, Generator, singular_values
+from lightning_nested.networks.biggan import check_labels
 from lightning_nested.networks.conditional_batch_norm import batch_norms
 
 
@@ -48,7 +50,31 @@ def float_betas(make: OptimizerCallable) -> OptimizerCallable:
 _ADAM = partial(torch.optim.Adam, lr=2e-4, betas=(0.0, 0.999), eps=1e-8)
 
 
-class BigGAN(GameModule):
+def build_networks(sizes: BigGANNetworks) -> tuple[Generator, Discriminator]:
+    """Generator and discriminator of these sizes, drawn from the global stream in this order."""
+    generator = Generator(
+        sizes.width,
+        sizes.latent_dim,
+        sizes.num_classes,
+        sizes.resolution,
+        image_channels=sizes.image_channels,
+        attention=sizes.attention,
+        shared_dim=sizes.shared_dim,
+        hierarchical=sizes.hierarchical,
+        initialization=sizes.initialization,
+    )
+    discriminator = Discriminator(
+        sizes.width,
+        sizes.num_classes,
+        sizes.resolution,
+        image_channels=sizes.image_channels,
+        attention=sizes.attention,
+        initialization=sizes.initialization,
+    )
+    return generator, discriminator
+
+
+class BigGAN(GANModule):
     """Brock, Donahue & Simonyan's class-conditional GAN, by default in the usual configuration for CIFAR-10.
 
     A round is 4 discriminator steps, each with a batch of fresh real images, z and labels, real and generated
@@ -78,7 +104,7 @@ class BigGAN(GameModule):
         execution: Memory format, compilation.
 
     Raises:
-        ValueError: Arguments out of range.
+        ValueError: Arguments out of range, or ``reuse_fakes`` without ``reuse_batch``.
         MisconfigurationException: In ``fit``: ``sync_batchnorm`` on CPU, or images that do not fit.
 
     Example:
@@ -87,6 +113,9 @@ class BigGAN(GameModule):
         >>> tuple(images.shape), bool(images.abs().max() <= 1)
         ((2, 3, 32, 32), True)
     """
+
+    generator: Generator
+    discriminator: Discriminator
 
     def __init__(
         self,
@@ -103,113 +132,75 @@ class BigGAN(GameModule):
         execution: Execution = Execution(),  # noqa: B008 - frozen
     ) -> None:
         schedulers = {"generator": generator_scheduler, "discriminator": discriminator_scheduler}
+        loop = GameLoop(reuse_batch=True) if loop is None else loop
+        if objective.reuse_fakes and not loop.reuse_batch:
+            raise ValueError(
+                "reuse_fakes=True needs a generator step on the batch of the discriminator's last. "
+                f"Got {loop}; set reuse_batch=True in it, or reuse_fakes=False."
+            )
+        generator, discriminator = build_networks(networks)
         super().__init__(
+            generator,
+            discriminator,
+            latent_dim=networks.latent_dim,
+            num_classes=networks.num_classes,
+            loss=objective.loss,
+            reuse_fakes=objective.reuse_fakes,
+            regularizers=objective.regularizers,
+            augment=objective.augment,
             optimizers={
                 "generator": float_betas(generator_optimizer),
                 "discriminator": float_betas(discriminator_optimizer),
             },
             schedulers={name: make for name, make in schedulers.items() if make is not None},
             steps_per_player={"discriminator": discriminator_steps},
-            loop=GameLoop(reuse_batch=True) if loop is None else loop,
+            loop=loop,
         )
         self.networks, self.objective = networks, objective
         self.sampling, self.execution = sampling, execution
-        sizes = networks
-        self.generator = Generator(
-            sizes.width,
-            sizes.latent_dim,
-            sizes.num_classes,
-            sizes.resolution,
-            image_channels=sizes.image_channels,
-            attention=sizes.attention,
-            shared_dim=sizes.shared_dim,
-            hierarchical=sizes.hierarchical,
-            initialization=sizes.initialization,
-        )
-        self.discriminator = Discriminator(
-            sizes.width,
-            sizes.num_classes,
-            sizes.resolution,
-            image_channels=sizes.image_channels,
-            attention=sizes.attention,
-            initialization=sizes.initialization,
-        )
         if execution.channels_last:
             for network in (self.generator, self.discriminator):
                 network.to(memory_format=torch.channels_last)
-        self._first_order: dict[str, Callable[..., Tensor]] = {}
-        self._details: dict[str, Tensor] = {}
+        self._compiled: dict[str, Callable[..., Tensor]] = {}
+        self._gradient_norms: dict[str, Tensor] = {}
+        self._plain = False  # compiled networks differentiate once only
         self._shown, self._since = 0, 0.0
 
     # ---- the game
 
     @override
-    def players(self) -> dict[str, nn.Module]:
-        return {"discriminator": self.discriminator, "generator": self.generator}
+    def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self._network("generator")(latents, labels)
 
     @override
-    def player_loss(self, name: str, batch: Sequence[Tensor]) -> Tensor:
-        images, labels = self._checked(batch)
-        with self.one_function() if self.joint_graph else nullcontext():
-            if name == "generator":
-                return self._generator_loss(len(images))
-            return self._discriminator_loss(images, labels)
-
-    def _discriminator_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        shared = self.objective.reuse_fakes and "generator" in self.batch_players
-        with torch.set_grad_enabled(shared or self.joint_graph):
-            fakes, fake_labels = self._fakes(len(images))
-        if shared:
-            self.step_cache["fakes"] = fakes, fake_labels
-        if not self.joint_graph:  # a spectrum needs the discriminator's dependence on the generator
-            fakes = fakes.detach()
-        both, both_labels = torch.cat((images, fakes.to(images.dtype))), torch.cat((labels, fake_labels))
-        if self.objective.augment is not None:
-            both = self.objective.augment(both)
-        scores = self._forward("discriminator")(both, both_labels)
-        real, fake = torch.split(scores.float(), len(images))
-        loss = self.objective.loss.discriminator(real, fake)
-        self._details.update(real_score=real.detach().mean(), fake_score=fake.detach().mean())
-        for regularizer in self.objective.regularizers:
-            if self.gradient_evaluations % regularizer.every == 0:
-                score = partial(self._plain_score, labels=labels)
-                loss = loss + regularizer.every * regularizer.penalty(score, images, fakes)
-        return loss
-
-    def _generator_loss(self, count: int) -> Tensor:
-        fakes, labels = self.step_cache.pop("fakes", None) or self._fakes(count)
-        if self.objective.augment is not None:
-            fakes = self.objective.augment(fakes)
-        scores = self._forward("discriminator")(fakes, labels)
-        return self.objective.loss.generator(scores.float())
+    def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self._network("discriminator")(data, labels)
 
     @contextmanager
+    @override
     def one_function(self) -> Iterator[None]:
-        """Inside, spectral vectors stay: several forwards are of one function, as products need."""
-        with frozen_power_iteration(self.generator, self.discriminator):
-            yield
+        outside, self._plain = self._plain, True
+        try:
+            with super().one_function():
+                yield
+        finally:
+            self._plain = outside
 
-    def _fakes(self, count: int) -> tuple[Tensor, Tensor]:
-        z = torch.randn(count, self.networks.latent_dim, device=self.device)
-        labels = torch.randint(self.networks.num_classes, (count,), device=self.device)
-        return self._forward("generator")(z, labels), labels
-
-    def _plain_score(self, images: Tensor, labels: Tensor) -> Tensor:
-        with frozen_power_iteration(self.discriminator):
-            score: Tensor = self.discriminator(images, labels)
-        return score
-
-    def _forward(self, name: str) -> Callable[..., Tensor]:
-        """The network, compiled if asked for: for first derivatives."""
+    def _network(self, name: str) -> Callable[..., Tensor]:
+        """The network, compiled if asked for where first derivatives are enough."""
         network: nn.Module = self.get_submodule(name)
-        if not self.execution.compile:
+        if not self.execution.compile or self._plain:
             return network
-        if name not in self._first_order:
-            self._first_order[name] = torch.compile(network)
-        return self._first_order[name]
+        if name not in self._compiled:
+            self._compiled[name] = torch.compile(network)
+        return self._compiled[name]
 
-    def _checked(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch[0], batch[1]
+    @override
+    def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        images, labels = super().real_data(batch)
+        if labels is not None and self.game_updates == 0:
+            # On a GPU a class too many ends in an assertion of a kernel, and every look is a wait: so only here.
+            check_labels(labels.cpu(), self.networks.num_classes)
         shape = (self.networks.image_channels, self.networks.resolution, self.networks.resolution)
         if images.shape[1:] != shape:
             raise MisconfigurationException(
@@ -272,7 +263,7 @@ class BigGAN(GameModule):
                 p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
             ]
             name = "generator" if self._is_generator(optimizer) else "discriminator"
-            self._details[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
+            self._gradient_norms[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -284,7 +275,7 @@ class BigGAN(GameModule):
         if not self.execution.log_details or every == 0 or self.game_updates % every:
             return
         seconds = time.perf_counter() - self._since
-        metrics = {name: float(value) for name, value in self._details.items()}
+        metrics = {name: float(value) for name, value in (self.scores | self._gradient_norms).items()}
         metrics["images_per_second"] = self._shown / seconds
         for player in ("generator", "discriminator"):
             for layer, value in singular_values(self.get_submodule(player)).items():
@@ -303,9 +294,10 @@ class BigGAN(GameModule):
 
     # ---- images
 
+    @override
     def sample(
         self,
-        labels: Tensor,
+        labels: Tensor | int,
         *,
         z: Tensor | None = None,
         sampling: Sampling | None = None,
@@ -314,19 +306,17 @@ class BigGAN(GameModule):
         """Images of the given classes, ``(N, C, side, side)`` in [−1, 1].
 
         Args:
-            labels: ``(N,)`` classes, or ``(N, num_classes)`` mixtures.
+            labels: ``(N,)`` classes, ``(N, num_classes)`` mixtures, or N: classes are then drawn.
             z: ``(N, latent_dim)``; None: drawn.
             sampling: Instead of the module's own.
             generator: Where z comes from, on the module's device; None: a stream from ``sampling.seed``.
         """
         sampling = sampling or self.sampling
         generator = generator or seeded(self.device, sampling.seed, "sample")
+        if isinstance(labels, int):
+            shape = (labels,)
+            labels = torch.randint(self.networks.num_classes, shape, generator=generator, device=self.device)
         return sample_images(self.generator, labels, sampling, generator=generator, z=z)
-
-    @property
-    def num_classes(self) -> int:
-        """Of the labels."""
-        return self.networks.num_classes
 
     def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
         """What :class:`GenerativeMetrics` and :class:`SampleGrid` ask for."""
@@ -351,15 +341,15 @@ class BigGAN(GameModule):
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: Sequence[Tensor], batch_idx: int, stage: str) -> None:
-        images, labels = self._checked(batch)
+        images, labels = self.real_data(batch)
+        assert labels is not None
         generator = seeded(self.device, self.sampling.seed, stage, self.global_rank, batch_idx)
         running = Sampling(batch_size=len(images))
-        fakes = self.sample(labels, sampling=running, generator=generator)
-        real, fake = self.discriminator(images, labels).float(), self.discriminator(fakes, labels).float()
-        loss = self.objective.loss
+        fakes = self.sample(labels, sampling=running, generator=generator).to(images.dtype)
+        real, fake = (widened(self.discriminator(x, labels)) for x in (images, fakes))
         metrics = {
-            f"{stage}_discriminator_loss": loss.discriminator(real, fake),
-            f"{stage}_generator_loss": loss.generator(fake),
+            f"{stage}_discriminator_loss": self.loss.discriminator(real, fake),
+            f"{stage}_generator_loss": self.loss.generator(fake),
             f"{stage}_real_score": real.mean(),
             f"{stage}_fake_score": fake.mean(),
         }
@@ -372,24 +362,31 @@ class BigGAN(GameModule):
         return DataLoader(cast(Any, labels), batch_size=self.sampling.batch_size)
 
     @override
-    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
+    def predict_step(
+        self, batch: Tensor | Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
         """Images of the classes of the batch, also written as PNG files.
 
-        A batch is labels, or ``(images, labels, …)`` of a datamodule. Files go to
-        ``<default_root_dir>/samples/class_<label>/<process>_<batch>_<position>.png``.
+        A batch is labels, or ``(images, labels, …)`` of a datamodule; mixtures ``(N, num_classes)`` go to the
+        folder ``mixtures``. Files go to
+        ``<default_root_dir>/samples/class_<label>/<process>_<batch>_<position>.png``, of a second and further
+        dataloaders to ``…/<dataloader>_<process>_<batch>_<position>.png``.
         """
         from torchvision.utils import save_image  # here, because it costs a second
 
         labels = batch if isinstance(batch, Tensor) else batch[1]
-        generator = seeded(self.device, self.sampling.seed, "predict", self.global_rank, batch_idx)
+        loader = [dataloader_idx] if dataloader_idx else []
+        generator = seeded(self.device, self.sampling.seed, "predict", self.global_rank, batch_idx, *loader)
         images = self.sample(labels, generator=generator)
         folder = Path(self.trainer.default_root_dir) / "samples"
-        for position, (label, image) in enumerate(zip(labels.tolist(), images, strict=True)):
-            place = folder / f"class_{label}"
+        names = ["mixtures"] * len(labels) if labels.ndim > 1 else [f"class_{y}" for y in labels.tolist()]
+        process = "_".join(map(str, [*loader, self.global_rank]))
+        for position, (name, image) in enumerate(zip(names, images, strict=True)):
+            place = folder / name
             place.mkdir(parents=True, exist_ok=True)
             save_image(
                 image,
-                place / f"{self.global_rank}_{batch_idx:05d}_{position:04d}.png",
+                place / f"{process}_{batch_idx:05d}_{position:04d}.png",
                 normalize=True,
                 value_range=(-1, 1),
             )

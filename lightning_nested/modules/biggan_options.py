@@ -61,7 +61,7 @@ class Sampling:
     """How images are made outside training.
 
     Args:
-        truncation: z is drawn anew until every entry lies within ± this; None: plain normal.
+        truncation: z is normal given that every entry lies within ± this; None: plain normal.
         batch_norm: Statistics of the generator: ``"running"`` averages, those of the ``"batch"``, or
             ``"standing"`` ones, the mean over ``standing_batches`` batches with the present weights.
         standing_batches: Batches for standing statistics.
@@ -79,10 +79,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.truncation is not None and not self.truncation >= 0.1:
-            raise ValueError(
-                f"truncation must be at least 0.1, or None. Got {self.truncation}: hardly any draw lies within."
-            )
+        if self.truncation is not None and not self.truncation > 0:
+            raise ValueError(f"truncation must be positive, or None for none. Got {self.truncation}.")
         if self.batch_norm not in ("running", "batch", "standing"):
             raise ValueError(f"batch_norm must be running, batch or standing. Got {self.batch_norm!r}.")
         if self.standing_batches < 1 or self.batch_size < 1:

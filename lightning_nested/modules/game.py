@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -105,6 +106,7 @@ class GameModule(LightningModule):
     Attributes:
         game_updates: Complete rounds so far; saved in checkpoints.
         gradient_evaluations: Gradients of one player so far; compare methods by it.
+        player_batches: Batches that each player's steps have taken so far; saved in checkpoints.
         step_cache: For a subclass to share tensors between the losses of one batch, for example fakes; emptied
             before every batch.
         batch_players: Who steps on the present batch, in order.
@@ -137,6 +139,7 @@ class GameModule(LightningModule):
         check_steps(update, steps_per_player or {})
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
+        self.player_batches: Counter[str] = Counter()
         self.step_cache: dict[str, Any] = {}
         self.batch_players: tuple[str, ...] = ()
         self.joint_graph = False
@@ -272,6 +275,7 @@ class GameModule(LightningModule):
             # Also a run that was finished, and does not start again, knows its clock, and callbacks at its start.
             self.game_updates = self._saved["game_updates"]
             self.gradient_evaluations = self._saved["gradient_evaluations"]
+            self.player_batches = Counter(self._saved.get("player_batches", {}))
             # Before the first pass over the loader begins, which draws from the global stream.
             restore_random_state(self._saved["random"], self.global_rank)
 
@@ -284,6 +288,7 @@ class GameModule(LightningModule):
                 self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
             ):  # one that fits again goes on
                 self.game_updates = self.gradient_evaluations = self._position = 0
+                self.player_batches.clear()
                 self._sums.clear()
                 self._losses = {}
             if self.trainer.world_size > 1:
@@ -339,6 +344,7 @@ class GameModule(LightningModule):
             checkpoint["game"] = {
                 "game_updates": self.game_updates,
                 "gradient_evaluations": self.gradient_evaluations,
+                "player_batches": dict(self.player_batches),
                 "position": self._position,
                 "epoch_open": self._epoch_open,
                 "sums": self._sums.state_dict(
@@ -377,6 +383,7 @@ class GameModule(LightningModule):
                 self._set_gradients(players)
         else:
             self._look_ahead(players, batch)
+        self.player_batches.update(player.name for player in players)
         if not full:
             return
         for k, player in enumerate(players):

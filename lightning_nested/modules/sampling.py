@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.callbacks.isolation import untouched_buffers
+from lightning_nested.callbacks.isolation import StandIns, untouched_buffers
+from lightning_nested.modules.adversarial import widened
 from lightning_nested.modules.biggan_options import Sampling
 from lightning_nested.networks import Generator, frozen_power_iteration, standing_statistics
 from lightning_nested.networks.biggan import check_labels
@@ -32,7 +35,7 @@ def seeded(device: torch.device | str, *place: int | str) -> torch.Generator:
 def truncated_normal(
     *shape: int, bound: float | None, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal numbers given that each lies within ± ``bound``; None: plain normal.
+    """Standard normal float32 numbers given that each lies within ± ``bound``; None: plain normal.
 
     Drawn by the inverse distribution function, so their number does not depend on luck.
 
@@ -42,26 +45,28 @@ def truncated_normal(
         (True, 0.3)
     """
     if bound is None:
-        return torch.randn(shape, generator=generator, device=device)
-    inside = torch.special.erf(torch.tensor(bound / 2**0.5))
-    uniform = torch.rand(shape, generator=generator, device=device)
-    z = 2**0.5 * torch.special.erfinv((2.0 * uniform - 1.0) * inside.to(device))
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+    inside = math.erf(bound / 2**0.5)
+    uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+    z = 2**0.5 * torch.special.erfinv((2.0 * uniform - 1.0) * inside)
     return torch.clamp(z, -bound, bound)
 
 
 @contextmanager
 def sampling_mode(network: Generator, sampling: Sampling, generator: torch.Generator) -> Iterator[None]:
-    """Inside, the network makes images as ``sampling.batch_norm`` says; it comes back as it was."""
+    """Inside, the network makes images as ``sampling.batch_norm`` says; it comes back as it was.
+
+    A batch's statistics are those of this process's own batch, of synchronised batch norm too: processes may make
+    different numbers of batches, and would wait for each other for ever.
+    """
     modes = {layer: layer.training for layer in network.modules()}
-    device = next(network.parameters()).device
 
     def batch() -> Tensor:
-        z, labels = draw(network, sampling.batch_size, sampling, generator, device)
-        images: Tensor = network(z, labels)
+        images: Tensor = network(*draw(network, sampling.batch_size, sampling, generator))
         return images
 
     try:
-        with torch.no_grad(), untouched_buffers(network), frozen_power_iteration(network):
+        with torch.no_grad(), untouched_buffers(network), frozen_power_iteration(network), _alone(network):
             if sampling.batch_norm == "standing":
                 standing_statistics(network, batch, num_batches=sampling.standing_batches)
             network.train(sampling.batch_norm == "batch")
@@ -71,18 +76,34 @@ def sampling_mode(network: Generator, sampling: Sampling, generator: torch.Gener
             layer.training = mode
 
 
+@contextmanager
+def _alone(network: nn.Module) -> Iterator[None]:
+    """Inside, synchronised batch norms compute as plain ones do, without a message."""
+    stand_ins = StandIns()
+    for layer in network.modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            stand_ins.put(layer, "forward", partial(nn.BatchNorm2d.forward, layer))
+    try:
+        yield
+    finally:
+        stand_ins.put_back()
+
+
 def draw(
-    network: Generator,
-    count: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-    device: torch.device | str,
+    network: Generator, count: int, sampling: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """z ``(count, latent_dim)`` and uniform labels ``(count,)``."""
+    """z ``(count, latent_dim)`` and uniform labels ``(count,)``, where and as precise as the network is."""
+    z = latents(network, count, sampling, generator)
+    return z, torch.randint(network.num_classes, (count,), generator=generator, device=z.device)
+
+
+def latents(network: Generator, count: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """z ``(count, latent_dim)``."""
+    like = next(network.parameters())
     z = truncated_normal(
-        count, network.latent_dim, bound=sampling.truncation, generator=generator, device=device
+        count, network.latent_dim, bound=sampling.truncation, generator=generator, device=like.device
     )
-    return z, torch.randint(network.num_classes, (count,), generator=generator, device=device)
+    return z.to(like.dtype)
 
 
 def sample_images(
@@ -93,7 +114,7 @@ def sample_images(
     generator: torch.Generator,
     z: Tensor | None = None,
 ) -> Tensor:
-    """Images of the classes ``labels``, ``(N, C, side, side)`` in [−1, 1], without a graph.
+    """Images of the classes ``labels``, ``(N, C, side, side)`` in [−1, 1], without a graph, at least float32.
 
     Args:
         network: The generator; its mode, buffers and spectral vectors are as before afterwards.
@@ -108,14 +129,14 @@ def sample_images(
     device = next(network.parameters()).device
     check_labels(labels.cpu(), network.num_classes)  # here also of another device: sampling may wait
     labels = labels.to(device)
+    if not len(labels):  # the share of a process when there are more of them than images
+        return torch.empty(0, network.image_channels, *2 * (network.resolution,), device=device)
     with sampling_mode(network, sampling, generator):
         if z is None:
-            z = truncated_normal(
-                len(labels), network.latent_dim, bound=sampling.truncation, generator=generator, device=device
-            )
+            z = latents(network, len(labels), sampling, generator)
         size = sampling.batch_size
         parts = [network(*part) for part in zip(torch.split(z, size), torch.split(labels, size), strict=True)]
-    return torch.cat(parts) if parts else torch.empty(0, network.image_channels, *2 * (network.resolution,))
+    return widened(torch.cat(parts))
 
 
 def interpolate(
@@ -138,6 +159,6 @@ def interpolate(
     check_labels(classes, network.num_classes)
     first, last = functional.one_hot(classes, network.num_classes).float()
     t = torch.linspace(0, 1, steps).unsqueeze(1)
-    device = next(network.parameters()).device
-    z = torch.lerp(start[0].cpu().expand(steps, -1), end[0].cpu().expand(steps, -1), t)
-    return sample_images(network, torch.lerp(first, last, t), sampling, generator=generator, z=z.to(device))
+    like = next(network.parameters())
+    z = torch.lerp(start[0].cpu().float().expand(steps, -1), end[0].cpu().float().expand(steps, -1), t)
+    return sample_images(network, torch.lerp(first, last, t), sampling, generator=generator, z=z.to(like))

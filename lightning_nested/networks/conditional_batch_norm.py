@@ -23,7 +23,7 @@ class ClassEmbedding(nn.Embedding):
     def forward(self, labels: Tensor) -> Tensor:
         """``(N,)`` indices or ``(N, num_classes)`` weights to ``(N, embedding_dim)``."""
         if labels.is_floating_point():
-            return labels @ self.weight
+            return labels.to(self.weight.dtype) @ self.weight
         return super().forward(labels)
 
 

@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_nested.callbacks import (
     ModuleEvaluator,
     SampleGrid,
     ScoreOptions,
+    generative_metrics,
 )
 from lightning_nested.callbacks.evaluators import content_hash, to_bytes
 from lightning_nested.callbacks.generative_metrics import (
@@ -26,6 +28,8 @@ from lightning_nested.callbacks.generative_metrics import (
     precision_recall,
 )
 from lightning_nested.callbacks.real_statistics import RealStatistics
+from lightning_nested.modules import BigGAN, BigGANNetworks
+from lightning_nested.modules.sampling import seeded
 from tests.modules.test_biggan import data, module, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -181,19 +185,110 @@ def test_the_average_is_scored_during_fit(tmp_path: Path) -> None:
     assert value == pytest.approx(lines[-1]["scores"]["frechet_distance"], rel=1e-5)
 
 
-def test_two_processes_score_as_many_samples(tmp_path: Path) -> None:
+def test_scores_are_those_of_torchmetrics_on_the_images(tmp_path: Path) -> None:
+    """Its classes with the extractor inside, fed with images; here all subsets and splits are whole."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Features(nn.Module):
+        num_features = 6
+
+        def forward(self, images: Tensor) -> Tensor:
+            return Pool()(images)  # type: ignore[no-any-return]
+
+    class Logits(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return Pool(logits=True)(images)[1]  # type: ignore[no-any-return]
+
+    source, gan = data(60), module()
     metrics = GenerativeMetrics(
-        ModuleEvaluator(module=Pool(), label="pool"), num_samples=31, scores=("frechet", "precision_recall")
+        ModuleEvaluator(module=Pool(logits=True), label="pool"),
+        num_samples=60,
+        scores=("frechet", "kernel", "inception_score"),
+        options=ScoreOptions(kernel_subsets=2, kernel_subset_size=60, inception_splits=1),
     )
-    fit = trainer(
-        callbacks=[metrics], limit_val_batches=1, default_root_dir=tmp_path, devices=2, strategy="ddp_fork",
-        max_steps=1, val_check_interval=4, num_sanity_val_steps=0,
+    trainer(callbacks=[metrics], limit_val_batches=1, default_root_dir=tmp_path).validate(
+        gan, source, verbose=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    fakes = gan.sample_for_metrics(torch.arange(60) % 10, batch_norm="running", generator=generator)
+    fid = FrechetInceptionDistance(feature=Features())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `.*` will save all extracted features")
+        kid = KernelInceptionDistance(feature=Features(), subsets=2, subset_size=60)
+        score = InceptionScore(feature=Logits(), splits=1)
+    for metric in (fid, kid):
+        metric.update(source.train_images, real=True)
+        metric.update(fakes, real=False)
+    score.update(fakes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "std")  # of one split
+        inception = score.compute()[0]
+    expected = {
+        "frechet_distance": fid.compute(), "kernel_distance": kid.compute()[0], "classifier_score": inception
+    }  # fmt: skip
+    for name, value in expected.items():
+        # Features are float32, and summed in other orders.
+        assert metrics.last[f"{name}/pool/train/60/running"] == pytest.approx(value.item(), rel=1e-4), name
+
+
+def test_every_real_image_counts_and_memory_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training loader leaves out 2 of 42; and 25 samples are made ten at a time."""
+    made: list[int] = []
+
+    class Watched(BigGAN):
+        def sample_for_metrics(self, labels: Tensor, **options: Any) -> Tensor:
+            made.append(len(labels))
+            return super().sample_for_metrics(labels, **options)
+
+    monkeypatch.setattr(generative_metrics, "_NUMBERS_AT_ONCE", 10 * 3 * 32 * 32)
+    metrics = GenerativeMetrics(
+        ModuleEvaluator(module=Pool(logits=True), label="pool"), num_samples=25, scores=("frechet", "inception_score")
     )  # fmt: skip
-    fit.fit(module(), data(64))
+    trainer(callbacks=[metrics], limit_val_batches=1, default_root_dir=tmp_path).validate(
+        Watched(BigGANNetworks(width=2, latent_dim=8)), data(42, drop_last=True), verbose=False
+    )
     (line,) = (json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines())
-    assert line["real_images"] == 64
-    assert line["samples"] == 31
-    assert line["scores"]["frechet_distance"] > 0
+    assert line["real_images"] == 42
+    assert made == [10, 10, 5]
+
+
+class Numbered(BigGAN):
+    """Its sample number i over all processes is the same, however many they are."""
+
+    def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
+        total = labels.new_tensor(len(labels))
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(total)
+        every = torch.arange(int(total))[self.trainer.global_rank :: self.trainer.world_size]
+        return torch.stack([torch.randn(3, 32, 32, generator=seeded("cpu", int(i))) for i in every])
+
+
+def test_two_processes_find_the_scores_of_one(tmp_path: Path) -> None:
+    def scores(processes: int, **options: Any) -> dict[str, Any]:
+        metrics = GenerativeMetrics(
+            ModuleEvaluator(module=Pool(logits=True), label="pool", judges_classes=True),
+            num_samples=31,
+            scores=("frechet", "kernel", "inception_score", "precision_recall", "agreement"),
+        )
+        folder = tmp_path / str(processes)
+        fit = trainer(
+            callbacks=[metrics], limit_val_batches=1, default_root_dir=folder, devices=processes,
+            max_steps=1, val_check_interval=4, num_sanity_val_steps=0, **options,
+        )  # fmt: skip
+        fit.fit(Numbered(BigGANNetworks(width=2, latent_dim=8)), data(64))
+        (line,) = (json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines())
+        assert (line["real_images"], line["samples"]) == (64, 31)
+        return dict(line)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The classifier labels only")
+        one, two = scores(1), scores(2, strategy="ddp_fork")
+    assert one["scores"] == two["scores"]
+    assert one["evaluator_accuracy"] == two["evaluator_accuracy"]
 
 
 def test_a_classifier_trained_on_the_spot(tmp_path: Path) -> None:
@@ -226,6 +321,37 @@ def test_fewer_samples_than_features(tmp_path: Path) -> None:
     )
     with pytest.raises(MisconfigurationException, match=r"Got 40 \(the real images of split='train'\)"):
         scored(tmp_path, metrics)
+
+
+def test_fewer_samples_than_neighbours(tmp_path: Path) -> None:
+    metrics = GenerativeMetrics(
+        ModuleEvaluator(module=Pool(), label="pool"), num_samples=3, scores=("precision_recall",)
+    )
+    with pytest.raises(MisconfigurationException, match=r"3 nearest of more images. Got 3 \(num_samples\)"):
+        scored(tmp_path, metrics)
+
+
+def test_every_other_validation_also_of_a_resumed_run(tmp_path: Path) -> None:
+    """Validations 1, 2 | 3, 4 with ``every_n_validations=3``: the third is scored."""
+
+    def run(steps: int, **options: Any) -> int:
+        pool = ModuleEvaluator(module=Pool(), label="pool")
+        twice = [
+            GenerativeMetrics(pool, num_samples=n, scores=("frechet",), every_n_validations=3)
+            for n in (20, 30)
+        ]
+        fit = trainer(
+            max_steps=steps, callbacks=[*twice, SampleGrid(), SampleGrid(seed=1)], limit_val_batches=1,
+            val_check_interval=4, check_val_every_n_epoch=None, num_sanity_val_steps=0, default_root_dir=tmp_path,
+        )  # fmt: skip
+        fit.fit(module(), data(32), **options)
+        fit.save_checkpoint(tmp_path / "x.ckpt")
+        return len(list(tmp_path.glob("scores.jsonl")))
+
+    assert run(2) == 0
+    assert run(4, ckpt_path=tmp_path / "x.ckpt", weights_only=True) == 1
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [(line["game_updates"], line["samples"]) for line in lines] == [(3, 20), (3, 30)]
 
 
 def test_inception_without_network_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +394,14 @@ def test_inception_from_a_weights_file(tmp_path: Path) -> None:
     [
         (lambda: GenerativeMetrics(num_samples=1), "num_samples must be at least 2"),
         (lambda: GenerativeMetrics(split="all"), "split must be 'train', 'val' or 'test'"),  # type: ignore[arg-type]
+        (lambda: GenerativeMetrics(scores=("fid",)), r"scores must be a list of frechet, .* Got \['fid'\]"),  # type: ignore[arg-type]
+        (lambda: GenerativeMetrics(scores="frechet"), "scores must be a list of .* Got frechet"),  # type: ignore[arg-type]
+        (
+            lambda: GenerativeMetrics(batch_norm=("train",)),
+            "batch_norm must be a list of running, batch, standing",
+        ),  # type: ignore[arg-type]
+        (lambda: ScoreOptions(kernel_subsets=0), r"at least 1. Got \{'kernel_subsets': 0\}"),
+        (lambda: SampleGrid(batch_norm="train"), "running, batch or standing. Got 'train'"),
         (lambda: SampleGrid(0), "every_n_updates and per_class must be at least 1"),
     ],
 )

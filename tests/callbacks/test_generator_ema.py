@@ -148,3 +148,81 @@ def test_wrong_modules() -> None:
         trainer(max_steps=1, callbacks=[GeneratorEMA(module="painter")]).fit(module(), data())
     with pytest.raises(RuntimeError, match="no average yet"):
         GeneratorEMA().averaged()
+
+
+# ---- checkpoints
+
+
+def checkpoint(path: Path, *callbacks: Callback, **options: Any) -> tuple[Any, Trainer]:
+    """A module trained for two updates, and the checkpoint written."""
+    gan = module()
+    fit = trainer(max_steps=2, callbacks=list(callbacks), **options)
+    fit.fit(gan, data(40))
+    fit.save_checkpoint(path)
+    return gan, fit
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_checkpoint_without_an_average_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    """Not with the weights that the module was made with."""
+    gan, _ = checkpoint(tmp_path / "x.ckpt")
+    ema = GeneratorEMA()
+    look, fresh = Look(ema), module()
+    run = trainer(callbacks=[ema, look], limit_val_batches=1)
+    with pytest.warns(UserWarning, match="no average of this callback.*raw weights are evaluated"):
+        run.validate(fresh, data(12), ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False)
+    _, seen = look.seen["validate"]
+    for name, value in gan.generator.named_parameters():
+        assert torch.equal(seen[name], value), name
+
+
+class SaveInside(Callback):
+    """As SLURM's signal does it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_made_during_validation_holds_both(tmp_path: Path) -> None:
+    """Raw weights in the module's part, the average in the callback's, as in one made after it."""
+    ema = GeneratorEMA(decay=0.9, start=0)
+    inside = SaveInside(tmp_path / "inside.ckpt")
+    options = {"limit_val_batches": 1, "val_check_interval": 8, "num_sanity_val_steps": 0}
+    checkpoint(tmp_path / "after.ckpt", ema, inside, **options)
+    first, second = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("inside", "after"))
+    same(first["state_dict"], second["state_dict"])
+    (average,), (expected,) = (
+        [state for key, state in found["callbacks"].items() if "GeneratorEMA" in key]
+        for found in (first, second)
+    )
+    assert average["updates"] == expected["updates"] == 2
+    same(average["average"], expected["average"])
+    weight = "blocks.0.conv1.weight"
+    assert not torch.equal(average["average"][weight], first["state_dict"][f"generator.{weight}"])
+
+
+def test_double_precision_is_kept_through_a_checkpoint(tmp_path: Path) -> None:
+    ema = GeneratorEMA(decay=0.9, start=0)
+    checkpoint(tmp_path / "x.ckpt", ema, precision="64-true", limit_val_batches=1)
+    again = GeneratorEMA(decay=0.9, start=0)
+    run = trainer(callbacks=[again], precision="64-true", limit_val_batches=1)
+    run.validate(module(), data(12), ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False)
+    assert next(again.averaged().parameters()).dtype == torch.float64
+    same(again.averaged().state_dict(), ema.averaged().state_dict())
+
+
+def test_half_precision_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"Got torch.bfloat16; use precision='bf16-mixed'"):
+        trainer(max_steps=1, precision="bf16-true", callbacks=[GeneratorEMA()]).fit(module(), data())
+
+
+def test_training_after_a_validation_goes_on() -> None:
+    """Stand-alone validation runs in inference mode, whose tensors cannot be averaged into."""
+    ema, gan = GeneratorEMA(decay=0.9, start=0), module()
+    run = trainer(callbacks=[ema], max_steps=2, limit_val_batches=1, precision="64-true")
+    run.validate(gan, data(40), verbose=False)
+    run.fit(gan, data(40))
+    assert ema.updates == 2

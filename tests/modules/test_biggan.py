@@ -24,6 +24,7 @@ from lightning_nested.modules import (
     DiffAugment,
     Execution,
     GameLoop,
+    GANModule,
     GradientPenalty,
     NonSaturating,
     Sampling,
@@ -138,18 +139,43 @@ def load(size: int) -> tuple[Tensor, Tensor]:
         {"loop": GameLoop(accumulate_grad_batches=2, gradient_clip_val=1.0)},
         {"discriminator_optimizer": partial(ComplexAdam, lr=2e-4)},
         {"networks": BigGANNetworks(width=2, latent_dim=8, shared_dim=3, hierarchical=True, attention=(8,))},
-        {"trainer": {"precision": "bf16-mixed"}},
+        {"trainer": {"precision": "bf16-mixed"}, "objective": BigGANObjective(augment=DiffAugment())},
+        {"trainer": {"precision": "bf16-true"}, "objective": BigGANObjective(augment=DiffAugment())},
+        {"trainer": {"precision": "64-true"}, "objective": BigGANObjective(regularizers=(R1(),))},
     ],
-    ids=["r1", "wgan-gp", "diffaugment", "accumulation", "complex", "hierarchical", "bf16"],
+    ids=["r1", "wgan-gp", "diffaugment", "accumulation", "complex", "hierarchical", "bf16", "half", "double"],
 )
 def test_every_option_trains(options: dict[str, Any]) -> None:
     extra = options.get("trainer", {})
     gan = module(**{k: v for k, v in options.items() if k != "trainer"})
     before = tensors(gan)
-    trainer(max_steps=2, **extra).fit(gan, data(80))
+    trainer(max_steps=2, limit_val_batches=1, **extra).fit(gan, data(80))
     for player in ("generator.blocks.0.conv1.weight", "discriminator.blocks.0.conv1.weight"):
         assert not torch.equal(gan.state_dict()[player], before[player])
     assert all(value.isfinite().all() for value in gan.state_dict().values())
+
+
+def test_second_derivatives_are_of_the_plain_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled ones have none: penalties and spectra do without, everything else takes them."""
+    calls: list[str] = []
+
+    def compiled(network: nn.Module) -> Any:
+        def forward(*inputs: Tensor) -> Tensor:
+            calls.append(type(network).__name__)
+            return network(*inputs)  # type: ignore[no-any-return]
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    objective = BigGANObjective(regularizers=(R1(),), reuse_fakes=True)
+    gan = module(objective=objective, execution=Execution(compile=True))
+    trainer(max_steps=1).fit(gan, data(16))
+    # Each D step: the generator, the discriminator; the penalty's forward is not among them.
+    assert calls == ["Generator", "Discriminator"] * 4 + ["Discriminator"]
+    calls.clear()
+    with gan.joint_evaluation(["discriminator", "generator"]):
+        gan.player_losses(["discriminator", "generator"], load(4))
+    assert calls == []
 
 
 @pytest.mark.slow
@@ -312,6 +338,26 @@ def test_predict_writes_an_image_of_each_label(tmp_path: Path) -> None:
     assert len(again[0]) == 4
 
 
+def test_files_of_several_loaders_and_of_mixtures(tmp_path: Path) -> None:
+    gan = module()
+    mixtures = torch.eye(10)[:4] * 0.5 + 0.05
+    zeros = torch.zeros(4, dtype=torch.long)
+    loaders: Any = [DataLoader(x, batch_size=2) for x in (zeros, zeros, mixtures)]  # type: ignore[arg-type]
+    first, second, mixed = trainer(default_root_dir=tmp_path).predict(gan, loaders)  # type: ignore[misc]
+    assert len(list(tmp_path.rglob("class_0/*.png"))) == 8
+    assert len(list(tmp_path.rglob("mixtures/*.png"))) == 4
+    assert not torch.equal(first[0], second[0])
+    assert mixed[1].shape == (2, 3, 32, 32)
+
+
+def test_samples_of_drawn_classes() -> None:
+    gan = module()
+    images = gan.sample(5)
+    assert images.shape == (5, 3, 32, 32)
+    assert torch.equal(images, gan.sample(5))
+    assert isinstance(gan, GANModule)
+
+
 def test_interpolations() -> None:
     gan = module()
     images = gan.interpolate(0, 9, steps=4)
@@ -323,6 +369,9 @@ def test_interpolations() -> None:
 def test_a_class_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"labels must lie in 0 … 9. Got 10"):
         module().sample(torch.tensor([10]))
+    with pytest.raises(ValueError, match="Set num_classes of both networks"):
+        # Before anything is computed: on a GPU the networks themselves do not look.
+        module().real_data((torch.zeros(1, 3, 32, 32), torch.tensor([10])))
     few = module(networks=BigGANNetworks(width=2, latent_dim=8, num_classes=3))
     with pytest.raises(ValueError, match="Set num_classes of both networks"):
         trainer(max_steps=1).fit(few, data())
@@ -333,6 +382,16 @@ def test_images_that_do_not_fit() -> None:
         trainer(max_steps=1).fit(module(), data(channels=1))
     with pytest.raises(ValueError, match="resolution must be one of"):
         module(networks=BigGANNetworks(resolution=28))
+
+
+def test_data_without_labels() -> None:
+    with pytest.raises(ValueError, match=r"needs batches \(data, labels\)"):
+        module().real_data(torch.zeros(2, 3, 32, 32))
+
+
+def test_fakes_cannot_be_reused_where_batches_are_not() -> None:
+    with pytest.raises(ValueError, match="set reuse_batch=True in it, or reuse_fakes=False"):
+        module(objective=BigGANObjective(reuse_fakes=True), loop=GameLoop(accumulate_grad_batches=2))
 
 
 def test_sync_batchnorm_on_cpu() -> None:

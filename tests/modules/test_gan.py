@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_nested.games import Bilinear, DiracGAN
-from lightning_nested.modules import GANModule, ZooGame
-from lightning_nested.optim import ComplexSGD
+from lightning_nested.modules import (
+    R1,
+    DiffAugment,
+    GameLoop,
+    GANModule,
+    GradientPenalty,
+    GradientRegularizer,
+    Hinge,
+    ZooGame,
+)
+from lightning_nested.optim import ComplexSGD, Extragradient
 
 
 class First(nn.Module):
@@ -173,3 +184,152 @@ def test_sampling_leaves_each_modules_mode() -> None:
     assert generator.training
     assert not sample.requires_grad
     assert generator[1].num_batches_tracked == 0
+
+
+# ---- penalties and augmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(GradientRegularizer):
+    """A penalty of zero that remembers the batch it was asked for."""
+
+    seen: list[float] = field(default_factory=list)
+
+    def penalty(
+        self, score: Any, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        self.seen.append(float(real[0, 0]))
+        return 0.0 * score(real).sum()
+
+
+def fit(module: GANModule, data: Tensor, **options: Any) -> None:
+    Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    ).fit(module, torch.utils.data.DataLoader(data, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("every", "options", "batches"),
+    [
+        (5, {"loop": GameLoop(reuse_batch=True)}, [0, 5, 10, 15]),
+        # Batch 4, 9 and 14 are the generator's; every second of the others.
+        (2, {}, [0, 2, 5, 7, 10, 12, 15, 17]),
+        (3, {"optimizer": lambda p: Extragradient(p, lr=0.1)}, [0, 0, 3, 3, 7, 7, 11, 11, 15, 15, 18, 18]),
+    ],
+)
+def test_a_lazy_penalty_counts_batches_of_the_discriminator(
+    every: int, options: dict[str, Any], batches: list[int]
+) -> None:
+    noted = Noted(every=every)
+    options = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), **options}
+    module = GANModule(
+        Fixed(),
+        First(),
+        latent_dim=2,
+        regularizers=(noted,),
+        steps_per_player={"discriminator": 4},
+        **options,
+    )
+    fit(module, torch.arange(20.0).repeat_interleave(2).view(20, 2), max_epochs=1)
+    assert noted.seen == batches
+
+
+def test_a_lazy_penalty_is_as_large_as_its_pause_and_plain_in_a_spectrum() -> None:
+    plain = Known(Fixed(), First(), latent_dim=2)
+    lazy = Known(Fixed(), First(), latent_dim=2, regularizers=(R1(weight=6.0, every=4),))
+    real = torch.ones(3, 2)
+    # D(x) = s x₀ with s = 1: (weight/2) ‖∂D/∂x‖² = 3.
+    first = lazy.player_loss("discriminator", real) - plain.player_loss("discriminator", real)
+    assert first.item() == pytest.approx(4 * 3.0)
+    lazy.player_batches["discriminator"] = 1
+    second = lazy.player_loss("discriminator", real) - plain.player_loss("discriminator", real)
+    assert second.item() == 0
+    with lazy.joint_evaluation(["discriminator"]):
+        joint = lazy.player_loss("discriminator", real) - plain.player_loss("discriminator", real)
+    assert joint.item() == pytest.approx(3.0)
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.scale * x.flatten(1).square().sum(dim=1)
+
+
+def test_a_spectrum_sees_that_the_penalty_depends_on_the_generator() -> None:
+    module = Known(
+        Fixed(), Squared(), latent_dim=2, loss="wasserstein", regularizers=(GradientPenalty(weight=2.0),)
+    )
+    real = torch.full((3, 2), 0.5)
+    torch.manual_seed(0)
+    with module.joint_evaluation(["discriminator"]):
+        loss = module.player_loss("discriminator", real)
+    (found,) = torch.autograd.grad(loss, module.generator.scale)
+    torch.manual_seed(0)
+    mix = torch.rand(3, 1)
+    s, z = torch.tensor(2.0, requires_grad=True), module.sample_latents(3)
+    x = mix * real + (1 - mix) * s * z  # ∂D/∂x = x
+    penalty = 2.0 * (x.norm(dim=1) - 1).square().mean()
+    (expected,) = torch.autograd.grad(penalty + 0.5 * (s * z).square().sum(dim=1).mean(), s)
+    torch.testing.assert_close(found, expected)
+    loss = module.player_loss("discriminator", real)  # in training it does not
+    assert torch.autograd.grad(loss, module.generator.scale, allow_unused=True) == (None,)
+
+
+def test_the_penalty_is_taken_where_the_discriminator_looks() -> None:
+    """∂/∂x of ½‖A x‖² is AᵀA x: 3 where it is seen, nothing where it is not."""
+
+    class Masked(DiffAugment):
+        def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return images * torch.tensor([1.0, 0.0])
+
+    module = Known(Fixed(), Squared(), latent_dim=2, regularizers=(R1(weight=2.0),), augment=Masked())
+    without = Known(Fixed(), Squared(), latent_dim=2, augment=Masked())
+    real = torch.tensor([[3.0, 4.0]])
+    penalty = module.player_loss("discriminator", real) - without.player_loss("discriminator", real)
+    assert penalty.item() == pytest.approx(9.0)
+
+
+def test_losses_as_objects() -> None:
+    named, given = (
+        Known(Fixed(), First(), latent_dim=2, loss=loss)
+        for loss in ("hinge", Hinge())  # type: ignore[arg-type]
+    )
+    real = torch.randn(5, 2)
+    for player in ("discriminator", "generator"):
+        assert torch.equal(named.player_loss(player, real), given.player_loss(player, real))
+
+
+def test_resuming_keeps_the_penaltys_turn(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            if pl_module.player_batches["discriminator"] == 10:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    def run(**options: Any) -> tuple[Noted, GANModule]:
+        noted = Noted(every=3)
+        module = GANModule(
+            Fixed(), First(), latent_dim=2, regularizers=(noted,), loop=GameLoop(reuse_batch=True),
+            steps_per_player={"discriminator": 4}, optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        )  # fmt: skip
+        data = torch.arange(10.0).repeat_interleave(2).view(10, 2)
+        trainer = Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_epochs=2,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[Stop()],
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=1), **options)
+        return noted, module
+
+    whole, module = run()
+    assert whole.seen == [0, 3, 6, 9, 2, 5, 8]
+    resumed, again = run(ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert resumed.seen == [2, 5, 8]
+    assert again.player_batches == module.player_batches == {"discriminator": 20, "generator": 5}

@@ -67,10 +67,54 @@ def test_interpolation_ends_at_its_ends() -> None:
         interpolate(network, (first, 3), (last, 10), 3, Sampling(), generator=seeded("cpu", 0))
 
 
+def test_a_small_bound_is_as_good_as_any() -> None:
+    z = truncated_normal(10_000, bound=0.04, generator=torch.Generator().manual_seed(0))
+    assert z.abs().max() <= 0.04
+    # Nearly uniform: the variance of a uniform number is bound²/3.
+    assert z.var().item() == pytest.approx(0.04**2 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["running", "standing"])
+def test_networks_of_another_precision(dtype: torch.dtype, mode: str) -> None:
+    network, sampling = generator().to(dtype), Sampling(batch_norm=mode, standing_batches=2)  # type: ignore[arg-type]
+    images = sample_images(network, torch.arange(3), sampling, generator=seeded("cpu", 1))
+    assert images.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    mixed = interpolate(
+        network, (torch.zeros(8), 0), (torch.ones(8), 1), 3, sampling, generator=seeded("cpu", 1)
+    )
+    assert mixed.dtype == images.dtype
+
+
+@pytest.mark.parametrize("mode", ["running", "batch", "standing"])
+def test_no_images_at_all(mode: str) -> None:
+    sampling = Sampling(batch_norm=mode)  # type: ignore[arg-type]
+    images = sample_images(generator(), torch.arange(0), sampling, generator=seeded("cpu", 1))
+    assert images.shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["batch", "standing"])
+def test_synchronised_batch_norm_waits_for_nobody(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only process 0 draws a grid, and processes may make different numbers of batches."""
+    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(generator())
+    sampling = Sampling(batch_norm=mode, standing_batches=2)  # type: ignore[arg-type]
+
+    def images() -> torch.Tensor:
+        return sample_images(network, torch.arange(3), sampling, generator=seeded("cpu", 1))
+
+    expected = images()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    assert torch.equal(images(), expected)
+    assert "forward" not in vars(network.norm)
+    with pytest.raises(ValueError, match="expected input tensor to be on GPU"):  # in training it synchronises
+        network(torch.zeros(2, 8), torch.arange(2))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"truncation": 0.0}, "truncation must be at least 0.1"),
+        ({"truncation": 0.0}, "truncation must be positive, or None"),
         ({"batch_norm": "train"}, "running, batch or standing"),
         ({"batch_size": 0}, "at least 1"),
     ],

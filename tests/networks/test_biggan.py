@@ -33,6 +33,41 @@ def test_parameter_counts_of_the_reference(
     assert count(Discriminator(width)) == discriminator
 
 
+def test_parameter_counts_published_for_imagenet() -> None:
+    """128 px, width 96: those of the authors' PyTorch code and of compare_gan's TensorFlow one."""
+    with torch.device("meta"):
+        generator = Generator(96, 120, 1000, 128, attention=(64,), shared_dim=128, hierarchical=True)
+        discriminator = Discriminator(96, 1000, 128, attention=(64,))
+    assert count(generator) == 70_433_988
+    assert count(discriminator) == 87_982_370
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 256])
+def test_forward_and_backward_at_every_resolution(resolution: int) -> None:
+    blocks = len(GENERATORS[resolution].sides)
+    # The attention of the authors' configurations.
+    generator = Generator(
+        1, blocks + 1, 5, resolution, attention=(64,), shared_dim=3, hierarchical=True, initialization="orthogonal"
+    )  # fmt: skip
+    discriminator = Discriminator(1, 5, resolution, attention=(32,), initialization="orthogonal")
+    for module in (generator, discriminator):
+        assert len(module.attention) == 1
+        for layer in module.attention.values():
+            nn.init.ones_(layer.gamma)  # from 0 nothing behind it has a gradient
+    labels = torch.tensor([0, 4])
+    score = discriminator(generator(torch.randn(2, generator.latent_dim), labels), labels).sum()
+    for module in (generator, discriminator):
+        gradients = torch.autograd.grad(score, list(module.parameters()), retain_graph=True)
+        assert all(g.isfinite().all() for g in gradients)
+        # Every block is on the way: its weights have a gradient.
+        moved = {
+            name.split(".")[1]
+            for (name, _), g in zip(module.named_parameters(), gradients, strict=True)
+            if name.startswith("blocks.") and name.endswith("conv1.weight") and g.abs().sum() > 0
+        }
+        assert moved == {str(k) for k in range(len(module.blocks))}
+
+
 @pytest.mark.parametrize("resolution", list(GENERATORS))
 def test_forward_shapes_with_every_option(resolution: int) -> None:
     blocks = len(GENERATORS[resolution].sides)
