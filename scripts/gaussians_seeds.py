@@ -178,11 +178,14 @@ def crossed(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         halves = [range(total // 2), range(total // 2, total)]
         modes, quality, rates = [], [], []
         for own, other in (halves, halves[::-1]):
-            picked = {
-                rate: {key: [end[key][i] for i in other] for key in ("modes", "quality")}
+            scores = {
+                rate: _score(
+                    {"after": {"end": {key: [end[key][i] for i in other] for key in ("modes", "quality")}}},
+                    "end",
+                )
                 for rate, end in ends.items()
             }
-            best = max(picked, key=lambda rate, some=picked: _score({"after": {"end": some[rate]}}, "end"))  # type: ignore[misc]
+            best = max(scores, key=lambda rate: scores[rate])
             rates.append(f"{float(best):g}")
             modes += [ends[best]["modes"][i] for i in own]
             quality += [100 * ends[best]["quality"][i] for i in own]
