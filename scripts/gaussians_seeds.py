@@ -166,6 +166,38 @@ def table(results: dict[str, dict[str, dict[str, Any]]], seeds: int) -> str:
     return "\n".join(lines)
 
 
+def crossed(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Every method with the rate that the other half of the seeds chooses, so that no seed chooses its own."""
+    lines = [
+        "| method | rates chosen | 8 of 8 modes at the end | modes | % high quality |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for method, by_rate in results.items():
+        ends = {rate: list(found["after"].values())[-1] for rate, found in by_rate.items()}
+        total = len(next(iter(ends.values()))["modes"])
+        halves = [range(total // 2), range(total // 2, total)]
+        modes, quality, rates = [], [], []
+        for own, other in (halves, halves[::-1]):
+            scores = {
+                rate: _score(
+                    {"after": {"end": {key: [end[key][i] for i in other] for key in ("modes", "quality")}}},
+                    "end",
+                )
+                for rate, end in ends.items()
+            }
+            best = max(scores, key=lambda rate: scores[rate])
+            rates.append(f"{float(best):g}")
+            modes += [ends[best]["modes"][i] for i in own]
+            quality += [100 * ends[best]["quality"][i] for i in own]
+        low, middle, high = _quartiles(modes)
+        worst, usual, good = _quartiles(quality)
+        lines.append(
+            f"| {method} | {', '.join(rates)} | {sum(m == 8 for m in modes)} of {total} | "
+            f"{middle:g} [{low:g}, {high:g}] | {usual:.1f} [{worst:.1f}, {good:.1f}] |"
+        )
+    return "\n".join(lines)
+
+
 def _score(found: dict[str, Any], moment: str) -> tuple[int, float]:
     """How many seeds cover everything, then their median share of good samples."""
     last = found["after"][moment]
@@ -208,7 +240,7 @@ def main() -> None:
                 found["tuning"] = run(method, rate, tuning, options)
             if options.output is not None:
                 options.output.write_text(json.dumps(results, indent=1))
-    print(table(results, options.seeds))
+    print(table(results, options.seeds), crossed(results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -134,3 +134,15 @@ def test_robustness_is_written(
     assert found["ours"]["ours, 10 % noise"]["cases"] == 2
     assert len((tmp_path / "momentum_robustness.csv").read_text(encoding="utf-8").splitlines()) == 5
     assert (tmp_path / "momentum_robustness.png").stat().st_size > 10_000
+
+
+def test_no_seed_of_the_ring_chooses_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = load("gaussians_seeds", monkeypatch)
+
+    def end(modes: list[int], quality: float) -> dict[str, object]:
+        return {"after": {"4000": {"modes": modes, "quality": [quality] * 4}}}
+
+    # The first half prefers the large rate, the second the small one: each gets the other's choice.
+    found = {"a method": {"0.1": end([8, 8, 2, 8], 0.9), "0.01": end([8, 2, 8, 8], 0.5)}}
+    row = ring.crossed(found).splitlines()[-1]
+    assert row == "| a method | 0.01, 0.1 | 2 of 4 | 5 [2, 8] | 70.0 [50.0, 90.0] |"
