@@ -78,6 +78,7 @@ def contestants(problem: Problem, steps: int, rate: float) -> dict[str, Callable
         result["higher, full graph"] = higher_steps
     result["ours, checkpoint=True"] = lambda: unrolled(True)
     result["ours, checkpoint=20"] = lambda: unrolled(20)
+    result["ours, checkpoint=25"] = lambda: unrolled(25)
     result['ours, checkpoint="sqrt"'] = lambda: unrolled("sqrt")
     result["ours, implicit (Neumann 20)"] = implicit
     return result

@@ -7,9 +7,11 @@ answer at once. Lightning is loaded when a command runs that needs it.
 from __future__ import annotations
 
 import difflib
+import gc
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -126,13 +128,31 @@ def close_matches(word: str, known: Iterable[str]) -> str:
     return f". Did you mean {' or '.join(names[:3])}?" if names else ""
 
 
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """For imports: no garbage is looked for meanwhile.
+
+    Importing Lightning makes a million objects that stay. Looking for garbage among them, time and again, took a
+    fifth of the time and found none.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _run_lightning(arguments: list[str]) -> None:
     try:  # before the seconds that importing Lightning takes
         resolved = resolve_configs(arguments)
     except ValueError as error:
         _fail(str(error))
-    from lightning_nested.nested_cli import NestedCLI
+    with paused_collection():
+        from lightning_nested.nested_cli import NestedCLI, import_classes
 
+        import_classes()
     NestedCLI(args=resolved)
 
 
@@ -141,8 +161,8 @@ def _run_ride(arguments: list[str]) -> None:
         resolved = resolve_configs(arguments[1:], shipped_rides())
     except ValueError as error:
         _fail(str(error))
-    from lightning_nested.ride_cli import run_ride  # torch, but not Lightning
-
+    with paused_collection():
+        from lightning_nested.ride_cli import run_ride  # torch, but not Lightning
     run_ride(resolved)
 
 

@@ -46,6 +46,12 @@ _BASES = (
 )
 
 
+def import_classes() -> None:
+    """Make the classes of this package known to parsers."""
+    for package in _PACKAGES:
+        import_module(f"lightning_nested.{package}")
+
+
 class NestedArgumentParser(LightningArgumentParser):
     """Lightning's parser with short errors that end in close matches."""
 
@@ -82,8 +88,7 @@ class NestedCLI(LightningCLI):
     """
 
     def __init__(self, *, args: ArgsType = None, **kwargs: Any) -> None:
-        for package in _PACKAGES:
-            import_module(f"lightning_nested.{package}")
+        import_classes()
         defaults: dict[str, Any] = {
             "model_class": LightningModule,
             "subclass_mode_model": True,

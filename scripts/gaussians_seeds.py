@@ -1,7 +1,8 @@
 """Adam, optimistic Adam and complex Adam on the ring of eight Gaussians: equal updates, one grid of learning rates.
 
 All seeds of a setting train at once: the networks of a seed are one slice of stacked weights, the loss is the sum over
-seeds, and these optimizers act on every number alone, so that the seeds do not touch each other.
+seeds, and these optimizers act on every number alone, so that the seeds do not touch each other. With
+``--tuning-seeds`` the rate of each method is chosen on seeds of their own, which are trained apart, with other data.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Snapshots(Callback):
 
 def run(method: str, rate: float, seeds: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
     """Train all seeds with one method and rate; what each covers after every thousand updates."""
-    seed_everything(0, verbose=False)
+    seed_everything(min(seeds), verbose=False)
     module = StackedGAN(
         seeds,
         options.hidden,
@@ -138,20 +139,25 @@ def run(method: str, rate: float, seeds: Sequence[int], options: argparse.Namesp
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]], seeds: int) -> str:
-    """Every method at every rate on the first ``seeds`` seeds; the rate that the other seeds choose is marked."""
+    """Every method at every rate; the one that the tuning seeds choose, without them the same seeds, is marked."""
     moments = list(next(iter(next(iter(results.values())).values()))["after"])
     lines = [
         f"| method | rate | 8 of 8 modes after {' / '.join(moments)} updates | modes at the end | % high quality |",
         "| --- | --- | --- | --- | --- |",
     ]
     for method, by_rate in results.items():
-        chosen = max(by_rate, key=lambda rate: _score(by_rate[rate]["after"][moments[-1]], seeds))
+        chosen = max(
+            by_rate, key=lambda rate: _score(by_rate[rate].get("tuning", by_rate[rate]), moments[-1])
+        )
         for rate in sorted(by_rate, key=float):
             after = by_rate[rate]["after"]
-            full = [sum(m == 8 for m in after[moment]["modes"][:seeds]) for moment in moments]
-            modes = _quartiles(after[moments[-1]]["modes"][:seeds])
-            quality = [100 * x for x in _quartiles(after[moments[-1]]["quality"][:seeds])]
+            full = [sum(m == 8 for m in after[moment]["modes"]) for moment in moments]
+            modes = _quartiles(after[moments[-1]]["modes"])
+            quality = [100 * x for x in _quartiles(after[moments[-1]]["quality"])]
             name = f"**{float(rate):g}**" if rate == chosen else f"{float(rate):g}"
+            if "tuning" in by_rate[rate]:
+                covered, share = _score(by_rate[rate]["tuning"], moments[-1])
+                name += f" ({covered}, {100 * share:.1f} %)"
             lines.append(
                 f"| {method} | {name} | {' / '.join(map(str, full))} of {seeds} | "
                 f"{modes[1]:g} [{modes[0]:g}, {modes[2]:g}] | "
@@ -160,10 +166,10 @@ def table(results: dict[str, dict[str, dict[str, Any]]], seeds: int) -> str:
     return "\n".join(lines)
 
 
-def _score(found: dict[str, list[float]], seeds: int) -> tuple[int, float]:
-    """On the tuning seeds, without any on all: how many cover everything, then the median share of good samples."""
-    start = seeds if len(found["modes"]) > seeds else 0
-    return sum(m == 8 for m in found["modes"][start:]), _quartiles(found["quality"][start:])[1]
+def _score(found: dict[str, Any], moment: str) -> tuple[int, float]:
+    """How many seeds cover everything, then their median share of good samples."""
+    last = found["after"][moment]
+    return sum(m == 8 for m in last["modes"]), _quartiles(last["quality"])[1]
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:
@@ -189,14 +195,19 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     done = options.output is not None and options.output.exists()
     results: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if done else {}
-    seeds = range(options.seeds + options.tuning_seeds)
+    reported, tuning = (
+        range(options.seeds),
+        range(options.seeds, options.seeds + options.tuning_seeds),
+    )
     for rate in options.rates:
         for method in METHODS:
-            by_rate = results.setdefault(method, {})
-            if str(rate) not in by_rate:
-                by_rate[str(rate)] = run(method, rate, seeds, options)
-                if options.output is not None:
-                    options.output.write_text(json.dumps(results, indent=1))
+            found = results.setdefault(method, {}).setdefault(str(rate), {})
+            if "after" not in found:
+                found |= run(method, rate, reported, options)
+            if tuning and "tuning" not in found:
+                found["tuning"] = run(method, rate, tuning, options)
+            if options.output is not None:
+                options.output.write_text(json.dumps(results, indent=1))
     print(table(results, options.seeds))
 
 

@@ -321,10 +321,19 @@ def figure(shares: Array, cases: Sequence[Case], found: dict[str, Any], path: Pa
             _band(axis, shares, where, found["ours"][OURS]["counts"], OURS)
             axis.set(title=title, xlabel="largest share of conflict γ in the game", yscale="log")
         axes[0].set_ylabel("gradient evaluations to 10⁻⁶")
+        hidden = _same(found["fixed"])
+        if hidden:
+            text = f"{', '.join(hidden)}: one curve,\ntheir best setting is the same"
+            axes[0].text(0.98, 0.03, text, transform=axes[0].transAxes, ha="right", fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
         whole.legend(handles, labels, loc="outside lower center", ncols=6)
         whole.savefig(path, dpi=110)
         plt.close(whole)
+
+
+def _same(counts: dict[str, Array]) -> list[str]:
+    """Methods whose counts are those of another one, with it."""
+    return [n for n, c in counts.items() if sum(np.array_equal(c, other) for other in counts.values()) > 1]
 
 
 def _band(axis: Axes, shares: Array, where: Array, counts: Array, name: str) -> None:

@@ -137,3 +137,9 @@ def test_biggan_estimate_counts_the_operations_of_one_update(run: Script) -> Non
     assert found["flop_per_update"] > 1e6
     # Width 2 with z 128: the linear layer of the generator has 120 more inputs to its 128 outputs than with z 8.
     assert found["parameters"] == 6067 + 4505 + 120 * 128
+
+
+def test_a_game_update_in_the_trainer_costs_more_than_by_hand(run: Script) -> None:
+    found = run("game_cost", ["--rounds", "3", "--updates", "80"])
+    for quartiles in found.values():
+        assert 0 < quartiles["by hand"][1] < quartiles["GameModule"][1]

@@ -1,8 +1,10 @@
+import gc
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,22 @@ def test_light_answers_load_neither_torch_nor_lightning_and_take_no_second(argum
         seconds.append(time.perf_counter() - start)
         assert run.stderr.splitlines()[-1] == ""
     assert min(seconds) < 1.0
+
+
+def test_collection_pauses_and_comes_back_after_an_error_or_stays_off_if_it_was() -> None:
+    seen: list[bool] = []
+    with suppress(KeyError), cli.paused_collection():
+        seen.append(gc.isenabled())
+        raise KeyError
+    assert seen == [False]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with cli.paused_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_help_lists_commands_and_configurations(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.callbacks.fitting import reduction
-from lightning_nested.callbacks.game_momentum import (
-    EXACT_LIMIT,
-    alternating_rate,
-    better_momentum,
-    predicted_rate,
+from lightning_nested.callbacks.game_adaptation import (
+    adapted_momenta,
+    adapts_each_player,
+    joint_step,
+    optimizers_of,
+    single_steps,
+    without_complex_momentum,
 )
+from lightning_nested.callbacks.game_momentum import ADAPT_LIMIT, JointStep, predicted_rate
 from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
 from lightning_nested.callbacks.isolation import RandomStream, without_trace
 from lightning_nested.callbacks.outer_batches import base_seed
@@ -34,7 +37,7 @@ from lightning_nested.callbacks.step_dynamics import (
     step_dynamics,
 )
 from lightning_nested.games import JacobianOperator, leading_eigenvalues
-from lightning_nested.games.spectrum import SpectrumError, Which
+from lightning_nested.games.spectrum import _DENSE_LIMIT, SpectrumError, Which
 from lightning_nested.hypergradient.curvature import LinearOperator
 from lightning_nested.hypergradient.vectors import Vector
 
@@ -49,9 +52,11 @@ class MeasuredSpectrum:
         shares: How much of each eigenvector of √D J √D, which is similar, belongs to each player, shape
             (k, players), rows of sum 1; None where eigenvectors were not computed.
         own: Real eigenvalues of each player's own block D_i ∂²L_i/∂w_i², by player.
-        momentum: Common to all players; None where they differ.
+        momenta: Of each player; None where its parameter groups differ.
         alternating: Whether the players step one after the other.
-        rate: Worst predicted rate over the eigenvalues; None where it cannot be predicted.
+        rate: Predicted factor of the distance to the solution per game update; None where it cannot be predicted.
+        exact: Whether the rate is the spectral radius of the players' joint step, and no worst case of a formula over
+            the eigenvalues measured.
         num_products: Products with Jacobians it took.
         equal_curvatures: Whether the rate assumes that coupled coordinates have the same own curvature, as
             :func:`lightning_nested.games.convergence_rate` does for alternating players.
@@ -61,11 +66,18 @@ class MeasuredSpectrum:
     eigenvalues: Tensor
     shares: Tensor | None
     own: dict[str, Tensor]
-    momentum: Momentum | None
+    momenta: dict[str, Momentum | None]
     alternating: bool
     rate: float | None
     num_products: int
+    exact: bool = False
     equal_curvatures: bool = False
+
+    @property
+    def momentum(self) -> Momentum | None:
+        """Common to all players; None where they differ."""
+        found = set(self.momenta.values())
+        return found.pop() if len(found) == 1 else None
 
 
 class GameSpectrumCallback(Callback):
@@ -84,16 +96,18 @@ class GameSpectrumCallback(Callback):
     batch, and the same on every process.
 
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
-    ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``predicted_rate`` (worst of the eigenvalues measured;
-    needs one momentum for all players and one step each per update; for alternating players exact with ``k=None``
-    in games of up to 200 numbers, elsewhere assuming equal curvatures, see :func:`convergence_rate`),
-    ``own/<player>``; and to TensorBoard the log-polar figure with the rate's contours.
+    ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``own/<player>``, ``momentum/<player>``,
+    ``phase/<player>`` and ``predicted_rate``; and to TensorBoard the log-polar figure with the rate's contours. In
+    games of up to 200 numbers the rate is that of the players' joint step itself (``rate_is_exact`` is 1), whatever
+    their order, numbers of steps, curvatures and momenta. In larger ones it is the worst over the eigenvalues measured;
+    it needs one momentum for all players and one step each per update, and assumes equal curvatures where they
+    alternate, see :func:`convergence_rate`.
 
-    ``adapt=True`` sets |β| and arg β of :class:`ComplexSGD` and :class:`ComplexAdam`, one value for all players,
-    to the values whose worst predicted rate is smallest at the present learning rates, never further from the present
-    ones than ``max_change``. Eigenvalues that no momentum contracts are left out. If nothing better is found,
-    or no rate can be predicted (several steps per update, momenta that differ, ``debias=True`` with a phase: a warning
-    says so), nothing is changed.
+    ``adapt=True`` sets |β| and arg β of the players whose optimizer is a :class:`ComplexSGD` or a :class:`ComplexAdam`
+    without ``debias``, never further from the present ones than ``max_change``; the others keep theirs. In games of up
+    to 60 numbers each player gets its own, by the rate of the joint step (``adapts_each_player`` is 1); in larger ones
+    all get the same, by the rate over the eigenvalues measured. Directions that no momentum contracts are left out.
+    Where nothing better is found, nothing is changed, nor where no rate can be predicted: a warning says why.
 
     Args:
         every_n_updates: Game updates between measurements; the first is after the first update.
@@ -110,8 +124,8 @@ class GameSpectrumCallback(Callback):
 
     Raises:
         ValueError: An argument out of range.
-        MisconfigurationException: In ``setup``: the module is no GameModule; ``adapt`` finds an optimizer without
-            complex momentum.
+        MisconfigurationException: The module is no GameModule; ``adapt`` finds no optimizer with complex momentum;
+            ``k=None`` in a game of more than 4 096 numbers.
     """
 
     def __init__(
@@ -144,7 +158,7 @@ class GameSpectrumCallback(Callback):
         self._batch: Any = None
         self._seed: int | None = None
         self._measured = 0  # game updates at the last measurement
-        self._told = False  # that it cannot adapt
+        self._told: set[str] = set()  # what was said once
         self._saved: Mapping[str, Any] | None = None
 
     def should_measure(self, game_updates: int) -> bool:
@@ -162,7 +176,7 @@ class GameSpectrumCallback(Callback):
             )
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         seed = base_seed(trainer)  # on every process
         saved, self._saved = self._saved, None
         if saved is not None:
@@ -172,12 +186,15 @@ class GameSpectrumCallback(Callback):
                 self._batch = trainer.strategy.batch_to_device(batches[trainer.global_rank])
         if self._seed is None:
             self._seed = seed
-        for name, optimizer in _optimizers(pl_module).items() if self.adapt else ():
-            group = optimizer.param_groups[0]
-            if "phase" not in group:
-                raise MisconfigurationException(
-                    "adapt=True sets momentum and phase of ComplexSGD and ComplexAdam. Got "
-                    f"{type(optimizer).__name__} for {name!r}; use one of them, or adapt=False."
+        if self.k is None:
+            _check_dense(
+                sum(p.numel() for each in pl_module.running_players.values() for p in each.parameters)
+            )
+        if self.adapt:
+            others = without_complex_momentum(optimizers_of(pl_module))
+            if others:
+                self._tell(
+                    f"adapt=True sets momentum and phase of ComplexSGD and ComplexAdam. Others keep theirs: {others}."
                 )
 
     @override
@@ -196,14 +213,14 @@ class GameSpectrumCallback(Callback):
             return
         self._measured = updates
         try:
-            measured = self.measure(trainer, pl_module)
+            measured, step = self._measure(trainer, pl_module)
         except (SpectrumError, FloatingPointError) as error:
             rank_zero_warn(f"GameSpectrumCallback measured nothing after {updates} game updates: {error}")
             return
         self.history.append(measured)
-        self._log(trainer, pl_module, measured)
+        self._log(trainer, pl_module, measured, step)
         if self.adapt:
-            self._adapt(trainer, pl_module, measured)
+            self._adapt(pl_module, measured, step)
 
     @property
     @override
@@ -235,6 +252,10 @@ class GameSpectrumCallback(Callback):
             FloatingPointError: A loss or a product is not finite.
             ValueError: Parameters of one player ascend and others descend.
         """
+        return self._measure(trainer, pl_module)[0]
+
+    def _measure(self, trainer: Trainer, pl_module: Any) -> tuple[MeasuredSpectrum, JointStep | None]:
+        """The spectrum, and the joint step if it is known."""
         players = pl_module.running_players
         tensors = tuple(player.parameters for player in players.values())
         dynamics = {
@@ -252,33 +273,25 @@ class GameSpectrumCallback(Callback):
         for index, (name, each) in enumerate(dynamics.items() if self.per_player else ()):
             found, _, used = self._eigenvalues(OwnStepJacobian(jacobian.block(index), each.scale))
             own[name], products = found.real, products + used
-        common = {each.momentum for each in dynamics.values()}
-        momentum = common.pop() if len(common) == 1 else None
-        rate, assumed = self._rate(pl_module, operator, eigenvalues, momentum)
-        return MeasuredSpectrum(
+        step = joint_step(pl_module, dynamics, operator)
+        if step is not None and self.k is not None:
+            products += len(step.matrix)
+        measured = MeasuredSpectrum(
             game_updates=pl_module.game_updates,
             eigenvalues=eigenvalues,
             shares=shares,
             own=own,
-            momentum=momentum,
+            momenta={name: each.momentum for name, each in dynamics.items()},
             alternating=pl_module.update == "alternating",
-            rate=rate,
+            rate=None if step is None else step.rate(),
             num_products=products,
-            equal_curvatures=assumed,
+            exact=step is not None,
         )
-
-    def _rate(
-        self, module: Any, operator: StepJacobian, eigenvalues: Tensor, momentum: Momentum | None
-    ) -> tuple[float | None, bool]:
-        """The predicted rate, and whether it assumes equal curvatures."""
-        if max(module.steps_per_player.values(), default=1) > 1:
-            return None, False
-        alternating: bool = module.update == "alternating"
-        if alternating and momentum is not None and momentum.kind == "momentum":
-            if self.k is None and sum(operator.sizes) <= EXACT_LIMIT:
-                return alternating_rate(operator.dense(), operator.sizes, momentum), False
-            return predicted_rate(eigenvalues, momentum, True), True
-        return predicted_rate(eigenvalues, momentum, alternating), False
+        if step is None and single_steps(pl_module):
+            momentum, turns = measured.momentum, measured.alternating
+            rate = predicted_rate(eigenvalues, momentum, turns)
+            measured = replace(measured, rate=rate, equal_curvatures=turns and rate is not None)
+        return measured, step
 
     def _losses(self, trainer: Trainer, module: Any, names: list[str]) -> list[Tensor]:
         """All players' losses at one point, on the fixed batch, with the same random numbers every time."""
@@ -297,6 +310,7 @@ class GameSpectrumCallback(Callback):
             which = "largest_magnitude" if operator.symmetric else self.which
             found = leading_eigenvalues(operator, k, which, max_products=self.max_products)
             return found.eigenvalues, None, found.num_products
+        _check_dense(size)
         values, vectors = np.linalg.eig(operator.dense().detach().cpu().double().numpy())
         mass = np.abs(vectors) ** 2
         owner = np.repeat(operator.jacobian.owners, [p.numel() for p in operator.like])
@@ -311,7 +325,7 @@ class GameSpectrumCallback(Callback):
 
     # ---- what follows from it
 
-    def _log(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum) -> None:
+    def _log(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum, step: JointStep | None) -> None:
         values = measured.eigenvalues
         metrics = {
             "max_modulus": float(values.abs().max()),
@@ -321,9 +335,14 @@ class GameSpectrumCallback(Callback):
             "adversarial": float((values.imag.abs() > values.real.abs()).double().mean()),
         }
         if measured.rate is not None:
-            metrics["predicted_rate"] = measured.rate
+            metrics |= {"predicted_rate": measured.rate, "rate_is_exact": float(measured.exact)}
         if measured.momentum is not None:
             metrics |= {"momentum": measured.momentum.momentum, "phase": measured.momentum.phase}
+        for name, momentum in measured.momenta.items():
+            if momentum is not None and momentum.kind == "momentum":
+                metrics |= {f"momentum/{name}": momentum.momentum, f"phase/{name}": momentum.phase}
+        if self.adapt:
+            metrics["adapts_each_player"] = float(adapts_each_player(step))
         metrics |= {f"own/{name}": float(own.max()) for name, own in measured.own.items()}
         named = {f"spectrum/{name}": value for name, value in metrics.items()}
         module.log_dict(named, logger=False)
@@ -334,39 +353,39 @@ class GameSpectrumCallback(Callback):
                 figure = spectrum_figure([measured], list(module.running_players))
                 add_figure("spectrum", figure, measured.game_updates)
 
-    def _adapt(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum) -> None:
-        now = measured.momentum
-        if now is None or now.kind != "momentum" or measured.rate is None:
-            if not self._told:
-                self._told = True
-                rank_zero_warn(
-                    "adapt=True needs a predicted rate. Got none, so momentum and phase stay as they are: "
-                    f"{_why_no_rate(module, now)}."
-                )
+    def _adapt(self, module: Any, measured: MeasuredSpectrum, step: JointStep | None) -> None:
+        try:
+            better = adapted_momenta(
+                module, measured, step, max_momentum=self.max_momentum, max_change=self.max_change
+            )
+        except ValueError as error:
+            self._tell(
+                "adapt=True needs a predicted rate, and momenta that it can set. Momentum and phase stay as they are: "
+                f"{error}."
+            )
             return
-        better = better_momentum(
-            measured.eigenvalues,
-            now,
-            alternating=measured.alternating,
-            max_momentum=self.max_momentum,
-            max_change=self.max_change,
+        for name, momentum in better.items():
+            set_momentum(optimizers_of(module)[name], momentum.momentum, momentum.phase)
+        if not adapts_each_player(step):
+            self._tell(
+                "GameSpectrumCallback adapts one momentum for all players: this game has more than "
+                f"{ADAPT_LIMIT} numbers, too many to give each player its own by the rate of their joint step.",
+                rank_zero_info,
+            )
+
+    def _tell(self, text: str, how: Callable[[str], object] = rank_zero_warn) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            how(text)
+
+
+def _check_dense(size: int) -> None:
+    """Refuse the dense Jacobian of a large game before it is computed."""
+    if size > _DENSE_LIMIT:
+        raise MisconfigurationException(
+            f"GameSpectrumCallback(k=None) needs the dense Jacobian, of at most {_DENSE_LIMIT} numbers. Got players of "
+            f"{size}; use k=20 for the leading eigenvalues by products."
         )
-        for optimizer in _optimizers(module).values():
-            set_momentum(optimizer, better.momentum, better.phase)
-
-
-def _optimizers(module: Any) -> dict[str, torch.optim.Optimizer]:
-    return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
-
-
-def _why_no_rate(module: Any, momentum: Momentum | None) -> str:
-    if momentum is None:
-        return (
-            "the players, or groups of one, differ in momentum, phase or kind of optimizer; give all the same"
-        )
-    if momentum.kind != "momentum":
-        return "the optimizers' update is another one, as that of ComplexAdam with debias=True and a phase is"
-    return f"players take several steps in an update (steps_per_player={dict(module.steps_per_player)})"
 
 
 def _warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[Vector]) -> None:

@@ -127,13 +127,16 @@ def _contours(axes: Axes, spectrum: MeasuredSpectrum, bottom: float, top: float)
 
 
 def _caption(spectrum: MeasuredSpectrum) -> str:
-    momentum = spectrum.momentum
-    if momentum is None or momentum.kind != "momentum":
+    momenta = [m for m in spectrum.momenta.values() if m is not None and m.kind == "momentum"]
+    if not momenta:
         return ""
+    one = momenta[:1] if spectrum.momentum is not None else momenta
+    sizes = ", ".join(f"{m.momentum:.2g}" for m in one)
+    phases = ", ".join(f"{m.phase / math.pi:.3g}π" for m in one)
     rate = "" if spectrum.rate is None else f", worst rate {spectrum.rate:.4f}"
     if spectrum.rate is not None and spectrum.equal_curvatures:
         rate += "\n(rates assume equal curvatures)"
-    return f"\n|β| = {momentum.momentum:.2g}, arg β = {momentum.phase / math.pi:.3g}π{rate}"
+    return f"\n|β| = {sizes}, arg β = {phases}{rate}"
 
 
 def _legend(axes: Axes, spectra: Sequence[MeasuredSpectrum], players: Sequence[str]) -> None:

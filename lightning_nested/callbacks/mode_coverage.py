@@ -27,7 +27,8 @@ class ModeCoverage(Callback):
     A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
     at least ``at_least`` such samples are nearest to it. Samples are drawn in evaluation mode with random
     numbers of their own: training does not notice. Logs ``modes_covered`` and ``high_quality`` against game
-    updates; at the end prints a line and writes ``results.json`` and the figure ``<name>.png``.
+    updates; at the end prints a line and writes ``results.json`` and the figure ``<name>.png``. Of several in one
+    Trainer each logs ``<name>/modes_covered`` and ``<name>/high_quality``, and writes ``<name>.json``.
     Metz et al. (2017), ICLR; Srivastava et al. (2017), NeurIPS 30.
 
     Args:
@@ -35,7 +36,7 @@ class ModeCoverage(Callback):
         num_samples: Samples drawn for a count.
         at_least: Samples that make a mode covered.
         seed: Of the samples' latents.
-        name: Of the figure's file.
+        name: Of the figure's file; several in one Trainer must differ in it.
 
     Attributes:
         history: ``(game_updates, modes, share of high quality)`` of each count.
@@ -43,7 +44,7 @@ class ModeCoverage(Callback):
     Raises:
         ValueError: A number below 1.
         MisconfigurationException: In ``setup``: no ``sample`` in the module, or no ``centres`` and ``std`` in the
-            datamodule.
+            datamodule; two with one name.
     """
 
     def __init__(
@@ -75,6 +76,11 @@ class ModeCoverage(Callback):
                 "ModeCoverage needs a module that can sample and data whose modes are known. Got "
                 f"{type(pl_module).__name__} on {type(data).__name__}; use GANModule on "
                 "MixtureOfGaussiansDataModule."
+            )
+        if len({callback.name for callback in _of(trainer)}) < len(_of(trainer)):
+            raise MisconfigurationException(
+                "Several ModeCoverage in one Trainer must have names of their own, of which their files are called. "
+                f"Got {[callback.name for callback in _of(trainer)]}; give name=..."
             )
 
     @override
@@ -108,11 +114,12 @@ class ModeCoverage(Callback):
             "at_least": self.at_least,
         }
         figure = mode_figure(self.history, self._pictures, data.centres, data.std)
-        write_report(trainer, folder, self.name, results, figure, updates)
+        file = "results.json" if len(_of(trainer)) == 1 else f"{self.name}.json"
+        write_report(trainer, folder, self.name, results, figure, updates, file=file)
         print(
             f"\n{modes} of {len(data.centres)} modes covered (by at least {self.at_least} of {self.num_samples} "
             f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates",
-            f"{folder / self.name}.png and results.json beside it",
+            f"{folder / self.name}.png and {file} beside it",
             sep="\n",
             flush=True,
         )
@@ -138,7 +145,8 @@ class ModeCoverage(Callback):
 
     def _count(self, trainer: Trainer, module: Any) -> None:
         _, modes, quality = self._measure(trainer, module)
-        metrics = {"modes_covered": float(modes), "high_quality": quality}
+        where = "" if len(_of(trainer)) == 1 else f"{self.name}/"
+        metrics = {f"{where}modes_covered": float(modes), f"{where}high_quality": quality}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=module.game_updates)
 
@@ -151,6 +159,11 @@ class ModeCoverage(Callback):
         self.history.append((module.game_updates, modes, quality))
         self._pictures.append((module.game_updates, samples[:1000].clone()))
         return self.history[-1]
+
+
+def _of(trainer: Trainer) -> list[ModeCoverage]:
+    """All of this kind that the Trainer has."""
+    return [c for c in trainer.callbacks if isinstance(c, ModeCoverage)]  # type: ignore[attr-defined]
 
 
 def mode_figure(

@@ -18,11 +18,18 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def write_report(
-    trainer: Trainer, folder: Path, name: str, results: dict[str, Any], figure: Figure, step: int
+    trainer: Trainer,
+    folder: Path,
+    name: str,
+    results: dict[str, Any],
+    figure: Figure,
+    step: int,
+    *,
+    file: str = "results.json",
 ) -> None:
-    """Write ``results.json`` and ``<name>.png``, and the figure to loggers that take figures."""
+    """Write the results and ``<name>.png``, and the figure to loggers that take figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     figure.savefig(folder / f"{name}.png")
     for logger in trainer.loggers:
         add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)

@@ -49,13 +49,18 @@ class StepDynamics:
     Attributes:
         scale: D for each parameter tensor, of its shape: the learning rate, times 1/(√v̂+ε) where the optimizer
             has second moments v̂.
-        momentum: Of all parameters; None where groups differ.
+        momenta: Of each parameter tensor.
         sign: −1 where the optimizer ascends (``maximize=True``): g is then the gradient of −L.
     """
 
     scale: Vector
-    momentum: Momentum | None
+    momenta: tuple[Momentum, ...]
     sign: int = 1
+
+    @property
+    def momentum(self) -> Momentum | None:
+        """Of all parameters; None where groups differ."""
+        return self.momenta[0] if len(set(self.momenta)) == 1 else None
 
 
 def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDynamics:
@@ -79,7 +84,6 @@ def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDyn
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found = [_of_parameter(optimizer, groups[id(p)], optimizer.state.get(p, {})) for p in parameters]
-    kinds = {momentum for _, momentum in found}
     signs = {-1 if groups[id(p)].get("maximize", False) else 1 for p in parameters}
     if len(signs) > 1:
         raise ValueError(
@@ -91,7 +95,7 @@ def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDyn
             torch.as_tensor(scale, dtype=p.dtype, device=p.device).expand_as(p)
             for (scale, _), p in zip(found, parameters, strict=True)
         ),
-        momentum=kinds.pop() if len(kinds) == 1 else None,
+        momenta=tuple(momentum for _, momentum in found),
         sign=signs.pop() if signs else 1,
     )
 
@@ -165,17 +169,21 @@ _KNOWN: tuple[
 )
 
 
-def set_momentum(optimizer: Optimizer, momentum: float, phase: float) -> bool:
-    """Set |β| and arg β of all groups; whether the optimizer has both."""
-    if not isinstance(optimizer, ComplexSGD | ComplexAdam):
-        return False
+def has_complex_momentum(optimizer: Optimizer) -> bool:
+    """Whether |β| and arg β can be set, and the rest of a step stays as it is."""
+    if isinstance(optimizer, ComplexAdam):  # with debias a step's size hangs on β
+        return not any(group["debias"] for group in optimizer.param_groups)
+    return isinstance(optimizer, ComplexSGD)
+
+
+def set_momentum(optimizer: Optimizer, momentum: float, phase: float) -> None:
+    """Set |β| and arg β of all groups of a :class:`ComplexSGD` or :class:`ComplexAdam`."""
     for group in optimizer.param_groups:
         if isinstance(optimizer, ComplexSGD):
             group["momentum"] = momentum
         else:
             group["betas"] = (momentum, group["betas"][1])
         group["phase"] = phase
-    return True
 
 
 class StepJacobian(LinearOperator):
@@ -205,10 +213,19 @@ class StepJacobian(LinearOperator):
         )
 
     def dense(self) -> Tensor:
-        """√D J √D of shape (n, n): similar to DJ, and no player's eigenvectors are larger only by its scale."""
+        """√D J √D of shape (n, n): similar to DJ, and no player's eigenvectors are larger only by its scale.
+
+        Raises:
+            FloatingPointError: An entry is not finite.
+        """
         if self._dense is None:  # n products, so once
             root = flatten(self.scale).sqrt()
-            self._dense = root[:, None] * self.jacobian.dense() * root
+            found = root[:, None] * self.jacobian.dense() * root
+            if not bool(torch.isfinite(found).all()):
+                raise FloatingPointError(
+                    "The Jacobian must be finite. Got an entry that is not: second derivatives overflowed."
+                )
+            self._dense = found
         return self._dense
 
 

@@ -6,7 +6,7 @@ Hessian J is not symmetric, and its eigenvalues are complex where the players ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TypeAlias, TypeVar
 
@@ -251,11 +251,28 @@ def _evaluate(
     with torch.enable_grad():
         if callable(losses):
             tensors = [t if t.requires_grad else t.detach().requires_grad_(True) for t in tensors]
-            values = tuple(losses(_structured(tuple(tensors), players)))
+            values = _as_tuple(losses(_structured(tuple(tensors), players)))
         else:
-            values = tuple(losses)
+            values = _as_tuple(losses)
     _check_losses(values, len(players), reduce)
     return values, tuple(tensors), tuple(owners)
+
+
+def _as_tuple(losses: object) -> tuple[Tensor, ...]:
+    """The losses, if they are tensors in a sequence."""
+    if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+        raise ValueError(
+            f"losses must return one scalar tensor for each player, in a tuple. Got a {type(losses).__name__}; "
+            "return (loss_1, loss_2, ...)."
+        )
+    values = tuple(losses)
+    for index, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"The loss of player {index} must be a scalar tensor with its graph. Got a {type(value).__name__}; "
+                "compute it with torch operations, without .item() or float()."
+            )
+    return values
 
 
 def _structured(tensors: Vector, players: PlayersT) -> PlayersT:

@@ -141,21 +141,24 @@ def proximal_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Te
 def momentum_map(
     jacobian: Tensor,
     *,
-    lr: float,
-    momentum: float,
-    phase: float = 0.0,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    phase: float | Tensor = 0.0,
     sizes: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
 ) -> Tensor:
-    """The matrix that one step of complex momentum applies to (Re μ, Im μ, w) when the joint gradient is J w.
+    """The matrix that one update of complex momentum applies to (Re μ, Im μ, w) when the joint gradient is J w.
 
-    μ ← βμ − Jw, w ← w + α Re μ. Its spectral radius is the rate, of any game, simultaneous or alternating.
+    μ ← βμ − Jw, w ← w + α Re μ. Its spectral radius is the rate, of any game, simultaneous or alternating, also where
+    the players have learning rates and momenta of their own.
 
     Args:
         jacobian: J, real of shape (n, n).
-        lr: α > 0.
-        momentum: |β| in [0, 1).
-        phase: φ in [−π, π].
+        lr: α > 0; a tensor of shape (n,) gives each coordinate its own.
+        momentum: |β| in [0, 1), likewise.
+        phase: φ in [−π, π], likewise.
         sizes: Numbers each player holds, in the order of their steps: alternating updates. None: simultaneous.
+        steps: Steps each player takes in its turn; None: one.
 
     Returns:
         Shape (3n, 3n), in the dtype of ``jacobian``.
@@ -166,24 +169,47 @@ def momentum_map(
         >>> round(torch.linalg.eigvals(step).abs().max().item(), 6)
         0.94394
     """
-    phase = float(_settings(lr, momentum, phase)[2])
     n = jacobian.shape[0]
     if jacobian.shape != (n, n):
         raise ValueError(f"jacobian must be a square matrix. Got shape {tuple(jacobian.shape)}.")
+    if steps is not None and sizes is None:
+        raise ValueError(
+            "steps needs sizes: players take turns. Got sizes=None; give the numbers each holds."
+        )
     sizes = (n,) if sizes is None else tuple(sizes)
     if sum(sizes) != n or min(sizes) < 1:
         raise ValueError(f"sizes must be positive and sum to {n}. Got {sizes}.")
-    real, imaginary = momentum * math.cos(phase), momentum * math.sin(phase)
-    whole = torch.eye(3 * n, dtype=jacobian.dtype, device=jacobian.device)
+    steps = (1,) * len(sizes) if steps is None else tuple(steps)
+    if len(steps) != len(sizes) or min(steps) < 1:
+        raise ValueError(f"steps must be positive, one for each of {len(sizes)} players. Got {steps}.")
+    alpha, size, angle = _settings(lr, momentum, phase)
+    if alpha.shape not in ((), (n,)):
+        raise ValueError(
+            f"lr, momentum and phase must be numbers or of shape {(n,)}. Got shape {alpha.shape}."
+        )
+    found = momentum_matrix(jacobian.detach().cpu().numpy(), alpha, size, angle, sizes, steps)
+    return torch.from_numpy(found).to(jacobian.device)
+
+
+def momentum_matrix(
+    jacobian: Array, lr: Array, momentum: Array, phase: Array, sizes: Sequence[int], steps: Sequence[int]
+) -> Array:
+    """:func:`momentum_map` without checks."""
+    n = len(jacobian)
+    alpha, real, imaginary = (
+        np.broadcast_to(x, (n,))[:, None].astype(jacobian.dtype)
+        for x in (lr, momentum * np.cos(phase), momentum * np.sin(phase))
+    )
+    whole = np.eye(3 * n, dtype=jacobian.dtype)
+    re, im, w = whole.reshape(3, n, 3 * n)  # views
     at = 0
-    for size in sizes:  # one player's step after the other, each on what those before it left
+    for size, times in zip(sizes, steps, strict=True):
         own = slice(at, at + size)
-        re, im, w = (torch.arange(k * n, (k + 1) * n)[own] for k in range(3))
-        step = torch.eye(3 * n, dtype=jacobian.dtype, device=jacobian.device)
-        step[re, re], step[re, im], step[im, re], step[im, im] = real, -imaginary, imaginary, real
-        step[re, 2 * n :] = -jacobian[own]
-        step[w] += lr * step[re]
-        whole = step @ whole
+        for _ in range(times):  # one player's step, on what those before it left
+            mine = real[own] * re[own] - imaginary[own] * im[own] - jacobian[own] @ w
+            im[own] = imaginary[own] * re[own] + real[own] * im[own]
+            re[own] = mine
+            w[own] += alpha[own] * mine
         at += size
     return whole
 

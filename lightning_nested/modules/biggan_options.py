@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_nested.modules.adversarial import AdversarialLoss, DiffAugment, GradientRegularizer, Hinge
+from lightning_nested.networks.biggan import Initialization
 
 BatchNormMode = Literal["running", "batch", "standing"]
 
@@ -34,7 +35,7 @@ class BigGANNetworks:
     attention: tuple[int, ...] = ()
     shared_dim: int = 0
     hierarchical: bool = False
-    initialization: Literal["normal", "orthogonal"] = "normal"
+    initialization: Initialization = "normal"
 
 
 @dataclass(frozen=True, kw_only=True)

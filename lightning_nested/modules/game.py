@@ -146,6 +146,7 @@ class GameModule(LightningModule):
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._make_optimizers, self._make_schedulers = dict(optimizers or {}), dict(schedulers or {})
         self._position = 0  # batches of the present round that are done
+        self._started = False  # whether on_train_start has run in this fit
         self._epoch_open = False  # whether a checkpoint made now is from the middle of an epoch
         self._sums = GradientSums()
         self._losses: dict[str, Tensor] = {}  # each player's last
@@ -227,6 +228,7 @@ class GameModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        self._started = False
         self._saved = (
             None  # of an earlier validate(ckpt_path=...) or load_from_checkpoint; fit restores after setup
         )
@@ -270,12 +272,17 @@ class GameModule(LightningModule):
                     "lightning.pytorch.cli.ReduceLROnPlateau(optimizer, monitor=...)."
                 )
         if self._saved is not None:
+            # Also a run that was finished, and does not start again, knows its clock, and callbacks at its start.
+            self.game_updates = self._saved["game_updates"]
+            self.gradient_evaluations = self._saved["gradient_evaluations"]
+            self.player_batches = Counter(self._saved.get("player_batches", {}))
             # Before the first pass over the loader begins, which draws from the global stream.
             restore_random_state(self._saved["random"], self.global_rank)
 
     @override
     def on_train_start(self) -> None:
         saved, self._saved = self._saved, None
+        self._started = True
         if saved is None:
             if (
                 self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
@@ -289,8 +296,6 @@ class GameModule(LightningModule):
                 if self.global_rank > 0:  # with the latents of process 0, the batch would only seem larger
                     torch.manual_seed(seed + 7_368_787 * self.global_rank)
             return
-        self.game_updates, self.gradient_evaluations = saved["game_updates"], saved["gradient_evaluations"]
-        self.player_batches = Counter(saved.get("player_batches", {}))
         self._position = saved["position"] % len(self._schedule)
         self._epoch_open = saved["epoch_open"]
         self._sums.load_state_dict(saved["sums"], self.device)
@@ -301,7 +306,7 @@ class GameModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        self._check_hooks(bool(self._players))
+        self._check_hooks(bool(self._players) and self._started)
         if not all(player.is_current for player in self._players.values()):
             self._match_players()
             self._sums.clear()  # gradients of other parameters
@@ -320,8 +325,8 @@ class GameModule(LightningModule):
         if ends:
             self.game_updates += 1
             self.on_game_update()
-            step_schedulers(self, "step", self.game_updates)
             self._log()
+            step_schedulers(self, "step", self.game_updates)
         if last:
             step_schedulers(self, "epoch", self.current_epoch + 1)
         return dict(self._losses)
@@ -434,19 +439,21 @@ class GameModule(LightningModule):
             player.set_gradient(gradient)
 
     def _log(self) -> None:
-        losses = {f"{name}_loss": loss for name, loss in self._losses.items()}
-        # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps.
-        self.log_dict(losses, prog_bar=True, logger=False)
-        self.log("game_updates", float(self.game_updates), logger=False)
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every == 0 or self.game_updates % every:
-            return
-        further = self.game_metrics()
-        self.log_dict(further, prog_bar=True, logger=False)
-        metrics = losses | further
-        # Not by self.log: Lightning's x axis counts batches.
-        for logger in self.trainer.loggers:
-            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.game_updates)
+        trainer = self.trainer
+        metrics: dict[str, Any] = {f"{name}_loss": loss for name, loss in self._losses.items()}
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every > 0 and self.game_updates % every == 0
+        if due:
+            metrics |= self.game_metrics()
+            # Not by self.log: Lightning's x axis counts batches.
+            for logger in trainer.loggers:
+                logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.game_updates)
+        # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps. Not by self.log: it costs
+        # as much as a small game's update, to aggregate what nobody asks for.
+        shown = {k: torch.as_tensor(v, device=self.device) for k, v in metrics.items()}
+        trainer.callback_metrics.update(shown, game_updates=torch.tensor(float(self.game_updates)))
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_metrics.update({k: float(v) for k, v in metrics.items()})
 
 
 def check_names(what: str, given: Mapping[str, Any], players: Mapping[str, nn.Module]) -> None:

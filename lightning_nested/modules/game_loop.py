@@ -32,13 +32,12 @@ class GameLoop:
     reuse_batch: bool = False
 
     def __post_init__(self) -> None:
-        if self.accumulate_grad_batches < 1:
-            raise ValueError(
-                f"accumulate_grad_batches must be at least 1. Got {self.accumulate_grad_batches}."
-            )
+        count = self.accumulate_grad_batches
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"accumulate_grad_batches must be a whole number of at least 1. Got {count!r}.")
         clip = self.gradient_clip_val
         limits = [] if clip is None else list(clip.values()) if isinstance(clip, dict) else [clip]
-        if not all(limit > 0 for limit in limits):
+        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits):
             raise ValueError(f"gradient_clip_val must be positive, or None. Got {clip}.")
         if self.gradient_clip_algorithm not in ("norm", "value"):
             raise ValueError(

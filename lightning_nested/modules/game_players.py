@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from operator import is_
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_nested.hypergradient.vectors import Reduce, Vector, norm
 from lightning_nested.modules.fast_weights import average_gradients
@@ -110,6 +112,21 @@ def check_trainable(name: str, module: nn.Module) -> None:
         )
 
 
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that wants to evaluate the loss itself, as LBFGS does.
+
+    Raises:
+        MisconfigurationException: Its ``step`` cannot do without a closure.
+    """
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise MisconfigurationException(
+            "An optimizer must take its step from finished gradients: a game has no one loss that a closure could "
+            f"evaluate again. Got {type(optimizer).__name__}, whose step() needs a closure; use one that works "
+            "without, such as Adam, ComplexAdam, or Extragradient for a second look."
+        )
+
+
 def match_players(
     modules: Mapping[str, nn.Module],
     optimizers: Sequence[LightningOptimizer],
@@ -144,6 +161,7 @@ def match_players(
                 )
     found: dict[str, Player] = {}
     for optimizer in optimizers:
+        check_optimizer(optimizer.optimizer)
         held = trained_parameters(optimizer)
         owners = sorted({owner.get(id(p), "no player") for p in held})
         if len(owners) != 1 or owners[0] == "no player":

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 def step_schedulers(module: LightningModule, interval: str, count: int) -> None:
-    """Step those of an interval whose frequency divides ``count``; plateau schedulers wait for the epoch's end."""
+    """Step those of an interval whose frequency divides ``count``.
+
+    A plateau scheduler of the interval ``"epoch"`` waits for :func:`step_plateau_schedulers`: its metric may be one of
+    the epoch's validation. One of ``"step"`` steps here on what was logged last.
+
+    Raises:
+        MisconfigurationException: The metric of a plateau scheduler was not logged.
+    """
     for config in module.trainer.lr_scheduler_configs:
         plateau = isinstance(config.scheduler, ReduceLROnPlateau)
-        if config.interval == interval and not plateau and count % config.frequency == 0:
-            module.lr_scheduler_step(config.scheduler, None)
+        if config.interval != interval or count % config.frequency or (plateau and interval == "epoch"):
+            continue
+        module.lr_scheduler_step(config.scheduler, _monitored(module, config.scheduler) if plateau else None)
 
 
 def step_plateau_schedulers(module: LightningModule) -> None:
-    """At an epoch's end: step plateau schedulers on the metric that they monitor.
-
-    The name is the scheduler's own: Lightning drops the ``"monitor"`` key in manual optimization.
+    """At an epoch's end: step plateau schedulers of the interval ``"epoch"`` on the metric that they monitor.
 
     Raises:
         MisconfigurationException: The metric was not logged.
     """
     for config in module.trainer.lr_scheduler_configs:
-        if not isinstance(config.scheduler, ReduceLROnPlateau):
-            continue
-        if (module.current_epoch + 1) % config.frequency == 0:
-            monitor = getattr(config.scheduler, "monitor", None)
-            metric = module.trainer.callback_metrics.get(str(monitor))
-            if metric is None:
-                raise MisconfigurationException(
-                    f"ReduceLROnPlateau monitors {monitor!r}, which was not logged. "
-                    f"Got {sorted(module.trainer.callback_metrics)}."
-                )
-            module.lr_scheduler_step(config.scheduler, metric)
+        plateau = isinstance(config.scheduler, ReduceLROnPlateau) and config.interval == "epoch"
+        if plateau and (module.current_epoch + 1) % config.frequency == 0:
+            module.lr_scheduler_step(config.scheduler, _monitored(module, config.scheduler))
+
+
+def _monitored(module: LightningModule, scheduler: Any) -> Any:
+    """The metric that the scheduler itself names: Lightning drops its ``"monitor"`` key in manual optimization."""
+    monitor = getattr(scheduler, "monitor", None)
+    metric = module.trainer.callback_metrics.get(str(monitor))
+    if metric is None:
+        raise MisconfigurationException(
+            f"ReduceLROnPlateau monitors {monitor!r}, which was not logged. "
+            f"Got {sorted(module.trainer.callback_metrics)}; log it with self.log, or step the scheduler after it."
+        )
+    return metric

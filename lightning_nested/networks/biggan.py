@@ -44,7 +44,8 @@ class Generator(nn.Module):
         shared_dim: Width of a class embedding shared by all layers; 0: one embedding per layer.
         hierarchical: Give each block its own slice of z; needs ``shared_dim`` and a ``latent_dim`` that the
             number of blocks plus one divides.
-        initialization: ``"normal"`` N(0, 0.02²) or ``"orthogonal"``, of all weights and embeddings.
+        initialization: ``"normal"``, N(0, 0.02²) for all weights and embeddings, or ``"orthogonal"`` weights
+            beside N(0, 0.02²) embeddings and zero biases: at first only z tells images apart.
 
     Shape:
         z ``(N, latent_dim)``, labels ``(N,)`` of type long or mixtures of classes ``(N, num_classes)``;
@@ -152,7 +153,7 @@ class Discriminator(nn.Module):
         resolution: Side of the image: 32, 64, 128 or 256.
         image_channels: 3 for colour, 1 for grey.
         attention: Sides after which :class:`SelfAttention` follows.
-        initialization: ``"normal"`` N(0, 0.02²) or ``"orthogonal"``.
+        initialization: As of :class:`Generator`.
 
     Shape:
         images ``(N, image_channels, resolution, resolution)``, labels ``(N,)``; output ``(N,)``.
@@ -253,11 +254,17 @@ def _check_attention(attention: Sequence[int], sides: Sequence[int]) -> None:
 def _initialize(module: nn.Module, initialization: Initialization) -> None:
     if initialization not in ("normal", "orthogonal"):
         raise ValueError(f"initialization must be 'normal' or 'orthogonal'. Got {initialization!r}.")
+    orthogonal = initialization == "orthogonal"
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Embedding):  # biases keep torch's own
-            if initialization == "normal":
-                nn.init.normal_(layer.weight, std=0.02)
-            else:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if orthogonal:
                 nn.init.orthogonal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            else:  # biases keep torch's own
+                nn.init.normal_(layer.weight, std=0.02)
+        elif isinstance(layer, nn.Embedding):
+            # Orthogonal rows would be as large as z's share of a channel: images of a class came out alike.
+            nn.init.normal_(layer.weight, std=0.02)
         if isinstance(layer, SpectralNormLayer):
             layer.match_vectors()

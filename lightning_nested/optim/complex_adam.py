@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer, buffers, by_step
+from lightning_nested.optim.fused import Fused, Turn
+from lightning_nested.optim.kernel import Kernel
 from lightning_nested.optim.native import Native
 from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
 from lightning_nested.optim.walk import ascent, ascents, walk
@@ -41,8 +43,8 @@ class ComplexAdam(GameOptimizer):
             AdamW).
         debias: Adam's factor and correction of the first moment.
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
-            float64 tensors; it changes nothing for others.
+        compiled: Run steps in C on CPU, in one sweep over memory instead of three; needs a C compiler. For contiguous
+            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -193,12 +195,54 @@ def complex_adam(
         if rates[1]:
             torch._foreach_addcdiv_(ws, b, denominators, value=rates[1])
 
-    native = None
+    kernels: list[Kernel] = []
     if compiled:
         sign = -1.0 if maximize else 1.0
         averages = (betas[1], 1 - betas[1], eps * root)
-        native = Native("complex_adam", (sign, weight_decay, c, s, *averages, -rates[0], -rates[1]))
-    walk(one, many, params, grads, real, imag, squares, native=native)
+        kernels.append(Native("complex_adam", (sign, weight_decay, c, s, *averages, -rates[0], -rates[1])))
+    turn = Turn.of(c, s)
+    if turn is not None and c > 0 and abs(factor.imag) <= 2 * factor.real:
+        kernels.append(
+            Fused(_fused(turn, factor, step, lr, betas[1], eps, weight_decay=weight_decay, maximize=maximize))
+        )
+    walk(one, many, params, grads, real, imag, squares, kernels=kernels)
+
+
+def _fused(
+    turn: Turn, factor: complex, step: int, lr: float, beta2: float, eps: float, **options: Any
+) -> Callable[..., None]:
+    """The update with Adam's kernel: m ← (1 − β)(a/σ + g) for β = 1/(1 + σ), w ← w − r·m/((1 − βᵗ)(√v̂ + ε)).
+
+    Where κ has an imaginary part, a is moved along b for that time, so that m is in the direction of Re(κμ).
+    """
+    beta = 1 / (1 + turn.scale)
+    tilt = factor.imag / factor.real
+    rate = lr * factor.real * (1 - beta**step) / (1 - beta)
+    count = torch.tensor(float(step))
+
+    def update(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
+        turn(a, b)
+        if tilt:
+            torch._foreach_add_(a, b, alpha=-turn.scale * tilt)
+        torch._fused_adam_(
+            ws,
+            gs,
+            a,
+            v,
+            [],
+            [count] * len(ws),
+            lr=rate,
+            beta1=beta,
+            beta2=beta2,
+            eps=eps,
+            amsgrad=False,
+            **options,
+        )
+        torch._foreach_mul_(a, 1 / (1 - beta))
+        if tilt:
+            torch._foreach_add_(a, b, alpha=tilt)
+
+    return update
 
 
 def _factor(c: float, s: float, momentum: float, phase: float, step: int) -> complex:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer, buffers
+from lightning_nested.optim.fused import Fused, Turn, axpby
+from lightning_nested.optim.kernel import Kernel
 from lightning_nested.optim.native import Native
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
 from lightning_nested.optim.walk import ascent, ascents, walk
@@ -40,8 +42,8 @@ class ComplexSGD(GameOptimizer):
         phase: arg β in radians, in [−π, π].
         weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled: it enters the momentum).
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in about half the time; needs a C compiler. For contiguous float32 and
-            float64 tensors; it changes nothing for others.
+        compiled: Run steps in C on CPU, in one sweep over memory instead of two; needs a C compiler. For contiguous
+            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -170,11 +172,21 @@ def complex_sgd(
             torch._foreach_copy_(a, new)
         torch._foreach_add_(ws, a, alpha=-lr)
 
-    native = None
+    sign = -1.0 if maximize else 1.0
+    if imag is None:
+        real_kernel = Native("real_sgd", (sign, weight_decay, c, lr))
+        walk(one, many, params, grads, real, kernels=[real_kernel] if compiled else [])
+        return
+    kernels: list[Kernel] = []
     if compiled:
-        sign = -1.0 if maximize else 1.0
-        if imag is None:
-            native = Native("real_sgd", (sign, weight_decay, c, lr))
-        else:
-            native = Native("complex_sgd", (sign, weight_decay, c, s, lr))
-    walk(one, many, params, grads, real, *(() if imag is None else (imag,)), native=native)
+        kernels.append(Native("complex_sgd", (sign, weight_decay, c, s, lr)))
+    turn = Turn.of(c, s)
+    if turn is not None:
+        grow = 1 / turn.scale
+
+        def fused(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor]) -> None:
+            turn(a, b)
+            axpby(ws, gs, a, x=grow, rate=lr, weight_decay=weight_decay, maximize=maximize)
+
+        kernels.append(Fused(fused))
+    walk(one, many, params, grads, real, imag, kernels=kernels)

@@ -29,7 +29,8 @@ class Extragradient(GameOptimizer):
 
     For one loss, ``step(closure)`` does both. On the bilinear game the rate is √(1 − lr² + lr⁴).
 
-    The saved w lives in the state between the two halves only, so that a checkpoint between updates holds nothing.
+    The saved w is in the state between the two halves only, so that a checkpoint between updates holds nothing. Its
+    memory, one number per parameter, is kept for the next update.
 
     Args:
         params: Parameters or groups; each group may have its own options.
@@ -58,7 +59,12 @@ class Extragradient(GameOptimizer):
     def __init__(
         self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
     ) -> None:
+        self._room: dict[Tensor, Tensor] = {}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._room = {}  # a copy, or a loaded state, shares no memory with what it came from
 
     @torch.no_grad()
     def extrapolate(self, closure: Closure | None = None) -> float | None:
@@ -80,9 +86,10 @@ class Extragradient(GameOptimizer):
             with torch.enable_grad():
                 loss = closure()
         for group, options, params, grads in list(self._gradients()):
-            for p in params:
-                self.state[p]["anchor"] = p.detach().clone(memory_format=torch.preserve_format)
-            descend(params, params, grads, **options)
+            anchors = [self._room_for(p) for p in params]
+            look_ahead(params, anchors, grads, **options)
+            for p, anchor in zip(params, anchors, strict=True):
+                self.state[p]["anchor"] = anchor
             group["extrapolated"] = True
         return loss
 
@@ -136,6 +143,15 @@ class Extragradient(GameOptimizer):
         # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
         anchors = [state.pop("anchor", p) for p, state in zip(params, states, strict=True)]
         descend(params, anchors, grads, **options)
+
+    def _room_for(self, p: Tensor) -> Tensor:
+        """New pages cost more than the copy, so they are asked for once."""
+        room = self._room.get(p)
+        if room is None or any(
+            getattr(room, name) != getattr(p, name) for name in ("shape", "dtype", "device", "layout")
+        ):
+            room = self._room[p] = torch.empty_like(p, memory_format=torch.preserve_format)
+        return room
 
     @torch.no_grad()
     def _return(self) -> None:
@@ -211,6 +227,28 @@ def extrapolate_from_the_past(
     walk(one, many, params, anchors, grads)
 
 
+def look_ahead(
+    params: list[Tensor],
+    anchors: list[Tensor],
+    grads: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Anchor ← w, w ← w − lr·g in place."""
+
+    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
+        anchor.copy_(w)
+        w.add_(ascent(w, g, weight_decay, maximize), alpha=-lr)
+
+    def many(ws: list[Tensor], rooms: list[Tensor], gs: list[Tensor]) -> None:
+        torch._foreach_copy_(rooms, ws)
+        torch._foreach_add_(ws, ascents(ws, gs, weight_decay, maximize), alpha=-lr)
+
+    walk(one, many, params, anchors, grads)
+
+
 def descend(
     params: list[Tensor],
     anchors: list[Tensor],
@@ -226,8 +264,8 @@ def descend(
         torch.add(anchor, ascent(w, g, weight_decay, maximize), alpha=-lr, out=w)
 
     def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
-        torch._foreach_copy_(
-            ws, torch._foreach_add(starts, ascents(ws, gs, weight_decay, maximize), alpha=-lr)
-        )
+        new = ascents(ws, gs, weight_decay, maximize)
+        torch._foreach_copy_(ws, starts)
+        torch._foreach_add_(ws, new, alpha=-lr)
 
     walk(one, many, params, anchors, grads)

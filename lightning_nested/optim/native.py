@@ -23,16 +23,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
-from torch.nn import Parameter
+
+from lightning_nested.optim.kernel import Kernel
 
 ALONE = 1 << 17  # elements; fewer take one thread less time than waking the others
-_PLAIN = (Parameter, Tensor)  # a subclass (DTensor, ...) may have no memory of its own
 _REALS = {torch.float32: ("float", "sqrtf", 4), torch.float64: ("double", "sqrt", 8)}
 
 
 @dataclass(frozen=True)
-class Native:
+class Native(Kernel):
     """A kernel of ``native.c`` with its scalars.
 
     Attributes:
@@ -43,36 +42,11 @@ class Native:
     name: str
     scalars: tuple[float, ...]
 
-    def run(self, lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-        """Update what the kernels can take: contiguous float32 and float64 on CPU.
-
-        Returns:
-            The lists of what is left.
-        """
-        if library() is None:
-            return lists
-        dtypes = [w.dtype for w in lists[0]]
-        sizes = [w.numel() for w in lists[0]]
-        if len(set(dtypes)) == 1 and dtypes[0] in _REALS and all(_fits(c, dtypes[0], sizes) for c in lists):
-            self._update(dtypes[0], lists, sizes)  # the usual case
-            return ()
-        taken = [
-            dtype in _REALS and all(_fits((a,), dtype, (size,)) for a in row)
-            for dtype, size, *row in zip(dtypes, sizes, *lists, strict=True)
-        ]
-        for dtype in _REALS:
-            places = [i for i, takes in enumerate(taken) if takes and dtypes[i] == dtype]
-            if places:
-                columns = [[column[i] for i in places] for column in lists]
-                self._update(dtype, columns, [sizes[i] for i in places])
-        return [[a for a, takes in zip(column, taken, strict=True) if not takes] for column in lists]
+    def available(self) -> bool:
+        """Compiles when it is first asked."""
+        return library() is not None
 
     def _update(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> None:
-        self._call(dtype, columns, sizes)
-        for w in columns[0]:
-            increment_version(w)  # autograd must learn that its saved parameters have changed
-
-    def _call(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> None:
         real, _, width = _REALS[dtype]
         function = getattr(library(), f"{self.name}_{real}")
         scalars = (ctypes.c_double * len(self.scalars))(*self.scalars)
@@ -124,20 +98,6 @@ def _shares(addresses: list[list[int]], sizes: list[int], width: int, threads: i
     return shares
 
 
-def _fits(column: Sequence[Tensor], dtype: torch.dtype, sizes: Sequence[int]) -> bool:
-    for a, size in zip(column, sizes, strict=True):
-        if not (
-            a.dtype is dtype
-            and a.numel() == size
-            and a.is_contiguous()
-            and a.is_cpu
-            and type(a) in _PLAIN
-            and not a.is_neg()
-        ):
-            return False
-    return True
-
-
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Kept from step to step; ``process``: threads do not survive a fork."""
@@ -151,7 +111,7 @@ def library() -> ctypes.CDLL | None:
         return _compile()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         warnings.warn(
-            f"compiled=True needs a C compiler. Got: {error} Steps run without it, in about twice the time; install "
+            f"compiled=True needs a C compiler. Got: {error} Steps run without it, more slowly; install "
             "gcc or clang, or name one in the variable CC.",
             stacklevel=2,
         )

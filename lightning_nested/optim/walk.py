@@ -7,14 +7,14 @@ large tensor comes alone, cut into tiles, and small ones, whose cost is the call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_nested.optim.native import Native
+from lightning_nested.optim.kernel import Kernel
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]  # what the _foreach functions take
 
@@ -26,7 +26,7 @@ def walk(
     one: Callable[..., None],
     many: Callable[..., None],
     *lists: Sequence[Tensor],
-    native: Native | None = None,
+    kernels: Sequence[Kernel] = (),
 ) -> None:
     """Apply an update to the i-th tensors of all lists, for every i.
 
@@ -34,39 +34,45 @@ def walk(
         one: The update of single tensors ``one(w, g, ...)``.
         many: The same update of lists ``many([w, ...], [g, ...], ...)``.
         lists: Parameters first; equal lengths, and equal shapes at the same place.
-        native: The same update in C, for the tensors that it can take.
+        kernels: Faster forms of the same update, the preferred one first, each for the tensors that it can take.
     """
-    if native is not None:
-        lists = tuple(native.run(lists))
+    for kernel in kernels:
+        lists = tuple(kernel.run(lists))
         if not lists:
             return
     if not on_cpu(lists[0]):
         many(*(list(tensors) for tensors in lists))
         return
-    block: list[tuple[Tensor, ...]] = []
+    for block in blocks(lists):
+        if len(block[0]) == 1:
+            one(*(column[0] for column in block))
+        else:
+            many(*block)
+
+
+def blocks(lists: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """The lists in portions: small tensors together, large ones alone, cut into tiles where they are contiguous."""
+    small: list[tuple[Tensor, ...]] = []
     elements = 0
     for tensors in zip(*lists, strict=True):
         size = tensors[0].numel()
         if size < SMALL:
-            block.append(tensors)
+            small.append(tensors)
             elements += size
             if elements >= TILE:
-                _flush(one, many, block)
-                elements = 0
+                yield _columns(small)
+                small, elements = [], 0
         elif size <= TILE or not all(a.is_contiguous() for a in tensors):
-            one(*tensors)
+            yield [[a] for a in tensors]
         else:
             for piece in zip(*(a.view(-1).split(TILE) for a in tensors), strict=True):
-                one(*piece)
-    _flush(one, many, block)
+                yield [[a] for a in piece]
+    if small:
+        yield _columns(small)
 
 
-def _flush(one: Callable[..., None], many: Callable[..., None], block: list[tuple[Tensor, ...]]) -> None:
-    if len(block) == 1:
-        one(*block[0])
-    elif block:
-        many(*map(list, zip(*block, strict=True)))
-    block.clear()
+def _columns(rows: list[tuple[Tensor, ...]]) -> list[list[Tensor]]:
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def on_cpu(tensors: Sequence[Tensor]) -> bool:

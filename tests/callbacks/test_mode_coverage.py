@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -114,6 +115,38 @@ def test_two_of_them_keep_their_own_state() -> None:
     kinds = [{}, {"num_samples": 50}, {"at_least": 5}, {"seed": 1}, {"name": "b"}, {"every_n_updates": 7}]
     keys = {ModeCoverage(**options).state_key for options in kinds}  # type: ignore[arg-type]
     assert len(keys) == len(kinds)
+
+
+class Recorder(Logger):
+    name, version = "recorder", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: set[str] = set()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics |= set(metrics)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_two_of_them_in_one_trainer_keep_apart(tmp_path: Path) -> None:
+    few, many = ModeCoverage(4, num_samples=50, name="few"), ModeCoverage(4, num_samples=80, name="many")
+    fit, recorder = trainer(tmp_path, few, many), Recorder()
+    fit.loggers = [recorder]
+    fit.fit(gan(), datamodule=MixtureOfGaussiansDataModule(num_batches=5))
+    found = {path.name for path in tmp_path.iterdir()}
+    assert {"few.json", "few.png", "many.json", "many.png"} <= found
+    assert "results.json" not in found
+    assert [json.loads((tmp_path / f"{n}.json").read_text())["samples"] for n in ("few", "many")] == [50, 80]
+    counts = {f"{n}/{m}" for n in ("few", "many") for m in ("modes_covered", "high_quality")}
+    assert counts <= recorder.metrics
+    with pytest.raises(
+        MisconfigurationException, match=r"names of their own.*Got \['few', 'few'\]; give name="
+    ):
+        trainer(tmp_path, few, ModeCoverage(5, name="few")).fit(
+            gan(), datamodule=MixtureOfGaussiansDataModule()
+        )
 
 
 @pytest.mark.parametrize("options", [{"every_n_updates": 0}, {"num_samples": 0}, {"at_least": 0}])

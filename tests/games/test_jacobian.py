@@ -1,5 +1,7 @@
 """Joint gradients and Jacobian products against autograd's dense Hessians, on games without any symmetry."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from lightning_nested.games import (
     JacobianOperator,
     QuadraticGame,
     game_jacobian,
+    game_spectrum,
     joint_gradient,
 )
 from lightning_nested.hypergradient.vectors import flatten, unflatten
@@ -235,6 +238,24 @@ class TestBadInput:
             joint_gradient(lambda p: p, (x, y))
         with pytest.raises(ValueError, match="loss of player 1 must have a graph"):
             joint_gradient(lambda p: (p[0].sum(), p[1].sum().detach()), (x, y))
+
+    @pytest.mark.parametrize("function", [joint_gradient, game_jacobian, game_spectrum])
+    @pytest.mark.parametrize(
+        ("losses", "message"),
+        [
+            (
+                lambda p: (p[0].sum(), 2.0),
+                r"player 1 must be a scalar tensor with its graph\. Got a float; compute",
+            ),
+            (lambda p: {"x": p[0].sum()}, r"player 0 must be a scalar tensor with its graph\. Got a str"),
+            (lambda p: p[0].sum(), r"for each player, in a tuple\. Got a Tensor; return \(loss_1"),
+            (lambda p: None, r"for each player, in a tuple\. Got a NoneType"),
+            ([1.0, 2.0], r"player 0 must be a scalar tensor with its graph\. Got a float"),
+        ],
+    )
+    def test_losses_that_are_no_tensors(self, function: Any, losses: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            function(losses, (torch.ones(2), torch.ones(2)))
 
     def test_players_that_do_not_fit(self) -> None:
         game = QuadraticGame.from_eigenvalues([1j])

@@ -190,6 +190,24 @@ class TestMap:
             state = step @ state
         torch.testing.assert_close(state, torch.cat([mu.real, mu.imag, w]), rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.parametrize("steps", [None, (2, 1, 3)])
+    def test_players_with_settings_of_their_own(self, steps: tuple[int, ...] | None, normal: Normal) -> None:
+        jacobian, sizes = normal(4, 4), (1, 1, 2)
+        lr, size, phase = (torch.tensor(x, dtype=torch.float64) for x in ([0.3, 0.1, 0.2, 0.4],) * 3)
+        beta = torch.polar(size, phase)
+        w, mu = normal(4), torch.complex(normal(4), normal(4))
+        state = torch.cat([mu.real, mu.imag, w])
+        at = 0
+        for size_of, times in zip(sizes, steps or (1, 1, 1), strict=True):
+            own = slice(at, at + size_of)
+            for _ in range(times):
+                mu[own] = beta[own] * mu[own] - (jacobian @ w)[own]
+                w = w.clone()
+                w[own] += lr[own] * mu[own].real
+            at += size_of
+        step = momentum_map(jacobian, lr=lr, momentum=size, phase=phase, sizes=sizes, steps=steps)
+        torch.testing.assert_close(step @ state, torch.cat([mu.real, mu.imag, w]), rtol=1e-12, atol=1e-12)
+
     def test_rates_of_mixtures_are_exact(self) -> None:
         game = QuadraticGame.from_eigenvalues([0.3 + 1j, 0.1 + 0.2j, 0.7])
         settings = {"lr": 0.3, "momentum": 0.5, "phase": 0.9}
@@ -203,6 +221,14 @@ class TestMap:
             momentum_map(torch.ones(2, 3), lr=0.1, momentum=0.0)
         with pytest.raises(ValueError, match=r"sizes must be positive and sum to 2\. Got \(1, 2\)"):
             momentum_map(torch.eye(2), lr=0.1, momentum=0.0, sizes=(1, 2))
+        with pytest.raises(
+            ValueError, match=r"steps must be positive, one for each of 2 players\. Got \(0, 1\)"
+        ):
+            momentum_map(torch.eye(2), lr=0.1, momentum=0.0, sizes=(1, 1), steps=(0, 1))
+        with pytest.raises(ValueError, match="steps needs sizes"):
+            momentum_map(torch.eye(2), lr=0.1, momentum=0.0, steps=(1, 1))
+        with pytest.raises(ValueError, match=r"or of shape \(2,\)\. Got shape \(3,\)"):
+            momentum_map(torch.eye(2), lr=0.1, momentum=torch.zeros(3))
 
 
 class TestMeasured:

@@ -99,6 +99,34 @@ def test_a_plateau_scheduler_honours_its_frequency() -> None:
     assert [o.param_groups[0]["lr"] for o in fit.optimizers] == [0.1, 0.05]  # after epochs 2 and 4
 
 
+def test_a_plateau_scheduler_of_the_interval_step_follows_game_updates() -> None:
+    """It sees the metric of the same update, among them the losses, which the module logs itself."""
+
+    class Own(Sums):
+        def configure_optimizers(self) -> Any:
+            x, y = (torch.optim.SGD(p.parameters(), lr=0.1) for p in self.players().values())
+            watch = [
+                ReduceLROnPlateau(o, monitor=name, patience=0, factor=0.5, threshold=0.0)
+                for o, name in ((x, "watched"), (y, "y_loss"))
+            ]
+            return [x, y], [
+                {"scheduler": s, "interval": "step", "frequency": n}
+                for s, n in zip(watch, (1, 2), strict=True)
+            ]
+
+        def on_game_update(self) -> None:
+            self.log("watched", float(self.game_updates > 2))  # 0, 0, 1, 1
+
+    module = Own(update="simultaneous")
+    fit = trainer(max_epochs=1)
+    fit.fit(module, DataLoader(torch.ones(4)))
+    x, y = (config.scheduler for config in fit.lr_scheduler_configs)
+    assert fit.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**3
+    assert (x.last_epoch, y.last_epoch) == (4, 2)
+    assert min(x.best, 1.0) == 0.0
+    assert y.best <= float(module._losses["y"]) + 1e-6
+
+
 def test_a_plateau_scheduler_without_monitor_is_refused() -> None:
     module = Sums(scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o))
     with pytest.raises(MisconfigurationException, match=r"cli.ReduceLROnPlateau\(optimizer, monitor="):
@@ -238,6 +266,15 @@ def test_a_checkpoint_read_for_its_weights_does_not_move_the_next_fits_clock(
     assert (module.game_updates, resumed.global_step, module.gradient_evaluations) == (8, 8, 16)
 
 
+def test_a_finished_run_that_is_resumed_knows_its_clock(tmp_path: Path) -> None:
+    fit = trainer(max_epochs=3)
+    fit.fit(Sums(), BATCHES)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    module = Sums()
+    trainer(max_epochs=3).fit(module, BATCHES, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert (module.game_updates, module.gradient_evaluations) == (6, 12)
+
+
 def test_a_new_trainer_begins_a_round_of_its_own() -> None:
     class Fragile(Sums):
         fails = True
@@ -365,7 +402,20 @@ def test_player_losses_that_lack_a_player(losses: Any, match: str) -> None:
         trainer().fit(module, BATCHES)
 
 
-@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, "a closure of its own"])
+def test_an_optimizer_that_needs_a_closure_is_refused(kind: Any) -> None:
+    class Closing(torch.optim.SGD):
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
+            return closure()
+
+    module = Sums(optimizer=lambda p: (Closing if isinstance(kind, str) else kind)(p, lr=0.1))
+    with pytest.raises(
+        MisconfigurationException, match=r"Got (LBFGS|Closing), whose step\(\) needs a closure; use"
+    ):
+        trainer().fit(module, BATCHES)
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start"])
 def test_a_hook_overridden_without_super_is_named(hook: str) -> None:
     module = Sums()
     setattr(module, hook, lambda *_, **__: None)

@@ -281,6 +281,9 @@ def test_initialisation() -> None:
     assert abs(float(normal.detach().std()) - 0.02) < 0.001
     orthogonal = Discriminator(4, initialization="orthogonal").blocks[2].conv1.weight.detach().flatten(1)
     torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(16), atol=1e-5, rtol=0)
+    generator = Generator(16, initialization="orthogonal")
+    assert all(not layer.bias.any() for layer in generator.modules() if isinstance(layer, nn.Conv2d))
+    assert abs(float(generator.blocks[0].norm1.gain.weight.detach().std()) - 0.02) < 0.002
     # Spectral vectors belong to the initialised weights: an evaluation before training is already normalised.
     layer = SpectralNormConv2d(3, 8, 3)
     torch.testing.assert_close(

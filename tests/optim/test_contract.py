@@ -203,6 +203,24 @@ def test_a_saved_state_continues_bit_for_bit(case: OptimizerCase) -> None:
     equal(problem.values(), resumed.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@every
+def test_a_state_of_another_dtype_is_converted(case: OptimizerCase, dtype: torch.dtype) -> None:
+    exact, other = Quadratic(), Quadratic(dtype=dtype)
+    options = {"eps": 1e-3} if "Adam" in case.name else {}
+    optimizer, resumed = case.make(exact.params, **options), case.make(other.params)
+    follow(optimizer, exact.gradients, 4)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for p, value in zip(other.params, exact.params, strict=True):
+            p.copy_(value)
+    for p in other.params:
+        assert all(a.dtype is dtype for a in resumed.state.get(p, {}).values() if isinstance(a, Tensor))
+    follow(optimizer, exact.gradients, 4)
+    follow(resumed, other.gradients, 4)
+    close([p.double() for p in other.values()], exact.values(), 50 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @every
 def test_copies_and_pickles_continue_alone(case: OptimizerCase, copy_of: Any) -> None:

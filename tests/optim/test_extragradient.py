@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_nested.optim import Extragradient
 from tests.optim.cases import Quadratic
@@ -99,3 +100,36 @@ def test_a_closure_after_extrapolate_finishes_the_step() -> None:
     manual.step()
     for a, b in zip(problem.values(), by_hand.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_memory_of_the_saved_parameters_is_used_again() -> None:
+    """By this optimizer alone: copies and loaded states have their own, and a parameter that changes gets another."""
+    problem = Quadratic()
+    optimizer = Extragradient(problem.params, 0.1)
+    w = problem.params[0]
+
+    def half(o: Extragradient, p: Tensor) -> int:
+        o.extrapolate()
+        return o.state[p]["anchor"].data_ptr()
+
+    problem.gradients()
+    address = half(optimizer, w)
+    params, twin = copy.deepcopy((problem.params, optimizer))
+    loaded = Extragradient(problem.params, 0.1)
+    loaded.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert half(optimizer, w) == address
+    optimizer.step()
+    for other, p in ((twin, params[0]), (loaded, w)):
+        assert other.is_extrapolated
+        other.step()
+        assert half(other, p) != address
+        other.step()
+    for value in (torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float32)):
+        w.grad = None
+        w.data = value
+        w.grad = torch.ones_like(value)
+        optimizer.extrapolate()
+        assert optimizer.state[w]["anchor"].dtype is value.dtype
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), value.new_full((5,), 0.9))
