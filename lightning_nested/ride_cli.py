@@ -22,6 +22,9 @@ from tqdm import tqdm
 import lightning_nested.optim  # noqa: F401  # short names of classes resolve once they are imported
 from lightning_nested.dynamics import GeneralizedRidgeRider, Processes, RideTree
 from lightning_nested.games import Game
+from lightning_nested.hypergradient.vectors import Vector
+
+_SHOWN = 4  # solutions on a branching point's line
 
 
 def ride_parser() -> ArgumentParser:
@@ -72,10 +75,10 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
             tree: RideTree = rider.ride(
                 game.losses, starts, optimizer, folder=config.output, progress=bar.update
             )
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, MemoryError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
     print_tree(tree)
-    write_results(tree, config.output)
+    write_results(tree, game, starts[0], config.output)
     if config.figure:
         from lightning_nested.ride_figure import ride_figure  # matplotlib takes half a second
 
@@ -108,17 +111,21 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
 
-def write_results(tree: RideTree, folder: Path) -> None:
+def write_results(tree: RideTree, game: Game, like: Vector, folder: Path) -> None:
     """``solutions.json``: a list, best first. ``branches.csv``: a row per node of the tree."""
-    solutions = [
-        {
-            "losses": s.losses,
-            "behaviour": s.behaviour,
-            "parameters": tree.branches[s.branches[0]].end,
-            "branches": s.branches,
-        }
-        for s in tree.solutions()
-    ]
+    solutions = []
+    for s in tree.solutions():
+        end = tree.branches[s.branches[0]]
+        policies = game.policies(end.tensors(like))
+        solutions.append(
+            {
+                "losses": s.losses,
+                **({} if policies is None else {"policies": [p.tolist() for p in policies]}),
+                "behaviour": s.behaviour,
+                "parameters": end.end,
+                "branches": s.branches,
+            }
+        )
     (folder / "solutions.json").write_text(json.dumps(solutions, indent=1) + "\n", encoding="utf-8")
     rows = tree.table()
     with (folder / "branches.csv").open("w", newline="", encoding="utf-8") as file:
@@ -131,17 +138,23 @@ def print_tree(tree: RideTree) -> None:
     """A line for each branching point and its solutions, then all solutions ranked."""
     print("\nbranching point  top exponent  solutions below it (losses × branches)")
     for root in tree.roots:
-        found = "   ".join(
-            f"{_losses(s.losses)} ×{len(s.branches)}" for s in tree.solutions(tree.below(root.name))
+        solutions = tree.solutions(tree.below(root.name))
+        shown = sorted(solutions, key=lambda s: -len(s.branches))[:_SHOWN]
+        found = "   ".join(f"{_losses(s.losses)} ×{len(s.branches)}" for s in shown)
+        more = f"   and {len(solutions) - len(shown)} rarer ones" if len(solutions) > len(shown) else ""
+        print(
+            f"{root.name:>15}  {root.exponents[0]:>12.4f}  {found or 'training leaves finite numbers'}{more}"
         )
-        print(f"{root.name:>15}  {root.exponents[0]:>12.4f}  {found}")
     solutions = tree.solutions()
+    lost = sum(not b.finite for b in tree.leaves)
     print(f"\n{len(solutions)} solutions in {len(tree.leaves)} branches, the lowest sum of losses first:")
     for i, s in enumerate(solutions):
-        roots = {name.split("+")[0].split("-")[0] for name in s.branches}
+        roots = {tree.origin(name) for name in s.branches}
         print(
             f"{i:>3}  losses {_losses(s.losses)}  {len(s.branches)} branches of {len(roots)} branching points"
         )
+    if lost:
+        print(f"     {lost} branches left the finite numbers and are no solutions")
 
 
 def _losses(values: Sequence[float]) -> str:

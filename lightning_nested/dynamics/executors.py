@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import torch
@@ -75,14 +77,12 @@ class Processes(Executor):
         """
         check_picklable(function)
         # Spawned, not forked: a process with threads must not fork.
-        with ProcessPoolExecutor(
-            self.max_workers,
-            mp_context=get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        ) as pool:
+        pool = ProcessPoolExecutor(self.max_workers, mp_context=get_context("spawn"), initializer=_begin)
+        try:
             for future in as_completed([pool.submit(function, chunk) for chunk in chunks]):
                 yield future.result()
+        finally:  # an interruption must not wait for everything that is queued
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +114,33 @@ class Ray(Executor):
         if not ray.is_initialized():
             ray.init(address=self.address)
         remote: Any = ray.remote(_call)
-        waiting = [remote.remote(function, chunk) for chunk in chunks]
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            yield from ray.get(done)
+        sent = ray.put(function)  # once, not with every chunk
+        waiting = [remote.remote(sent, chunk) for chunk in chunks]
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                yield from ray.get(done)
+        finally:
+            for task in waiting:
+                ray.cancel(task)
 
 
 def _call(function: Callable[[Any], Any], chunk: Any) -> Any:
+    torch.set_num_threads(1)
     return function(chunk)
+
+
+def _begin() -> None:
+    """What a new process does: use one thread, and end with the process that began it, even if that is killed."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def check_picklable(function: object) -> None:
