@@ -202,6 +202,11 @@ class _Crew:
     optimizer: MakeOptimizer
     behaviour: Behaviour | None
     like: Vector
+    # Recorded steps by size of the batch; they stay in their process.
+    recordings: dict[int, Callable[..., Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recordings": {}}
 
     def _training(self) -> UpdateMap:
         return update_map(self.optimizer([p.clone() for p in self.like]), self.losses)
@@ -253,7 +258,9 @@ class _Crew:
         training, starts = self._training(), self._stacked(jobs)
         with torch.no_grad():
             state = torch.vmap(lambda *p: training.start(p))(*starts)
-            step = recorded(torch.vmap(training.step), state)
+            if len(jobs) not in self.recordings:
+                self.recordings[len(jobs)] = recorded(torch.vmap(training.step), state)
+            step = self.recordings[len(jobs)]
             kept = _thinned(self.rider.ride_steps)
             keep = sum(p[0].numel() for p in starts) <= _PATH_SIZE
             paths: list[Tensor] = []
