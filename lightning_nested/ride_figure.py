@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,7 +21,6 @@ from lightning_nested.hypergradient.vectors import Vector, flatten, unflatten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from lightning_nested.dynamics import UpdateMap
 
@@ -61,9 +63,6 @@ def ride_figure(
         branching: Horizon of the exponents.
         resolution: Points a side.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     like = tuple(starts[0])
     colours = _colours(tree)
     with mpl.rc_context(_STYLE):
@@ -132,8 +131,7 @@ def _field(
     mesh = axes.contourf(xs.tolist(), ys.tolist(), values.mT.tolist(), levels, cmap="RdBu_r", extend="both")
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label(f"largest exponent over {branching.horizon} steps (nats per step)")
-    bar.locator = MaxNLocator(7, symmetric=True)
-    bar.update_ticks()
+    bar.set_ticks([t for t in MaxNLocator(7, symmetric=True).tick_values(-bound, bound) if abs(t) < bound])
     for name, run in runs.items():
         axes.plot(*run.mT.tolist(), color=colours.get(name, _OTHER), lw=1.3)
     for begin, point in zip(begins, points, strict=True):
@@ -150,7 +148,7 @@ def _field(
     axes.set_title(
         "Where training separates" + ("" if whole else f" (plane through branching point {root.name})")
     )
-    axes.legend(loc="upper right", framealpha=0.9, edgecolor="none")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
 
 
 def _plane(
@@ -162,37 +160,39 @@ def _plane(
     flat = flatten(point)
     if len(flat) == 2:
         return root, torch.zeros_like(flat), torch.eye(2, dtype=flat.dtype)
-    stacked = tuple(p.unsqueeze(0) for p in point)
-    _, directions = FiniteTime(training, stacked, branching).directions(stacked)
-    return root, flat, directions[0, :2]
+    directions = torch.tensor(root.directions[:2], dtype=flat.dtype)
+    if len(directions) < 2:  # branched along one alone
+        stacked = tuple(p.unsqueeze(0) for p in point)
+        directions = FiniteTime(training, stacked, branching).directions(stacked)[1][0, :2]
+    return root, flat, directions
 
 
 def _in_plane(branch: Branch, root: Branch) -> bool:
     """Whether it begins along one of the first two directions."""
-    return branch.name[len(root.name) :][1:2] in ("0", "1")
+    first = re.match(r"[+-](\d+)", branch.name[len(root.name) :])
+    return first is not None and int(first[1]) < 2
 
 
 def _ends(axes: Axes, tree: RideTree, colours: dict[str, str]) -> None:
     """Where the branches of every start ended: a dot per solution, as large as it is frequent."""
     number_of_start = {r.name: int(r.name.split(".")[0]) for r in tree.roots}
+    number = len(set(number_of_start.values()))
     named = set()
     solutions = sorted(tree.solutions(), key=lambda s: -len(s.branches))
     for solution in solutions:
         colour = colours[solution.branches[0]]
         from_start = Counter(number_of_start[tree.origin(name)] for name in solution.branches)
-        text = f"({', '.join(f'{v:.2f}' for v in solution.losses)})"
+        text = f"({', '.join(f'{v:.2f}' for v in solution.losses)}): {len(from_start)} of {number} starts"
         if colour == _OTHER:
-            text = f"{len(solutions) - len(_COLOURS)} others"
+            text = f"{len(solutions) - len(_COLOURS)} rarer ones"
         axes.scatter(
             [sum(solution.losses) / len(solution.losses)] * len(from_start),
             list(from_start),
-            s=[25 + 6 * count for count in from_start.values()],
+            s=[35 + 3 * count for count in from_start.values()],
             color=colour,
             alpha=0.8,
             edgecolor="white",
-            label=None
-            if colour in named
-            else f"{text}: {len(from_start)} of {len(set(number_of_start.values()))}",
+            label=None if colour in named else text,
             zorder=3,
         )
         named.add(colour)
@@ -205,7 +205,7 @@ def _ends(axes: Axes, tree: RideTree, colours: dict[str, str]) -> None:
     axes.grid(color="#d8dce1", lw=0.6)
     axes.set_axisbelow(True)
     legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
-    legend.set_title("losses: starts it was found from")
+    legend.set_title("solutions by their losses")
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_sizes([40])  # type: ignore[attr-defined]
