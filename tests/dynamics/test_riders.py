@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
 from lightning_nested.dynamics import (
     Branch,
@@ -27,7 +27,7 @@ from lightning_nested.dynamics import (
 )
 from lightning_nested.dynamics.branching import FiniteTime, screen
 from lightning_nested.games import IteratedPrisonersDilemma, MatchingPennies, SmallIPD
-from lightning_nested.optim import ComplexSGD
+from lightning_nested.optim import ComplexAdam, ComplexSGD, Extragradient
 from tests.cases import DOUBLE
 
 QUICK = Branching(horizon=10, ascent_steps=4, ascent_rate=0.3)
@@ -244,6 +244,30 @@ def test_what_leaves_the_finite_numbers_is_said_and_kept_apart() -> None:
         rider.ride(cubic, [begin[0], (torch.tensor([math.nan], dtype=DOUBLE),)], partial(SGD, lr=0.5))
     with pytest.raises(ValueError, match=r"same shapes. Got \[\(1,\)\] and, as start 1, \[\(2,\)\]"):
         rider.ride(cubic, [begin[0], (torch.zeros(2, dtype=DOUBLE),)], partial(SGD, lr=0.5))
+
+
+@pytest.mark.parametrize(
+    "make", [partial(Adam, lr=0.05), partial(ComplexAdam, lr=0.05), partial(Extragradient, lr=0.1)]
+)
+def test_a_ride_is_the_plain_run_of_its_optimizer(make: Any) -> None:
+    begin = [(torch.tensor([0.1, 0.0], dtype=DOUBLE),)]
+    rider = GeneralizedRidgeRider(
+        branching=Branching(horizon=2, ascent_steps=1), ride_steps=30, distances=(0.5,)
+    )
+    tree = rider.ride(lambda w: ((w[0] ** 2 - 1) ** 2).sum(), begin, make)
+    assert len(tree.solutions()) == 1
+    for branch in tree.leaves:
+        (w,) = branch.tensors(begin[0], "start")
+        optimizer = make([w.requires_grad_(True)])
+
+        def closure(w: Tensor = w) -> Tensor:
+            w.grad = 4 * w.detach() * (w.detach() ** 2 - 1)
+            return w.detach().sum()
+
+        for _ in range(30):
+            closure()
+            optimizer.step(closure if isinstance(optimizer, Extragradient) else None)
+        torch.testing.assert_close(branch.tensors(begin[0])[0], w.detach(), rtol=1e-10, atol=1e-12)
 
 
 def test_more_directions_or_exponents_than_parameters() -> None:
