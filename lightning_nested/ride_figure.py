@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,13 @@ def ride_figure(
     optimizer: Callable[[list[Tensor]], Optimizer],
     branching: Branching,
     *,
-    resolution: int = 61,
+    resolution: int = 49,
 ) -> Figure:
     """Draw the field of the top finite-time exponent with runs of the tree, and the losses at the ends of all.
 
     With two parameters the axes are the parameters, and every run is drawn. With more, the field lies on the plane
-    through one branching point along its two most separating directions: that point whose branches came to the most
-    solutions. Drawn are the runs that begin in this plane, projected onto it.
+    through one branching point along its two most separating directions: that point whose runs part most evenly between
+    two solutions. Drawn are the runs that begin in this plane, projected onto it.
 
     Args:
         tree: A ride.
@@ -145,9 +146,7 @@ def _field(
     unit = "distance along the "
     axes.set_xlabel("logit of the first player" if whole else f"{unit}most separating direction")
     axes.set_ylabel("logit of the second player" if whole else f"{unit}second direction")
-    axes.set_title(
-        "Where training separates" + ("" if whole else f" (plane through branching point {root.name})")
-    )
+    axes.set_title("Where training separates" + ("" if whole else f" (plane through point {root.name})"))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
 
 
@@ -155,7 +154,7 @@ def _plane(
     tree: RideTree, training: UpdateMap, like: Vector, branching: Branching
 ) -> tuple[Branch, Tensor, Tensor]:
     """A branching point, the origin and two orthonormal directions."""
-    root = max((r for r in tree.roots if r.finite), key=lambda r: len(tree.solutions(tree.below(r.name))))
+    root = max((r for r in tree.roots if r.finite), key=lambda r: _parted(tree, r))
     point = root.tensors(like)
     flat = flatten(point)
     if len(flat) == 2:
@@ -165,6 +164,12 @@ def _plane(
         stacked = tuple(p.unsqueeze(0) for p in point)
         directions = FiniteTime(training, stacked, branching).directions(stacked)[1][0, :2]
     return root, flat, directions
+
+
+def _parted(tree: RideTree, root: Branch) -> int:
+    """How many runs of the plane came to the second most frequent solution there."""
+    found = tree.solutions([b for b in tree.below(root.name) if _in_plane(b, root)])
+    return sorted((len(s.branches) for s in found), reverse=True)[1] if len(found) > 1 else 0
 
 
 def _in_plane(branch: Branch, root: Branch) -> bool:
@@ -182,11 +187,13 @@ def _ends(axes: Axes, tree: RideTree, colours: dict[str, str]) -> None:
     for solution in solutions:
         colour = colours[solution.branches[0]]
         from_start = Counter(number_of_start[tree.origin(name)] for name in solution.branches)
-        text = f"({', '.join(f'{v:.2f}' for v in solution.losses)}): {len(from_start)} of {number} starts"
+        ends = zip(*(tree.branches[name].losses for name in solution.branches), strict=True)
+        losses = [statistics.median(values) for values in ends]
+        text = f"({', '.join(f'{v:.2f}' for v in losses)}): {len(from_start)} of {number} starts"
         if colour == _OTHER:
             text = f"{len(solutions) - len(_COLOURS)} rarer ones"
         axes.scatter(
-            [sum(solution.losses) / len(solution.losses)] * len(from_start),
+            [sum(losses) / len(losses)] * len(from_start),
             list(from_start),
             s=[35 + 3 * count for count in from_start.values()],
             color=colour,
@@ -196,9 +203,9 @@ def _ends(axes: Axes, tree: RideTree, colours: dict[str, str]) -> None:
             zorder=3,
         )
         named.add(colour)
-    losses = max((len(s.losses) for s in solutions), default=1)
+    players = max((len(s.losses) for s in solutions), default=1)
     axes.set_title(f"{len(solutions)} solutions in {len(tree.leaves)} branches")
-    axes.set_xlabel("loss at the end" if losses == 1 else "loss at the end, mean of the players")
+    axes.set_xlabel("loss at the end" if players == 1 else "loss at the end, mean of the players")
     axes.set_ylabel("start")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(0.08)
