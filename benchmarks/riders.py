@@ -2,14 +2,16 @@
 
 Ten seeds each, all from the same starts (standard normal logits). LOLA is the exact form: each player descends
 L_i(θ_i, θ_j − η∇_j L_j(θ_i, θ_j)), differentiated through the other's step, η the learning rate; Foerster et al.
-(2018), AAMAS 122-130. A rider's answer at a seed is the set of solutions below its branching point. Also: the Ridge
-Rider of one loss with 2^d minima, and branches of a small GAN.
+(2018), AAMAS 122-130. A rider's answer at a seed is the set of solutions below its branching points; "both" counts the
+seeds where one single point branches to both. Also: the Ridge Rider of one loss with 2^d minima, and branches of a
+small GAN.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -82,15 +84,31 @@ def run(step: Callable[[Players], Players], starts: Sequence[Players], steps: in
     return state
 
 
-def named(losses: Sequence[float], game: str) -> str:
-    """What a pair of losses is called."""
-    if "pennies" in game:
-        return "equilibrium" if max(map(abs, losses)) < 0.02 else "elsewhere"
-    if max(losses) < 1.05 and game != "mix":
+def named(game: Game, players: Players) -> str:
+    """What the players do at the end of a run: a known solution, or their losses."""
+    losses = [float(v) for v in game.losses(players)]
+    policies = game.policies(players)
+    assert policies is not None  # of every game here
+    chance = torch.cat(policies)
+    if isinstance(game, MatchingPennies):
+        if float((chance - 0.5).abs().max()) < 0.02:
+            return "equilibrium"
+    elif isinstance(game, PenniesAndDilemma):
+        if float(chance.min()) > 0.9 or float(chance.max()) < 0.1:
+            return "cooperation" if float(chance.min()) > 0.9 else "defection"
+    elif max(losses) < 1.05:
         return "cooperation"
-    if min(losses) > 1.9 and max(losses) < 2.06 and game != "mix":
+    elif min(losses) > 1.9 and max(losses) < 2.06:
         return "defection"
-    return "other"
+    return "(" + ", ".join(f"{v + 0.0:.1f}" for v in losses) + ")"
+
+
+def counted(sets: Sequence[set[str]], most: int = 6) -> str:
+    """Kinds of solutions with the number of seeds, the most frequent first, known ones before losses."""
+    counts = Counter(kind for kinds in sets for kind in kinds)
+    order = sorted(counts, key=lambda kind: (kind.startswith("("), -counts[kind], kind))
+    more = f", {len(order) - most} rarer ones" if len(order) > most else ""
+    return ", ".join(f"{kind} {counts[kind]}" for kind in order[:most]) + more
 
 
 def rider_of(game: str) -> tuple[GeneralizedRidgeRider, float]:
@@ -103,6 +121,29 @@ def rider_of(game: str) -> tuple[GeneralizedRidgeRider, float]:
     return GeneralizedRidgeRider(**options), float(config["optimizer"]["init_args"]["lr"])
 
 
+def ridden(name: str, game: Game, starts: Sequence[Players]) -> tuple[list[set[str]], str, dict[str, Any]]:
+    """Solutions below the points of every start, in how many a single point leads to both, and the losses."""
+    rider, rate = rider_of(name)
+    began = time.process_time()
+    tree = rider.ride(game.losses, starts, partial(SGD, lr=rate))
+    seconds = time.process_time() - began
+    kinds: list[set[str]] = [set() for _ in starts]
+    both: set[int] = set()
+    for root in tree.roots:
+        start = int(root.name.split(".")[0])
+        below = {named(game, b.tensors(starts[0])) for b in tree.below(root.name) if b.finite}
+        kinds[start] |= below
+        if {"cooperation", "defection"} <= below:
+            both.add(start)
+    more = {
+        f"{name} / rider": {
+            r.name: [s.losses for s in tree.solutions(tree.below(r.name))] for r in tree.roots
+        },
+        f"{name} / rider seconds": seconds,
+    }
+    return kinds, "-" if isinstance(game, MatchingPennies) else str(len(both)), more
+
+
 def games(arguments: argparse.Namespace) -> dict[str, Any]:
     """The table of solutions."""
     results: dict[str, Any] = {}
@@ -111,33 +152,19 @@ def games(arguments: argparse.Namespace) -> dict[str, Any]:
         game, rate, steps = GAMES[name]
         starts = [
             tuple(p.detach() for p in game.initial(torch.Generator().manual_seed(s)))
-            for s in range(arguments.seeds)
+            for s in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
         ]
         found: dict[str, list[set[str]]] = {}
         for method, step in (("plain", plain), ("LOLA", lola)):
             ends = run(partial(step, game, rate), starts, steps)
-            losses = torch.vmap(lambda *p, game=game: torch.stack(game.losses(p)))(*ends)
-            found[method] = [{named(row, name)} for row in losses.tolist()]
-            results[f"{name} / {method}"] = losses.tolist()
-        if arguments.no_rider:
-            kinds = {m: [next(iter(k)) for k in sets] for m, sets in found.items()}
-            rows += [
-                [name, m, ", ".join(f"{k} {v.count(k)}" for k in sorted(set(v))), "-"]
-                for m, v in kinds.items()
-            ]
-            continue
-        rider, rate = rider_of(name)
-        began = time.process_time()
-        tree = rider.ride(game.losses, starts, partial(SGD, lr=rate))
-        results[f"{name} / rider seconds"] = time.process_time() - began
-        below = [tree.solutions(tree.below(root.name)) for root in tree.roots]
-        found["rider"] = [{named(s.losses, name) for s in solutions} for solutions in below]
-        results[f"{name} / rider"] = [[s.losses for s in solutions] for solutions in below]
-        for method, sets in found.items():
-            kinds = sorted(set().union(*sets))
-            counts = ", ".join(f"{kind} {sum(kind in s for s in sets)}" for kind in kinds)
-            both = sum({"cooperation", "defection"} <= s for s in sets)
-            rows.append([name, method, counts, str(both) if "IPD" in name else "-"])
+            players = [tuple(e[i] for e in ends) for i in range(arguments.seeds)]
+            found[method] = [{named(game, p)} for p in players]
+            results[f"{name} / {method}"] = [[float(v) for v in game.losses(p)] for p in players]
+        both = dict.fromkeys(found, "-")
+        if not arguments.no_rider:
+            found["rider"], both["rider"], more = ridden(name, game, starts)
+            results |= more
+        rows += [[name, method, counted(sets), both[method]] for method, sets in found.items()]
     print_table(["game", "method", "seeds in which it was found", "both from one start"], rows)
     return results
 
@@ -195,8 +222,9 @@ def gan(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=10)
+    options.add_argument("--first_seed", type=int, default=0)
     options.add_argument("--games", nargs="*", default=list(GAMES), choices=list(GAMES))
-    options.add_argument("--gan_seeds", type=int, default=3)
+    options.add_argument("--gan_seeds", type=int, default=5)
     options.add_argument("--no_rider", action="store_true", help="plain gradient and LOLA only")
     options.add_argument("--no_wells", action="store_true")
     arguments = options.parse_args(argv)

@@ -5,28 +5,58 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
+from typing_extensions import override
 
-import lightning_nested.optim  # noqa: F401  # short names of classes resolve once they are imported
-from lightning_nested.dynamics import GeneralizedRidgeRider, Processes, RideTree
+import lightning_nested.games
+import lightning_nested.optim  # short names of classes resolve once they are imported
+from lightning_nested.cli import shipped_rides
+from lightning_nested.dynamics import GeneralizedRidgeRider, InProcess, Processes, RideTree
+from lightning_nested.dynamics.executors import Executor
 from lightning_nested.games import Game
+from lightning_nested.hypergradient.vectors import Vector
+
+_SHOWN = 4  # solutions on a branching point's line
+
+
+def _games() -> list[str]:
+    found = [getattr(lightning_nested.games, name) for name in lightning_nested.games.__all__]
+    return [g.__name__ for g in found if inspect.isclass(g) and issubclass(g, Game) and g is not Game]
+
+
+class _Parser(ArgumentParser):
+    """Errors without the usage of fifty lines."""
+
+    @override
+    def print_usage(self, file: Any = None) -> None:
+        print(f"usage: {self.prog} [options]", file=file or sys.stdout)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if message.endswith("required: game"):
+            message += f" (class of a game), or --config {' or '.join(shipped_rides())}"
+        if message.startswith('Parser key "game":'):
+            message += f"\nGames of the package: {', '.join(sorted(_games()))}"
+        super().error(message, ex)
 
 
 def ride_parser() -> ArgumentParser:
     """The options of the command."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="lightning-nested ride",
         description="Find branching points of a game's training and the solutions on either side.",
     )
@@ -39,7 +69,14 @@ def ride_parser() -> ArgumentParser:
         "--output", type=Path, default=Path("ride"), help="Folder of results; a ride goes on in it."
     )
     parser.add_argument(
-        "--workers", type=PositiveInt, default=1, help="Processes; 1: all starts as one batch here."
+        "--workers", type=PositiveInt, default=1, help="Short for an executor of so many Processes."
+    )
+    parser.add_subclass_arguments(
+        Executor,
+        "executor",
+        required=False,
+        default={"class_path": "InProcess"},
+        help="Where branches run: InProcess, Processes or Ray.",
     )
     parser.add_argument("--num_threads", type=PositiveInt, default=1, help="Threads of one torch operation.")
     parser.add_argument("--figure", type=bool, default=True, help="Draw ride.png.")
@@ -57,25 +94,24 @@ def ride_parser() -> ArgumentParser:
 def run_ride(arguments: Sequence[str]) -> RideTree:
     """Parse, ride, and write ``solutions.json``, ``branches.csv`` and ``ride.png`` into the output folder."""
     parser = ride_parser()
+    _check_files(parser, arguments)
     config = parser.parse_args(list(arguments))
     torch.set_num_threads(config.num_threads)
     optimizer = _optimizer(config.optimizer)
-    # The method was called otherwise before jsonargparse 4.49.
-    objects = getattr(parser, "instantiate", parser.instantiate_classes)(config)
-    game, rider = objects.game, objects.rider
-    if config.workers > 1:
-        rider = replace(rider, executor=Processes(max_workers=config.workers))
-    seeds = range(config.seed_everything, config.seed_everything + config.starts)
-    starts = [tuple(p.detach() for p in game.initial(torch.Generator().manual_seed(s))) for s in seeds]
     try:
+        game, rider = _objects(parser, config)
+        seeds = range(config.seed_everything, config.seed_everything + config.starts)
+        starts = [tuple(p.detach() for p in game.initial(torch.Generator().manual_seed(s))) for s in seeds]
         with _Bar() as bar:
             tree: RideTree = rider.ride(
                 game.losses, starts, optimizer, folder=config.output, progress=bar.update
             )
-    except ValueError as error:
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be written. Got {config.output}: {error}.", error)
+    except (ValueError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         parser.error(str(error))
     print_tree(tree)
-    write_results(tree, config.output)
+    write_results(tree, game, starts[0], config.output)
     if config.figure:
         from lightning_nested.ride_figure import ride_figure  # matplotlib takes half a second
 
@@ -83,6 +119,31 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
         figure.savefig(config.output / "ride.png", bbox_inches="tight", pad_inches=0.15)
     print(f"\nWrote {config.output}: solutions.json, branches.csv{', ride.png' if config.figure else ''}")
     return tree
+
+
+def _check_files(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """The parser's own error does not say which file cannot be read."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name = argument if before == "--config" else argument.partition("--config=")[2]
+        if name and Path(name).is_file():
+            try:
+                yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                parser.error(f"--config must be a YAML file. Got {name}: {error}")
+
+
+def _objects(parser: ArgumentParser, config: Namespace) -> tuple[Game, GeneralizedRidgeRider]:
+    # The method was called otherwise before jsonargparse 4.49.
+    objects = getattr(parser, "instantiate", parser.instantiate_classes)(config)
+    executor: Executor = objects.executor
+    if config.workers > 1:
+        if not isinstance(executor, InProcess):
+            raise ValueError(
+                f"--workers is short for an executor. Got --workers {config.workers} and {executor}: give one of them."
+            )
+        executor = Processes(max_workers=config.workers)
+    game: Game = objects.game
+    return game, replace(objects.rider, executor=executor)
 
 
 class _Bar:
@@ -108,17 +169,21 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
 
-def write_results(tree: RideTree, folder: Path) -> None:
+def write_results(tree: RideTree, game: Game, like: Vector, folder: Path) -> None:
     """``solutions.json``: a list, best first. ``branches.csv``: a row per node of the tree."""
-    solutions = [
-        {
-            "losses": s.losses,
-            "behaviour": s.behaviour,
-            "parameters": tree.branches[s.branches[0]].end,
-            "branches": s.branches,
-        }
-        for s in tree.solutions()
-    ]
+    solutions = []
+    for s in tree.solutions():
+        end = tree.branches[s.branches[0]]
+        policies = game.policies(end.tensors(like))
+        solutions.append(
+            {
+                "losses": s.losses,
+                **({} if policies is None else {"policies": [p.tolist() for p in policies]}),
+                "behaviour": s.behaviour,
+                "parameters": end.end,
+                "branches": s.branches,
+            }
+        )
     (folder / "solutions.json").write_text(json.dumps(solutions, indent=1) + "\n", encoding="utf-8")
     rows = tree.table()
     with (folder / "branches.csv").open("w", newline="", encoding="utf-8") as file:
@@ -131,17 +196,23 @@ def print_tree(tree: RideTree) -> None:
     """A line for each branching point and its solutions, then all solutions ranked."""
     print("\nbranching point  top exponent  solutions below it (losses × branches)")
     for root in tree.roots:
-        found = "   ".join(
-            f"{_losses(s.losses)} ×{len(s.branches)}" for s in tree.solutions(tree.below(root.name))
+        solutions = tree.solutions(tree.below(root.name))
+        shown = sorted(solutions, key=lambda s: -len(s.branches))[:_SHOWN]
+        found = "   ".join(f"{_losses(s.losses)} ×{len(s.branches)}" for s in shown)
+        more = f"   and {len(solutions) - len(shown)} rarer ones" if len(solutions) > len(shown) else ""
+        print(
+            f"{root.name:>15}  {root.exponents[0]:>12.4f}  {found or 'training leaves finite numbers'}{more}"
         )
-        print(f"{root.name:>15}  {root.exponents[0]:>12.4f}  {found}")
     solutions = tree.solutions()
+    lost = sum(not b.finite for b in tree.leaves)
     print(f"\n{len(solutions)} solutions in {len(tree.leaves)} branches, the lowest sum of losses first:")
     for i, s in enumerate(solutions):
-        roots = {name.split("+")[0].split("-")[0] for name in s.branches}
+        roots = {tree.origin(name) for name in s.branches}
         print(
             f"{i:>3}  losses {_losses(s.losses)}  {len(s.branches)} branches of {len(roots)} branching points"
         )
+    if lost:
+        print(f"     {lost} branches left the finite numbers and are no solutions")
 
 
 def _losses(values: Sequence[float]) -> str:

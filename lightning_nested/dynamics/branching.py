@@ -19,6 +19,7 @@ from lightning_nested.dynamics.update_map import UpdateMap
 from lightning_nested.hypergradient.vectors import Vector
 
 _OBJECTIVES = ("max", "min", "sum", "positive")
+_SCREENED = 1024  # candidates at a time: states and frames of more leave the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,11 @@ class Branching:
             those of the first n that are positive.
         num_exponents: n.
         horizon: H.
-        candidates: Places that are compared before the ascent, which begins from the one with the largest objective:
+        candidates: Places that are compared before the ascent, which begins from those with the largest objective:
             the start itself, and others at a standard normal distance from it. The objective has many maxima.
         spread: Standard deviation of that distance.
+        points: Branching points of a start: the ascent begins from so many of the candidates. A large exponent says
+            that runs part there, not that they part for good, so the best one need not lead to different solutions.
         ascent_steps: Steps of Adam on the start point.
         ascent_rate: Its rate.
         segment: Steps between checkpoints, whose inside is computed again in the backward pass; None: √H, the least
@@ -48,6 +51,7 @@ class Branching:
     horizon: int = 20  # H
     candidates: int = 1
     spread: float = 1.0
+    points: int = 1
     ascent_steps: int = 40
     ascent_rate: float = 0.1
     segment: int | None = None
@@ -55,9 +59,13 @@ class Branching:
     def __post_init__(self) -> None:
         if self.objective not in _OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}. Got {self.objective!r}.")
-        for name in ("num_exponents", "horizon", "candidates"):
+        for name in ("num_exponents", "horizon", "candidates", "points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+        if self.points > self.candidates:
+            raise ValueError(
+                f"points must be at most candidates, from which they begin. Got {self.points} and {self.candidates}."
+            )
         if (
             self.ascent_steps < 0
             or not self.ascent_rate > 0
@@ -128,21 +136,24 @@ class FiniteTime:
         return tuple(state), tuple(frame)
 
     def exponents(self, starts: Vector) -> Tensor:
-        """(batch, n), largest first."""
-        values = torch.linalg.svdvals(self.jacobian(starts))[:, : self._branching.num_exponents]
+        """(batch, n), largest first; NaN where training leaves the finite numbers within the horizon."""
+        jacobian, lost = _without_lost(self.jacobian(starts))
+        values = torch.linalg.svdvals(jacobian)[:, : self._branching.num_exponents]
         exponents: Tensor = values.log() / self._branching.horizon
-        return exponents
+        return torch.where(lost.unsqueeze(1), math.nan, exponents)
 
     def directions(self, starts: Vector) -> tuple[Tensor, Tensor]:
         """Exponents, and the unit perturbations of the parameters that separate most: (batch, n, parameters)."""
         with torch.no_grad():
-            left, values, _ = torch.linalg.svd(self.jacobian(starts), full_matrices=False)
+            jacobian, lost = _without_lost(self.jacobian(starts))
+            left, values, _ = torch.linalg.svd(jacobian, full_matrices=False)
         n = self._branching.num_exponents
         directions = left.mT
         # A direction and its negative are the same branch pair; fix which one is called +.
         largest = directions.abs().argmax(-1, keepdim=True)
         directions = directions * directions.gather(-1, largest).sign()
-        return values[:, :n].log() / self._branching.horizon, directions
+        exponents = values[:, :n].log() / self._branching.horizon
+        return torch.where(lost.unsqueeze(1), math.nan, exponents), directions
 
     def ascend(self, starts: Vector) -> tuple[Vector, Tensor]:
         """Start points moved uphill, and the objective at every step (steps + 1, batch).
@@ -178,21 +189,46 @@ class FiniteTime:
 
 
 def screen(training: UpdateMap, starts: Vector, branching: Branching) -> Vector:
-    """For each start of a batch the candidate around it with the largest objective; the same draws for every start."""
+    """For each start the ``points`` candidates around it with the largest objective, best first.
+
+    Args:
+        training: The map.
+        starts: (batch, *shape) per parameter.
+        branching: Candidates, spread and points. The draws are the same for every start.
+
+    Returns:
+        (batch · points, *shape) per parameter, all points of the first start first.
+    """
     if branching.candidates == 1:
         return starts
-    count = branching.candidates
+    count, kept = branching.candidates, branching.points
     generator = torch.Generator().manual_seed(0)
     moved = []
     for p in starts:
         draw = torch.randn(count, *p.shape[1:], generator=generator, dtype=torch.float64).to(p)
         draw[0] = 0.0  # the start itself
         moved.append((p.unsqueeze(1) + branching.spread * draw).flatten(0, 1))
+    total = len(moved[0])
+    size = min(total, _SCREENED)
+    finite, values = FiniteTime(training, tuple(m[:size] for m in moved), branching), []
     with torch.no_grad():
-        value = branching.value(FiniteTime(training, tuple(moved), branching).exponents(tuple(moved)))
-    value = torch.where(torch.isfinite(value), value, -math.inf)
-    best = value.reshape(-1, count).argmax(1) + count * torch.arange(len(starts[0]), device=value.device)
-    return tuple(m[best] for m in moved)
+        for first in range(0, total, size):
+            first = min(first, total - size)  # the operations are recorded for one size
+            values.append(
+                (first, branching.value(finite.exponents(tuple(m[first : first + size] for m in moved))))
+            )
+    value = torch.full((total,), -math.inf, dtype=moved[0].dtype, device=moved[0].device)
+    for first, found in values:
+        value[first : first + size] = torch.where(torch.isfinite(found), found, -math.inf)
+    best = value.view(-1, count).topk(kept, dim=1).indices
+    rows = (best + count * torch.arange(len(best), device=best.device).unsqueeze(1)).flatten()
+    return tuple(m[rows] for m in moved)
+
+
+def _without_lost(jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    """With ones in place of those that are not finite, which no decomposition takes; and which they are."""
+    lost = ~torch.isfinite(jacobian).flatten(1).all(1)
+    return torch.where(lost[:, None, None], 1.0, jacobian), lost
 
 
 def _check_memory(needed: int) -> None:

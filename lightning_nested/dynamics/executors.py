@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import torch
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_IN_PROCESS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Executor(ABC):
     """Runs a function on chunks of jobs; results come as they are finished.
 
-    The jobs of one chunk run together through ``vmap``, and are finished together.
+    The jobs of one chunk run together through ``vmap``, and are finished together. Chunks of another size change
+    results by rounding.
+
+    Attributes:
+        batch_size: Jobs in a chunk; None: up to 256 in this process, elsewhere four chunks for each worker.
     """
 
-    batch_size: int | None = None  # jobs in a chunk; None: all in this process, one elsewhere
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1. Got {self.batch_size}.")
 
     def chunks(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
         """Jobs in chunks of ``batch_size``."""
         size = self.batch_size if self.batch_size is not None else self._default_size(len(jobs))
         return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
+    @abstractmethod
     def _default_size(self, count: int) -> int:
-        return 1
+        """Jobs in a chunk of ``count`` jobs."""
 
     @abstractmethod
     def map(
@@ -42,28 +54,36 @@ class Executor(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class InProcess(Executor):
-    """In this process, all jobs in one batch."""
+    """In this process, one chunk after the other."""
 
     def _default_size(self, count: int) -> int:
-        return max(1, count)
+        return _IN_PROCESS
 
     def map(
         self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
     ) -> Iterator[Result]:
-        """One chunk after the other."""
+        """In order."""
         for chunk in chunks:
             yield function(chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(Executor):
-    """In several processes of this machine, each with one thread. Results do not depend on their number.
+    """In several processes of this machine, each with one thread.
 
     Attributes:
         max_workers: Processes; None: one per core.
     """
 
     max_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_workers is not None and self.max_workers < 1:
+            raise ValueError(f"max_workers must be at least 1. Got {self.max_workers}.")
+
+    def _default_size(self, count: int) -> int:
+        return _share(count, self.max_workers or os.cpu_count() or 1)
 
     def map(
         self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
@@ -75,14 +95,12 @@ class Processes(Executor):
         """
         check_picklable(function)
         # Spawned, not forked: a process with threads must not fork.
-        with ProcessPoolExecutor(
-            self.max_workers,
-            mp_context=get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        ) as pool:
+        pool = ProcessPoolExecutor(self.max_workers, mp_context=get_context("spawn"), initializer=_begin)
+        try:
             for future in as_completed([pool.submit(function, chunk) for chunk in chunks]):
                 yield future.result()
+        finally:  # an interruption must not wait for everything that is queued
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +113,11 @@ class Ray(Executor):
 
     address: str | None = None
 
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
-        """As they are finished.
+    def _default_size(self, count: int) -> int:
+        return _share(count, int(self._cluster().cluster_resources().get("CPU", 1)))
 
-        Raises:
-            ModuleNotFoundError: Ray is not installed.
-        """
+    def _cluster(self) -> Any:
+        """The module, connected."""
         try:
             import ray  # only when asked for: it is an extra
         except ModuleNotFoundError as error:
@@ -110,18 +125,54 @@ class Ray(Executor):
                 "The executor Ray needs the package ray. Got none installed: pip install 'lightning-nested[ray]', or "
                 "use Processes()."
             ) from error
-        check_picklable(function)
         if not ray.is_initialized():
             ray.init(address=self.address)
+        return ray
+
+    def map(
+        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
+    ) -> Iterator[Result]:
+        """As they are finished.
+
+        Raises:
+            ModuleNotFoundError: Ray is not installed.
+            TypeError: What the function holds cannot be sent to another process.
+        """
+        check_picklable(function)
+        ray = self._cluster()
         remote: Any = ray.remote(_call)
-        waiting = [remote.remote(function, chunk) for chunk in chunks]
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            yield from ray.get(done)
+        sent = ray.put(function)  # once, not with every chunk
+        waiting = [remote.remote(sent, chunk) for chunk in chunks]
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                yield from ray.get(done)
+        finally:
+            for task in waiting:
+                ray.cancel(task)
+
+
+def _share(count: int, workers: int) -> int:
+    """Jobs in a chunk, so that every worker has four: few enough to record a map for each, enough to end together."""
+    return max(1, -(-count // (4 * workers)))
 
 
 def _call(function: Callable[[Any], Any], chunk: Any) -> Any:
+    torch.set_num_threads(1)
     return function(chunk)
+
+
+def _begin() -> None:
+    """What a new process does: use one thread, and end with the process that began it, even if that is killed."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def check_picklable(function: object) -> None:

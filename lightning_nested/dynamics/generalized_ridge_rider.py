@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,8 +34,8 @@ _PATH_SIZE = 64  # parameters up to which paths are kept
 class GeneralizedRidgeRider:
     """Finds different solutions of one training problem, of a loss or of a game.
 
-    1. From each start, or the best candidate around it, ascend an objective of the top Lyapunov exponents to a
-       branching point.
+    1. From each start, or the best candidates around it, ascend an objective of the top Lyapunov exponents to
+       branching points.
     2. Step ± along the directions that training separates most, each at every one of ``distances``.
     3. Ride: run the plain optimizer from each of these places.
     4. Keep the ends that behave differently, ranked by their losses. With ``depth`` > 1, branch again from every end.
@@ -104,67 +104,93 @@ class GeneralizedRidgeRider:
             ValueError: Unknown optimizer, wrong number of losses, or a folder of a ride with other settings.
         """
         params = [tuple(p.detach() for p in start) for start in starts]
-        if not params:
-            raise ValueError("There must be at least one start. Got none.")
+        self._check(params)
         crew = _Crew(rider=self, losses=losses, optimizer=optimizer, behaviour=behaviour, like=params[0])
         tree = RideTree(
             tolerance=self.tolerance,
             folder=None if folder is None else Path(folder),
-            settings=self._settings(params, optimizer),
+            settings=self._settings(params, crew),
         )
         jobs = [(str(i), flatten(p)) for i, p in enumerate(params)]
         for level in range(self.depth):
-            starts_left = [j for j in jobs if _point(j[0]) not in tree]
-            self._run(tree, crew.find, starts_left, "branching", progress)
-            rides: list[tuple[str, Tensor]] = []
-            for name, _ in jobs:
-                rides += crew.branches(tree.branches[_point(name)])
-            self._run(tree, crew.ride, [r for r in rides if r[0] not in tree], "ride", progress)
+            self._run(tree, crew.find, jobs, self._points, "branching", progress)
+            points = [tree.branches[n] for name, _ in jobs for n in self._points(name)]
+            if level == 0 and not any(p.finite for p in points):
+                raise FloatingPointError(
+                    f"Training must stay finite for the {self.branching.horizon} steps of the horizon. Got numbers "
+                    "that are not from every start: lower the learning rate or the horizon."
+                )
+            rides = [r for p in points if p.finite for r in crew.branches(p)]
+            self._run(tree, crew.ride, rides, lambda name: [name], "ride", progress)
             ends = [tree.branches[name] for name, _ in rides]
             jobs = [(b.name, flatten(b.tensors(params[0]))) for b in ends if b.finite]
             if level + 1 == self.depth or not jobs:
                 break
         return tree
 
+    def _check(self, starts: Sequence[Vector]) -> None:
+        if not starts:
+            raise ValueError("There must be at least one start. Got none.")
+        for i, start in enumerate(starts):
+            if not all(bool(torch.isfinite(p).all()) for p in start):
+                raise ValueError(f"Starts must be finite. Got a number that is not in start {i}.")
+            shapes = [[tuple(p.shape) for p in s] for s in (starts[0], start)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"Starts must have the same shapes. Got {shapes[0]} and, as start {i}, {shapes[1]}."
+                )
+        n = sum(p.numel() for p in starts[0])
+        if self.num_directions > n:
+            raise ValueError(
+                f"num_directions must be at most the number of parameters. Got {self.num_directions} and {n}."
+            )
+
+    def _points(self, name: str) -> list[str]:
+        """Names of the branching points of a start or an end, the best first."""
+        first = name if name.isdigit() else f"{name}/"
+        return [first, *(f"{first}.{i}" for i in range(1, self.branching.points))]
+
     def _run(
         self,
         tree: RideTree,
         function: Callable[[Sequence[tuple[str, Tensor]]], list[Branch]],
         jobs: Sequence[tuple[str, Tensor]],
+        names: Callable[[str], list[str]],
         what: str,
         progress: Progress | None,
     ) -> None:
-        if not jobs:
+        def left(chunk: Sequence[tuple[str, Tensor]]) -> bool:
+            return not all(n in tree for job in chunk for n in names(job[0]))
+
+        # A chunk that was cut runs again whole: rounding depends on what runs together, and the end on rounding.
+        chunks = [c for c in self.executor.chunks(jobs) if left(c)]
+        if not chunks:
             return
-        done = 0
+        done = len(jobs) - sum(map(len, chunks))
         if progress is not None:
-            progress(what, 0, len(jobs))
-        for branches in self.executor.map(function, self.executor.chunks(jobs)):
-            tree.add(branches)
-            done += len(branches)
+            progress(what, done, len(jobs))
+        per = len(names(jobs[0][0]))
+        for branches in self.executor.map(function, chunks):
+            tree.add(b for b in branches if b.name not in tree)
+            done += len(branches) // per
             if progress is not None:
                 progress(what, done, len(jobs))
 
-    def _settings(self, starts: Sequence[Vector], optimizer: MakeOptimizer) -> str:
+    def _settings(self, starts: Sequence[Vector], crew: _Crew) -> str:
         """What decides the branches, as text; not where they run."""
-        group = optimizer([p.clone() for p in starts[0]]).param_groups[0]
-        options = {key: value for key, value in group.items() if key != "params"}
-        numbers = [flatten(s).tolist() for s in starts]
-        return "\n".join(
-            [
-                f"{self.branching}",
-                f"directions {self.num_directions}, distances {self.distances}, ride_steps {self.ride_steps}, "
-                f"depth {self.depth}",
-                f"optimizer {options}",
-                f"starts {numbers}",
-                "",
-            ]
-        )
-
-
-def _point(name: str) -> str:
-    """The name of the branching point found from a root or an end."""
-    return name if name.isdigit() else f"{name}/"
+        optimizer = crew.optimizer([p.clone() for p in starts[0]])
+        training = update_map(optimizer, crew.losses)
+        lines = {f"branching.{f.name}": getattr(self.branching, f.name) for f in fields(self.branching)}
+        lines |= {
+            name: getattr(self, name) for name in ("num_directions", "distances", "ride_steps", "depth")
+        }
+        lines |= {"optimizer": type(optimizer).__name__}
+        lines |= {f"optimizer.{k}": v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        lines |= {"starts": [flatten(s).tolist() for s in starts]}
+        # A game has no name that tells it from others; what it says of the starts does, up to rounding.
+        with torch.no_grad():
+            lines |= {"losses": [[f"{float(v):.6g}" for v in training.losses(s)] for s in starts]}
+        return "".join(f"{key}: {value}\n" for key, value in lines.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +202,11 @@ class _Crew:
     optimizer: MakeOptimizer
     behaviour: Behaviour | None
     like: Vector
+    # Recorded steps by size of the batch; they stay in their process.
+    recordings: dict[int, Callable[..., Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recordings": {}}
 
     def _training(self) -> UpdateMap:
         return update_map(self.optimizer([p.clone() for p in self.like]), self.losses)
@@ -184,40 +215,42 @@ class _Crew:
         return tuple(torch.stack(ps) for ps in zip(*(unflatten(f, self.like) for _, f in jobs), strict=True))
 
     def find(self, jobs: Sequence[tuple[str, Tensor]]) -> list[Branch]:
-        """A branching point for each start."""
-        training = self._training()
-        starts = screen(training, self._stacked(jobs), self.rider.branching)
-        finite = FiniteTime(training, starts, self.rider.branching)
+        """The branching points of each start, those with the largest objective first."""
+        training, branching = self._training(), self.rider.branching
+        starts = screen(training, self._stacked(jobs), branching)
+        finite = FiniteTime(training, starts, branching)
         points, history = finite.ascend(starts)
-        exponents, _ = finite.directions(points)
+        exponents, directions = finite.directions(points)
+        top = torch.where(torch.isfinite(history), history, -math.inf).amax(0).view(len(jobs), -1)
+        order = top.argsort(dim=1, descending=True, stable=True).tolist()
         found = []
-        for i, (name, flat) in enumerate(jobs):
-            point = tuple(p[i] for p in points)
-            found.append(
-                Branch(
-                    name=_point(name),
-                    parent=None if name.isdigit() else name,
-                    start=_lists(unflatten(flat, self.like)),
-                    end=_lists(point),
-                    losses=[float(v) for v in training.losses(point)],
-                    exponents=exponents[i].tolist(),
-                    behaviour=history[:, i].tolist(),
-                    finite=bool(torch.isfinite(exponents[i]).all()),
+        for j, (name, flat) in enumerate(jobs):
+            for point_name, place in zip(self.rider._points(name), order[j], strict=True):
+                i = j * branching.points + place
+                point = tuple(p[i] for p in points)
+                found.append(
+                    Branch(
+                        name=point_name,
+                        parent=None if name.isdigit() else name,
+                        start=_lists(unflatten(flat, self.like)),
+                        end=_lists(point),
+                        losses=[float(v) for v in training.losses(point)],
+                        exponents=exponents[i].tolist(),
+                        directions=directions[i, : self.rider.num_directions].tolist(),
+                        behaviour=history[:, i].tolist(),
+                        finite=bool(torch.isfinite(exponents[i]).all()),
+                    )
                 )
-            )
         return found
 
     def branches(self, point: Branch) -> list[tuple[str, Tensor]]:
         """The places beside a branching point, with their names."""
-        params = point.tensors(self.like)
-        stacked = tuple(p.unsqueeze(0) for p in params)
-        _, directions = FiniteTime(self._training(), stacked, self.rider.branching).directions(stacked)
-        flat, jobs = flatten(params), []
-        for d in range(min(self.rider.num_directions, directions.shape[1])):
+        flat, jobs = flatten(point.tensors(self.like)), []
+        for d, direction in enumerate(torch.tensor(point.directions, dtype=flat.dtype, device=flat.device)):
             for at, distance in enumerate(self.rider.distances):
                 for sign, size in (("+", distance), ("-", -distance)):
                     suffix = f"@{at}" if len(self.rider.distances) > 1 else ""
-                    jobs.append((f"{point.name}{sign}{d}{suffix}", flat + size * directions[0, d]))
+                    jobs.append((f"{point.name}{sign}{d}{suffix}", flat + size * direction))
         return jobs
 
     def ride(self, jobs: Sequence[tuple[str, Tensor]]) -> list[Branch]:
@@ -225,12 +258,14 @@ class _Crew:
         training, starts = self._training(), self._stacked(jobs)
         with torch.no_grad():
             state = torch.vmap(lambda *p: training.start(p))(*starts)
-            step = recorded(torch.vmap(training.step), state)
-            stride = max(1, self.rider.ride_steps // _PATH)
+            if len(jobs) not in self.recordings:
+                self.recordings[len(jobs)] = recorded(torch.vmap(training.step), state)
+            step = self.recordings[len(jobs)]
+            kept = _thinned(self.rider.ride_steps)
             keep = sum(p[0].numel() for p in starts) <= _PATH_SIZE
             paths: list[Tensor] = []
             for t in range(self.rider.ride_steps):
-                if keep and t % stride == 0:
+                if keep and t in kept:
                     paths.append(torch.cat([p.flatten(1) for p in training.parameters(state)], 1))
                 state = tuple(step(state))
         path = torch.stack([*paths, torch.cat([p.flatten(1) for p in training.parameters(state)], 1)], 1)
@@ -252,6 +287,11 @@ class _Crew:
                 )
             )
         return result
+
+
+def _thinned(steps: int) -> set[int]:
+    """Times of which a path is kept: every one at first, where runs part, and ever fewer."""
+    return {0, *(round(steps ** (i / _PATH)) for i in range(_PATH))}
 
 
 def _lists(tensors: Sequence[Tensor]) -> list[list[float]]:

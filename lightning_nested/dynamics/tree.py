@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +20,14 @@ class Branch:
     """A node of the tree: a start point, or what a run from beside it came to. Plain numbers, so that JSON holds it.
 
     Attributes:
-        name: ``"3"`` for the fourth root, ``"3+0"`` and ``"3-0"`` for its first direction, ``"3+0/-1"`` deeper.
+        name: ``"3"`` for the first branching point of the fourth start and ``"3.1"`` for its next, ``"3+0"`` and
+            ``"3-0"`` for the first direction from there, ``"3+0/-1"`` deeper.
         parent: Name of the node that it branched from; None for a root.
         start: Parameters where it began, one flat list per tensor.
         end: Parameters where it came to; of a root the branching point.
         losses: One per player, at ``end``.
-        exponents: Finite-time exponents at a root's branching point, or curvatures of a ridge; largest first.
+        exponents: Finite-time exponents at a branching point, largest first; of a ridge whether it ends at a saddle.
+        directions: Of a branching point: the unit perturbations that are branched along, flat.
         behaviour: What solutions are told apart by; the losses unless the rider was given something else.
         path: Parameters on the way, flat, thinned.
         finite: Whether the run stayed finite.
@@ -36,6 +39,7 @@ class Branch:
     end: list[list[float]]
     losses: list[float]
     exponents: list[float] = field(default_factory=list)
+    directions: list[list[float]] = field(default_factory=list)
     behaviour: list[float] = field(default_factory=list)
     path: list[list[float]] = field(default_factory=list)
     finite: bool = True
@@ -87,15 +91,25 @@ class RideTree:
         kept = self.folder / "branches"
         kept.mkdir(parents=True, exist_ok=True)
         settings = kept / "settings.txt"
-        if settings.exists() and settings.read_text(encoding="utf-8") != self.settings:
+        if settings.exists() and (before := settings.read_text(encoding="utf-8")) != self.settings:
             raise ValueError(
-                f"A ride must go on with the settings it began with. Got a folder {self.folder} of another ride: "
-                "give an empty folder, or the settings in its branches/settings.txt."
+                f"A ride must go on with the settings it began with. Got the folder {self.folder} of another ride "
+                f"({_difference(before, self.settings)}): give an empty folder, or the settings in {settings}."
             )
         settings.write_text(self.settings, encoding="utf-8")
-        for file in sorted(kept.glob("*.json")):
-            branch = Branch(**json.loads(file.read_text(encoding="utf-8")))
+        for file in kept.glob("*.json"):
+            try:
+                branch = Branch(**json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"A finished branch must be a file that this version wrote. Got {file}: {error}. Delete it to ride "
+                    "that branch again."
+                ) from error
             self.branches[branch.name] = branch
+
+    def _ordered(self) -> list[Branch]:
+        """By name, numbers by size: the same whatever was finished first."""
+        return sorted(self.branches.values(), key=lambda b: _by_size(b.name))
 
     def add(self, branches: Iterable[Branch]) -> None:
         """Keep finished branches; each file appears whole or not at all."""
@@ -113,23 +127,23 @@ class RideTree:
     @property
     def roots(self) -> list[Branch]:
         """Branching points of the first level."""
-        return [b for b in self.branches.values() if b.parent is None]
+        return [b for b in self._ordered() if b.parent is None]
 
     @property
     def leaves(self) -> list[Branch]:
         """Branches from which nothing branched."""
         parents = {b.parent for b in self.branches.values()}
-        return [b for b in self.branches.values() if b.name not in parents and b.parent is not None]
+        return [b for b in self._ordered() if b.name not in parents and b.parent is not None]
+
+    def origin(self, name: str) -> str:
+        """Name of the root that this branch descends from."""
+        while (parent := self.branches[name].parent) is not None:
+            name = parent
+        return name
 
     def below(self, root: str) -> list[Branch]:
         """The leaves that descend from this root."""
-
-        def origin(branch: Branch) -> str:
-            while branch.parent is not None:
-                branch = self.branches[branch.parent]
-            return branch.name
-
-        return [b for b in self.leaves if origin(b) == root]
+        return [b for b in self.leaves if self.origin(b.name) == root]
 
     def solutions(self, branches: Iterable[Branch] | None = None) -> list[Solution]:
         """Distinct ends, ranked by the sum of losses, the lowest first; runs that diverged are none.
@@ -162,5 +176,23 @@ class RideTree:
                 "solution": number.get(b.name, ""),
                 "finite": b.finite,
             }
-            for b in self.branches.values()
+            for b in self._ordered()
         ]
+
+
+def _by_size(name: str) -> list[str | int]:
+    """A key that sorts ``"2"`` before ``"10"``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _difference(before: str, now: str) -> str:
+    """The first setting in which two rides differ."""
+    old, new = (dict(line.partition(": ")[::2] for line in text.splitlines()) for text in (before, now))
+    for key in [*old, *new]:
+        if old.get(key) != new.get(key):
+            shown = (
+                value if len(value := str(d.get(key, "nothing"))) <= 60 else f"{value[:60]}…"
+                for d in (old, new)
+            )
+            return f"{key}: {' there, '.join(shown)} here"
+    return "the same settings in another order"

@@ -34,6 +34,10 @@ class Game(ABC):
             players: One tensor of shape ``(n_i,)`` each.
         """
 
+    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """What each player does, as probabilities; None in a game of other things."""
+        return None
+
     def initial(
         self, generator: torch.Generator | None = None, *, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, ...]:

@@ -29,6 +29,10 @@ class MatchingPennies(Game):
         """One logit each."""
         return (1, 1)
 
+    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Each player's probability of heads."""
+        return tuple(torch.sigmoid(p) for p in self._unpack(players))
+
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """−(2p₁−1)(2p₂−1) and its negative."""
         first, second = self._unpack(players)
@@ -62,10 +66,14 @@ class IteratedPrisonersDilemma(Game):
         """Five logits each."""
         return (5, 5)
 
+    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Probabilities to cooperate in (start, CC, CD, DC, DD), own move first."""
+        return tuple(torch.sigmoid(p) for p in self._unpack(players))
+
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Losses of the policies σ(players)."""
-        first, second = self._unpack(players)
-        return policy_losses(torch.sigmoid(first), torch.sigmoid(second), self.discount)
+        first, second = self.policies(players)
+        return policy_losses(first, second, self.discount)
 
 
 class SmallIPD(Game):
@@ -93,10 +101,14 @@ class SmallIPD(Game):
         """One logit each."""
         return (1, 1)
 
+    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Probability to cooperate at first and after the other cooperated."""
+        return tuple(torch.sigmoid(p) for p in self._unpack(players))
+
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Losses of the policies σ(players)."""
-        first, second = self._unpack(players)
-        return self.probability_losses(torch.sigmoid(first), torch.sigmoid(second))
+        first, second = self.policies(players)
+        return self.probability_losses(first, second)
 
     def probability_losses(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of two probabilities of cooperation, each of shape (1,); 0 and 1 are exact."""
@@ -133,6 +145,10 @@ class PenniesAndDilemma(Game):
     def sizes(self) -> tuple[int, ...]:
         """One logit each."""
         return (1, 1)
+
+    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Probability to cooperate, and to show heads."""
+        return self.dilemma.policies(players)
 
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The weighted means of both games' losses."""

@@ -57,6 +57,10 @@ class RandomSubspace(Game):
         parts = zip(self.projections, self._unpack(players), self.offsets, strict=True)
         return tuple(p.to(z) @ z + b.to(z) for p, z, b in parts)
 
+    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """What the embedded players do in the whole game."""
+        return self.game.policies(self.embed(players))
+
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Losses of the whole game at the embedded players."""
         return self.game.losses(self.embed(players))
