@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nested.callbacks import LyapunovCallback
 from lightning_nested.dynamics import TrainingTracker, lyapunov_spectrum, update_map
 from lightning_nested.dynamics.frames import to_rows
+from lightning_nested.optim import ComplexSGD, Extragradient, ExtrapolationFromThePast, OptimisticAdam
+from tests.callbacks.perturbed_runs import first_tangent, growth, run, trainer
 from tests.cases import DOUBLE
 
 OPTIMIZERS: dict[str, Any] = {
@@ -41,12 +43,6 @@ class Regression(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
-
-
-def trainer(*callbacks: Any, **options: Any) -> Trainer:
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(callbacks=list(callbacks), **{"devices": 1, **defaults, **quiet, **options})
 
 
 def data(n: int, dtype: torch.dtype = DOUBLE) -> TensorDataset:
@@ -77,6 +73,7 @@ def test_training_is_bit_for_bit_the_same(options: dict[str, Any]) -> None:
 
     callback = LyapunovCallback(2, **options)
     plain, followed = run(), run(callback)
+    assert callback._backward.is_same is (None if "fixed_batch" in options else True)
     assert len(callback.windows) == (2 if "every_n_steps" in options else 8)
     for key, value in plain[0].items():
         assert torch.equal(value, followed[0][key]), key
@@ -113,6 +110,79 @@ def test_exponents_are_those_of_the_optimizer_as_a_map(name: str) -> None:
         callback.exponents, expected.exponents, rtol=1e-9, atol=1e-12, check_dtype=False
     )
     assert to_rows(tuple(a.unsqueeze(0) for a in coordinates)).shape[1] == rows.shape[1]
+
+
+class Awkward(Regression):
+    """Options by which a run's step is not the plain one."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__(smooth())
+        self.change = change
+        if change == "frozen":
+            self.net[0].bias.requires_grad_(False)
+        if change == "unused":  # has no gradient: the optimizer passes over it, decay included
+            self.spare = nn.Parameter(torch.ones(3, dtype=DOUBLE))
+
+    def configure_optimizers(self) -> Any:
+        if self.change == "groups":
+            first, second = self.net[0].parameters(), self.net[2].parameters()
+            return torch.optim.SGD(
+                [{"params": first}, {"params": second, "lr": 0.02, "momentum": 0.5}], lr=0.1, weight_decay=0.1
+            )
+        make: dict[str, Any] = {
+            "scheduler": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5, dampening=0.2),
+            "clip norm": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5),
+            "clip value": lambda p: torch.optim.Adam(p, lr=0.01),
+            "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+            "extragradient": lambda p: Extragradient(p, lr=0.2, weight_decay=0.1),
+            "past": lambda p: ExtrapolationFromThePast(p, lr=0.1),
+            "optimistic": lambda p: OptimisticAdam(p, lr=0.01),
+            "complex": lambda p: ComplexSGD(p, lr=0.1),
+        }
+        optimizer = make.get(self.change, OPTIMIZERS["sgd"])(
+            [p for p in self.parameters() if p.requires_grad]
+        )
+        if self.change != "scheduler":
+            return optimizer
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+AWKWARD: dict[str, dict[str, Any]] = {
+    "groups": {},
+    "frozen": {},
+    "unused": {},
+    "scheduler": {},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "clip norm": {"gradient_clip_val": 0.3},
+    "clip value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "adamw": {"gradient_clip_val": 0.3},
+    "extragradient": {},
+    "past": {},
+    "optimistic": {},
+    "complex": {},
+}
+
+
+@pytest.mark.parametrize("change", AWKWARD)
+def test_growth_is_that_of_a_difference_of_two_runs(change: str) -> None:
+    """Live batches, and whatever else is a part of the step: the callback against brute force."""
+
+    def make() -> LightningModule:
+        return Awkward(change)
+
+    def loader() -> Any:
+        return DataLoader(data(48), 8)
+
+    callback = LyapunovCallback(1, align=0)
+    run(make, loader, callback, **AWKWARD[change])
+    assert callback.tracker is not None
+    tangent = first_tangent(callback.tracker.n)
+    expected = growth(make, loader, tangent, **AWKWARD[change])
+    assert callback.steps == (3 if change == "accumulation" else 6)
+    # Central differences of 1e-6: truncation 1e-12 of third derivatives, rounding 1e-16/1e-6 = 1e-10, over a length.
+    assert float(callback.tracker.growth.sum()) == pytest.approx(expected, abs=1e-7)
+    assert callback._backward.is_same is True
 
 
 def test_lanczos_aligns_the_frame_with_the_least_curvature() -> None:
@@ -212,21 +282,24 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
 
 
 class Manual(Regression):
-    def __init__(self) -> None:
-        super().__init__(smooth())
-        self.automatic_optimization = False
+    automatic_optimization = False
+
+
+class OwnClipping(Regression):
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, 1.0, "norm")
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "message"),
+    ("module", "message"),
     [
-        (Manual(), {}, "automatic_optimization=False"),
-        (Regression(smooth()), {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0"),
+        (Manual(smooth()), "automatic_optimization=False"),
+        (OwnClipping(smooth()), "overrides configure_gradient_clipping"),
     ],
 )
-def test_refusals(module: LightningModule, options: dict[str, Any], message: str) -> None:
+def test_refusals(module: LightningModule, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        trainer(LyapunovCallback(), **options).fit(module, DataLoader(data(8), 8))
+        trainer(LyapunovCallback()).fit(module, DataLoader(data(8), 8))
 
 
 def test_unknown_optimizers_and_too_many_exponents_are_refused() -> None:
