@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 
+from lightning_nested.modules import GameModule
 from tests.cases import DOUBLE
 
 
@@ -30,7 +31,8 @@ def run(
     module = make()
     if tangent is not None:
         at = 0
-        for p in module.parameters():
+        players = module.players().values() if isinstance(module, GameModule) else [module]
+        for p in (p for player in players for p in player.parameters()):
             if p.requires_grad:
                 p.data.add_(tangent[at : at + p.numel()].view_as(p), alpha=shift)
                 at += p.numel()
