@@ -65,7 +65,7 @@ class GameFollower:
         )
         self.open = False  # whether the present batch belongs to a round that is followed
         self.call = 0  # of player_losses in this round
-        self._told = False
+        self._told: set[str] = set()  # players whose losses were looked at
         self._original: Callable[..., Any] = module.player_losses
         self._stand_ins = StandIns()
         self._stand_ins.put(module, "player_losses", self._player_losses)
@@ -131,8 +131,8 @@ class GameFollower:
                     tuple(d for each in dynamics for d in each.scale),
                 )
         losses = self._evaluate(names, batch)
-        if not self._told:
-            self._told = True
+        if not self._told.issuperset(names):
+            self._told.update(names)
             self._warn_if_detached(names, losses)
         self.call += 1
         with torch.autocast(self.module.device.type, enabled=False):

@@ -50,8 +50,9 @@ class LyapunovCallback(Callback):
     Exponents are in nats per optimizer step. A positive first one means that nearby runs separate (chaos); negative
     ones that they merge. Logged as ``lyapunov/local_i`` (last window), ``lyapunov/running_i`` (mean so far),
     ``lyapunov/kaplan_yorke`` (dimension, at most k), ``lyapunov/alignment`` and ``lyapunov/edge_of_chaos`` (1 while the
-    smoothed first local exponent is positive; ``crossings`` lists the steps at which that changed). Loggers are given
-    them every ``log_every_n_steps`` steps, monitors at every window.
+    smoothed first local exponent is positive; ``crossings`` lists the steps at which that changed). That is at
+    the last window before each of the Trainer's ``log_every_n_steps``, and in an epoch's last step;
+    ``local_exponents`` has every window.
 
     Parameters that are frozen or unfrozen in training change the space: tangents begin anew there.
 
@@ -362,6 +363,8 @@ class LyapunovCallback(Callback):
             self.crossings.append(self.steps)
         if len(recent) == self.smoothing or self._chaotic is None:
             self._chaotic = chaotic
+        if not self._logs_now(trainer):
+            return
         running = self.tracker.running()
         metrics = {f"lyapunov/local_{i}": v for i, v in enumerate(self.tracker.local().tolist())}
         metrics |= {f"lyapunov/running_{i}": v for i, v in enumerate(running.tolist())}
@@ -372,9 +375,22 @@ class LyapunovCallback(Callback):
             pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
             return
         pl_module.log_dict(metrics, logger=False)
-        updates, every = self.steps + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        for logger in trainer.loggers if every and updates % every == 0 else ():
-            logger.log_metrics(metrics, step=updates)  # the game's own clock
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=self.steps + 1)  # the game's own clock
+
+    def _logs_now(self, trainer: Trainer) -> bool:
+        """At the last window before each of the Trainer's log steps, and in an epoch's last step.
+
+        One ``self.log`` takes as long as several steps of a small network.
+        """
+        done = self.steps if self._game is not None else trainer.fit_loop.epoch_loop._batches_that_stepped
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        next_one = done + self.orthonormalize_every * self.every_n_steps
+        return (
+            trainer.is_last_batch
+            or (every > 0 and (done + 1) // every != next_one // every)
+            or (every > 0 and (done + 1) % every == 0)
+        )
 
     @rank_zero_only
     def _save_figure(self, folder: Path) -> None:

@@ -25,10 +25,11 @@ from tests.cases import DOUBLE, cubic_roots
 
 
 @pytest.mark.parametrize(
-    ("lr", "momentum", "phase"), [(0.1, 0.8, math.pi / 8), (0.8, 0.7, math.pi / 2), (0.1, 0.9, math.pi / 8)]
+    ("lr", "momentum", "phase", "steps"),
+    [(0.1, 0.9, math.pi / 8, 300), (0.3, 0.8, math.pi / 4, 250), (0.1, 0.8, math.pi / 8, 500)],
 )
 def test_complex_momentum_on_the_bilinear_game_reads_the_roots_of_the_cubic(
-    lr: float, momentum: float, phase: float
+    lr: float, momentum: float, phase: float, steps: int
 ) -> None:
     module = ZooGame(
         Bilinear(),
@@ -37,27 +38,25 @@ def test_complex_momentum_on_the_bilinear_game_reads_the_roots_of_the_cubic(
         optimizer=lambda p: ComplexSGD(p, lr=lr, momentum=momentum, phase=phase),
     )
     callback = LyapunovCallback(2, window="bump")
-    fit = trainer(callback, max_epochs=-1, max_steps=700)
+    fit = trainer(callback, max_epochs=-1, max_steps=steps, log_every_n_steps=50)
     fit.fit(module)
     exact = float(cubic_roots(1j, lr, momentum, phase).abs().max().log())
     for i in range(2):  # a conjugate pair
         assert float(fit.callback_metrics[f"lyapunov/running_{i}"]) == pytest.approx(exact, abs=1e-6)
-    assert len(callback.windows) == callback.steps + 1 == 700
+    assert len(callback.windows) == callback.steps + 1 == steps
 
 
-@pytest.mark.parametrize("eigenvalues", [[0.5 + 1j, 0.1 + 0.4j], [1.5 + 0.2j]])
-def test_complex_momentum_on_quadratic_games_reads_the_roots_of_the_cubic(eigenvalues: list[complex]) -> None:
+def test_complex_momentum_on_a_quadratic_game_reads_the_roots_of_the_cubic() -> None:
+    eigenvalues = [0.1 + 1.5j, 1.0 + 0.5j]
     module = ZooGame(
         QuadraticGame.from_eigenvalues(eigenvalues),
         update="simultaneous",
-        optimizer=lambda p: ComplexSGD(p, lr=0.3),
+        optimizer=lambda p: ComplexSGD(p, lr=0.2),
     )
-    k = 2 * len(eigenvalues)
-    callback = LyapunovCallback(k, window="bump", orthonormalize_every=2)
-    trainer(callback, max_epochs=-1, max_steps=1600).fit(module)
-    both = [*eigenvalues, *(e.conjugate() for e in eigenvalues)]
-    exact = torch.cat([cubic_roots(e, 0.3, 0.8, math.pi / 8) for e in both]).abs().log()
-    expected = exact.sort(descending=True).values[:k]
+    callback = LyapunovCallback(2, window="bump", orthonormalize_every=2)
+    trainer(callback, max_epochs=-1, max_steps=500).fit(module)
+    exact = torch.cat([cubic_roots(e, 0.2, 0.8, math.pi / 8) for e in eigenvalues]).abs().log()
+    expected = exact.max().expand(2)
     torch.testing.assert_close(callback.exponents, expected, rtol=0, atol=1e-6)
     assert callback.tracker is not None
     assert callback.tracker.alignment == pytest.approx(1.0, abs=1e-12)
@@ -66,8 +65,8 @@ def test_complex_momentum_on_quadratic_games_reads_the_roots_of_the_cubic(eigenv
 def test_alternating_players_neither_grow_nor_shrink() -> None:
     callback = LyapunovCallback(2, window="bump")
     module = ZooGame(Bilinear(), start=[[1.0], [0.5]], optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    trainer(callback, max_epochs=-1, max_steps=500).fit(module)
-    torch.testing.assert_close(callback.exponents, torch.zeros(2, dtype=DOUBLE), rtol=0, atol=1e-7)
+    trainer(callback, max_epochs=-1, max_steps=250).fit(module)
+    torch.testing.assert_close(callback.exponents, torch.zeros(2, dtype=DOUBLE), rtol=0, atol=1e-6)
 
 
 def test_extragradient_reads_its_rate() -> None:
@@ -75,7 +74,7 @@ def test_extragradient_reads_its_rate() -> None:
     module = ZooGame(
         Bilinear(), start=[[1.0], [0.5]], update="simultaneous", optimizer=lambda p: Extragradient(p, lr=0.3)
     )
-    trainer(callback, max_epochs=-1, max_steps=100).fit(module)
+    trainer(callback, max_epochs=-1, max_steps=60).fit(module)
     expected = torch.full((2,), math.log(math.sqrt(1 - 0.09 + 0.0081)), dtype=DOUBLE)
     torch.testing.assert_close(callback.exponents, expected, rtol=0, atol=1e-10)
 
