@@ -4,9 +4,9 @@ The unit is one forward, backward and ``SGD.step()``. A contestant is the same s
 per exponent is (time − unit) / (k · unit). "Ours" does what ``LyapunovCallback`` does: the gradient that products come
 from is handed to the run in place of its backward pass; "beside" keeps both; "in a Trainer" is the callback itself,
 a whole ``fit`` with it against one without. "Frame handling" is what is no product: the tangents' steps and
-orthonormalisation, as a share of all that following adds. Peers: a loop of forward-mode products (``torch.func.jvp`` of the gradient),
-the same products under ``vmap``, and k perturbed copies of the run, whose growth is a finite difference. The float64
-growth of the same tangents over the same step is the reference of the error.
+orthonormalisation, as a share of all that following adds. Peers: a loop of forward-mode products (``torch.func.jvp``
+of the gradient), the same products under ``vmap``, and k perturbed copies of the run, whose growth is a finite
+difference. The float64 growth of the same tangents over the same step is the reference of the error.
 """
 
 from __future__ import annotations
@@ -146,9 +146,11 @@ class Training(LightningModule):
         self.net, self.rate = problem.net, problem.rate
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of the batch."""
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 

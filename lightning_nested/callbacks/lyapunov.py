@@ -50,9 +50,9 @@ class LyapunovCallback(Callback):
     Exponents are in nats per optimizer step. A positive first one means that nearby runs separate (chaos); negative
     ones that they merge. Logged as ``lyapunov/local_i`` (last window), ``lyapunov/running_i`` (mean so far),
     ``lyapunov/kaplan_yorke`` (dimension, at most k), ``lyapunov/alignment`` and ``lyapunov/edge_of_chaos`` (1 while the
-    smoothed first local exponent is positive; ``crossings`` lists the steps at which that changed). That is at
-    the last window before each of the Trainer's ``log_every_n_steps``, and in an epoch's last step;
-    ``local_exponents`` has every window.
+    smoothed first local exponent is positive; ``crossings`` lists the steps at which that changed). Loggers get
+    the last window before each of the Trainer's ``log_every_n_steps``, monitors that before an epoch's end;
+    ``local_exponents`` has all.
 
     Parameters that are frozen or unfrozen in training change the space: tangents begin anew there.
 
@@ -147,7 +147,8 @@ class LyapunovCallback(Callback):
         """Local and running exponents against the step, with the crossings of zero."""
         from lightning_nested.callbacks.lyapunov_figure import lyapunov_figure
 
-        return lyapunov_figure(self.windows, self.local_exponents, self.crossings, self.smoothing)
+        unit = "training step" if self._game is None else "game update"
+        return lyapunov_figure(self.windows, self.local_exponents, self.crossings, self.smoothing, unit=unit)
 
     # ---- lifecycle
 
@@ -278,6 +279,11 @@ class LyapunovCallback(Callback):
             self.steps += 1
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.windows:
+            pl_module.log_dict(self._metrics(), logger=False, sync_dist=trainer.world_size > 1)
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()
 
@@ -365,32 +371,28 @@ class LyapunovCallback(Callback):
             self._chaotic = chaotic
         if not self._logs_now(trainer):
             return
+        if self._game is None:
+            pl_module.log_dict(self._metrics(), on_step=True, on_epoch=False, batch_size=1)
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(self._metrics(), step=self.steps + 1)  # the game's own clock
+
+    def _metrics(self) -> dict[str, float]:
+        assert self.tracker is not None
         running = self.tracker.running()
         metrics = {f"lyapunov/local_{i}": v for i, v in enumerate(self.tracker.local().tolist())}
         metrics |= {f"lyapunov/running_{i}": v for i, v in enumerate(running.tolist())}
         metrics["lyapunov/kaplan_yorke"] = float(kaplan_yorke_dimension(running))
-        metrics["lyapunov/edge_of_chaos"] = float(chaotic)
+        metrics["lyapunov/edge_of_chaos"] = float(self.tracker.growth[-self.smoothing :, 0].mean() > 0)
         metrics["lyapunov/alignment"] = self.tracker.alignment
-        if self._game is None:
-            pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
-            return
-        pl_module.log_dict(metrics, logger=False)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=self.steps + 1)  # the game's own clock
+        return metrics
 
     def _logs_now(self, trainer: Trainer) -> bool:
-        """At the last window before each of the Trainer's log steps, and in an epoch's last step.
-
-        One ``self.log`` takes as long as several steps of a small network.
-        """
+        """At the last window before each of the Trainer's log steps: ``self.log`` takes longer than a small step."""
         done = self.steps if self._game is not None else trainer.fit_loop.epoch_loop._batches_that_stepped
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        next_one = done + self.orthonormalize_every * self.every_n_steps
-        return (
-            trainer.is_last_batch
-            or (every > 0 and (done + 1) // every != next_one // every)
-            or (every > 0 and (done + 1) % every == 0)
-        )
+        following = done + self.orthonormalize_every * self.every_n_steps
+        return every > 0 and ((done + 1) % every == 0 or (done + 1) // every != following // every)
 
     @rank_zero_only
     def _save_figure(self, folder: Path) -> None:

@@ -15,7 +15,12 @@ _COLOURS = ("#2f6db3", "#e1691e", "#1b9e77", "#6a3d9a", "#b15928", "#c51b7d", "#
 
 
 def lyapunov_figure(
-    windows: Sequence[int], local: Tensor, crossings: Sequence[int], smoothing: int
+    windows: Sequence[int],
+    local: Tensor,
+    crossings: Sequence[int],
+    smoothing: int,
+    *,
+    unit: str = "training step",
 ) -> Figure:
     """Running and smoothed local exponents against the training step.
 
@@ -24,6 +29,7 @@ def lyapunov_figure(
         local: (T, k), exponents of each window, nats per step.
         crossings: Steps at which the smoothed first one changed its sign.
         smoothing: Windows of the moving mean.
+        unit: What a step is called.
     """
     from matplotlib.figure import Figure
 
@@ -45,8 +51,8 @@ def lyapunov_figure(
     low, high = float(visible.min()), float(visible.max())
     axes.set_ylim(low - 0.08 * (high - low + 1e-12), high + 0.08 * (high - low + 1e-12))
     axes.set_title("Lyapunov exponents of the training", loc="left", fontweight="bold")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("nats per step")
+    axes.set_xlabel(unit)
+    axes.set_ylabel(f"nats per {unit}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#d8dce1", lw=0.6)
     note = f"thick: mean so far; thin: moving mean of {width} windows"

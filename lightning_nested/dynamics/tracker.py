@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,8 +35,12 @@ class TrainingTracker(Tangents):
     """
 
     gradient: Vector = ()
-    _products: Tensor | None = None
-    _spare: Tensor | None = None
+
+    def follow(self, params: Sequence[Tensor]) -> None:
+        """Follow these parameters from now on, with new tangents; the growth so far is kept."""
+        super().follow(params)
+        self._products: Tensor | None = None
+        self._spare: Tensor | None = None
 
     def observe(self, loss: Tensor, *, lr: float = 0.0) -> None:
         """Add the products of this loss's Hessian with every tangent; several losses of one step add up.

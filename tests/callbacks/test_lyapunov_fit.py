@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -310,3 +311,66 @@ def test_unknown_optimizers_and_too_many_exponents_are_refused() -> None:
         trainer(LyapunovCallback(30)).fit(Regression(smooth()), loader)
     with pytest.raises(ValueError, match=r"k must be at least 1\. Got 0"):
         LyapunovCallback(0)
+
+
+# ---- precision, skipped batches, what loggers are given
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(precision: Any) -> None:
+    """Products of a half-precision forward have its three digits; tangents are single precision."""
+
+    def fit(precision: Any) -> LyapunovCallback:
+        callback = LyapunovCallback(2, align=0)
+        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+        module = Regression(smooth(torch.float32), OPTIMIZERS["momentum"])
+        trainer(callback, max_epochs=6, precision=precision).fit(module, DataLoader(data(32, dtype), 32))
+        return callback
+
+    half, single = fit(precision), fit("32-true")
+    assert half.tracker is not None
+    assert half.tracker.frame is not None
+    assert half.tracker.frame.dtype == torch.float32
+    torch.testing.assert_close(half.local_exponents, single.local_exponents, rtol=0, atol=0.02)
+
+
+def test_a_batch_that_is_skipped_moves_no_tangent() -> None:
+    class Skips(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    callback = LyapunovCallback(1, align=0)
+    with pytest.warns(UserWarning, match="training_step` returned `None`"):
+        trainer(callback).fit(Skips(smooth()), DataLoader(data(32), 8))
+    assert callback.windows == [0, 2, 3]
+
+
+def test_loggers_are_given_the_last_window_before_their_step(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callback = LyapunovCallback(2, align=4, orthonormalize_every=3)
+    logger = TensorBoardLogger(str(tmp_path))
+    fit = trainer(callback, logger=logger, log_every_n_steps=5, max_epochs=1)
+    fit.fit(Regression(smooth()), DataLoader(data(160), 8))
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    names = {"local_0", "local_1", "running_0", "running_1", "kaplan_yorke", "edge_of_chaos", "alignment"}
+    assert {f"lyapunov/{name}" for name in names} <= set(events.Tags()["scalars"])
+    seen = events.Scalars("lyapunov/local_0")
+    assert [e.step for e in seen] == [4, 9, 14, 19]
+    # Windows end with steps 3, 6, …, 18: the last before steps 5, 10, 15 and 20 are windows 1, 3, 5 and 6.
+    expected = callback.local_exponents[[0, 2, 4, 5], 0]
+    torch.testing.assert_close(torch.tensor([e.value for e in seen]), expected.float(), rtol=1e-6, atol=0)
+
+
+def test_tangents_begin_anew_when_parameters_are_unfrozen() -> None:
+    class Unfreezes(Regression):
+        def on_train_epoch_start(self) -> None:
+            self.net[0].requires_grad_(self.current_epoch > 1)
+
+    module = Unfreezes(smooth())
+    callback = LyapunovCallback(2, align=4)
+    trainer(callback, max_epochs=4).fit(module, DataLoader(data(32), 32))
+    assert callback.tracker is not None
+    assert callback.tracker.n == 29
+    assert len(callback.windows) == 4
