@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--every", type=int, default=5, help="steps between orthonormalisations of ours")
     options.add_argument("--ks", type=int, nargs="+", default=[1, 8])
     options.add_argument("--steps", type=int, default=20, help="of the accuracy run")
-    options.add_argument("--trainer_steps", type=int, default=20, help="of a fit with the callback; 0: none")
+    options.add_argument("--trainer_steps", type=int, default=100, help="of a fit with the callback; 0: none")
     arguments: argparse.Namespace = options.parse_args(argv)
     start(arguments)
     before = load()

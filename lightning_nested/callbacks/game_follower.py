@@ -74,24 +74,12 @@ class GameFollower:
         """The module's own method again."""
         self._stand_ins.put_back()
 
-    def begin_batch(self, followed: bool) -> None:
-        """Before a batch: whether it is followed, and who plays it."""
-        self.open = followed
-        players = self.module.running_players
-        now = [player.parameters for player in players.values()]
-        held = self.tracker.players
-        if len(now) != len(held) or any(
-            len(a) != len(b) or any(p is not q for p, q in zip(a, b, strict=True))
-            for a, b in zip(now, held, strict=True)
-        ):
-            self.tracker.follow_players(now)
-
     def advance(self, optimizer: Optimizer) -> None:
         """Before an optimizer's step."""
         if not self.open or self.tracker.frame is None:
             return
         for index, player in enumerate(self.module.running_players.values()):
-            if player.optimizer.optimizer is optimizer:
+            if player.optimizer.optimizer is optimizer and self.tracker.has_observed(index):
                 self.tracker.advance(index, optimizer, self.rule, clip=_clip(player))
 
     def end_round(self) -> bool:
@@ -104,9 +92,20 @@ class GameFollower:
     def _player_losses(self, names: Sequence[str], batch: Any) -> Any:
         """In place of the module's own: observe, then let it go on."""
         if self.open and not self.module.joint_graph and torch.is_grad_enabled():
+            self._match_players()
             self._look_ahead(names)
             self._observe(list(names), batch)
         return self._original(names, batch)
+
+    def _match_players(self) -> None:
+        """Tangents begin anew where somebody was frozen or unfrozen."""
+        now = [player.parameters for player in self.module.running_players.values()]
+        held = self.tracker.players
+        if any(
+            len(a) != len(b) or any(p is not q for p, q in zip(a, b, strict=True))
+            for a, b in zip(now, held, strict=True)
+        ):
+            self.tracker.follow_players(now)
 
     def _look_ahead(self, names: Sequence[str]) -> None:
         """Tangents follow players who were extrapolated since their last losses."""

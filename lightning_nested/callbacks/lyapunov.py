@@ -192,6 +192,12 @@ class LyapunovCallback(Callback):
         if self.rule is None:
             for group in optimizer.param_groups:
                 known_rule(optimizer, group)  # raises for an optimizer that is not known
+        others = (getattr(c, "outer", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if any(getattr(outer, "decays", ()) for outer in others):
+            rank_zero_warn(
+                "LyapunovCallback knows the optimizer's own weight decay. Got a HypergradientCallback that adds decays "
+                "to the gradients: the exponents are those without them."
+            )
         limit = trainer.gradient_clip_val
         self._clip = None
         if limit:
@@ -216,7 +222,7 @@ class LyapunovCallback(Callback):
     ) -> None:
         if self._game is not None:
             self.steps = self._game.module.game_updates
-            self._game.begin_batch(not self._stopped and self.should_follow(trainer, self.steps))
+            self._game.open = not self._stopped and self.should_follow(trainer, self.steps)
             return
         if self._fixed is not None and not len(self._fixed):
             self._fixed.get(0, batch)

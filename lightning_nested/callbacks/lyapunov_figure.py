@@ -45,8 +45,9 @@ def lyapunov_figure(
         colour = _COLOURS[i % len(_COLOURS)]
         axes.plot(list(windows)[width - 1 :], smooth[:, i].tolist(), color=colour, lw=0.9, alpha=0.5)
         axes.plot(list(windows), running[:, i].tolist(), color=colour, lw=1.9, label=f"exponent {i + 1}")
-    for step in crossings:
-        axes.axvline(step, color="#57606a", lw=0.8, ls=":")
+    for i, step in enumerate(crossings):
+        label = None if i else "first changes its sign"
+        axes.axvline(step, color="#57606a", lw=0.8, ls=":", label=label)
     visible = torch.cat([smooth, running[len(running) // 20 :]])
     low, high = float(visible.min()), float(visible.max())
     axes.set_ylim(low - 0.08 * (high - low + 1e-12), high + 0.08 * (high - low + 1e-12))

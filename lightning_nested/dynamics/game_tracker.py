@@ -97,6 +97,10 @@ class GameTracker(Tangents):
                     torch.zeros_like(p) if a is None else a for a, p in zip(found, own, strict=True)
                 )
 
+    def has_observed(self, player: int) -> bool:
+        """Whether there is a loss for this player to advance by."""
+        return self._counts[player] > 0
+
     def advance(
         self,
         player: int,

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.callbacks import LyapunovCallback
+from lightning_nested.callbacks import HypergradientCallback, LyapunovCallback
 from lightning_nested.dynamics import TrainingTracker, lyapunov_spectrum, update_map
 from lightning_nested.dynamics.frames import to_rows
+from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.optim import ComplexSGD, Extragradient, ExtrapolationFromThePast, OptimisticAdam
 from tests.callbacks.perturbed_runs import first_tangent, growth, run, trainer
 from tests.cases import DOUBLE
@@ -374,3 +375,23 @@ def test_tangents_begin_anew_when_parameters_are_unfrozen() -> None:
     assert callback.tracker is not None
     assert callback.tracker.n == 29
     assert len(callback.windows) == 4
+
+
+def test_tuned_decays_are_told_to_be_left_out() -> None:
+    class Validated(Regression):
+        def outer_loss(self, batch: Any) -> Tensor:
+            return 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean()
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(data(8), 8)
+
+        def validation_step(self, batch: Any) -> None:
+            pass
+
+    both = (LyapunovCallback(), HypergradientCallback(WeightDecay()))
+    with pytest.warns(
+        UserWarning, match="adds decays to the gradients: the exponents are those without them"
+    ):
+        trainer(*both).fit(Validated(smooth()), DataLoader(data(16), 8))
+    assert both[0].windows == [0, 1]
+    assert both[1].outer_steps == 2
