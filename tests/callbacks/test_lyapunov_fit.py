@@ -392,6 +392,27 @@ def test_tuned_decays_are_told_to_be_left_out() -> None:
     with pytest.warns(
         UserWarning, match="adds decays to the gradients: the exponents are those without them"
     ):
-        trainer(*both).fit(Validated(smooth()), DataLoader(data(16), 8))
+        module = Validated(smooth(), lambda p: torch.optim.SGD(p, lr=0.05))
+        trainer(*both).fit(module, DataLoader(data(16), 8))
     assert both[0].windows == [0, 1]
     assert both[1].outer_steps == 2
+
+
+def test_a_run_that_diverges_goes_on_without_the_measurement() -> None:
+    def fit(*callbacks: Any) -> tuple[LightningModule, Any]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))  # a quartic of the weights
+        module = Regression(net, lambda p: torch.optim.SGD(p, lr=1e2))
+        run = trainer(*callbacks, max_epochs=20)
+        run.fit(module, DataLoader(data(16, torch.float32), 16))
+        return module, run
+
+    callback = LyapunovCallback(2, align=4)
+    with pytest.warns(UserWarning, match=r"LyapunovCallback stops at step \d+: Tangents must stay finite"):
+        followed, run = fit(callback)
+    assert run.global_step == 20
+    assert 2 <= len(callback.windows) < 20
+    assert bool(torch.isfinite(callback.exponents).all())
+    plain, _ = fit()
+    for a, b in zip(plain.parameters(), followed.parameters(), strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
