@@ -388,11 +388,11 @@ def test_tuned_decays_are_told_to_be_left_out() -> None:
         def validation_step(self, batch: Any) -> None:
             pass
 
+    module = Validated(smooth(), lambda p: torch.optim.SGD(p, lr=0.05))
     both = (LyapunovCallback(), HypergradientCallback(WeightDecay()))
     with pytest.warns(
         UserWarning, match="adds decays to the gradients: the exponents are those without them"
     ):
-        module = Validated(smooth(), lambda p: torch.optim.SGD(p, lr=0.05))
         trainer(*both).fit(module, DataLoader(data(16), 8))
     assert both[0].windows == [0, 1]
     assert both[1].outer_steps == 2

@@ -26,7 +26,11 @@ from tests.cases import DOUBLE, cubic_roots
 
 @pytest.mark.parametrize(
     ("lr", "momentum", "phase", "steps"),
-    [(0.1, 0.9, math.pi / 8, 300), (0.3, 0.8, math.pi / 4, 250), pytest.param(0.1, 0.8, math.pi / 8, 500, marks=pytest.mark.slow)],
+    [
+        (0.1, 0.9, math.pi / 8, 300),
+        (0.3, 0.8, math.pi / 4, 250),
+        pytest.param(0.1, 0.8, math.pi / 8, 500, marks=pytest.mark.slow),
+    ],
 )
 def test_complex_momentum_on_the_bilinear_game_reads_the_roots_of_the_cubic(
     lr: float, momentum: float, phase: float, steps: int
