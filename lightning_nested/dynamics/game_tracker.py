@@ -43,8 +43,8 @@ class GameTracker(Tangents):
     ...     losses = ((x * y).sum(), -(x * y).sum())
     ...     tracker.observe(dict(enumerate(losses)))
     ...     x.grad, y.grad = y.detach().clone(), -x.detach()
-    ...     for player, optimizer in enumerate(optimizers):
-    ...         tracker.advance(player, optimizer)
+    ...     for player, optimizer in enumerate(optimizers):  # both before either steps
+    ...         _ = tracker.advance(player, optimizer)
     ...     for optimizer in optimizers:
     ...         optimizer.step()
     ...     _ = tracker.end_step()
