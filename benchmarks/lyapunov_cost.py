@@ -1,23 +1,30 @@
 """What an exponent of a running training costs, as a multiple of one plain SGD step.
 
 The unit is one forward, backward and ``SGD.step()``. A contestant is the same step with k tangents followed; its cost
-per exponent is (time − unit) / (k · unit). Peers: a loop of forward-mode products (``torch.func.jvp`` of the gradient),
-the same products under ``vmap``, and k perturbed copies of the run, whose growth is a finite difference. The float64
-growth of the same tangents over the same step is the reference of the error.
+per exponent is (time − unit) / (k · unit). "Ours" does what ``LyapunovCallback`` does: the gradient that products come
+from is handed to the run in place of its backward pass; "beside" keeps both; "in a Trainer" is the callback itself,
+a whole ``fit`` with it against one without. "Frame handling" is what is no product: the tangents' steps and
+orthonormalisation, as a share of all that following adds. Peers: a loop of forward-mode products (``torch.func.jvp``
+of the gradient), the same products under ``vmap``, and k perturbed copies of the run, whose growth is a finite
+difference. The float64 growth of the same tangents over the same step is the reference of the error.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from _measuring import Spread, Timing, interleave, load, parser, print_table, report, start
+from _measuring import Spread, Timing, clock, interleave, load, parser, print_table, report, start
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_nested.callbacks import LyapunovCallback
 from lightning_nested.dynamics import TrainingTracker
 from lightning_nested.dynamics.frames import orthonormalize
 from lightning_nested.hypergradient.vectors import flatten, unflatten
@@ -59,23 +66,92 @@ class Problem:
         self.optimizer.step()
 
 
-def kept_graph(problem: Problem, k: int, every: int, *, reuse: bool = False) -> Callable[[], object]:
-    """Ours: the graph of the gradient kept, all products from it; ``reuse``: its gradient in place of a backward."""
+def kept_graph(problem: Problem, k: int, every: int, *, beside: bool = False) -> Callable[[], object]:
+    """Ours: all products from the kept graph of one gradient, which the parameters are given as well.
+
+    Args:
+        problem: What is trained.
+        k: Exponents.
+        every: Steps between orthonormalisations.
+        beside: Make a backward pass of the run's own beside it.
+    """
     tracker = TrainingTracker(problem.params, k=k, align=0, orthonormalize_every=every)
 
     def call() -> None:
         problem.optimizer.zero_grad()
         loss = problem.loss()
         tracker.observe(loss, lr=problem.rate)
-        if reuse:
-            for p, g in zip(problem.params, tracker.gradient, strict=True):
-                p.grad = g
-        else:
+        if beside:
             loss.backward()
+        else:
+            torch.autograd.backward(problem.params, tracker.gradient)
         tracker.advance(problem.optimizer)
         problem.optimizer.step()
 
     return call
+
+
+def frame_handling(problem: Problem, k: int, every: int) -> Callable[[], object]:
+    """What ours does besides products: push the frame, and orthonormalise it every few steps."""
+    tracker = TrainingTracker(problem.params, k=k, align=0, orthonormalize_every=every)
+    tracker.frame, products = random_rows(problem, k), random_rows(problem, k)
+    for p in problem.params:
+        p.grad = torch.zeros_like(p)
+
+    def call() -> None:
+        tracker.push(problem.optimizer, products)
+        tracker.end_step()
+
+    return call
+
+
+class Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The problem's batch, over and over."""
+
+    def __init__(self, problem: Problem, count: int) -> None:
+        self.pair, self.count = (problem.x, problem.y), count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.pair
+
+
+def in_a_trainer(problem: Problem, k: int | None, every: int, steps: int) -> Callable[[], object]:
+    """A ``fit`` of so many steps, with the callback for k exponents, or without one."""
+    module = Training(problem)
+
+    def call() -> None:
+        callbacks = [] if k is None else [LyapunovCallback(k, align=0, orthonormalize_every=every)]
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(Batches(problem, steps), batch_size=None))
+
+    return call
+
+
+class Training(LightningModule):
+    """The problem as an unmodified module."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.net, self.rate = problem.net, problem.rate
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of the batch."""
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 
 def forward_mode(problem: Problem, k: int, *, batched: bool) -> Callable[[], object]:
@@ -173,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--every", type=int, default=5, help="steps between orthonormalisations of ours")
     options.add_argument("--ks", type=int, nargs="+", default=[1, 8])
     options.add_argument("--steps", type=int, default=20, help="of the accuracy run")
+    options.add_argument("--only", nargs="+", default=[], help="contestants whose names begin so")
+    options.add_argument("--trainer_steps", type=int, default=100, help="of a fit with the callback; 0: none")
     arguments: argparse.Namespace = options.parse_args(argv)
     start(arguments)
     before = load()
@@ -192,11 +270,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         contestants = {
             f"ours, every {every}": several(kept_graph(problem, k, every)),
             "ours, every step": several(kept_graph(problem, k, 1)),
-            "ours, own loop": several(kept_graph(problem, k, every, reuse=True)),
+            "ours, a backward pass beside": several(kept_graph(problem, k, every, beside=True)),
+            "frame handling": several(frame_handling(problem, k, every)),
             "JVP loop": several(forward_mode(problem, k, batched=False)),
             "vmapped JVP": several(forward_mode(problem, k, batched=True)),
             "perturbed runs": several(perturbed(problem, k, 1e-3)),
         }
+        if arguments.only:
+            contestants = {n: c for n, c in contestants.items() if n.startswith((*arguments.only, "frame"))}
         timing = interleave(
             contestants,
             {"step": several(problem.step)},
@@ -204,10 +285,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             threads=arguments.threads,
             repeats=1,
         )
+        handling = timing.pop("frame handling").units["step"]
         for name, time in timing.items():
             cost = per_exponent(time, k)
             results[f"k={k} / {name}"] = asdict(cost)
             rows.append([str(k), name, cost.text(), time.units["step"].text()])
+        if f"ours, every {every}" in timing:
+            share = handling.median / (timing[f"ours, every {every}"].units["step"].median - 1)
+            results[f"k={k} / share of frame handling"] = share
+            rows.append([str(k), "share of frame handling", f"{share:.1%}", handling.text()])
+        if arguments.trainer_steps:
+            cost, whole = trainer_cost(arguments, problem, k)
+            results[f"k={k} / LyapunovCallback in a Trainer"] = asdict(cost)
+            rows.append([str(k), "LyapunovCallback in a Trainer", cost.text(), whole.text()])
     print_table(["k", "method", "steps per exponent [quartiles]", "whole step / plain step"], rows)
     check = accuracy(
         arguments.widths, arguments.batch, arguments.rate, max(arguments.ks), arguments.every, arguments.steps
@@ -217,6 +307,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print("\nReach: ours <= 1.6 at k=1 and <= 2.0 at k=8.")
     report(arguments, results, load_before=before)
     return results
+
+
+def trainer_cost(arguments: argparse.Namespace, problem: Problem, k: int) -> tuple[Spread, Spread]:
+    """What the callback adds to a fit, in plain steps per exponent, and the fit itself in fits without it."""
+    steps, now = arguments.trainer_steps, clock(arguments.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Using default `ModelCheckpoint`.*")
+
+    def elapsed(call: Callable[[], object]) -> float:
+        start = now()
+        call()
+        return now() - start
+
+    plain, followed = (in_a_trainer(problem, each, arguments.every, steps) for each in (None, k))
+    costs, wholes = [], []
+    for sample in range(arguments.rounds + 1):
+        unit = elapsed(lambda: [problem.step() for _ in range(steps)])
+        without, with_it = elapsed(plain), elapsed(followed)
+        if sample:  # the first one warms up
+            costs.append((with_it - without) / (k * unit))
+            wholes.append(with_it / without)
+    return Spread.of(costs), Spread.of(wholes)
 
 
 def per_exponent(time: Timing, k: int) -> Spread:

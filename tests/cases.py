@@ -5,6 +5,7 @@ Each value is derived by hand or in shared float64 references, never by the code
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,3 +139,14 @@ CASES = [
         step_size=0.9,
     ),
 ]
+
+
+def cubic_roots(eigenvalue: complex, lr: float, momentum: float, phase: float) -> Tensor:
+    """Roots z of (z−1)(z² − 2Re β·z + |β|²) + λz(αz − α Re β) = 0: simultaneous complex momentum on a linear game."""
+    c = momentum * math.cos(phase)
+    companion = torch.zeros(3, 3, dtype=torch.complex128)
+    a2 = -(1 + 2 * c) + lr * eigenvalue
+    a1 = momentum**2 + 2 * c - lr * eigenvalue * c
+    companion[0] = torch.tensor([-a2, -a1, momentum**2], dtype=torch.complex128)
+    companion[1, 0] = companion[2, 1] = 1
+    return torch.linalg.eigvals(companion)

@@ -2,6 +2,7 @@
 
 from lightning_nested.dynamics.branching import Branching
 from lightning_nested.dynamics.executors import InProcess, Processes, Ray
+from lightning_nested.dynamics.game_tracker import GameTracker
 from lightning_nested.dynamics.generalized_ridge_rider import GeneralizedRidgeRider
 from lightning_nested.dynamics.lyapunov import (
     LyapunovSpectrum,
@@ -11,6 +12,7 @@ from lightning_nested.dynamics.lyapunov import (
 )
 from lightning_nested.dynamics.maps import DifferentiableMap, rk4_step
 from lightning_nested.dynamics.ridge_rider import RidgeRider
+from lightning_nested.dynamics.tangents import Clip
 from lightning_nested.dynamics.tracker import TrainingTracker
 from lightning_nested.dynamics.tree import Branch, RideTree, Solution
 from lightning_nested.dynamics.update_map import UpdateMap, update_map
@@ -19,7 +21,9 @@ from lightning_nested.dynamics.update_rules import UpdateRule
 __all__ = [
     "Branch",
     "Branching",
+    "Clip",
     "DifferentiableMap",
+    "GameTracker",
     "GeneralizedRidgeRider",
     "InProcess",
     "LyapunovSpectrum",

@@ -55,7 +55,11 @@ def orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
     >>> L.diagonal().tolist()
     [5.0, 3.0]
     """
-    if rows.shape[-1] >= _TALL and rows.ndim == 2:
+    if rows.shape[-1] >= _TALL and rows.ndim == 2 and len(rows) == 1:
+        size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        if float(size) > 0.0:
+            return rows / size, size
+    elif rows.shape[-1] >= _TALL and rows.ndim == 2:
         found = _cholesky_twice(rows)
         if found is not None:
             return found
@@ -88,6 +92,24 @@ def _cholesky_twice(rows: Tensor) -> tuple[Tensor, Tensor] | None:
         total = lower if total is None else total @ lower
     assert total is not None
     return q, total
+
+
+def window_weights(window: str, growth: Tensor) -> Tensor:
+    """The weights of T windows in an average: equal, or the bump exp(−1/(s(1−s))) over the run.
+
+    Args:
+        window: ``"uniform"`` or ``"bump"``.
+        growth: (T, ...); decides number, dtype and device.
+
+    Returns:
+        (T,), of sum 1.
+    """
+    count = len(growth)
+    if window == "uniform":
+        return torch.full((count,), 1 / count, dtype=growth.dtype, device=growth.device)
+    s = (torch.arange(count, dtype=growth.dtype, device=growth.device) + 1) / (count + 1)
+    weights = torch.exp(-1 / (s * (1 - s)))
+    return weights / weights.sum()
 
 
 def covariant_directions(frames: Tensor, factors: Tensor, discard: int) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_nested.dynamics.frames import (
     orthonormalize,
     random_frame,
     to_rows,
+    window_weights,
 )
 from lightning_nested.dynamics.maps import DifferentiableMap, State, Step, as_map, recorded
 from lightning_nested.hypergradient.vectors import Vector
@@ -246,7 +247,7 @@ def lyapunov_spectrum(
         directions = covariant_directions(torch.stack(frames), torch.stack(factors), extra)
         diagonals = [f.diagonal(dim1=-2, dim2=-1) for f in factors[:windows]]
     growth = torch.stack(diagonals).log()
-    weights = _weights(window, growth)
+    weights = window_weights(window, growth)
     time = dt * orthonormalize_every
     exponents = torch.einsum("t,t...->...", weights, growth) / time
     log_determinant = None
@@ -377,15 +378,6 @@ def _check_memory(needed: int) -> None:
             f"covariant=True keeps every frame of the run: {needed / 2**30:.1f} GiB. Got a machine of "
             f"{available / 2**30:.1f} GiB; take fewer steps, fewer exponents, or a larger orthonormalize_every."
         )
-
-
-def _weights(window: str, growth: Tensor) -> Tensor:
-    count = len(growth)
-    if window == "uniform":
-        return torch.full((count,), 1 / count, dtype=growth.dtype, device=growth.device)
-    s = (torch.arange(count, dtype=growth.dtype, device=growth.device) + 1) / (count + 1)
-    weights = torch.exp(-1 / (s * (1 - s)))
-    return weights / weights.sum()
 
 
 def _check_sum(total: Tensor, log_determinant: Tensor, dtype: torch.dtype) -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.frames import orthonormalize
-from lightning_nested.dynamics.update_map import known_rule
-from lightning_nested.dynamics.update_rules import Descent, SGDRule, UpdateRule
+from lightning_nested.dynamics.tangents import Clip, Tangents
+from lightning_nested.dynamics.update_rules import UpdateRule
 from lightning_nested.hypergradient.curvature import HessianOperator
-from lightning_nested.hypergradient.vectors import Reduce, Vector, unflatten
+from lightning_nested.hypergradient.vectors import Vector, flatten, unflatten
 
 
-class TrainingTracker:
+class TrainingTracker(Tangents):
     """Pushes k tangents of parameters and optimizer state through the steps of a run that somebody else makes.
 
     At each step: :meth:`observe` with every loss of the step (its graph is kept, the caller still calls ``backward``),
@@ -28,52 +27,20 @@ class TrainingTracker:
     logarithm of 1 − αλ, the decay, for as long as a run lasts. Lanczos iterations on the first Hessian give the k
     directions that its step stretches most; ``alignment`` says how well they are resolved.
 
-    Args:
-        params: The optimizer's parameters that require gradients, in its order.
-        k: Number of exponents.
-        align: Lanczos iterations, each one product; 0: random directions.
-        orthonormalize_every: Steps between orthonormalisations.
-        seed: Of the first direction.
-        reduce: Averages a tensor over processes.
-
     Attributes:
-        growth: For every window (k,), the logarithmic growth.
+        growth: (T, k), the logarithmic growth in each window.
         gradient: Of the last observed loss, one tensor per parameter: a loop of one's own may use it in place of a
-            backward pass.
+            backward pass, which makes the first exponent about 0.6 steps cheaper.
         alignment: min over the frame of |qᵀHq|/‖Hq‖, 1 for eigenvectors; NaN before the first step or without Lanczos.
-
-    Raises:
-        ValueError: k is not in 1..n.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        *,
-        k: int = 1,
-        align: int = 20,
-        orthonormalize_every: int = 1,
-        seed: int = 0,
-        reduce: Reduce | None = None,
-    ) -> None:
-        self.params: Vector = tuple(params)
-        self.n = sum(p.numel() for p in self.params)
-        if not 1 <= k <= self.n:
-            raise ValueError(f"k must be in 1..n, the number of parameters. Got k={k} and n={self.n}.")
-        for name, value, least in (("align", align, 0), ("orthonormalize_every", orthonormalize_every, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}. Got {value}.")
-        self.k, self.align, self.every, self.seed, self.reduce = k, align, orthonormalize_every, seed, reduce
-        self.frame: Tensor | None = None  # (k, n), tangents of the parameters
-        self.slots: list[Tensor] = []  # (k, n) each, tangents of the optimizer's buffers
-        self.growth: list[Tensor] = []
-        self.alignment = math.nan
-        self.steps = 0
-        self.gradient: Vector = ()
+    gradient: Vector = ()
+
+    def follow(self, params: Sequence[Tensor]) -> None:
+        """Follow these parameters from now on, with new tangents; the growth so far is kept."""
+        super().follow(params)
         self._products: Tensor | None = None
         self._spare: Tensor | None = None
-
-    # ---- a step
 
     def observe(self, loss: Tensor, *, lr: float = 0.0) -> None:
         """Add the products of this loss's Hessian with every tangent; several losses of one step add up.
@@ -93,13 +60,21 @@ class TrainingTracker:
             torch.cat([p.reshape(-1) for p in product], out=products[i])
         self._products = products if self._products is None else self._products.add_(products)
 
-    @torch.no_grad()
-    def advance(self, optimizer: Optimizer, rule: UpdateRule | None = None) -> bool:
+    @property
+    def has_observed(self) -> bool:
+        """Whether there is a loss to advance by."""
+        return self._products is not None
+
+    def advance(
+        self, optimizer: Optimizer, rule: UpdateRule | None = None, *, clip: Clip | None = None
+    ) -> bool:
         """Push the tangents through the optimizer's coming step; True if a window ended, with its growth recorded.
 
         Args:
-            optimizer: Before its step: gradients in ``.grad``, options and buffers as the step will use them.
+            optimizer: Before its step: gradients in ``.grad``, options and buffers as the step will use them. Of
+                :class:`Extragradient` call it twice, before ``extrapolate()`` and before ``step()``.
             rule: A re-statement of an optimizer that is not known.
+            clip: How the gradients, which are not clipped yet, will be before the step.
 
         Raises:
             FloatingPointError: A tangent is not finite.
@@ -110,70 +85,12 @@ class TrainingTracker:
             )
         dg = self._products if self.reduce is None else self.reduce(self._products)
         self._products = None
-        rules = [
-            rule if rule is not None else known_rule(optimizer, group)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.requires_grad
-        ]
-        only = rules[0]
-        if isinstance(only, SGDRule) and not only.momentum and all(r == only for r in rules):
-            # Plain SGD on all parameters at once: v ← (1 − αλ)v − αHv, one pass over the frame.
-            self.frame.mul_(1 - only.lr * only.weight_decay) if only.weight_decay else None
-            self.frame.add_(dg, alpha=only.lr if only.maximize else -only.lr)
-        else:
-            self._general(optimizer, rules, dg)
+        gradient = None
+        if clip is not None:
+            gradient = flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in self.params)
+        whole = self.push(optimizer, dg, gradient=gradient, rule=rule, clip=clip)
         self._spare = dg
-        self.steps += 1
-        if self.steps % self.every:
-            return False
-        self._orthonormalize()
-        return True
-
-    def _general(self, optimizer: Optimizer, rules: Sequence[UpdateRule], dg: Tensor) -> None:
-        assert self.frame is not None
-        width = max(len(r.slots) for r in rules)
-        while len(self.slots) < width:
-            self.slots.append(torch.zeros_like(self.frame))
-        at = 0
-        for p, r in zip(self.params, rules, strict=True):
-            state = optimizer.state.get(p, {})
-            fresh = r.start(p)
-            slots = tuple(
-                state[n] if state.get(n) is not None else f for n, f in zip(r.slots, fresh, strict=False)
-            )
-            done = float(state.get("step", 1.0 if any(state.get(n) is not None for n in r.slots) else 0.0))
-            t = torch.tensor(done + 1, dtype=p.dtype, device=p.device)
-            g = p.grad if p.grad is not None else torch.zeros_like(p)
-            part = slice(at, at + p.numel())
-            at += p.numel()
-
-            def rows(matrix: Tensor, part: slice = part, p: Tensor = p) -> Tensor:
-                return matrix[:, part].reshape(self.k, *p.shape)
-
-            dw, dslots = rows(self.frame), tuple(rows(s) for s in self.slots[: len(slots)])
-            if isinstance(r, Descent):  # closed forms broadcast over the frame
-                after, buffers = r.tangent(p.detach(), g, slots, t, dw, rows(dg), dslots)
-            else:
-                after, buffers = _one_by_one(r, p.detach(), g, slots, t, dw, rows(dg), dslots)
-            self.frame[:, part] = after.reshape(self.k, -1)
-            for target, new in zip(self.slots, buffers, strict=False):
-                target[:, part] = new.reshape(self.k, -1)
-
-    def _orthonormalize(self) -> None:
-        assert self.frame is not None
-        whole = torch.cat([self.frame, *self.slots], dim=1) if self.slots else self.frame
-        if not math.isfinite(float(whole.sum())):
-            raise FloatingPointError(
-                f"Tangents must stay finite. Got a number that is not after {self.steps} steps: the run diverges, or "
-                "they need orthonormalize_every to be smaller."
-            )
-        rows, lower = orthonormalize(whole)
-        self.growth.append(lower.diagonal().log().cpu())
-        pieces = torch.split(rows, self.n, dim=1)
-        self.frame.copy_(pieces[0])
-        for slot, piece in zip(self.slots, pieces[1:], strict=True):
-            slot.copy_(piece)
+        return whole and self.end_step()
 
     # ---- the first frame
 
@@ -181,16 +98,17 @@ class TrainingTracker:
         """Ritz vectors of the Hessian for which |1 − αθ| is largest; random directions fill up."""
         generator = torch.Generator().manual_seed(self.seed)
         first = self.params[0]
-        random = torch.randn(self.k, self.n, generator=generator, dtype=torch.float32).to(first)
+        random = torch.randn(self.k, self.n, generator=generator, dtype=torch.float32)
+        random = random.to(dtype=self.dtype, device=first.device)
         m = min(max(self.align, self.k), self.n) if self.align else 0
         if m == 0:
             return orthonormalize(random)[0]
 
         def product(v: Tensor) -> Tensor:
-            out = operator @ v
+            out = (operator @ v).to(v.dtype)
             return out if self.reduce is None else self.reduce(out)
 
-        basis = torch.zeros(m, self.n, dtype=first.dtype, device=first.device)
+        basis = torch.zeros(m, self.n, dtype=self.dtype, device=first.device)
         images = torch.zeros_like(basis)
         v = random[0] / random[0].norm()
         count = 0
@@ -206,6 +124,10 @@ class TrainingTracker:
                 break  # an invariant subspace
             v = w / size
         basis, images = basis[:count], images[:count]
+        if not math.isfinite(float(images.sum())):
+            raise FloatingPointError(
+                "The first products must be finite. Got a number that is not: the run diverges."
+            )
         small = basis @ images.mT
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
         order = (
@@ -218,43 +140,3 @@ class TrainingTracker:
         if len(frame) < self.k:
             frame = torch.cat([frame, random[len(frame) :]])
         return orthonormalize(frame)[0].contiguous()
-
-    # ---- results, state
-
-    def running(self) -> Tensor:
-        """(k,), the mean exponents per step so far, largest first; NaN before the first window."""
-        if not self.growth:
-            return torch.full((self.k,), math.nan)
-        return (torch.stack(self.growth).mean(0) / self.every).sort(descending=True).values
-
-    def local(self) -> Tensor:
-        """(k,), the exponents per step of the last window, in the frame's order."""
-        return self.growth[-1] / self.every if self.growth else torch.full((self.k,), math.nan)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers, for an exact resume."""
-        return {
-            "frame": self.frame,
-            "slots": self.slots,
-            "growth": torch.stack(self.growth) if self.growth else torch.empty(0, self.k),
-            "alignment": self.alignment,
-            "steps": self.steps,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore on the devices of the parameters."""
-        like = self.params[0]
-        self.frame = None if state["frame"] is None else state["frame"].to(like).clone()
-        self.slots = [s.to(like).clone() for s in state["slots"]]
-        self.growth = list(state["growth"])
-        self.alignment, self.steps = state["alignment"], state["steps"]
-
-
-def _one_by_one(
-    rule: UpdateRule, w: Tensor, g: Tensor, slots: Vector, t: Tensor, dw: Tensor, dg: Tensor, dslots: Vector
-) -> tuple[Tensor, Vector]:
-    """A user's rule along each tangent."""
-    found = [rule.tangent(w, g, slots, t, dw[i], dg[i], tuple(s[i] for s in dslots)) for i in range(len(dw))]
-    return torch.stack([f[0] for f in found]), tuple(
-        torch.stack(s) for s in zip(*(f[1] for f in found), strict=True)
-    )

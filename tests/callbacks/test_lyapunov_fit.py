@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.callbacks import LyapunovCallback
+from lightning_nested.callbacks import HypergradientCallback, LyapunovCallback
 from lightning_nested.dynamics import TrainingTracker, lyapunov_spectrum, update_map
 from lightning_nested.dynamics.frames import to_rows
+from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.optim import ComplexSGD, Extragradient, ExtrapolationFromThePast, OptimisticAdam
+from tests.callbacks.perturbed_runs import first_tangent, growth, run, trainer
 from tests.cases import DOUBLE
 
 OPTIMIZERS: dict[str, Any] = {
@@ -41,12 +45,6 @@ class Regression(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
-
-
-def trainer(*callbacks: Any, **options: Any) -> Trainer:
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(callbacks=list(callbacks), **{"devices": 1, **defaults, **quiet, **options})
 
 
 def data(n: int, dtype: torch.dtype = DOUBLE) -> TensorDataset:
@@ -77,6 +75,7 @@ def test_training_is_bit_for_bit_the_same(options: dict[str, Any]) -> None:
 
     callback = LyapunovCallback(2, **options)
     plain, followed = run(), run(callback)
+    assert callback._backward.is_same is (None if "fixed_batch" in options else True)
     assert len(callback.windows) == (2 if "every_n_steps" in options else 8)
     for key, value in plain[0].items():
         assert torch.equal(value, followed[0][key]), key
@@ -113,6 +112,79 @@ def test_exponents_are_those_of_the_optimizer_as_a_map(name: str) -> None:
         callback.exponents, expected.exponents, rtol=1e-9, atol=1e-12, check_dtype=False
     )
     assert to_rows(tuple(a.unsqueeze(0) for a in coordinates)).shape[1] == rows.shape[1]
+
+
+class Awkward(Regression):
+    """Options by which a run's step is not the plain one."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__(smooth())
+        self.change = change
+        if change == "frozen":
+            self.net[0].bias.requires_grad_(False)
+        if change == "unused":  # has no gradient: the optimizer passes over it, decay included
+            self.spare = nn.Parameter(torch.ones(3, dtype=DOUBLE))
+
+    def configure_optimizers(self) -> Any:
+        if self.change == "groups":
+            first, second = self.net[0].parameters(), self.net[2].parameters()
+            return torch.optim.SGD(
+                [{"params": first}, {"params": second, "lr": 0.02, "momentum": 0.5}], lr=0.1, weight_decay=0.1
+            )
+        make: dict[str, Any] = {
+            "scheduler": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5, dampening=0.2),
+            "clip norm": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5),
+            "clip value": lambda p: torch.optim.Adam(p, lr=0.01),
+            "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+            "extragradient": lambda p: Extragradient(p, lr=0.2, weight_decay=0.1),
+            "past": lambda p: ExtrapolationFromThePast(p, lr=0.1),
+            "optimistic": lambda p: OptimisticAdam(p, lr=0.01),
+            "complex": lambda p: ComplexSGD(p, lr=0.1),
+        }
+        optimizer = make.get(self.change, OPTIMIZERS["sgd"])(
+            [p for p in self.parameters() if p.requires_grad]
+        )
+        if self.change != "scheduler":
+            return optimizer
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+AWKWARD: dict[str, dict[str, Any]] = {
+    "groups": {},
+    "frozen": {},
+    "unused": {},
+    "scheduler": {},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "clip norm": {"gradient_clip_val": 0.3},
+    "clip value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "adamw": {"gradient_clip_val": 0.3},
+    "extragradient": {},
+    "past": {},
+    "optimistic": {},
+    "complex": {},
+}
+
+
+@pytest.mark.parametrize("change", AWKWARD)
+def test_growth_is_that_of_a_difference_of_two_runs(change: str) -> None:
+    """Live batches, and whatever else is a part of the step: the callback against brute force."""
+
+    def make() -> LightningModule:
+        return Awkward(change)
+
+    def loader() -> Any:
+        return DataLoader(data(48), 8)
+
+    callback = LyapunovCallback(1, align=0)
+    run(make, loader, callback, **AWKWARD[change])
+    assert callback.tracker is not None
+    tangent = first_tangent(callback.tracker.n)
+    expected = growth(make, loader, tangent, **AWKWARD[change])
+    assert callback.steps == (3 if change == "accumulation" else 6)
+    # Central differences of 1e-6: truncation 1e-12 of third derivatives, rounding 1e-16/1e-6 = 1e-10, over a length.
+    assert float(callback.tracker.growth.sum()) == pytest.approx(expected, abs=1e-7)
+    assert callback._backward.is_same is True
 
 
 def test_lanczos_aligns_the_frame_with_the_least_curvature() -> None:
@@ -212,21 +284,24 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
 
 
 class Manual(Regression):
-    def __init__(self) -> None:
-        super().__init__(smooth())
-        self.automatic_optimization = False
+    automatic_optimization = False
+
+
+class OwnClipping(Regression):
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, 1.0, "norm")
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "message"),
+    ("module", "message"),
     [
-        (Manual(), {}, "automatic_optimization=False"),
-        (Regression(smooth()), {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0"),
+        (Manual(smooth()), "automatic_optimization=False"),
+        (OwnClipping(smooth()), "overrides configure_gradient_clipping"),
     ],
 )
-def test_refusals(module: LightningModule, options: dict[str, Any], message: str) -> None:
+def test_refusals(module: LightningModule, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        trainer(LyapunovCallback(), **options).fit(module, DataLoader(data(8), 8))
+        trainer(LyapunovCallback()).fit(module, DataLoader(data(8), 8))
 
 
 def test_unknown_optimizers_and_too_many_exponents_are_refused() -> None:
@@ -237,3 +312,107 @@ def test_unknown_optimizers_and_too_many_exponents_are_refused() -> None:
         trainer(LyapunovCallback(30)).fit(Regression(smooth()), loader)
     with pytest.raises(ValueError, match=r"k must be at least 1\. Got 0"):
         LyapunovCallback(0)
+
+
+# ---- precision, skipped batches, what loggers are given
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(precision: Any) -> None:
+    """Products of a half-precision forward have its three digits; tangents are single precision."""
+
+    def fit(precision: Any) -> LyapunovCallback:
+        callback = LyapunovCallback(2, align=0)
+        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+        module = Regression(smooth(torch.float32), OPTIMIZERS["momentum"])
+        trainer(callback, max_epochs=6, precision=precision).fit(module, DataLoader(data(32, dtype), 32))
+        return callback
+
+    half, single = fit(precision), fit("32-true")
+    assert half.tracker is not None
+    assert half.tracker.frame is not None
+    assert half.tracker.frame.dtype == torch.float32
+    torch.testing.assert_close(half.local_exponents, single.local_exponents, rtol=0, atol=0.02)
+
+
+def test_a_batch_that_is_skipped_moves_no_tangent() -> None:
+    class Skips(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    callback = LyapunovCallback(1, align=0)
+    with pytest.warns(UserWarning, match="training_step` returned `None`"):
+        trainer(callback).fit(Skips(smooth()), DataLoader(data(32), 8))
+    assert callback.windows == [0, 2, 3]
+
+
+def test_loggers_are_given_the_last_window_before_their_step(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callback = LyapunovCallback(2, align=4, orthonormalize_every=3)
+    logger = TensorBoardLogger(str(tmp_path))
+    fit = trainer(callback, logger=logger, log_every_n_steps=5, max_epochs=1)
+    fit.fit(Regression(smooth()), DataLoader(data(160), 8))
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    names = {"local_0", "local_1", "running_0", "running_1", "kaplan_yorke", "edge_of_chaos", "alignment"}
+    assert {f"lyapunov/{name}" for name in names} <= set(events.Tags()["scalars"])
+    seen = events.Scalars("lyapunov/local_0")
+    assert [e.step for e in seen] == [4, 9, 14, 19]
+    # Windows end with steps 3, 6, …, 18: the last before steps 5, 10, 15 and 20 are windows 1, 3, 5 and 6.
+    expected = callback.local_exponents[[0, 2, 4, 5], 0]
+    torch.testing.assert_close(torch.tensor([e.value for e in seen]), expected.float(), rtol=1e-6, atol=0)
+
+
+def test_tangents_begin_anew_when_parameters_are_unfrozen() -> None:
+    class Unfreezes(Regression):
+        def on_train_epoch_start(self) -> None:
+            self.net[0].requires_grad_(self.current_epoch > 1)
+
+    module = Unfreezes(smooth())
+    callback = LyapunovCallback(2, align=4)
+    trainer(callback, max_epochs=4).fit(module, DataLoader(data(32), 32))
+    assert callback.tracker is not None
+    assert callback.tracker.n == 29
+    assert len(callback.windows) == 4
+
+
+def test_tuned_decays_are_told_to_be_left_out() -> None:
+    class Validated(Regression):
+        def outer_loss(self, batch: Any) -> Tensor:
+            return 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean()
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(data(8), 8)
+
+        def validation_step(self, batch: Any) -> None:
+            pass
+
+    module = Validated(smooth(), lambda p: torch.optim.SGD(p, lr=0.05))
+    both = (LyapunovCallback(), HypergradientCallback(WeightDecay()))
+    with pytest.warns(
+        UserWarning, match="adds decays to the gradients: the exponents are those without them"
+    ):
+        trainer(*both).fit(module, DataLoader(data(16), 8))
+    assert both[0].windows == [0, 1]
+    assert both[1].outer_steps == 2
+
+
+def test_a_run_that_diverges_goes_on_without_the_measurement() -> None:
+    def fit(*callbacks: Any) -> tuple[LightningModule, Any]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))  # a quartic of the weights
+        module = Regression(net, lambda p: torch.optim.SGD(p, lr=1e2))
+        run = trainer(*callbacks, max_epochs=20)
+        run.fit(module, DataLoader(data(16, torch.float32), 16))
+        return module, run
+
+    callback = LyapunovCallback(2, align=4)
+    with pytest.warns(UserWarning, match=r"LyapunovCallback stops at step \d+: Tangents must stay finite"):
+        followed, run = fit(callback)
+    assert run.global_step == 20
+    assert 2 <= len(callback.windows) < 20
+    assert bool(torch.isfinite(callback.exponents).all())
+    plain, _ = fit()
+    for a, b in zip(plain.parameters(), followed.parameters(), strict=True):
+        assert torch.equal(a.isnan(), b.isnan())

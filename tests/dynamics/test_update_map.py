@@ -22,7 +22,7 @@ from lightning_nested.optim import (
     OptimisticAdam,
     OptimisticSGD,
 )
-from tests.cases import DOUBLE
+from tests.cases import DOUBLE, cubic_roots
 from tests.conftest import Normal
 
 Make = Callable[[list[Tensor]], Optimizer]
@@ -178,17 +178,6 @@ def test_adam_has_a_derivative_where_a_gradient_has_always_been_zero() -> None:
 
 
 # --- the theory's exponents
-
-
-def cubic_roots(eigenvalue: complex, lr: float, momentum: float, phase: float) -> Tensor:
-    """Roots z of (z−1)(z² − 2Re β·z + |β|²) + λz(αz − α Re β) = 0: simultaneous complex momentum on a linear game."""
-    c = momentum * math.cos(phase)
-    companion = torch.zeros(3, 3, dtype=torch.complex128)
-    a2 = -(1 + 2 * c) + lr * eigenvalue
-    a1 = momentum**2 + 2 * c - lr * eigenvalue * c
-    companion[0] = torch.tensor([-a2, -a1, momentum**2], dtype=torch.complex128)
-    companion[1, 0] = companion[2, 1] = 1
-    return torch.linalg.eigvals(companion)
 
 
 @pytest.mark.parametrize(

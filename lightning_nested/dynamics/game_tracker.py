@@ -1,0 +1,211 @@
+"""Top Lyapunov exponents of a game while its players train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_nested.dynamics.frames import orthonormalize
+from lightning_nested.dynamics.tangents import Clip, Tangents
+from lightning_nested.dynamics.update_rules import UpdateRule
+from lightning_nested.games.jacobian import JacobianOperator, _derivative
+from lightning_nested.hypergradient.curvature import gradient_with_graph
+from lightning_nested.hypergradient.vectors import Vector, flatten, unflatten
+
+
+class GameTracker(Tangents):
+    """Pushes k tangents of all players through the rounds of a game that somebody else plays.
+
+    For players that step together, :meth:`observe` with their losses at the point where they are (a graph to *every*
+    player), then :meth:`advance` for each just before its ``optimizer.step()``; :meth:`end_step` after a round.
+    Players in turns, or several steps of one, are simply observed one after the other. A tangent costs one backward
+    pass through each stepping player's gradient: the rows ∂²L_i/∂w_i∂w of the game's Jacobian times the tangent.
+
+    Args:
+        players: The parameters of each player that require gradients, in its optimizer's order.
+        **options: Of :class:`TrainingTracker`.
+
+    Attributes:
+        growth: (T, k), the logarithmic growth in each window.
+        alignment: min over the frame of ‖QQᵀAq‖/‖Aq‖ with A the Jacobian of the joint step, 1 for an invariant
+            subspace; NaN before :meth:`align_to`.
+
+    >>> x, y = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (1.0, 2.0))
+    >>> optimizers = [torch.optim.SGD([p], lr=0.1) for p in (x, y)]
+    >>> tracker = GameTracker([(x,), (y,)], k=2)
+    >>> for _ in range(3):  # simultaneous gradient on xy
+    ...     losses = ((x * y).sum(), -(x * y).sum())
+    ...     tracker.observe(dict(enumerate(losses)))
+    ...     x.grad, y.grad = y.detach().clone(), -x.detach()
+    ...     for player, optimizer in enumerate(optimizers):  # both before either steps
+    ...         _ = tracker.advance(player, optimizer)
+    ...     for optimizer in optimizers:
+    ...         optimizer.step()
+    ...     _ = tracker.end_step()
+    >>> [f"{value:.7f}" for value in tracker.running().tolist()]  # ½ ln 1.01
+    ['0.0049752', '0.0049752']
+    """
+
+    def __init__(self, players: Sequence[Vector], **options: Any) -> None:
+        self.players: list[Vector] = []
+        self.follow_players(players, **options)
+
+    def follow_players(self, players: Sequence[Vector], **options: Any) -> None:
+        """Follow these parameters, with new tangents; the growth so far is kept."""
+        flat = [p for held in players for p in held]
+        if self.players:
+            self.follow(flat)
+        else:
+            super().__init__(flat, **options)
+        self.players = [tuple(held) for held in players]
+        starts = [0]
+        for held in self.players:
+            starts.append(starts[-1] + sum(p.numel() for p in held))
+        self._blocks = [slice(a, b) for a, b in pairwise(starts)]
+        self._products: Tensor | None = None  # (k, n)
+        self._sums: Tensor | None = None  # (n,), of gradients before clipping
+        self._counts = [0] * len(self.players)
+
+    def observe(self, losses: Mapping[int, Tensor]) -> None:
+        """Add what these players' gradients do along every tangent; several batches of one step are averaged.
+
+        Args:
+            losses: By player, scalars with graphs to all parameters; of players that step together.
+        """
+        frame = self._begin()
+        if self._products is None or self._sums is None:
+            self._products, self._sums = torch.zeros_like(frame), torch.zeros_like(frame[0])
+        for player, loss in losses.items():
+            block, own = self._blocks[player], self.players[player]
+            if not self._counts[player]:
+                self._products[:, block], self._sums[block] = 0.0, 0.0
+            self._counts[player] += 1
+            gradient = gradient_with_graph(loss, self.params)
+            mine = [g for p, g in zip(self.params, gradient, strict=True) if any(p is q for q in own)]
+            self._sums[block] += flatten(g.detach() for g in mine)
+            live = [i for i, g in enumerate(gradient) if g.requires_grad]
+            for row, tangent in zip(self._products, frame, strict=True):
+                v = unflatten(tangent, self.params)
+                found = _derivative([gradient[i] for i in live], own, [v[i] for i in live])
+                row[block] += flatten(
+                    torch.zeros_like(p) if a is None else a for a, p in zip(found, own, strict=True)
+                )
+
+    def has_observed(self, player: int) -> bool:
+        """Whether there is a loss for this player to advance by."""
+        return self._counts[player] > 0
+
+    def advance(
+        self,
+        player: int,
+        optimizer: Optimizer,
+        rule: UpdateRule | None = None,
+        *,
+        clip: Clip | None = None,
+        ahead: bool | None = None,
+    ) -> bool:
+        """Push the tangents through a player's coming step.
+
+        Args:
+            player: Whose step.
+            optimizer: The player's, before its step, gradients in ``.grad``.
+            rule: A re-statement of an optimizer that is not known.
+            clip: How the player's gradient was clipped.
+            ahead: Of :class:`Extragradient`, whether this is the first half; None: unless it is extrapolated.
+
+        Returns:
+            Whether it was a whole step: not at the first call for :class:`Extragradient`, which looks ahead.
+        """
+        if not self._counts[player] or self._products is None or self._sums is None:
+            raise RuntimeError(
+                "advance() needs a loss of this player. Got none; call observe(losses) before."
+            )
+        block, count = self._blocks[player], self._counts[player]
+        self._counts[player] = 0
+        with torch.no_grad():
+            own = self._products[:, block] / count
+            self._products[:, block] = own if self.reduce is None else self.reduce(own.contiguous())
+            gradient = None
+            if clip is not None:
+                gradient = self._sums.clone()
+                mean = gradient[block] / count
+                gradient[block] = mean if self.reduce is None else self.reduce(mean)
+        return self.push(optimizer, self._products, gradient=gradient, rule=rule, clip=clip, ahead=ahead)
+
+    # ---- the first frame
+
+    def _begin(self) -> Tensor:
+        if self.frame is None:
+            self.frame = self._random()
+        return self.frame
+
+    def _random(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        random = torch.randn(self.k, self.n, generator=generator, dtype=torch.float32)
+        return orthonormalize(random.to(dtype=self.dtype, device=self.params[0].device))[0].contiguous()
+
+    def align_to(self, losses: Sequence[Tensor], scale: Vector) -> None:
+        """Begin with the subspace that a joint gradient step w ← w − D·ξ(w) stretches most: Arnoldi's Ritz vectors.
+
+        Args:
+            losses: Of all players, to be descended, with graphs to all parameters.
+            scale: D for each parameter, of its shape.
+        """
+        operator = JacobianOperator(list(losses), tuple(self.players), reduce=self.reduce)
+        random, m = self._random(), min(max(self.align, self.k), self.n)
+        basis = torch.zeros(m, self.n, dtype=self.dtype, device=random.device)
+        images = torch.zeros_like(basis)
+        v, count = random[0], 0
+        for i in range(m):
+            product = operator.matvec(unflatten(v, self.params))
+            basis[i] = v
+            images[i] = flatten(a * d for a, d in zip(product, scale, strict=True))
+            count = i + 1
+            w = images[i].clone()
+            for _ in range(2):
+                w -= basis[:count].mT @ (basis[:count] @ w)
+            size = w.norm()
+            if float(size) <= 1e-6 * float(images[i].norm()) + torch.finfo(w.dtype).tiny:
+                break  # an invariant subspace
+            v = w / size
+        basis, images = basis[:count], images[:count]
+        values, vectors = torch.linalg.eig((basis @ images.mT).double())
+        chosen: list[Tensor] = []
+        for i in (1 - values).abs().argsort(descending=True).tolist():
+            if values[i].imag >= 0:  # of a conjugate pair both parts of one
+                chosen.append(vectors[:, i].real)
+                if values[i].imag > 0:
+                    chosen.append(vectors[:, i].imag)
+        coordinates = orthonormalize(torch.stack(chosen[: self.k]))[0].to(basis)
+        frame, pushed = coordinates @ basis, coordinates @ images
+        inside = (pushed @ frame.mT).norm(dim=1) / pushed.norm(dim=1).clamp_min(torch.finfo(frame.dtype).tiny)
+        self.alignment = float(inside.min()) if bool(pushed.any()) else math.nan
+        if len(frame) < self.k:
+            frame = torch.cat([frame, random[len(frame) :]])
+        self.frame = orthonormalize(frame)[0].contiguous()
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every tracker, and the sums of a step that is not complete."""
+        pending = None
+        if self._products is not None and self._sums is not None and any(self._counts):
+            products, sums = self._products, self._sums
+            if self.reduce is not None:  # every process may go on from the mean
+                products, sums = self.reduce(products.clone()), self.reduce(sums.clone())
+            pending = {"products": products, "sums": sums, "counts": list(self._counts)}
+        return {**super().state_dict(), "pending": pending}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore on the devices of the parameters."""
+        super().load_state_dict(state)
+        pending = state["pending"]
+        if pending is not None and self.frame is not None:
+            self._products, self._sums = pending["products"].to(self.frame), pending["sums"].to(self.frame)
+            self._counts = list(pending["counts"])
