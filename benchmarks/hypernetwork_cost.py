@@ -73,9 +73,11 @@ def contestants(response: Response, plain: nn.Module, x: Tensor, y: Tensor) -> d
             torch.autograd.grad(loss(response(x)), phi, allow_unused=True)
 
     calls: dict[str, Callable[[], Any]] = {"plain": unit, "one point": lambda: at(one)}
+    steps = {"one point": one}
     if not response.one_point_only():
         calls["one of each example"] = lambda: at(each)
-    return calls | {"Delta-STN step": lambda: delta(one)}
+        steps["one of each example"] = each
+    return calls | {f"Delta-STN, both losses, {name}": lambda h=h: delta(h) for name, h in steps.items()}  # type: ignore[misc]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -91,6 +91,14 @@ class BestResponse(Response):
         rest = iter(self.rest)
         return {name: (self._response(name) or next(rest))(delta) for name in self._of}
 
+    def moved(self, delta: Tensor) -> dict[str, Tensor]:
+        """w₀ + Δ of each parameter, in one pass where there is a layer."""
+        rest, result = iter(self.rest), {}
+        for name, p in self.general_parameters().items():
+            response = self._response(name)
+            result[name] = p + next(rest)(delta) if response is None else response.added_to(p, delta)
+        return result
+
     def one_point_only(self) -> tuple[str, ...]:
         """Parameters without a layer of ours."""
         return self._one_point

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lightning_nested.hypernetworks.layers import (
     HyperLayer,
     Point,
+    carry,
     check_hyperparameters,
     make_dual,
     unpack_dual,
@@ -93,6 +94,11 @@ class Response(nn.Module):
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter for h − center = ``delta`` (n,)."""
 
+    def moved(self, delta: Tensor) -> dict[str, Tensor]:
+        """w₀ + Δ of each parameter."""
+        changes = self.changes(delta)
+        return {name: p + changes[name] for name, p in self.general_parameters().items()}
+
     def one_point_only(self) -> tuple[str, ...]:
         """Parameters for which each example cannot have an h of its own."""
         return self._names
@@ -113,8 +119,7 @@ class Response(nn.Module):
         check_hyperparameters(h, self.num_hyperparameters)
         if h.dim() == 2:
             raise ValueError(f"weights(h) needs one point. Got {tuple(h.shape)}; give h of shape (n,).")
-        changes = self.changes(h - self.center)
-        return {name: p + changes[name] for name, p in self.general_parameters().items()}
+        return self.moved(h - self.center)
 
     @torch.no_grad()
     def recenter(self, h: Tensor) -> None:
@@ -226,13 +231,11 @@ class Response(nn.Module):
     def _linearized(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """f(w₀) + J·Δ: the tangent by forward mode, φ's derivatives by an ordinary backward pass of f.
 
-        φ sees w₀ + Δ − stop(Δ), whose value is w₀. Then the vector-Jacobian product of the output is that of J·Δ(φ),
+        φ sees w₀ + Δ − stop(Δ), see :func:`carry`. Then the vector-Jacobian product of the output is that of J·Δ(φ),
         and no derivative of a tangent is taken, which torch gets wrong through normalisation layers.
         """
         changes = self.changes(place.h - self.center)
-        values = {
-            n: p.detach() + changes[n] - changes[n].detach() for n, p in self.general_parameters().items()
-        }
+        values = {n: carry(p.detach(), changes[n]) for n, p in self.general_parameters().items()}
         tangents = {n: changes[n].detach() for n in values}
         change = place.change if place.change is not None else dict
         if not self._double_vjp:

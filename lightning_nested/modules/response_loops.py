@@ -23,12 +23,18 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class TrainingLoss(Protocol):
-    """The inner loss with its penalties."""
+    """The inner loss with its penalties.
+
+    Attributes:
+        response: What is trained.
+        part: The examples of the batch that train the response, where these are fewer; else the batch.
+    """
 
     response: Response
+    part: Any
 
-    def __call__(self, batch: Any, h: Tensor, mode: Mode = "response") -> Tensor:
-        """Scalar with its graph at the perturbed or present h."""
+    def __call__(self, batch: Any, h: Tensor, mode: Mode = "response", *, repeated: bool = False) -> Tensor:
+        """Scalar with its graph at the perturbed or present h; ``repeated``: running statistics stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,7 @@ class ResponseLoop(ABC):
     warmup_steps: int = 0
 
     centred: ClassVar[bool] = False
+    response_share: ClassVar[float] = 1.0
 
     @property
     @abstractmethod
@@ -170,11 +177,21 @@ class DeltaSTN(STN):
 
     Args:
         perturbation: The distribution.
+        response_share: Share of each batch that trains the response: the second loss costs more than the first.
+            1: all of it, as in the paper.
+        linearized: Whether the response is trained on f(w₀) + J·Δ, or on f(w₀ + Δ), which needs no forward mode.
     """
 
     train_steps: int = 5
+    response_share: float = 0.5  # type: ignore[misc]
+    linearized: bool = True
 
     centred: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.response_share <= 1:
+            raise ValueError(f"0 < response_share ≤ 1 must hold. Got {self.response_share}.")
 
     def gradients(
         self,
@@ -188,5 +205,6 @@ class DeltaSTN(STN):
         """The loss at λ, its gradients for w₀, and those of the linearised loss at h for φ."""
         value = loss(batch, center, "general")
         for_general = torch.autograd.grad(value, general, allow_unused=True)
-        for_phi = torch.autograd.grad(loss(batch, h, "linearized"), phi, allow_unused=True)
+        moved = loss(loss.part, h, "linearized" if self.linearized else "response", repeated=True)
+        for_phi = torch.autograd.grad(moved, phi, allow_unused=True)
         return value.detach(), for_general, for_phi

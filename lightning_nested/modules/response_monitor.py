@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_nested.callbacks.isolation import untouched_buffers
@@ -82,6 +84,24 @@ class ResponseOptions:
             )
 
 
+def two_optimizers(module: HypernetworkModule) -> tuple[LightningOptimizer, LightningOptimizer]:
+    """Of w₀ and of φ.
+
+    Raises:
+        MisconfigurationException: ``configure_optimizers`` was overridden and returns others.
+    """
+    optimizers = module.optimizers()
+    if not isinstance(optimizers, list) or len(optimizers) != 2:
+        raise MisconfigurationException(
+            "configure_optimizers must return two: of the weights and of the response. "
+            f"Got {len(optimizers) if isinstance(optimizers, list) else 1}."
+        )
+    weights, response = optimizers
+    assert isinstance(weights, LightningOptimizer)
+    assert isinstance(response, LightningOptimizer)
+    return weights, response
+
+
 def sgd_steps(
     module: HypernetworkModule, batch: Any, h: Tensor, start: Mapping[str, Tensor], steps: int, rate: float
 ) -> dict[str, Tensor]:
@@ -106,7 +126,7 @@ def monitor_response(module: HypernetworkModule, batch: Any, problem: InnerProbl
     h = module.vector.flat().detach().requires_grad_()
     predicted = network.weights(h)
     weights = {name: w.detach().requires_grad_() for name, w in predicted.items()}
-    rate = float(module._optimizers()[0].param_groups[0]["lr"])
+    rate = float(two_optimizers(module)[0].param_groups[0]["lr"])
     with untouched_buffers(module), torch.enable_grad():
         inner = module.training_loss(batch, h, weights=weights)
     result = {"inner_loss": float(inner.detach())}
