@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_nested.callbacks.fitting import refuse_strategy
@@ -179,21 +178,6 @@ class HypernetworkModule(LightningModule):
             f"num_examples(batch) must know the size of a batch. Got a {type(batch).__name__} without tensors; "
             "override it."
         )
-
-    def select_examples(self, batch: Any, index: Tensor) -> Any:
-        """The chosen examples of a batch: those rows of each of its tensors that has as many as there are examples.
-
-        For ``DeltaSTN(response_share=...)``. A batch that comes back as it was is used whole.
-        """
-        size, dims = self.num_examples(batch), (self.network.layers.batch_dim, 0)
-
-        def chosen(leaf: Any) -> Any:
-            for dim in dims:
-                if isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == size:
-                    return leaf.index_select(dim, index.to(leaf.device))
-            return leaf
-
-        return tree_map(chosen, batch)
 
     @override
     def forward(self, *inputs: Any, **options: Any) -> Any:

@@ -27,11 +27,11 @@ class TrainingLoss(Protocol):
 
     Attributes:
         response: What is trained.
-        part: The examples of the batch that train the response, where these are fewer; else the batch.
+        inner_steps: Training steps made before this one.
     """
 
     response: Response
-    part: Any
+    inner_steps: int
 
     def __call__(self, batch: Any, h: Tensor, mode: Mode = "response", *, repeated: bool = False) -> Tensor:
         """Scalar with its graph at the perturbed or present h; ``repeated``: running statistics stay."""
@@ -55,7 +55,6 @@ class ResponseLoop(ABC):
     warmup_steps: int = 0
 
     centred: ClassVar[bool] = False
-    response_share: ClassVar[float] = 1.0
 
     @property
     @abstractmethod
@@ -177,21 +176,21 @@ class DeltaSTN(STN):
 
     Args:
         perturbation: The distribution.
-        response_share: Share of each batch that trains the response: the second loss costs more than the first.
-            1: all of it, as in the paper.
+        response_every: The response is trained in every n-th training step, w₀ in each: the response's loss costs twice
+            as much as that of w₀. 1: in each, as in the paper.
         linearized: Whether the response is trained on f(w₀) + J·Δ, or on f(w₀ + Δ), which needs no forward mode.
     """
 
     train_steps: int = 5
-    response_share: float = 0.5  # type: ignore[misc]
+    response_every: int = 2
     linearized: bool = True
 
     centred: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.response_share <= 1:
-            raise ValueError(f"0 < response_share ≤ 1 must hold. Got {self.response_share}.")
+        if self.response_every < 1:
+            raise ValueError(f"response_every must be at least 1. Got {self.response_every}.")
 
     def gradients(
         self,
@@ -205,6 +204,8 @@ class DeltaSTN(STN):
         """The loss at λ, its gradients for w₀, and those of the linearised loss at h for φ."""
         value = loss(batch, center, "general")
         for_general = torch.autograd.grad(value, general, allow_unused=True)
-        moved = loss(loss.part, h, "linearized" if self.linearized else "response", repeated=True)
+        if loss.inner_steps % self.response_every:
+            return value.detach(), for_general, (None,) * len(phi)
+        moved = loss(batch, h, "linearized" if self.linearized else "response", repeated=True)
         for_phi = torch.autograd.grad(moved, phi, allow_unused=True)
         return value.detach(), for_general, for_phi

@@ -79,8 +79,8 @@ def _at(module: HypernetworkModule, h: Tensor, mode: Mode, weights: Weights | No
 class _Loss:
     """What a loop calls."""
 
-    def __init__(self, module: HypernetworkModule, part: Any) -> None:
-        self._module, self.response, self.part = module, module.network, part
+    def __init__(self, module: HypernetworkModule) -> None:
+        self._module, self.response, self.inner_steps = module, module.network, module.inner_steps
 
     def __call__(self, batch: Any, h: Tensor, mode: Mode = "response", *, repeated: bool = False) -> Tensor:
         return training_loss(self._module, batch, h, mode, repeated=repeated)
@@ -102,14 +102,13 @@ class ResponseSteps:
         module, problem = self.module, self.problem
         general, phi = module.network.general_parameters(), module.network.response_parameters()
         with RandomStream(self.seed(module.inner_steps, 1), module.device), torch.enable_grad():
-            part = self._part(batch)
-            size = module.num_examples(part) if module.per_example else None
+            size = module.num_examples(batch) if module.per_example else None
             center = module.vector.flat().detach()
             with torch.no_grad():
                 noise = self.noise(center, size, module.inner_steps, 2)
                 h = module.loop.distribution.sample(center, module.scale, noise)
             loss, for_general, for_phi = module.loop.gradients(
-                _Loss(module, part), batch, center, h, list(general.values()), list(phi.values())
+                _Loss(module), batch, center, h, list(general.values()), list(phi.values())
             )
         found = [*for_general, *for_phi]
         averaged = average_gradients(found, list(problem.parameters.values()), reduction(module.trainer))
@@ -123,18 +122,6 @@ class ResponseSteps:
             parameter.grad = None
         module.inner_steps += 1
         return loss
-
-    def _part(self, batch: Any) -> Any:
-        """The examples that train the response: others in each step, so that all of them come to it."""
-        module = self.module
-        if module.loop.response_share == 1:
-            return batch
-        size = module.num_examples(batch)
-        count = max(2, math.ceil(module.loop.response_share * size))  # batch statistics need two
-        if count >= size:
-            return batch
-        index = (torch.arange(count) + int(torch.randint(size, ()))) % size
-        return module.select_examples(batch, index.to(module.device))
 
     def outer(self, batch: Any) -> None:
         """One step of the hyperparameters and of the perturbation's scale.
