@@ -42,7 +42,7 @@ class RowResponse(nn.Module):
 
     def coefficients(self, delta: Tensor) -> Tensor:
         """V h, of shape (rows,) or (batch, rows)."""
-        return functional.linear(delta, self.scale)
+        return functional.linear(delta.to(self.scale.dtype), self.scale)
 
     def forward(self, delta: Tensor) -> Tensor:
         """Δ(h) of the parameter's shape, for h (n,)."""
@@ -431,7 +431,7 @@ class HyperEmbedding(HyperLayer, nn.Embedding):
         shape = [1] * x.dim()
         shape[dim] = len(delta)
         rows = functional.embedding(x, response.scale, self.padding_idx)
-        coefficient = (rows * delta.reshape(*shape, -1)).sum(-1, keepdim=True)
+        coefficient = (rows * delta.to(rows.dtype).reshape(*shape, -1)).sum(-1, keepdim=True)
         direction = functional.embedding(x, response.direction, self.padding_idx)
         if not linearized:
             return torch.addcmul(base, coefficient, direction)

@@ -78,7 +78,7 @@ def plain_recurrence(
 
 
 class _Recurrence(torch.autograd.Function):
-    """See :func:`lstm_recurrence`. Saved: the gates after their nonlinearities, cells, tanh(cells), W₁h."""
+    """See :func:`lstm_recurrence`. Saved: what the gates are after their nonlinearities, cells, tanh(cells), W₁h."""
 
     @staticmethod
     def forward(
@@ -95,32 +95,30 @@ class _Recurrence(torch.autograd.Function):
         steps, batch, width = inputs.shape
         units = width // 4
         gates = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-        outputs, cells, squashed = (inputs.new_empty(steps, batch, units) for _ in range(3))
-        products = turned = None  # W₀h and W₁h together; W₁h
-        stacked = weight.T
+        outputs, cells, squashed, new = (inputs.new_empty(steps, batch, units) for _ in range(4))
+        turned, stacked = None, weight.T
         if direction is not None and not linearized:
-            products = inputs.new_empty(steps, batch, 2 * width)
-            turned = products[..., width:]
-            stacked = torch.cat([weight, direction]).T
+            products = inputs.new_empty(steps, batch, 2 * width)  # W₀h and W₁h together
+            turned, stacked = products[..., width:], torch.cat([weight, direction]).T
+            both = zip(products, products[..., :width], turned, strict=True)
         h, c = hidden, cell
-        three = (gates[..., : 2 * units], gates[..., 2 * units : 3 * units], gates[..., 3 * units :])
-        of_steps = zip(inputs, gates, *three, outputs, cells, squashed, strict=True)
+        # Split before the loop: at a few units, making a view takes as long as the arithmetic.
+        i, f, g, o = gates.split([units] * 4, -1)  # type: ignore[no-untyped-call]
+        of_steps = zip(inputs, gates, i, f, g, o, new, cells, squashed, outputs, strict=True)
         with torch.autocast(inputs.device.type, enabled=False):
-            for t, (x, gate, both_in, new_g, out, output, new, small) in enumerate(of_steps):
-                if products is None:
+            for x, gate, i, f, g, o, candidate, moved, small, output in of_steps:
+                if turned is None:
                     torch.addmm(x, h, stacked, out=gate)
                 else:
-                    both = torch.mm(h, stacked, out=products[t])
-                    torch.add(x, both[:, :width], out=gate)
-                    gate.addcmul_(cast("Tensor", coefficient), both[:, width:])
-                both_in.sigmoid_()
-                new_g.tanh_()
-                out.sigmoid_()
-                torch.mul(both_in[:, units:], c, out=new)
-                c = new.addcmul_(both_in[:, :units], new_g)
-                h = torch.mul(out, torch.tanh(c, out=small), out=output)
+                    product, general, response = next(both)
+                    torch.mm(h, stacked, out=product)
+                    torch.addcmul(torch.add(x, general, out=gate), coefficient, response, out=gate)
+                torch.tanh(g, out=candidate)
+                gate.sigmoid_()  # of g too, which is not used: one operation instead of two
+                c = torch.mul(f, c, out=moved).addcmul_(i, candidate)
+                h = torch.mul(o, torch.tanh(c, out=small), out=output)
         given = (inputs, hidden, cell, weight, direction, coefficient)
-        saved = (*given, outputs, gates, cells, squashed, turned)
+        saved = (*given, outputs, gates, new, cells, squashed, turned)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
         ctx.linearized, ctx.slopes = linearized, None
@@ -173,23 +171,24 @@ class _Recurrence(torch.autograd.Function):
                 steps, batch, 2 * width if apart else width
             )  # of the gates; c ⊙ the same
             stacked = torch.cat([weight, direction]) if apart else weight
-            by_gate = found[..., :width].unflatten(-1, (4, units))
+            by_gate = found[..., :width].view(steps, batch, 4, units)
+            left, right = found[..., :width], found[..., width:]
+            views = (to_gates[:, :, :3], to_gates[:, :, 3], to_cell, forget)
+            of_steps = zip(*views, found, left, right, by_gate[:, :, :3], by_gate[:, :, 3], strict=True)
+            cotangents = [None] * steps if of_outputs is None else of_outputs.unbind(0)
             h = torch.zeros_like(first)
             c = torch.zeros_like(first) if of_cell is None else of_cell
-            of_steps = list(
-                zip(to_gates[:, :, :3], to_gates[:, :, 3], to_cell, forget, found, by_gate, strict=True)
-            )
-            for t in reversed(range(steps)):
-                slope, to_o, to_c, f, gate, parts = of_steps[t]
-                if of_outputs is not None:
-                    h = h + of_outputs[t]
+            for u, step in reversed(list(zip(cotangents, of_steps, strict=True))):
+                slope, to_o, to_c, f, all_gates, plain, response, three, last = step
+                if u is not None:
+                    h = h + u
                 c = torch.addcmul(c, h, to_c)
-                torch.mul(slope, c.unsqueeze(1), out=parts[:, :3])
-                torch.mul(to_o, h, out=parts[:, 3])
+                torch.mul(slope, c.unsqueeze(1), out=three)
+                torch.mul(to_o, h, out=last)
                 if apart:
-                    torch.mul(gate[:, :width], coefficient, out=gate[:, width:])
+                    torch.mul(plain, coefficient, out=response)
                 c = c * f
-                h = gate @ stacked
+                h = all_gates @ stacked
             before = torch.cat([first.unsqueeze(0), outputs[:-1]]).flatten(0, 1)
             of_inputs = found[..., :width].contiguous()
             of_weight = of_direction = of_coefficient = None
@@ -208,8 +207,8 @@ class _Recurrence(torch.autograd.Function):
 def _slopes(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
     """∂cell/∂(i, f, g) and ∂h/∂o in one, (time, batch, 4, units); ∂h/∂cell; and ∂cellₜ/∂cellₜ₋₁ = σ(f)."""
     if ctx.slopes is None:
-        _, _, first, *_, gates, cells, squashed, _ = ctx.saved_tensors
-        i, f, g, o = gates.chunk(4, -1)
+        _, _, first, *_, gates, g, cells, squashed, _ = ctx.saved_tensors
+        i, f, _, o = gates.chunk(4, -1)
         before = torch.cat([first.unsqueeze(0), cells[:-1]])
         slopes = torch.empty_like(gates)
         to_i, to_f, to_g, to_o = slopes.chunk(4, -1)

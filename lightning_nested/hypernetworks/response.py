@@ -28,6 +28,12 @@ Weights = Mapping[str, Tensor]
 Mode = Literal["response", "general", "linearized"]
 
 
+_CHECKPOINT = (
+    "A network with substituted weights must keep what its backward pass needs. Got torch.utils.checkpoint, or another "
+    "use of saved-tensor hooks: its second forward would find other weights. Leave it out of the network."
+)
+
+
 @dataclass(frozen=True, eq=False)
 class _Place:
     """Where the module is evaluated."""
@@ -81,12 +87,23 @@ class Response(nn.Module):
         self._names = tuple(named)
         self.num_hyperparameters = num_hyperparameters
         first = next(iter(named.values()))
-        self.register_buffer("center", first.new_zeros(num_hyperparameters, requires_grad=False))
-        self.register_buffer("point", first.new_zeros(num_hyperparameters, requires_grad=False))
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        for name in ("center", "point"):
+            self.register_buffer(name, torch.zeros(num_hyperparameters, dtype=dtype, device=first.device))
         self.layers = Point(batch_dim)
         self._place: _Place | None = None
         self._bound = False
         self._double_vjp = False  # once forward mode has met an operation it does not know
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # In half precision hyperparameters would stand still: their steps are too small for it.
+        kept = {name: getattr(self, name) for name in ("center", "point")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, full in kept.items():
+            moved: Tensor = getattr(self, name)
+            if torch.finfo(moved.dtype).bits < 32:
+                setattr(self, name, full.to(moved.device, torch.float32))
+        return self
 
     # ---- what kinds of responses define
 
@@ -200,7 +217,8 @@ class Response(nn.Module):
     def _run(self, weights: Weights, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if not weights:
             return self.module(*inputs, **options)
-        return torch.func.functional_call(self.module, dict(weights), inputs, options)
+        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+            return torch.func.functional_call(self.module, dict(weights), inputs, options)
 
     def _each(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """One h of each example, by the layers themselves."""
@@ -208,11 +226,12 @@ class Response(nn.Module):
         layers.delta, layers.linearized = place.h - self.center, place.mode == "linearized"
         layers.visited = set()
         try:
-            if place.mode == "response":
-                result = self.module(*inputs, **options)
-            else:
-                with forward_ad.dual_level():
-                    result = tree_map(_plus_tangent, self.module(*inputs, **options))
+            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+                if place.mode == "response":
+                    result = self.module(*inputs, **options)
+                else:
+                    with forward_ad.dual_level():
+                        result = tree_map(_plus_tangent, self.module(*inputs, **options))
         finally:
             layers.delta, layers.linearized = None, False
         missed = [

@@ -258,7 +258,10 @@ class HypernetworkModule(LightningModule):
             inner_loss=lambda batch: self.training_loss(batch, self.vector.flat().detach()),
             outer_loss=self.outer_loss,
             optimizer=two_optimizers(self)[0],
-            parameters={**self.network.general_parameters(), **self.network.response_parameters()},
+            parameters={  # general names are the user's, and could be those of the response
+                **{f"module.{name}": p for name, p in self.network.general_parameters().items()},
+                **self.network.response_parameters(),
+            },
             outer=self.outer,
             batches=batches,
             accumulate=1,

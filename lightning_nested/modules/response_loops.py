@@ -96,7 +96,8 @@ class ResponseLoop(ABC):
 class Global(ResponseLoop):
     """First the response everywhere, h ~ p(λ), for ``response_steps``; then only steps of the hyperparameters.
 
-    Lorraine & Duvenaud (2018), arXiv 1802.09419, algorithm 2.
+    Lorraine & Duvenaud (2018), arXiv 1802.09419, algorithm 2. ``max_steps`` of the Trainer counts training steps, which
+    end with the first phase: let ``max_epochs`` end the second.
 
     Args:
         response_steps: Steps on training data.

@@ -31,7 +31,7 @@ def build_response(network: nn.Module, outer: OuterStep) -> tuple[Response, Hype
         response, given = best_response(network, _count(tuned, parameters, network)), ""
     for hyperparameter in tuned:
         if isinstance(hyperparameter, DropoutRates):
-            hyperparameter.install(response.module)
+            hyperparameter.install(response.module, response.layers.batch_dim)
     outer.build(parameters, "cpu")
     vector = HyperparameterVector((*outer.in_graph, *outer.decays))
     if response.num_hyperparameters != len(vector):

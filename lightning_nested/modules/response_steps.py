@@ -8,15 +8,21 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_nested.callbacks.fitting import log_outer_step, reduction
-from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers
+from lightning_nested.callbacks.isolation import RandomStream
 from lightning_nested.hypernetworks.response import Mode, Weights
 from lightning_nested.hyperparameters import DropConnect, OuterReport
 from lightning_nested.modules.cycles import InnerProblem, check_loss
 from lightning_nested.modules.fast_weights import average_gradients
-from lightning_nested.modules.response_monitor import monitor_response, sgd_steps, two_optimizers
+from lightning_nested.modules.response_monitor import (
+    another_look,
+    monitor_response,
+    sgd_steps,
+    two_optimizers,
+)
 
 if TYPE_CHECKING:
     from lightning_nested.modules.hypernetwork import HypernetworkModule
@@ -39,12 +45,12 @@ def training_loss(
         h: Unconstrained.
         mode: See :meth:`Response.at`.
         weights: In place of w(h).
-        repeated: The batch has been seen: it must not count twice in running statistics.
+        repeated: The batch has been seen: it must not count twice in running statistics, metrics and logs.
     """
     response, decays = module.network, module.outer.decays
     if weights is None and decays and mode == "response":
         weights = response.weights(h)
-    hold = untouched_buffers(response) if repeated else nullcontext()
+    hold = another_look(module) if repeated else nullcontext()
     with hold, module.vector.bound(h) as values, _at(module, h, mode, weights):
         loss = check_loss("inner_loss", module, module.inner_loss(batch, values))
         for decay in decays:
@@ -101,6 +107,12 @@ class ResponseSteps:
         """One training step; returns the loss."""
         module, problem = self.module, self.problem
         general, phi = module.network.general_parameters(), module.network.response_parameters()
+        frozen = [name for name, p in general.items() if not p.requires_grad]
+        if frozen:
+            raise MisconfigurationException(
+                "Parameters must be trained if they were when the network was converted. "
+                f"Got {frozen[0]} frozen since; freeze it before the module is made."
+            )
         with RandomStream(self.seed(module.inner_steps, 1), module.device), torch.enable_grad():
             size = module.num_examples(batch) if module.per_example else None
             center = module.vector.flat().detach()
