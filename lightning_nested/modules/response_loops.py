@@ -170,7 +170,8 @@ class STN(ResponseLoop):
 class DeltaSTN(STN):
     """Delta-STN: w(h) = w₀ + Δ(h − λ); w₀ is trained at the unperturbed λ, Δ on the output linearised in it.
 
-    The two no longer pull at each other, which makes the problem better conditioned. When λ moves, w₀ moves along
+    The two no longer pull at each other, which makes the problem better conditioned. With one h for the batch, what
+    the perturbation does to first order through w₀'s gradient, which is noise, is taken off the response's. When λ moves, w₀ moves along
     the response, so that w(·) stays the same function. The response's curvature is σ² times that of the weights: give
     ``response_optimizer`` a rate of about the weights' over σ², or Adam. Bae & Grosse (2020), NeurIPS, arXiv
     2010.13514.
@@ -208,5 +209,23 @@ class DeltaSTN(STN):
         if loss.inner_steps % self.response_every:
             return value.detach(), for_general, (None,) * len(phi)
         moved = loss(batch, h, "linearized" if self.linearized else "response", repeated=True)
+        if h.dim() == 1:
+            moved = moved - _first_order(loss.response, h, for_general)
         for_phi = torch.autograd.grad(moved, phi, allow_unused=True)
         return value.detach(), for_general, for_phi
+
+
+def _first_order(response: Response, h: Tensor, for_general: Gradients) -> Tensor:
+    """⟨Δ(h), ∂L/∂w₀⟩, a control variate.
+
+    Its derivative for φ has mean zero over perturbations, as w₀'s gradient does not know of them, and at w₀'s optimum
+    it vanishes. Without it noise of size σ·|∂L/∂w₀| hides what is to be learned, of size σ².
+    """
+    changes = response.changes(h - response.center).values()
+    return torch.stack(
+        [
+            torch.dot(c.flatten(), g.flatten().to(c.dtype))
+            for c, g in zip(changes, for_general, strict=True)
+            if g is not None
+        ]
+    ).sum()
