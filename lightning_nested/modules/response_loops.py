@@ -170,11 +170,11 @@ class STN(ResponseLoop):
 class DeltaSTN(STN):
     """Delta-STN: w(h) = w₀ + Δ(h − λ); w₀ is trained at the unperturbed λ, Δ on the output linearised in it.
 
-    The two no longer pull at each other, which makes the problem better conditioned. With one h for the batch, what
-    the perturbation does to first order through w₀'s gradient, which is noise, is taken off the response's. When λ moves, w₀ moves along
-    the response, so that w(·) stays the same function. The response's curvature is σ² times that of the weights: give
-    ``response_optimizer`` a rate of about the weights' over σ², or Adam. Bae & Grosse (2020), NeurIPS, arXiv
-    2010.13514.
+    The two no longer pull at each other, which makes the problem better conditioned. With one h for the batch, what the
+    perturbation does to first order through w₀'s gradient, which is noise, is taken off the response's. When λ moves,
+    w₀ moves along the response, so that w(·) stays the same function. The response's curvature is σ² times that of the
+    weights: give ``response_optimizer`` a rate of about the weights' over σ², or Adam. Bae & Grosse (2020), NeurIPS,
+    arXiv 2010.13514.
 
     Args:
         perturbation: The distribution.

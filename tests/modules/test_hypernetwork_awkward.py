@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from lightning_nested.modules import (
     ResponseOptions,
     TunedImageClassifier,
 )
+from lightning_nested.modules.response_steps import _Loss
 
 
 def trainer(folder: Path | None = None, **options: Any) -> Trainer:
@@ -108,6 +110,43 @@ def test_the_response_is_trained_every_second_step_and_the_weights_in_each() -> 
         assert moved == [(True, e) for e in expected]
 
 
+def test_the_response_of_one_point_learns_without_first_order_noise() -> None:
+    """On ridge, far from w₀'s optimum: ε·(g(w₀ + bε; λ + ε) − g(w₀; λ)), not ε·g(w₀ + bε; λ + ε)."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, w, b = (
+        torch.randn(n, dtype=torch.float64, generator=generator) for n in ((6, 3), (6, 1), (1, 3), (1, 3))
+    )
+
+    class Ridge(HypernetworkModule):
+        def inner_loss(self, batch: Any, values: Mapping[str, Tensor]) -> Tensor:
+            return 0.5 * (self.network(x) - y).square().mean()
+
+        def outer_loss(self, batch: Any) -> Tensor:
+            return self.inner_loss(batch, {})
+
+    net = nn.Linear(3, 1, bias=False).double()
+    response = FactorisedResponse(net, 1, rank=1)
+    response.encoder.requires_grad_(False).fill_(1.0)
+    module = Ridge(response, WeightDecay(per="model", init=0.1))
+    with torch.no_grad():
+        response.module.weight.copy_(w)
+        response.decoder.copy_(b.T)
+    h, epsilon = module.vector.flat().detach(), 0.3
+    value, for_general, for_phi = DeltaSTN().gradients(
+        _Loss(module), None, h, h + epsilon, [response.module.weight], [response.decoder]
+    )
+
+    def gradient(w: Tensor, shift: float) -> Tensor:
+        return (w @ x.T - y.T) @ x / 6 + 0.1 * math.exp(shift) * w
+
+    torch.testing.assert_close(for_general[0], gradient(w, 0.0))
+    expected = epsilon * (gradient(w + epsilon * b, epsilon) - gradient(w, 0.0))
+    torch.testing.assert_close(for_phi[0], expected.T)
+    assert float(value) == pytest.approx(
+        float(0.5 * (w @ x.T - y.T).square().mean() + 0.05 * w.square().sum())
+    )
+
+
 def test_without_linearising_the_response_sees_the_perturbed_network_and_the_weights_do_not() -> None:
     """Its gradients against autograd of the losses written out, running statistics counted once."""
     net = nn.Sequential(
@@ -144,9 +183,16 @@ def test_without_linearising_the_response_sees_the_perturbed_network_and_the_wei
 
     expected = [g for g in loss(center, twin.general_parameters()) if g is not None]
     torch.testing.assert_close(found[1.0], expected, rtol=1e-9, atol=1e-12)  # type: ignore[index]
-    signs = [
-        [g for g in loss(center + s * 0.5, twin.response_parameters()) if g is not None] for s in (1, -1)
-    ]
+
+    def of_response(h: Tensor) -> list[Tensor]:
+        phi = twin.response_parameters()
+        by_name = zip(twin.changes(h - center).values(), expected, strict=True)
+        first_order = torch.stack([(c * g).sum() for c, g in by_name]).sum()
+        taken_off = torch.autograd.grad(first_order, list(phi.values()), allow_unused=True)
+        pairs = zip(loss(h, phi), taken_off, strict=True)
+        return [g - t for g, t in pairs if g is not None and t is not None]
+
+    signs = [of_response(center + s * 0.5) for s in (1, -1)]
     assert any(
         all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found[2.0], e, strict=True))  # type: ignore[index]
         for e in signs
