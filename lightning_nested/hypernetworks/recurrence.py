@@ -112,7 +112,7 @@ class _Recurrence(torch.autograd.Function):
                 else:
                     product, general, response = next(both)
                     torch.mm(h, stacked, out=product)
-                    torch.addcmul(torch.add(x, general, out=gate), coefficient, response, out=gate)
+                    torch.add(x, general, out=gate).addcmul_(cast("Tensor", coefficient), response)
                 torch.tanh(g, out=candidate)
                 gate.sigmoid_()  # of g too, which is not used: one operation instead of two
                 c = torch.mul(f, c, out=moved).addcmul_(i, candidate)
@@ -175,10 +175,10 @@ class _Recurrence(torch.autograd.Function):
             left, right = found[..., :width], found[..., width:]
             views = (to_gates[:, :, :3], to_gates[:, :, 3], to_cell, forget)
             of_steps = zip(*views, found, left, right, by_gate[:, :, :3], by_gate[:, :, 3], strict=True)
-            cotangents = [None] * steps if of_outputs is None else of_outputs.unbind(0)
+            of_each = [None] * steps if of_outputs is None else of_outputs.unbind(0)
             h = torch.zeros_like(first)
             c = torch.zeros_like(first) if of_cell is None else of_cell
-            for u, step in reversed(list(zip(cotangents, of_steps, strict=True))):
+            for u, step in reversed(list(zip(of_each, of_steps, strict=True))):
                 slope, to_o, to_c, f, all_gates, plain, response, three, last = step
                 if u is not None:
                     h = h + u
