@@ -402,3 +402,8 @@ def test_a_batch_that_is_too_small_loses_nothing() -> None:
     torch.testing.assert_close(plain(x), module(x))
     trainer().fit(module, batches(), batches())
     assert module.inner_steps == 5
+
+
+def test_response_every_is_a_number_of_steps() -> None:
+    with pytest.raises(ValueError, match=r"response_every must be at least 1. Got 0"):
+        DeltaSTN(response_every=0)
