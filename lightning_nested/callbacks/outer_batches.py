@@ -15,13 +15,14 @@ from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
 
 from lightning_nested.callbacks.isolation import RandomStream
 
 _NO_LOADER = (
-    "HypergradientCallback needs validation data for the outer loss, and there is none. Got a Trainer without a "
-    "validation dataloader; pass val_dataloaders= to fit, define val_dataloader() in the module or datamodule, or "
-    "give the callback outer_dataloader=."
+    "The outer loss needs validation data, and there is none. Got a Trainer without a validation dataloader; pass "
+    "val_dataloaders= to fit, define val_dataloader() in the module or datamodule, or give an outer dataloader: "
+    "HypergradientCallback(outer_dataloader=...), or the module's method outer_dataloader()."
 )
 
 
@@ -46,6 +47,7 @@ class OuterBatches:
                 trainer, _given(loader) if loader is not None else _validation_loader(trainer)
             )
         self.round, self.position = 0, 0
+        self.last: Any = None
         self._iterator: Iterator[Any] | None = None
         self._stream = self._new_stream()
 
@@ -69,6 +71,7 @@ class OuterBatches:
             self._stream = self._new_stream()
             return self.next()
         self.position += 1
+        self.last = batch
         return batch
 
     def loss_stream(self) -> RandomStream:
@@ -101,6 +104,17 @@ class OuterBatches:
         if isinstance(self._loader, DataLoader) and generator is not None:  # our own, see _own_copy
             generator.manual_seed(self._round_seed())
         return iter(self._loader)
+
+
+class LastBatch(OuterBatches):
+    """The last batch of a stream once more, with the same random numbers; the stream stays where it is."""
+
+    def __init__(self, stream: OuterBatches) -> None:
+        self.__dict__.update(stream.__dict__)
+
+    @override
+    def next(self) -> Any:
+        return self.last
 
 
 _END = object()

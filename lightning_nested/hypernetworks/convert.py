@@ -55,7 +55,7 @@ class LowRankResponse(nn.Module):
 
     def forward(self, delta: Tensor) -> Tensor:
         """Δ(h) of the parameter's shape, for h (n,)."""
-        change: Tensor = torch.tensordot(self.scale @ delta, self.directions, dims=1)
+        change: Tensor = torch.tensordot(self.scale @ delta.to(self.scale.dtype), self.directions, dims=1)
         return change
 
 
@@ -91,6 +91,14 @@ class BestResponse(Response):
         rest = iter(self.rest)
         return {name: (self._response(name) or next(rest))(delta) for name in self._of}
 
+    def moved(self, delta: Tensor) -> dict[str, Tensor]:
+        """w₀ + Δ of each parameter, in one pass where there is a layer."""
+        rest, result = iter(self.rest), {}
+        for name, p in self.general_parameters().items():
+            response = self._response(name)
+            result[name] = p + next(rest)(delta) if response is None else response.added_to(p, delta)
+        return result
+
     def one_point_only(self) -> tuple[str, ...]:
         """Parameters without a layer of ours."""
         return self._one_point
@@ -112,6 +120,10 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
         return None
     if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+        return None
+    names = {name for name, _ in layer.named_parameters(recurse=False)}
+    own = set(layer._flat_weights_names) if isinstance(layer, nn.LSTM) else {"weight", "bias"}
+    if not names <= own:  # pruned, or of hooks: the weight is made of others
         return None
     return _LAYERS.get(type(layer))
 

@@ -52,6 +52,7 @@ class DenseResponse(_WholeResponse):
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter."""
+        delta = delta.to(next(self.hypernetwork.parameters()).dtype)
         both = self.hypernetwork[:-1](torch.stack([delta, torch.zeros_like(delta)]))
         return self._split(self.hypernetwork[-1](both[0] - both[1]))
 
@@ -79,4 +80,4 @@ class FactorisedResponse(_WholeResponse):
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter."""
-        return self._split(self.decoder @ (self.encoder @ delta))
+        return self._split(self.decoder @ (self.encoder @ delta.to(self.encoder.dtype)))

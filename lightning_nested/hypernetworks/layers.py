@@ -42,12 +42,19 @@ class RowResponse(nn.Module):
 
     def coefficients(self, delta: Tensor) -> Tensor:
         """V h, of shape (rows,) or (batch, rows)."""
-        return functional.linear(delta, self.scale)
+        return functional.linear(delta.to(self.scale.dtype), self.scale)
 
     def forward(self, delta: Tensor) -> Tensor:
         """Δ(h) of the parameter's shape, for h (n,)."""
+        return self._of_rows(delta) * self.direction
+
+    def added_to(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """weight + Δ(h)."""
+        return torch.addcmul(weight, self._of_rows(delta), self.direction)
+
+    def _of_rows(self, delta: Tensor) -> Tensor:
         shape = (-1, *(1,) * (self.direction.dim() - 1)) if self.direction.dim() else ()
-        return self.coefficients(delta).reshape(shape) * self.direction
+        return self.coefficients(delta).reshape(shape)
 
 
 class Point:
@@ -129,7 +136,7 @@ class HyperLayer(_Base):
                 )
             point.visited.add(id(self))
             if point.delta is None:
-                return self.plain.forward(self, x, *rest)
+                return self._plain(x, *rest)
             return per_example(x, point.delta, point.linearized)
         check_hyperparameters(h, self.num_hyperparameters)
         if h.dim() == 2:
@@ -138,13 +145,17 @@ class HyperLayer(_Base):
         for name, parameter in self.named_parameters(recurse=False):
             response = self.response_of(name)
             if response is not None:
-                weights[name] = parameter + response(h)
+                weights[name] = response.added_to(parameter, h)
         # The substituted call comes back without h, as one inside a converted module does.
         held, self._point = point, Point()
         try:
             return torch.func.functional_call(self, weights, (x, *rest))
         finally:
             self._point = held
+
+    def _plain(self, x: Any, *rest: Any) -> Any:
+        """With the weights as they stand."""
+        return self.plain.forward(self, x, *rest)
 
     @property
     def _batch_dim(self) -> int:
@@ -190,17 +201,15 @@ def respond_to(
         linearized: Value W₀x with the tangent of the response, and derivatives for V and W₁ alone: the mean
             output does not move, ``∂/∂V`` is that of the first-order change.
     """
-    if not linearized:
-        base = operation(x, weight)
-        if response is None:
-            return base
-        return base + place(response.coefficients(delta)) * operation(x, response.direction)
-    base = operation(x, weight.detach())
+    base = operation(x, weight.detach() if linearized else weight)
     if response is None:
         return base
+    coefficient = place(response.coefficients(delta))
+    if not linearized:
+        return torch.addcmul(base, coefficient, operation(x, response.direction))
     # Detached: at W₀ the input's derivative is W₀'s alone, as the response's own value is 0 there.
     primal = unpack_dual(x)[0].detach()
-    return base + tangent_only(place(response.coefficients(delta)) * operation(primal, response.direction))
+    return with_tangent(base, coefficient * operation(primal, response.direction))
 
 
 def placement(dims: int, batch_dim: int, row_dim: int) -> Callable[[Tensor], Tensor]:
@@ -216,14 +225,31 @@ def placement(dims: int, batch_dim: int, row_dim: int) -> Callable[[Tensor], Ten
     return place
 
 
-def tangent_only(change: Tensor) -> Tensor:
-    """A dual number of value 0 and tangent ``change``, whose value carries ``change``'s derivatives.
+def carry(value: Tensor, change: Tensor) -> Tensor:
+    """``value``, whose derivative goes to ``change`` too: value + change − stop(change) without arithmetic."""
+    return cast("Tensor", _Carry.apply(value, change.expand_as(value)))
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, change: Tensor) -> Tensor:
+        return value.detach()  # no view to autograd: what follows may work in place
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        return cotangents[0], cotangents[0]
+
+
+def with_tangent(dual: Tensor, change: Tensor) -> Tensor:
+    """A dual number with ``change`` added to its tangent, whose value carries ``change``'s derivatives.
 
     So a backward pass from a cotangent u of the output gives ∂⟨u, J·change⟩/∂φ by an ordinary vector-Jacobian
     product; the tangent itself needs no derivative. (Differentiating a tangent is silently wrong through
     normalisation layers in torch 2.14.)
     """
-    return make_dual(change - change.detach(), change.detach())
+    value, tangent = unpack_dual(dual)
+    moved = change.detach().expand_as(value) if tangent is None else tangent + change.detach()
+    return make_dual(carry(value, change), moved.contiguous())
 
 
 def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
@@ -296,11 +322,12 @@ def add_bias(
     """y + b₀ + (U h) ⊙ b₁ of each example."""
     if bias is None:
         return y
-    y = y + place(bias.detach() if linearized else bias)
     if response is None:
-        return y
-    change = place(response.coefficients(delta) * response.direction)
-    return y + (tangent_only(change) if linearized else change)
+        return y + place(bias.detach() if linearized else bias)
+    change = response.coefficients(delta) * response.direction
+    if not linearized:
+        return y + place(bias + change)
+    return with_tangent(y + place(bias.detach()), place(change))
 
 
 class _HyperConv(HyperLayer):
@@ -404,9 +431,11 @@ class HyperEmbedding(HyperLayer, nn.Embedding):
         shape = [1] * x.dim()
         shape[dim] = len(delta)
         rows = functional.embedding(x, response.scale, self.padding_idx)
-        coefficient = (rows * delta.reshape(*shape, -1)).sum(-1, keepdim=True)
-        change = coefficient * functional.embedding(x, response.direction, self.padding_idx)
-        return base + (tangent_only(change) if linearized else change)
+        coefficient = (rows * delta.to(rows.dtype).reshape(*shape, -1)).sum(-1, keepdim=True)
+        direction = functional.embedding(x, response.direction, self.padding_idx)
+        if not linearized:
+            return torch.addcmul(base, coefficient, direction)
+        return with_tangent(base, coefficient * direction)
 
 
 class _HyperNorm(HyperLayer):
@@ -440,13 +469,12 @@ class _HyperNorm(HyperLayer):
         place: Callable[[Tensor], Tensor],
         linearized: bool,
     ) -> Tensor:
-        base = y * place(gain.detach() if linearized else gain)
         if response is None:
-            return base
-        factor = place(response.coefficients(delta) * response.direction)
+            return y * place(gain.detach() if linearized else gain)
+        change = response.coefficients(delta) * response.direction
         if not linearized:
-            return base + y * factor
-        return base + tangent_only(unpack_dual(y)[0].detach() * factor)
+            return y * place(gain + change)
+        return with_tangent(y * place(gain.detach()), unpack_dual(y)[0].detach() * place(change))
 
 
 class HyperLayerNorm(_HyperNorm, nn.LayerNorm):

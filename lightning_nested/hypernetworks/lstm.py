@@ -8,16 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.hypernetworks.layers import HyperLayer, add_bias, check_examples, placement, respond_to
-
-State = tuple[Tensor, Tensor]
+from lightning_nested.hypernetworks.layers import (
+    HyperLayer,
+    add_bias,
+    check_examples,
+    make_dual,
+    placement,
+    respond_to,
+    unpack_dual,
+)
+from lightning_nested.hypernetworks.recurrence import Hidden, lstm_recurrence
 
 
 class HyperLSTM(HyperLayer, nn.LSTM):
     """``nn.LSTM`` with W(h) = W₀ + diag(V h) W₁ in each of its matrices, four rows per unit.
 
-    With one h the fast kernel runs on the weights at h. With one h of each example the recurrence is written out,
-    one step at a time: several times slower.
+    With one h the fast kernel runs on the weights at h. With one h of each example, and for the linearised output,
+    :func:`lstm_recurrence` does.
 
     Args:
         input_size: Width of x.
@@ -36,30 +43,42 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         self.respond(num_hyperparameters)
 
     def forward(  # type: ignore[override]
-        self, x: Any, state: State | None = None, h: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+        self, x: Any, state: Hidden | None = None, h: Tensor | None = None
+    ) -> tuple[Tensor, Hidden]:
         """Outputs and last state, as ``nn.LSTM``."""
 
-        def per_example(x: Tensor, delta: Tensor, linearized: bool) -> tuple[Tensor, State]:
-            return self._per_example(x, state, delta, linearized)
+        def per_example(x: Tensor, delta: Tensor, linearized: bool) -> tuple[Tensor, Hidden]:
+            if not self._written_out(x):
+                raise ValueError(
+                    "HyperLSTM with one h of each example needs a padded batch and proj_size=0. "
+                    f"Got {type(x).__name__}, proj_size={self.proj_size}; give one h of shape (n,)."
+                )
+            check_examples(x, delta, 0 if self.batch_first else 1, type(self).__name__)
+            return self._layers(x, state, delta, linearized)
 
-        return cast("tuple[Tensor, State]", self._call(per_example, x, h, state))
+        return cast("tuple[Tensor, Hidden]", self._call(per_example, x, h, state))
 
-    def _per_example(
-        self, x: Tensor, state: State | None, delta: Tensor, linearized: bool
-    ) -> tuple[Tensor, State]:
-        if not isinstance(x, Tensor) or x.dim() != 3 or self.proj_size:
-            raise ValueError(
-                "HyperLSTM with one h of each example needs a padded batch and proj_size=0. "
-                f"Got {type(x).__name__}, proj_size={self.proj_size}; give one h of shape (n,)."
-            )
-        check_examples(x, delta, 0 if self.batch_first else 1, type(self).__name__)
+    def _plain(self, x: Any, *rest: Any) -> Any:
+        # The kernels of torch have no forward mode.
+        dual = any(unpack_dual(p)[1] is not None for p in self._parameters.values() if p is not None)
+        if self._written_out(x) and (dual or unpack_dual(x)[1] is not None):
+            (state,) = rest
+            return self._layers(x, state, None, False)
+        return super()._plain(x, *rest)
+
+    def _written_out(self, x: Any) -> bool:
+        """Whether :meth:`_layers` can do it."""
+        return isinstance(x, Tensor) and x.dim() == 3 and not self.proj_size
+
+    def _layers(
+        self, x: Tensor, state: Hidden | None, delta: Tensor | None, linearized: bool
+    ) -> tuple[Tensor, Hidden]:
         x = x.transpose(0, 1) if self.batch_first else x
         directions = 2 if self.bidirectional else 1
         if state is None:
             zeros = x.new_zeros(self.num_layers * directions, x.shape[1], self.hidden_size)
             state = (zeros, zeros)
-        last: list[State] = []
+        last: list[Hidden] = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(directions):
@@ -76,24 +95,33 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         return x, (torch.stack([s[0] for s in last]), torch.stack([s[1] for s in last]))
 
     def _scan(
-        self, x: Tensor, state: State, suffix: str, delta: Tensor, linearized: bool
-    ) -> tuple[Tensor, State]:
+        self, x: Tensor, start: Hidden, suffix: str, delta: Tensor | None, linearized: bool
+    ) -> tuple[Tensor, Hidden]:
         """One layer in one direction; x (time, batch, width)."""
-
-        def gates(v: Tensor, kind: str) -> Tensor:
-            y = respond_to(
-                functional.linear, v, getattr(self, f"weight_{kind}{suffix}"),
-                self.response_of(f"weight_{kind}{suffix}"), delta, placement(v.dim(), -2, -1), linearized,
-            )  # fmt: skip
-            bias = getattr(self, f"bias_{kind}{suffix}") if self.bias else None
-            response = self.response_of(f"bias_{kind}{suffix}")
-            return add_bias(y, bias, response, delta, placement(v.dim(), -2, -1), linearized)
-
-        hidden, cell = state
-        outputs = []
-        for of_input in gates(x, "ih").unbind(0):
-            i, f, g, o = (of_input + gates(hidden, "hh")).chunk(4, -1)
-            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-            hidden = o.sigmoid() * cell.tanh()
-            outputs.append(hidden)
-        return torch.stack(outputs), (hidden, cell)
+        weight, recurrent = (getattr(self, f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
+        biases = {
+            f"bias_{kind}{suffix}": getattr(self, f"bias_{kind}{suffix}")
+            for kind in ("ih", "hh")
+            if self.bias
+        }
+        if delta is None:
+            inputs = functional.linear(x, weight, sum(biases.values()) if biases else None)
+            outputs, cell = lstm_recurrence(inputs, start, recurrent)
+            return outputs, (outputs[-1], cell)
+        place = placement(3, 1, -1)
+        response = self.response_of(f"weight_ih{suffix}")
+        inputs = respond_to(functional.linear, x, weight, response, delta, place, linearized)
+        for name, bias in biases.items():
+            inputs = add_bias(inputs, bias, self.response_of(name), delta, place, linearized)
+        if linearized:
+            recurrent = recurrent.detach()
+            if unpack_dual(inputs)[1] is None:
+                inputs = make_dual(inputs, torch.zeros_like(inputs))
+        response = self.response_of(f"weight_hh{suffix}")
+        outputs, cell = lstm_recurrence(
+            inputs, start, recurrent,
+            None if response is None else response.direction,
+            None if response is None else response.coefficients(delta),
+            linearized=linearized,
+        )  # fmt: skip
+        return outputs, (outputs[-1], cell)

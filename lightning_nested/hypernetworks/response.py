@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lightning_nested.hypernetworks.layers import (
     HyperLayer,
     Point,
+    carry,
     check_hyperparameters,
     make_dual,
     unpack_dual,
@@ -25,6 +26,12 @@ from lightning_nested.hypernetworks.layers import (
 
 Weights = Mapping[str, Tensor]
 Mode = Literal["response", "general", "linearized"]
+
+
+_CHECKPOINT = (
+    "A network with substituted weights must keep what its backward pass needs. Got torch.utils.checkpoint, or another "
+    "use of saved-tensor hooks: its second forward would find other weights. Leave it out of the network."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +87,34 @@ class Response(nn.Module):
         self._names = tuple(named)
         self.num_hyperparameters = num_hyperparameters
         first = next(iter(named.values()))
-        self.register_buffer("center", first.new_zeros(num_hyperparameters, requires_grad=False))
-        self.register_buffer("point", first.new_zeros(num_hyperparameters, requires_grad=False))
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        for name in ("center", "point"):
+            self.register_buffer(name, torch.zeros(num_hyperparameters, dtype=dtype, device=first.device))
         self.layers = Point(batch_dim)
         self._place: _Place | None = None
         self._bound = False
         self._double_vjp = False  # once forward mode has met an operation it does not know
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # In half precision hyperparameters would stand still: their steps are too small for it.
+        kept = {name: getattr(self, name) for name in ("center", "point")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, full in kept.items():
+            moved: Tensor = getattr(self, name)
+            if torch.finfo(moved.dtype).bits < 32:
+                setattr(self, name, full.to(moved.device, torch.float32))
+        return self
 
     # ---- what kinds of responses define
 
     @abstractmethod
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter for h − center = ``delta`` (n,)."""
+
+    def moved(self, delta: Tensor) -> dict[str, Tensor]:
+        """w₀ + Δ of each parameter."""
+        changes = self.changes(delta)
+        return {name: p + changes[name] for name, p in self.general_parameters().items()}
 
     def one_point_only(self) -> tuple[str, ...]:
         """Parameters for which each example cannot have an h of its own."""
@@ -113,8 +136,7 @@ class Response(nn.Module):
         check_hyperparameters(h, self.num_hyperparameters)
         if h.dim() == 2:
             raise ValueError(f"weights(h) needs one point. Got {tuple(h.shape)}; give h of shape (n,).")
-        changes = self.changes(h - self.center)
-        return {name: p + changes[name] for name, p in self.general_parameters().items()}
+        return self.moved(h - self.center)
 
     @torch.no_grad()
     def recenter(self, h: Tensor) -> None:
@@ -195,7 +217,8 @@ class Response(nn.Module):
     def _run(self, weights: Weights, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if not weights:
             return self.module(*inputs, **options)
-        return torch.func.functional_call(self.module, dict(weights), inputs, options)
+        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+            return torch.func.functional_call(self.module, dict(weights), inputs, options)
 
     def _each(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """One h of each example, by the layers themselves."""
@@ -203,11 +226,12 @@ class Response(nn.Module):
         layers.delta, layers.linearized = place.h - self.center, place.mode == "linearized"
         layers.visited = set()
         try:
-            if place.mode == "response":
-                result = self.module(*inputs, **options)
-            else:
-                with forward_ad.dual_level():
-                    result = tree_map(_plus_tangent, self.module(*inputs, **options))
+            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+                if place.mode == "response":
+                    result = self.module(*inputs, **options)
+                else:
+                    with forward_ad.dual_level():
+                        result = tree_map(_plus_tangent, self.module(*inputs, **options))
         finally:
             layers.delta, layers.linearized = None, False
         missed = [
@@ -226,13 +250,11 @@ class Response(nn.Module):
     def _linearized(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """f(w₀) + J·Δ: the tangent by forward mode, φ's derivatives by an ordinary backward pass of f.
 
-        φ sees w₀ + Δ − stop(Δ), whose value is w₀. Then the vector-Jacobian product of the output is that of J·Δ(φ),
+        φ sees w₀ + Δ − stop(Δ), see :func:`carry`. Then the vector-Jacobian product of the output is that of J·Δ(φ),
         and no derivative of a tangent is taken, which torch gets wrong through normalisation layers.
         """
         changes = self.changes(place.h - self.center)
-        values = {
-            n: p.detach() + changes[n] - changes[n].detach() for n, p in self.general_parameters().items()
-        }
+        values = {n: carry(p.detach(), changes[n]) for n, p in self.general_parameters().items()}
         tangents = {n: changes[n].detach() for n in values}
         change = place.change if place.change is not None else dict
         if not self._double_vjp:

@@ -19,17 +19,20 @@ class TunedDropout(nn.Module):
 
     rates: DropoutRates
     index: int
+    batch_dim: int
     p: float
     whole_channels = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x with units dropped in training, x itself in evaluation."""
-        return self.rates.drop(x, self.index, self.whole_channels) if self.training else x
+        if not self.training:
+            return x
+        return self.rates.drop(x, self.index, self.whole_channels, self.batch_dim)
 
     def revert(self) -> None:
         """Become the plain layer again, with the present rate."""
         self.p = float(self.rates.rate(self.index).detach())
-        for name in ("rates", "index"):
+        for name in ("rates", "index", "batch_dim"):
             del self.__dict__[name]
         self.__class__ = nn.Dropout2d if self.whole_channels else nn.Dropout  # type: ignore[assignment]
 
@@ -82,8 +85,13 @@ class DropoutRates(BoundHyperparameter):
         self.transform = Interval(lower=0.0, upper=upper)
         self._start: list[float] = []
 
-    def install(self, network: nn.Module) -> None:
-        """Let the dropout layers of ``network`` read their rates here. In place; before :meth:`build`."""
+    def install(self, network: nn.Module, batch_dim: int = 0) -> None:
+        """Let the dropout layers of ``network`` read their rates here. In place; before :meth:`build`.
+
+        Args:
+            network: Its layers change their class.
+            batch_dim: Dimension of the examples in their inputs.
+        """
         for index, layer in enumerate(self._found(network)):
             own = float(getattr(layer, "p", 0.0))
             start = own if self.init is None else self.init
@@ -93,7 +101,8 @@ class DropoutRates(BoundHyperparameter):
                 )
             self._start.append(start)
             layer.__class__ = _KINDS[type(layer)]
-            layer.__dict__.update({"rates": self, "index": index if self.per == "layer" else 0})
+            index = index if self.per == "layer" else 0
+            layer.__dict__.update({"rates": self, "index": index, "batch_dim": batch_dim})
         if self.per == "model":
             self._start = [sum(self._start) / len(self._start)]
 
@@ -123,9 +132,11 @@ class DropoutRates(BoundHyperparameter):
         """In natural units: (), or (batch,)."""
         return self.transform.forward(self.tensors["rates"])[..., index]
 
-    def drop(self, x: Tensor, index: int = 0, whole_channels: bool = False) -> Tensor:
-        """x·mask/(1 − p); the first dimension counts examples."""
-        keep = 1 - self.rate(index).to(x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
+    def drop(self, x: Tensor, index: int = 0, whole_channels: bool = False, batch_dim: int = 0) -> Tensor:
+        """x·mask/(1 − p); dimension ``batch_dim`` counts examples."""
+        shape = [1] * x.dim()
+        shape[batch_dim] = -1
+        keep = 1 - self.rate(index).to(x.dtype).reshape(shape)
         noise = torch.rand(x.shape[:2] + (1,) * (x.dim() - 2) if whole_channels else x.shape, device=x.device)
         noise = noise.to(x.dtype)
         if self.temperature is None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,28 +19,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import log_outer_step, reduction, refuse_strategy
-from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers
+from lightning_nested.callbacks.fitting import refuse_strategy
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
 from lightning_nested.hypernetworks.response import Mode, Weights
 from lightning_nested.hyperparameters import (
-    BoundHyperparameter,
-    DropConnect,
     Hyperparameter,
     LearningRate,
     ModuleTensors,
     OuterReport,
     OuterStep,
 )
-from lightning_nested.modules.cycles import InnerProblem, check_loss
-from lightning_nested.modules.fast_weights import average_gradients
+from lightning_nested.modules.attributes import bind_hyperparameters
+from lightning_nested.modules.cycles import InnerProblem
 from lightning_nested.modules.response_loops import DeltaSTN, ResponseLoop
-from lightning_nested.modules.response_monitor import ResponseOptions, monitor_response, sgd_steps
+from lightning_nested.modules.response_monitor import ResponseOptions, two_optimizers
 from lightning_nested.modules.response_setup import (
     build_response,
     length_of_first_tensor,
     one_point_of_each_example,
 )
+from lightning_nested.modules.response_steps import ResponseSteps, training_loss
 
 
 def default_weights_optimizer(parameters: Any) -> Optimizer:
@@ -137,7 +133,6 @@ class HypernetworkModule(LightningModule):
         self.network, self.vector = build_response(network, self.outer)
         self._make = (weights_optimizer, response_optimizer)
         self._make_schedulers = (weights_scheduler, response_scheduler)
-        self._drop_connects = [h for h in tuned if isinstance(h, DropConnect)]
         self.scale: Tensor | None = loop.distribution.initial(self.vector.flat().detach())
         self._scale_optimizer: Optimizer | None = None
         if self.scale is not None:
@@ -148,8 +143,9 @@ class HypernetworkModule(LightningModule):
         self.last_report: OuterReport | None = None
         self._skipped_in_a_row = 0
         self._saved: Mapping[str, Any] | None = None
-        self._problem: InnerProblem | None = None
-        self._bind()
+        self._steps: ResponseSteps | None = None
+        bind_hyperparameters(self, tuned)
+        self._follow()
 
     # ---- what users write and read
 
@@ -174,8 +170,8 @@ class HypernetworkModule(LightningModule):
         return None
 
     def num_examples(self, batch: Any) -> int:
-        """Examples in a batch: the length of its first tensor."""
-        size = length_of_first_tensor(batch)
+        """Examples in a batch: the length of its first tensor, in dimension ``batch_dim`` of the response."""
+        size = length_of_first_tensor(batch, self.network.layers.batch_dim)
         if size is not None:
             return size
         raise MisconfigurationException(
@@ -257,34 +253,36 @@ class HypernetworkModule(LightningModule):
         if self._saved is not None:
             batches.load_state_dict(self._saved["batches"])
             self._saved = None
-        weights, _ = self._optimizers()
-        self._problem = InnerProblem(
+        problem = InnerProblem(
             module=self,
             inner_loss=lambda batch: self.training_loss(batch, self.vector.flat().detach()),
             outer_loss=self.outer_loss,
-            optimizer=weights,
-            parameters={**self.network.general_parameters(), **self.network.response_parameters()},
+            optimizer=two_optimizers(self)[0],
+            parameters={  # general names are the user's, and could be those of the response
+                **{f"module.{name}": p for name, p in self.network.general_parameters().items()},
+                **self.network.response_parameters(),
+            },
             outer=self.outer,
             batches=batches,
             accumulate=1,
             clip=self.options.gradient_clip_val,
             clip_algorithm=self.options.gradient_clip_algorithm,
         )
+        self._steps = ResponseSteps(self, problem)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        problem = self._problem
-        if problem is None:
+        steps = self._steps
+        if steps is None:
             raise MisconfigurationException(
                 "HypernetworkModule must be started by its hooks. "
                 f"Got a {type(self).__name__} that overrides setup, on_fit_start or on_train_start without super()'s."
             )
         trained = self.loop.trains(self.inner_steps)
         if trained:
-            loss = self._inner_step(batch, problem)
-            self.inner_steps += 1
+            loss = steps.inner(batch)
         for _ in range(self.loop.outer_steps(self.inner_steps)):
-            self._outer_step(batch, problem)
+            steps.outer(batch)
         if not trained:
             loss = torch.tensor(self.last_report.outer_loss if self.last_report else math.nan)
         if self.trainer.is_last_batch:
@@ -301,15 +299,14 @@ class HypernetworkModule(LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        if self._problem is not None:
-            self._outer_position = self._problem.batches.state_dict()
-        self._problem = None
+        if self._steps is not None:
+            self._outer_position = self._steps.problem.batches.state_dict()
+        self._steps = None
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        position = (
-            self._problem.batches.state_dict() if self._problem else getattr(self, "_outer_position", None)
-        )
+        steps = self._steps
+        position = steps.problem.batches.state_dict() if steps else getattr(self, "_outer_position", None)
         checkpoint["hypernetwork"] = {
             "outer": self.outer.state_dict(),
             "scale": None if self.scale is None else self.scale.detach().cpu().clone(),
@@ -340,142 +337,13 @@ class HypernetworkModule(LightningModule):
         self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self._saved = state if state["batches"] is not None else None
 
-    # ---- losses
+    # ---- steps
 
     def training_loss(
         self, batch: Any, h: Tensor, mode: Mode = "response", weights: Weights | None = None
     ) -> Tensor:
-        """The inner loss with its penalties at h, of shape (n,) or (batch, n)."""
-        response, decays = self.network, self.outer.decays
-        if weights is None and decays and mode == "response":
-            weights = response.weights(h)
-        # A linearised pass repeats the batch: it must not count twice in running statistics.
-        hold = untouched_buffers(response) if mode == "linearized" else nullcontext()
-        with hold, self.vector.bound(h) as values, self._at(h, mode, weights):
-            loss = check_loss("inner_loss", self, self.inner_loss(batch, values))
-            for decay in decays:
-                loss = loss + decay.penalty(self._penalised(h, mode, weights))
-        return loss
-
-    def _penalised(self, h: Tensor, mode: Mode, weights: Weights | None) -> Weights:
-        if weights is not None:
-            return weights
-        general = self.network.general_parameters()
-        if mode == "general":
-            return dict(general)
-        changes = self.network.changes(h - self.network.center)
-        return {name: p.detach() + changes[name] for name, p in general.items()}
-
-    @contextmanager
-    def _at(self, h: Tensor, mode: Mode, weights: Weights | None) -> Iterator[None]:
-        def dropped(weights: dict[str, Tensor]) -> Weights:
-            result: Weights = weights
-            for drop_connect in self._drop_connects:
-                result = drop_connect(result)
-            return result
-
-        with self.network.at(h, mode, weights=weights, change=dropped if self._drop_connects else None):
-            yield
-
-    # ---- steps
-
-    def _inner_step(self, batch: Any, problem: InnerProblem) -> Tensor:
-        general, phi = self.network.general_parameters(), self.network.response_parameters()
-        size = self.num_examples(batch) if self.per_example else None
-        with RandomStream(self._seed(self.inner_steps, 1), self.device), torch.enable_grad():
-            center = self.vector.flat().detach()
-            with torch.no_grad():
-                h = self.loop.distribution.sample(
-                    center, self.scale, self._noise(center, size, self.inner_steps, 2)
-                )
-            loss, for_general, for_phi = self.loop.gradients(
-                _Loss(self), batch, center, h, list(general.values()), list(phi.values())
-            )
-        found = [*for_general, *for_phi]
-        averaged = average_gradients(found, list(problem.parameters.values()), reduction(self.trainer))
-        limited = problem.limit(list(averaged))
-        for parameter, gradient in zip(problem.parameters.values(), limited, strict=True):
-            parameter.grad = gradient
-        weights, response = self._optimizers()
-        weights.step()
-        response.optimizer.step()  # past Lightning's wrapper: global_step counts training steps
-        for parameter in problem.parameters.values():
-            parameter.grad = None
-        return loss
-
-    def _outer_step(self, batch: Any, problem: InnerProblem) -> None:
-        try:
-            report = self._outer_gradients(batch, problem)
-        except FloatingPointError as error:
-            self._skip(error)
-            return
-        self._skipped_in_a_row = 0
-        self.last_report = report
-        self.outer.apply()
-        if self._scale_optimizer is not None:
-            self._scale_optimizer.step()
-        self.outer_steps += 1
-        self._follow()
-        every = self.options.log_every_n_outer_steps
-        if every > 0 and (self.outer_steps - 1) % every == 0:
-            log_outer_step(self, report, self.values(), self.skipped_steps)
-            for name, scale in self.scales().items():
-                self.log(f"perturbation/{name}", float(scale.mean()), batch_size=1)
-        monitor = self.options.monitor
-        if monitor is not None and (self.outer_steps - 1) % monitor.every_n_outer_steps == 0:
-            with RandomStream(self._seed(self.outer_steps, 5), self.device):
-                found = monitor_response(self, batch, problem)
-            self.log_dict({f"response/{key}": value for key, value in found.items()}, batch_size=1)
-
-    def _outer_gradients(self, batch: Any, problem: InnerProblem) -> OuterReport:
-        """Of λ and of the scales, held for their optimizers."""
-        flat = self.vector.flat()
-        step = self.outer_steps + self.skipped_steps
-
-        def tried(size: int | None) -> Tensor:
-            if self.scale is None:  # only a learned scale needs perturbed outer steps
-                return flat
-            return self.loop.distribution.sample(flat, self.scale, self._noise(flat, size, step, 3))
-
-        with torch.enable_grad():
-            common = None if self.per_example else tried(None)
-            weights = (
-                self._refined(batch, common) if self.options.refine_steps and common is not None else None
-            )
-
-        def evaluate(outer_loss: Any, outer_batch: Any) -> Tensor:
-            h = tried(self.num_examples(outer_batch)) if common is None else common
-            with self.network.at(h, weights=weights):
-                return check_loss("outer_loss", self, outer_loss(outer_batch))
-
-        with torch.enable_grad():
-            loss = problem.evaluate_outer(evaluate)
-            bonus = self.loop.distribution.bonus(self.scale)
-            total = loss if bonus is None else loss - bonus
-        reduce = reduction(self.trainer)
-        mean = float(loss.detach()) if reduce is None else float(reduce(loss.detach().reshape(1).clone()))
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
-        learned = [] if self.scale is None else [self.scale]
-        with problem.full_precision():
-            found = torch.autograd.grad(total, [*self.vector.tensors, *learned], allow_unused=True)
-        report = self.outer.hold(found[: len(self.vector.tensors)], mean, reduce=reduce)
-        if self.scale is not None:
-            (gradient,) = average_gradients(found[-1:], learned, reduce)
-            if gradient is not None and not bool(gradient.isfinite().all()):
-                raise FloatingPointError(
-                    "The gradient of the perturbation's scale must be finite. Got one that is not."
-                )
-            self.scale.grad = gradient
-        return report
-
-    def _refined(self, batch: Any, h: Tensor) -> dict[str, Tensor]:
-        """w(h) moved by a few real steps on the training loss; the derivative is w(h)'s."""
-        predicted = self.network.weights(h)
-        with RandomStream(self._seed(self.outer_steps, 4), self.device):
-            rate = float(self._optimizers()[0].param_groups[0]["lr"])
-            refined = sgd_steps(self, batch, h.detach(), predicted, self.options.refine_steps, rate)
-        return {name: w + (refined[name] - w).detach() for name, w in predicted.items()}
+        """The inner loss with its penalties at h, of shape (n,) or (batch, n); see :meth:`Response.at`."""
+        return training_loss(self, batch, h, mode, weights, repeated=mode == "linearized")
 
     def _skip(self, error: FloatingPointError) -> None:
         self.skipped_steps += 1
@@ -499,48 +367,3 @@ class HypernetworkModule(LightningModule):
             else:
                 self.network.recenter(h)
         self.network.bind(h)
-
-    def _noise(self, center: Tensor, size: int | None, step: int, kind: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed(step, kind))
-        return self.loop.distribution.draw(center, size, generator)
-
-    def _seed(self, step: int, kind: int) -> int:
-        """A number for each step, kind of draw and process; the kinds' factors are large primes."""
-        seed = self._problem.batches.seed if self._problem is not None else 0
-        return (seed + 15_485_863 * (step + 1) + 32_452_843 * kind + 49_979_687 * self.global_rank) % 2**31
-
-    # ---- names and optimizers
-
-    def _bind(self) -> None:
-        """Hyperparameters that the inner loss reads become attributes."""
-        for hyperparameter in self.outer.hyperparameters:
-            if isinstance(hyperparameter, BoundHyperparameter):
-                name = hyperparameter.name
-                if getattr(self, name, None) not in (None, hyperparameter):
-                    raise ValueError(
-                        f"{type(hyperparameter).__name__} becomes the attribute {name!r}. Got a "
-                        f"{type(self).__name__} that has it already; set another name=."
-                    )
-                setattr(self, name, hyperparameter)
-
-    def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer]:
-        optimizers = self.optimizers()
-        if not isinstance(optimizers, list) or len(optimizers) != 2:
-            raise MisconfigurationException(
-                "configure_optimizers must return two: of the weights and of the response. "
-                f"Got {len(optimizers) if isinstance(optimizers, list) else 1}."
-            )
-        weights, response = optimizers
-        assert isinstance(weights, LightningOptimizer)
-        assert isinstance(response, LightningOptimizer)
-        return weights, response
-
-
-class _Loss:
-    """What a loop calls."""
-
-    def __init__(self, module: HypernetworkModule) -> None:
-        self._module, self.response = module, module.network
-
-    def __call__(self, batch: Any, h: Tensor, mode: Mode = "response") -> Tensor:
-        return self._module.training_loss(batch, h, mode)

@@ -20,7 +20,6 @@ from typing_extensions import override
 from lightning_nested.callbacks.fitting import log_outer_step, refuse_strategy, reinitialize, trainable
 from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
 from lightning_nested.hyperparameters import (
-    BoundHyperparameter,
     Hyperparameter,
     LearningRate,
     ModuleTensors,
@@ -29,6 +28,7 @@ from lightning_nested.hyperparameters import (
 )
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+from lightning_nested.modules.attributes import bind_hyperparameters
 from lightning_nested.modules.cycles import Cycle, InnerProblem
 from lightning_nested.modules.schedulers import step_plateau_schedulers, step_schedulers
 from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions
@@ -140,7 +140,7 @@ class NestedModule(LightningModule):
         self._saved: Mapping[str, Any] | None = None  # a checkpoint's, until there is where to put it
         self._problem: InnerProblem | None = None
         self._cycle: Cycle | None = None
-        self._bind()
+        bind_hyperparameters(self, self.outer.hyperparameters)
 
     # ---- what users write, override and read
 
@@ -193,7 +193,7 @@ class NestedModule(LightningModule):
             raise MisconfigurationException(
                 f"NestedModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
-        self._bind()
+        bind_hyperparameters(self, self.outer.hyperparameters)
 
     @override
     def on_fit_start(self) -> None:
@@ -417,18 +417,6 @@ class NestedModule(LightningModule):
                     )
                 for group, rate in zip(self._optimizer().param_groups, hyperparameter.rates(), strict=True):
                     group["lr"] = float(rate.detach())
-
-    def _bind(self) -> None:
-        """Hyperparameters that the inner loss reads become attributes."""
-        for hyperparameter in self.outer.hyperparameters:
-            if isinstance(hyperparameter, BoundHyperparameter):
-                name = hyperparameter.name
-                if getattr(self, name, None) not in (None, hyperparameter):
-                    raise ValueError(
-                        f"{type(hyperparameter).__name__} becomes the attribute {name!r}. Got a "
-                        f"{type(self).__name__} that has it already; set another name=."
-                    )
-                setattr(self, name, hyperparameter)
 
     def _of(self, hyperparameter: ModuleTensors) -> Iterator[Tensor]:
         if not hyperparameter.built:

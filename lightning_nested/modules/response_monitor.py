@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_nested.callbacks.isolation import untouched_buffers
+from lightning_nested.callbacks.isolation import untouched_buffers, without_trace
+from lightning_nested.callbacks.outer_batches import LastBatch
 from lightning_nested.hypergradient import ConjugateGradient, InverseSolver, implicit_hypergradient
 from lightning_nested.modules.cycles import InnerProblem, check_loss
 
@@ -82,12 +86,41 @@ class ResponseOptions:
             )
 
 
+def two_optimizers(module: HypernetworkModule) -> tuple[LightningOptimizer, LightningOptimizer]:
+    """Of w₀ and of φ.
+
+    Raises:
+        MisconfigurationException: ``configure_optimizers`` was overridden and returns others.
+    """
+    optimizers = module.optimizers()
+    if not isinstance(optimizers, list) or len(optimizers) != 2:
+        raise MisconfigurationException(
+            "configure_optimizers must return two: of the weights and of the response. "
+            f"Got {len(optimizers) if isinstance(optimizers, list) else 1}."
+        )
+    weights, response = optimizers
+    assert isinstance(weights, LightningOptimizer)
+    assert isinstance(response, LightningOptimizer)
+    return weights, response
+
+
+@contextmanager
+def another_look(module: HypernetworkModule) -> Iterator[None]:
+    """For further evaluations on a batch: buffers, metrics and logs stay as they are."""
+    with (
+        untouched_buffers(module)
+        if module._trainer is None
+        else without_trace(module, module.trainer, attributes=False)
+    ):
+        yield
+
+
 def sgd_steps(
     module: HypernetworkModule, batch: Any, h: Tensor, start: Mapping[str, Tensor], steps: int, rate: float
 ) -> dict[str, Tensor]:
     """Weights after plain gradient steps on the training loss at h, from ``start``; without trace."""
     weights = {name: w.detach() for name, w in start.items()}
-    with torch.enable_grad(), untouched_buffers(module):
+    with torch.enable_grad(), another_look(module):
         for _ in range(steps):
             leaves = {name: w.requires_grad_() for name, w in weights.items()}
             loss = module.training_loss(batch, h, weights=leaves)
@@ -106,12 +139,12 @@ def monitor_response(module: HypernetworkModule, batch: Any, problem: InnerProbl
     h = module.vector.flat().detach().requires_grad_()
     predicted = network.weights(h)
     weights = {name: w.detach().requires_grad_() for name, w in predicted.items()}
-    rate = float(module._optimizers()[0].param_groups[0]["lr"])
-    with untouched_buffers(module), torch.enable_grad():
+    rate = float(two_optimizers(module)[0].param_groups[0]["lr"])
+    with another_look(module), torch.enable_grad():
         inner = module.training_loss(batch, h, weights=weights)
     result = {"inner_loss": float(inner.detach())}
     refined = sgd_steps(module, batch, h.detach(), weights, monitor.num_steps, rate)
-    with untouched_buffers(module), torch.enable_grad():
+    with another_look(module), torch.enable_grad():
         leaves = {name: w.requires_grad_() for name, w in refined.items()}
         result["refined_inner_loss"] = float(module.training_loss(batch, h.detach(), weights=leaves).detach())
     if monitor.solver is None or not _depends(inner, h):
@@ -121,7 +154,8 @@ def monitor_response(module: HypernetworkModule, batch: Any, problem: InnerProbl
         with network.at(h.detach(), weights=weights):
             return check_loss("outer_loss", module, outer_loss(outer_batch))
 
-    loss = problem.evaluate_outer(outer)
+    # Not the next one: a run must go the same way whether it is watched or not.
+    loss = replace(problem, batches=LastBatch(problem.batches)).evaluate_outer(outer)
     through = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
     pairs = [(w, g) for w, g in zip(predicted.values(), through, strict=True) if g is not None]
     ours = torch.autograd.grad([w for w, _ in pairs], [h], [g for _, g in pairs], retain_graph=True)[0]

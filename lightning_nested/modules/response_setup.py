@@ -31,7 +31,7 @@ def build_response(network: nn.Module, outer: OuterStep) -> tuple[Response, Hype
         response, given = best_response(network, _count(tuned, parameters, network)), ""
     for hyperparameter in tuned:
         if isinstance(hyperparameter, DropoutRates):
-            hyperparameter.install(response.module)
+            hyperparameter.install(response.module, response.layers.batch_dim)
     outer.build(parameters, "cpu")
     vector = HyperparameterVector((*outer.in_graph, *outer.decays))
     if response.num_hyperparameters != len(vector):
@@ -63,14 +63,14 @@ def one_point_of_each_example(
     return not reasons if options.per_example is None else options.per_example
 
 
-def length_of_first_tensor(batch: Any) -> int | None:
-    """Of a nested batch; None where there is no tensor with a dimension."""
+def length_of_first_tensor(batch: Any, dim: int = 0) -> int | None:
+    """Of a nested batch, in dimension ``dim``; None where there is no tensor that has it."""
     if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() > 0 else None
+        return batch.shape[dim] if batch.dim() > dim else None
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return next((n for n in map(length_of_first_tensor, batch) if n is not None), None)
+        return next((n for b in batch if (n := length_of_first_tensor(b, dim)) is not None), None)
     return None
 
 

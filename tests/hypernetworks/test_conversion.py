@@ -10,6 +10,8 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from lightning_nested.hypernetworks import (
     DenseResponse,
@@ -400,3 +402,58 @@ def test_a_module_with_frozen_parameters_responds_with_the_others() -> None:
     x, h = torch.randn(BATCH, 5), torch.randn(BATCH, N)
     assert response(x, h).shape == (BATCH, 3)
     assert not any("module.0.weight" in n for n in response.response_parameters())
+
+
+# ---- awkward modules
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False).tanh()
+
+
+def test_activation_checkpoints_are_refused_where_they_would_find_other_weights() -> None:
+    """The second forward happens in the backward pass, when the substituted weights are gone."""
+    response, x = best_response(Checkpointed(), N), torch.randn(BATCH, 5)
+    for h in (torch.randn(N), torch.randn(BATCH, N)):
+        with pytest.raises(RuntimeError, match=r"torch.utils.checkpoint.*Leave it out"):
+            response(x, h)
+    with response.at(torch.randn(N), "general"):
+        response(x).sum().backward()
+
+
+def test_weights_made_of_others_are_no_layer_of_ours() -> None:
+    """A pruned layer's parameter is no weight: it responds at one point, and not by the layer's rule."""
+    layer = nn.Linear(5, 5)
+    with torch.no_grad():
+        prune.random_unstructured(layer, "weight", 0.5)
+    layer.weight = layer.weight.detach()
+    response = best_response(nn.Sequential(layer, nn.Linear(5, 2)), N)
+    assert response.one_point_only() == ("0.bias", "0.weight_orig")
+    for p in response.response_parameters().values():
+        nn.init.normal_(p)
+    x, h = torch.randn(BATCH, 5), torch.randn(N)
+    torch.testing.assert_close(response.export(h)(x), response(x, h))
+
+
+@pytest.mark.parametrize("name", [*CASES, "transposed", *WHOLE])
+def test_half_precision(name: str) -> None:
+    """Weights in bfloat16; where they are evaluated stays in float32."""
+    response, _, x = made(name)
+    response.to(torch.bfloat16)
+    x = x.bfloat16() if x.is_floating_point() else x
+    assert response.center.dtype == response.point.dtype == torch.float32
+    points = [torch.randn(N)] if response.one_point_only() else [torch.randn(N), torch.randn(BATCH, N)]
+    for h in points:
+        for mode in ("response", "linearized", "general"):
+            with response.at(h, mode):  # type: ignore[arg-type]
+                y = response(x)
+            assert y.dtype == torch.bfloat16
+            y.float().square().sum().backward()
+    response.recenter(points[0])
+    assert torch.equal(response.center, points[0])
+    assert response.double().center.dtype == torch.float64

@@ -444,7 +444,7 @@ class Save(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         center = pl_module.vector.flat().detach()
-        self.noise.append(pl_module._noise(center, None, pl_module.inner_steps, 2))
+        self.noise.append(pl_module._steps.noise(center, None, pl_module.inner_steps, 2))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         torch.save([self.noise[0], tensors(pl_module)], self.folder / f"{trainer.global_rank}.pt")
