@@ -1,4 +1,4 @@
-"""7 850 decays of a linear softmax: hypernetwork, implicit, unrolled gradients, TPE and random search.
+"""7 850 decays of a linear softmax: hypernetworks, implicit, unrolled gradients, TPE and random search.
 
 500 Fashion-MNIST images to train, 500 to tune, 10 000 test images. Cost counts gradient evaluations of the training
 loss: a step is 1, a Delta-STN step 3 (two losses, one with a tangent), an outer step 1; a hypergradient with ten steps
@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_nested.hypergradient import ConjugateGradient
-from lightning_nested.hypernetworks import LearnedScale
+from lightning_nested.hypernetworks import DiagonalResponse, FixedScale
 from lightning_nested.modules import (
     DeltaSTN,
     HypernetworkModule,
@@ -36,12 +36,19 @@ from lightning_nested.modules import (
 )
 
 START, RATE = -4.0, 0.05
+SIGMA = 0.3  # of the perturbation, in log decay
+DIAGONAL, ROWS = "hypernetwork, one slope per weight", "hypernetwork, one direction per class"
 Losses = tuple[float, float]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     """The optimizer of every training."""
     return torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
+
+
+def response_sgd(parameters: Any) -> torch.optim.Optimizer:
+    """At the weights' rate over σ²: the curvature of the slopes is σ² times the weights'."""
+    return torch.optim.SGD(parameters, lr=RATE / SIGMA**2, momentum=0.9)
 
 
 def linear() -> nn.Linear:
@@ -131,12 +138,14 @@ def adam(rate: float) -> Any:
 def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple[Losses, Losses]:
     """One run of ours: the best model in it, and a fresh training with its last decays."""
     module: Any
-    if name == "hypernetwork":
+    hyper = name.startswith("hypernetwork")
+    if hyper:
+        diagonal = name == DIAGONAL
         module = Tuned(
-            linear(), decay("parameter", START),
-            loop=DeltaSTN(train_steps=5, warmup_steps=50, perturbation=LearnedScale(init=0.3, entropy_weight=0.0)),
-            weights_optimizer=sgd, response_optimizer=adam(1e-3), outer_optimizer=adam(rate),
-            scale_optimizer=adam(0.0), options=ResponseOptions(log_every_n_outer_steps=0),
+            DiagonalResponse(linear(), 7850) if diagonal else linear(), decay("parameter", START),
+            loop=DeltaSTN(train_steps=5, warmup_steps=50, perturbation=FixedScale(scale=SIGMA, signs=True)),
+            weights_optimizer=sgd, response_optimizer=response_sgd if diagonal else adam(1e-3),
+            outer_optimizer=adam(rate), options=ResponseOptions(log_every_n_outer_steps=0),
         )  # fmt: skip
         cost = lambda m: 3.0 * m.inner_steps + m.outer_steps  # noqa: E731
     elif name == "implicit":
@@ -161,9 +170,7 @@ def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple
     batches: DataLoader[Any] = DataLoader(torch.zeros(100, 1), batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, batches, batches)
     with torch.no_grad():
-        values = [
-            v.exp() for v in (module.vector.tensors if name == "hypernetwork" else module.outer.tensors)
-        ]
+        values = [v.exp() for v in (module.vector.tensors if hyper else module.outer.tensors)]
     fresh = train(data, values, steps)
     return min(record.best, fresh), fresh
 
@@ -203,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for seed in range(arguments.rounds):
         torch.manual_seed(seed)
         data = Data(seed, arguments.size)
-        for name in ("hypernetwork", "implicit", "unrolled"):
+        for name in (DIAGONAL, ROWS, "implicit", "unrolled"):
             best, again = tune(data, name, budget, arguments.steps, arguments.rate)
             found.setdefault(name, []).append(best)
             fresh.setdefault(name, []).append(again)
