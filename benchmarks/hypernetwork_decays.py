@@ -9,7 +9,6 @@ model with the lowest validation loss so far is judged.
 from __future__ import annotations
 
 import logging
-import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -37,6 +36,8 @@ from lightning_nested.modules import (
 
 START, RATE = -4.0, 0.05
 SIGMA = 0.3  # of the perturbation, in log decay
+SAMPLERS = {"random search": "RandomSampler", "TPE": "TPESampler"}  # of Optuna
+GRID = "grid of one decay"
 DIAGONAL, ROWS = "hypernetwork, one slope per weight", "hypernetwork, one direction per class"
 Losses = tuple[float, float]
 
@@ -175,13 +176,18 @@ def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple
     return min(record.best, fresh), fresh
 
 
+def grid(data: Data, trainings: int, steps: int) -> Losses:
+    """One decay for all weights."""
+    values = torch.linspace(LOWEST, HIGHEST, trainings).exp()
+    return min(train(data, [value] * 2, steps) for value in values)
+
+
 def search(data: Data, sampler: str, seed: int, budget: float, steps: int) -> Losses:
     """Trials of a training each."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    kinds = {"TPE": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-    study = optuna.create_study(sampler=kinds[sampler](seed=seed))
+    study = optuna.create_study(sampler=getattr(optuna.samplers, SAMPLERS[sampler])(seed=seed))
     best = (float("inf"), float("inf"))
     for _ in range(int(budget / steps)):
         trial = study.ask()
@@ -207,29 +213,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     budget = float(arguments.steps * arguments.trainings)
     found: dict[str, list[Losses]] = {}
     fresh: dict[str, list[Losses]] = {}
-    for seed in range(arguments.rounds):
-        torch.manual_seed(seed)
-        data = Data(seed, arguments.size)
-        for name in (DIAGONAL, ROWS, "implicit", "unrolled"):
-            best, again = tune(data, name, budget, arguments.steps, arguments.rate)
+    names = [DIAGONAL, "implicit", "unrolled", GRID, ROWS]
+    names += ["random search", "TPE"] if find_spec("optuna") is not None else []
+    data = [Data(seed, arguments.size) for seed in range(arguments.rounds)]
+    for name in names:
+        for seed in range(arguments.rounds):
+            torch.manual_seed(seed)
+            if name == GRID:
+                best = grid(data[seed], arguments.trainings, arguments.steps)
+            elif name in SAMPLERS:
+                best = search(data[seed], name, seed, budget, arguments.steps)
+            else:
+                best, again = tune(data[seed], name, budget, arguments.steps, arguments.rate)
+                fresh.setdefault(name, []).append(again)
             found.setdefault(name, []).append(best)
-            fresh.setdefault(name, []).append(again)
-        one = [
-            train(data, [torch.tensor(v).exp()] * 2, arguments.steps)
-            for v in torch.linspace(LOWEST, HIGHEST, 24)
-        ]
-        found.setdefault("grid of 24, one decay", []).append(min(one))
-        if find_spec("optuna") is not None:
-            for sampler in ("TPE", "random"):
-                found.setdefault(sampler, []).append(search(data, sampler, seed, budget, arguments.steps))
-        print(
-            f"seed {seed}: " + str({k: tuple(round(x, 4) for x in v[-1]) for k, v in found.items()}),
-            flush=True,
-        )
+            print(f"{name}, seed {seed}: validation {best[0]:.4f}, test {best[1]:.4f}", flush=True)
     rows = []
     for name, losses in found.items():
-        again = f"{statistics.median(x[1] for x in fresh[name]):.4f}" if name in fresh else ""
-        rows.append([name, *(Spread.of([x[i] for x in losses]).text(4) for i in (0, 1)), again])
+        again = Spread.of([x[1] for x in fresh[name]]).text(3) if name in fresh else ""
+        rows.append([name, *(Spread.of([x[i] for x in losses]).text(3) for i in (0, 1)), again])
     print_table(["method", "validation loss", "test loss", "test loss of a fresh training"], rows)
     report(arguments, {"found": found, "fresh": fresh}, packages=("optuna",), load_before=before)
     return {"found": found, "fresh": fresh}
