@@ -10,6 +10,7 @@ network is then trained with Delta-STN's last values held fixed: is it the value
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import statistics
 import time
@@ -228,7 +229,7 @@ def search(data: Data, sampler: str, seed: int, setting: Any, budget: float) -> 
 def run_seed(setting: Any, seed: int) -> dict[str, Any]:
     """All methods on one split."""
     data = Data(seed, setting.size)
-    out: dict[str, Any] = {"seconds": {}}
+    out: dict[str, Any] = {"seed": seed, "seconds": {}}
     steps = {"train_steps": setting.every, "warmup_steps": setting.warmup}
     perturbation = LearnedScale(init=setting.scale)
     loops = {
@@ -302,6 +303,29 @@ def figure(path: Path, seeds: Sequence[dict[str, Any]]) -> None:
     plt.close(fig)
 
 
+def merged(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Seeds of several runs, in order; methods of one seed may come from different files."""
+    seeds: dict[int, dict[str, Any]] = {}
+    for path in files:
+        for found in json.loads(path.read_text())["results"]["seeds"]:
+            whole = seeds.setdefault(found["seed"], {"seconds": {}})
+            seconds = {**whole["seconds"], **found["seconds"]}
+            whole.update(found)
+            whole["seconds"] = seconds
+    return [seeds[seed] for seed in sorted(seeds)]
+
+
+def show(seeds: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Median and spread of each method."""
+    rows = []
+    for name in names:
+        columns = [Spread.of([s[name][i] for s in seeds]).text(3) for i in range(3)]
+        cost = statistics.median(s["seconds"][name] for s in seeds)
+        trials = [str(s[f"{name} trials"]) for s in seeds] if name in SAMPLERS else []
+        rows.append([name, *columns, f"{cost:.0f}", ", ".join(trials)])
+    print_table(["method", "validation loss", "test loss", "test accuracy", "CPU s", "trials"], rows)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__, rounds=3)
     options.add_argument("--size", type=int, default=10_000, help="images to train and tune on")
@@ -313,12 +337,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--scale", type=float, default=0.5, help="of the perturbation at the start")
     options.add_argument("--every", type=int, default=4, help="training steps per outer step")
     options.add_argument("--warmup", type=int, default=100, help="training steps before the first outer step")
-    options.add_argument(
-        "--costs", type=float, default=1.0, help="a search's budget, in Delta-STN's CPU time"
-    )
+    options.add_argument("--budget", type=float, help="CPU seconds of a search; default: Delta-STN's")
+    options.add_argument("--first-seed", type=int, default=0)
     options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options.add_argument("--figure", type=Path, default=None)
+    options.add_argument(
+        "--merge", type=Path, nargs="+", help="earlier --output files: show their seeds together"
+    )
     arguments = options.parse_args(argv)
+    if arguments.merge is not None:
+        seeds = merged(arguments.merge)
+        show(seeds, [m for m in METHODS if all(m in s for s in seeds)])
+        if arguments.figure is not None:
+            figure(arguments.figure, seeds)
+        return {"seeds": seeds}
     if find_spec("optuna") is None:
         arguments.methods = [m for m in arguments.methods if m not in SAMPLERS]
     start(arguments)
@@ -331,13 +363,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seeds.append(run_seed(arguments, seed))
         if arguments.figure is not None:
             figure(arguments.figure, seeds)
-    rows = []
-    for name in [m for m in METHODS if m in arguments.methods]:
-        columns = [Spread.of([s[name][i] for s in seeds]).text(3) for i in range(3)]
-        cost = statistics.median(s["seconds"][name] for s in seeds)
-        trials = [str(s[f"{name} trials"]) for s in seeds] if name in SAMPLERS else []
-        rows.append([name, *columns, f"{cost:.0f}", ", ".join(trials)])
-    print_table(["method", "validation loss", "test loss", "test accuracy", "CPU s", "trials"], rows)
+    show(seeds, [m for m in METHODS if m in arguments.methods])
     report(arguments, {"seeds": seeds}, packages=("optuna",), load_before=before)
     return {"seeds": seeds}
 
