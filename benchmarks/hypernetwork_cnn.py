@@ -264,6 +264,7 @@ def figure(path: Path, seeds: Sequence[dict[str, Any]]) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     names = ["dropout", "brightness", "contrast", "input_noise"]
     names += ["cutout/length", "cutout/holes", "label_smoothing", "weight_decay"]
@@ -288,6 +289,8 @@ def figure(path: Path, seeds: Sequence[dict[str, Any]]) -> None:
         axis.set_title(name.replace("_", " ").replace("/", ": "), fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.5)
+        if name.startswith("cutout"):
+            axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         if name == "weight_decay":
             axis.set_yscale("log")
         if name == "dropout":
