@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from _linear_softmax import HIGHEST, LOWEST, Data, Rows, fit, matrix, optimum
-from _measuring import load, parser, print_table, report, start
+from _measuring import Spread, load, parser, print_table, report, start
 from torch import Tensor
 
 from lightning_nested.hypernetworks import DenseResponse, FactorisedResponse, FixedScale, GlobalUniform
@@ -128,14 +128,14 @@ def ten_decays(data: Data, steps: int, count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def figure(path: Path, one: dict[str, Any] | None, ten: dict[str, Any] | None) -> None:
-    """The curves, and histograms of the errors."""
+def figure(path: Path, ones: Sequence[dict[str, Any]], tens: Sequence[dict[str, Any]]) -> None:
+    """The curves of the first seed, and histograms of the errors of all."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [(draw, found) for draw, found in ((draw_curves, one), (draw_errors, ten)) if found is not None]
+    panels = [(draw, found) for draw, found in ((draw_curves, ones), (draw_errors, tens)) if found]
     fig, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
     for axis, (draw, found) in zip(axes[0], panels, strict=True):
         draw(axis, found)
@@ -148,8 +148,9 @@ def figure(path: Path, one: dict[str, Any] | None, ten: dict[str, Any] | None) -
     plt.close(fig)
 
 
-def draw_curves(axis: Any, one: dict[str, Any]) -> None:
+def draw_curves(axis: Any, ones: Sequence[dict[str, Any]]) -> None:
     """Learned and true."""
+    one = ones[0]
     axis.plot(
         one["grid"], one["true"], "o", color="black", markersize=4, label="true: trained to convergence"
     )
@@ -164,9 +165,9 @@ def draw_curves(axis: Any, one: dict[str, Any]) -> None:
     axis.set(xlabel="log decay", ylabel="validation loss", title="One decay: learned and true curve")
 
 
-def draw_errors(axis: Any, ten: dict[str, Any]) -> None:
-    """Histograms."""
-    errors = [ten["hypernetwork"], ten["Gaussian process"]]
+def draw_errors(axis: Any, tens: Sequence[dict[str, Any]]) -> None:
+    """Histograms over all seeds."""
+    errors = [[e for ten in tens for e in ten[name]] for name in ("hypernetwork", "Gaussian process")]
     reach = 1.05 * max(abs(e) for group in errors for e in group)
     edges = [reach * (2 * i / 40 - 1) for i in range(41)]
     axis.hist(errors[0], edges, color="#3182bd", alpha=0.7, label="global hypernetwork")
@@ -175,20 +176,37 @@ def draw_errors(axis: Any, ten: dict[str, Any]) -> None:
     axis.set(xlabel="predicted − true validation loss", ylabel="random settings", title="Ten decays: errors")
 
 
-def show(ten: dict[str, Any]) -> None:
+def show_minima(ones: Sequence[dict[str, Any]]) -> None:
+    """Distance of each minimum from the true one, in log decay."""
+    rows = []
+    for name in [n for n in ones[0]["minimum"] if n != "true"]:
+        off = [one["minimum"][name] - one["minimum"]["true"] for one in ones]
+        rows.append([name, Spread.of(off).text(3), f"{max(map(abs, off)):.3f}"])
+    print_table(["one decay", "minimum minus the true one", "largest distance"], rows)
+
+
+def show_errors(tens: Sequence[dict[str, Any]]) -> None:
     """Errors of prediction, and the losses of a training with the decays that each method found."""
     rows = []
     for name in ("hypernetwork", "Gaussian process"):
-        error, truth = torch.tensor(ten[name]), torch.tensor(ten["truth"])
-        correlation = torch.corrcoef(torch.stack([truth, truth + error]))[0, 1]
-        numbers = (error.mean(), error.abs().mean(), error.square().mean().sqrt(), correlation)
-        rows.append([name, *(f"{float(n):.4f}" for n in numbers)])
+        numbers = []
+        for ten in tens:
+            error, truth = torch.tensor(ten[name]), torch.tensor(ten["truth"])
+            correlation = torch.corrcoef(torch.stack([truth, truth + error]))[0, 1]
+            numbers.append((error.mean(), error.abs().mean(), error.square().mean().sqrt(), correlation))
+        rows.append(
+            [name, *(Spread.of([float(n) for n in column]).text(4) for column in zip(*numbers, strict=True))]
+        )
     print_table(["ten decays", "mean error", "mean |error|", "root mean square", "correlation"], rows)
-    print({k: tuple(round(x, 4) for x in v) for k, v in ten["found"].items()}, flush=True)
+    rows = [
+        [name, *(Spread.of([ten["found"][name][i] for ten in tens]).text(4) for i in (0, 1))]
+        for name in tens[0]["found"]
+    ]
+    print_table(["ten decays, trained with those of", "validation loss", "test loss"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parser(__doc__, rounds=1)
+    options = parser(__doc__, rounds=3)
     options.add_argument("--size", type=int, default=500, help="images to train, and to tune on")
     options.add_argument("--steps", type=int, default=6000, help="steps of the global hypernetwork")
     options.add_argument("--points", type=int, default=100, help="random settings of ten decays")
@@ -213,10 +231,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
         if "ten" in arguments.parts:
             found["ten"] = ten_decays(data, arguments.steps, arguments.points, seed)
-            show(found["ten"])
+            print(f"seed {seed}: {found['ten']['found']}", flush=True)
         results.append(found)
+    if "one" in arguments.parts:
+        show_minima([found["one"] for found in results])
+    if "ten" in arguments.parts:
+        show_errors([found["ten"] for found in results])
     if arguments.figure is not None:
-        figure(arguments.figure, results[0].get("one"), results[0].get("ten"))
+        figure(arguments.figure, *([found[p] for found in results if p in found] for p in ("one", "ten")))
     report(arguments, {"seeds": results}, packages=("scikit-learn",), load_before=before)
     return {"seeds": results}
 

@@ -1,4 +1,4 @@
-"""7 850 decays of a linear softmax: hypernetwork, implicit, unrolled gradients, TPE and random search.
+"""7 850 decays of a linear softmax: hypernetworks, implicit, unrolled gradients, TPE and random search.
 
 500 Fashion-MNIST images to train, 500 to tune, 10 000 test images. Cost counts gradient evaluations of the training
 loss: a step is 1, a Delta-STN step 3 (two losses, one with a tangent), an outer step 1; a hypergradient with ten steps
@@ -9,7 +9,6 @@ model with the lowest validation loss so far is judged.
 from __future__ import annotations
 
 import logging
-import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_nested.hypergradient import ConjugateGradient
-from lightning_nested.hypernetworks import LearnedScale
+from lightning_nested.hypernetworks import DiagonalResponse, FixedScale
 from lightning_nested.modules import (
     DeltaSTN,
     HypernetworkModule,
@@ -36,12 +35,21 @@ from lightning_nested.modules import (
 )
 
 START, RATE = -4.0, 0.05
+SIGMA = 0.3  # of the perturbation, in log decay
+SAMPLERS = {"random search": "RandomSampler", "TPE": "TPESampler"}  # of Optuna
+GRID = "grid of one decay"
+DIAGONAL, ROWS = "hypernetwork, one slope per weight", "hypernetwork, one direction per class"
 Losses = tuple[float, float]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     """The optimizer of every training."""
     return torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
+
+
+def response_sgd(parameters: Any) -> torch.optim.Optimizer:
+    """At the weights' rate over σ²: the curvature of the slopes is σ² times the weights'."""
+    return torch.optim.SGD(parameters, lr=RATE / SIGMA**2, momentum=0.9)
 
 
 def linear() -> nn.Linear:
@@ -131,12 +139,14 @@ def adam(rate: float) -> Any:
 def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple[Losses, Losses]:
     """One run of ours: the best model in it, and a fresh training with its last decays."""
     module: Any
-    if name == "hypernetwork":
+    hyper = name.startswith("hypernetwork")
+    if hyper:
+        diagonal = name == DIAGONAL
         module = Tuned(
-            linear(), decay("parameter", START),
-            loop=DeltaSTN(train_steps=5, warmup_steps=50, perturbation=LearnedScale(init=0.3, entropy_weight=0.0)),
-            weights_optimizer=sgd, response_optimizer=adam(1e-3), outer_optimizer=adam(rate),
-            scale_optimizer=adam(0.0), options=ResponseOptions(log_every_n_outer_steps=0),
+            DiagonalResponse(linear(), 7850) if diagonal else linear(), decay("parameter", START),
+            loop=DeltaSTN(train_steps=5, warmup_steps=50, perturbation=FixedScale(scale=SIGMA, signs=True)),
+            weights_optimizer=sgd, response_optimizer=response_sgd if diagonal else adam(1e-3),
+            outer_optimizer=adam(rate), options=ResponseOptions(log_every_n_outer_steps=0),
         )  # fmt: skip
         cost = lambda m: 3.0 * m.inner_steps + m.outer_steps  # noqa: E731
     elif name == "implicit":
@@ -161,11 +171,15 @@ def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple
     batches: DataLoader[Any] = DataLoader(torch.zeros(100, 1), batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, batches, batches)
     with torch.no_grad():
-        values = [
-            v.exp() for v in (module.vector.tensors if name == "hypernetwork" else module.outer.tensors)
-        ]
+        values = [v.exp() for v in (module.vector.tensors if hyper else module.outer.tensors)]
     fresh = train(data, values, steps)
     return min(record.best, fresh), fresh
+
+
+def grid(data: Data, trainings: int, steps: int) -> Losses:
+    """One decay for all weights."""
+    values = torch.linspace(LOWEST, HIGHEST, trainings).exp()
+    return min(train(data, [value] * 2, steps) for value in values)
 
 
 def search(data: Data, sampler: str, seed: int, budget: float, steps: int) -> Losses:
@@ -173,8 +187,7 @@ def search(data: Data, sampler: str, seed: int, budget: float, steps: int) -> Lo
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    kinds = {"TPE": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-    study = optuna.create_study(sampler=kinds[sampler](seed=seed))
+    study = optuna.create_study(sampler=getattr(optuna.samplers, SAMPLERS[sampler])(seed=seed))
     best = (float("inf"), float("inf"))
     for _ in range(int(budget / steps)):
         trial = study.ask()
@@ -200,29 +213,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     budget = float(arguments.steps * arguments.trainings)
     found: dict[str, list[Losses]] = {}
     fresh: dict[str, list[Losses]] = {}
-    for seed in range(arguments.rounds):
-        torch.manual_seed(seed)
-        data = Data(seed, arguments.size)
-        for name in ("hypernetwork", "implicit", "unrolled"):
-            best, again = tune(data, name, budget, arguments.steps, arguments.rate)
+    names = [DIAGONAL, "implicit", "unrolled", GRID, ROWS]
+    names += ["random search", "TPE"] if find_spec("optuna") is not None else []
+    data = [Data(seed, arguments.size) for seed in range(arguments.rounds)]
+    for name in names:
+        for seed in range(arguments.rounds):
+            torch.manual_seed(seed)
+            if name == GRID:
+                best = grid(data[seed], arguments.trainings, arguments.steps)
+            elif name in SAMPLERS:
+                best = search(data[seed], name, seed, budget, arguments.steps)
+            else:
+                best, again = tune(data[seed], name, budget, arguments.steps, arguments.rate)
+                fresh.setdefault(name, []).append(again)
             found.setdefault(name, []).append(best)
-            fresh.setdefault(name, []).append(again)
-        one = [
-            train(data, [torch.tensor(v).exp()] * 2, arguments.steps)
-            for v in torch.linspace(LOWEST, HIGHEST, 24)
-        ]
-        found.setdefault("grid of 24, one decay", []).append(min(one))
-        if find_spec("optuna") is not None:
-            for sampler in ("TPE", "random"):
-                found.setdefault(sampler, []).append(search(data, sampler, seed, budget, arguments.steps))
-        print(
-            f"seed {seed}: " + str({k: tuple(round(x, 4) for x in v[-1]) for k, v in found.items()}),
-            flush=True,
-        )
+            print(f"{name}, seed {seed}: validation {best[0]:.4f}, test {best[1]:.4f}", flush=True)
     rows = []
     for name, losses in found.items():
-        again = f"{statistics.median(x[1] for x in fresh[name]):.4f}" if name in fresh else ""
-        rows.append([name, *(Spread.of([x[i] for x in losses]).text(4) for i in (0, 1)), again])
+        again = Spread.of([x[1] for x in fresh[name]]).text(3) if name in fresh else ""
+        rows.append([name, *(Spread.of([x[i] for x in losses]).text(3) for i in (0, 1)), again])
     print_table(["method", "validation loss", "test loss", "test loss of a fresh training"], rows)
     report(arguments, {"found": found, "fresh": fresh}, packages=("optuna",), load_before=before)
     return {"found": found, "fresh": fresh}

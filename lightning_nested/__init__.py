@@ -51,6 +51,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     ),
     "hypernetworks": (
         "DenseResponse",
+        "DiagonalResponse",
         "FactorisedResponse",
         "FixedScale",
         "GlobalNormal",
@@ -186,6 +187,7 @@ if TYPE_CHECKING:
     from lightning_nested.hypergradient import implicit_hypergradient as implicit_hypergradient
     from lightning_nested.hypergradient import unrolled_hypergradient as unrolled_hypergradient
     from lightning_nested.hypernetworks import DenseResponse as DenseResponse
+    from lightning_nested.hypernetworks import DiagonalResponse as DiagonalResponse
     from lightning_nested.hypernetworks import FactorisedResponse as FactorisedResponse
     from lightning_nested.hypernetworks import FixedScale as FixedScale
     from lightning_nested.hypernetworks import GlobalNormal as GlobalNormal

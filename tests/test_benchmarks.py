@@ -114,14 +114,14 @@ def test_against_search_runs(run: Script, data: str) -> None:
 def test_hypernetworks_run(run: Script, fashion_mnist: Path) -> None:
     cost = run("hypernetwork_cost", ["--rounds", "1", "--batch", "2"])
     assert cost["transformer, parameters"]["general"] == 910_544
-    curves = run("hypernetwork_curves", ["--steps", "50", "--points", "3", "--size", "50"])
+    curves = run("hypernetwork_curves", ["--rounds", "1", "--steps", "50", "--points", "3", "--size", "50"])
     assert len(curves["seeds"][0]["one"]["grid"]) == 30
     decays = run(
         "hypernetwork_decays", ["--rounds", "1", "--trainings", "2", "--steps", "20", "--size", "50"]
     )
-    assert {"hypernetwork", "implicit", "unrolled"} <= set(decays["found"])
+    assert {"hypernetwork, one slope per weight", "implicit", "unrolled"} <= set(decays["found"])
     cnn = run("hypernetwork_cnn", ["--rounds", "1", "--epochs", "1", "--size", "1000", "--warmup", "2"])
-    assert "Delta-STN, values held fixed" in cnn["seeds"][0]
+    assert "a fresh network, Delta-STN's last values held fixed" in cnn["seeds"][0]
 
 
 def test_biggan_cost_measures_three_loops(run: Script) -> None:

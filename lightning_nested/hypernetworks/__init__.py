@@ -2,6 +2,7 @@
 
 from lightning_nested.hypernetworks.convert import BestResponse, LowRankResponse, best_response
 from lightning_nested.hypernetworks.dense import DenseResponse, FactorisedResponse
+from lightning_nested.hypernetworks.diagonal import DiagonalResponse
 from lightning_nested.hypernetworks.layers import (
     HyperConv1d,
     HyperConv2d,
@@ -24,6 +25,7 @@ from lightning_nested.hypernetworks.response import Response
 __all__ = [
     "BestResponse",
     "DenseResponse",
+    "DiagonalResponse",
     "FactorisedResponse",
     "FixedScale",
     "GlobalNormal",

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.hypernetworks import (
     DenseResponse,
+    DiagonalResponse,
     FactorisedResponse,
     FixedScale,
     GlobalNormal,
@@ -180,6 +181,30 @@ def test_delta_stn_needs_fewer_steps_than_stn() -> None:
     perturbation = LearnedScale(init=0.1, signs=True)
     delta = number(DeltaSTN(perturbation=perturbation), 0.01, 0.0)
     assert 4 * delta <= min(number(STN(perturbation=perturbation), 0.26, m) for m in (0.6, 0.7, 0.8))
+
+
+def test_one_decay_per_weight_of_an_orthogonal_design_is_the_closed_form() -> None:
+    """XᵀX is diagonal, and so is the response."""
+    net = nn.Linear(4, 1, bias=False).double()
+    nn.init.zeros_(net.weight)
+    module = Ridge(
+        DiagonalResponse(net, 4), WeightDecay(per="parameter"),
+        loop=DeltaSTN(perturbation=LearnedScale(init=SMALL, signs=True)),
+        weights_optimizer=sgd(0.4), response_optimizer=sgd(0.4 / SMALL**2), outer_optimizer=sgd(0.0),
+        scale_optimizer=sgd(0.0), options=ResponseOptions(log_every_n_outer_steps=0),
+    )  # fmt: skip
+    log_decays = torch.tensor([[-3.0, -2.0, -0.5, -0.1]], dtype=torch.float64)
+    with torch.no_grad():
+        module.vector.tensors[0].copy_(log_decays)
+    trainer().fit(module, steps(100), steps(1))
+    H = _SPECTRUM + log_decays.exp()
+    w = (X.T @ Y / 12) / H
+    slopes = -log_decays.exp() * w / H
+    torch.testing.assert_close(module.network.general_parameters()["weight"].detach(), w, rtol=0, atol=1e-6)
+    torch.testing.assert_close(module.network.slopes[0].detach(), slopes, rtol=0, atol=1e-6)
+    outer = (X_VAL.T @ (X_VAL @ w[0] - Y_VAL) / 50) * slopes[0]
+    assert module.last_report is not None
+    assert module.last_report.hypergradient_norm == pytest.approx(float(outer.norm()), abs=1e-5)
 
 
 def test_the_outer_steps_find_the_optimum() -> None:
