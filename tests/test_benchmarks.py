@@ -137,3 +137,25 @@ def test_biggan_estimate_counts_the_operations_of_one_update(run: Script) -> Non
     assert found["flop_per_update"] > 1e6
     # Width 2 with z 128: the linear layer of the generator has 120 more inputs to its 128 outputs than with z 8.
     assert found["parameters"] == 6067 + 4505 + 120 * 128
+
+
+@pytest.mark.slow
+def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
+    options = [
+        "--games",
+        "matching pennies",
+        "mix",
+        "--seeds",
+        "2",
+        "--no_rider",
+        "--no_wells",
+        "--gan_seeds",
+        "0",
+    ]
+    found = run("riders", options)
+    assert all(abs(x) < 0.02 for losses in found["matching pennies / LOLA"] for x in losses)
+    module = importlib.import_module("riders")
+    names = [module.named(module.GAMES["mix"][0], (torch.full((1,), a),) * 2) for a in (-9.0, 9.0, 0.0)]
+    assert names == ["defection", "cooperation", "(1.7, 1.7)"]
+    kinds = [{"cooperation", "(1.0, 1.3)"}, {"(1.0, 1.3)"}, {"(2.0, 2.0)"}]
+    assert module.counted(kinds, most=2) == "cooperation 1, (1.0, 1.3) 2, 1 rarer ones"
