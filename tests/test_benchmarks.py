@@ -144,3 +144,25 @@ def test_a_game_update_in_the_trainer_costs_more_than_by_hand(run: Script) -> No
     found = run("game_cost", ["--rounds", "3", "--updates", "80"])
     for quartiles in found.values():
         assert 0 < quartiles["by hand"][1] < quartiles["GameModule"][1]
+
+
+@pytest.mark.slow
+def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
+    options = [
+        "--games",
+        "matching pennies",
+        "mix",
+        "--seeds",
+        "2",
+        "--no_rider",
+        "--no_wells",
+        "--gan_seeds",
+        "0",
+    ]
+    found = run("riders", options)
+    assert all(abs(x) < 0.02 for losses in found["matching pennies / LOLA"] for x in losses)
+    module = importlib.import_module("riders")
+    names = [module.named(module.GAMES["mix"][0], (torch.full((1,), a),) * 2) for a in (-9.0, 9.0, 0.0)]
+    assert names == ["defection", "cooperation", "(1.7, 1.7)"]
+    kinds = [{"cooperation", "(1.0, 1.3)"}, {"(1.0, 1.3)"}, {"(2.0, 2.0)"}]
+    assert module.counted(kinds, most=2) == "cooperation 1, (1.0, 1.3) 2, 1 rarer ones"
