@@ -434,7 +434,9 @@ class GameModule(LightningModule):
                     f"{self.game_updates} game updates; no player has stepped on it. Lower the learning rate or "
                     "momentum, or clip gradients with GameLoop(gradient_clip_val=...)."
                 )
-            self._losses[player.name] = loss
+            # A copy: in a distributed run it is a slice of the message with all gradients, which Lightning's
+            # launcher would send along with callback_metrics, and wait for ever on a full pipe.
+            self._losses[player.name] = loss.clone()
         for player, gradient in zip(players, gradients, strict=True):
             player.set_gradient(gradient)
 
