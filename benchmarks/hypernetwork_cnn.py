@@ -233,7 +233,7 @@ def run_seed(setting: Any, seed: int) -> dict[str, Any]:
     steps = {"train_steps": setting.every, "warmup_steps": setting.warmup}
     perturbation = LearnedScale(init=setting.scale)
     loops = {
-        "Delta-STN": DeltaSTN(perturbation=perturbation, **steps),
+        "Delta-STN": DeltaSTN(perturbation=perturbation, response_every=setting.response_every, **steps),
         "STN": STN(perturbation=perturbation, **steps),
     }
     for name in [m for m in METHODS if m in setting.methods]:
@@ -340,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--scale", type=float, default=0.5, help="of the perturbation at the start")
     options.add_argument("--every", type=int, default=4, help="training steps per outer step")
     options.add_argument("--warmup", type=int, default=100, help="training steps before the first outer step")
+    options.add_argument("--response-every", type=int, default=1, help="Delta-STN's steps per response step")
     options.add_argument("--budget", type=float, help="CPU seconds of a search; default: Delta-STN's")
     options.add_argument("--first-seed", type=int, default=0)
     options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
