@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -35,6 +36,25 @@ class Careless(Checkpointed):
         return y
 
 
+class DrawsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        np.random.rand()
+        return g * 1.0
+
+
+class NumPyNumbers(nn.Linear):
+    """Its backward pass draws numbers of NumPy, its forward depends on them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = DrawsInBackward.apply(super().forward(x * np.random.rand()))
+        return y
+
+
 class Detour(nn.Module):
     """A leaf that is no parameter, with a gradient of its own."""
 
@@ -62,6 +82,7 @@ FRONTS: dict[str, tuple[Any, bool | None]] = {
     "group norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.SiLU()), False),
     "checkpointed": (Checkpointed, False),
     "careless": (Careless, False),
+    "numbers of NumPy": (lambda: NumPyNumbers(6, 8), False),
     "another leaf": (Detour, None),
     "hook": (hooked, None),
 }
