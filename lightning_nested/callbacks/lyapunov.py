@@ -303,7 +303,13 @@ class LyapunovCallback(Callback):
     @override
     def state_key(self) -> str:
         return self._generate_state_key(
-            k=self.k, fixed_batch=self.fixed_batch, every_n_steps=self.every_n_steps
+            k=self.k,
+            fixed_batch=self.fixed_batch,
+            every_n_steps=self.every_n_steps,
+            warmup_steps=self.warmup_steps,
+            orthonormalize_every=self.orthonormalize_every,
+            align=self.align,
+            window=self.window,
         )
 
     @override
