@@ -248,10 +248,12 @@ class LyapunovCallback(Callback):
         # torch.utils.checkpoint runs the forward again in every product.
         unmoved = RandomStream.snapshot(trainer.strategy.root_device).replay()
         with self._stopping(), untouched_buffers(pl_module), unmoved:
-            if self._fixed is not None:
-                self._training.observe(self._evaluate(trainer, pl_module, self._fixed), lr=lr)
-                return
-            self._training.observe(loss, lr=lr * trainer.accumulate_grad_batches)
+            # A second derivative may pass NaN that a mask takes out: no anomaly of the run.
+            with torch.autograd.set_detect_anomaly(False):
+                if self._fixed is not None:
+                    self._training.observe(self._evaluate(trainer, pl_module, self._fixed), lr=lr)
+                    return
+                self._training.observe(loss, lr=lr * trainer.accumulate_grad_batches)
             self._backward.offer(pl_module, loss, self._training.params, self._training.gradient)
 
     @override

@@ -199,3 +199,24 @@ def test_two_processes_spare_it_too() -> None:
     plain, _ = run(make, loader, **options)
     for key, value in plain.state_dict().items():
         assert torch.equal(value, followed.state_dict()[key]), key
+
+
+class Power(nn.Linear):
+    """max(Wx, 0)^1.5, whose second derivative passes NaN at 0, which the mask of the maximum takes out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x).relu() ** 1.5
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_the_search_for_anomalies_is_the_run_s_own() -> None:
+    def make() -> LightningModule:
+        torch.manual_seed(0)
+        return Step(Power(6, 8))
+
+    callback = LyapunovCallback(2, align=2)
+    _, state = run(make, loader, callback, detect_anomaly=True)
+    _, plain = run(make, loader, detect_anomaly=True)
+    assert torch.equal(state, plain)
+    assert callback._backward.is_same is None
