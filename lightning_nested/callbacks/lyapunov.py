@@ -248,10 +248,12 @@ class LyapunovCallback(Callback):
         # torch.utils.checkpoint runs the forward again in every product.
         unmoved = RandomStream.snapshot(trainer.strategy.root_device).replay()
         with self._stopping(), untouched_buffers(pl_module), unmoved:
-            if self._fixed is not None:
-                self._training.observe(self._evaluate(trainer, pl_module, self._fixed), lr=lr)
-                return
-            self._training.observe(loss, lr=lr * trainer.accumulate_grad_batches)
+            # A second derivative may pass NaN that a mask takes out: no anomaly of the run.
+            with torch.autograd.set_detect_anomaly(False):
+                if self._fixed is not None:
+                    self._training.observe(self._evaluate(trainer, pl_module, self._fixed), lr=lr)
+                    return
+                self._training.observe(loss, lr=lr * trainer.accumulate_grad_batches)
             self._backward.offer(pl_module, loss, self._training.params, self._training.gradient)
 
     @override
@@ -303,7 +305,13 @@ class LyapunovCallback(Callback):
     @override
     def state_key(self) -> str:
         return self._generate_state_key(
-            k=self.k, fixed_batch=self.fixed_batch, every_n_steps=self.every_n_steps
+            k=self.k,
+            fixed_batch=self.fixed_batch,
+            every_n_steps=self.every_n_steps,
+            warmup_steps=self.warmup_steps,
+            orthonormalize_every=self.orthonormalize_every,
+            align=self.align,
+            window=self.window,
         )
 
     @override

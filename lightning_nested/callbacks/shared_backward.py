@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -45,7 +48,9 @@ class SharedBackward:
             params: Leaves.
             gradient: ∂loss/∂params, detached.
         """
-        if self.is_same is False:
+        if (
+            self.is_same is False or torch.is_anomaly_enabled()
+        ):  # anomalies are looked for in the run's own pass
             return
         if "backward" in vars(module) or type(module).backward is not LightningModule.backward:
             return
@@ -79,13 +84,15 @@ class SharedBackward:
         self, module: LightningModule, loss: Tensor, params: Sequence[Tensor], gradient: Vector
     ) -> None:
         """Whether a backward pass of the run's own would give these bits and touch nothing else."""
-        numbers = torch.get_rng_state()
+        numbers, others = torch.get_rng_state(), pickle.dumps((np.random.get_state(), random.getstate()))
         with untouched_buffers(module):
             buffers = list(module.buffers())
             versions = [b._version for b in buffers]
             plain = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
             moved = [b._version for b in module.buffers()] != versions
-        drawn = not torch.equal(numbers, torch.get_rng_state())
+        drawn = not torch.equal(numbers, torch.get_rng_state()) or others != pickle.dumps(
+            (np.random.get_state(), random.getstate())
+        )
         self._given = [i for i, g in enumerate(plain) if g is not None]
         self.is_same = (
             not moved

@@ -416,3 +416,12 @@ def test_a_run_that_diverges_goes_on_without_the_measurement() -> None:
     plain, _ = fit()
     for a, b in zip(plain.parameters(), followed.parameters(), strict=True):
         assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize(
+    "option", [{"window": "bump"}, {"orthonormalize_every": 5}, {"warmup_steps": 9}, {"align": 0}]
+)
+def test_measurements_with_different_options_live_in_one_trainer(option: dict[str, Any]) -> None:
+    callbacks: list[Any] = [LyapunovCallback(1), LyapunovCallback(1, **option)]
+    fit = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert all(callback in fit.callbacks for callback in callbacks)  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -35,6 +36,25 @@ class Careless(Checkpointed):
         return y
 
 
+class DrawsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        np.random.rand()
+        return g * 1.0
+
+
+class NumPyNumbers(nn.Linear):
+    """Its backward pass draws numbers of NumPy, its forward depends on them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = DrawsInBackward.apply(super().forward(x * np.random.rand()))
+        return y
+
+
 class Detour(nn.Module):
     """A leaf that is no parameter, with a gradient of its own."""
 
@@ -62,6 +82,7 @@ FRONTS: dict[str, tuple[Any, bool | None]] = {
     "group norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.SiLU()), False),
     "checkpointed": (Checkpointed, False),
     "careless": (Careless, False),
+    "numbers of NumPy": (lambda: NumPyNumbers(6, 8), False),
     "another leaf": (Detour, None),
     "hook": (hooked, None),
 }
@@ -178,3 +199,24 @@ def test_two_processes_spare_it_too() -> None:
     plain, _ = run(make, loader, **options)
     for key, value in plain.state_dict().items():
         assert torch.equal(value, followed.state_dict()[key]), key
+
+
+class Power(nn.Linear):
+    """max(Wx, 0)^1.5, whose second derivative passes NaN at 0, which the mask of the maximum takes out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x).relu() ** 1.5
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_the_search_for_anomalies_is_the_run_s_own() -> None:
+    def make() -> LightningModule:
+        torch.manual_seed(0)
+        return Step(Power(6, 8))
+
+    callback = LyapunovCallback(2, align=2)
+    _, state = run(make, loader, callback, detect_anomaly=True)
+    _, plain = run(make, loader, detect_anomaly=True)
+    assert torch.equal(state, plain)
+    assert callback._backward.is_same is None
