@@ -86,6 +86,10 @@ def resolve_config(value: str, shipped: dict[str, Path] | None = None) -> str:
     if Path(value).is_file() or not re.fullmatch(r"[\w.-]+", value):
         return value
     if name not in shipped:
+        if name in shipped_rides():
+            raise ValueError(f"`--config {name}` belongs to another command: {_PROGRAM} ride --config {name}")
+        if name in shipped_configs():
+            raise ValueError(f"`--config {name}` belongs to another command: {_PROGRAM} fit --config {name}")
         raise ValueError(
             f"`--config` must be a file or a configuration of the package ({', '.join(shipped)}). "
             f"Got {value!r}{close_matches(name, shipped)}"
@@ -176,7 +180,7 @@ def _show_configs(arguments: list[str]) -> None:
         except (OSError, ValueError) as error:
             _fail(str(error))
     else:
-        shipped = shipped_configs()
+        shipped = shipped_configs() | shipped_rides()
         width = max(map(len, shipped), default=0)
         for name, path in shipped.items():
             lines = path.read_text(encoding="utf-8").splitlines()

@@ -13,7 +13,7 @@ import yaml
 
 import lightning_nested
 from lightning_nested import cli
-from lightning_nested.cli import main, resolve_config, resolve_configs, shipped_configs
+from lightning_nested.cli import main, resolve_config, resolve_configs, shipped_configs, shipped_rides
 from lightning_nested.datamodules import DigitsDataModule
 from lightning_nested.modules import ImageClassifier
 from lightning_nested.nested_cli import NestedCLI
@@ -111,6 +111,11 @@ def test_arguments_default_to_those_of_the_process(
         (["fit", "--config", "digit"], "(digits"),
         (["fit", "--config=digit.yaml"], "Did you mean digits?"),
         (["configs", "digts"], "Did you mean digits?"),
+        (
+            ["fit", "--config", "small_ipd"],
+            "belongs to another command: lightning-nested ride --config small_ipd",
+        ),
+        (["ride", "--config", "digits"], "belongs to another command: lightning-nested fit --config digits"),
     ],
 )
 def test_slips_are_answered(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +127,7 @@ def test_slips_are_answered(arguments: list[str], message: str, capsys: pytest.C
 def test_configs_lists_the_first_comment_and_prints_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(shipped_configs())
+    assert [line.split()[0] for line in lines] == [*shipped_configs(), *shipped_rides()]
     assert all(len(line.split()) > 3 for line in lines), "every configuration begins with a comment"
     main(["configs", "digits"])
     assert capsys.readouterr().out == Path(DIGITS).read_text(encoding="utf-8")

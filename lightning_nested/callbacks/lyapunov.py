@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_HOOKS = (
+    "LyapunovCallback needs gradients that nobody changes: a hook of Tensor.register_hook would act on its products "
+    "too, and the exponents be wrong. Got a parameter with such a hook; remove it, or clip by "
+    "Trainer(gradient_clip_val=...)."
+)
+
+
+def has_gradient_hooks(params: Iterable[Tensor]) -> bool:
+    """Whether a gradient of these goes through hooks of ``Tensor.register_hook``."""
+    return any(p._backward_hooks for p in params)
+
+
 class LyapunovCallback(Callback):
     """Measures how fast small differences of the weights grow in the training that runs.
 
@@ -54,7 +66,8 @@ class LyapunovCallback(Callback):
     the last window before each of the Trainer's ``log_every_n_steps``, monitors that before an epoch's end;
     ``local_exponents`` has all.
 
-    Parameters that are frozen or unfrozen in training change the space: tangents begin anew there.
+    Parameters that are frozen or unfrozen in training change the space: tangents begin anew there. Hooks of
+    ``Module.register_full_backward_hook`` run in products as well, so one that counts its calls counts those.
 
     Args:
         k: Number of exponents. Each costs about one backward pass a step.
@@ -73,7 +86,8 @@ class LyapunovCallback(Callback):
 
     Raises:
         MisconfigurationException: In ``setup``: manual optimization that is no game, an overridden
-            ``configure_gradient_clipping``, sharding strategies, fp16.
+            ``configure_gradient_clipping``, sharding strategies, fp16. At the start of ``fit``: parameters with
+            gradient hooks; a hook that comes later ends the measurement with a warning.
         ValueError: An argument is out of range; at the start of ``fit`` an optimizer is not known.
 
     Benettin, Galgani, Giorgilli & Strelcyn (1980), Meccanica 15:9-30.
@@ -203,7 +217,10 @@ class LyapunovCallback(Callback):
         if limit:
             by_value = trainer.gradient_clip_algorithm == "value"
             self._clip = Clip(limit=float(limit), algorithm="value" if by_value else "norm")
-        self._training = TrainingTracker(trainable(optimizer), reduce=reduction(trainer), **self._options)
+        params = trainable(optimizer)
+        if has_gradient_hooks(params):
+            raise MisconfigurationException(_HOOKS)
+        self._training = TrainingTracker(params, reduce=reduction(trainer), **self._options)
         self.tracker = self._training
         if self._saved is not None:
             self._restore(self._saved)
@@ -211,6 +228,8 @@ class LyapunovCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_game(pl_module):
+            if has_gradient_hooks(pl_module.parameters()):
+                raise MisconfigurationException(_HOOKS)
             self._game = GameFollower(trainer, pl_module, fixed=self._fixed, rule=self.rule, **self._options)
             self.tracker = self._game.tracker
             if self._saved is not None:
@@ -240,6 +259,10 @@ class LyapunovCallback(Callback):
             or not loss.requires_grad
             or not self.should_follow(trainer, self.steps)
         ):
+            return
+        if has_gradient_hooks(self._training.params):
+            rank_zero_warn(f"LyapunovCallback stops at step {self.steps}: {_HOOKS}")
+            self._stopped = True
             return
         group = trainer.optimizers[0].param_groups[0]
         lr = -float(group["lr"]) if group.get("maximize", False) else float(group["lr"])

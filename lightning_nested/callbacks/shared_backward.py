@@ -22,9 +22,9 @@ class SharedBackward:
 
     A gradient with a graph and one without are made by the same operations, but for a few that PyTorch writes out
     when the result is to be differentiated again (SiLU, group norm). So they are compared: at the first, second,
-    fourth, eighth, … use, and whenever the loss reaches other parameters. The run keeps its own backward pass from the
-    first difference on, and where that does more than fill ``.grad`` of these parameters: it moves buffers or random
-    numbers (``torch.utils.checkpoint``), reaches other leaves, has hooks on gradients, or is overridden.
+    fourth, eighth, … use, and whenever the loss has other operations or reaches other parameters. The run keeps its
+    own backward pass from the first difference on, and where that does more than fill ``.grad`` of these parameters:
+    it moves buffers or random numbers (``torch.utils.checkpoint``), reaches other leaves, or is overridden.
 
     Gradients enter through the parameters' own accumulation, so that DDP averages them as always.
 
@@ -35,7 +35,7 @@ class SharedBackward:
     def __init__(self) -> None:
         self.is_same: bool | None = None
         self._uses = 0
-        self._reached: set[int] | None = None  # parameters that the loss reached when it was compared
+        self._compared: tuple[set[int], list[str]] | None = None  # the parameters and operations of that loss
         self._given: list[int] = []  # places of those with a gradient
         self._stand_ins = StandIns()
 
@@ -54,13 +54,15 @@ class SharedBackward:
             return
         if "backward" in vars(module) or type(module).backward is not LightningModule.backward:
             return
-        leaves_of = (getattr(node, "variable", None) for node in _nodes([loss]))
+        nodes = list(_nodes([loss]))
+        leaves_of = (getattr(node, "variable", None) for node in nodes)
         reached = {id(leaf) for leaf in leaves_of if leaf is not None}
         if reached - {id(p) for p in params} or any(p._backward_hooks for p in params):
             return
-        if reached != self._reached or self._uses & (self._uses - 1) == 0:
+        now = reached, [node.name() for node in nodes]
+        if now != self._compared or self._uses & (self._uses - 1) == 0:
             self._compare(module, loss, params, gradient)
-            self._reached = reached
+            self._compared = now
             if not self.is_same:
                 return
         self._uses += 1

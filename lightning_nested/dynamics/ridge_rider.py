@@ -5,6 +5,7 @@ Parker-Holder, Metz, Resnick, Hu, Lerer, Letcher, Peysakhovich, Pacchiano & Foer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ class RidgeRider:
         tree = RideTree(
             tolerance=self.tolerance,
             folder=None if folder is None else Path(folder),
-            settings=f"{self}\nsaddle {walker.start.tolist()}\n",
+            settings=f"{self}\nsaddle {walker.start.tolist()}\n{walker.fingerprint()}\n",
         )
         if not walker.directions(walker.start):
             raise ValueError(
@@ -148,10 +149,19 @@ class _Walker:
         self._hessian = torch.func.jacfwd(gradient)
 
     @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Tells one loss from another: its value and a product with its Hessian at the saddle."""
+        product = self.product(self.start, torch.ones_like(self.start))[1]
+        return f"loss {float(self.loss(self.start)):.5g} curvature {float(product.norm()):.5g}"
+
+    @torch.no_grad()
     def directions(self, w: Tensor) -> list[Tensor]:
         """Unit eigenvectors of negative curvature, most negative first."""
         if len(w) <= _DENSE:
-            values, vectors = torch.linalg.eigh(self._hessian(w))
+            hessian = self._hessian(w)
+            if not torch.isfinite(hessian).all():
+                return []
+            values, vectors = torch.linalg.eigh(hessian)
         else:
             values, vectors = self._lanczos(w)
         negative = values < -self.rider.curvature_tolerance
@@ -182,7 +192,9 @@ class _Walker:
         w = w + self.rider.step_size * e  # at the saddle itself the direction is known
         for step in range(self.rider.max_ridge_steps):
             e, curvature = self._track(w, e)
-            if curvature >= -self.rider.curvature_tolerance:
+            if (
+                not curvature < -self.rider.curvature_tolerance
+            ):  # NaN too: it has left where the loss is defined
                 break
             w = w + self.rider.step_size * e
             if step % 5 == 0:
@@ -212,6 +224,8 @@ class _Walker:
             images.append(self.product(w, basis[-1])[1])
         stacked = torch.stack(basis)
         small = stacked @ torch.stack(images).mT
+        if not torch.isfinite(small).all():
+            return e, math.nan
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
         nearest = int(vectors[0].abs().argmax())
         tracked = stacked.mT @ vectors[:, nearest]
@@ -241,5 +255,5 @@ class _Walker:
             exponents=[float(saddle)],
             behaviour=shown,
             path=[p.tolist() for p in path[::stride]] if len(end) <= 64 else [],
-            finite=bool(torch.isfinite(end).all()),
+            finite=bool(torch.isfinite(end).all()) and math.isfinite(losses[0]),
         )

@@ -114,6 +114,7 @@ class Tangents:
         self.frame: Tensor | None = None  # (k, n), tangents of the parameters
         self.slots: list[Tensor] = []  # (k, n) each, tangents of the optimizer's buffers
         self._anchor: Tensor | None = None  # tangents before an extrapolation
+        self._since = self.steps  # where the windows of this frame began
 
     @property
     def dtype(self) -> torch.dtype:
@@ -254,7 +255,7 @@ class Tangents:
             FloatingPointError: A tangent is not finite.
         """
         self.steps += 1
-        if self.frame is None or self.steps % self.every:
+        if self.frame is None or (self.steps - self._since) % self.every:
             return False
         whole = torch.cat([self.frame, *self.slots], dim=1) if self.slots else self.frame
         if not math.isfinite(float(whole.sum())):
@@ -306,6 +307,7 @@ class Tangents:
             "growth": self.growth.clone(),
             "alignment": self.alignment,
             "steps": self.steps,
+            "since": self._since,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,6 +331,7 @@ class Tangents:
         for one in self._history:  # in the order in which they were added
             self._total += one
         self.alignment, self.steps = state["alignment"], state["steps"]
+        self._since = state.get("since", 0)
 
 
 def _one_by_one(

@@ -304,6 +304,24 @@ def test_refusals(module: LightningModule, message: str) -> None:
         trainer(LyapunovCallback()).fit(module, DataLoader(data(8), 8))
 
 
+def test_hooks_on_gradients_would_act_on_products() -> None:
+    module = Regression(smooth())
+    handle = next(module.parameters()).register_hook(lambda g: g * 0.5)
+    with pytest.raises(MisconfigurationException, match="hook; remove it, or clip by"):
+        trainer(LyapunovCallback()).fit(module, DataLoader(data(8), 8))
+    handle.remove()
+
+    class Late(Regression):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 2:
+                next(self.parameters()).register_hook(lambda g: g * 0.5)
+
+    callback = LyapunovCallback()
+    with pytest.warns(UserWarning, match="stops at step 2: .* gradients that nobody changes"):
+        trainer(callback).fit(Late(smooth()), DataLoader(data(40), 8))
+    assert len(callback.windows) == 2
+
+
 def test_unknown_optimizers_and_too_many_exponents_are_refused() -> None:
     loader = DataLoader(data(8), 8)
     with pytest.raises(ValueError, match="Got RMSprop"):

@@ -299,6 +299,20 @@ def test_other_processes_find_the_same_and_name_what_cannot_be_sent() -> None:
 NO_RAY = importlib.util.find_spec("ray") is None
 
 
+def test_a_folder_of_another_loss_is_refused(tmp_path: Path) -> None:
+    saddle = (torch.zeros(1, dtype=DOUBLE),)
+    RidgeRider().ride(lambda w: ((w[0] ** 2 - 1) ** 2).sum(), saddle, folder=tmp_path)
+    with pytest.raises(ValueError, match="curvature"):
+        RidgeRider().ride(lambda w: ((w[0] ** 2 - 4) ** 2).sum(), saddle, folder=tmp_path)
+
+
+def test_a_ridge_that_leaves_where_the_loss_is_defined_ends_there() -> None:
+    tree = RidgeRider(max_depth=1).ride(
+        lambda w: -(w[0] ** 2) * (1.5 - w[0]).log() * 3, (torch.zeros((), dtype=DOUBLE),)
+    )
+    assert sorted(b.finite for b in tree.branches.values()) == [False, True, True]
+
+
 @pytest.mark.skipif(not NO_RAY, reason="ray is installed")
 def test_ray_is_asked_for_only_when_used() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nested\[ray\]"):

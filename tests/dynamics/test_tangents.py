@@ -89,3 +89,25 @@ def test_wrong_options_are_named() -> None:
     tracker = TrainingTracker([w], align=3)
     with pytest.raises(FloatingPointError, match="first products must be finite"):
         tracker.observe((w.log() * float("nan")).sum() + (w**2).sum() * float("nan"))
+
+
+def test_a_window_that_new_tangents_cut_begins_anew() -> None:
+    w, u = (torch.ones(2, dtype=DOUBLE, requires_grad=True) for _ in range(2))
+    tracker = TrainingTracker([w], k=1, align=0, orthonormalize_every=4)
+    for step in range(15):
+        params = [w] if step < 6 else [w, u]
+        if step == 6:
+            tracker.follow(params)
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        optimizer.zero_grad()
+        loss = sum(((0.5 * p**2).sum() for p in params), torch.zeros((), dtype=DOUBLE))
+        tracker.observe(loss, lr=0.1)
+        loss.backward()
+        tracker.advance(optimizer)
+        optimizer.step()
+        if step == 8:  # in the middle of a window
+            tracker.load_state_dict(tracker.state_dict())
+    assert len(tracker.growth) == 3
+    torch.testing.assert_close(
+        tracker.growth / 4, torch.full((3, 1), 0.9, dtype=DOUBLE).log(), rtol=0, atol=1e-12
+    )
