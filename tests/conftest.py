@@ -6,6 +6,7 @@ from typing import Protocol
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -21,6 +22,8 @@ def pytest_configure() -> None:
     # Not a fixture: doctests need it as well. The tensors here are too small for a second thread to help, and
     # sums split over threads differ in the last bits from one machine to the next.
     torch.set_num_threads(1)
+    # NumPy's threads are OpenBLAS's own: on a machine that others use, eigenvalues of 180 × 180 took 50 times as long.
+    threadpool_limits(1, user_api="blas")
 
 
 @pytest.fixture(autouse=True)
