@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from lightning_nested.hypernetworks.layers import (
     HyperLayer,
     HyperLayerNorm,
     HyperLinear,
+    OnePointError,
     RowResponse,
 )
 from lightning_nested.hypernetworks.lstm import HyperLSTM
-from lightning_nested.hypernetworks.response import Response
+from lightning_nested.hypernetworks.response import Place, Response, Weights, dual_change, lacks_forward_mode
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: HyperLinear,
@@ -58,6 +60,11 @@ class LowRankResponse(nn.Module):
         change: Tensor = torch.tensordot(self.scale @ delta.to(self.scale.dtype), self.directions, dims=1)
         return change
 
+    def inner(self, delta: Tensor, gradient: Tensor) -> Tensor:
+        """⟨Δ(h), gradient⟩, scalar."""
+        along: Tensor = self.directions.flatten(1) @ gradient.to(self.directions).flatten()
+        return torch.dot(self.scale @ delta.to(self.scale.dtype), along)
+
 
 class BestResponse(Response):
     """What :func:`best_response` makes."""
@@ -80,6 +87,7 @@ class BestResponse(Response):
             # The class changes under the layer: its names, hooks and whoever else holds it stay as they are.
             layer.__class__ = kind
             cast("HyperLayer", layer).respond(num_hyperparameters, self.layers, by_layers)
+        self._layers_suffice = True  # until one of them cannot
         self._of: dict[str, RowResponse | None] = {n: by_layers.get(id(p)) for n, p in general.items()}
         self.rest = nn.ModuleList(
             LowRankResponse(p, num_hyperparameters, rank) for n, p in general.items() if self._of[n] is None
@@ -99,9 +107,47 @@ class BestResponse(Response):
             result[name] = p + next(rest)(delta) if response is None else response.added_to(p, delta)
         return result
 
+    def first_order(self, delta: Tensor, gradients: Mapping[str, Tensor | None]) -> Tensor:
+        """⟨Δ(delta), gradients⟩; where there is a layer, Δ is not formed."""
+        rest, terms = iter(self.rest), []
+        for name in self._of:
+            response = self._response(name) or cast("LowRankResponse", next(rest))
+            gradient = gradients.get(name)
+            if gradient is not None:
+                terms.append(response.inner(delta, gradient))
+        return torch.stack(terms).sum() if terms else delta.new_zeros(())
+
     def one_point_only(self) -> tuple[str, ...]:
         """Parameters without a layer of ours."""
         return self._one_point
+
+    def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """By the layers, which need no second set of weights; by weights at h where a layer cannot.
+
+        Then the output is computed again from the same random numbers.
+        """
+        without = {name for name, response in self._of.items() if response is None}
+        suffice = self._layers_suffice and not self._double_vjp and set(self._one_point) == without
+        if not suffice or place.change is not None:
+            return super()._linearized(place, inputs, options)
+        delta, general = place.h - self.center, self.general_parameters()
+
+        def rest() -> Weights:
+            responses = zip((n for n in self._of if n in without), self.rest, strict=True)
+            return {n: dual_change(general[n], response(delta)) for n, response in responses}
+
+        devices = {p.device for p in general.values() if p.is_cuda}
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+        try:
+            return self._by_layers(delta, True, rest, inputs, options)
+        except (OnePointError, NotImplementedError, RuntimeError) as error:
+            if not (isinstance(error, OnePointError) or lacks_forward_mode(error)):
+                raise
+        self._layers_suffice = False
+        torch.set_rng_state(states[0])
+        for device, state in zip(devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        return super()._linearized(place, inputs, options)
 
     def _response(self, name: str) -> RowResponse | None:
         # Looked up by name, not held: a deep copy must find its own.

@@ -7,6 +7,7 @@ Bae & Grosse (2020), NeurIPS, arXiv 2010.13514 (Delta-STN).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,26 +53,38 @@ class RowResponse(nn.Module):
         """weight + Δ(h)."""
         return torch.addcmul(weight, self._of_rows(delta), self.direction)
 
+    def inner(self, delta: Tensor, gradient: Tensor) -> Tensor:
+        """⟨Δ(h), gradient⟩, without forming Δ; scalar."""
+        rows = self.scale.shape[0]
+        with_rows = torch.linalg.vecdot(
+            self.direction.view(rows, -1), gradient.to(self.direction).reshape(rows, -1)
+        )
+        return torch.dot(self.coefficients(delta), with_rows)
+
     def _of_rows(self, delta: Tensor) -> Tensor:
         shape = (-1, *(1,) * (self.direction.dim() - 1)) if self.direction.dim() else ()
         return self.coefficients(delta).reshape(shape)
+
+
+class OnePointError(ValueError):
+    """A layer, or the way a network uses it, has no rule of its own for the points it was given."""
 
 
 class Point:
     """Where the layers of one converted module stand; they share it.
 
     Attributes:
-        delta: h − center of each example (batch, n); None: weights are as they stand.
+        delta: h − center of each example (batch, n), or (n,) of all; None: weights are as they stand.
         linearized: Whether the output's first-order change is wanted; see :meth:`Response.at`.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings.
-        visited: Layers that were called since.
+        visited: How often each layer was called since, by its id.
     """
 
     def __init__(self, batch_dim: int = 0) -> None:
         self.delta: Tensor | None = None
         self.linearized = False
         self.batch_dim = batch_dim
-        self.visited: set[int] = set()
+        self.visited: Counter[int] = Counter()
 
 
 if TYPE_CHECKING:
@@ -134,7 +147,7 @@ class HyperLayer(_Base):
                 raise ValueError(
                     f"{type(self).__name__} needs h of shape (n,) or (batch, n). Got none; call layer(x, h)."
                 )
-            point.visited.add(id(self))
+            point.visited[id(self)] += 1
             if point.delta is None:
                 return self._plain(x, *rest)
             return per_example(x, point.delta, point.linearized)
@@ -171,45 +184,165 @@ def check_hyperparameters(h: Tensor, num_hyperparameters: int) -> None:
         )
 
 
-def check_examples(x: Tensor, delta: Tensor, dim: int, layer: str) -> None:
-    """x must have one example for each row of h."""
-    if x.dim() <= dim or x.shape[dim] != delta.shape[0]:
-        raise ValueError(
-            f"x must have as many examples (dimension {dim}) as h has rows, {delta.shape[0]}. Got shape "
+def check_examples(x: Tensor, delta: Tensor, dim: int, layer: str, least: int = 2) -> None:
+    """x must have one example for each row of h, unless there is one point of all."""
+    if delta.dim() == 2 and (x.dim() < max(dim + 1, least) or x.shape[dim] != len(delta)):
+        raise OnePointError(
+            f"x must have as many examples (dimension {dim}) as h has rows, {len(delta)}. Got shape "
             f"{tuple(x.shape)} in {layer}; give one h of shape (n,), or batch_dim= of best_response."
         )
 
 
 def respond_to(
-    operation: Callable[[Tensor, Tensor], Tensor],
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     x: Tensor,
     weight: Tensor,
     response: RowResponse | None,
     delta: Tensor,
     place: Callable[[Tensor], Tensor],
     linearized: bool,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """``operation(x, W(h_i))`` for each example i, from two operations with the weights of all.
+    """``operation(x, W(h_i), b(h_i))`` for each example i, from two operations with the weights of all.
 
     Args:
-        operation: Bilinear in x and the weight, one row of it per output.
+        operation: Bilinear in x and the weight, one row of it per output; adds the bias.
         x: Input.
         weight: W₀.
         response: V and W₁; None: the weight does not respond.
-        delta: (batch, n).
+        delta: (batch, n), or (n,) for one point of all.
         place: From coefficients (batch, rows) to a shape that broadcasts with the output.
-        linearized: Value W₀x with the tangent of the response, and derivatives for V and W₁ alone: the mean
+        linearized: Value W₀x + b₀ with the tangent of the response, and derivatives for V and W₁ alone: the mean
             output does not move, ``∂/∂V`` is that of the first-order change.
+        bias: b₀.
+        shift: Change of the bias, as :func:`shift_of` gives it.
     """
-    base = operation(x, weight.detach() if linearized else weight)
-    if response is None:
-        return base
-    coefficient = place(response.coefficients(delta))
+    coefficient = None if response is None else place(response.coefficients(delta))
+    placed = None if shift is None else place(shift)
     if not linearized:
-        return torch.addcmul(base, coefficient, operation(x, response.direction))
-    # Detached: at W₀ the input's derivative is W₀'s alone, as the response's own value is 0 there.
-    primal = unpack_dual(x)[0].detach()
-    return with_tangent(base, coefficient * operation(primal, response.direction))
+        base = operation(x, weight, bias)
+        if response is None:
+            return base if placed is None else base + placed.to(base.dtype)
+        return moved(
+            base, place(response.coefficients(delta)), operation(x, response.direction, None), placed
+        )
+    value, tangent = unpack_dual(x)
+    fixed = weight.detach()
+    base = operation(value, fixed, None if bias is None else bias.detach())
+    # Of the input's derivatives W₀'s alone, as the response's own value is 0 there: hence detached.
+    product = None if response is None else operation(value.detach(), response.direction, None)
+    if tangent is not None:
+        with torch.no_grad():  # by hand: torch's rule for linear layers copies the weight and the result
+            tangent = operation(tangent, fixed, None)
+    return linearly_moved(base, tangent, coefficient, product, placed)
+
+
+def shift_of(delta: Tensor, *responses: RowResponse | None) -> Tensor | None:
+    """The change of a vector, (batch, rows) or (rows,), or the sum of those of several; None where none responds."""
+    changes = [r.coefficients(delta) * r.direction for r in responses if r is not None]
+    return sum(changes[1:], changes[0]) if changes else None
+
+
+def moved(base: Tensor | None, coefficient: Tensor, product: Tensor, shift: Tensor | None = None) -> Tensor:
+    """base + coefficient ⊙ product + shift, where coefficient and shift broadcast."""
+    like = product if base is None else base
+    terms = (base, *(None if t is None else t.to(like.dtype) for t in (coefficient, product, shift)))
+    if torch._C._are_functorch_transforms_active():  # which _Moved is not written for
+        return _sum(*terms)
+    return cast("Tensor", _Moved.apply(*terms, False))
+
+
+def linearly_moved(
+    value: Tensor,
+    tangent: Tensor | None,
+    coefficient: Tensor | None,
+    product: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """A dual number of this value, with coefficient ⊙ product + shift added to its tangent; see :class:`_Moved`.
+
+    A backward pass from a cotangent u of the output then gives ∂⟨u, J·change⟩/∂φ by an ordinary vector-Jacobian
+    product; the tangent itself needs no derivative. (Differentiating a tangent is silently wrong through normalisation
+    layers in torch 2.14.)
+    """
+    if product is None and shift is None:
+        return value if tangent is None else make_dual(value, tangent)
+    terms = [None if t is None else t.to(value.dtype) for t in (coefficient, product, shift)]
+    with torch.no_grad():
+        change = _sum(tangent, *terms)
+        if change.shape != value.shape:
+            change = change.expand_as(value).contiguous()
+    return make_dual(cast("Tensor", _Moved.apply(value, *terms, True)), change)
+
+
+def _sum(
+    base: Tensor | None, coefficient: Tensor | None, product: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    if coefficient is None or product is None:
+        return cast("Tensor", shift) if base is None else base + cast("Tensor", shift)
+    if base is None:
+        return coefficient * product if shift is None else torch.addcmul(shift, coefficient, product)
+    result = torch.addcmul(base, coefficient, product)
+    if shift is None:
+        return result
+    return result + shift if torch.is_grad_enabled() else result.add_(shift)
+
+
+class _Moved(torch.autograd.Function):
+    """base + coefficient ⊙ product + shift, or ``base`` itself with the derivatives of that ("carried").
+
+    The backward pass of ``addcmul`` would multiply tensors of the output's size four times; two products suffice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor | None,
+        coefficient: Tensor | None,
+        product: Tensor | None,
+        shift: Tensor | None,
+        carried: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(coefficient, product)
+        ctx.save_for_forward(coefficient, product)
+        ctx.carried, ctx.shift = carried, None if shift is None else shift.shape
+        if carried:
+            return cast("Tensor", base).detach()  # no view to autograd: what follows may work in place
+        return _sum(base, coefficient, product, shift)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (u,), (coefficient, product), needs = cotangents, ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            u if needs[0] else None,
+            (u * product).sum_to_size(coefficient.shape) if needs[1] else None,
+            u * coefficient if needs[2] else None,
+            u.sum_to_size(ctx.shift) if needs[3] else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        of_base, of_coefficient, of_product, of_shift, _ = tangents
+        coefficient, product = ctx.saved_tensors
+        if ctx.carried:
+            return cast("Tensor | None", of_base)
+        terms = [
+            of_base,
+            None if of_coefficient is None else of_coefficient * product,
+            None if of_product is None else coefficient * of_product,
+            of_shift,
+        ]
+        found = [t for t in terms if t is not None]
+        return sum(found[1:], found[0]) if found else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``functional.linear`` by one product; torch makes one of each example where x is transposed."""
+    if x.dim() < 3:
+        return functional.linear(x, weight, bias)
+    return functional.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def placement(dims: int, batch_dim: int, row_dim: int) -> Callable[[Tensor], Tensor]:
@@ -238,18 +371,6 @@ class _Carry(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
         return cotangents[0], cotangents[0]
-
-
-def with_tangent(dual: Tensor, change: Tensor) -> Tensor:
-    """A dual number with ``change`` added to its tangent, whose value carries ``change``'s derivatives.
-
-    So a backward pass from a cotangent u of the output gives ∂⟨u, J·change⟩/∂φ by an ordinary vector-Jacobian
-    product; the tangent itself needs no derivative. (Differentiating a tangent is silently wrong through
-    normalisation layers in torch 2.14.)
-    """
-    value, tangent = unpack_dual(dual)
-    moved = change.detach().expand_as(value) if tangent is None else tangent + change.detach()
-    return make_dual(carry(value, change), moved.contiguous())
 
 
 def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
@@ -304,30 +425,10 @@ class HyperLinear(HyperLayer, nn.Linear):
     def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
         dim = self._batch_dim
         check_examples(x, delta, dim, type(self).__name__)
-        place = placement(x.dim(), dim, -1)
-        y = respond_to(
-            functional.linear, x, self.weight, self.response_of("weight"), delta, place, linearized
-        )
-        return add_bias(y, self.bias, self.response_of("bias"), delta, place, linearized)
-
-
-def add_bias(
-    y: Tensor,
-    bias: Tensor | None,
-    response: RowResponse | None,
-    delta: Tensor,
-    place: Callable[[Tensor], Tensor],
-    linearized: bool,
-) -> Tensor:
-    """y + b₀ + (U h) ⊙ b₁ of each example."""
-    if bias is None:
-        return y
-    if response is None:
-        return y + place(bias.detach() if linearized else bias)
-    change = response.coefficients(delta) * response.direction
-    if not linearized:
-        return y + place(bias + change)
-    return with_tangent(y + place(bias.detach()), place(change))
+        return respond_to(
+            linear, x, self.weight, self.response_of("weight"), delta,
+            placement(x.dim(), dim, -1), linearized, self.bias, shift_of(delta, self.response_of("bias")),
+        )  # fmt: skip
 
 
 class _HyperConv(HyperLayer):
@@ -340,16 +441,15 @@ class _HyperConv(HyperLayer):
     def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
         conv = cast("nn.Conv2d", self)
         if x.dim() != conv.weight.dim():
-            raise ValueError(
+            raise OnePointError(
                 f"{type(self).__name__} with one h of each example needs a batch of images. Got {tuple(x.shape)}."
             )
         check_examples(x, delta, 0, type(self).__name__)
-        place = placement(x.dim(), 0, 1)
-        y = respond_to(
-            lambda x, w: conv._conv_forward(x, w, None),  # padding modes included
-            x, conv.weight, self.response_of("weight"), delta, place, linearized,
+        return respond_to(
+            conv._conv_forward,  # padding modes included
+            x, conv.weight, self.response_of("weight"), delta, placement(x.dim(), 0, 1), linearized,
+            conv.bias, shift_of(delta, self.response_of("bias")),
         )  # fmt: skip
-        return add_bias(y, conv.bias, self.response_of("bias"), delta, place, linearized)
 
 
 class HyperConv1d(_HyperConv, nn.Conv1d):
@@ -423,19 +523,20 @@ class HyperEmbedding(HyperLayer, nn.Embedding):
 
     def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
         dim = self._batch_dim
-        check_examples(x, delta, dim, type(self).__name__)
+        check_examples(x, delta, dim, type(self).__name__, least=1)
         base = functional.embedding(x, self.weight.detach() if linearized else self.weight, self.padding_idx)
         response = self.response_of("weight")
         if response is None:
             return base
         shape = [1] * x.dim()
-        shape[dim] = len(delta)
+        if delta.dim() == 2:
+            shape[dim] = len(delta)
         rows = functional.embedding(x, response.scale, self.padding_idx)
         coefficient = (rows * delta.to(rows.dtype).reshape(*shape, -1)).sum(-1, keepdim=True)
         direction = functional.embedding(x, response.direction, self.padding_idx)
-        if not linearized:
-            return torch.addcmul(base, coefficient, direction)
-        return with_tangent(base, coefficient * direction)
+        if linearized:
+            return linearly_moved(base, None, coefficient, direction, None)
+        return moved(base, coefficient, direction)
 
 
 class _HyperNorm(HyperLayer):
@@ -455,26 +556,37 @@ class _HyperNorm(HyperLayer):
             y = cast("Tensor", self.plain.forward(self, x))
         finally:
             self._parameters["weight"], self._parameters["bias"] = gain, shift
-        place = placement(x.dim(), dim, -1 if layer_norm else 1)
-        if gain is not None:
-            y = self._scaled(y, gain, self.response_of("weight"), delta, place, linearized)
-        return add_bias(y, shift, self.response_of("bias"), delta, place, linearized)
+        return self._affine(
+            y, gain, shift, delta, placement(x.dim(), dim, -1 if layer_norm else 1), linearized
+        )
 
-    @staticmethod
-    def _scaled(
+    def _affine(
+        self,
         y: Tensor,
-        gain: Tensor,
-        response: RowResponse | None,
+        gain: Tensor | None,
+        shift: Tensor | None,
         delta: Tensor,
         place: Callable[[Tensor], Tensor],
         linearized: bool,
     ) -> Tensor:
-        if response is None:
-            return y * place(gain.detach() if linearized else gain)
-        change = response.coefficients(delta) * response.direction
+        """gain(h) ⊙ y + shift(h)."""
+        of_gain, of_shift = (shift_of(delta, self.response_of(name)) for name in ("weight", "bias"))
         if not linearized:
-            return y * place(gain + change)
-        return with_tangent(y * place(gain.detach()), unpack_dual(y)[0].detach() * place(change))
+            gain = gain if gain is None or of_gain is None else gain + of_gain
+            shift = shift if shift is None or of_shift is None else shift + of_shift
+            coefficient, shift = (None if t is None else place(t) for t in (gain, shift))
+            if coefficient is None:
+                return y if shift is None else y + shift.to(y.dtype)
+            return moved(None, coefficient, y, shift)
+        value, tangent = unpack_dual(y)
+        normal, fixed = value.detach(), None if gain is None else place(gain.detach()).to(y.dtype)
+        if fixed is not None:
+            value = value * fixed
+            tangent = None if tangent is None else tangent * fixed
+        if shift is not None:
+            value = value + place(shift.detach()).to(y.dtype)
+        of_gain, of_shift = (None if t is None else place(t) for t in (of_gain, of_shift))
+        return linearly_moved(value, tangent, of_gain, None if of_gain is None else normal, of_shift)
 
 
 class HyperLayerNorm(_HyperNorm, nn.LayerNorm):

@@ -10,11 +10,13 @@ from torch.nn import functional
 
 from lightning_nested.hypernetworks.layers import (
     HyperLayer,
-    add_bias,
+    OnePointError,
     check_examples,
+    linear,
     make_dual,
     placement,
     respond_to,
+    shift_of,
     unpack_dual,
 )
 from lightning_nested.hypernetworks.recurrence import Hidden, lstm_recurrence
@@ -49,7 +51,7 @@ class HyperLSTM(HyperLayer, nn.LSTM):
 
         def per_example(x: Tensor, delta: Tensor, linearized: bool) -> tuple[Tensor, Hidden]:
             if not self._written_out(x):
-                raise ValueError(
+                raise OnePointError(
                     "HyperLSTM with one h of each example needs a padded batch and proj_size=0. "
                     f"Got {type(x).__name__}, proj_size={self.proj_size}; give one h of shape (n,)."
                 )
@@ -105,14 +107,13 @@ class HyperLSTM(HyperLayer, nn.LSTM):
             if self.bias
         }
         if delta is None:
-            inputs = functional.linear(x, weight, sum(biases.values()) if biases else None)
+            inputs = linear(x, weight, sum(biases.values()) if biases else None)
             outputs, cell = lstm_recurrence(inputs, start, recurrent)
             return outputs, (outputs[-1], cell)
-        place = placement(3, 1, -1)
-        response = self.response_of(f"weight_ih{suffix}")
-        inputs = respond_to(functional.linear, x, weight, response, delta, place, linearized)
-        for name, bias in biases.items():
-            inputs = add_bias(inputs, bias, self.response_of(name), delta, place, linearized)
+        inputs = respond_to(
+            linear, x, weight, self.response_of(f"weight_ih{suffix}"), delta, placement(3, 1, -1),
+            linearized, sum(biases.values()) if biases else None, shift_of(delta, *map(self.response_of, biases)),
+        )  # fmt: skip
         if linearized:
             recurrent = recurrent.detach()
             if unpack_dual(inputs)[1] is None:
@@ -121,7 +122,7 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         outputs, cell = lstm_recurrence(
             inputs, start, recurrent,
             None if response is None else response.direction,
-            None if response is None else response.coefficients(delta),
+            None if response is None else response.coefficients(delta).expand(x.shape[1], -1),
             linearized=linearized,
         )  # fmt: skip
         return outputs, (outputs[-1], cell)

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_nested.hypernetworks.layers import linear
+
 Hidden = tuple[Tensor, Tensor]
 
 
@@ -134,15 +136,15 @@ class _Recurrence(torch.autograd.Function):
             before = torch.cat([first.unsqueeze(0), outputs[:-1]])
             total = torch.zeros_like(inputs) if moved_inputs is None else moved_inputs.clone()
             if moved_weight is not None:
-                total += before @ moved_weight.T
+                total += linear(before, moved_weight, None)
             if ctx.linearized and direction is not None:
-                ctx.turned = before @ direction.T
+                ctx.turned = linear(before, direction, None)
                 total.addcmul_(coefficient.expand_as(total), ctx.turned)
             elif direction is not None:
                 if moved_coefficient is not None:
                     total.addcmul_(moved_coefficient.expand_as(total), turned)
                 if moved_direction is not None:
-                    total.addcmul_(coefficient.expand_as(total), before @ moved_direction.T)
+                    total.addcmul_(coefficient.expand_as(total), linear(before, moved_direction, None))
             to_gates, to_cell, forget = _slopes(ctx)
             result = torch.empty_like(outputs)
             h = torch.zeros_like(first) if hidden is None else hidden

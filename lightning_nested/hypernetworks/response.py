@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_nested.hypernetworks.layers import (
     HyperLayer,
+    OnePointError,
     Point,
     carry,
     check_hyperparameters,
@@ -35,7 +37,7 @@ _CHECKPOINT = (
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class Place:
     """Where the module is evaluated."""
 
     h: Tensor
@@ -91,9 +93,10 @@ class Response(nn.Module):
         for name in ("center", "point"):
             self.register_buffer(name, torch.zeros(num_hyperparameters, dtype=dtype, device=first.device))
         self.layers = Point(batch_dim)
-        self._place: _Place | None = None
+        self._place: Place | None = None
         self._bound = False
         self._double_vjp = False  # once forward mode has met an operation it does not know
+        self._reads_checked: set[bool] = set()  # once for the response, once linearised
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # In half precision hyperparameters would stand still: their steps are too small for it.
@@ -115,6 +118,16 @@ class Response(nn.Module):
         """w₀ + Δ of each parameter."""
         changes = self.changes(delta)
         return {name: p + changes[name] for name, p in self.general_parameters().items()}
+
+    def first_order(self, delta: Tensor, gradients: Mapping[str, Tensor | None]) -> Tensor:
+        """⟨Δ(delta), gradients⟩ over all parameters, scalar; None counts as zero."""
+        changes = self.changes(delta)
+        terms = [
+            torch.dot(changes[name].flatten(), g.flatten().to(changes[name]))
+            for name, g in gradients.items()
+            if g is not None
+        ]
+        return torch.stack(terms).sum() if terms else delta.new_zeros(())
 
     def one_point_only(self) -> tuple[str, ...]:
         """Parameters for which each example cannot have an h of its own."""
@@ -179,7 +192,7 @@ class Response(nn.Module):
                 )
             if weights is not None or change is not None:
                 raise ValueError("weights= and change= need one h. Got one of each example.")
-        before, self._place = self._place, _Place(h, mode, weights, change)
+        before, self._place = self._place, Place(h, mode, weights, change)
         try:
             yield
         finally:
@@ -195,7 +208,7 @@ class Response(nn.Module):
         """The module's output. The last positional argument is h unless h is given by ``at`` or ``bind``."""
         place = self._place
         if place is None and self._bound:
-            place = _Place(self.point)
+            place = Place(self.point)
         if place is None:
             if len(inputs) < 2 or not isinstance(inputs[-1], Tensor):
                 raise ValueError(
@@ -220,56 +233,91 @@ class Response(nn.Module):
         with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
             return torch.func.functional_call(self.module, dict(weights), inputs, options)
 
-    def _each(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _each(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """One h of each example, by the layers themselves."""
+        linearized = place.mode == "linearized"
+        try:
+            return self._by_layers(place.h - self.center, linearized, dict, inputs, options)
+        except (NotImplementedError, RuntimeError) as error:
+            if not (linearized and lacks_forward_mode(error)):
+                raise
+            raise RuntimeError(
+                "The linearised output for one h of each example needs operations with forward-mode derivatives. "
+                f"Got: {error} Give one h of shape (n,), or DeltaSTN(linearized=False)."
+            ) from error
+
+    def _by_layers(
+        self,
+        delta: Tensor,
+        linearized: bool,
+        rest: Callable[[], Weights],
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Any:
+        """The layers by their own rule at ``delta``, (batch, n) or (n,); other parameters replaced by ``rest``."""
         layers = self.layers
-        layers.delta, layers.linearized = place.h - self.center, place.mode == "linearized"
-        layers.visited = set()
+        layers.delta, layers.linearized = delta, linearized
+        layers.visited.clear()
         try:
             with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
-                if place.mode == "response":
+                if not linearized:
                     result = self.module(*inputs, **options)
                 else:
-                    with forward_ad.dual_level():
-                        result = tree_map(_plus_tangent, self.module(*inputs, **options))
+                    with _forward_mode():
+                        result = self._run(rest(), inputs, options)
+                        result = tree_map(_plus_tangent, result)
         finally:
             layers.delta, layers.linearized = None, False
-        missed = [
-            name
-            for name, layer in self.module.named_modules()
-            if isinstance(layer, HyperLayer) and id(layer) not in layers.visited
-        ]
+        self._check_reads(result, linearized)
+        return result
+
+    def _check_reads(self, result: Any, linearized: bool) -> None:
+        """Each layer must have been called, and no weight read past it: there the response would be missing."""
+        layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, HyperLayer)}
+        visited = self.layers.visited
+        missed = [name for name, layer in layers.items() if id(layer) not in visited]
         if missed:
-            raise ValueError(
+            raise OnePointError(
                 "One h of each example needs every layer to be called. "
                 f"Got {', '.join(missed[:4])} that are not: unused, or their weights are read from outside; give "
                 "one h of shape (n,) for the batch."
             )
-        return result
+        if linearized in self._reads_checked or torch._C._are_functorch_transforms_active():
+            return
+        uses = _uses(result)
+        if not uses:
+            return  # no graph to look at
+        expected: Counter[int] = Counter()
+        for layer in layers.values():
+            for parameter in layer.parameters(recurse=False):
+                expected[id(parameter)] += 0 if linearized else visited[id(layer)]
+        for name, parameter in self.general_parameters().items():
+            if id(parameter) in expected and uses[id(parameter)] > expected[id(parameter)]:
+                raise OnePointError(
+                    "One h of each example needs weights that only their own layers read. "
+                    f"Got {name}, which is read elsewhere too; give one h of shape (n,) for the batch."
+                )
+        self._reads_checked.add(linearized)
 
-    def _linearized(self, place: _Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """f(w₀) + J·Δ: the tangent by forward mode, φ's derivatives by an ordinary backward pass of f.
 
         φ sees w₀ + Δ − stop(Δ), see :func:`carry`. Then the vector-Jacobian product of the output is that of J·Δ(φ),
         and no derivative of a tangent is taken, which torch gets wrong through normalisation layers.
         """
         changes = self.changes(place.h - self.center)
-        values = {n: carry(p.detach(), changes[n]) for n, p in self.general_parameters().items()}
-        tangents = {n: changes[n].detach() for n in values}
         change = place.change if place.change is not None else dict
         if not self._double_vjp:
             try:
-                with (
-                    forward_ad.dual_level(),
-                    sdpa_kernel(SDPBackend.MATH),
-                    torch.backends.cudnn.flags(enabled=False),
-                ):
-                    duals = {n: make_dual(v, tangents[n]) for n, v in values.items()}
+                with _forward_mode():
+                    duals = {n: dual_change(p, changes[n]) for n, p in self.general_parameters().items()}
                     return tree_map(_plus_tangent, self._run(change(duals), inputs, options))
             except (NotImplementedError, RuntimeError) as error:
-                if "forward" not in str(error).lower():
+                if not lacks_forward_mode(error):
                     raise
                 self._double_vjp = True
+        values = {n: carry(p.detach(), changes[n]) for n, p in self.general_parameters().items()}
+        tangents = {n: changes[n].detach() for n in values}
         with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             names = list(values)
             leaves = {n: v if v.requires_grad else v.requires_grad_() for n, v in values.items()}
@@ -310,6 +358,45 @@ class Response(nn.Module):
 
     def _parameter(self, name: str) -> nn.Parameter:
         return self.module.get_parameter(name)
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Dual numbers, by kernels that know them."""
+    with (
+        forward_ad.dual_level(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.backends.cudnn.flags(enabled=False),
+    ):
+        yield
+
+
+def dual_change(weight: Tensor, change: Tensor) -> Tensor:
+    """The weight's value with ``change`` as its tangent, and with the derivatives of w₀ + Δ − stop(Δ)."""
+    return make_dual(carry(weight.detach(), change), change.detach())
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether this is torch's error about an operation without forward-mode derivatives."""
+    text = str(error).lower()
+    return "forward ad" in text or "forward mode" in text
+
+
+def _uses(result: Any) -> Counter[int]:
+    """How often each leaf is used in the graph of a result, by its id."""
+    outputs = [y for y in tree_flatten(result)[0] if isinstance(y, Tensor)]
+    stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen, found = set(stack), Counter[int]()
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is None:
+                continue
+            if hasattr(node, "variable"):
+                found[id(node.variable)] += 1
+            elif node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return found
 
 
 def _plus_tangent(output: Any) -> Any:

@@ -221,11 +221,5 @@ def _first_order(response: Response, h: Tensor, for_general: Gradients) -> Tenso
     Its derivative for φ has mean zero over perturbations, as w₀'s gradient does not know of them, and at w₀'s optimum
     it vanishes. Without it noise of size σ·|∂L/∂w₀| hides what is to be learned, of size σ².
     """
-    changes = response.changes(h - response.center).values()
-    return torch.stack(
-        [
-            torch.dot(c.flatten(), g.flatten().to(c.dtype))
-            for c, g in zip(changes, for_general, strict=True)
-            if g is not None
-        ]
-    ).sum()
+    gradients = dict(zip(response.general_parameters(), for_general, strict=True))
+    return response.first_order(h - response.center, gradients)
