@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from lightning_nested.hypernetworks import (
+    BestResponse,
     DenseResponse,
     FactorisedResponse,
     HyperConv1d,
@@ -150,13 +151,17 @@ def test_export_is_the_plain_network(name: str, train: bool) -> None:
     assert not torch.equal(next(plain.parameters()), next(iter(response.weights(h).values())))
 
 
-@pytest.mark.parametrize("double_vjp", [False, True], ids=["forward mode", "double vjp"])
+@pytest.mark.parametrize("path", ["layers", "forward mode", "double vjp"])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_linearised_output_and_its_derivatives(name: str, train: bool, double_vjp: bool) -> None:
+def test_linearised_output_and_its_derivatives(name: str, train: bool, path: str) -> None:
     """The value against central differences of f, ∂/∂φ of ⟨u, J·Δ(φ)⟩ against central differences in φ."""
     response, _, x = made(name, train)
-    response._double_vjp = double_vjp
+    response._double_vjp = path == "double vjp"
+    if isinstance(response, BestResponse):
+        response._layers_suffice = path == "layers"
+    elif path == "layers":
+        pytest.skip("no layers of ours")
     h, phi = point(), list(response.response_parameters().values())
     base = {n: p.detach() for n, p in response.general_parameters().items()}
     changes = {n: c.detach() for n, c in response.changes(h).items()}
@@ -344,6 +349,98 @@ def test_torchvision_resnet(linearized: bool) -> None:
     assert counts["response"] == 11181642 + N * rows
     response.eval()
     torch.testing.assert_close(response.export(h[0])(x), response(x, h[0]), rtol=1e-6, atol=1e-6)
+
+
+class ReadTwice(nn.Module):
+    """A layer that is called, and whose weight is read beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(5, 5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(self.drop(x))) @ self.layer.weight
+
+
+class Packed(nn.Module):
+    """Sequences of unequal length, for which the LSTM has no rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.tensor([3, 1, 2, 3])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+@pytest.mark.parametrize(("make", "shape"), [(ReadTwice, (4, 5)), (Packed, (4, 3, 5))])
+def test_where_layers_do_not_suffice_one_point_is_still_exact(
+    make: type[nn.Module], shape: tuple[int, ...]
+) -> None:
+    """By the weights at h, from the same random numbers; one of each example is refused."""
+    torch.manual_seed(0)
+    response = best_response(make().double(), N)
+    for p in response.response_parameters().values():
+        nn.init.normal_(p, std=0.3)
+    x, h, phi = (
+        torch.randn(*shape, dtype=torch.float64),
+        point(),
+        list(response.response_parameters().values()),
+    )
+    found = []
+    for suffice in (True, False):  # the second time the layers are not tried
+        assert response._layers_suffice is suffice
+        torch.manual_seed(1)
+        with response.at(h, "linearized"):
+            y = response(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), phi), torch.rand(1)))
+    response._double_vjp = True
+    torch.manual_seed(1)
+    with response.at(h, "linearized"):
+        y = response(x)
+    found.append((y, *torch.autograd.grad(y.square().sum(), phi), torch.rand(1)))
+    for others in found[1:]:
+        for got, expected in zip(others, found[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for mode in ("response", "linearized"):
+        with (
+            pytest.raises(ValueError, match=r"layer.weight, which is read elsewhere|padded batch"),
+            response.at(point(4), mode),  # type: ignore[arg-type]
+        ):
+            response(x)
+
+
+@pytest.mark.parametrize("name", [*CASES, *ONE_POINT])
+def test_the_first_order_of_a_loss_without_forming_the_change(name: str) -> None:
+    response, _, _ = made(name)
+    gradients: dict[str, Tensor | None] = {
+        n: torch.randn_like(p) for n, p in response.general_parameters().items()
+    }
+    gradients[next(iter(gradients))] = None
+    h, phi = point(), list(response.response_parameters().values())
+    both = [response.first_order(h, gradients), Response.first_order(response, h, gradients)]
+    torch.testing.assert_close(both[0], both[1], rtol=1e-12, atol=1e-12)
+    for p, q in zip(*(torch.autograd.grad(v, phi, allow_unused=True) for v in both), strict=True):
+        assert (p is None) == (q is None)
+        if p is not None and q is not None:
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "language model"])
+def test_under_autocast_the_layers_keep_its_precision(name: str) -> None:
+    response, module, x = made(name)
+    response, module = response.float(), module.float()
+    x = x.float() if x.is_floating_point() else x
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(x).dtype
+        for mode in ("response", "linearized"):
+            for h in (torch.randn(N), torch.randn(BATCH, N)):
+                with response.at(h, mode):  # type: ignore[arg-type]
+                    y = response(x)
+                assert y.dtype == expected
+                y.float().square().sum().backward()
 
 
 # ---- bad input
