@@ -29,11 +29,11 @@ TWO = "mean of two steps"
 class LanguageModel(nn.Module):
     """Two LSTM layers with tied embeddings."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 128)
-        self.lstm = nn.LSTM(128, 128, 2, batch_first=True)
-        self.output = nn.Linear(128, VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.lstm = nn.LSTM(width, width, 2, batch_first=True)
+        self.output = nn.Linear(width, VOCABULARY)
         self.output.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ class LanguageModel(nn.Module):
 class Transformer(nn.Module):
     """Two encoder layers over tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 128)
-        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.output = nn.Linear(128, VOCABULARY)
+        self.output = nn.Linear(width, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of each position."""
@@ -101,7 +101,13 @@ def contestants(response: Response, plain: nn.Module, x: Tensor, y: Tensor) -> d
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__, rounds=9)
-    options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--batch", type=int, default=16, help="examples (default: %(default)s)")
+    options.add_argument(
+        "--width",
+        type=int,
+        default=128,
+        help="of the language model and the transformer (default: %(default)s)",
+    )
     arguments = options.parse_args(argv)
     start(arguments)
     before = load()
@@ -111,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     images = (torch.randn(arguments.batch, 3, 32, 32), torch.randint(0, 10, (arguments.batch,)))
     cases: dict[str, tuple[nn.Module, tuple[Tensor, Tensor]]] = {
         "ResNet-18": (torchvision.models.resnet18(num_classes=10), images),
-        "LSTM language model": (LanguageModel(), text),
-        "transformer": (Transformer(), text),
+        "LSTM language model": (LanguageModel(arguments.width), text),
+        "transformer": (Transformer(arguments.width), text),
     }
     rows, results = [], {}
     for name, (plain, (x, y)) in cases.items():

@@ -260,7 +260,7 @@ def linearly_moved(
     product: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    """A dual number of this value, with coefficient ⊙ product + shift added to its tangent; see :class:`_Moved`.
+    """A dual number of this value; coefficient ⊙ product + shift joins its tangent in place. See :class:`_Moved`.
 
     A backward pass from a cotangent u of the output then gives ∂⟨u, J·change⟩/∂φ by an ordinary vector-Jacobian
     product; the tangent itself needs no derivative. (Differentiating a tangent is silently wrong through normalisation
@@ -270,9 +270,15 @@ def linearly_moved(
         return value if tangent is None else make_dual(value, tangent)
     terms = [None if t is None else t.to(value.dtype) for t in (coefficient, product, shift)]
     with torch.no_grad():
-        change = _sum(tangent, *terms)
-        if change.shape != value.shape:
-            change = change.expand_as(value).contiguous()
+        if tangent is None:
+            change = _sum(None, *terms)
+            change = change if change.shape == value.shape else change.expand_as(value).contiguous()
+        else:
+            change = tangent  # of the caller, who has no other use for it
+            if terms[0] is not None and terms[1] is not None:
+                change.addcmul_(terms[0], terms[1])
+            if terms[2] is not None:
+                change.add_(terms[2])
     return make_dual(cast("Tensor", _Moved.apply(value, *terms, True)), change)
 
 
@@ -583,6 +589,8 @@ class _HyperNorm(HyperLayer):
         if fixed is not None:
             value = value * fixed
             tangent = None if tangent is None else tangent * fixed
+        elif tangent is not None:
+            tangent = tangent.clone()  # it is not ours to change
         if shift is not None:
             value = value + place(shift.detach()).to(y.dtype)
         of_gain, of_shift = (None if t is None else place(t) for t in (of_gain, of_shift))

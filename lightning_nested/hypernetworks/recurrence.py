@@ -146,11 +146,11 @@ class _Recurrence(torch.autograd.Function):
                 if moved_direction is not None:
                     total.addcmul_(coefficient.expand_as(total), linear(before, moved_direction, None))
             to_gates, to_cell, forget = _slopes(ctx)
-            result = torch.empty_like(outputs)
+            result, turned_weight = torch.empty_like(outputs), weight.T
             h = torch.zeros_like(first) if hidden is None else hidden
             c = torch.zeros_like(first) if cell is None else cell
             for x, slope, to_c, f, output in zip(total, to_gates, to_cell, forget, result, strict=True):
-                gate = torch.addmm(x, h, weight.T)
+                gate = x.addmm_(h, turned_weight)  # in place: ``total`` is ours
                 if not ctx.linearized and direction is not None:
                     gate.addcmul_(coefficient, h @ direction.T)
                 moved = gate.view_as(slope).mul_(slope)
