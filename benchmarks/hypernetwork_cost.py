@@ -2,8 +2,8 @@
 
 ResNet-18 of torchvision, an LSTM language model and a small transformer, converted without edits, for ten
 hyperparameters. "One point": w(h) for the batch. "One of each example": the layers' own rule, where they have one.
-"Delta-STN": the loss at the center for the general weights, and the linearised loss for the response, which its default
-takes every second step.
+"Delta-STN": the loss at the center for the general weights, and the linearised loss for the response; its default takes
+"both losses" in every third step, and "mean" is what its steps cost on average.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from lightning_nested.hypernetworks.response import Mode
 from lightning_nested.modules import DeltaSTN
 
 N, VOCABULARY = 10, 2000
-TWO = "mean of two steps"
+EVERY = DeltaSTN().response_every
+MEAN = f"mean of {EVERY} steps"
 
 
 class LanguageModel(nn.Module):
@@ -95,7 +96,7 @@ def contestants(response: Response, plain: nn.Module, x: Tensor, y: Tensor) -> d
         points["one of each example"] = each
     for name, h in points.items():
         calls[f"Delta-STN, {name}, both losses"] = lambda h=h: delta(h, 1)  # type: ignore[misc]
-        calls[f"Delta-STN, {name}, {TWO}"] = lambda h=h: delta(h, 2)  # type: ignore[misc]
+        calls[f"Delta-STN, {name}, {MEAN}"] = lambda h=h: delta(h, EVERY)  # type: ignore[misc]
     return calls
 
 
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         base = live_memory(unit)
         for form, call in calls.items():
             memory, of = live_memory(call) / base, times[form]
-            steps = 2 if TWO in form else 1
+            steps = EVERY if MEAN in form else 1
             units = Spread(*(value / steps for value in astuple(of.units["U"])))
             milliseconds = 1e3 * of.seconds.median / steps
             rows.append([name, form, units.text(), f"{milliseconds:.0f}", f"{memory:.2f}"])

@@ -184,7 +184,7 @@ class DeltaSTN(STN):
     """
 
     train_steps: int = 5
-    response_every: int = 2
+    response_every: int = 3
     linearized: bool = True
 
     centred: ClassVar[bool] = True
