@@ -288,11 +288,13 @@ class Response(nn.Module):
         if not uses:
             return  # no graph to look at
         expected: Counter[int] = Counter()
-        for layer in layers.values():
-            for parameter in layer.parameters(recurse=False):
+        names: dict[int, str] = {}
+        for name, layer in layers.items():
+            for attribute, parameter in layer.named_parameters(recurse=False):
                 expected[id(parameter)] += 0 if linearized else visited[id(layer)]
-        for name, parameter in self.general_parameters().items():
-            if id(parameter) in expected and uses[id(parameter)] > expected[id(parameter)]:
+                names[id(parameter)] = f"{name}.{attribute}".lstrip(".")
+        for key, name in names.items():
+            if uses[key] > expected[key]:
                 raise OnePointError(
                     "One h of each example needs weights that only their own layers read. "
                     f"Got {name}, which is read elsewhere too; give one h of shape (n,) for the batch."

@@ -443,6 +443,37 @@ def test_under_autocast_the_layers_keep_its_precision(name: str) -> None:
                 y.float().square().sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)), (2, 3)),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh()), (2, 1, 3, 3)),
+    ],
+)
+def test_higher_derivatives_with_one_point_of_each_example(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    """First and second, backward and forward mode, and those of torch.func, with the parameters substituted."""
+    torch.manual_seed(0)
+    response = best_response(make().double(), N).eval()
+    for p in response.response_parameters().values():
+        nn.init.normal_(p)
+    names, x, h = (
+        [n for n, _ in response.named_parameters()],
+        torch.randn(*shape, dtype=torch.float64),
+        point(2),
+    )
+
+    def f(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(response, dict(zip(names, values, strict=True)), (x, h))
+
+    values = [p.detach().clone().requires_grad_() for p in response.parameters()]
+    assert torch.autograd.gradcheck(f, values, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, values)
+    jacobians = [by(lambda p: f(p, *values[1:]))(values[0]) for by in (torch.func.jacrev, torch.func.jacfwd)]
+    torch.testing.assert_close(*jacobians, rtol=1e-12, atol=1e-12)
+
+
 # ---- bad input
 
 
