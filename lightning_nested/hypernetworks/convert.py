@@ -110,11 +110,12 @@ class BestResponse(Response):
     def first_order(self, delta: Tensor, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """⟨Δ(delta), gradients⟩; where there is a layer, Δ is not formed."""
         rest, terms = iter(self.rest), []
-        for name in self._of:
-            response = self._response(name) or cast("LowRankResponse", next(rest))
-            gradient = gradients.get(name)
-            if gradient is not None:
-                terms.append(response.inner(delta, gradient))
+        with torch.autocast(delta.device.type, enabled=False):
+            for name in self._of:
+                response = self._response(name) or cast("LowRankResponse", next(rest))
+                gradient = gradients.get(name)
+                if gradient is not None:
+                    terms.append(response.inner(delta, gradient))
         return torch.stack(terms).sum() if terms else delta.new_zeros(())
 
     def one_point_only(self) -> tuple[str, ...]:
@@ -124,13 +125,14 @@ class BestResponse(Response):
     def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """By the layers, which need no second set of weights; by weights at h where a layer cannot.
 
-        Then the output is computed again from the same random numbers.
+        Then the output is computed again, from the same random numbers and buffers.
         """
         without = {name for name, response in self._of.items() if response is None}
         suffice = self._layers_suffice and not self._double_vjp and set(self._one_point) == without
         if not suffice or place.change is not None:
             return super()._linearized(place, inputs, options)
         delta, general = place.h - self.center, self.general_parameters()
+        buffers = [b.clone() for b in self.module.buffers()]
 
         def rest() -> Weights:
             responses = zip((n for n in self._of if n in without), self.rest, strict=True)
@@ -139,11 +141,16 @@ class BestResponse(Response):
         devices = {p.device for p in general.values() if p.is_cuda}
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
         try:
-            return self._by_layers(delta, True, rest, inputs, options)
+            result = self._by_layers(delta, True, rest, inputs, options)
+            if not self.layers.read:
+                return result
         except (OnePointError, NotImplementedError, RuntimeError) as error:
             if not (isinstance(error, OnePointError) or lacks_forward_mode(error)):
                 raise
         self._layers_suffice = False
+        with torch.no_grad():
+            for buffer, before in zip(self.module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         torch.set_rng_state(states[0])
         for device, state in zip(devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)

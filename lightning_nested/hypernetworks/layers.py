@@ -57,7 +57,7 @@ class RowResponse(nn.Module):
         """⟨Δ(h), gradient⟩, without forming Δ; scalar."""
         rows = self.scale.shape[0]
         with_rows = torch.linalg.vecdot(
-            self.direction.view(rows, -1), gradient.to(self.direction).reshape(rows, -1)
+            self.direction.reshape(rows, -1), gradient.to(self.direction).reshape(rows, -1)
         )
         return torch.dot(self.coefficients(delta), with_rows)
 
@@ -78,6 +78,8 @@ class Point:
         linearized: Whether the output's first-order change is wanted; see :meth:`Response.at`.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings.
         visited: How often each layer was called since, by its id.
+        inside: Whether a layer is being called.
+        read: Parameters that were read from layers outside their calls since.
     """
 
     def __init__(self, batch_dim: int = 0) -> None:
@@ -85,6 +87,8 @@ class Point:
         self.linearized = False
         self.batch_dim = batch_dim
         self.visited: Counter[int] = Counter()
+        self.inside = False
+        self.read: list[str] = []
 
 
 if TYPE_CHECKING:
@@ -125,6 +129,19 @@ class HyperLayer(_Base):
         self._point = point
         self.num_hyperparameters = num_hyperparameters
 
+    def __getattr__(self, name: str) -> Any:
+        """As of any module; reads of a parameter past the layer are noted, as its rule cannot reach them."""
+        value = super().__getattr__(name)
+        point = self.__dict__.get("_point")
+        if (
+            point is not None
+            and point.delta is not None
+            and not point.inside
+            and isinstance(value, nn.Parameter)
+        ):
+            point.read.append(name)
+        return value
+
     def revert(self) -> None:
         """Become the plain layer again, with the weights that stand in it."""
         for name in [name for name in self._modules if name.endswith("_response")]:
@@ -150,7 +167,11 @@ class HyperLayer(_Base):
             point.visited[id(self)] += 1
             if point.delta is None:
                 return self._plain(x, *rest)
-            return per_example(x, point.delta, point.linearized)
+            point.inside = True
+            try:
+                return per_example(x, point.delta, point.linearized)
+            finally:
+                point.inside = False
         check_hyperparameters(h, self.num_hyperparameters)
         if h.dim() == 2:
             return per_example(x, h, False)

@@ -88,15 +88,20 @@ class Response(nn.Module):
             )
         self._names = tuple(named)
         self.num_hyperparameters = num_hyperparameters
-        first = next(iter(named.values()))
-        dtype = torch.promote_types(first.dtype, torch.float32)
+        some = next(iter(named.values()))
+        dtype = torch.promote_types(some.dtype, torch.float32)
         for name in ("center", "point"):
-            self.register_buffer(name, torch.zeros(num_hyperparameters, dtype=dtype, device=first.device))
+            self.register_buffer(name, torch.zeros(num_hyperparameters, dtype=dtype, device=some.device))
         self.layers = Point(batch_dim)
         self._place: Place | None = None
         self._bound = False
         self._double_vjp = False  # once forward mode has met an operation it does not know
-        self._reads_checked: set[bool] = set()  # once for the response, once linearised
+        self._aliases: dict[str, list[str]] = {name: [] for name in self._names}
+        first = {id(p): name for name, p in named.items()}
+        for path, owner in self.module.named_modules():  # each once, under its first name
+            for attribute, p in owner.named_parameters(recurse=False):
+                if id(p) in first:
+                    self._aliases[first[id(p)]].append(f"{path}.{attribute}".lstrip("."))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # In half precision hyperparameters would stand still: their steps are too small for it.
@@ -177,7 +182,7 @@ class Response(nn.Module):
         Args:
             h: (n,), or (batch, n).
             mode: ``"response"``: with w(h). ``"general"``: with w₀. ``"linearized"``: the value is
-                f(w₀) + J·Δ(h), with derivatives with respect to φ alone; the function that Delta-STN trains.
+                f(w₀) + J·Δ(h), with first derivatives with respect to φ alone; the function that Delta-STN trains.
             weights: In place of w(h), by name.
             change: From the weights by name to those used, such as a mask; needs one h.
         """
@@ -231,7 +236,9 @@ class Response(nn.Module):
         if not weights:
             return self.module(*inputs, **options)
         with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
-            return torch.func.functional_call(self.module, dict(weights), inputs, options)
+            # Under all its names, each module once: torch's own tying leaves a module of two names without parameters.
+            tied = {alias: w for name, w in weights.items() for alias in self._aliases.get(name, [name])}
+            return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
 
     def _each(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """One h of each example, by the layers themselves."""
@@ -258,6 +265,7 @@ class Response(nn.Module):
         layers = self.layers
         layers.delta, layers.linearized = delta, linearized
         layers.visited.clear()
+        layers.read.clear()
         try:
             with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
                 if not linearized:
@@ -282,11 +290,9 @@ class Response(nn.Module):
                 f"Got {', '.join(missed[:4])} that are not: unused, or their weights are read from outside; give "
                 "one h of shape (n,) for the batch."
             )
-        if linearized in self._reads_checked or torch._C._are_functorch_transforms_active():
-            return
-        uses = _uses(result)
-        if not uses:
+        if torch._C._are_functorch_transforms_active():
             return  # no graph to look at
+        uses = _uses(result)
         expected: Counter[int] = Counter()
         names: dict[int, str] = {}
         for name, layer in layers.items():
@@ -299,7 +305,6 @@ class Response(nn.Module):
                     "One h of each example needs weights that only their own layers read. "
                     f"Got {name}, which is read elsewhere too; give one h of shape (n,) for the batch."
                 )
-        self._reads_checked.add(linearized)
 
     def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """f(w₀) + J·Δ: the tangent by forward mode, φ's derivatives by an ordinary backward pass of f.
