@@ -86,10 +86,11 @@ def resolve_config(value: str, shipped: dict[str, Path] | None = None) -> str:
     if Path(value).is_file() or not re.fullmatch(r"[\w.-]+", value):
         return value
     if name not in shipped:
-        if name in shipped_rides():
-            raise ValueError(f"`--config {name}` belongs to another command: {_PROGRAM} ride --config {name}")
-        if name in shipped_configs():
-            raise ValueError(f"`--config {name}` belongs to another command: {_PROGRAM} fit --config {name}")
+        for command, names in (("ride", shipped_rides()), ("fit", shipped_configs())):
+            if name in names:
+                raise ValueError(
+                    f"`--config {name}` belongs to another command: {_PROGRAM} {command} --config {name}"
+                )
         raise ValueError(
             f"`--config` must be a file or a configuration of the package ({', '.join(shipped)}). "
             f"Got {value!r}{close_matches(name, shipped)}"

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_nested.callbacks.isolation import StandIns, untouched_buffers
-from lightning_nested.hypergradient.curvature import _nodes
+from lightning_nested.hypergradient.curvature import graph_nodes
 from lightning_nested.hypergradient.vectors import Vector
 
 
@@ -54,7 +54,7 @@ class SharedBackward:
             return
         if "backward" in vars(module) or type(module).backward is not LightningModule.backward:
             return
-        nodes = list(_nodes([loss]))
+        nodes = list(graph_nodes([loss]))
         leaves_of = (getattr(node, "variable", None) for node in nodes)
         reached = {id(leaf) for leaf in leaves_of if leaf is not None}
         if reached - {id(p) for p in params} or any(p._backward_hooks for p in params):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from lightning_nested.hypergradient.curvature import (
     DoubleBackwardError,
@@ -18,6 +17,7 @@ from lightning_nested.hypergradient.curvature import (
     HessianOperator,
     LinearOperator,
     as_operator,
+    graph_nodes,
 )
 from lightning_nested.hypergradient.implicit import Curvature, FiniteDifference, Hessian
 from lightning_nested.hypergradient.response import Problem
@@ -172,18 +172,6 @@ def explore(
     )
 
 
-def _walk(loss: Tensor) -> Iterator[Node]:
-    """Every node of the loss's graph, once."""
-    seen: set[Node] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [parent for parent, _ in node.next_functions]
-            yield node
-
-
 def _refuse_wrong_product(
     inner_loss: Callable[[], Tensor], params: Vector, v: Tensor, product: Tensor
 ) -> None:
@@ -225,6 +213,8 @@ def blocking_operations(loss: Tensor, message: str) -> str:
     if found := re.search(r"derivative for (\S+) is not implemented", message):
         return found[1]
     custom = [
-        type(n).__name__ for n in _walk(loss) if isinstance(n, torch.autograd.function.BackwardCFunction)
+        type(n).__name__
+        for n in graph_nodes([loss])
+        if isinstance(n, torch.autograd.function.BackwardCFunction)
     ]
     return ", ".join(sorted({name.removesuffix("Backward") for name in custom})) or "an unnamed operation"

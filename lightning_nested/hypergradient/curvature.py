@@ -269,7 +269,7 @@ def refuse_sparse(gradient: Sequence[Tensor | None]) -> None:
             )
 
 
-def _nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
+def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
     """Every operation in the graphs of ``tensors``, once."""
     seen: set[Node] = set()
     stack = [a.grad_fn for a in tensors if a is not None]
@@ -284,7 +284,7 @@ def _nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
 
 def refuse_once_differentiable(gradient: Sequence[Tensor | None]) -> None:
     """Raise if a gradient's graph holds an operation that autograd would pass over in silence when asked again."""
-    if any(node.name().endswith("Error") for node in _nodes(gradient)):
+    if any(node.name().endswith("Error") for node in graph_nodes(gradient)):
         raise RuntimeError("an operation marked once_differentiable: differentiate twice is not implemented.")
 
 
@@ -296,7 +296,7 @@ def difference_length(loss: Tensor, params: Vector) -> float:
     error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths serve alike.
     """
     dtypes = {p.dtype for p in params}
-    for node in _nodes([loss]):
+    for node in graph_nodes([loss]):
         dtypes.update(meta.dtype for meta in node._input_metadata)
     return _difference_length(dtypes)
 

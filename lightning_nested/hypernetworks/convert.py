@@ -144,8 +144,10 @@ class BestResponse(Response):
             result = self._by_layers(delta, True, rest, inputs, options)
             if not self.layers.read:
                 return result
-        except (OnePointError, NotImplementedError, RuntimeError) as error:
-            if not (isinstance(error, OnePointError) or lacks_forward_mode(error)):
+        except OnePointError:
+            pass
+        except (NotImplementedError, RuntimeError) as error:
+            if not lacks_forward_mode(error):
                 raise
         self._layers_suffice = False
         with torch.no_grad():

@@ -239,15 +239,13 @@ def respond_to(
         bias: b₀.
         shift: Change of the bias, as :func:`shift_of` gives it.
     """
-    coefficient = None if response is None else place(response.coefficients(delta))
     placed = None if shift is None else place(shift)
+    coefficient = None if response is None else place(response.coefficients(delta))
     if not linearized:
         base = operation(x, weight, bias)
-        if response is None:
+        if response is None or coefficient is None:
             return base if placed is None else base + placed.to(base.dtype)
-        return moved(
-            base, place(response.coefficients(delta)), operation(x, response.direction, None), placed
-        )
+        return moved(base, coefficient, operation(x, response.direction, None), placed)
     value, tangent = unpack_dual(x)
     fixed = weight.detach()
     base = operation(value, fixed, None if bias is None else bias.detach())

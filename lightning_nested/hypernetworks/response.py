@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_nested.hypergradient.curvature import graph_nodes
 from lightning_nested.hypernetworks.layers import (
     HyperLayer,
     OnePointError,
@@ -392,18 +393,9 @@ def lacks_forward_mode(error: Exception) -> bool:
 def _uses(result: Any) -> Counter[int]:
     """How often each leaf is used in the graph of a result, by its id."""
     outputs = [y for y in tree_flatten(result)[0] if isinstance(y, Tensor)]
-    stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen, found = set(stack), Counter[int]()
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is None:
-                continue
-            if hasattr(node, "variable"):
-                found[id(node.variable)] += 1
-            elif node not in seen:
-                seen.add(node)
-                stack.append(node)
-    return found
+    parents = (parent for node in graph_nodes(outputs) for parent, _ in node.next_functions)
+    leaves = (getattr(parent, "variable", None) for parent in parents)
+    return Counter(id(leaf) for leaf in leaves if leaf is not None)
 
 
 def _plus_tangent(output: Any) -> Any:
