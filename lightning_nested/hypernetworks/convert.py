@@ -70,7 +70,13 @@ class BestResponse(Response):
     """What :func:`best_response` makes."""
 
     def __init__(
-        self, module: nn.Module, num_hyperparameters: int, *, rank: int | None = None, batch_dim: int = 0
+        self,
+        module: nn.Module,
+        num_hyperparameters: int,
+        *,
+        rank: int | None = None,
+        batch_dim: int = 0,
+        compiled: bool = False,
     ) -> None:
         super().__init__(module, num_hyperparameters, batch_dim)
         rank = min(2, num_hyperparameters) if rank is None else rank
@@ -87,6 +93,8 @@ class BestResponse(Response):
             # The class changes under the layer: its names, hooks and whoever else holds it stay as they are.
             layer.__class__ = kind
             cast("HyperLayer", layer).respond(num_hyperparameters, self.layers, by_layers)
+            if isinstance(layer, HyperLSTM):
+                layer.compiled = compiled
         self._layers_suffice = True  # until one of them cannot
         self._of: dict[str, RowResponse | None] = {n: by_layers.get(id(p)) for n, p in general.items()}
         self.rest = nn.ModuleList(
@@ -184,7 +192,12 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def best_response(
-    module: nn.Module, num_hyperparameters: int, *, rank: int | None = None, batch_dim: int = 0
+    module: nn.Module,
+    num_hyperparameters: int,
+    *,
+    rank: int | None = None,
+    batch_dim: int = 0,
+    compiled: bool = False,
 ) -> BestResponse:
     """Convert any module: ``response(x, h)`` is its output with weights that answer to h.
 
@@ -200,6 +213,7 @@ def best_response(
         rank: Of the low-rank responses; default ``min(2, n)``.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings: 1 for networks over
             (time, batch, …).
+        compiled: See :class:`HyperLSTM`; other layers take no notice.
 
     Raises:
         ValueError: There is no parameter that could respond, or n or the rank is below 1.
@@ -211,4 +225,4 @@ def best_response(
     >>> tuple(response(x, h).shape), tuple(response(x, h[0]).shape)
     ((7, 2), (7, 2))
     """
-    return BestResponse(module, num_hyperparameters, rank=rank, batch_dim=batch_dim)
+    return BestResponse(module, num_hyperparameters, rank=rank, batch_dim=batch_dim, compiled=compiled)

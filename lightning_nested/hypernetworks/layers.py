@@ -147,7 +147,8 @@ class HyperLayer(_Base):
         for name in [name for name in self._modules if name.endswith("_response")]:
             del self._modules[name]
         self.__dict__.pop("_point", None)
-        self.__dict__.pop("num_hyperparameters", None)
+        for name in ("num_hyperparameters", "compiled"):
+            self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
 
     def response_of(self, name: str) -> RowResponse | None:
@@ -239,8 +240,10 @@ def respond_to(
         bias: b₀.
         shift: Change of the bias, as :func:`shift_of` gives it.
     """
-    placed = None if shift is None else place(shift)
     coefficient = None if response is None else place(response.coefficients(delta))
+    if not linearized and shift is not None and bias is not None:
+        shift, bias = bias + shift, None  # both in one pass over the output
+    placed = None if shift is None else place(shift)
     if not linearized:
         base = operation(x, weight, bias)
         if response is None or coefficient is None:
@@ -334,15 +337,28 @@ class _Moved(torch.autograd.Function):
         ctx.carried, ctx.shift = carried, None if shift is None else shift.shape
         if carried:
             return cast("Tensor", base).detach()  # no view to autograd: what follows may work in place
-        return _sum(base, coefficient, product, shift)
+        if base is None:
+            return _sum(base, coefficient, product, shift)
+        result = base.detach()  # in place: memory costs more here than arithmetic
+        if coefficient is not None and product is not None:
+            result.addcmul_(coefficient, product)
+        return result if shift is None else result.add_(shift)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (u,), (coefficient, product), needs = cotangents, ctx.saved_tensors, ctx.needs_input_grad
+        of_coefficient = of_product = None
+        if needs[1]:
+            along = u * product
+            of_coefficient = along.sum_to_size(coefficient.shape)
+            if needs[2] and not torch.is_grad_enabled() and coefficient.shape != along.shape:
+                of_product = torch.mul(u, coefficient, out=along)
+        if needs[2] and of_product is None:
+            of_product = u * coefficient
         return (
             u if needs[0] else None,
-            (u * product).sum_to_size(coefficient.shape) if needs[1] else None,
-            u * coefficient if needs[2] else None,
+            of_coefficient,
+            of_product,
             u.sum_to_size(ctx.shift) if needs[3] else None,
             None,
         )

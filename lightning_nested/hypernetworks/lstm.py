@@ -19,6 +19,7 @@ from lightning_nested.hypernetworks.layers import (
     shift_of,
     unpack_dual,
 )
+from lightning_nested.hypernetworks.native import lstm_layer
 from lightning_nested.hypernetworks.recurrence import Hidden, lstm_recurrence
 
 
@@ -32,6 +33,8 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         input_size: Width of x.
         hidden_size: Width of the state.
         num_hyperparameters: n.
+        compiled: Take the layers with one h of each example in C, float32 and float64 on CPU. The system's compiler
+            makes it at the first call; without one there is a warning, and the ordinary call.
         **options: The other arguments of ``nn.LSTM``.
 
     Raises:
@@ -40,9 +43,20 @@ class HyperLSTM(HyperLayer, nn.LSTM):
 
     plain = nn.LSTM
 
-    def __init__(self, input_size: int, hidden_size: int, num_hyperparameters: int, **options: Any) -> None:
+    compiled = False
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_hyperparameters: int,
+        *,
+        compiled: bool = False,
+        **options: Any,
+    ) -> None:
         nn.LSTM.__init__(self, input_size, hidden_size, **options)
         self.respond(num_hyperparameters)
+        self.compiled = compiled
 
     def forward(  # type: ignore[override]
         self, x: Any, state: Hidden | None = None, h: Tensor | None = None
@@ -75,11 +89,13 @@ class HyperLSTM(HyperLayer, nn.LSTM):
     def _layers(
         self, x: Tensor, state: Hidden | None, delta: Tensor | None, linearized: bool
     ) -> tuple[Tensor, Hidden]:
-        x = x.transpose(0, 1) if self.batch_first else x
         directions = 2 if self.bidirectional else 1
         if state is None:
-            zeros = x.new_zeros(self.num_layers * directions, x.shape[1], self.hidden_size)
+            examples = x.shape[0 if self.batch_first else 1]
+            zeros = x.new_zeros(self.num_layers * directions, examples, self.hidden_size)
             state = (zeros, zeros)
+        self.check_forward_args(x, state, None)
+        x = x.transpose(0, 1) if self.batch_first else x
         last: list[Hidden] = []
         for layer in range(self.num_layers):
             outputs = []
@@ -101,28 +117,36 @@ class HyperLSTM(HyperLayer, nn.LSTM):
     ) -> tuple[Tensor, Hidden]:
         """One layer in one direction; x (time, batch, width)."""
         weight, recurrent = (getattr(self, f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
-        biases = {
-            f"bias_{kind}{suffix}": getattr(self, f"bias_{kind}{suffix}")
-            for kind in ("ih", "hh")
-            if self.bias
-        }
+        names = [f"bias_{kind}{suffix}" for kind in ("ih", "hh") if self.bias]
+        biases: list[Tensor] = [getattr(self, name) for name in names]
+        bias = sum(biases[1:], biases[0]) if biases else None
         if delta is None:
-            inputs = linear(x, weight, sum(biases.values()) if biases else None)
+            inputs = linear(x, weight, bias)
             outputs, cell = lstm_recurrence(inputs, start, recurrent)
             return outputs, (outputs[-1], cell)
+        of_inputs, of_outputs = (self.response_of(f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
+        shift = shift_of(delta, *map(self.response_of, names))
+        if of_inputs is not None and of_outputs is not None and not linearized:
+            given = [b for b in (bias, shift) if b is not None]
+            outputs, cell = lstm_layer(
+                x, start,
+                (weight, of_inputs.direction, of_inputs.coefficients(delta)),
+                (recurrent, of_outputs.direction, of_outputs.coefficients(delta)),
+                sum(given[1:], given[0]) if given else weight.new_zeros(len(weight)),
+                compiled=self.compiled,
+            )  # fmt: skip
+            return outputs, (outputs[-1], cell)
         inputs = respond_to(
-            linear, x, weight, self.response_of(f"weight_ih{suffix}"), delta, placement(3, 1, -1),
-            linearized, sum(biases.values()) if biases else None, shift_of(delta, *map(self.response_of, biases)),
+            linear, x, weight, of_inputs, delta, placement(3, 1, -1), linearized, bias, shift,
         )  # fmt: skip
         if linearized:
             recurrent = recurrent.detach()
             if unpack_dual(inputs)[1] is None:
                 inputs = make_dual(inputs, torch.zeros_like(inputs))
-        response = self.response_of(f"weight_hh{suffix}")
         outputs, cell = lstm_recurrence(
             inputs, start, recurrent,
-            None if response is None else response.direction,
-            None if response is None else response.coefficients(delta).expand(x.shape[1], -1),
+            None if of_outputs is None else of_outputs.direction,
+            None if of_outputs is None else of_outputs.coefficients(delta).expand(x.shape[1], -1),
             linearized=linearized,
         )  # fmt: skip
         return outputs, (outputs[-1], cell)

@@ -6,6 +6,7 @@ step and form each weight gradient as a sum over steps; here it is one product a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -162,7 +163,8 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
         """Back through time; the weights' gradients by one product each."""
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, cotangents)
+            arguments = (*ctx.saved_tensors[:6], ctx.linearized)
+            return with_graph(plain_recurrence, arguments, ctx.needs_input_grad, cotangents)
         of_outputs, of_cell = cotangents
         inputs, first, _, weight, direction, coefficient, outputs, *_, turned = ctx.saved_tensors
         needs, (steps, batch, units) = ctx.needs_input_grad, outputs.shape
@@ -222,16 +224,18 @@ def _slopes(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
     return cast("tuple[Tensor, Tensor, Tensor]", ctx.slopes)
 
 
-def _differentiable_backward(ctx: Any, cotangents: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """With a graph: the recurrence again, step by step."""
-    arguments = ctx.saved_tensors[:6]
-    inputs, hidden, cell, weight, direction, coefficient = arguments
-    results = plain_recurrence(inputs, hidden, cell, weight, direction, coefficient, ctx.linearized)
-    wanted = [a for a, needed in zip(arguments, ctx.needs_input_grad, strict=False) if needed]
-    pairs = [(r, u) for r, u in zip(results, cotangents, strict=True) if u is not None]
+def with_graph(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    needs: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """The derivatives with a graph: of the function, computed again by operations that autograd knows."""
+    wanted = [a for a, needed in zip(arguments, needs, strict=True) if needed]
+    pairs = [(r, u) for r, u in zip(function(*arguments), cotangents, strict=True) if u is not None]
     found = iter(
         torch.autograd.grad(
             [r for r, _ in pairs], wanted, [u for _, u in pairs], create_graph=True, allow_unused=True
         )
     )
-    return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:6]), None)
+    return tuple(next(found) if needed else None for needed in needs)

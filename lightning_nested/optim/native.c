@@ -1,4 +1,4 @@
-/* One pass over memory for each tensor. Compiled at run time by native.py, once with REAL=float and once with double.
+/* One pass over memory for each tensor. Compiled at run time, for REAL=float or REAL=double.
 
    A step is bound by memory: each number of the parameters, gradients and buffers is read once and written once.
    table[k * count + i] is the i-th tensor of the k-th list, h are the scalars of the step. */
@@ -6,8 +6,11 @@
 #include <math.h>
 #include <stddef.h>
 
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
+#if WIDTH == 32
+#define SQRT sqrtf
+#else
+#define SQRT sqrt
+#endif
 
 static void one_real_sgd(size_t n, REAL *restrict w, const REAL *restrict g, REAL *restrict a, REAL sign, REAL decay,
                          REAL c, REAL rate)
@@ -46,20 +49,20 @@ static void one_complex_adam(size_t n, REAL *restrict w, const REAL *restrict g,
     }
 }
 
-void JOIN(real_sgd, REAL)(size_t count, const size_t *sizes, REAL **table, const double *h)
+void real_sgd(size_t count, const size_t *sizes, REAL **table, const double *h)
 {
     for (size_t i = 0; i < count; i++)
         one_real_sgd(sizes[i], table[i], table[count + i], table[2 * count + i], h[0], h[1], h[2], h[3]);
 }
 
-void JOIN(complex_sgd, REAL)(size_t count, const size_t *sizes, REAL **table, const double *h)
+void complex_sgd(size_t count, const size_t *sizes, REAL **table, const double *h)
 {
     for (size_t i = 0; i < count; i++)
         one_complex_sgd(sizes[i], table[i], table[count + i], table[2 * count + i], table[3 * count + i], h[0], h[1],
                         h[2], h[3], h[4]);
 }
 
-void JOIN(complex_adam, REAL)(size_t count, const size_t *sizes, REAL **table, const double *h)
+void complex_adam(size_t count, const size_t *sizes, REAL **table, const double *h)
 {
     for (size_t i = 0; i < count; i++)
         one_complex_adam(sizes[i], table[i], table[count + i], table[2 * count + i], table[3 * count + i],

@@ -128,3 +128,15 @@ def test_half_precision_and_autocast() -> None:
         y.float().square().sum().backward()
     torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.05)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [("state", r"Expected hidden\[0\] size"), ("x", "must be equal")]
+)
+def test_wrong_shapes_are_refused_as_by_torch(wrong: str, message: str, compiled: bool) -> None:
+    layer = HyperLSTM(2, UNITS, 3, compiled=compiled)
+    x, h = torch.randn(STEPS, BATCH, 3 if wrong == "x" else 2), torch.randn(BATCH, 3)
+    state = torch.zeros(1, BATCH - 1 if wrong == "state" else BATCH, UNITS)
+    with pytest.raises(RuntimeError, match=message):
+        layer(x, (state, state), h=h)
