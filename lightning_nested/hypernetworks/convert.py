@@ -96,16 +96,17 @@ class BestResponse(Response):
             if isinstance(layer, HyperLSTM):
                 layer.compiled = compiled
         self._layers_suffice = True  # until one of them cannot
-        self._of: dict[str, RowResponse | None] = {n: by_layers.get(id(p)) for n, p in general.items()}
+        # Paths, not the responses: a deep copy must find its own.
+        self._at = {n: self._in_a_layer(n) if id(p) in by_layers else None for n, p in general.items()}
         self.rest = nn.ModuleList(
-            LowRankResponse(p, num_hyperparameters, rank) for n, p in general.items() if self._of[n] is None
+            LowRankResponse(p, num_hyperparameters, rank) for n, p in general.items() if self._at[n] is None
         )
-        self._one_point = tuple(n for n, p in general.items() if self._of[n] is None or id(p) in elsewhere)
+        self._one_point = tuple(n for n, p in general.items() if self._at[n] is None or id(p) in elsewhere)
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter."""
         rest = iter(self.rest)
-        return {name: (self._response(name) or next(rest))(delta) for name in self._of}
+        return {name: (self._response(name) or next(rest))(delta) for name in self._at}
 
     def moved(self, delta: Tensor) -> dict[str, Tensor]:
         """w₀ + Δ of each parameter, in one pass where there is a layer."""
@@ -119,7 +120,7 @@ class BestResponse(Response):
         """⟨Δ(delta), gradients⟩; where there is a layer, Δ is not formed."""
         rest, terms = iter(self.rest), []
         with torch.autocast(delta.device.type, enabled=False):
-            for name in self._of:
+            for name in self._at:
                 response = self._response(name) or cast("LowRankResponse", next(rest))
                 gradient = gradients.get(name)
                 if gradient is not None:
@@ -135,7 +136,7 @@ class BestResponse(Response):
 
         Then the output is computed again, from the same random numbers and buffers.
         """
-        without = {name for name, response in self._of.items() if response is None}
+        without = {name for name, path in self._at.items() if path is None}
         suffice = self._layers_suffice and not self._double_vjp and set(self._one_point) == without
         if not suffice or place.change is not None:
             return super()._linearized(place, inputs, options)
@@ -143,7 +144,7 @@ class BestResponse(Response):
         buffers = [b.clone() for b in self.module.buffers()]
 
         def rest() -> Weights:
-            responses = zip((n for n in self._of if n in without), self.rest, strict=True)
+            responses = zip((n for n in self._at if n in without), self.rest, strict=True)
             return {n: dual_change(general[n], response(delta)) for n, response in responses}
 
         devices = {p.device for p in general.values() if p.is_cuda}
@@ -166,11 +167,19 @@ class BestResponse(Response):
             torch.cuda.set_rng_state(state, device)
         return super()._linearized(place, inputs, options)
 
+    def _in_a_layer(self, name: str) -> str:
+        """A path to a parameter by way of a layer; its first name may be that of another module that shares it."""
+        return next(
+            path
+            for path in self._aliases[name]
+            if isinstance(self.module.get_submodule(path.rpartition(".")[0]), HyperLayer)
+        )
+
     def _response(self, name: str) -> RowResponse | None:
-        # Looked up by name, not held: a deep copy must find its own.
-        if self._of[name] is None:
+        path = self._at[name]
+        if path is None:
             return None
-        owner, _, attribute = name.rpartition(".")
+        owner, _, attribute = path.rpartition(".")
         return cast("HyperLayer", self.module.get_submodule(owner)).response_of(attribute)
 
 

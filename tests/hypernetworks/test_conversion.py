@@ -246,12 +246,54 @@ def test_shared_weights_are_converted_once_and_still_shared() -> None:
     layers = response.module
     assert layers.embedding.weight is layers.output.weight
     assert layers.embedding.weight_response is layers.output.weight_response
-    plain = response.export(point())
+    h = point()
+    plain = response.export(h)
     assert plain.embedding.weight is plain.output.weight
     rows = 20 * 6 + 20 * N  # once
     lstm = sum(4 * 6 * (2 * 6 + 2) + 4 * 4 * 6 * N for _ in range(2))
     assert response.num_parameters()["response"] == rows + (20 + 20 * N) + lstm
-    torch.testing.assert_close(plain(x), response(x, response.center), rtol=1, atol=100)
+    torch.testing.assert_close(plain(x), response(x, h), rtol=1e-12, atol=1e-12)
+
+
+class NamedElsewhere(nn.Module):
+    """The embedding's weight has its first name in another module, which reads it in a way of its own."""
+
+    class Head(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    def __init__(self) -> None:
+        super().__init__()
+        embedding = nn.Embedding(7, 3)
+        self.head = self.Head(embedding.weight)
+        self.embedding = embedding
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def test_a_weight_whose_first_name_is_not_its_layers() -> None:
+    torch.manual_seed(0)
+    response = best_response(NamedElsewhere().double(), N)
+    for p in response.response_parameters().values():
+        nn.init.normal_(p)
+    assert response.one_point_only() == ("head.weight",)
+    assert response.num_parameters() == {"general": 21, "response": 21 + 7 * N}
+    tokens, h = torch.randint(7, (BATCH, 2)), point()
+    plain = response.export(h)
+    assert plain.head.weight is plain.embedding.weight
+    torch.testing.assert_close(plain(tokens), response(tokens, h), rtol=1e-12, atol=1e-12)
+    with response.at(h, "linearized"):
+        y = response(tokens)
+    (found,) = torch.autograd.grad(y.sum(), response.module.embedding.weight_response.direction)
+    weight = response.module.embedding.weight
+    value = torch.func.jacrev(lambda w: w[tokens] @ w.T)(weight.detach())
+    slopes = value.sum((0, 1, 2)) * response.module.embedding.weight_response.coefficients(h).unsqueeze(1)
+    torch.testing.assert_close(found, slopes, rtol=1e-12, atol=1e-12)
 
 
 def test_copies_and_checkpoints() -> None:
