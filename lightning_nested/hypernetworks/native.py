@@ -117,7 +117,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        arguments, kept = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
+        arguments, kept = saved[:10], saved[10:]
         if torch.is_grad_enabled():
             return with_graph(_layer, arguments, ctx.needs_input_grad, cotangents)
         x, h, cell, w0, w1, c, u0, u1, d, shift = arguments

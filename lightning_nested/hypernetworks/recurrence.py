@@ -132,7 +132,8 @@ class _Recurrence(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         """Tangents of all steps; only W₀ḣ goes step by step."""
         moved_inputs, hidden, cell, moved_weight, moved_direction, moved_coefficient = tangents[:6]
-        inputs, first, _, weight, direction, coefficient, outputs, *_, turned = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        inputs, first, _, weight, direction, coefficient, outputs, *_, turned = saved
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             before = torch.cat([first.unsqueeze(0), outputs[:-1]])
             total = torch.zeros_like(inputs) if moved_inputs is None else moved_inputs.clone()
@@ -146,7 +147,7 @@ class _Recurrence(torch.autograd.Function):
                     total.addcmul_(moved_coefficient.expand_as(total), turned)
                 if moved_direction is not None:
                     total.addcmul_(coefficient.expand_as(total), linear(before, moved_direction, None))
-            to_gates, to_cell, forget = _slopes(ctx)
+            to_gates, to_cell, forget = _slopes(ctx, saved)
             result, turned_weight = torch.empty_like(outputs), weight.T
             h = torch.zeros_like(first) if hidden is None else hidden
             c = torch.zeros_like(first) if cell is None else cell
@@ -162,15 +163,16 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
         """Back through time; the weights' gradients by one product each."""
+        saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
         if torch.is_grad_enabled():
-            arguments = (*ctx.saved_tensors[:6], ctx.linearized)
+            arguments = (*saved[:6], ctx.linearized)
             return with_graph(plain_recurrence, arguments, ctx.needs_input_grad, cotangents)
         of_outputs, of_cell = cotangents
-        inputs, first, _, weight, direction, coefficient, outputs, *_, turned = ctx.saved_tensors
+        inputs, first, _, weight, direction, coefficient, outputs, *_, turned = saved
         needs, (steps, batch, units) = ctx.needs_input_grad, outputs.shape
         width, apart = 4 * units, direction is not None and not ctx.linearized
         with torch.autocast(inputs.device.type, enabled=False):
-            to_gates, to_cell, forget = _slopes(ctx)
+            to_gates, to_cell, forget = _slopes(ctx, saved)
             found = inputs.new_empty(
                 steps, batch, 2 * width if apart else width
             )  # of the gates; c ⊙ the same
@@ -208,10 +210,10 @@ class _Recurrence(torch.autograd.Function):
         return of_inputs, h, c, of_weight, of_direction, of_coefficient, None
 
 
-def _slopes(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(ctx: Any, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """∂cell/∂(i, f, g) and ∂h/∂o in one, (time, batch, 4, units); ∂h/∂cell; and ∂cellₜ/∂cellₜ₋₁ = σ(f)."""
     if ctx.slopes is None:
-        _, _, first, *_, gates, g, cells, squashed, _ = ctx.saved_tensors
+        _, _, first, *_, gates, g, cells, squashed, _ = saved
         i, f, _, o = gates.chunk(4, -1)
         before = torch.cat([first.unsqueeze(0), cells[:-1]])
         slopes = torch.empty_like(gates)
@@ -220,7 +222,7 @@ def _slopes(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
         torch.mul(f * (1 - f), before, out=to_f)
         torch.mul(1 - g.square(), i, out=to_g)
         torch.mul(o * (1 - o), squashed, out=to_o)
-        ctx.slopes = (slopes.view(*cells.shape[:2], 4, -1), o * (1 - squashed.square()), f)
+        ctx.slopes = (slopes.view(*cells.shape[:2], 4, cells.shape[-1]), o * (1 - squashed.square()), f)
     return cast("tuple[Tensor, Tensor, Tensor]", ctx.slopes)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from lightning_nested.hypernetworks import BestResponse, HyperLSTM, best_response, native
 from tests.optim.cases import COMPILER
@@ -130,6 +131,44 @@ def test_every_kind_of_lstm(options: dict[str, Any], calls: list[torch.Size]) ->
             into.extend(results(lstm, x, *rest, h=h))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert len(calls) == 2 * layers
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (3, 1, 2, 1), (1, 3, 1, 5), (2, 7, 3, 17), (4, 0, 2, 3), (30, 33, 9, 31)], ids=str
+)
+def test_every_size(sizes: tuple[int, ...]) -> None:
+    """Steps, examples, width, units; those that fill no vector of the processor among them."""
+    steps, batch, width, units = sizes
+    torch.manual_seed(0)
+    fast = HyperLSTM(width, units, N, compiled=True).double()
+    slow = copy.deepcopy(fast)
+    slow.compiled = False
+    x = torch.randn(steps, batch, width, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(batch, N, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(results(fast, x, h=h), results(slow, x, h=h), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_checkpointing_and_two_threads(compiled: bool) -> None:
+    lstm = dict(zip((True, False), pair(), strict=True))[compiled]
+    x = torch.randn(STEPS, BATCH, WIDTH, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(BATCH, N, dtype=torch.float64, requires_grad=True)
+    expected = results(lstm, x, h=h)
+    torch.set_num_threads(2)
+    try:
+        found = results(lstm, x, h=h)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    def again(x: Tensor, h: Tensor) -> Any:
+        return lstm(x, h=h)
+
+    y, (hidden, cell) = checkpoint(again, x, h, use_reentrant=False)
+    total = y.square().sum() + (hidden * cell.sin()).sum()
+    found = torch.autograd.grad(total, [x, h, *lstm.parameters()])
+    torch.testing.assert_close(list(found), expected[3:], rtol=1e-12, atol=1e-12)
 
 
 @needs_compiler
