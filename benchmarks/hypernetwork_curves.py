@@ -158,8 +158,8 @@ def draw_curves(axis: Any, ones: Sequence[dict[str, Any]]) -> None:
     near = one["minimum"]["Delta-STN"]
     window = [(x, y) for x, y in zip(one["grid"], one["local"], strict=True) if abs(x - near) < 1.3]
     axis.plot(*zip(*window, strict=True), color="#e6550d", linewidth=2, label="Delta-STN, around its λ")
-    axis.axvline(one["minimum"]["true"], color="black", linewidth=0.8, linestyle=":")
-    axis.axvline(near, color="#e6550d", linewidth=0.8, linestyle="--")
+    axis.axvline(one["minimum"]["true"], color="black", linewidth=0.8, linestyle=":", label="true minimum")
+    axis.axvline(near, color="#e6550d", linewidth=0.8, linestyle="--", label="where Delta-STN ends")
     low, high = min(one["true"]), max(one["true"])
     axis.set_ylim(low - 0.12 * (high - low), high + 0.1 * (high - low))
     axis.set(xlabel="log decay", ylabel="validation loss", title="One decay: learned and true curve")
