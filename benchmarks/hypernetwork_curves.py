@@ -197,7 +197,7 @@ def show_errors(tens: Sequence[dict[str, Any]]) -> None:
         rows.append(
             [name, *(Spread.of([float(n) for n in column]).text(4) for column in zip(*numbers, strict=True))]
         )
-    print_table(["ten decays", "mean error", "mean |error|", "root mean square", "correlation"], rows)
+    print_table(["ten decays", "mean error", "mean absolute error", "root mean square", "correlation"], rows)
     rows = [
         [name, *(Spread.of([ten["found"][name][i] for ten in tens]).text(4) for i in (0, 1))]
         for name in tens[0]["found"]
