@@ -317,6 +317,15 @@ def _sum(
     return result + shift if torch.is_grad_enabled() else result.add_(shift)
 
 
+def plain_operations(*cotangents: Tensor | None) -> bool:
+    """Whether a backward pass may not work in place: it is differentiated itself, or takes many cotangents at once."""
+    return torch.is_grad_enabled() or any(
+        u is not None
+        and (torch._C._functorch.is_batchedtensor(u) or torch._C._functorch.is_legacy_batchedtensor(u))
+        for u in cotangents
+    )
+
+
 class _Moved(torch.autograd.Function):
     """base + coefficient ⊙ product + shift, or ``base`` itself with the derivatives of that ("carried").
 
@@ -351,7 +360,7 @@ class _Moved(torch.autograd.Function):
         if needs[1]:
             along = u * product
             of_coefficient = along.sum_to_size(coefficient.shape)
-            if needs[2] and not torch.is_grad_enabled() and coefficient.shape != along.shape:
+            if needs[2] and coefficient.shape != along.shape and not plain_operations(u):
                 of_product = torch.mul(u, coefficient, out=along)
         if needs[2] and of_product is None:
             of_product = u * coefficient

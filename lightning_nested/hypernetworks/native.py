@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_nested._native import build
-from lightning_nested.hypernetworks.layers import linear, moved, unpack_dual
-from lightning_nested.hypernetworks.recurrence import Hidden, lstm_recurrence, with_graph
+from lightning_nested.hypernetworks.layers import linear, moved, plain_operations, unpack_dual
+from lightning_nested.hypernetworks.recurrence import Hidden, by_plain_operations, lstm_recurrence
 
 Matrix = tuple[Tensor, Tensor, Tensor]
 """W₀ and W₁, both (4·units, …), and the coefficients (batch, 4·units) of W₁'s rows."""
@@ -119,8 +119,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
         arguments, kept = saved[:10], saved[10:]
-        if torch.is_grad_enabled():
-            return with_graph(_layer, arguments, ctx.needs_input_grad, cotangents)
+        if plain_operations(*cotangents):
+            return by_plain_operations(_layer, arguments, ctx.needs_input_grad, cotangents)
         x, h, cell, w0, w1, c, u0, u1, d, shift = arguments
         by_x, turned, *of_gates, outputs = kept
         given, of_cell = (

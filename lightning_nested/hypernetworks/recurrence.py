@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_nested.hypernetworks.layers import linear
+from lightning_nested.hypernetworks.layers import linear, plain_operations
 
 Hidden = tuple[Tensor, Tensor]
 
@@ -164,9 +164,9 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
         """Back through time; the weights' gradients by one product each."""
         saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
-        if torch.is_grad_enabled():
+        if plain_operations(*cotangents):
             arguments = (*saved[:6], ctx.linearized)
-            return with_graph(plain_recurrence, arguments, ctx.needs_input_grad, cotangents)
+            return by_plain_operations(plain_recurrence, arguments, ctx.needs_input_grad, cotangents)
         of_outputs, of_cell = cotangents
         inputs, first, _, weight, direction, coefficient, outputs, *_, turned = saved
         needs, (steps, batch, units) = ctx.needs_input_grad, outputs.shape
@@ -226,18 +226,21 @@ def _slopes(ctx: Any, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return cast("tuple[Tensor, Tensor, Tensor]", ctx.slopes)
 
 
-def with_graph(
+def by_plain_operations(
     function: Callable[..., Any],
     arguments: Sequence[Any],
     needs: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """The derivatives with a graph: of the function, computed again by operations that autograd knows."""
+    """The derivatives of the function, computed again, by operations that can be differentiated and batched."""
+    graph = torch.is_grad_enabled()
     wanted = [a for a, needed in zip(arguments, needs, strict=True) if needed]
-    pairs = [(r, u) for r, u in zip(function(*arguments), cotangents, strict=True) if u is not None]
+    with torch.enable_grad():
+        results = function(*arguments)
+    pairs = [(r, u) for r, u in zip(results, cotangents, strict=True) if u is not None]
     found = iter(
         torch.autograd.grad(
-            [r for r, _ in pairs], wanted, [u for _, u in pairs], create_graph=True, allow_unused=True
+            [r for r, _ in pairs], wanted, [u for _, u in pairs], create_graph=graph, allow_unused=True
         )
     )
     return tuple(next(found) if needed else None for needed in needs)

@@ -339,6 +339,32 @@ def test_layers_of_their_own(layer: Callable[[], Any], shape: tuple[int, ...], c
         call(x, h[:, :2])
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: HyperLinear(3, 2, N), (BATCH, 3)),
+        (lambda: HyperLinear(3, 2, N), (BATCH, 2, 3)),
+        (lambda: HyperConv1d(2, 2, 3, N), (BATCH, 2, 5)),
+    ],
+    ids=["linear", "sequence", "conv1d"],
+)
+def test_a_layers_derivatives_in_every_way(layer: Callable[[], Any], shape: tuple[int, ...]) -> None:
+    """Backward, forward mode, of many cotangents at once, and twice, against differences."""
+    layer = layer().double()
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def output(x: Tensor, h: Tensor, *parameters: Tensor) -> Tensor:
+        weights = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, weights, (x, h))
+
+    given = [torch.randn(shape), torch.randn(BATCH, N), *layer.parameters()]
+    given = [a.detach().double().requires_grad_() for a in given]
+    assert torch.autograd.gradcheck(output, given, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(output, given, fast_mode=True)
+
+
 def test_the_linear_layer_is_its_formula() -> None:
     layer = HyperLinear(5, 3, N).double()
     for p in layer.parameters():
