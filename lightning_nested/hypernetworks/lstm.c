@@ -8,14 +8,14 @@
 #include <string.h>
 
 #if WIDTH == 32
-typedef int32_t BITS;
+typedef uint32_t BITS;
 #define MANTISSA 23
 #define EXPONENT 127
 #define LIMIT 87
 #define LN2_LOW ((REAL)-2.12194440054690583e-4)
 #define TERMS 7
 #else
-typedef int64_t BITS;
+typedef uint64_t BITS;
 #define MANTISSA 52
 #define EXPONENT 1023
 #define LIMIT 700
