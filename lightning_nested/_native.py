@@ -36,8 +36,9 @@ def build(package: str, file: str, dtype: torch.dtype, otherwise: str) -> ctypes
         with resources.as_file(resources.files(package).joinpath(file)) as source:
             return _compile(source, _REALS[dtype].split())
     except (OSError, subprocess.SubprocessError, ValueError) as error:
+        reason = str(error).strip().rstrip(".")
         warnings.warn(
-            f"compiled=True needs a C compiler. Got: {error} {otherwise}; install gcc or clang, or name one in the "
+            f"compiled=True needs a C compiler. Got: {reason}. {otherwise}; install gcc or clang, or name one in the "
             "variable CC.",
             stacklevel=3,
         )
@@ -50,17 +51,26 @@ def _compile(source: Path, definitions: list[str]) -> ctypes.CDLL:
         or [path for path in map(shutil.which, ("cc", "gcc", "clang")) if path][:1]
     )
     if not compiler:
-        raise OSError("none of cc, gcc and clang is on the PATH.")
-    options = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-shared", "-fPIC", *definitions]
+        raise OSError("none of cc, gcc and clang is on the PATH")
+    options = [
+        "-O3",
+        "-fno-fast-math",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-std=gnu11",
+        "-shared",
+        "-fPIC",
+    ]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         target = Path(folder, "native.so")
         run = None
         for processor in (["-march=native"], []):  # some compilers do not know the first
             run = subprocess.run(
-                [*compiler, *processor, *options, str(source), "-o", str(target), "-lm"],
+                [*compiler, *processor, *options, *definitions, str(source), "-o", str(target), "-lm"],
                 capture_output=True, text=True, timeout=120, check=False,
             )  # fmt: skip
             if run.returncode == 0:
                 return ctypes.CDLL(str(target))
         assert run is not None
-        raise OSError(f"{compiler[0]} failed: {run.stderr.strip()[:200]}.")
+        said = run.stderr.strip()[:200] or f"exit code {run.returncode}"
+        raise OSError(f"{compiler[0]} failed: {said}")

@@ -267,10 +267,11 @@ def shift_of(delta: Tensor, *responses: RowResponse | None) -> Tensor | None:
 
 
 def moved(base: Tensor | None, coefficient: Tensor, product: Tensor, shift: Tensor | None = None) -> Tensor:
-    """base + coefficient ⊙ product + shift, where coefficient and shift broadcast."""
+    """base + coefficient ⊙ product + shift, where coefficient and shift broadcast; in the memory of ``base``."""
     like = product if base is None else base
     terms = (base, *(None if t is None else t.to(like.dtype) for t in (coefficient, product, shift)))
-    if torch._C._are_functorch_transforms_active():  # which _Moved is not written for
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        # which _Moved is not written for
         return _sum(*terms)
     return cast("Tensor", _Moved.apply(*terms, False))
 
@@ -312,9 +313,7 @@ def _sum(
     if base is None:
         return coefficient * product if shift is None else torch.addcmul(shift, coefficient, product)
     result = torch.addcmul(base, coefficient, product)
-    if shift is None:
-        return result
-    return result + shift if torch.is_grad_enabled() else result.add_(shift)
+    return result if shift is None else result + shift
 
 
 def plain_operations(*cotangents: Tensor | None) -> bool:

@@ -38,11 +38,16 @@ def lstm_layer(
     Returns:
         The outputs of all steps (time, batch, units), and the last cell (batch, units).
     """
-    of_inputs, of_outputs = ((w0, w1, c.contiguous()) for w0, w1, c in (of_inputs, of_outputs))
+    of_inputs, of_outputs = ((w0, w1, _plain(c)) for w0, w1, c in (of_inputs, of_outputs))
     arguments = (x, *start, *of_inputs, *of_outputs, shift)
     if compiled and _fits(arguments) and library(x.dtype) is not None:
         return cast("tuple[Tensor, Tensor]", _Layer.apply(*arguments))
     return _layer(*arguments)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """As C reads it."""
+    return tensor.contiguous().resolve_neg()
 
 
 def _layer(
@@ -55,17 +60,24 @@ def _layer(
 
 def _fits(arguments: tuple[Tensor, ...]) -> bool:
     """Whether C may be given these; it checks nothing itself."""
-    x, h, cell, _, _, c, u0, _, d, _ = arguments
-    (rows, units), examples = u0.shape, x.shape[1]
+    x, h, cell, w0, w1, c, u0, u1, d, shift = arguments
+    examples, units = h.shape
+    rows = 4 * units
     return (
         len(x) > 0
-        and h.shape == cell.shape == (examples, units)
+        and x.shape[1] == examples
+        and h.shape == cell.shape
+        and w0.shape == w1.shape == (rows, x.shape[2])
+        and u0.shape == u1.shape == (rows, units)
         and c.shape == d.shape == (examples, rows)
+        and shift.shape in ((rows,), (examples, rows))
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()  # fx, fake tensors
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
         and not torch.is_autocast_enabled("cpu")
         and {type(a) for a in arguments} <= {Tensor, Parameter}
         and len({a.dtype for a in arguments}) == 1
-        and arguments[0].dtype in (torch.float32, torch.float64)
+        and x.dtype in (torch.float32, torch.float64)
         and all(a.is_cpu and unpack_dual(a)[1] is None for a in arguments)
     )
 
@@ -83,7 +95,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def _table(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
     """Their addresses; the tensors live as long as it."""
-    assert all(t.is_contiguous() for t in tensors)
+    if not all(t.is_contiguous() and not t.is_neg() for t in tensors):
+        raise RuntimeError("The C of an LSTM layer needs contiguous tensors.")
     table = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     table.tensors = tensors  # type: ignore[attr-defined]
     return table
@@ -103,9 +116,7 @@ class _Layer(torch.autograd.Function):
         cells = x.new_empty(steps + 1, batch, units)
         cells[0] = cell
         by_h = x.new_empty(batch, 8 * units)
-        table = _table(
-            by_x, turned, c, d, cells, gates, squashed, by_h, shift.expand_as(c).contiguous(), outputs
-        )
+        table = _table(by_x, turned, c, d, cells, gates, squashed, by_h, _plain(shift.expand_as(c)), outputs)
         step, stacked = cast("ctypes.CDLL", library(x.dtype)).forward, torch.cat([u0, u1]).T
         for t, before in enumerate((h, *outputs[:-1].unbind(0))):
             torch.mm(before, stacked, out=by_h)
@@ -122,9 +133,10 @@ class _Layer(torch.autograd.Function):
         if plain_operations(*cotangents):
             return by_plain_operations(_layer, arguments, ctx.needs_input_grad, cotangents)
         x, h, cell, w0, w1, c, u0, u1, d, shift = arguments
-        by_x, turned, *of_gates, outputs = kept
+        c, d = _plain(c), _plain(d)  # hooks may have laid out what was saved in another way
+        by_x, turned, *of_gates, outputs = map(_plain, kept)
         given, of_cell = (
-            cotangents[0].contiguous().resolve_neg(),
+            _plain(cotangents[0]),
             cell.new_zeros(cell.shape).add_(cotangents[1]),
         )
         steps, batch, units = outputs.shape

@@ -39,14 +39,19 @@ def lstm_recurrence(
         direction: W₁ of the same shape; None: none.
         coefficient: c (batch, 4·units), one row of each example.
         linearized: The value is that of W₀ alone, with c ⊙ W₁h as a tangent, and with the derivatives of that tangent
-            for c and W₁ in the backward pass; see ``tangent_only``. ``inputs`` must be a dual number.
+            for c and W₁ in the backward pass; see :func:`linearly_moved`. ``inputs`` must be a dual number.
 
     Returns:
         hₜ of all steps (time, batch, units), and the last cell (batch, units).
+
+    Raises:
+        ValueError: W₁ is not of W₀'s shape.
     """
     hidden, cell = (s.to(inputs.dtype) for s in start)
     weight = weight.to(inputs.dtype)
     if direction is not None and coefficient is not None:
+        if direction.shape != weight.shape:
+            raise ValueError(f"W₁ must have W₀'s shape {tuple(weight.shape)}. Got {tuple(direction.shape)}.")
         direction, coefficient = direction.to(inputs.dtype), coefficient.to(inputs.dtype)
     arguments = (inputs, hidden, cell, weight, direction, coefficient, linearized)
     if torch._C._are_functorch_transforms_active():
@@ -234,9 +239,11 @@ def by_plain_operations(
 ) -> tuple[Tensor | None, ...]:
     """The derivatives of the function, computed again, by operations that can be differentiated and batched."""
     graph = torch.is_grad_enabled()
-    wanted = [a for a, needed in zip(arguments, needs, strict=True) if needed]
     with torch.enable_grad():
+        # Views: where an argument depends on another, or is it, only its own part is asked for here.
+        arguments = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
         results = function(*arguments)
+    wanted = [a for a, needed in zip(arguments, needs, strict=True) if needed]
     pairs = [(r, u) for r, u in zip(results, cotangents, strict=True) if u is not None]
     found = iter(
         torch.autograd.grad(

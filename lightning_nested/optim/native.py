@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested._native import build
-from lightning_nested.optim.kernel import Kernel
+from lightning_nested.optim.kernel import DTYPES, Kernel
 
 ALONE = 1 << 17  # elements; fewer take one thread less time than waking the others
 
@@ -37,7 +37,7 @@ class Native(Kernel):
 
     def available(self) -> bool:
         """Compiles when it is first asked."""
-        return library(torch.float32) is not None
+        return all(library(dtype) is not None for dtype in DTYPES)
 
     def _update(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> None:
         function = getattr(library(dtype), self.name)

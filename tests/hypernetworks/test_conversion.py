@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -363,6 +364,10 @@ def test_a_layers_derivatives_in_every_way(layer: Callable[[], Any], shape: tupl
     given = [a.detach().double().requires_grad_() for a in given]
     assert torch.autograd.gradcheck(output, given, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(output, given, fast_mode=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and comparisons of shapes
+        traced = torch.jit.trace(layer, tuple(a.detach() for a in given[:2]))
+    torch.testing.assert_close(traced(*given[:2]), output(*given), rtol=1e-12, atol=1e-12)
 
 
 def test_the_linear_layer_is_its_formula() -> None:

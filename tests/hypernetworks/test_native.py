@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from lightning_nested.hypernetworks import BestResponse, HyperLSTM, best_response, native
@@ -155,11 +156,12 @@ def test_checkpointing_and_two_threads(compiled: bool) -> None:
     x = torch.randn(STEPS, BATCH, WIDTH, dtype=torch.float64, requires_grad=True)
     h = torch.randn(BATCH, N, dtype=torch.float64, requires_grad=True)
     expected = results(lstm, x, h=h)
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         found = results(lstm, x, h=h)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
     def again(x: Tensor, h: Tensor) -> Any:
@@ -176,7 +178,10 @@ def test_checkpointing_and_two_threads(compiled: bool) -> None:
 def test_its_nonlinearities_are_exact_to_a_few_roundings_at_any_size(
     dtype: torch.dtype, roundings: int
 ) -> None:
-    """One unit per number, one step from a cell of one: cell = σ(v) + σ(v) tanh(v), output = σ(v) tanh(cell)."""
+    """One unit per number, one step from a cell of one: cell = σ(v) + σ(v) tanh(v), output = σ(v) tanh(cell).
+
+    From a cell of zero, cell = σ(v) tanh(v): small numbers keep all their digits.
+    """
     sizes = torch.logspace(-30, 3, 2001, dtype=dtype)
     v = torch.cat([-sizes, torch.zeros(1, dtype=dtype), sizes])
     units = len(v)
@@ -191,6 +196,13 @@ def test_its_nonlinearities_are_exact_to_a_few_roundings_at_any_size(
     # far out, σ stops at the smallest e^x it forms, below any number that a sum could notice
     least = torch.finfo(torch.float32).eps ** 5
     # 1 + tanh(v) cancels for negative v, in any arithmetic: hence roundings of σ(v), not of the cell
+    _, alone = native.lstm_layer(
+        torch.zeros(1, 1, 1, dtype=dtype), (torch.zeros_like(one), torch.zeros_like(one)),
+        (zero, zero, zero.T), (zero.expand(-1, units), zero.expand(-1, units), zero.T), v.repeat(4), compiled=True,
+    )  # fmt: skip
+    product = w.sigmoid() * w.tanh()
+    error = (alone.flatten().double() - product).abs()
+    assert (error <= 2 * roundings * torch.finfo(dtype).eps * product.abs() + least).all()
     for result, expected in zip(found, exact, strict=True):
         bound = roundings * torch.finfo(dtype).eps * w.sigmoid() + least
         assert ((result.flatten().double() - expected).abs() <= bound).all()
@@ -221,11 +233,11 @@ def test_the_graph_serves_twice_and_outputs_may_be_changed() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("frozen", ["weights", "input"])
-def test_some_gradients_alone(frozen: str) -> None:
+@pytest.mark.parametrize("frozen", [range(3, 10), [0], [3], [4], [6], [7], [1, 2]], ids=str)
+def test_some_gradients_alone(frozen: Sequence[int]) -> None:
     given = arguments()
-    for a in given[3:] if frozen == "weights" else given[:1]:
-        a.requires_grad_(False)
+    for i in frozen:
+        given[i].requires_grad_(False)
     wanted = [a for a in given if a.requires_grad]
     found, expected = (
         torch.autograd.grad(layer(*given, compiled=compiled)[0].square().sum(), wanted)
@@ -242,16 +254,84 @@ def test_what_c_cannot_take_is_taken_without(calls: list[torch.Size]) -> None:
         dual = forward_ad.make_dual(given[0], torch.ones_like(given[0]))
         y = layer(dual, *given[1:])[0]
         assert forward_ad.unpack_dual(y).tangent is not None
+        torch.testing.assert_close(forward_ad.unpack_dual(y).primal, expected, rtol=1e-12, atol=1e-12)
     gradient = torch.func.grad(lambda x: layer(x, *given[1:])[0].sum())(given[0])
-    assert gradient.shape == given[0].shape
+    x = given[0].clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(layer(x, *given[1:], compiled=False)[0].sum(), x)
+    torch.testing.assert_close(gradient, by_autograd, rtol=1e-12, atol=1e-12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(*[a.float() for a in given])
-    layer(*[a.bfloat16() for a in given])
+        y = layer(*[a.float() for a in given])[0]
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.1)
+    y = layer(*[a.bfloat16() for a in given])[0]
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.2)
+    traced = make_fx(lambda x: layer(x, *given[1:])[0])(given[0])
+    torch.testing.assert_close(traced(2 * given[0]), layer(2 * given[0], *given[1:], compiled=False)[0])
+    broadcast = [*given[:4], given[4][:1], *given[5:]]
+    torch.testing.assert_close(layer(*broadcast)[0], layer(*broadcast, compiled=False)[0])
+    for i in (3, 4, 6, 7):
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(*given[:i], given[i][:3], *given[i + 1 :])
+    alone = [*given[:5], given[5][:1], *given[6:]]  # one row of coefficients for all examples
+    torch.testing.assert_close(layer(*alone)[0], layer(*alone, compiled=False)[0])
     torch.testing.assert_close(layer(given[0], *[a.float() for a in given[1:3]], *given[3:])[0], expected)
     assert layer(given[0][:0], *given[1:])[0].shape == (0, BATCH, UNITS)  # no step
     assert calls == []
-    layer(*given)
+    torch.testing.assert_close(layer(*given)[0], expected, rtol=1e-12, atol=1e-12)
     assert len(calls) == 1
+
+
+@needs_compiler
+def test_layouts_that_c_cannot_read() -> None:
+    """Negative views and saved tensors laid out by hooks in another way are put right first."""
+    given = arguments()
+
+    def gradients(given: list[Tensor], compiled: bool) -> list[Tensor]:
+        y, cell = layer(*given, compiled=compiled)
+        return list(torch.autograd.grad((y * cell).sum(), given))
+
+    expected = gradients(given, False)
+
+    def turned(x: Tensor) -> Tensor:
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 1 else x
+
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda x: x):
+        torch.testing.assert_close(gradients(given, True), expected, rtol=1e-12, atol=1e-12)
+
+    def negative(x: Tensor) -> Tensor:
+        """The same numbers, as the imaginary part of a conjugate."""
+        return torch.complex(torch.zeros_like(x), -x.detach()).conj().imag.requires_grad_()
+
+    views = [negative(a) for a in given]
+    assert all(a.is_neg() for a in views)
+    torch.testing.assert_close(gradients(views, True), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("case", ["state carried", "called twice", "state from x"])
+def test_arguments_that_depend_on_each_other(case: str, compiled: bool) -> None:
+    """A graph of the backward pass must not change what it computes; neither must many cotangents."""
+    torch.manual_seed(0)
+    lstm = HyperLSTM(UNITS, UNITS, N, compiled=compiled).double()
+    for p in lstm.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(STEPS, BATCH, UNITS, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(BATCH, N, dtype=torch.float64, requires_grad=True)
+    cases: dict[str, Callable[[], Tensor]] = {
+        "state carried": lambda: lstm(x[2:], lstm(x[:2], h=h)[1], h=h)[0],
+        "called twice": lambda: lstm(lstm(x, h=h)[0], h=h)[0],
+        "state from x": lambda: lstm(x, (x.mean(0, keepdim=True).tanh(), x[:1] * 0), h=h)[0],
+    }
+    y = cases[case]()
+    wanted, u = [x, h, *lstm.parameters()], torch.randn_like(y)
+    expected = torch.autograd.grad(y, wanted, u, retain_graph=True)
+    with_graph = torch.autograd.grad(y, wanted, u, create_graph=True)
+    torch.testing.assert_close(with_graph, expected, rtol=1e-11, atol=1e-11)
+    batched = torch.autograd.grad(
+        y, wanted, torch.stack([u, 2 * u]), is_grads_batched=True, retain_graph=True
+    )
+    torch.testing.assert_close(
+        batched, tuple(torch.stack([g, 2 * g]) for g in expected), rtol=1e-11, atol=1e-11
+    )
 
 
 class Model(nn.Module):
