@@ -97,7 +97,7 @@ class BestResponse(Response):
                 layer.compiled = compiled
         self._layers_suffice = True  # until one of them cannot
         # Paths, not the responses: a deep copy must find its own.
-        self._at = {n: self._in_a_layer(n) if id(p) in by_layers else None for n, p in general.items()}
+        self._at = {n: self._path_to(n, by_layers.get(id(p))) for n, p in general.items()}
         self.rest = nn.ModuleList(
             LowRankResponse(p, num_hyperparameters, rank) for n, p in general.items() if self._at[n] is None
         )
@@ -167,13 +167,14 @@ class BestResponse(Response):
             torch.cuda.set_rng_state(state, device)
         return super()._linearized(place, inputs, options)
 
-    def _in_a_layer(self, name: str) -> str:
-        """A path to a parameter by way of a layer; its first name may be that of another module that shares it."""
-        return next(
-            path
-            for path in self._aliases[name]
-            if isinstance(self.module.get_submodule(path.rpartition(".")[0]), HyperLayer)
-        )
+    def _path_to(self, name: str, response: RowResponse | None) -> str | None:
+        """A parameter's name in the layer that has its response; its first may be that of another module."""
+        for path in self._aliases[name] if response is not None else ():
+            owner, _, attribute = path.rpartition(".")
+            layer = self.module.get_submodule(owner)
+            if isinstance(layer, HyperLayer) and layer.response_of(attribute) is response:
+                return path
+        return None
 
     def _response(self, name: str) -> RowResponse | None:
         path = self._at[name]

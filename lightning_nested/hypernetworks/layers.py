@@ -267,7 +267,7 @@ def shift_of(delta: Tensor, *responses: RowResponse | None) -> Tensor | None:
 
 
 def moved(base: Tensor | None, coefficient: Tensor, product: Tensor, shift: Tensor | None = None) -> Tensor:
-    """base + coefficient ⊙ product + shift, where coefficient and shift broadcast; in the memory of ``base``."""
+    """base + coefficient ⊙ product + shift, where coefficient and shift broadcast; may use the memory of ``base``."""
     like = product if base is None else base
     terms = (base, *(None if t is None else t.to(like.dtype) for t in (coefficient, product, shift)))
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
@@ -318,10 +318,11 @@ def _sum(
 
 def plain_operations(*cotangents: Tensor | None) -> bool:
     """Whether a backward pass may not work in place: it is differentiated itself, or takes many cotangents at once."""
-    return torch.is_grad_enabled() or any(
-        u is not None
-        and (torch._C._functorch.is_batchedtensor(u) or torch._C._functorch.is_legacy_batchedtensor(u))
-        for u in cotangents
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in cotangents)
     )
 
 
@@ -345,7 +346,7 @@ class _Moved(torch.autograd.Function):
         ctx.carried, ctx.shift = carried, None if shift is None else shift.shape
         if carried:
             return cast("Tensor", base).detach()  # no view to autograd: what follows may work in place
-        if base is None:
+        if base is None or torch._C._len_torch_dispatch_stack():  # which may hold on to base
             return _sum(base, coefficient, product, shift)
         result = base.detach()  # in place: memory costs more here than arithmetic
         if coefficient is not None and product is not None:

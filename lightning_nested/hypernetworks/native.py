@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -38,16 +39,17 @@ def lstm_layer(
     Returns:
         The outputs of all steps (time, batch, units), and the last cell (batch, units).
     """
-    of_inputs, of_outputs = ((w0, w1, _plain(c)) for w0, w1, c in (of_inputs, of_outputs))
+    of_inputs, of_outputs = ((w0, w1, _dense(c)) for w0, w1, c in (of_inputs, of_outputs))
     arguments = (x, *start, *of_inputs, *of_outputs, shift)
     if compiled and _fits(arguments) and library(x.dtype) is not None:
         return cast("tuple[Tensor, Tensor]", _Layer.apply(*arguments))
     return _layer(*arguments)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _dense(tensor: Tensor) -> Tensor:
     """As C reads it."""
-    return tensor.contiguous().resolve_neg()
+    tensor = tensor.contiguous().resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
 def _layer(
@@ -95,8 +97,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def _table(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
     """Their addresses; the tensors live as long as it."""
-    if not all(t.is_contiguous() and not t.is_neg() for t in tensors):
-        raise RuntimeError("The C of an LSTM layer needs contiguous tensors.")
+    if {(t.dtype, t.is_cpu, t.is_contiguous()) for t in tensors} != {(tensors[0].dtype, True, True)}:
+        raise RuntimeError("A hook changed the dtype or device of what an LSTM layer had saved.")
     table = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     table.tensors = tensors  # type: ignore[attr-defined]
     return table
@@ -116,7 +118,7 @@ class _Layer(torch.autograd.Function):
         cells = x.new_empty(steps + 1, batch, units)
         cells[0] = cell
         by_h = x.new_empty(batch, 8 * units)
-        table = _table(by_x, turned, c, d, cells, gates, squashed, by_h, _plain(shift.expand_as(c)), outputs)
+        table = _table(by_x, turned, c, d, cells, gates, squashed, by_h, _dense(shift.expand_as(c)), outputs)
         step, stacked = cast("ctypes.CDLL", library(x.dtype)).forward, torch.cat([u0, u1]).T
         for t, before in enumerate((h, *outputs[:-1].unbind(0))):
             torch.mm(before, stacked, out=by_h)
@@ -132,31 +134,38 @@ class _Layer(torch.autograd.Function):
         arguments, kept = saved[:10], saved[10:]
         if plain_operations(*cotangents):
             return by_plain_operations(_layer, arguments, ctx.needs_input_grad, cotangents)
-        x, h, cell, w0, w1, c, u0, u1, d, shift = arguments
-        c, d = _plain(c), _plain(d)  # hooks may have laid out what was saved in another way
-        by_x, turned, *of_gates, outputs = map(_plain, kept)
-        given, of_cell = (
-            _plain(cotangents[0]),
-            cell.new_zeros(cell.shape).add_(cotangents[1]),
-        )
-        steps, batch, units = outputs.shape
-        found, later = x.new_empty(steps, batch, 12 * units), torch.zeros_like(of_cell)
-        of_c, of_d, of_shift = (torch.zeros_like(c) for _ in range(3))
-        table = _table(by_x, turned, c, d, *of_gates, given, later, of_cell, found, of_c, of_d, of_shift)
-        step, stacked = cast("ctypes.CDLL", library(x.dtype)).backward, torch.cat([u0, u1])
-        of_products = found[..., 4 * units :].unbind(0)
-        for t in reversed(range(steps)):
-            step(t, batch, units, table)
-            torch.mm(of_products[t], stacked, out=later)
-        flat = found.flatten(0, 1)
-        left, right = flat[:, : 8 * units], flat[:, 4 * units :]
-        of_x = of_w0 = of_w1 = of_u0 = of_u1 = None
-        needs = ctx.needs_input_grad
-        if needs[0]:
-            of_x = torch.addmm(left[:, : 4 * units] @ w1, left[:, 4 * units :], w0).view_as(x)
-        if needs[3] or needs[4]:
-            of_w1, of_w0 = (left.T @ x.flatten(0, 1)).chunk(2)
-        if needs[6] or needs[7]:
-            before = torch.cat([h.unsqueeze(0), outputs[:-1]]).flatten(0, 1)
-            of_u0, of_u1 = (right.T @ before).chunk(2)
-        return of_x, later, of_cell, of_w0, of_w1, of_c, of_u0, of_u1, of_d, of_shift.sum_to_size(shift.shape)
+        with torch.autocast("cpu", enabled=False):
+            return _by_c(ctx.needs_input_grad, arguments, kept, cotangents)
+
+
+def _by_c(
+    needs: Sequence[bool], arguments: Sequence[Tensor], kept: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The backward pass of :class:`_Layer`."""
+    x, h, cell, w0, w1, c, u0, u1, d, shift = arguments
+    c, d = _dense(c), _dense(d)  # hooks may have laid out what was saved in another way
+    by_x, turned, *of_gates, outputs = map(_dense, kept)
+    given, of_cell = (
+        _dense(cotangents[0]),
+        cell.new_zeros(cell.shape).add_(cotangents[1]),
+    )
+    steps, batch, units = outputs.shape
+    found, later = x.new_empty(steps, batch, 12 * units), torch.zeros_like(of_cell)
+    of_c, of_d, of_shift = (torch.zeros_like(c) for _ in range(3))
+    table = _table(by_x, turned, c, d, *of_gates, given, later, of_cell, found, of_c, of_d, of_shift)
+    step, stacked = cast("ctypes.CDLL", library(x.dtype)).backward, torch.cat([u0, u1])
+    of_products = found[..., 4 * units :].unbind(0)
+    for t in reversed(range(steps)):
+        step(t, batch, units, table)
+        torch.mm(of_products[t], stacked, out=later)
+    flat = found.flatten(0, 1)
+    left, right = flat[:, : 8 * units], flat[:, 4 * units :]
+    of_x = of_w0 = of_w1 = of_u0 = of_u1 = None
+    if needs[0]:
+        of_x = torch.addmm(left[:, : 4 * units] @ w1, left[:, 4 * units :], w0).view_as(x)
+    if needs[3] or needs[4]:
+        of_w1, of_w0 = (left.T @ x.flatten(0, 1)).chunk(2)
+    if needs[6] or needs[7]:
+        before = torch.cat([h.unsqueeze(0), outputs[:-1]]).flatten(0, 1)
+        of_u0, of_u1 = (right.T @ before).chunk(2)
+    return of_x, later, of_cell, of_w0, of_w1, of_c, of_u0, of_u1, of_d, of_shift.sum_to_size(shift.shape)

@@ -340,6 +340,21 @@ def test_layers_of_their_own(layer: Callable[[], Any], shape: tuple[int, ...], c
         call(x, h[:, :2])
 
 
+def dual_over_reverse(layer: nn.Module, x: Tensor, h: Tensor) -> None:
+    """The tangent of a gradient against the gradient's difference; what follows the layer is dual, not the layer."""
+    head = torch.randn_like(layer(x, h))
+    moved = torch.randn_like(head)
+    parameters = list(layer.parameters())
+
+    def gradients(head: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((layer(x, h).tanh() * head).sum(), parameters)
+
+    with torch.autograd.forward_ad.dual_level():
+        found = gradients(torch.autograd.forward_ad.make_dual(head, moved))
+        tangents = [torch.autograd.forward_ad.unpack_dual(g).tangent for g in found]
+    torch.testing.assert_close(tangents, list(gradients(moved)), rtol=1e-12, atol=1e-12)  # linear in the head
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
@@ -364,6 +379,7 @@ def test_a_layers_derivatives_in_every_way(layer: Callable[[], Any], shape: tupl
     given = [a.detach().double().requires_grad_() for a in given]
     assert torch.autograd.gradcheck(output, given, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(output, given, fast_mode=True)
+    dual_over_reverse(layer, given[0], given[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and comparisons of shapes
         traced = torch.jit.trace(layer, tuple(a.detach() for a in given[:2]))

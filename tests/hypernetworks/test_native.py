@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_nested.hypernetworks import BestResponse, HyperLSTM, best_response, native
 from tests.optim.cases import COMPILER
@@ -307,6 +308,34 @@ def test_layouts_that_c_cannot_read() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_dual_number_after_the_layer(compiled: bool) -> None:
+    given = arguments()
+    head, moved = (torch.randn(STEPS, BATCH, UNITS, dtype=torch.float64) for _ in range(2))
+
+    def gradients(head: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((layer(*given, compiled=compiled)[0].tanh() * head).sum(), given)
+
+    with forward_ad.dual_level():
+        found = gradients(forward_ad.make_dual(head, moved))
+        tangents = [forward_ad.unpack_dual(g).tangent for g in found]
+    torch.testing.assert_close(tangents, list(gradients(moved)), rtol=1e-12, atol=1e-12)
+
+
+@needs_compiler
+def test_cotangents_without_memory_and_hooks_that_change_the_dtype() -> None:
+    given = arguments()
+    y, cell = layer(*given)
+    nothing = torch._efficientzerotensor(tuple(y.shape), dtype=y.dtype)
+    found = torch.autograd.grad([y, cell], given, [nothing, torch.ones_like(cell)], retain_graph=True)
+    expected = torch.autograd.grad([y, cell], given, [torch.zeros_like(y), torch.ones_like(cell)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.float, lambda x: x):
+        y, _ = layer(*given)
+    with pytest.raises(RuntimeError, match=r"changed the dtype|same dtype|scalar type"):
+        torch.autograd.grad(y.sum(), given)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize("case", ["state carried", "called twice", "state from x"])
 def test_arguments_that_depend_on_each_other(case: str, compiled: bool) -> None:
     """A graph of the backward pass must not change what it computes; neither must many cotangents."""
@@ -378,3 +407,27 @@ def test_one_warning_without_a_compiler(afresh: None, monkeypatch: pytest.Monkey
         warnings.simplefilter("error")
         torch.testing.assert_close(layer(*given), found, rtol=0, atol=0)
     torch.testing.assert_close(found, layer(*given, compiled=False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_products_kept_by_selective_checkpointing(compiled: bool) -> None:
+    """The context holds on to results of ``mm``, which then may not be changed in place."""
+    lstm = dict(zip((True, False), pair(), strict=True))[compiled]
+    x = torch.randn(STEPS, BATCH, WIDTH, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(BATCH, N, dtype=torch.float64)
+    wanted = [x, *lstm.parameters()]
+    expected = torch.autograd.grad(lstm(x, h=h)[0].square().sum(), wanted)
+
+    def policy(context: Any, operation: Any, *rest: Any, **options: Any) -> CheckpointPolicy:
+        kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    y = checkpoint(
+        lambda x: lstm(x, h=h)[0],
+        x,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), wanted), expected, rtol=1e-12, atol=1e-12
+    )
