@@ -297,11 +297,7 @@ def linearly_moved(
             change = _sum(None, *terms)
             change = change if change.shape == value.shape else change.expand_as(value).contiguous()
         else:
-            change = tangent  # of the caller, who has no other use for it
-            if terms[0] is not None and terms[1] is not None:
-                change.addcmul_(terms[0], terms[1])
-            if terms[2] is not None:
-                change.add_(terms[2])
+            change = _add_to(tangent, *terms)  # the caller has no other use for it
     return make_dual(cast("Tensor", _Moved.apply(value, *terms, True)), change)
 
 
@@ -314,6 +310,13 @@ def _sum(
         return coefficient * product if shift is None else torch.addcmul(shift, coefficient, product)
     result = torch.addcmul(base, coefficient, product)
     return result if shift is None else result + shift
+
+
+def _add_to(base: Tensor, coefficient: Tensor | None, product: Tensor | None, shift: Tensor | None) -> Tensor:
+    """The same, in place."""
+    if coefficient is not None and product is not None:
+        base.addcmul_(coefficient, product)
+    return base if shift is None else base.add_(shift)
 
 
 def plain_operations(*cotangents: Tensor | None) -> bool:
@@ -348,10 +351,7 @@ class _Moved(torch.autograd.Function):
             return cast("Tensor", base).detach()  # no view to autograd: what follows may work in place
         if base is None or torch._C._len_torch_dispatch_stack():  # which may hold on to base
             return _sum(base, coefficient, product, shift)
-        result = base.detach()  # in place: memory costs more here than arithmetic
-        if coefficient is not None and product is not None:
-            result.addcmul_(coefficient, product)
-        return result if shift is None else result.add_(shift)
+        return _add_to(base.detach(), coefficient, product, shift)  # memory costs more here than arithmetic
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -145,10 +145,7 @@ def _by_c(
     x, h, cell, w0, w1, c, u0, u1, d, shift = arguments
     c, d = _dense(c), _dense(d)  # hooks may have laid out what was saved in another way
     by_x, turned, *of_gates, outputs = map(_dense, kept)
-    given, of_cell = (
-        _dense(cotangents[0]),
-        cell.new_zeros(cell.shape).add_(cotangents[1]),
-    )
+    given, of_cell = _dense(cotangents[0]), cell.new_zeros(cell.shape).add_(cotangents[1])
     steps, batch, units = outputs.shape
     found, later = x.new_empty(steps, batch, 12 * units), torch.zeros_like(of_cell)
     of_c, of_d, of_shift = (torch.zeros_like(c) for _ in range(3))
