@@ -147,8 +147,7 @@ class HyperLayer(_Base):
         for name in [name for name in self._modules if name.endswith("_response")]:
             del self._modules[name]
         self.__dict__.pop("_point", None)
-        for name in ("num_hyperparameters", "compiled"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("num_hyperparameters", None)
         self.__class__ = self.plain  # type: ignore[assignment]
 
     def response_of(self, name: str) -> RowResponse | None:
