@@ -17,6 +17,7 @@ from lightning_nested.hypernetworks.layers import (
     placement,
     respond_to,
     shift_of,
+    total,
     unpack_dual,
 )
 from lightning_nested.hypernetworks.recurrence import Hidden, lstm_recurrence
@@ -104,25 +105,24 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         """One layer in one direction; x (time, batch, width)."""
         weight, recurrent = (getattr(self, f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
         names = [f"bias_{kind}{suffix}" for kind in ("ih", "hh") if self.bias]
-        biases: list[Tensor] = [getattr(self, name) for name in names]
-        bias = sum(biases[1:], biases[0]) if biases else None
+        bias = total(*(getattr(self, name) for name in names))
+        direction = coefficient = None
         if delta is None:
             inputs = linear(x, weight, bias)
-            outputs, cell = lstm_recurrence(inputs, start, recurrent)
-            return outputs, (outputs[-1], cell)
-        of_inputs, of_outputs = (self.response_of(f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
-        shift = shift_of(delta, *map(self.response_of, names))
-        inputs = respond_to(
-            linear, x, weight, of_inputs, delta, placement(3, 1, -1), linearized, bias, shift,
-        )  # fmt: skip
+        else:
+            of_inputs, of_outputs = (self.response_of(f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
+            inputs = respond_to(
+                linear, x, weight, of_inputs, delta, placement(3, 1, -1), linearized,
+                bias, shift_of(delta, *map(self.response_of, names)),
+            )  # fmt: skip
+            if of_outputs is not None:
+                direction = of_outputs.direction
+                coefficient = of_outputs.coefficients(delta).expand(x.shape[1], -1)
         if linearized:
             recurrent = recurrent.detach()
             if unpack_dual(inputs)[1] is None:
                 inputs = make_dual(inputs, torch.zeros_like(inputs))
         outputs, cell = lstm_recurrence(
-            inputs, start, recurrent,
-            None if of_outputs is None else of_outputs.direction,
-            None if of_outputs is None else of_outputs.coefficients(delta).expand(x.shape[1], -1),
-            linearized=linearized,
-        )  # fmt: skip
+            inputs, start, recurrent, direction, coefficient, linearized=linearized
+        )
         return outputs, (outputs[-1], cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -206,6 +207,30 @@ def test_transforms_tracing_and_precisions() -> None:
     torch.testing.assert_close(y, rounded, rtol=1e-12, atol=1e-12)
     traced = make_fx(lambda x: called(layer, x, *given[1:])[0])(given[0])
     torch.testing.assert_close(traced(2 * given[0]), one_by_one(layer, 2 * given[0], *given[1:])[0])
+
+
+class Wrapped(nn.Module):
+    """An LSTM called with tensors alone, as tracing wants it."""
+
+    def __init__(self, layer: HyperLSTM) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, hidden: Tensor, cell: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, (hidden, cell) = self.layer(x, (hidden, cell), h=h)
+        return y, hidden, cell
+
+
+def test_a_traced_lstm_computes_and_learns_the_same() -> None:
+    layer, given = layer_and_arguments()
+    module = Wrapped(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and comparisons of shapes
+        traced = torch.jit.trace(module, tuple(a.detach() for a in given[:4]))
+    inputs = [(2 * a.detach()).requires_grad_() for a in given[:4]]
+    wanted = [*inputs, *layer.parameters()]
+    found, expected = (with_gradients(f(*inputs), wanted) for f in (traced, module))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_layouts_in_memory() -> None:
