@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from one_hypergradient import Problem
+from _problem import Problem
 from torch import Tensor
 
 Hypergradient = tuple[Tensor, ...]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lightning_nested.callbacks import LyapunovCallback
 from lightning_nested.dynamics import TrainingTracker
 from lightning_nested.dynamics.frames import orthonormalize
-from lightning_nested.hypergradient.vectors import flatten, unflatten
+from lightning_nested.linalg.vectors import flatten, unflatten
 
 
 class Problem:

@@ -28,10 +28,10 @@ from lightning_nested.hypergradient import (
     Nystrom,
     SolverState,
 )
-from lightning_nested.hypergradient.curvature import as_operator
 from lightning_nested.hypergradient.implicit import implicit_result
 from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.hyperparameters.transforms import Exp
+from lightning_nested.linalg.operators import as_operator
 
 
 def products_to(error: float, make: Any, size: int = 32, condition: float = 32.0) -> int:

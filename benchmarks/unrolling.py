@@ -13,7 +13,8 @@ from importlib.util import find_spec
 
 import torch
 from _measuring import interleave, live_memory, load, parser, print_table, report, start
-from one_hypergradient import Hypergradient, Problem, compare
+from _problem import Hypergradient, Problem
+from one_hypergradient import compare
 from torch import nn
 
 from lightning_nested.hypergradient import Neumann

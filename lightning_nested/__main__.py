@@ -1,6 +1,6 @@
 """``python -m lightning_nested`` is the ``lightning-nested`` command."""
 
-from lightning_nested.cli import main
+from lightning_nested.cli.main import main
 
 if __name__ == "__main__":
     main()

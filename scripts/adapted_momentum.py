@@ -19,10 +19,10 @@ from lightning.pytorch import Trainer
 from scipy.optimize import differential_evolution
 
 from lightning_nested.callbacks import GameSpectrumCallback
-from lightning_nested.callbacks.game_momentum import JointStep
-from lightning_nested.callbacks.game_report import measured_rate
+from lightning_nested.demos import ZooGame
+from lightning_nested.demos.game_report import measured_rate
 from lightning_nested.games import QuadraticGame
-from lightning_nested.modules import ZooGame
+from lightning_nested.games.joint_step import JointStep
 from lightning_nested.optim import ComplexSGD
 
 # Curvature of the first player, coupling, curvature of the second; learning rate.

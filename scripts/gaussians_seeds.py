@@ -21,11 +21,11 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 
-from lightning_nested.callbacks.isolation import RandomStream
 from lightning_nested.datamodules import MixtureOfGaussiansDataModule
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.modules import GameLoop, GANModule
 from lightning_nested.optim import ComplexAdam, OptimisticAdam
+from lightning_nested.trainer.random_stream import RandomStream
 
 METHODS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
     "Adam, β₁ = 0": lambda params, lr: torch.optim.Adam(params, lr=lr, betas=(0.0, 0.999)),

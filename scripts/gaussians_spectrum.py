@@ -14,9 +14,10 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
-from lightning_nested.callbacks import GameSpectrumCallback, ModeCoverage
-from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
+from lightning_nested.callbacks import GameSpectrumCallback
 from lightning_nested.datamodules import MixtureOfGaussiansDataModule
+from lightning_nested.demos import ModeCoverage
+from lightning_nested.figures.game_spectrum import spectrum_figure
 from lightning_nested.modules import GameLoop, GANModule
 from lightning_nested.networks import MLP
 from lightning_nested.optim import ComplexAdam

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from lightning_nested.cli import shipped_configs
+from lightning_nested.cli.configs import shipped_configs
 
 CONFIG = "clean_digits"
 COLUMNS = {

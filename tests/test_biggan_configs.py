@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from lightning_nested.cli import main
+from lightning_nested.cli.lightning import NestedCLI
+from lightning_nested.cli.main import main
 from lightning_nested.modules import BigGAN
-from lightning_nested.nested_cli import NestedCLI
 
 ROOT = Path(__file__).parents[1]
 

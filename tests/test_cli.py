@@ -12,11 +12,12 @@ import torch
 import yaml
 
 import lightning_nested
-from lightning_nested import cli
-from lightning_nested.cli import main, resolve_config, resolve_configs, shipped_configs, shipped_rides
+from lightning_nested.cli import main as cli
+from lightning_nested.cli.configs import resolve_config, resolve_configs, shipped_configs, shipped_rides
+from lightning_nested.cli.lightning import NestedCLI
+from lightning_nested.cli.main import main
 from lightning_nested.datamodules import DigitsDataModule
 from lightning_nested.modules import ImageClassifier
-from lightning_nested.nested_cli import NestedCLI
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(shipped_configs()["digits"])

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_nested.cli import main, shipped_configs
-from lightning_nested.modules import GANModule, ZooGame
+from lightning_nested.cli.configs import shipped_configs
+from lightning_nested.cli.main import main
+from lightning_nested.demos import ZooGame
+from lightning_nested.modules import GANModule
 
 ROOT = Path(__file__).parents[1]
 GAMES = ("bilinear", "dirac_gan", "gaussians_gan")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_nested.cli import main
+from lightning_nested.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 

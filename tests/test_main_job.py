@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_nested.cli import shipped_configs
+from lightning_nested.cli.configs import shipped_configs
 
 SETTINGS = yaml.safe_load(shipped_configs()["clean_digits"].read_text(encoding="utf-8"))
 

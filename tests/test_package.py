@@ -16,7 +16,17 @@ import lightning_nested
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_nested"
-CORE = ("dynamics", "games", "hypergradient", "hypernetworks", "hyperparameters", "networks", "optim")
+CORE = (
+    "dynamics",
+    "figures",
+    "games",
+    "hypergradient",
+    "hypernetworks",
+    "hyperparameters",
+    "linalg",
+    "networks",
+    "optim",
+)
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
 
@@ -47,38 +57,68 @@ def test_a_core_name_from_the_root_loads_no_lightning() -> None:
     assert imported_by(statement, watched=("torch", *LIGHTNING)) == {"torch"}
 
 
-@pytest.mark.parametrize("name", lightning_nested.__all__)
-def test_public_names_resolve(name: str) -> None:
+def in_stub() -> list[tuple[str, str]]:
+    """(package, name) of each name in the root's stub, in its order; package "" for the packages themselves."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    return [
+        (node.module or "", alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name  # re-exported, to type checkers
+    ]
+
+
+@pytest.mark.parametrize(("package", "name"), in_stub())
+def test_public_names_resolve(package: str, name: str) -> None:
     value = getattr(lightning_nested, name)
     assert name in dir(lightning_nested)
-    package = lightning_nested._PACKAGE_OF.get(name)
-    if package is not None:
+    if package:
         home = getattr(lightning_nested, package)
         assert value is getattr(home, name)
         assert name in home.__all__
+    else:
+        assert value.__name__ == f"lightning_nested.{name}"
 
 
 def test_the_root_exports_a_name_once() -> None:
-    assert len(set(lightning_nested.__all__)) == 1 + sum(map(len, lightning_nested._EXPORTS.values()))
+    names = [name for _, name in in_stub()]
+    assert len(names) > 100
+    assert sorted(lightning_nested.__all__) == sorted([*names, "__version__"])
+    assert len(set(names)) == len(names)
+
+
+def test_every_package_is_an_attribute_of_the_root() -> None:
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {name for package, name in in_stub() if not package} == packages
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'Neuman'"):
+    with pytest.raises(AttributeError, match="attribute Neuman"):
         _ = lightning_nested.Neuman
 
 
-def test_type_checkers_see_the_names_that_exist() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    seen = {
-        (node.module, alias.name, alias.asname)
-        for branch in tree.body
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
-        for node in branch.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    names = lightning_nested._PACKAGE_OF.items()
-    assert seen == {(f"lightning_nested.{package}", name, name) for name, package in names}
+def test_type_checkers_see_the_names_that_exist(tmp_path: Path) -> None:
+    use = tmp_path / "use.py"
+    use.write_text(
+        "import lightning_nested as ln\n"
+        "ln.callbacks.HypergradientCallback\n"
+        "ln.Neumann(num_terms=3)\n"
+        "ln.Neuman\n"
+        "ln.Neumann(num_term=3)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--no-error-summary",
+        "--cache-dir",
+        str(ROOT / ".mypy_cache"),
+        use,
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [int(line.split(":")[1]) for line in run.stdout.splitlines() if ": error:" in line]
+    assert lines == [4, 5], run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("name", ["callbacks", "configs", "datamodules"])
@@ -126,6 +166,7 @@ def shipped() -> set[str]:
     wanted = [
         *PACKAGE.rglob("*.py"),
         *PACKAGE.rglob("*.c"),
+        PACKAGE / "__init__.pyi",
         *PACKAGE.glob("configs/**/*.yaml"),
         PACKAGE / "py.typed",
     ]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_nested.cli import main, resolve_config, shipped_configs, shipped_rides
+from lightning_nested.cli.configs import resolve_config, shipped_configs, shipped_rides
+from lightning_nested.cli.main import main
 
 QUICK = (
     "--starts=1",
@@ -49,7 +50,7 @@ def test_a_ride_writes_its_solutions_and_goes_on(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("name", shipped_rides())
 def test_shipped_rides_are_whole_and_apart_from_those_of_fit(name: str) -> None:
-    from lightning_nested.ride_cli import ride_parser
+    from lightning_nested.cli.ride import ride_parser
 
     config = ride_parser().parse_args(["--config", resolve_config(name, shipped_rides())])
     assert config.game.class_path.startswith("lightning_nested.")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -16,68 +16,32 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import reduction
-from lightning_nested.callbacks.game_adaptation import (
-    adapted_momenta,
+from lightning_nested.figures.game_spectrum import spectrum_figure
+from lightning_nested.games import JacobianOperator, leading_eigenvalues
+from lightning_nested.games.adaptation import adapted_momenta, optimizers_of
+from lightning_nested.games.joint_step import (
+    ADAPT_LIMIT,
+    JointStep,
     adapts_each_player,
     joint_step,
-    optimizers_of,
+    predicted_rate,
     single_steps,
-    without_complex_momentum,
 )
-from lightning_nested.callbacks.game_momentum import ADAPT_LIMIT, JointStep, predicted_rate
-from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
-from lightning_nested.callbacks.isolation import RandomStream, without_trace
-from lightning_nested.callbacks.outer_batches import base_seed
-from lightning_nested.callbacks.step_dynamics import (
-    Momentum,
-    OwnStepJacobian,
-    StepJacobian,
+from lightning_nested.games.step_jacobian import OwnStepJacobian, StepJacobian
+from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.optim.step_dynamics import (
     set_momentum,
     step_dynamics,
 )
-from lightning_nested.games import JacobianOperator, leading_eigenvalues
-from lightning_nested.games.spectrum import _DENSE_LIMIT, SpectrumError, Which
-from lightning_nested.hypergradient.curvature import LinearOperator
-from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MeasuredSpectrum:
-    """The spectrum of a game at one moment of its training.
-
-    Attributes:
-        game_updates: When.
-        eigenvalues: Of DJ, complex128 of shape (k,), the largest first.
-        shares: How much of each eigenvector of √D J √D, which is similar, belongs to each player, shape
-            (k, players), rows of sum 1; None where eigenvectors were not computed.
-        own: Real eigenvalues of each player's own block D_i ∂²L_i/∂w_i², by player.
-        momenta: Of each player; None where its parameter groups differ.
-        alternating: Whether the players step one after the other.
-        rate: Predicted factor of the distance to the solution per game update; None where it cannot be predicted.
-        exact: Whether the rate is the spectral radius of the players' joint step, and no worst case of a formula over
-            the eigenvalues measured.
-        num_products: Products with Jacobians it took.
-        equal_curvatures: Whether the rate assumes that coupled coordinates have the same own curvature, as
-            :func:`lightning_nested.games.convergence_rate` does for alternating players.
-    """
-
-    game_updates: int
-    eigenvalues: Tensor
-    shares: Tensor | None
-    own: dict[str, Tensor]
-    momenta: dict[str, Momentum | None]
-    alternating: bool
-    rate: float | None
-    num_products: int
-    exact: bool = False
-    equal_curvatures: bool = False
-
-    @property
-    def momentum(self) -> Momentum | None:
-        """Common to all players; None where they differ."""
-        found = set(self.momenta.values())
-        return found.pop() if len(found) == 1 else None
+if TYPE_CHECKING:
+    from lightning_nested.games.measured_spectrum import MeasuredSpectrum
+from lightning_nested.games.measured_spectrum import MeasuredSpectrum
+from lightning_nested.trainer.joint_losses import warn_if_detached
 
 
 class GameSpectrumCallback(Callback):
@@ -264,7 +228,7 @@ class GameSpectrumCallback(Callback):
         }
         losses = self._losses(trainer, pl_module, list(players))
         if not self.history:
-            _warn_if_detached(list(players), losses, tensors)
+            warn_if_detached(list(players), losses, tensors)
         descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
         jacobian = JacobianOperator(descended, tensors, reduce=reduction(trainer))
         operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
@@ -381,20 +345,27 @@ class GameSpectrumCallback(Callback):
 
 def _check_dense(size: int) -> None:
     """Refuse the dense Jacobian of a large game before it is computed."""
-    if size > _DENSE_LIMIT:
+    if size > DENSE_LIMIT:
         raise MisconfigurationException(
-            f"GameSpectrumCallback(k=None) needs the dense Jacobian, of at most {_DENSE_LIMIT} numbers. Got players of "
+            f"GameSpectrumCallback(k=None) needs the dense Jacobian, of at most {DENSE_LIMIT} numbers. Got players of "
             f"{size}; use k=20 for the leading eigenvalues by products."
         )
 
 
-def _warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[Vector]) -> None:
-    """A spectrum without the coupling of the players looks harmless, and is wrong."""
-    for name, loss in zip(names, losses, strict=True):
-        for other, held in zip(names, tensors, strict=True):
-            if all(g is None for g in torch.autograd.grad(loss, held, retain_graph=True, allow_unused=True)):
-                rank_zero_warn(
-                    f"The loss of {name!r} has no graph to the parameters of {other!r}. If it depends on them, the "
-                    "spectrum lacks that coupling: in player_loss, do not detach and do not use torch.no_grad() "
-                    "where self.joint_graph is True."
-                )
+def without_complex_momentum(optimizers: Mapping[str, torch.optim.Optimizer]) -> str:
+    """The players that cannot be adapted, for a warning; empty if all can.
+
+    Raises:
+        MisconfigurationException: No player can.
+    """
+    without = [
+        f"{type(optimizer).__name__} for {name!r}"
+        for name, optimizer in optimizers.items()
+        if "phase" not in optimizer.param_groups[0]
+    ]
+    if len(without) == len(optimizers):
+        raise MisconfigurationException(
+            "adapt=True sets momentum and phase of ComplexSGD and ComplexAdam. "
+            f"Got {', '.join(without)}; use one of them, or adapt=False."
+        )
+    return ", ".join(without)

@@ -21,19 +21,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import (
-    coupled_decay,
-    log_outer_step,
-    named_outputs,
-    reduction,
-    refuse_strategy,
-    reinitialize,
-    step_arguments,
-    trainable,
-)
-from lightning_nested.callbacks.isolation import RandomStream, StandIns, untouched_buffers, without_trace
-from lightning_nested.callbacks.outer_batches import OuterBatches, base_seed
-from lightning_nested.callbacks.outer_loss import evaluate_outer
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton, InverseSolver, Neumann
 from lightning_nested.hyperparameters import (
     BoundHyperparameter,
@@ -44,6 +31,15 @@ from lightning_nested.hyperparameters import (
 )
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+from lightning_nested.optim.step_dynamics import coupled_decay, trainable
+from lightning_nested.trainer.isolation import untouched_buffers, without_trace
+from lightning_nested.trainer.lightning import reduction, step_arguments
+from lightning_nested.trainer.outer_batches import OuterBatches
+from lightning_nested.trainer.outer_loop import log_outer_step, reinitialize
+from lightning_nested.trainer.outer_loss import evaluate_outer
+from lightning_nested.trainer.random_stream import RandomStream, base_seed
+from lightning_nested.trainer.requirements import named_outputs, refuse_strategy
+from lightning_nested.trainer.stand_ins import StandIns
 
 
 class HypergradientCallback(Callback):

@@ -18,16 +18,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_nested.callbacks.fitting import reduction, refuse_strategy, step_arguments, trainable
-from lightning_nested.callbacks.fixed_batches import FixedBatches
-from lightning_nested.callbacks.game_follower import GameFollower, is_game, refuse_other_modules
-from lightning_nested.callbacks.isolation import RandomStream, untouched_buffers, without_trace
-from lightning_nested.callbacks.shared_backward import SharedBackward
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.dynamics.tracker import TrainingTracker
-from lightning_nested.dynamics.update_map import known_rule
-from lightning_nested.dynamics.update_rules import UpdateRule
+from lightning_nested.optim.step_dynamics import trainable
+from lightning_nested.optim.update_rules import UpdateRule, known_rule
+from lightning_nested.trainer.fixed_batches import FixedBatches
+from lightning_nested.trainer.game_follower import GameFollower
+from lightning_nested.trainer.isolation import untouched_buffers, without_trace
+from lightning_nested.trainer.joint_losses import is_game, refuse_other_modules
+from lightning_nested.trainer.lightning import reduction, step_arguments
+from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.requirements import refuse_strategy
+from lightning_nested.trainer.shared_backward import SharedBackward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,7 +162,7 @@ class LyapunovCallback(Callback):
 
     def draw(self) -> Figure:
         """Local and running exponents against the step, with the crossings of zero."""
-        from lightning_nested.callbacks.lyapunov_figure import lyapunov_figure
+        from lightning_nested.figures.lyapunov import lyapunov_figure
 
         unit = "training step" if self._game is None else "game update"
         return lyapunov_figure(self.windows, self.local_exponents, self.crossings, self.smoothing, unit=unit)

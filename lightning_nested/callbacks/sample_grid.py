@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.callbacks.generative_metrics import ClassConditionalSampler
+from lightning_nested.callbacks.generative_metrics.callback import ClassConditionalSampler
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 
 

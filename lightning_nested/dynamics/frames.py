@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.linalg.vectors import Vector
 
 _TALL = 4096  # from this many coordinates on, two Gram matrices are cheaper than Householder reflections
 

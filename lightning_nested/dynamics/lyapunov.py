@@ -22,7 +22,7 @@ from lightning_nested.dynamics.frames import (
     window_weights,
 )
 from lightning_nested.dynamics.maps import DifferentiableMap, State, Step, as_map, recorded
-from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.linalg.vectors import Vector
 
 _RECORD = 30  # steps from which on recording the map's operations pays
 _SELF_CHECK = 32  # coordinates up to which the determinant is computed beside the full spectrum

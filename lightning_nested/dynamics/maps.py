@@ -12,7 +12,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
-from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.linalg.vectors import Vector
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 Step: TypeAlias = Callable[[Any], Any]

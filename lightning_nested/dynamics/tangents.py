@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.frames import orthonormalize, window_weights
-from lightning_nested.dynamics.update_map import known_rule
-from lightning_nested.dynamics.update_rules import Descent, LinearRule, SGDRule, UpdateRule
-from lightning_nested.hypergradient.vectors import Reduce, Vector
+from lightning_nested.linalg.vectors import Reduce, Vector
+from lightning_nested.optim.update_rules import Descent, LinearRule, SGDRule, UpdateRule, known_rule
 
 
 @dataclass(frozen=True, kw_only=True)

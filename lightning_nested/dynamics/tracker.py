@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from lightning_nested.dynamics.frames import orthonormalize
 from lightning_nested.dynamics.tangents import Clip, Tangents
-from lightning_nested.dynamics.update_rules import UpdateRule
-from lightning_nested.hypergradient.curvature import HessianOperator
-from lightning_nested.hypergradient.vectors import Vector, flatten, unflatten
+from lightning_nested.linalg.curvature import HessianOperator
+from lightning_nested.linalg.vectors import Vector, flatten, unflatten
+from lightning_nested.optim.update_rules import UpdateRule
 
 
 class TrainingTracker(Tangents):

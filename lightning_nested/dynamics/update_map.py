@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -11,26 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.maps import DifferentiableMap
-from lightning_nested.dynamics.update_rules import (
-    AdamRule,
-    ComplexAdamRule,
-    ComplexSGDRule,
+from lightning_nested.linalg.vectors import Vector, clone
+from lightning_nested.optim.update_rules import (
     Descent,
-    ExtragradientRule,
-    OptimisticAdamRule,
-    OptimisticSGDRule,
-    PastRule,
-    SGDRule,
     UpdateRule,
-)
-from lightning_nested.hypergradient.vectors import Vector, clone
-from lightning_nested.optim import (
-    ComplexAdam,
-    ComplexSGD,
-    Extragradient,
-    ExtrapolationFromThePast,
-    OptimisticAdam,
-    OptimisticSGD,
+    known_rule,
 )
 
 Losses: TypeAlias = Callable[..., Any]
@@ -272,47 +256,3 @@ def _grouped(params: Vector, owners: Sequence[int]) -> tuple[Tensor | Vector, ..
         own = tuple(p for p, owner in zip(params, owners, strict=True) if owner == player)
         players.append(own[0] if len(own) == 1 else own)
     return tuple(players)
-
-
-def known_rule(optimizer: Optimizer, group: Mapping[str, Any]) -> UpdateRule:
-    """The rule of a parameter group's optimizer with the group's options."""
-    kind = type(optimizer)
-    number = {name: float(value) for name, value in group.items() if isinstance(value, (int, float, Tensor))}
-    lr, decay, maximize = number["lr"], number.get("weight_decay", 0.0), bool(group.get("maximize", False))
-    descent = partial(_with, lr=lr, weight_decay=decay, maximize=maximize)
-    if group.get("amsgrad", False):
-        raise ValueError(
-            "update_map knows Adam without amsgrad. Got amsgrad=True; pass rule= with a re-statement."
-        )
-    if kind is torch.optim.SGD:
-        nesterov = bool(group["nesterov"])
-        return descent(SGDRule, momentum=number["momentum"], dampening=number["dampening"], nesterov=nesterov)
-    if kind is ComplexSGD:
-        return descent(ComplexSGDRule, momentum=number["momentum"], phase=number["phase"])
-    plain = {
-        Extragradient: ExtragradientRule,
-        ExtrapolationFromThePast: PastRule,
-        OptimisticSGD: OptimisticSGDRule,
-    }
-    if kind in plain:
-        return descent(plain[kind])
-    if kind in (torch.optim.Adam, torch.optim.AdamW, ComplexAdam, OptimisticAdam):
-        beta1, beta2 = (float(b) for b in group["betas"])
-        adaptive = partial(descent, beta2=beta2, eps=number["eps"])
-        if kind is ComplexAdam:
-            return adaptive(
-                ComplexAdamRule, momentum=beta1, phase=number["phase"], debias=bool(group["debias"])
-            )
-        if kind is OptimisticAdam:
-            return adaptive(OptimisticAdamRule, beta1=beta1)
-        decoupled = kind is torch.optim.AdamW or bool(group.get("decoupled_weight_decay", False))
-        return adaptive(AdamRule, beta1=beta1, decoupled=decoupled)
-    raise ValueError(
-        "update_map knows SGD, Adam, AdamW, ComplexSGD, ComplexAdam, Extragradient, ExtrapolationFromThePast, "
-        f"OptimisticSGD and OptimisticAdam. Got {kind.__name__}; pass rule= with a re-statement of its step: a "
-        "subclass of lightning_nested.dynamics.UpdateRule."
-    )
-
-
-def _with(rule: Callable[..., UpdateRule], **options: Any) -> UpdateRule:
-    return rule(**options)

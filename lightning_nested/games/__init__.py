@@ -1,19 +1,7 @@
 """Differentiable games: joint gradient, Jacobian, spectrum, convergence rates and advice on momentum. PyTorch only."""
 
 from lightning_nested.games.advice import MomentumSuggestion, suggest_momentum
-from lightning_nested.games.dirac import DiracGAN
-from lightning_nested.games.game import Game
-from lightning_nested.games.gaussians import GaussiansGAN
-from lightning_nested.games.iterated import (
-    IteratedPrisonersDilemma,
-    MatchingPennies,
-    PenniesAndDilemma,
-    SmallIPD,
-    policy_losses,
-)
 from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
-from lightning_nested.games.modes import high_quality, modes_covered, ring
-from lightning_nested.games.quadratic import Bilinear, QuadraticGame
 from lightning_nested.games.rates import (
     convergence_rate,
     eigenvalue_rates,
@@ -22,8 +10,21 @@ from lightning_nested.games.rates import (
     optimistic_rate,
     proximal_rate,
 )
-from lightning_nested.games.spectrum import Spectrum, SpectrumError, game_spectrum, leading_eigenvalues
-from lightning_nested.games.subspace import RandomSubspace
+from lightning_nested.games.spectrum import game_spectrum
+from lightning_nested.games.zoo.dirac import DiracGAN
+from lightning_nested.games.zoo.game import Game
+from lightning_nested.games.zoo.gaussians import GaussiansGAN
+from lightning_nested.games.zoo.iterated import (
+    IteratedPrisonersDilemma,
+    MatchingPennies,
+    PenniesAndDilemma,
+    SmallIPD,
+    policy_losses,
+)
+from lightning_nested.games.zoo.modes import high_quality, modes_covered, ring
+from lightning_nested.games.zoo.quadratic import Bilinear, QuadraticGame
+from lightning_nested.games.zoo.subspace import RandomSubspace
+from lightning_nested.linalg.eigenvalues import Spectrum, SpectrumError, leading_eigenvalues
 
 __all__ = [
     "Bilinear",

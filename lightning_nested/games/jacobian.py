@@ -13,16 +13,10 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.curvature import (
-    AveragedOperator,
-    HessianOperator,
-    LinearOperator,
-    _materialize,
-    _own,
-    explain_double_backward,
-    gradient_with_graph,
-)
-from lightning_nested.hypergradient.vectors import Reduce, Vector, average, flatten, unflatten
+from lightning_nested.linalg.curvature import HessianOperator, _own, gradient_with_graph
+from lightning_nested.linalg.graph import explain_double_backward
+from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, _materialize
+from lightning_nested.linalg.vectors import Reduce, Vector, average, flatten, unflatten
 
 Player: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """What one player holds: a tensor, or the parameters of a network."""

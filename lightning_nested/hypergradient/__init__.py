@@ -1,15 +1,6 @@
 """Gradients of an outer loss with respect to hyperparameters, through the inner optimization. torch only."""
 
 from lightning_nested.hypergradient.check import HypergradientReport, check_hypergradient
-from lightning_nested.hypergradient.curvature import (
-    AveragedOperator,
-    DiagonalOperator,
-    DoubleBackwardError,
-    FiniteDifferenceOperator,
-    GaussNewtonOperator,
-    HessianOperator,
-    LinearOperator,
-)
 from lightning_nested.hypergradient.implicit import (
     Curvature,
     FiniteDifference,
@@ -19,19 +10,18 @@ from lightning_nested.hypergradient.implicit import (
     implicit_hypergradient,
     implicit_result,
 )
-from lightning_nested.hypergradient.inverse import (
-    ConjugateGradient,
-    DenseSolve,
-    GivenInverse,
-    Identity,
-    InverseSolver,
-    Neumann,
-    Nystrom,
-    Solution,
-    SolverState,
-)
-from lightning_nested.hypergradient.response import Minimize, Unroll
+from lightning_nested.hypergradient.retraining import Minimize, Unroll
 from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
+from lightning_nested.linalg.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
+from lightning_nested.linalg.graph import DoubleBackwardError
+from lightning_nested.linalg.operators import AveragedOperator, DiagonalOperator, LinearOperator
+from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
+from lightning_nested.linalg.solvers.conjugate_gradient import ConjugateGradient
+from lightning_nested.linalg.solvers.dense import DenseSolve
+from lightning_nested.linalg.solvers.given import GivenInverse
+from lightning_nested.linalg.solvers.identity import Identity
+from lightning_nested.linalg.solvers.neumann import Neumann
+from lightning_nested.linalg.solvers.nystrom import Nystrom
 
 __all__ = [
     "AveragedOperator",

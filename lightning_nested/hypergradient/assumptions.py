@@ -11,17 +11,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.curvature import (
-    DoubleBackwardError,
-    FlatOperator,
-    HessianOperator,
-    LinearOperator,
-    as_operator,
-    graph_nodes,
-)
 from lightning_nested.hypergradient.implicit import Curvature, FiniteDifference, Hessian
-from lightning_nested.hypergradient.response import Problem
-from lightning_nested.hypergradient.vectors import Vector, flatten, unflatten
+from lightning_nested.hypergradient.retraining import Problem
+from lightning_nested.linalg.curvature import HessianOperator
+from lightning_nested.linalg.graph import DoubleBackwardError, graph_nodes
+from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
+from lightning_nested.linalg.vectors import Vector, flatten, unflatten
 
 _PRODUCTS = 30  # enough for the end of a spectrum; a stronger search is a matter of more products
 

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_nested.hypergradient.assumptions import AnyCurvature, Neighbourhood, inspect
-from lightning_nested.hypergradient.curvature import FlatOperator, LinearOperator
 from lightning_nested.hypergradient.implicit import implicit_result
-from lightning_nested.hypergradient.inverse import InverseSolver
-from lightning_nested.hypergradient.response import (
+from lightning_nested.hypergradient.retraining import (
     GivenResponse,
     LossFunction,
     Minimize,
@@ -26,7 +24,9 @@ from lightning_nested.hypergradient.response import (
     Response,
     Unroll,
 )
-from lightning_nested.hypergradient.vectors import Vector, dot, norm, unflatten
+from lightning_nested.linalg.operators import FlatOperator, LinearOperator
+from lightning_nested.linalg.solvers.base import InverseSolver
+from lightning_nested.linalg.vectors import Vector, dot, norm, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)

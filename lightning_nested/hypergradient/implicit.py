@@ -18,23 +18,26 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.curvature import (
-    AveragedOperator,
+from lightning_nested.linalg.curvature import (
     FiniteDifferenceOperator,
-    FlatOperator,
     GaussNewtonOperator,
     HessianOperator,
+    central_difference,
+    difference_length,
+    gradient_with_graph,
+)
+from lightning_nested.linalg.graph import explain_double_backward, refuse_sparse
+from lightning_nested.linalg.operators import (
+    AveragedOperator,
+    FlatOperator,
     LinearOperator,
     UnitProducts,
     as_operator,
-    central_difference,
-    difference_length,
-    explain_double_backward,
-    gradient_with_graph,
-    refuse_sparse,
 )
-from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, Solution, SolverState, as_solver
-from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm, scale_
+from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
+from lightning_nested.linalg.solvers.given import as_solver
+from lightning_nested.linalg.solvers.neumann import Neumann
+from lightning_nested.linalg.vectors import Reduce, Vector, average, dot, norm, scale_
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.linalg.vectors import Vector
 
 _ASSUMED_GRAPH = 4.0  # where it cannot be measured: a step built on torch.func refuses hooks
 

@@ -22,7 +22,7 @@ from lightning_nested.hypergradient.schedule import (
     equal_segments,
     graph_size,
 )
-from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.linalg.vectors import Vector
 
 Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
 OuterLoss: TypeAlias = Callable[[Vector, Vector], Tensor]

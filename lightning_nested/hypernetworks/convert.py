@@ -8,20 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.hypernetworks.layers import (
+from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, RowResponse
+from lightning_nested.hypernetworks.layers.conv import HyperConv1d, HyperConv2d
+from lightning_nested.hypernetworks.layers.embedding import HyperEmbedding
+from lightning_nested.hypernetworks.layers.linear import HyperLinear
+from lightning_nested.hypernetworks.layers.lstm import HyperLSTM
+from lightning_nested.hypernetworks.layers.norm import (
     HyperBatchNorm1d,
     HyperBatchNorm2d,
-    HyperConv1d,
-    HyperConv2d,
-    HyperEmbedding,
     HyperGroupNorm,
-    HyperLayer,
     HyperLayerNorm,
-    HyperLinear,
-    OnePointError,
-    RowResponse,
 )
-from lightning_nested.hypernetworks.lstm import HyperLSTM
 from lightning_nested.hypernetworks.response import Place, Response, Weights, dual_change, lacks_forward_mode
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {

@@ -16,16 +16,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_nested.hypergradient.curvature import graph_nodes
-from lightning_nested.hypernetworks.layers import (
-    HyperLayer,
-    OnePointError,
-    Point,
-    carry,
-    check_hyperparameters,
-    make_dual,
-    unpack_dual,
-)
+from lightning_nested.hypernetworks.layers.arithmetic import carry, make_dual, unpack_dual
+from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, Point, check_hyperparameters
+from lightning_nested.linalg.graph import graph_nodes
 
 Weights = Mapping[str, Tensor]
 Mode = Literal["response", "general", "linearized"]

@@ -13,18 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_nested.hypergradient.curvature import (
-    DiagonalOperator,
-    FlatOperator,
-    LinearOperator,
-    explain_double_backward,
-)
 from lightning_nested.hypergradient.implicit import Curvature, Loss, Penalty, implicit_result
-from lightning_nested.hypergradient.inverse import InverseSolver, Neumann, SolverState
-from lightning_nested.hypergradient.vectors import Reduce, Vector, average, dot, norm
 from lightning_nested.hyperparameters.carry_over import Names, carry_optimizer_
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.weight_decay import WeightDecay
+from lightning_nested.linalg.graph import explain_double_backward
+from lightning_nested.linalg.operators import DiagonalOperator, FlatOperator, LinearOperator
+from lightning_nested.linalg.solvers.base import InverseSolver, SolverState
+from lightning_nested.linalg.solvers.neumann import Neumann
+from lightning_nested.linalg.vectors import Reduce, Vector, average, dot, norm
 
 OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], Optimizer]
 OuterScheduler: TypeAlias = Callable[[Optimizer], LRScheduler]

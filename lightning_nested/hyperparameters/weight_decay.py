@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.curvature import DiagonalOperator, LinearOperator
-from lightning_nested.hypergradient.vectors import Vector
 from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
+from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
+from lightning_nested.linalg.vectors import Vector
 
 
 class WeightDecay(Hyperparameter):

@@ -1,6 +1,18 @@
 """LightningModules to train as they are or to extend."""
 
-from lightning_nested.modules.adversarial import (
+from lightning_nested.hypernetworks.loops import STN, DeltaSTN, Global, Local, ResponseLoop, Simplified
+from lightning_nested.modules.game.loop import GameLoop
+from lightning_nested.modules.game.module import GameModule
+from lightning_nested.modules.gan.biggan import BigGAN
+from lightning_nested.modules.gan.biggan_options import BigGANNetworks, BigGANObjective, Execution, Sampling
+from lightning_nested.modules.gan.module import GANModule
+from lightning_nested.modules.hypernetwork.module import HypernetworkModule
+from lightning_nested.modules.hypernetwork.options import ResponseMonitor, ResponseOptions
+from lightning_nested.modules.image_classifier import ImageClassifier
+from lightning_nested.modules.nested.module import NestedModule
+from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled
+from lightning_nested.modules.tuned_classifier import TunedImageClassifier
+from lightning_nested.networks.adversarial import (
     R1,
     AdversarialLoss,
     DiffAugment,
@@ -10,27 +22,7 @@ from lightning_nested.modules.adversarial import (
     NonSaturating,
     Wasserstein,
 )
-from lightning_nested.modules.biggan import BigGAN
-from lightning_nested.modules.biggan_options import BigGANNetworks, BigGANObjective, Execution, Sampling
-from lightning_nested.modules.game import GameModule
-from lightning_nested.modules.game_loop import GameLoop
-from lightning_nested.modules.gan import GANModule
-from lightning_nested.modules.hypernetwork import HypernetworkModule
-from lightning_nested.modules.image_classifier import ImageClassifier
-from lightning_nested.modules.linear_decay import LinearDecay
-from lightning_nested.modules.nested import NestedModule
-from lightning_nested.modules.response_loops import (
-    STN,
-    DeltaSTN,
-    Global,
-    Local,
-    ResponseLoop,
-    Simplified,
-)
-from lightning_nested.modules.response_monitor import ResponseMonitor, ResponseOptions
-from lightning_nested.modules.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled
-from lightning_nested.modules.tuned_classifier import TunedImageClassifier
-from lightning_nested.modules.zoo_game import ZooGame
+from lightning_nested.optim.linear_decay import LinearDecay
 
 __all__ = [
     "AdversarialLoss",
@@ -66,5 +58,4 @@ __all__ = [
     "TunedImageClassifier",
     "Unrolled",
     "Wasserstein",
-    "ZooGame",
 ]

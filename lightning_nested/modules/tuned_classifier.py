@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_nested.hyperparameters import Cutout, Hyperparameter, LabelSmoothing
 from lightning_nested.hyperparameters.augmentation import Strength
-from lightning_nested.modules.hypernetwork import HypernetworkModule
+from lightning_nested.modules.hypernetwork.module import HypernetworkModule
 from lightning_nested.networks import build_network
 
 

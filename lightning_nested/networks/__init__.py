@@ -1,6 +1,7 @@
 """Networks that the modules train. PyTorch only."""
 
-from lightning_nested.networks.biggan import Discriminator, Generator
+from lightning_nested.networks.biggan.discriminator import Discriminator
+from lightning_nested.networks.biggan.generator import Generator
 from lightning_nested.networks.by_name import build_network
 from lightning_nested.networks.cnn import SmallCNN
 from lightning_nested.networks.conditional_batch_norm import ConditionalBatchNorm2d, standing_statistics

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer, buffers
-from lightning_nested.optim.fused import Fused, Turn, axpby
-from lightning_nested.optim.kernel import Kernel
-from lightning_nested.optim.native import Native
+from lightning_nested.optim.kernels.fused import Fused, Turn, axpby
+from lightning_nested.optim.kernels.kernel import Kernel
+from lightning_nested.optim.kernels.native import Native
+from lightning_nested.optim.kernels.walk import ascent, ascents, walk
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
-from lightning_nested.optim.walk import ascent, ascents, walk
 
 
 class ComplexSGD(GameOptimizer):

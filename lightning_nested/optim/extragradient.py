@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import Closure, GameOptimizer
+from lightning_nested.optim.kernels.walk import ascent, ascents, walk
 from lightning_nested.optim.options import flag, non_negative
-from lightning_nested.optim.walk import ascent, ascents, walk
 
 _CHECKS = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer, buffers, by_step
+from lightning_nested.optim.kernels.walk import ascent, ascents, walk
 from lightning_nested.optim.options import decay_rates, flag, non_negative
-from lightning_nested.optim.walk import ascent, ascents, walk
 
 
 class OptimisticSGD(GameOptimizer):

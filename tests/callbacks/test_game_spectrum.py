@@ -20,13 +20,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.callbacks import GameSpectrumCallback, game_adaptation
-from lightning_nested.callbacks.game_momentum import JointStep, better_momenta, better_momentum
-from lightning_nested.callbacks.game_report import GameReport, _predicted, measured_rate
-from lightning_nested.callbacks.game_spectrum_figure import spectrum_figure
-from lightning_nested.callbacks.step_dynamics import Momentum, step_dynamics
-from lightning_nested.games import Bilinear, QuadraticGame, convergence_rate
-from lightning_nested.modules import GANModule, ZooGame
+from lightning_nested.callbacks import GameSpectrumCallback
+from lightning_nested.demos import ZooGame
+from lightning_nested.demos.game_report import GameReport, measured_rate
+from lightning_nested.figures.game_report import _predicted
+from lightning_nested.figures.game_spectrum import spectrum_figure
+from lightning_nested.games import Bilinear, QuadraticGame, convergence_rate, joint_step
+from lightning_nested.games.adaptation import better_momenta, better_momentum
+from lightning_nested.games.joint_step import JointStep
+from lightning_nested.modules import GANModule
 from lightning_nested.optim import (
     ComplexAdam,
     ComplexSGD,
@@ -35,6 +37,7 @@ from lightning_nested.optim import (
     OptimisticAdam,
     OptimisticSGD,
 )
+from lightning_nested.optim.step_dynamics import Momentum, step_dynamics
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -128,7 +131,7 @@ def test_the_rate_of_alternating_players_whose_curvatures_differ(monkeypatch: py
         return callback, measured_rate(module.distances)
 
     exact, measured = run(1)  # of a small game all is known, however few eigenvalues are asked for
-    monkeypatch.setattr(game_adaptation, "EXACT_LIMIT", 1)
+    monkeypatch.setattr(joint_step, "EXACT_LIMIT", 1)
     assuming, _ = run(None)
     assert exact.history[0].rate == pytest.approx(measured, abs=1e-3)
     assert assuming.history[0].rate != pytest.approx(measured, abs=0.1)
@@ -394,7 +397,7 @@ def test_alternating_players_are_adapted_by_their_own_polynomial(monkeypatch: py
     """On curvatures 1 and 0 the formula for equal ones leads astray."""
 
     def run(limit: int) -> float:
-        monkeypatch.setattr(game_adaptation, "ADAPT_LIMIT", limit)
+        monkeypatch.setattr(joint_step, "ADAPT_LIMIT", limit)
         game = QuadraticGame(*(torch.tensor([x], dtype=torch.float64) for x in (1.0, 0.5, 0.0)))
         module = zoo(game, lambda p: ComplexSGD(p, lr=1.0, momentum=0.5, phase=0.2), update="alternating")
         trainer(GameSpectrumCallback(5, k=None, adapt=True), max_steps=100).fit(module)
@@ -431,7 +434,7 @@ def test_a_large_game_has_one_momentum_for_all(
     momentum: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for limit in ("EXACT_LIMIT", "ADAPT_LIMIT"):
-        monkeypatch.setattr(game_adaptation, limit, 1)
+        monkeypatch.setattr(joint_step, limit, 1)
     callback = GameSpectrumCallback(5, k=None, adapt=True)
     module = zoo(UNEQUAL, lambda p: ComplexSGD(p, lr=1.0, momentum=momentum, phase=0.0))
     fit = trainer(callback, max_steps=100)
@@ -479,7 +482,7 @@ def test_nothing_is_adapted_without_a_predicted_rate(
     options: Any, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for limit in ("EXACT_LIMIT", "ADAPT_LIMIT"):  # as in a game too large for its joint step
-        monkeypatch.setattr(game_adaptation, limit, 1)
+        monkeypatch.setattr(joint_step, limit, 1)
 
     def settings(module: ZooGame) -> list[Any]:
         groups = [player.optimizer.param_groups[0] for player in module.running_players.values()]
@@ -696,7 +699,7 @@ def test_wrong_arguments(options: Any) -> None:
 
 
 def test_all_eigenvalues_of_a_game_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nested.callbacks.game_spectrum._DENSE_LIMIT", 1)
+    monkeypatch.setattr("lightning_nested.callbacks.game_spectrum.DENSE_LIMIT", 1)
     module = zoo()
     with pytest.raises(MisconfigurationException, match=r"at most 1 numbers. Got players of 2; use k=20"):
         trainer(GameSpectrumCallback(k=None)).fit(module)

@@ -20,16 +20,16 @@ from lightning_nested.callbacks import (
     ScoreOptions,
     generative_metrics,
 )
-from lightning_nested.callbacks.evaluators import content_hash, to_bytes
-from lightning_nested.callbacks.generative_metrics import (
+from lightning_nested.callbacks.generative_metrics.evaluators import content_hash, to_bytes
+from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
+from lightning_nested.callbacks.generative_metrics.scores import (
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from lightning_nested.callbacks.real_statistics import RealStatistics
 from lightning_nested.modules import BigGAN, BigGANNetworks
-from lightning_nested.modules.sampling import seeded
+from lightning_nested.modules.gan.sampling import seeded
 from tests.modules.test_biggan import data, module, trainer
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from lightning_nested.callbacks import HypergradientCallback, LabelNoiseReport
-from lightning_nested.callbacks.label_noise_figure import Trace, label_noise_figure
+from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.datamodules import DigitsDataModule
+from lightning_nested.demos import LabelNoiseReport
+from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
 from lightning_nested.modules import ImageClassifier
 

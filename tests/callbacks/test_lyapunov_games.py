@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import LyapunovCallback
+from lightning_nested.demos import ZooGame
 from lightning_nested.games import Bilinear, QuadraticGame
-from lightning_nested.modules import GameLoop, GameModule, GANModule, ZooGame
+from lightning_nested.modules import GameLoop, GameModule, GANModule
 from lightning_nested.networks.spectral_norm import SpectralNormLinear
 from lightning_nested.optim import ComplexAdam, ComplexSGD, Extragradient, ExtrapolationFromThePast
 from tests.callbacks.perturbed_runs import first_tangent, growth, run, trainer

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_nested.callbacks import ModeCoverage
 from lightning_nested.datamodules import MixtureOfGaussiansDataModule
+from lightning_nested.demos import ModeCoverage
 from lightning_nested.modules import GANModule
 from lightning_nested.optim import ComplexAdam
 

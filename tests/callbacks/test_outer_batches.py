@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from lightning_nested.callbacks.outer_batches import OuterBatches
+from lightning_nested.trainer.outer_batches import OuterBatches
 from tests.callbacks.test_hypergradient_fit import Regression, data, smooth, trainer
 
 

@@ -25,7 +25,7 @@ from lightning_nested.dynamics import (
     RidgeRider,
     update_map,
 )
-from lightning_nested.dynamics.branching import FiniteTime, screen
+from lightning_nested.dynamics.riders.branching import FiniteTime, screen
 from lightning_nested.games import IteratedPrisonersDilemma, MatchingPennies, SmallIPD
 from lightning_nested.optim import ComplexAdam, ComplexSGD, Extragradient
 from tests.cases import DOUBLE

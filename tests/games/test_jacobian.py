@@ -15,7 +15,7 @@ from lightning_nested.games import (
     game_spectrum,
     joint_gradient,
 )
-from lightning_nested.hypergradient.vectors import flatten, unflatten
+from lightning_nested.linalg.vectors import flatten, unflatten
 from tests.conftest import Normal
 
 Players = tuple[Tensor, ...]

@@ -15,9 +15,9 @@ from lightning_nested.games import (
     game_spectrum,
     leading_eigenvalues,
 )
-from lightning_nested.games.spectrum import Which
-from lightning_nested.hypergradient.curvature import LinearOperator
-from lightning_nested.hypergradient.vectors import Vector
+from lightning_nested.linalg.eigenvalues import Which
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.vectors import Vector
 
 WHICH: tuple[Which, ...] = ("largest_magnitude", "largest_imaginary", "smallest_real")
 KEYS = {
@@ -197,7 +197,7 @@ class TestErrors:
             leading_eigenvalues(Matrix(torch.zeros(5000, 1)), None)
 
     def test_no_k_leads_round_the_limit_of_dense_matrices(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightning_nested.games.spectrum._DENSE_LIMIT", 30)
+        monkeypatch.setattr("lightning_nested.linalg.eigenvalues.DENSE_LIMIT", 30)
         game = QuadraticGame.from_eigenvalues(torch.arange(1, 21) * 0.1j)
         operator = JacobianOperator(game.losses, game.initial())
         for k in (20, 39, 40):

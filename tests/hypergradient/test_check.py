@@ -11,11 +11,13 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_nested.hypergradient.check import HypergradientReport, check_hypergradient
-from lightning_nested.hypergradient.curvature import LinearOperator
 from lightning_nested.hypergradient.implicit import FiniteDifference
-from lightning_nested.hypergradient.inverse import ConjugateGradient, DenseSolve, Neumann
-from lightning_nested.hypergradient.response import Minimize, Unroll
+from lightning_nested.hypergradient.retraining import Minimize, Unroll
 from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.solvers.conjugate_gradient import ConjugateGradient
+from lightning_nested.linalg.solvers.dense import DenseSolve
+from lightning_nested.linalg.solvers.neumann import Neumann
 
 Tensors = tuple[Tensor, ...]
 EXACT = ConjugateGradient(max_iterations=200, tolerance=1e-13)

@@ -24,8 +24,9 @@ from lightning_nested.hypergradient import (
     implicit_hypergradient,
     implicit_result,
 )
-from lightning_nested.hypergradient.curvature import HessianOperator, as_operator
-from lightning_nested.hypergradient.vectors import flatten
+from lightning_nested.linalg.curvature import HessianOperator
+from lightning_nested.linalg.operators import as_operator
+from lightning_nested.linalg.vectors import flatten
 from tests.cases import CASES, DOUBLE, Case, ridge_inner, ridge_outer, ridge_solution
 
 TIGHT = 1e-8  # exact or converged solves in float64; the references have ten digits

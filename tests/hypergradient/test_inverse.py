@@ -17,7 +17,7 @@ from lightning_nested.hypergradient import (
     Nystrom,
     SolverState,
 )
-from lightning_nested.hypergradient.curvature import DiagonalOperator, as_operator
+from lightning_nested.linalg.operators import DiagonalOperator, as_operator
 
 DOUBLE = torch.float64
 MATRIX = torch.tensor([[5.0, 1.0, 1.0], [1.0, 4.0, 1.0], [1.0, 1.0, 3.0]], dtype=DOUBLE)

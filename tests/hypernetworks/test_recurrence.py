@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.hypernetworks import HyperLSTM, best_response
-from lightning_nested.hypernetworks.recurrence import lstm_recurrence, plain_recurrence
+from lightning_nested.hypernetworks.layers.recurrence import lstm_recurrence, plain_recurrence
 
 STEPS, BATCH, UNITS = 5, 3, 4
 

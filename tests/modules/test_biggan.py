@@ -403,7 +403,7 @@ def test_sync_batchnorm_on_cpu() -> None:
 
 
 def test_adam_takes_an_integer_zero_from_yaml() -> None:
-    from lightning_nested.modules.biggan import float_betas
+    from lightning_nested.modules.gan.biggan import float_betas
 
     optimizer = float_betas(partial(torch.optim.Adam, lr=1e-3, betas=(0, 0.999)))([torch.zeros(1)])
     assert optimizer.defaults["betas"] == (0.0, 0.999)

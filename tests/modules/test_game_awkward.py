@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_nested.modules import GameLoop, GameModule
-from lightning_nested.modules.random_state import random_states, restore_random_state
 from lightning_nested.optim import Extragradient
+from lightning_nested.trainer.random_stream import random_states, restore_random_state
 
 BATCHES = DataLoader(torch.ones(4, dtype=torch.float64), batch_size=1)
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
+from lightning_nested.demos import ZooGame
 from lightning_nested.games import Bilinear, DiracGAN
 from lightning_nested.modules import (
     R1,
@@ -21,7 +22,6 @@ from lightning_nested.modules import (
     GradientPenalty,
     GradientRegularizer,
     Hinge,
-    ZooGame,
 )
 from lightning_nested.optim import ComplexSGD, Extragradient
 

@@ -31,7 +31,7 @@ from lightning_nested.modules import (
     ResponseOptions,
     TunedImageClassifier,
 )
-from lightning_nested.modules.response_steps import _Loss
+from lightning_nested.modules.hypernetwork.steps import _Loss
 
 
 def trainer(folder: Path | None = None, **options: Any) -> Trainer:

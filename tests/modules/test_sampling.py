@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lightning_nested.modules.biggan_options import Sampling
-from lightning_nested.modules.sampling import interpolate, sample_images, seeded, truncated_normal
+from lightning_nested.modules.gan.biggan_options import Sampling
+from lightning_nested.modules.gan.sampling import interpolate, sample_images, seeded, truncated_normal
 from lightning_nested.networks import Generator
 
 

@@ -9,7 +9,7 @@ from lightning_nested.networks import (
     frozen_power_iteration,
     singular_values,
 )
-from lightning_nested.networks.biggan_tables import GENERATORS
+from lightning_nested.networks.biggan.tables import GENERATORS
 from lightning_nested.networks.spectral_norm import spectral_norm_layers
 
 
@@ -184,7 +184,7 @@ def test_channels_last_computes_the_same() -> None:
 
 
 def test_attention_starts_as_the_identity_and_equals_its_formula() -> None:
-    from lightning_nested.networks.biggan_blocks import SelfAttention
+    from lightning_nested.networks.biggan.blocks import SelfAttention
 
     layer = SelfAttention(16).eval()
     x = torch.randn(2, 16, 8, 8)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from lightning_nested.optim import Extragradient, GameOptimizer, walk
+from lightning_nested.optim import Extragradient, GameOptimizer
+from lightning_nested.optim.kernels import walk
 from tests.optim.cases import BAD, CASES, OptimizerCase, Quadratic, follow, game_step
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

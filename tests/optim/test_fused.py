@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_nested.optim import ComplexAdam, ComplexSGD, GameOptimizer, fused, walk
-from lightning_nested.optim.fused import Turn
+from lightning_nested.optim import ComplexAdam, ComplexSGD, GameOptimizer
+from lightning_nested.optim.kernels import fused, walk
+from lightning_nested.optim.kernels.fused import Turn
 from tests.optim.cases import COMPILER, Quadratic, follow
 
 KINDS: tuple[tuple[type[GameOptimizer], dict[str, Any]], ...] = (

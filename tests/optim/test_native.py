@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.optim import ComplexAdam, ComplexSGD, GameOptimizer, native
+from lightning_nested.optim import ComplexAdam, ComplexSGD, GameOptimizer
+from lightning_nested.optim.kernels import native
 from tests.optim.cases import COMPILER, Quadratic, follow
 
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C compiler here")

@@ -1,0 +1,337 @@
+"""FID, KID, Inception Score, precision and recall of a generator, each score with what it depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
+
+from lightning_nested.callbacks.generative_metrics.evaluators import (
+    Batches,
+    Evaluator,
+    FeatureExtractor,
+    InceptionEvaluator,
+)
+from lightning_nested.callbacks.generative_metrics.real_statistics import (
+    RealStatistics,
+    extract,
+    gather,
+    interleave,
+    real_statistics,
+)
+from lightning_nested.callbacks.generative_metrics.scores import (
+    BatchNormMode,
+    Score,
+    ScoreOptions,
+    Split,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from lightning_nested.trainer.random_stream import RandomStream
+
+_NUMBERS_AT_ONCE = 2**28  # of generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px
+
+
+class ClassConditionalSampler(Protocol):
+    """What :class:`GenerativeMetrics` asks of a LightningModule."""
+
+    num_classes: int
+
+    def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
+        """Images of the classes, ``(N, C, H, W)`` in [−1, 1]."""
+        ...
+
+
+class GenerativeMetrics(Callback):
+    """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
+
+    Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are
+    extracted once. With Inception the scores are called ``fid``, ``kid``, ``inception_score``; with any other
+    evaluator ``frechet_distance``, ``kernel_distance``, ``classifier_score``: they are not FID. ``agreement``
+    is the share of samples that the evaluator's classifier labels as asked for.
+
+    Every score is logged as ``<score>/<evaluator>/<split>/<samples>/<batch norm>``, and appended with all of this
+    and the module's ``game_updates`` to ``scores.jsonl`` under ``default_root_dir``. Published scores of one and
+    the same checkpoint differ by 40 % between evaluators, reference splits and batch-norm modes.
+
+    Where :class:`GeneratorEMA` is among the callbacks, its average is what is scored. All processes make
+    samples. Statistics of the real images are kept on disk by the content of the images.
+
+    Heusel et al. (2017), NeurIPS (FID); Bińkowski et al. (2018), ICLR (KID); Salimans et al. (2016), NeurIPS (IS);
+    Kynkäänniemi et al. (2019), NeurIPS (precision and recall).
+
+    Args:
+        evaluator: ``InceptionEvaluator()``, ``ModuleEvaluator(...)`` or ``ClassifierEvaluator()``.
+        num_samples: Generated images, equally many of each class.
+        split: Real images to compare with.
+        batch_norm: Modes of the generator's batch norm; each is scored.
+        scores: Which scores.
+        options: Their details.
+        every_n_validations: Validations within ``fit`` from one scoring to the next.
+        cache: Folder for real statistics and trained classifiers; None: ``default_root_dir/metrics_cache``.
+        seed: Of the samples.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: If there are fewer samples than features, no datamodule, or the module cannot
+            make samples of a class.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator = InceptionEvaluator(),  # noqa: B008 - frozen
+        *,
+        num_samples: int = 50_000,
+        split: Split = "train",
+        batch_norm: Sequence[BatchNormMode] = ("running",),
+        scores: Sequence[Score] = ("frechet", "kernel", "inception_score", "precision_recall"),
+        options: ScoreOptions = ScoreOptions(),  # noqa: B008 - frozen
+        every_n_validations: int = 1,
+        cache: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if num_samples < 2 or every_n_validations < 1:
+            raise ValueError(
+                "num_samples must be at least 2 and every_n_validations at least 1. "
+                f"Got {num_samples} and {every_n_validations}."
+            )
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split must be 'train', 'val' or 'test'. Got {split!r}.")
+        _check_among("scores", scores, get_args(Score))
+        _check_among("batch_norm", batch_norm, get_args(BatchNormMode))
+        self.evaluator, self.num_samples, self.split = evaluator, num_samples, split
+        self.batch_norm, self.scores, self.options = tuple(batch_norm), tuple(scores), options
+        self.every_n_validations, self.cache, self.seed = every_n_validations, cache, seed
+        self.last: dict[str, float] = {}
+        self._extractor: FeatureExtractor | None = None
+        self._real: RealStatistics | None = None
+        self._validations = 0
+        self._numbers_per_image = 1
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            return
+        if not hasattr(pl_module, "sample_for_metrics"):
+            raise MisconfigurationException(
+                "GenerativeMetrics needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
+                f"Got {type(pl_module).__name__}."
+            )
+        if getattr(trainer, "datamodule", None) is None:
+            raise MisconfigurationException(
+                "GenerativeMetrics takes the real images from a LightningDataModule. Got none; pass datamodule=."
+            )
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        # Not trainer.training, which is False in a validation within fit too.
+        alone = trainer.state.fn != TrainerFn.FITTING
+        if alone or self._validations % self.every_n_validations == 0:
+            self._score(trainer, pl_module)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        where = {"evaluator": self.evaluator.name, "split": self.split, "num_samples": self.num_samples}
+        return self._generate_state_key(**where, batch_norm=self.batch_norm, scores=self.scores)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._score(trainer, pl_module)
+
+    # ---- one scoring
+
+    # Stand-alone validation runs in inference mode, whose tensors could not train a classifier.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        extractor, real = self._prepare(trainer)
+        generator_of = cast(ClassConditionalSampler, pl_module)
+        labels = torch.arange(self.num_samples) % generator_of.num_classes
+        mine = labels[trainer.global_rank :: trainer.world_size]
+        self.last = {}
+        extractor.to(pl_module.device)
+        for mode in self.batch_norm:
+            rng = torch.Generator(pl_module.device).manual_seed(self.seed * 1_000_003 + trainer.global_rank)
+            made = []
+            for part in torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image)):
+                images = generator_of.sample_for_metrics(part, batch_norm=mode, generator=rng)
+                made.append(extract(extractor, images.float(), pl_module.device))
+            features = torch.cat([f for f, _ in made])
+            logits = None if made[0][1] is None else torch.cat([y for _, y in made if y is not None])
+            parts = gather(trainer, (features, logits))
+            features = interleave([part[0] for part in parts])
+            logits = None if parts[0][1] is None else interleave([part[1] for part in parts])
+            found: dict[str, float] = {}
+            if trainer.is_global_zero:
+                with RandomStream(self.seed):
+                    found = self._scores(
+                        real, features, logits, labels, extractor.judges_classes, pl_module.device
+                    )
+            found = trainer.strategy.broadcast(found)
+            self._report(trainer, pl_module, mode, found)
+        extractor.cpu()
+
+    def _prepare(self, trainer: Trainer) -> tuple[FeatureExtractor, RealStatistics]:
+        if self._extractor is None or self._real is None:
+            cache = Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "metrics_cache"
+            train = self._batches(trainer, "train")
+            for rank in range(trainer.world_size):  # process 0 trains and downloads, the others read
+                if rank == trainer.global_rank and (rank == 0 or self._extractor is None):
+                    self._extractor = self.evaluator.build(train, cache).requires_grad_(False)
+                if rank == 0:
+                    trainer.strategy.barrier()
+            assert self._extractor is not None
+            self._check_count("num_samples", self.num_samples, self._extractor)
+            self._extractor.to(trainer.strategy.root_device)
+            images = list(self._batches(trainer, self.split)())
+            self._numbers_per_image = max((batch[0][0].numel() for batch in images), default=1)
+            self._real = real_statistics(
+                trainer,
+                self._extractor,
+                images,
+                num_features_kept=self.num_samples,
+                cache=cache,
+            )
+            self._check_count(f"the real images of split={self.split!r}", self._real.count, self._extractor)
+            if self._extractor.judges_classes:
+                self._judge_the_judge(trainer, self._extractor, cache)
+        return self._extractor, self._real
+
+    def _check_count(self, what: str, count: int, extractor: FeatureExtractor) -> None:
+        if "frechet" in self.scores and count <= extractor.num_features:
+            raise MisconfigurationException(
+                f"A Fréchet distance needs more images than features. Got {count} ({what}) with the "
+                f"{extractor.num_features} features of {self.evaluator.name!r}: the covariance would be singular. "
+                "Raise num_samples (50000 is usual), or leave 'frechet' out of scores."
+            )
+        if "precision_recall" in self.scores and count <= self.options.neighborhood:
+            raise MisconfigurationException(
+                f"Precision and recall look at the {self.options.neighborhood} nearest of more images. Got {count} "
+                f"({what}). Raise num_samples, lower ScoreOptions(neighborhood=...), or leave them out of scores."
+            )
+
+    def _judge_the_judge(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path) -> None:
+        test = real_statistics(
+            trainer, extractor, self._batches(trainer, "test")(), num_features_kept=1, cache=cache
+        )
+        self.evaluator_accuracy = test.accuracy
+        rank_zero_info(
+            f"{self.evaluator.name} labels {test.accuracy:.1%} of {test.count} real test images right."
+        )
+        if test.accuracy < 0.9:
+            rank_zero_warn(
+                f"The classifier labels only {test.accuracy:.1%} of real test images right: agreement says little. "
+                "Train it longer: ClassifierEvaluator(epochs=...)."
+            )
+
+    def _batches(self, trainer: Trainer, split: str) -> Batches:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+
+        def batches() -> Iterable[Any]:
+            with RandomStream(self.seed):  # a shuffling loader draws from the global stream
+                return list(_whole(getattr(datamodule, f"{split}_dataloader")()))
+
+        return batches
+
+    def _scores(
+        self,
+        real: RealStatistics,
+        features: Tensor,
+        logits: Tensor | None,
+        labels: Tensor,
+        judges_classes: bool,
+        device: torch.device,
+    ) -> dict[str, float]:
+        inception = self.evaluator.is_inception
+        found: dict[str, float] = {}
+        if "frechet" in self.scores:
+            found["fid" if inception else "frechet_distance"] = frechet_distance(real, features)
+        if "kernel" in self.scores:
+            name = "kid" if inception else "kernel_distance"
+            found[name] = kernel_distance(real.features, features, self.options)
+        if "inception_score" in self.scores and logits is not None:
+            name = "inception_score" if inception else "classifier_score"
+            found[name] = inception_score(logits, self.options)
+        if "precision_recall" in self.scores:
+            # All pairs of samples, which is most of the work: the other processes wait, and not for ever.
+            found |= precision_recall(real.features.to(device), features.to(device), self.options)
+        if "agreement" in self.scores and judges_classes and logits is not None:
+            right = (logits.argmax(dim=1) == labels).float()
+            found["agreement"] = float(right.mean())
+            for k in range(int(labels.max()) + 1):
+                found[f"agreement_class_{k}"] = float(right[labels == k].mean())
+        return found
+
+    def _report(
+        self, trainer: Trainer, pl_module: LightningModule, mode: str, found: dict[str, float]
+    ) -> None:
+        where = f"{self.evaluator.name}/{self.split}/{self.num_samples}/{mode}"
+        named = {f"{score}/{where}": value for score, value in found.items()}
+        self.last |= named
+        pl_module.log_dict(named, on_step=False, on_epoch=True, rank_zero_only=False)
+        if trainer.is_global_zero:
+            record = {
+                "evaluator": self.evaluator.name,
+                "fingerprint": self._extractor.fingerprint if self._extractor else None,
+                "split": self.split,
+                "real_images": self._real.count if self._real else 0,
+                "samples": self.num_samples,
+                "batch_norm": mode,
+                "game_updates": int(getattr(pl_module, "game_updates", trainer.global_step)),
+                "evaluator_accuracy": getattr(self, "evaluator_accuracy", None),
+                "scores": found,
+            }
+            path = Path(trainer.default_root_dir) / "scores.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown or isinstance(given, str) or not given:
+        raise ValueError(
+            f"{what} must be a list of {', '.join(known)}. Got {given if isinstance(given, str) else list(given)}."
+        )
+
+
+def _whole(loader: Iterable[Any]) -> Iterable[Any]:
+    """A loader of all its images: one for training leaves out those that fill no batch."""
+    if not (isinstance(loader, DataLoader) and loader.drop_last) or isinstance(
+        loader.dataset, IterableDataset
+    ):
+        return loader
+    sampler: Any = loader.sampler
+    dataset: Any = loader.dataset
+    if len(sampler) != len(dataset):  # one that chooses, or repeats
+        return loader
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+    )

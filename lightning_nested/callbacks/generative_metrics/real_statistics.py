@@ -1,0 +1,123 @@
+"""Features of the real images, computed once for each set of images and extractor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_nested.callbacks.generative_metrics.evaluators import FeatureExtractor, content_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealStatistics:
+    """What scores need to know of the real images.
+
+    Args:
+        count: Number of images n.
+        total: Σ f, ``(F,)``, float64.
+        products: Σ f fᵀ, ``(F, F)``, float64.
+        features: ``(m, F)`` of m of them, spread over the set.
+        accuracy: Share that the extractor's classifier labels right; NaN if it has none.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+    features: Tensor
+    accuracy: float
+
+
+def real_statistics(
+    trainer: Trainer,
+    extractor: FeatureExtractor,
+    batches: Iterable[Any],
+    *,
+    num_features_kept: int,
+    cache: Path,
+) -> RealStatistics:
+    """The statistics of a pass over real images, from the cache if it has them.
+
+    The key is the content of the images, in whatever order, and the extractor's fingerprint. Processes share
+    the work; process 0 writes the file.
+
+    Raises:
+        ValueError: If there are no images.
+    """
+    pairs = [(batch[0], batch[1]) for batch in batches]
+    if not pairs:
+        raise ValueError("The split of real images must not be empty. Got none; choose another split.")
+    images, labels = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+    name = f"{content_hash(images, labels)} {extractor.fingerprint} {num_features_kept}"
+    path = cache / f"real_{hashlib.sha256(name.encode()).hexdigest()[:16]}.pt"
+    if trainer.strategy.broadcast(path.is_file()):
+        return RealStatistics(**torch.load(path, weights_only=True))
+    # Sorted by a hash of each image: which images are kept depends on the content, not on the order.
+    keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    mine = order[trainer.global_rank :: trainer.world_size]
+    features, logits = extract(extractor, images[mine], trainer.strategy.root_device)
+    parts = gather(trainer, (features, logits, labels[mine]))
+    features = interleave([part[0] for part in parts])
+    right = [
+        part[1].argmax(dim=1) == part[2] for part in parts if extractor.judges_classes and part[1] is not None
+    ]
+    wide = features.double()
+    found: dict[str, Any] = {
+        "count": len(features),
+        "total": wide.sum(dim=0),
+        "products": wide.T @ wide,
+        "features": features[:num_features_kept].clone(),
+        "accuracy": float(torch.cat(right).float().mean()) if right else float("nan"),
+    }
+    if trainer.is_global_zero:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")  # another run may be writing the same file
+        torch.save(found, partial)
+        partial.replace(path)
+    return RealStatistics(**found)
+
+
+@torch.no_grad()
+def extract(
+    extractor: FeatureExtractor, images: Tensor, device: torch.device, *, batch_size: int = 250
+) -> tuple[Tensor, Tensor | None]:
+    """Features and logits of many images, float32 on the CPU."""
+    features, logits = [], []
+    for part in torch.split(images, batch_size):
+        f, y = extractor(part.to(device))
+        features.append(f.float().cpu())
+        if y is not None:
+            logits.append(y.float().cpu())
+    empty = torch.empty(0, extractor.num_features)
+    return torch.cat(features) if features else empty, torch.cat(logits) if logits else None
+
+
+def gather(trainer: Trainer, value: Any) -> list[Any]:
+    """The value of every process, on every process."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def interleave(parts: list[Tensor]) -> Tensor:
+    """The inverse of ``x[rank::world_size]``.
+
+    Example:
+        >>> x = torch.arange(5)
+        >>> interleave([x[0::2], x[1::2]])
+        tensor([0, 1, 2, 3, 4])
+    """
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole

@@ -1,0 +1,229 @@
+"""``lightning-nested ride``: branch a small game's training, and write down the different solutions."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+from typing_extensions import override
+
+import lightning_nested.games
+import lightning_nested.optim  # short names of classes resolve once they are imported
+from lightning_nested.cli.configs import shipped_rides
+from lightning_nested.dynamics import GeneralizedRidgeRider, InProcess, Processes, RideTree
+from lightning_nested.dynamics.riders.executors import Executor
+from lightning_nested.games import Game
+from lightning_nested.linalg.vectors import Vector
+
+_SHOWN = 4  # solutions on a branching point's line
+
+
+def _games() -> list[str]:
+    found = [getattr(lightning_nested.games, name) for name in lightning_nested.games.__all__]
+    return [g.__name__ for g in found if inspect.isclass(g) and issubclass(g, Game) and g is not Game]
+
+
+class _Parser(ArgumentParser):
+    """Errors without the usage of fifty lines."""
+
+    @override
+    def print_usage(self, file: Any = None) -> None:
+        print(f"usage: {self.prog} [options]", file=file or sys.stdout)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if message.endswith("required: game"):
+            message += f" (class of a game), or --config {' or '.join(shipped_rides())}"
+        if message.startswith('Parser key "game":'):
+            message += f"\nGames of the package: {', '.join(sorted(_games()))}"
+        super().error(message, ex)
+
+
+def ride_parser() -> ArgumentParser:
+    """The options of the command."""
+    parser = _Parser(
+        prog="lightning-nested ride",
+        description="Find branching points of a game's training and the solutions on either side.",
+    )
+    parser.add_argument("--config", action="config", help="A file, or the name of a shipped ride.")
+    parser.add_argument(
+        "--seed_everything", type=NonNegativeInt, default=0, help="Of the first start; the next follow."
+    )
+    parser.add_argument("--starts", type=PositiveInt, default=10, help="Start points, one seed each.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("ride"), help="Folder of results; a ride goes on in it."
+    )
+    parser.add_argument(
+        "--workers", type=PositiveInt, default=1, help="Short for an executor of so many Processes."
+    )
+    parser.add_subclass_arguments(
+        Executor,
+        "executor",
+        required=False,
+        default={"class_path": "InProcess"},
+        help="Where branches run: InProcess, Processes or Ray.",
+    )
+    parser.add_argument("--num_threads", type=PositiveInt, default=1, help="Threads of one torch operation.")
+    parser.add_argument("--figure", type=bool, default=True, help="Draw ride.png.")
+    parser.add_subclass_arguments(Game, "game", required=True)
+    parser.add_argument(
+        "--optimizer",
+        type=Callable[[list[Tensor]], Optimizer],
+        default={"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
+        help="What rides: an optimizer that update_map knows.",
+    )
+    parser.add_class_arguments(GeneralizedRidgeRider, "rider", skip={"executor"}, as_group=True)
+    return parser
+
+
+def run_ride(arguments: Sequence[str]) -> RideTree:
+    """Parse, ride, and write ``solutions.json``, ``branches.csv`` and ``ride.png`` into the output folder."""
+    parser = ride_parser()
+    _check_files(parser, arguments)
+    config = parser.parse_args(list(arguments))
+    torch.set_num_threads(config.num_threads)
+    optimizer = _optimizer(config.optimizer)
+    try:
+        game, rider = _objects(parser, config)
+        seeds = range(config.seed_everything, config.seed_everything + config.starts)
+        starts = [tuple(p.detach() for p in game.initial(torch.Generator().manual_seed(s))) for s in seeds]
+        with _Bar() as bar:
+            tree: RideTree = rider.ride(
+                game.losses, starts, optimizer, folder=config.output, progress=bar.update
+            )
+    except OSError as error:
+        parser.error(f"--output must be a folder that can be written. Got {config.output}: {error}.", error)
+    except (ValueError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    print_tree(tree)
+    write_results(tree, game, starts[0], config.output)
+    if config.figure:
+        from lightning_nested.figures.ride import ride_figure
+
+        figure = ride_figure(tree, game, starts, optimizer, rider.branching)
+        figure.savefig(config.output / "ride.png", bbox_inches="tight", pad_inches=0.15)
+    print(f"\nWrote {config.output}: solutions.json, branches.csv{', ride.png' if config.figure else ''}")
+    return tree
+
+
+def _check_files(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """The parser's own error does not say which file cannot be read."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name = argument if before == "--config" else argument.partition("--config=")[2]
+        if name and Path(name).is_file():
+            try:
+                yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                parser.error(f"--config must be a YAML file. Got {name}: {error}")
+
+
+def _objects(parser: ArgumentParser, config: Namespace) -> tuple[Game, GeneralizedRidgeRider]:
+    # The method was called otherwise before jsonargparse 4.49.
+    objects = getattr(parser, "instantiate", parser.instantiate_classes)(config)
+    executor: Executor = objects.executor
+    if config.workers > 1:
+        if not isinstance(executor, InProcess):
+            raise ValueError(
+                f"--workers is short for an executor. Got --workers {config.workers} and {executor}: give one of them."
+            )
+        executor = Processes(max_workers=config.workers)
+    game: Game = objects.game
+    return game, replace(objects.rider, executor=executor)
+
+
+class _Bar:
+    """One progress bar for each kind of work."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._what = ""
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """A chunk was finished."""
+        if what != self._what or self._bar is None:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar, self._what = tqdm(total=total, desc=what, unit="branch"), what
+        self._bar.update(done - self._bar.n)
+
+
+def write_results(tree: RideTree, game: Game, like: Vector, folder: Path) -> None:
+    """``solutions.json``: a list, best first. ``branches.csv``: a row per node of the tree."""
+    solutions = []
+    for s in tree.solutions():
+        end = tree.branches[s.branches[0]]
+        policies = game.policies(end.tensors(like))
+        solutions.append(
+            {
+                "losses": s.losses,
+                **({} if policies is None else {"policies": [p.tolist() for p in policies]}),
+                "behaviour": s.behaviour,
+                "parameters": end.end,
+                "branches": s.branches,
+            }
+        )
+    (folder / "solutions.json").write_text(json.dumps(solutions, indent=1) + "\n", encoding="utf-8")
+    rows = tree.table()
+    with (folder / "branches.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_tree(tree: RideTree) -> None:
+    """A line for each branching point and its solutions, then all solutions ranked."""
+    print("\nbranching point  top exponent  solutions below it (losses × branches)")
+    for root in tree.roots:
+        solutions = tree.solutions(tree.below(root.name))
+        shown = sorted(solutions, key=lambda s: -len(s.branches))[:_SHOWN]
+        found = "   ".join(f"{_losses(s.losses)} ×{len(s.branches)}" for s in shown)
+        more = f"   and {len(solutions) - len(shown)} rarer ones" if len(solutions) > len(shown) else ""
+        print(
+            f"{root.name:>15}  {root.exponents[0]:>12.4f}  {found or 'training leaves finite numbers'}{more}"
+        )
+    solutions = tree.solutions()
+    lost = sum(not b.finite for b in tree.leaves)
+    print(f"\n{len(solutions)} solutions in {len(tree.leaves)} branches, the lowest sum of losses first:")
+    for i, s in enumerate(solutions):
+        roots = {tree.origin(name) for name in s.branches}
+        print(
+            f"{i:>3}  losses {_losses(s.losses)}  {len(s.branches)} branches of {len(roots)} branching points"
+        )
+    if lost:
+        print(f"     {lost} branches left the finite numbers and are no solutions")
+
+
+def _losses(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{v:.3f}" for v in values) + ")"
+
+
+def _optimizer(config: Namespace | dict[str, Any]) -> Callable[[list[Tensor]], Optimizer]:
+    """The class with its options: unlike a parser's closure it can be sent to another process."""
+    options = config if isinstance(config, dict) else config.as_dict()
+    module, _, name = options["class_path"].rpartition(".")
+    cls = getattr(import_module(module), name)
+    known = inspect.signature(cls).parameters
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.get("init_args", {}).items()}
+    return partial(cls, **{k: v for k, v in given.items() if k in known})

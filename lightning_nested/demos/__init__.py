@@ -1,0 +1,13 @@
+"""Reports and toy modules that the shipped configurations use."""
+
+from lightning_nested.demos.game_report import GameReport
+from lightning_nested.demos.label_noise_report import LabelNoiseReport
+from lightning_nested.demos.mode_coverage import ModeCoverage
+from lightning_nested.demos.zoo_game import ZooGame
+
+__all__ = [
+    "GameReport",
+    "LabelNoiseReport",
+    "ModeCoverage",
+    "ZooGame",
+]

@@ -1,0 +1,81 @@
+"""How fast a zoo game came to its solution, against what its spectrum predicts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
+from lightning_nested.figures.game_report import FLOOR, game_figure, summary_line
+from lightning_nested.trainer.run_folder import run_folder, write_report
+
+
+class GameReport(Callback):
+    """At the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png`` of a :class:`ZooGame`.
+
+    The measured rate is the mean factor of the distance per game update over the second half of the run, down to the
+    point where rounding takes over. Beside it stands the prediction of the last measurement of a
+    :class:`GameSpectrumCallback`, if the Trainer has one.
+
+    Args:
+        name: Of the figure's file.
+
+    Attributes:
+        results: What was written; empty before the end of ``fit``.
+    """
+
+    def __init__(self, name: str = "game") -> None:
+        self.name = name
+        self.results: dict[str, Any] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not (hasattr(pl_module, "distances") and hasattr(pl_module, "path")):
+            raise MisconfigurationException(
+                "GameReport needs a module that records its distances. "
+                f"Got {type(pl_module).__name__}; use ZooGame."
+            )
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or not pl_module.distances:
+            return
+        spectra = [c for c in trainer.callbacks if isinstance(c, GameSpectrumCallback)]  # type: ignore[attr-defined]
+        history = spectra[0].history if spectra else []
+        distances = pl_module.distances
+        self.results = {
+            "game": type(pl_module.game).__name__,
+            "game_updates": pl_module.game_updates,
+            "gradient_evaluations": pl_module.gradient_evaluations,
+            "distance_at_start": distances[0],
+            "distance_at_end": distances[-1],
+            "measured_rate": measured_rate(distances),
+            "predicted_rate": history[-1].rate if history else None,
+        }
+        figure = game_figure(pl_module, self.results)
+        write_report(trainer, folder, self.name, self.results, figure, pl_module.game_updates)
+        print(
+            summary_line(self.results),
+            f"{folder / self.name}.png and results.json beside it",
+            sep="\n",
+            flush=True,
+        )
+
+
+def measured_rate(distances: list[float]) -> float | None:
+    """Mean factor per step over the second half of the positive, unrounded part; None where that is too short.
+
+    >>> round(measured_rate([0.9**t for t in range(100)]), 12)
+    0.9
+    """
+    floor = FLOOR * (distances[0] if distances else 0.0)
+    used = next((t for t, d in enumerate(distances) if not floor < d < math.inf), len(distances))
+    first, last = used // 2, used - 1
+    if last - first < 2:
+        return None
+    return math.exp((math.log(distances[last]) - math.log(distances[first])) / (last - first))

@@ -1,0 +1,282 @@
+"""What tuning example weights was worth, where the wrong labels are known: a table, a figure, numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nested.callbacks.hypergradient import HypergradientCallback
+from lightning_nested.demos.reference_runs import fit_like, test_like
+from lightning_nested.figures.label_noise import Trace, label_noise_figure
+from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
+from lightning_nested.trainer.random_stream import RandomStream
+
+_QUANTILES = (0.1, 0.5, 0.9)
+_METRIC = "test_accuracy"
+
+
+class LabelNoiseReport(Callback):
+    """Measures, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
+
+    The module as it was before training is trained twice more, untuned: on the same noisy labels, and on the
+    right labels of the same images; as many steps, with the same optimizer, batches and random numbers. The
+    three models are then tested. That is the only use of the test set, and nothing in the run depends on it.
+    How well the weights tell right from wrong labels is their area under the ROC curve: the probability that
+    a right label weighs more than a wrong one.
+
+    Prints a table; writes ``results.json`` and the figure ``<name>.png`` into the folder of the run's logger
+    (without a logger into ``default_root_dir``), and the figure to TensorBoard.
+
+    The datamodule must be one that knows its wrong labels, as :class:`InMemoryDataModule` with
+    ``wrong_label_fraction``; the module must log ``test_accuracy`` in ``test_step``.
+
+    Args:
+        name: Of the figure's file.
+
+    Attributes:
+        results: What was written into ``results.json``; empty before the end of ``fit``.
+
+    Raises:
+        MisconfigurationException: In ``setup``: more than one process, a datamodule without known wrong
+            labels, no :class:`HypergradientCallback` that tunes :class:`ExampleWeights` of all images.
+    """
+
+    def __init__(self, name: str = "label_noise") -> None:
+        self.name = name
+        self.results: dict[str, Any] = {}
+        self._trace = Trace()
+        self._initial: LightningModule | None = None
+        self._tuner: HypergradientCallback | None = None
+        self._stream: RandomStream | None = None
+        self._began = 0.0
+        self._traced = 0  # outer steps that the trace has seen
+
+    # ---- lifecycle
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                "LabelNoiseReport trains its references in one process. "
+                f"Got world_size={trainer.world_size}; use Trainer(devices=1), or leave the report out."
+            )
+        wrong = _known_wrong_labels(trainer)
+        self._tuner = _tuner(trainer, len(wrong))
+        if not is_overridden("test_step", pl_module):
+            raise MisconfigurationException(
+                f"LabelNoiseReport needs a test_step that logs {_METRIC!r}. "
+                f"Got {type(pl_module).__name__} without test_step; define it."
+            )
+        self._initial = copy.deepcopy(pl_module)
+        for hyperparameter in self._tuner.outer.hyperparameters:
+            if isinstance(hyperparameter, BoundHyperparameter):
+                setattr(self._initial, hyperparameter.name, None)  # the references are untuned
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The tuning callback leaves the global stream alone: from here the references see the same batches.
+        self._stream = RandomStream.snapshot(trainer.strategy.root_device)
+        self._began = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._tuner is not None
+        report = self._tuner.last_report
+        step = self._tuner.outer_steps
+        if report is None or step == self._traced:
+            return
+        self._traced = step
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        trace, weights = self._trace, _example_weights(self._tuner)
+        wrong = _known_wrong_labels(trainer).to(weights.device)
+        trace.step.append(trainer.global_step)
+        trace.train_loss.append(float(loss))
+        trace.val_loss.append(report.outer_loss)
+        trace.right.append(_quantiles(weights[~wrong]))
+        trace.wrong.append(_quantiles(weights[wrong]))
+        for decay in self._tuner.outer.decays:
+            for key, value in decay.values().items():
+                trace.decays.setdefault(key, []).append(float(value.median()))
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._tuner is not None
+        assert self._initial is not None
+        seconds = {"tuned": time.perf_counter() - self._began}
+        tuned = copy.deepcopy(self._initial)  # pl_module itself stays with its own Trainer
+        tuned.load_state_dict(pl_module.state_dict())
+        accuracy = {"tuned": self._accuracy(trainer, tuned)}
+        for row, clean in (("untuned", False), ("clean_labels", True)):
+            began = time.perf_counter()
+            accuracy[row] = self._accuracy(trainer, self._train_reference(trainer, use_clean_labels=clean))
+            seconds[row] = time.perf_counter() - began
+        weights, wrong = _example_weights(self._tuner).cpu(), _known_wrong_labels(trainer)
+        count = int(wrong.sum())
+        self.results = {
+            "test_accuracy": accuracy["tuned"],
+            "test_accuracy_untuned": accuracy["untuned"],
+            "test_accuracy_clean_labels": accuracy["clean_labels"],
+            "auroc": _auroc(weights, wrong),
+            "seed": getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
+            "wrong_labels": count,
+            "wrong_among_as_many_lowest_weights": int(wrong[weights.argsort()[:count]].sum()),
+            "training_images": len(wrong),
+            "steps": trainer.global_step,
+            "outer_steps": self._tuner.outer_steps,
+            "skipped_outer_steps": self._tuner.skipped_steps,
+            "seconds_by_training": seconds,
+        }
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._draw(trainer, weights, folder / f"{self.name}.png")
+        self.results["seconds"] = time.perf_counter() - self._began
+        (folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+        print(
+            _table(self.results), f"{folder / self.name}.png and results.json beside it", sep="\n", flush=True
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self._trace)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._trace = Trace(**state_dict)
+
+    # ---- the references and the figure
+
+    def _train_reference(self, trainer: Trainer, *, use_clean_labels: bool) -> LightningModule:
+        assert self._initial is not None
+        assert self._stream is not None
+        module = copy.deepcopy(self._initial)
+        with self._stream.replay():
+            fit_like(trainer, module, use_clean_labels=use_clean_labels)
+        return module
+
+    def _accuracy(self, trainer: Trainer, module: LightningModule) -> float:
+        assert self._stream is not None
+        with self._stream.replay():  # a pass over a loader draws random numbers
+            metrics = test_like(trainer, module)
+        if _METRIC not in metrics:
+            raise MisconfigurationException(
+                f"LabelNoiseReport needs {_METRIC!r}. Got {sorted(metrics)} from "
+                f"{type(module).__name__}.test_step; add self.log({_METRIC!r}, ...)."
+            )
+        return float(metrics[_METRIC])
+
+    def _draw(self, trainer: Trainer, weights: Tensor, path: Path) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        figure = label_noise_figure(
+            weights=weights,
+            wrong=data.wrong,
+            images=data.train_images,
+            given=data.train_labels,
+            clean=data.train_labels_clean,
+            trace=self._trace,
+            summary=_summary(self.results),
+        )
+        figure.savefig(path)
+        for logger in trainer.loggers:
+            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
+            if add_figure is not None:
+                add_figure(self.name, figure, trainer.global_step)
+
+
+def _known_wrong_labels(trainer: Trainer) -> Tensor:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    needed = ("wrong", "use_clean_labels", "train_images", "train_labels", "train_labels_clean")
+    missing = [name for name in needed if not hasattr(data, name)]
+    if data is None or missing:
+        raise MisconfigurationException(
+            "LabelNoiseReport needs a datamodule that knows which training labels are wrong. "
+            f"Got {'none' if data is None else f'{type(data).__name__} without ' + ', '.join(missing)}; "
+            "use DigitsDataModule(wrong_label_fraction=0.4, with_index=True), or extend InMemoryDataModule."
+        )
+    wrong: Tensor = data.wrong
+    if data.use_clean_labels or not bool(wrong.any()) or bool(wrong.all()):
+        raise MisconfigurationException(
+            "LabelNoiseReport needs training on right and wrong labels. "
+            f"Got {int(wrong.sum())} wrong of {len(wrong)} and use_clean_labels={data.use_clean_labels}; "
+            f"give {type(data).__name__} a wrong_label_fraction between 0 and 1, and use_clean_labels=False."
+        )
+    return wrong
+
+
+def _tuner(trainer: Trainer, num_examples: int) -> HypergradientCallback:
+    """The callback whose example weights are judged."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, HypergradientCallback):
+            for hyperparameter in callback.outer.hyperparameters:
+                if isinstance(hyperparameter, ExampleWeights) and hyperparameter.num_examples == num_examples:
+                    return callback
+    raise MisconfigurationException(
+        f"LabelNoiseReport judges the weights of all {num_examples} training examples. Got a Trainer whose "
+        f"callbacks tune none; add HypergradientCallback(ExampleWeights({num_examples}))."
+    )
+
+
+def _example_weights(tuner: HypergradientCallback) -> Tensor:
+    (weights,) = (
+        next(h for h in tuner.outer.hyperparameters if isinstance(h, ExampleWeights)).values().values()
+    )
+    return weights
+
+
+def _quantiles(values: Tensor) -> list[float]:
+    return [
+        float(q) for q in values.quantile(torch.tensor(_QUANTILES, dtype=values.dtype, device=values.device))
+    ]
+
+
+def _auroc(weights: Tensor, wrong: Tensor) -> float:
+    from sklearn.metrics import roc_auc_score  # here, because it costs most of a second
+
+    return float(roc_auc_score((~wrong).numpy(), weights.double().numpy()))
+
+
+# ---- words
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    untuned, tuned, clean = (
+        f"{100 * results[key]:.1f} %"
+        for key in ("test_accuracy_untuned", "test_accuracy", "test_accuracy_clean_labels")
+    )
+    return (
+        f"Test accuracy {untuned} untuned, {tuned} with tuned weights and decays, {clean} on right labels "
+        f"only.  AUROC of the weights {results['auroc']:.3f}."
+    )
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    rows = [
+        ("given labels, untuned", "test_accuracy_untuned", "untuned"),
+        ("given labels, tuned", "test_accuracy", "tuned"),
+        ("right labels, untuned", "test_accuracy_clean_labels", "clean_labels"),
+    ]
+    lines = [f"\n{'training on':<24}{'test accuracy':>15}{'AUROC':>9}{'seconds':>10}", "-" * 58]
+    for label, accuracy, key in rows:
+        auroc = f"{results['auroc']:.3f}" if key == "tuned" else "–"
+        percent = f"{100 * results[accuracy]:.2f} %"
+        lines.append(f"{label:<24}{percent:>15}{auroc:>9}{results['seconds_by_training'][key]:>10.1f}")
+    count, caught = results["wrong_labels"], results["wrong_among_as_many_lowest_weights"]
+    lines.append("-" * 58)
+    lines.append(f"{caught} of the {count} wrong labels are among the {count} lowest weights")
+    lines.append(f"seed {results['seed']}, {results['seconds']:.1f} s in all\n")
+    return "\n".join(lines)

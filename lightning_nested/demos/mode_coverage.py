@@ -1,0 +1,160 @@
+"""Which modes of a mixture of Gaussians does a generator cover?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nested.figures.mode_coverage import mode_figure
+from lightning_nested.games import high_quality, modes_covered
+from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.run_folder import run_folder, write_report
+
+
+class ModeCoverage(Callback):
+    """Counts covered modes and good samples of a :class:`GANModule` while it trains.
+
+    A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
+    at least ``at_least`` such samples are nearest to it. Samples are drawn in evaluation mode with random
+    numbers of their own: training does not notice. Logs ``modes_covered`` and ``high_quality`` against game
+    updates; at the end prints a line and writes ``results.json`` and the figure ``<name>.png``. Of several in one
+    Trainer each logs ``<name>/modes_covered`` and ``<name>/high_quality``, and writes ``<name>.json``.
+    Metz et al. (2017), ICLR; Srivastava et al. (2017), NeurIPS 30.
+
+    Args:
+        every_n_updates: Game updates between counts.
+        num_samples: Samples drawn for a count.
+        at_least: Samples that make a mode covered.
+        seed: Of the samples' latents.
+        name: Of the figure's file; several in one Trainer must differ in it.
+
+    Attributes:
+        history: ``(game_updates, modes, share of high quality)`` of each count.
+
+    Raises:
+        ValueError: A number below 1.
+        MisconfigurationException: In ``setup``: no ``sample`` in the module, or no ``centres`` and ``std`` in the
+            datamodule; two with one name.
+    """
+
+    def __init__(
+        self,
+        every_n_updates: int = 500,
+        *,
+        num_samples: int = 2500,
+        at_least: int = 20,
+        seed: int = 0,
+        name: str = "modes",
+    ) -> None:
+        if min(every_n_updates, num_samples, at_least) < 1:
+            raise ValueError(
+                "every_n_updates, num_samples and at_least must be at least 1. "
+                f"Got {every_n_updates}, {num_samples} and {at_least}."
+            )
+        self.every_n_updates, self.num_samples, self.at_least = every_n_updates, num_samples, at_least
+        self.seed, self.name = seed, name
+        self.history: list[tuple[int, int, float]] = []
+        self._pictures: list[tuple[int, Tensor]] = []  # samples at each count, on CPU
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if stage == "fit" and not (
+            hasattr(pl_module, "sample") and hasattr(data, "centres") and hasattr(data, "std")
+        ):
+            raise MisconfigurationException(
+                "ModeCoverage needs a module that can sample and data whose modes are known. Got "
+                f"{type(pl_module).__name__} on {type(data).__name__}; use GANModule on "
+                "MixtureOfGaussiansDataModule."
+            )
+        if len({callback.name for callback in _of(trainer)}) < len(_of(trainer)):
+            raise MisconfigurationException(
+                "Several ModeCoverage in one Trainer must have names of their own, of which their files are called. "
+                f"Got {[callback.name for callback in _of(trainer)]}; give name=..."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not self.history:
+            self._count(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        updates = pl_module.game_updates
+        if updates % self.every_n_updates == 0 and updates != self.history[-1][0]:
+            self._count(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or not self.history:  # none of a fit without a step
+            return
+        if self.history[-1][0] != pl_module.game_updates:
+            self._measure(trainer, pl_module)
+        updates, modes, quality = self.history[-1]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        results = {
+            "game_updates": updates,
+            "modes": len(data.centres),
+            "modes_covered": modes,
+            "high_quality": quality,
+            "samples": self.num_samples,
+            "at_least": self.at_least,
+        }
+        figure = mode_figure(self.history, self._pictures, data.centres, data.std)
+        file = "results.json" if len(_of(trainer)) == 1 else f"{self.name}.json"
+        write_report(trainer, folder, self.name, results, figure, updates, file=file)
+        print(
+            f"\n{modes} of {len(data.centres)} modes covered (by at least {self.at_least} of {self.num_samples} "
+            f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates",
+            f"{folder / self.name}.png and {file} beside it",
+            sep="\n",
+            flush=True,
+        )
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            every_n_updates=self.every_n_updates,
+            num_samples=self.num_samples,
+            at_least=self.at_least,
+            seed=self.seed,
+            name=self.name,
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "pictures": self._pictures}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self._pictures = list(state_dict["history"]), list(state_dict["pictures"])
+
+    def _count(self, trainer: Trainer, module: Any) -> None:
+        _, modes, quality = self._measure(trainer, module)
+        where = "" if len(_of(trainer)) == 1 else f"{self.name}/"
+        metrics = {f"{where}modes_covered": float(modes), f"{where}high_quality": quality}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=module.game_updates)
+
+    def _measure(self, trainer: Trainer, module: Any) -> tuple[int, int, float]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with RandomStream(self.seed, module.device):
+            samples = module.sample(self.num_samples).float().cpu()
+        modes = modes_covered(samples, data.centres, data.std, at_least=self.at_least)
+        quality = float(high_quality(samples, data.centres, data.std))
+        self.history.append((module.game_updates, modes, quality))
+        self._pictures.append((module.game_updates, samples[:1000].clone()))
+        return self.history[-1]
+
+
+def _of(trainer: Trainer) -> list[ModeCoverage]:
+    """All of this kind that the Trainer has."""
+    return [c for c in trainer.callbacks if isinstance(c, ModeCoverage)]  # type: ignore[attr-defined]

@@ -1,0 +1,144 @@
+"""A game of the zoo as a LightningModule: to watch an optimizer on a game whose solution is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_nested.games import Game
+from lightning_nested.modules.game.module import GameModule
+
+
+class Strategy(nn.Module):
+    """What one player of a zoo game holds.
+
+    Args:
+        value: Its start, of shape ``(n,)``.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value.detach().clone())
+
+    def forward(self) -> Tensor:
+        """The player's tensor."""
+        return self.value
+
+
+class ZooGame(GameModule):
+    """Trains a :class:`Game`, and logs how far its players are from a solution as ``distance``.
+
+    The module brings its own data: batches that say nothing. Training is in float64.
+
+    Args:
+        game: Such as ``DiracGAN()`` or ``Bilinear()``.
+        start: Where the players begin, a list of numbers each; None: standard normal.
+        solution: A point ``distance`` is measured from, a list of numbers for each player; None: 0.
+        seed: Of a random start.
+        batches_per_epoch: Of the empty batches.
+        **game_options: Arguments of :class:`GameModule`.
+
+    Attributes:
+        distances: ‖w − solution‖ at the start and after each game update of this run.
+        path: The players' numbers at the same moments, one flat list each.
+
+    Raises:
+        ValueError: A start or a solution that does not fit the game.
+
+    Example:
+        >>> from lightning_nested.games import DiracGAN
+        >>> module = ZooGame(DiracGAN(), start=[[3.0], [4.0]])
+        >>> list(module.players()), module.distance().item()
+        (['discriminator', 'generator'], 5.0)
+    """
+
+    def __init__(
+        self,
+        game: Game,
+        *,
+        start: list[list[float]] | None = None,
+        solution: list[list[float]] | None = None,
+        seed: int = 0,
+        batches_per_epoch: int = 1000,
+        **game_options: Any,
+    ) -> None:
+        super().__init__(**game_options)
+        if batches_per_epoch < 1:
+            raise ValueError(f"batches_per_epoch must be at least 1. Got {batches_per_epoch}.")
+        self.game, self.batches_per_epoch = game, batches_per_epoch
+        values = (
+            game.initial(torch.Generator().manual_seed(seed)) if start is None else self._fit("start", start)
+        )
+        self.strategies = nn.ModuleDict(
+            {name: Strategy(value) for name, value in zip(game.names, values, strict=True)}
+        )
+        at = [[0.0] * n for n in game.sizes] if solution is None else solution
+        self.solution: Tensor
+        self.register_buffer("solution", torch.cat(self._fit("solution", at)))
+        self.distances: list[float] = []
+        self.path: list[list[float]] = []
+
+    @override
+    def players(self) -> dict[str, nn.Module]:
+        return dict(self.strategies.items())
+
+    @override
+    def player_losses(self, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
+        losses = self.game.losses(tuple(strategy() for strategy in self.strategies.values()))
+        by_name = dict(zip(self.strategies, losses, strict=True))
+        return {name: by_name[name] for name in names}
+
+    @override
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        return self.player_losses([name], batch)[name]
+
+    def distance(self) -> Tensor:
+        """‖w − solution‖ over all players."""
+        w = torch.cat([strategy() for strategy in self.strategies.values()]).detach()
+        return torch.linalg.vector_norm(w - self.solution)  # type: ignore[no-any-return]
+
+    @override
+    def game_metrics(self) -> dict[str, Any]:
+        return {"distance": self.distance()}
+
+    @override
+    def train_dataloader(self) -> Iterable[int]:
+        return range(self.batches_per_epoch)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if not self.distances:
+            self._record()
+
+    @override
+    def on_game_update(self) -> None:
+        self._record()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["path"] = {"distances": self.distances, "path": self.path}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint.get("path", {"distances": [], "path": []})
+        self.distances, self.path = list(kept["distances"]), list(kept["path"])
+
+    def _record(self) -> None:
+        self.distances.append(float(self.distance()))
+        self.path.append([x for strategy in self.strategies.values() for x in strategy().detach().tolist()])
+
+    def _fit(self, what: str, values: Sequence[Sequence[float]]) -> list[Tensor]:
+        tensors = [torch.tensor(value, dtype=torch.float64) for value in values]
+        if [t.numel() for t in tensors] != list(self.game.sizes):
+            raise ValueError(
+                f"{what} must have {list(self.game.sizes)} numbers for the players {list(self.game.names)}. "
+                f"Got {[t.numel() for t in tensors]}."
+            )
+        return tensors

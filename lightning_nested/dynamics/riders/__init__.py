@@ -1,0 +1,1 @@
+"""Find the different solutions that a training run could have reached."""

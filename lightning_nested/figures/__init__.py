@@ -1,0 +1,1 @@
+"""Figures: numbers in, a matplotlib ``Figure`` out. Never imports Lightning."""

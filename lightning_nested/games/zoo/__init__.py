@@ -1,0 +1,1 @@
+"""Differentiable games with known solutions."""

@@ -1,0 +1,248 @@
+"""How the inner parameters answer to hyperparameters, w*(λ), found by training again.
+
+First derivatives only: what checks second derivatives must not rely on them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_nested.hypergradient.schedule import RandomState
+from lightning_nested.hypergradient.unrolled import Step
+from lightning_nested.linalg.curvature import FiniteDifferenceOperator
+from lightning_nested.linalg.solvers.conjugate_gradient import ConjugateGradient
+from lightning_nested.linalg.vectors import Vector, add_, clone, norm
+
+LossFunction: TypeAlias = Callable[[Vector, Vector], Tensor]
+
+_HALVINGS = 6
+_NEAR = 1e-3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The losses with frozen random numbers, and leaves in the dtype of the check."""
+
+    inner_loss: LossFunction
+    outer_loss: LossFunction
+    params: Vector
+    hparams: Vector
+
+    @classmethod
+    def build(
+        cls, inner: LossFunction, outer: LossFunction, params: Sequence[Tensor], hparams: Sequence[Tensor]
+    ) -> Problem:
+        """In float64 if the losses go along, otherwise in the tensors' own dtype."""
+        frozen = _frozen("inner_loss", inner, params), _frozen("outer_loss", outer, params)
+        exact = cls(*frozen, _leaves(params, torch.float64), _leaves(hparams, torch.float64))
+        if all(x.dtype == torch.float64 for x in (*params, *hparams)):
+            return exact
+        try:
+            if all(loss(exact.params, exact.hparams).dtype == torch.float64 for loss in frozen):
+                return exact
+        except (RuntimeError, TypeError):  # the losses hold data of another dtype
+            pass
+        return cls(*frozen, _leaves(params, None), _leaves(hparams, None))
+
+    def inner(self) -> Tensor:
+        """L_T at the given point, with its graph."""
+        return self.inner_loss(self.params, self.hparams)
+
+    def outer(self) -> Tensor:
+        """L_V at the given point, with its graph."""
+        return self.outer_loss(self.params, self.hparams)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every tensor."""
+        return self.params[0].dtype
+
+    @property
+    def eps(self) -> float:
+        """Machine epsilon of the dtype."""
+        return torch.finfo(self.dtype).eps
+
+
+def _leaves(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Vector:
+    return tuple(x.detach().clone().to(dtype=dtype or x.dtype).requires_grad_() for x in tensors)
+
+
+def _frozen(name: str, loss: LossFunction, params: Sequence[Tensor]) -> LossFunction:
+    fixed = RandomState(tuple(params))  # not manual_seed: it costs a millisecond a call
+
+    def call(w: Vector, h: Vector) -> Tensor:
+        before = RandomState(w)
+        fixed.restore()
+        try:
+            value = loss(w, h)
+        finally:
+            before.restore()
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name} must return a tensor with one element. Got {got}; take its mean or sum."
+            )
+        if not value.requires_grad and any(x.requires_grad for x in (*w, *h)):
+            raise ValueError(
+                f"{name} must depend on params or hparams. Got a value without a graph: compute it from its "
+                "arguments, without detach() or torch.no_grad()."
+            )
+        return value.reshape(())
+
+    return call
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """Parameters that training gave.
+
+    Attributes:
+        params: w*(λ), detached.
+        distance: Length of the next Newton step over 1 + ‖w‖, how far training stopped from the optimum;
+            0 where there is no optimum to reach.
+    """
+
+    params: Vector
+    distance: float = 0.0
+
+
+class Response(ABC):
+    """Strategy for w*(λ)."""
+
+    @abstractmethod
+    def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
+        """The parameters at ``hparams``, from ``start`` where the strategy has no start of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minimize(Response):
+    """Minimizes the inner loss: L-BFGS, then Newton steps that bring the gradient down to rounding.
+
+    Liu & Nocedal (1989), Math. Program. 45:503-528. Newton systems are solved by conjugate gradient with
+    products by central differences of gradients.
+
+    Args:
+        max_iterations: Of L-BFGS.
+        newton_steps: At most, after it; they stop by themselves where the gradient no longer falls.
+    """
+
+    max_iterations: int = 1000
+    newton_steps: int = 20
+
+    def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
+        """The minimum next to ``start``."""
+        w = tuple(p.requires_grad_() for p in clone(start))
+        fixed = tuple(h.detach() for h in hparams)
+
+        def gradient() -> Vector:
+            loss = inner_loss(w, fixed)
+            return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
+
+        # From a point moved by rounding Newton needs two steps; from afar it could end at another point.
+        distance = _distance(_newton_step(gradient, gradient(), w), w)
+        if distance > _NEAR:
+            self._lbfgs(lambda: inner_loss(w, fixed), w)
+        distance = self._newton(gradient, w)
+        return Trained(params=tuple(p.detach() for p in w), distance=distance)
+
+    def _lbfgs(self, loss: Callable[[], Tensor], w: Vector) -> None:
+        optimizer = torch.optim.LBFGS(
+            w,
+            max_iter=self.max_iterations,
+            tolerance_grad=torch.finfo(w[0].dtype).eps,
+            tolerance_change=torch.finfo(w[0].dtype).eps,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> float:
+            value = loss()
+            grads = torch.autograd.grad(value, w, allow_unused=True, materialize_grads=True)
+            for p, g in zip(w, grads, strict=True):
+                p.grad = g
+            return value.item()
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        for p in w:
+            p.grad = None
+
+    def _newton(self, gradient: Callable[[], Vector], w: Vector) -> float:
+        """Accepts a step where the gradient falls; the loss itself is flat to rounding long before that."""
+        g = gradient()
+        for _ in range(self.newton_steps):
+            step = _newton_step(gradient, g, w)
+            if step is None:
+                break
+            length = 1.0
+            for _ in range(_HALVINGS):
+                with torch.no_grad():
+                    add_(w, step, alpha=-length)
+                moved = gradient()
+                if float(norm(moved)) < float(norm(g)):
+                    g = moved
+                    break
+                with torch.no_grad():
+                    add_(w, step, alpha=length)
+                length /= 2
+            else:
+                break  # down to rounding
+        return _distance(_newton_step(gradient, g, w), w)
+
+
+def _newton_step(gradient: Callable[[], Vector], g: Vector, w: Vector) -> Vector | None:
+    """H⁻¹g; None where the curvature is not positive or the loss overflows."""
+    solver = ConjugateGradient(max_iterations=500, tolerance=1e-5)
+    try:
+        solution = solver.solve(FiniteDifferenceOperator(gradient, w), g)
+    except FloatingPointError:
+        return None
+    return None if solution.status == "negative_curvature" else solution.x
+
+
+def _distance(step: Vector | None, w: Vector) -> float:
+    size = 1.0 + float(norm(tuple(p.detach() for p in w)))
+    return math.inf if step is None else float(norm(step)) / size
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unroll(Response):
+    """Runs ``num_steps`` optimizer steps from the start: what ``unrolled_hypergradient`` differentiates.
+
+    Args:
+        step: ``step(params, hparams, t) -> params``.
+        num_steps: T ≥ 1.
+    """
+
+    step: Step
+    num_steps: int
+
+    def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
+        """The parameters after the last step."""
+        w, fixed = clone(start), tuple(h.detach() for h in hparams)
+        for t in range(self.num_steps):
+            w = tuple(p.detach() for p in self.step(tuple(p.requires_grad_() for p in w), fixed, t))
+        return Trained(params=w)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GivenResponse(Response):
+    """Training that the user brings: ``retrain(hparams) -> params``."""
+
+    retrain: Callable[[Vector], Sequence[Tensor]]
+
+    def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
+        """What ``retrain`` returns, in the dtype of ``start``."""
+        w = tuple(self.retrain(tuple(h.detach() for h in hparams)))
+        if len(w) != len(start) or any(a.shape != b.shape for a, b in zip(w, start, strict=True)):
+            raise ValueError(
+                f"retrain must return tensors shaped as params, {[tuple(p.shape) for p in start]}. "
+                f"Got {[tuple(p.shape) for p in w]}."
+            )
+        return Trained(params=tuple(a.detach().to(b) for a, b in zip(w, start, strict=True)))

@@ -1,0 +1,54 @@
+"""Embedding whose weights respond to hyperparameters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_nested.hypernetworks.layers.arithmetic import linearly_moved, moved
+from lightning_nested.hypernetworks.layers.base import HyperLayer, check_examples
+
+
+class HyperEmbedding(HyperLayer, nn.Embedding):
+    """Row of token t: e₀ₜ + (vₜ·h) e₁ₜ.
+
+    ``2·num·dim + num·n`` parameters. The rows are those of a tied output layer, so that a shared weight has one
+    response.
+
+    Args:
+        num_embeddings: Number of tokens.
+        embedding_dim: Width of a row.
+        num_hyperparameters: n.
+        **options: The other arguments of ``nn.Embedding``.
+    """
+
+    plain = nn.Embedding
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, num_hyperparameters: int, **options: Any
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, **options)
+        self.respond(num_hyperparameters)
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """Rows of the tokens x (batch, …) for one h, or one of each example."""
+        return cast("Tensor", self._call(self._per_example, x, h))
+
+    def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
+        dim = self._batch_dim
+        check_examples(x, delta, dim, type(self).__name__, least=1)
+        base = functional.embedding(x, self.weight.detach() if linearized else self.weight, self.padding_idx)
+        response = self.response_of("weight")
+        if response is None:
+            return base
+        shape = [1] * x.dim()
+        if delta.dim() == 2:
+            shape[dim] = len(delta)
+        rows = functional.embedding(x, response.scale, self.padding_idx)
+        coefficient = (rows * delta.to(rows.dtype).reshape(*shape, -1)).sum(-1, keepdim=True)
+        direction = functional.embedding(x, response.direction, self.padding_idx)
+        if linearized:
+            return linearly_moved(base, None, coefficient, direction, None)
+        return moved(base, coefficient, direction)

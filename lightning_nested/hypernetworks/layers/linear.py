@@ -1,0 +1,58 @@
+"""Linear layer whose weights respond to hyperparameters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lightning_nested.hypernetworks.layers.arithmetic import linear, respond_to, shift_of
+from lightning_nested.hypernetworks.layers.base import HyperLayer, check_examples, placement
+
+
+class HyperLinear(HyperLayer, nn.Linear):
+    """y = W₀x + b₀ + (V h) ⊙ (W₁x) + (U h) ⊙ b₁.
+
+    ``2(in·out + out) + 2·out·n`` parameters.
+
+    Args:
+        in_features: Width of x.
+        out_features: Width of y.
+        num_hyperparameters: n.
+        bias: Whether there is b₀.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        x (batch, …, in) with h (n,) or (batch, n); y (batch, …, out).
+
+    >>> layer = HyperLinear(3, 2, num_hyperparameters=5)
+    >>> sum(p.numel() for p in layer.parameters()) == 2 * (3 * 2 + 2) + 2 * 2 * 5
+    True
+    """
+
+    plain = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_hyperparameters: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.respond(num_hyperparameters)
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """y for one h, or one of each example."""
+        return cast("Tensor", self._call(self._per_example, x, h))
+
+    def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
+        dim = self._batch_dim
+        check_examples(x, delta, dim, type(self).__name__)
+        return respond_to(
+            linear, x, self.weight, self.response_of("weight"), delta,
+            placement(x.dim(), dim, -1), linearized, self.bias, shift_of(delta, self.response_of("bias")),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Vectors, linear operators, curvature, eigenvalues and inverse solvers on tuples of tensors. PyTorch only."""

@@ -1,0 +1,69 @@
+"""Errors of second derivatives, explained: what an autograd graph cannot be differentiated through twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+
+class DoubleBackwardError(RuntimeError):
+    """An operation of the loss cannot be differentiated twice."""
+
+
+@contextmanager
+def explain_double_backward() -> Iterator[None]:
+    """Turn autograd's error about a missing second derivative into one that names the ways out."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        marks = (
+            "double backward",
+            "Double backward",
+            "is not implemented",
+            "once_differentiable",
+            "differentiate twice",
+            "donated buffer",  # torch.compile; with those disabled it has no double backward either
+        )
+        if not any(mark in text for mark in marks):
+            raise
+        raise DoubleBackwardError(
+            "A Hessian product needs the gradient to be differentiable, and an operation of the loss is not. "
+            f"Got: {text.splitlines()[0]} Either run that operation in a form with a second derivative "
+            "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH) for attention, "
+            "torch.backends.cudnn.flags(enabled=False) for RNNs, no torch.compile), "
+            "or use curvature=FiniteDifference(), which needs first derivatives only."
+        ) from error
+
+
+def refuse_sparse(gradient: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient is a sparse tensor, which has no products with vectors of the parameters' shape."""
+    for g in gradient:
+        if g is not None and g.layout != torch.strided:
+            raise ValueError(
+                f"Gradients must be dense. Got one of shape {tuple(g.shape)} and layout {g.layout}; build the "
+                "embedding with sparse=False."
+            )
+
+
+def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
+    """Every operation in the graphs of ``tensors``, once."""
+    seen: set[Node] = set()
+    stack = [a.grad_fn for a in tensors if a is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def refuse_once_differentiable(gradient: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient's graph holds an operation that autograd would pass over in silence when asked again."""
+    if any(node.name().endswith("Error") for node in graph_nodes(gradient)):
+        raise RuntimeError("an operation marked once_differentiable: differentiate twice is not implemented.")

@@ -1,0 +1,393 @@
+"""BigGAN: class-conditional image generation as a game of two players."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_nested.modules.game.loop import GameLoop
+from lightning_nested.modules.gan.biggan_options import (
+    BatchNormMode,
+    BigGANNetworks,
+    BigGANObjective,
+    Execution,
+    Sampling,
+)
+from lightning_nested.modules.gan.module import GANModule
+from lightning_nested.modules.gan.sampling import interpolate, sample_images, seeded
+from lightning_nested.networks import Discriminator, Generator, singular_values
+from lightning_nested.networks.adversarial import widened
+from lightning_nested.networks.biggan.tables import check_labels
+from lightning_nested.networks.conditional_batch_norm import batch_norms
+
+
+def float_betas(make: OptimizerCallable) -> OptimizerCallable:
+    """The same optimizer with ``betas`` made floats: YAML's ``[0, 0.999]`` has an int, which Adam refuses."""
+
+    def build(params: Any) -> Optimizer:
+        keywords = getattr(make, "keywords", {})
+        betas = keywords.get("betas")
+        if betas is None:
+            return make(params)
+        return partial(cast(Any, make), betas=tuple(float(beta) for beta in betas))(params)  # type: ignore[no-any-return]
+
+    return build
+
+
+_ADAM = partial(torch.optim.Adam, lr=2e-4, betas=(0.0, 0.999), eps=1e-8)
+
+
+def build_networks(sizes: BigGANNetworks) -> tuple[Generator, Discriminator]:
+    """Generator and discriminator of these sizes, drawn from the global stream in this order."""
+    generator = Generator(
+        sizes.width,
+        sizes.latent_dim,
+        sizes.num_classes,
+        sizes.resolution,
+        image_channels=sizes.image_channels,
+        attention=sizes.attention,
+        shared_dim=sizes.shared_dim,
+        hierarchical=sizes.hierarchical,
+        initialization=sizes.initialization,
+    )
+    discriminator = Discriminator(
+        sizes.width,
+        sizes.num_classes,
+        sizes.resolution,
+        image_channels=sizes.image_channels,
+        attention=sizes.attention,
+        initialization=sizes.initialization,
+    )
+    return generator, discriminator
+
+
+class BigGAN(GANModule):
+    """Brock, Donahue & Simonyan's class-conditional GAN, by default in the usual configuration for CIFAR-10.
+
+    A round is 4 discriminator steps, each with a batch of fresh real images, z and labels, real and generated
+    images in one forward of the discriminator, and then a generator step: four batches of the Trainer. Hinge
+    loss, Adam of rate 2e-4 and betas (0, 0.999) for both. ``ComplexAdam`` for the discriminator is the setting
+    of Lorraine et al. (2022), AISTATS, PMLR 151:7742-7765. Brock, Donahue & Simonyan (2019), ICLR,
+    arXiv 1809.11096.
+
+    A batch is ``(images, labels, …)`` with images ``(N, C, side, side)`` in [−1, 1]. For an average of the
+    generator add :class:`~lightning_nested.callbacks.GeneratorEMA`, for grids
+    :class:`~lightning_nested.callbacks.SampleGrid`, for scores
+    :class:`~lightning_nested.callbacks.GenerativeMetrics`. In data-parallel runs each process takes batch
+    statistics of its own, and running statistics are averaged before each generator step, so that all
+    processes hold the same numbers.
+
+    Args:
+        networks: Sizes.
+        objective: Loss, penalties, augmentation.
+        generator_optimizer: From parameters to optimizer; default Adam(2e-4, betas=(0, 0.999)).
+        discriminator_optimizer: The same.
+        generator_scheduler: From optimizer to scheduler, stepped once per round.
+        discriminator_scheduler: The same.
+        discriminator_steps: Per round.
+        loop: Accumulation and clipping of :class:`GameModule`. ``reuse_batch`` is taken as True without
+            accumulation: the generator's step needs no real images of its own.
+        sampling: How validation, test and predict make images.
+        execution: Memory format, compilation.
+
+    Raises:
+        ValueError: Arguments out of range, or ``reuse_fakes`` without ``reuse_batch``.
+        MisconfigurationException: In ``fit``: ``sync_batchnorm`` on CPU, or images that do not fit.
+
+    Example:
+        >>> module = BigGAN(BigGANNetworks(width=2, latent_dim=8))
+        >>> images = module.sample(torch.tensor([0, 9]))
+        >>> tuple(images.shape), bool(images.abs().max() <= 1)
+        ((2, 3, 32, 32), True)
+    """
+
+    generator: Generator
+    discriminator: Discriminator
+
+    def __init__(
+        self,
+        networks: BigGANNetworks = BigGANNetworks(),  # noqa: B008 - frozen
+        *,
+        objective: BigGANObjective = BigGANObjective(),  # noqa: B008 - frozen
+        generator_optimizer: OptimizerCallable = cast(OptimizerCallable, _ADAM),  # noqa: B008
+        discriminator_optimizer: OptimizerCallable = cast(OptimizerCallable, _ADAM),  # noqa: B008
+        generator_scheduler: LRSchedulerCallable | None = None,
+        discriminator_scheduler: LRSchedulerCallable | None = None,
+        discriminator_steps: int = 4,
+        loop: GameLoop | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        execution: Execution = Execution(),  # noqa: B008 - frozen
+    ) -> None:
+        schedulers = {"generator": generator_scheduler, "discriminator": discriminator_scheduler}
+        loop = GameLoop(reuse_batch=True) if loop is None else loop
+        if objective.reuse_fakes and not loop.reuse_batch:
+            raise ValueError(
+                "reuse_fakes=True needs a generator step on the batch of the discriminator's last. "
+                f"Got {loop}; set reuse_batch=True in it, or reuse_fakes=False."
+            )
+        generator, discriminator = build_networks(networks)
+        super().__init__(
+            generator,
+            discriminator,
+            latent_dim=networks.latent_dim,
+            num_classes=networks.num_classes,
+            loss=objective.loss,
+            reuse_fakes=objective.reuse_fakes,
+            regularizers=objective.regularizers,
+            augment=objective.augment,
+            optimizers={
+                "generator": float_betas(generator_optimizer),
+                "discriminator": float_betas(discriminator_optimizer),
+            },
+            schedulers={name: make for name, make in schedulers.items() if make is not None},
+            steps_per_player={"discriminator": discriminator_steps},
+            loop=loop,
+        )
+        self.networks, self.objective = networks, objective
+        self.sampling, self.execution = sampling, execution
+        if execution.channels_last:
+            for network in (self.generator, self.discriminator):
+                network.to(memory_format=torch.channels_last)
+        self._compiled: dict[str, Callable[..., Tensor]] = {}
+        self._gradient_norms: dict[str, Tensor] = {}
+        self._plain = False  # compiled networks differentiate once only
+        self._shown, self._since = 0, 0.0
+
+    # ---- the game
+
+    @override
+    def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self._network("generator")(latents, labels)
+
+    @override
+    def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self._network("discriminator")(data, labels)
+
+    @contextmanager
+    @override
+    def one_function(self) -> Iterator[None]:
+        outside, self._plain = self._plain, True
+        try:
+            with super().one_function():
+                yield
+        finally:
+            self._plain = outside
+
+    def _network(self, name: str) -> Callable[..., Tensor]:
+        """The network, compiled if asked for where first derivatives are enough."""
+        network: nn.Module = self.get_submodule(name)
+        if not self.execution.compile or self._plain:
+            return network
+        if name not in self._compiled:
+            self._compiled[name] = torch.compile(network)
+        return self._compiled[name]
+
+    @override
+    def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        images, labels = super().real_data(batch)
+        if labels is not None and self.game_updates == 0:
+            # On a GPU a class too many ends in an assertion of a kernel, and every look is a wait: so only here.
+            check_labels(labels.cpu(), self.networks.num_classes)
+        shape = (self.networks.image_channels, self.networks.resolution, self.networks.resolution)
+        if images.shape[1:] != shape:
+            raise MisconfigurationException(
+                f"BigGAN's images must have shape (N, {', '.join(map(str, shape))}). Got {tuple(images.shape)}; "
+                "set image_channels and resolution of BigGANNetworks, or pad the data "
+                "(FashionMNISTDataModule(resolution=32, symmetric=True))."
+            )
+        if self.execution.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
+
+    @torch.no_grad()
+    def _average_running_statistics(self) -> None:
+        """The mean over processes, in one message: every process goes on with the same numbers."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return
+        tensors = [t for norm in batch_norms(self.generator) for t in (norm.running_mean, norm.running_var)]
+        present = [t for t in tensors if t is not None]
+        flat = self.trainer.strategy.reduce(torch.cat([t.flatten() for t in present]), reduce_op="mean")
+        for tensor, mean in zip(present, flat.split([t.numel() for t in present]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    # ---- lifecycle
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        # Scores of a stand-alone validation name the updates of the weights they judge.
+        self.game_updates = checkpoint.get("game", {}).get("game_updates", self.game_updates)
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # The Trainer converts later, and DDP's own error then says neither which option nor what to do.
+        synchronises = getattr(self.trainer.strategy, "_layer_sync", None) is not None
+        if synchronises and self.trainer.strategy.root_device.type == "cpu":
+            raise MisconfigurationException(
+                "sync_batchnorm needs GPUs: torch's SyncBatchNorm has no CPU implementation. "
+                "Got Trainer(sync_batchnorm=True) on CPU; leave it out."
+            )
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.execution.flush_denormal and self.device.type == "cpu":
+            torch.set_flush_denormal(True)
+        self._shown, self._since = 0, time.perf_counter()
+
+    @override
+    def on_train_end(self) -> None:
+        if self.execution.flush_denormal and self.device.type == "cpu":
+            torch.set_flush_denormal(False)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._is_generator(optimizer):
+            self._average_running_statistics()  # not sooner: a graph still holds them
+        if self._logs_now():
+            gradients = [
+                p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
+            name = "generator" if self._is_generator(optimizer) else "discriminator"
+            self._gradient_norms[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._shown += len(batch[0]) * self.trainer.world_size
+
+    @override
+    def on_game_update(self) -> None:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self.execution.log_details or every == 0 or self.game_updates % every:
+            return
+        seconds = time.perf_counter() - self._since
+        metrics = {name: float(value) for name, value in (self.scores | self._gradient_norms).items()}
+        metrics["images_per_second"] = self._shown / seconds
+        for player in ("generator", "discriminator"):
+            for layer, value in singular_values(self.get_submodule(player)).items():
+                metrics[f"singular_value/{player}.{layer}"] = float(value)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.game_updates)
+        self._shown, self._since = 0, time.perf_counter()
+
+    def _logs_now(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.execution.log_details and every > 0 and (self.game_updates + 1) % every == 0
+
+    def _is_generator(self, optimizer: Optimizer) -> bool:
+        first = next(self.generator.parameters())
+        return any(p is first for group in optimizer.param_groups for p in group["params"])
+
+    # ---- images
+
+    @override
+    def sample(
+        self,
+        labels: Tensor | int,
+        *,
+        z: Tensor | None = None,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images of the given classes, ``(N, C, side, side)`` in [−1, 1].
+
+        Args:
+            labels: ``(N,)`` classes, ``(N, num_classes)`` mixtures, or N: classes are then drawn.
+            z: ``(N, latent_dim)``; None: drawn.
+            sampling: Instead of the module's own.
+            generator: Where z comes from, on the module's device; None: a stream from ``sampling.seed``.
+        """
+        sampling = sampling or self.sampling
+        generator = generator or seeded(self.device, sampling.seed, "sample")
+        if isinstance(labels, int):
+            shape = (labels,)
+            labels = torch.randint(self.networks.num_classes, shape, generator=generator, device=self.device)
+        return sample_images(self.generator, labels, sampling, generator=generator, z=z)
+
+    def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
+        """What :class:`GenerativeMetrics` and :class:`SampleGrid` ask for."""
+        sampling = replace(self.sampling, batch_norm=cast(BatchNormMode, batch_norm))
+        return self.sample(labels, sampling=sampling, generator=generator)
+
+    def interpolate(self, start: int, end: int, steps: int = 8, *, seed: int | None = None) -> Tensor:
+        """Images on a line in z and class from one image to another, ``(steps, C, side, side)``."""
+        generator = seeded(self.device, self.sampling.seed if seed is None else seed, "interpolate")
+        z = torch.randn(2, self.networks.latent_dim, generator=generator, device=self.device)
+        return interpolate(
+            self.generator, (z[0], start), (z[1], end), steps, self.sampling, generator=generator
+        )
+
+    @override
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Both losses on held-out images, as ``val_…``: a discriminator that overfits tells them from train."""
+        self._evaluate(batch, batch_idx, "val")
+
+    @override
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: Sequence[Tensor], batch_idx: int, stage: str) -> None:
+        images, labels = self.real_data(batch)
+        assert labels is not None
+        generator = seeded(self.device, self.sampling.seed, stage, self.global_rank, batch_idx)
+        running = Sampling(batch_size=len(images))
+        fakes = self.sample(labels, sampling=running, generator=generator).to(images.dtype)
+        real, fake = (widened(self.discriminator(x, labels)) for x in (images, fakes))
+        metrics = {
+            f"{stage}_discriminator_loss": self.loss.discriminator(real, fake),
+            f"{stage}_generator_loss": self.loss.generator(fake),
+            f"{stage}_real_score": real.mean(),
+            f"{stage}_fake_score": fake.mean(),
+        }
+        self.log_dict(metrics, batch_size=len(images), sync_dist=True)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """Without a datamodule: 10 images of each class."""
+        labels = torch.arange(self.networks.num_classes).repeat_interleave(10)
+        return DataLoader(cast(Any, labels), batch_size=self.sampling.batch_size)
+
+    @override
+    def predict_step(
+        self, batch: Tensor | Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        """Images of the classes of the batch, also written as PNG files.
+
+        A batch is labels, or ``(images, labels, …)`` of a datamodule; mixtures ``(N, num_classes)`` go to the
+        folder ``mixtures``. Files go to
+        ``<default_root_dir>/samples/class_<label>/<process>_<batch>_<position>.png``, of a second and further
+        dataloaders to ``…/<dataloader>_<process>_<batch>_<position>.png``.
+        """
+        from torchvision.utils import save_image  # here, because it costs a second
+
+        labels = batch if isinstance(batch, Tensor) else batch[1]
+        loader = [dataloader_idx] if dataloader_idx else []
+        generator = seeded(self.device, self.sampling.seed, "predict", self.global_rank, batch_idx, *loader)
+        images = self.sample(labels, generator=generator)
+        folder = Path(self.trainer.default_root_dir) / "samples"
+        names = ["mixtures"] * len(labels) if labels.ndim > 1 else [f"class_{y}" for y in labels.tolist()]
+        process = "_".join(map(str, [*loader, self.global_rank]))
+        for position, (name, image) in enumerate(zip(names, images, strict=True)):
+            place = folder / name
+            place.mkdir(parents=True, exist_ok=True)
+            save_image(
+                image,
+                place / f"{process}_{batch_idx:05d}_{position:04d}.png",
+                normalize=True,
+                value_range=(-1, 1),
+            )
+        return images

@@ -1,0 +1,111 @@
+"""Options of BigGAN that are not its optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_nested.networks.adversarial import AdversarialLoss, DiffAugment, GradientRegularizer, Hinge
+from lightning_nested.networks.biggan.tables import Initialization
+
+BatchNormMode = Literal["running", "batch", "standing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigGANNetworks:
+    """Sizes of both networks, as :class:`~lightning_nested.networks.Generator` names them.
+
+    Args:
+        width: Base number of channels of both networks.
+        latent_dim: Numbers in z.
+        num_classes: Of the data.
+        resolution: 32, 64, 128 or 256.
+        image_channels: 3, or 1 for grey images.
+        attention: Sides with self-attention, in both networks.
+        shared_dim: Width of a class embedding shared by all layers of the generator; 0: one per layer.
+        hierarchical: Give each generator block its own slice of z.
+        initialization: ``"normal"`` or ``"orthogonal"``.
+    """
+
+    width: int = 64
+    latent_dim: int = 128
+    num_classes: int = 10
+    resolution: int = 32
+    image_channels: int = 3
+    attention: tuple[int, ...] = ()
+    shared_dim: int = 0
+    hierarchical: bool = False
+    initialization: Initialization = "normal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigGANObjective:
+    """What the players minimise.
+
+    Args:
+        loss: ``Hinge()``, ``NonSaturating()`` or ``Wasserstein()``.
+        regularizers: ``R1(...)``, ``GradientPenalty(...)``, added to the discriminator's loss.
+        augment: Changes of all images that the discriminator sees, or None.
+        reuse_fakes: The generator's step takes the images of the last discriminator step of the round,
+            and saves a forward; the reference draws new ones.
+    """
+
+    loss: AdversarialLoss = Hinge()  # noqa: RUF009 - frozen
+    regularizers: tuple[GradientRegularizer, ...] = ()
+    augment: DiffAugment | None = None
+    reuse_fakes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are made outside training.
+
+    Args:
+        truncation: z is normal given that every entry lies within ± this; None: plain normal.
+        batch_norm: Statistics of the generator: ``"running"`` averages, those of the ``"batch"``, or
+            ``"standing"`` ones, the mean over ``standing_batches`` batches with the present weights.
+        standing_batches: Batches for standing statistics.
+        batch_size: Images per forward.
+        seed: Of z.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    truncation: float | None = None
+    batch_norm: BatchNormMode = "running"
+    standing_batches: int = 16
+    batch_size: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.truncation is not None and not self.truncation > 0:
+            raise ValueError(f"truncation must be positive, or None for none. Got {self.truncation}.")
+        if self.batch_norm not in ("running", "batch", "standing"):
+            raise ValueError(f"batch_norm must be running, batch or standing. Got {self.batch_norm!r}.")
+        if self.standing_batches < 1 or self.batch_size < 1:
+            raise ValueError(
+                "standing_batches and batch_size must be at least 1. "
+                f"Got {self.standing_batches} and {self.batch_size}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the same numbers are computed faster or with less memory.
+
+    Args:
+        channels_last: Keep images and weights with the channel as the last index in memory: +30 % on CPU,
+            and what tensor cores want.
+        compile: ``torch.compile`` both networks where only first derivatives are taken; penalties on the
+            discriminator's gradient and spectra use the plain ones, since compiled ones have no double
+            backward.
+        flush_denormal: On CPU, treat vanishing weights and moments as zero during ``fit``; they would slow
+            every product.
+        log_details: Log gradient norms, scores, images per second and singular values beside the losses.
+    """
+
+    channels_last: bool = True
+    compile: bool = False
+    flush_denormal: bool = True
+    log_details: bool = True

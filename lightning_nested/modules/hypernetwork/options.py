@@ -1,0 +1,72 @@
+"""Options of HypernetworkModule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_nested.hypergradient import ConjugateGradient, InverseSolver
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseMonitor:
+    """When to trust the response: is w_φ(λ̂) trained, and is its slope the one of the implicit function theorem?
+
+    Logged as ``response/inner_loss`` (at w_φ(λ̂), on the present training batch), ``response/refined_inner_loss``
+    (after real steps from there) and ``response/implicit_cosine``, between the outer gradient through the response
+    and the implicit one, over the hyperparameters that the training loss has a derivative for.
+
+    Args:
+        every_n_outer_steps: How often.
+        num_steps: k real steps of plain gradient descent, at the weights' learning rate.
+        solver: Of the implicit gradient; None: that is left out.
+    """
+
+    every_n_outer_steps: int = 100
+    num_steps: int = 10
+    solver: InverseSolver | None = ConjugateGradient(max_iterations=20, damping=1e-3)  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        if self.every_n_outer_steps < 1 or self.num_steps < 0:
+            raise ValueError(
+                "every_n_outer_steps must be at least 1 and num_steps at least 0. "
+                f"Got {self.every_n_outer_steps} and {self.num_steps}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseOptions:
+    """What the Trainer refuses to do in manual optimization, and details of the response.
+
+    Args:
+        per_example: Whether each example of a batch gets a perturbation of its own, which lowers the variance; None:
+            where layers and hyperparameters allow it (no weight decay).
+        refine_steps: k real training steps from the predicted weights before each outer gradient.
+        monitor: Logs the response's error; None: not.
+        gradient_clip_val: Limit of the training gradient of w₀ and φ together; None: none.
+        gradient_clip_algorithm: Whether it limits the norm of all gradients or each entry.
+        max_skipped: Successive outer steps that may be non-finite before the run ends.
+        log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    per_example: bool | None = None
+    refine_steps: int = 0
+    monitor: ResponseMonitor | None = None
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    max_skipped: int = 10
+    log_every_n_outer_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("refine_steps", "max_skipped", "log_every_n_outer_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0. Got {getattr(self, name)}.")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val must be positive, or None. Got {self.gradient_clip_val}.")
+        if self.gradient_clip_algorithm not in ("norm", "value"):
+            raise ValueError(
+                f"gradient_clip_algorithm must be 'norm' or 'value'. Got {self.gradient_clip_algorithm!r}."
+            )

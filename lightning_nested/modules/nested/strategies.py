@@ -1,0 +1,123 @@
+"""How NestedModule finds the hypergradient, and the options of its loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
+from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
+from lightning_nested.trainer.inner_problem import InnerProblem
+
+
+class GradientStrategy(ABC):
+    """Which derivative the outer step follows."""
+
+    length: int | None = None  # inner steps per outer step, where the strategy itself decides
+    ends_with_epoch = False  # whether a cycle is closed at an epoch's end
+
+    @abstractmethod
+    def begin(self, problem: InnerProblem) -> Cycle:
+        """A runner for one ``fit``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implicit(GradientStrategy):
+    """dL_V/dλ = ∂L_V/∂λ − (∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ, at the weights before the cycle's last inner step.
+
+    The training loss of that step is used with its graph: there is no further forward pass of it.
+    See :func:`lightning_nested.hypergradient.implicit_hypergradient`.
+
+    Args:
+        solver: How H⁻¹v is found.
+        curvature: What stands for H; None: the Hessian. ``GaussNewton(outputs=...)`` takes the dotted name of
+            the submodule that returns the logits.
+    """
+
+    solver: InverseSolver = Neumann()  # noqa: RUF009 - frozen
+    curvature: Curvature | None = None
+
+    def begin(self, problem: InnerProblem) -> Cycle:
+        """A runner for one ``fit``."""
+        return ImplicitCycle(problem, self.curvature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(GradientStrategy):
+    """Differentiate the outer loss through the last ``truncate`` of ``num_steps`` training steps.
+
+    The training steps are the unrolled ones: nothing is run twice. Between two outer steps the graph of up to
+    ``truncate`` steps is kept. Works with SGD, Adam and AdamW; sees learning rates (:class:`LearningRate`).
+    A cycle does not cross an epoch's end: it closes there with the steps it has, so that validation,
+    checkpoints and resumed runs never meet half a cycle. Where an epoch ends unforeseen (``max_steps``,
+    ``max_time``, a loader without length) the open cycle is dropped without an outer step. See
+    :func:`lightning_nested.hypergradient.unrolled_hypergradient`.
+
+    Args:
+        num_steps: T, inner steps per outer step.
+        truncate: Steps that carry a graph; None: all.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    num_steps: int
+    truncate: int | None = None
+
+    ends_with_epoch = True
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1. Got {self.num_steps}.")
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(f"truncate must be at least 1, or None for all steps. Got {self.truncate}.")
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """T."""
+        return self.num_steps
+
+    def begin(self, problem: InnerProblem) -> Cycle:
+        """A runner for one ``fit``."""
+        return UnrolledCycle(problem, min(self.num_steps, self.truncate or self.num_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """What the Trainer refuses to do in manual optimization, and when outer steps are made.
+
+    Args:
+        accumulate_grad_batches: Batches per inner step; an epoch's last step may have fewer.
+        gradient_clip_val: Limit of the inner gradient; None: none.
+        gradient_clip_algorithm: Whether it limits the norm of all gradients or each entry.
+        warmup_steps: Inner steps before the first cycle.
+        restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None:
+            never.
+        max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before
+            the run ends with ``FloatingPointError``.
+        log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    warmup_steps: int = 0
+    restart_every: int | None = None
+    max_skipped: int = 10
+    log_every_n_outer_steps: int = 10
+
+    def __post_init__(self) -> None:
+        least = {"accumulate_grad_batches": 1, "restart_every": 1}
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < least.get(name, 0):
+                raise ValueError(f"{name} must be at least {least.get(name, 0)}. Got {value}.")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val must be positive, or None. Got {self.gradient_clip_val}.")
+        if self.gradient_clip_algorithm not in ("norm", "value"):
+            raise ValueError(
+                f"gradient_clip_algorithm must be 'norm' or 'value'. Got {self.gradient_clip_algorithm!r}."
+            )

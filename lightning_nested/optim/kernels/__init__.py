@@ -1,0 +1,1 @@
+"""Implementations of the optimizers' steps: tensor by tensor, foreach and through torch's fused kernels."""

@@ -1,0 +1,122 @@
+"""Steps through the fused kernels that torch has for SGD and Adam on CPU: each sweeps once over memory.
+
+What they compute is enough for complex momentum. SGD's kernel does b ← x·b + y·g, w ← w − r·b in one sweep, with
+any x, y and r. Given a in the place of both w and g, it turns the pair (a, b):
+
+    b ← c·b + s·a,  a ← a − (s/|β|²)·b,  which is  a ← σ(c·a − s·b)  with  σ = c/|β|²,  as c² + s² = |β|².
+
+A second call then does a ← a/σ + g, w ← w − lr·a; or Adam's kernel does it, with the second moment, where the first
+moment's decay is 1/(1 + σ). Rounding errors grow by |tan φ|, so this is for phases whose cosine is not small.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nested.optim.kernels.kernel import DTYPES, Kernel
+from lightning_nested.optim.kernels.walk import blocks
+
+_ULP = 2.0**-52  # of 1
+
+
+@dataclass(frozen=True)
+class Fused(Kernel):
+    """An update of lists of tensors that uses the kernels below.
+
+    Attributes:
+        update: ``update([w, ...], [g, ...], ...)``.
+    """
+
+    update: Callable[..., None]
+
+    def available(self) -> bool:
+        """Whether they do here what is said above; otherwise steps take their ordinary way."""
+        return works()
+
+    def _update(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> None:
+        for block in blocks(columns):
+            self.update(*block)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """(a, b) ← (σ(c·a − s·b), s·a + c·b), for lists of tensors.
+
+    Attributes:
+        c: Re β.
+        s: Im β, to a whole number of ulps of 1.
+    """
+
+    c: float
+    s: float
+
+    @classmethod
+    def of(cls, c: float, s: float) -> Turn | None:
+        """None where s is tiny, or β more than 60° from the real axis: errors are at most doubled, as tan 60° < 2."""
+        if abs(s) < 1e-4 or abs(c) < math.hypot(c, s) / 2:
+            return None
+        # the kernel forms 1 − (1 − s), which is to be s for either sign
+        return cls(c, round(s / _ULP) * _ULP)
+
+    @property
+    def scale(self) -> float:
+        """σ."""
+        return self.c / (self.c**2 + self.s**2)
+
+    def __call__(self, real: list[Tensor], imag: list[Tensor]) -> None:
+        """In place."""
+        axpby(real, real, imag, x=self.c, y=self.s, rate=self.s / (self.c**2 + self.s**2))
+
+
+def axpby(
+    params: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    *,
+    x: float,
+    y: float = 1.0,
+    rate: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """``sums ← x·sums + y·(±grads + weight_decay·params)``, ``params ← params − rate·sums``; x is not 0."""
+    torch._fused_sgd_(
+        params,
+        grads,
+        sums,
+        weight_decay=weight_decay,
+        momentum=x,
+        lr=rate,
+        dampening=1 - y,
+        nesterov=False,
+        maximize=maximize,
+        is_first_step=False,
+    )
+
+
+@functools.cache
+def works() -> bool:
+    """Try it once a process: the kernels are private functions of torch, and one tensor in two places is unusual."""
+    if not (hasattr(torch, "_fused_sgd_") and hasattr(torch, "_fused_adam_")):
+        return False
+    turn = Turn(c=0.6, s=0.5)
+    for dtype in DTYPES:
+        w, g, a, b = torch.linspace(-1, 1, 4 * 37, dtype=dtype, device="cpu").view(4, 37).sin().unbind()
+        real, imag = 0.6 * a - 0.5 * b + g, 0.5 * a + 0.6 * b
+        expected = (w - 0.1 * real, g.clone(), real, imag)
+        try:
+            turn([a], [b])
+            axpby([w], [g], [a], x=1 / turn.scale, rate=0.1)
+        except (TypeError, RuntimeError):  # other arguments, or a check that this use does not pass
+            return False
+        tolerance = 16 * torch.finfo(dtype).eps
+        pairs = zip((w, g, a, b), expected, strict=True)
+        if not all(torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in pairs):
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""What callbacks and modules ask of a running Trainer."""

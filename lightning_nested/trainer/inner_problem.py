@@ -1,0 +1,98 @@
+"""Inner problem of a nested module, as its strategies see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_nested.hyperparameters import OuterStep
+from lightning_nested.linalg.vectors import norm
+from lightning_nested.trainer.outer_batches import OuterBatches
+from lightning_nested.trainer.outer_loss import evaluate_outer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InnerProblem:
+    """What a strategy works on.
+
+    Attributes:
+        module: Evaluated raw, not through DDP: its gradients are averaged here, in one message.
+        inner_loss: From a batch to the training loss.
+        outer_loss: From a batch to the validation loss.
+        optimizer: Of the inner parameters.
+        parameters: Inner parameters by name.
+        outer: The hyperparameters.
+        batches: For the outer loss.
+        accumulate: Batches per inner step.
+        clip: Limit of the gradient; None: none.
+        clip_algorithm: Whether it limits the norm of all gradients or each entry.
+    """
+
+    module: LightningModule
+    inner_loss: Callable[[Any], Tensor]
+    outer_loss: Callable[[Any], Tensor]
+    optimizer: LightningOptimizer
+    parameters: dict[str, nn.Parameter]
+    outer: OuterStep
+    batches: OuterBatches
+    accumulate: int
+    clip: float | None
+    clip_algorithm: Literal["norm", "value"]
+
+    def evaluate_outer(
+        self,
+        evaluate: Callable[[Callable[[Any], Tensor], Any], Tensor],
+        tensors: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The outer loss of the next outer batch; see :func:`evaluate_outer`."""
+        return evaluate_outer(
+            self.module.trainer,
+            self.module,
+            self.batches,
+            lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
+            tensors,
+            attributes=False,
+        )
+
+    def full_precision(self) -> torch.autocast:
+        """Derivatives are taken outside autocast, as in any training."""
+        return torch.autocast(self.module.device.type, enabled=False)
+
+    def limit(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Clipped gradients, differentiable; as ``clip_grad_norm_`` and ``clip_grad_value_`` of torch."""
+        present = [g for g in gradients if g is not None]
+        if self.clip is None or not present:
+            return gradients
+        if self.clip_algorithm == "value":
+            return [None if g is None else g.clamp(-self.clip, self.clip) for g in gradients]
+        factor = (self.clip / (norm(tuple(present)) + 1e-6)).clamp(max=1.0)
+        return [None if g is None else g * factor for g in gradients]
+
+    def real_step(self, gradients: list[Tensor | None]) -> None:
+        """One step of the user's optimizer."""
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.detach()
+        self.optimizer.step()
+
+
+def check_loss(name: str, module: LightningModule, loss: object) -> Tensor:
+    """The loss, if it is a scalar with its graph."""
+    where = f"{type(module).__name__}.{name}"
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise MisconfigurationException(
+            f"{where} must return a scalar tensor. Got {got}; return the mean loss."
+        )
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            f"{where} must return a tensor with its graph. Got one that does not require gradients: remove "
+            "torch.no_grad() and .detach() from its computation."
+        )
+    return loss.reshape(())

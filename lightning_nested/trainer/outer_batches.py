@@ -1,0 +1,198 @@
+"""An endless, resumable stream of batches for the outer loss, beside the Trainer's own validation loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.data import _update_dataloader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils._pytree import tree_unflatten
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from lightning_nested.trainer.random_stream import RandomStream
+
+_NO_LOADER = (
+    "The outer loss needs validation data, and there is none. Got a Trainer without a validation dataloader; pass "
+    "val_dataloaders= to fit, define val_dataloader() in the module or datamodule, or give an outer dataloader: "
+    "HypergradientCallback(outer_dataloader=...), or the module's method outer_dataloader()."
+)
+
+
+class OuterBatches:
+    """Batches for the outer loss, in rounds over a loader, with random numbers of their own.
+
+    Round r uses the seed (seed, r, rank), so the position is two numbers and no generator state is saved. The
+    loader is a new instance with the same dataset, sampler and options: the Trainer's validation is not disturbed.
+
+    Args:
+        trainer: Its validation loader is taken unless ``loader`` is given; decides device and processes.
+        loader: A loader, or a function that returns one.
+        seed: Base seed; the same on every process.
+
+    """
+
+    def __init__(self, trainer: Trainer, loader: Any = None, *, seed: int) -> None:
+        self.seed, self._rank = seed, trainer.global_rank
+        self._device = trainer.strategy.root_device
+        with RandomStream(seed, self._device):
+            self._loader = _prepare(
+                trainer, _given(loader) if loader is not None else _validation_loader(trainer)
+            )
+        self.round, self.position = 0, 0
+        self.last: Any = None
+        self._iterator: Iterator[Any] | None = None
+        self._stream = self._new_stream()
+
+    def next(self) -> Any:
+        """The next batch, on the CPU; begins the next round at the end of the loader.
+
+        Raises:
+            MisconfigurationException: The loader is empty, or a one-pass iterator is used up.
+        """
+        with self._stream:
+            if self._iterator is None:
+                self._iterator = self._start()
+            batch = next(self._iterator, _END)
+        if batch is _END:
+            if self.position == 0:
+                raise MisconfigurationException(
+                    "The outer dataloader must yield at least one batch. Got an empty one: check the size of the "
+                    "validation set, its batch size with drop_last=True, and that it is no one-pass generator."
+                )
+            self.round, self.position, self._iterator = self.round + 1, 0, None
+            self._stream = self._new_stream()
+            return self.next()
+        self.position += 1
+        self.last = batch
+        return batch
+
+    def loss_stream(self) -> RandomStream:
+        """Random numbers for the loss of the last batch; apart from the batches', which are drawn again on resuming."""
+        return self._new_stream(15_485_863 * self.position)
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed, round and position."""
+        return {"seed": self.seed, "round": self.round, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved position; the batches before it in its round are drawn again and dropped."""
+        self.seed, self.round = state["seed"], state["round"]
+        self.position, self._iterator, self._stream = 0, None, self._new_stream()
+        for _ in range(state["position"]):
+            self.next()
+
+    def _new_stream(self, offset: int = 0) -> RandomStream:
+        return RandomStream(self._round_seed() + offset, self._device)
+
+    def _round_seed(self) -> int:
+        # Large odd factors keep (seed, round, rank) apart without hashing.
+        return self.seed + 1_000_003 * (self.round + 1) + 7_368_787 * self._rank
+
+    def _start(self) -> Iterator[Any]:
+        sampler = getattr(self._loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(self.round)
+        generator = getattr(self._loader, "generator", None)
+        if isinstance(self._loader, DataLoader) and generator is not None:  # our own, see _own_copy
+            generator.manual_seed(self._round_seed())
+        return iter(self._loader)
+
+
+class LastBatch(OuterBatches):
+    """The last batch of a stream once more, with the same random numbers; the stream stays where it is."""
+
+    def __init__(self, stream: OuterBatches) -> None:
+        self.__dict__.update(stream.__dict__)
+
+    @override
+    def next(self) -> Any:
+        return self.last
+
+
+_END = object()
+
+
+def _given(loader: Any) -> Any:
+    return loader() if callable(loader) and not isinstance(loader, Iterable) else loader
+
+
+def _validation_loader(trainer: Trainer) -> Any:
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if source.instance is None or not source.is_defined():
+        raise MisconfigurationException(_NO_LOADER)
+    return _request_dataloader(source)
+
+
+def _prepare(trainer: Trainer, loader: Any) -> Any:
+    """The first loader of a collection, as an instance of our own, sharded over processes."""
+    if loader is None or (isinstance(loader, (list, tuple, dict)) and not loader):
+        raise MisconfigurationException(_NO_LOADER)
+    if isinstance(loader, CombinedLoader) and loader._mode != "sequential":
+        return _Joined(trainer, loader)
+    if isinstance(loader, CombinedLoader):
+        loader = loader.flattened[0]
+    elif not isinstance(loader, DataLoader):
+        flattened = CombinedLoader(loader, "sequential").flattened
+        loader = flattened[0] if flattened else loader
+    if not isinstance(loader, Iterable):
+        raise MisconfigurationException(
+            f"The outer dataloader must be iterable. Got {type(loader).__name__}; give a DataLoader."
+        )
+    if isinstance(loader, Iterator):
+        raise MisconfigurationException(
+            "The outer dataloader must be iterable more than once. Got a one-pass generator "
+            f"({type(loader).__name__}), whose batches the Trainer's validation would miss; give a DataLoader."
+        )
+    if not isinstance(loader, DataLoader):
+        return loader
+    connector = trainer._data_connector
+    if connector._requires_distributed_sampler(loader):
+        sampler = connector._resolve_sampler(loader, shuffle=False, mode=RunningStage.VALIDATING)
+        loader = _update_dataloader(loader, sampler, mode=RunningStage.VALIDATING)
+    return _own_copy(loader)
+
+
+def _own_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader with the same dataset and options that shares neither workers nor random numbers with the given one.
+
+    A shallow copy, because not every subclass can be built again from its attributes.
+    """
+    ours = copy.copy(loader)
+    ours._iterator = None  # of persistent workers
+    given = loader.generator
+    if given is None:
+        return ours
+    generator = torch.Generator(given.device)
+    ours.generator = generator
+    holders: dict[str, Any] = {"sampler": ours, "batch_sampler": ours.batch_sampler}
+    for name, holder in holders.items():
+        sampler: Any = getattr(holder, "sampler", None)
+        if getattr(sampler, "generator", None) is None:
+            continue
+        sampler = copy.copy(sampler)
+        sampler.generator = generator
+        if name == "batch_sampler":
+            sampler, batches = copy.copy(holder), sampler
+            sampler.sampler = batches
+        ours.__dict__[name] = sampler  # a DataLoader guards these names, for it may have iterators
+    return ours
+
+
+class _Joined:
+    """Batches of several loaders at a time, as ``validation_step`` gets them from a CombinedLoader."""
+
+    def __init__(self, trainer: Trainer, loader: CombinedLoader) -> None:
+        loaders = [_prepare(trainer, single) for single in loader.flattened]
+        self._loader = CombinedLoader(tree_unflatten(loaders, loader._spec), loader._mode)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, _, _ in self._loader:
+            yield batch

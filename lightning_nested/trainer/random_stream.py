@@ -1,0 +1,122 @@
+"""Random numbers of a run: streams beside the global one, and the state of every process for checkpoints."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+
+
+class RandomStream:
+    """A stream of random numbers beside the global one, for torch, NumPy and ``random``.
+
+    >>> stream = RandomStream(0)
+    >>> with stream:
+    ...     first = torch.rand(1)
+    >>> with RandomStream(0):
+    ...     bool(torch.rand(1) == first)
+    True
+    """
+
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._outside: list[tuple[Any, ...]] = []
+        self._inside: tuple[Any, ...] | None = None
+        self._seed = seed % 2**32
+
+    def __enter__(self) -> RandomStream:
+        self._outside.append(self._capture())
+        if self._inside is None:
+            random.seed(self._seed)
+            np.random.seed(self._seed)
+            torch.random.default_generator.manual_seed(self._seed)
+            if self._cuda is not None:
+                with torch.cuda.device(self._cuda):
+                    torch.cuda.manual_seed(self._seed)
+        else:
+            self._restore(self._inside)
+        return self
+
+    @classmethod
+    def snapshot(cls, device: torch.device | None = None) -> RandomStream:
+        """A stream that begins where the global one is now."""
+        stream = cls(0, device)
+        stream._inside = stream._capture()
+        return stream
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Inside, the random numbers from this stream's present position, each time the same ones."""
+        here = self._inside
+        with self:
+            yield
+        self._inside = here
+
+    def __exit__(self, *_: object) -> None:
+        self._inside = self._capture()
+        self._restore(self._outside.pop())
+
+    def _capture(self) -> tuple[Any, ...]:
+        cuda = torch.cuda.get_rng_state(self._cuda) if self._cuda is not None else None
+        return torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda
+
+    def _restore(self, state: tuple[Any, ...]) -> None:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        random.setstate(state[2])
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(state[3], self._cuda)
+
+
+def base_seed(trainer: Trainer) -> int:
+    """A seed that every process agrees on, read without drawing from the global stream."""
+    return int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))
+
+
+def random_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """States of torch, NumPy and ``random``, one dictionary per process; called on all of them together."""
+    numpy_state: Any = np.random.get_state()
+    device = trainer.strategy.root_device
+    state = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": (numpy_state[0], numpy_state[1].tolist(), *(float(x) for x in numpy_state[2:])),
+        "python": random.getstate(),
+    }
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def restore_random_state(states: Sequence[dict[str, Any]], rank: int) -> None:
+    """Continue where a process of the saved run was.
+
+    A run with more processes than the saved one had seeds each of the others by its rank; it warns.
+    """
+    if rank >= len(states):
+        if rank == len(states):
+            warnings.warn(
+                f"The checkpoint has the random state of {len(states)} processes; the others are seeded by rank.",
+                stacklevel=2,
+            )
+        seed = (torch.initial_seed() + 7_368_787 * rank) % 2**63
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return
+    state = states[rank]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

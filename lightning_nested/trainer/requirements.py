@@ -1,0 +1,49 @@
+"""Refuse Trainer settings that a callback or module cannot work with."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_nested.hypergradient import GaussNewton
+
+
+def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) -> None:
+    """Refuse strategies that shard parameters or own the backward pass.
+
+    Args:
+        trainer: Its strategy is looked at.
+        who: For the message.
+        static_graph: Whether DDP may take the graph to be static.
+
+    Raises:
+        MisconfigurationException: With a cure.
+    """
+    strategy = trainer.strategy
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    # DeepSpeed and XLA are kinds of DDP to Lightning, and keep parameters and gradients elsewhere.
+    if not whole or isinstance(strategy, DeepSpeedStrategy | XLAStrategy):
+        raise MisconfigurationException(
+            f"{who} needs whole parameters on every process: a single device or DDP. "
+            f"Got {type(strategy).__name__}; use Trainer(strategy='ddp')."
+        )
+    if not static_graph and getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
+        # DDP queues its first all-reduce in the first derivative that passes, which here is not its own.
+        raise MisconfigurationException(
+            f"{who} differentiates the training loss before DDP does, so DDP must not take the graph to be static. "
+            "Got DDPStrategy(static_graph=True); leave it out."
+        )
+
+
+def named_outputs(module: nn.Module, curvature: GaussNewton) -> nn.Module:
+    """The submodule that ``GaussNewton(outputs="name")`` names."""
+    modules = dict(module.named_modules())
+    if not isinstance(curvature.outputs, str) or curvature.outputs not in modules:
+        raise MisconfigurationException(
+            "GaussNewton(outputs=...) must be the dotted name of the submodule that returns the logits. "
+            f"Got {curvature.outputs!r}; {type(module).__name__} has {', '.join(filter(None, modules))}."
+        )
+    found: nn.Module = modules[curvature.outputs]
+    return found

@@ -1,0 +1,37 @@
+"""Replace attributes of an object for a while."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class StandIns:
+    """Attributes of a module that others stand in for, until they are put back.
+
+    >>> module, stand_ins = nn.Linear(1, 1), StandIns()
+    >>> stand_ins.put(module, "forward", lambda x: x)
+    >>> module.forward(3)
+    3
+    >>> stand_ins.put_back()
+    >>> "forward" in vars(module)
+    False
+    """
+
+    _ABSENT = object()
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[nn.Module, str, object]] = []
+
+    def put(self, module: nn.Module, name: str, value: object) -> None:
+        """Let ``value`` be the instance's attribute; it may hide one of the class."""
+        self._replaced.append((module, name, module.__dict__.get(name, self._ABSENT)))
+        module.__dict__[name] = value
+
+    def put_back(self) -> None:
+        """Every attribute as it was, the last one first."""
+        while self._replaced:
+            module, name, value = self._replaced.pop()
+            if value is self._ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
