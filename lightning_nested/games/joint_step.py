@@ -25,6 +25,7 @@ def predicted_rate(eigenvalues: Tensor, momentum: Momentum | None, alternating: 
     For alternating momentum it assumes equal curvatures, see :func:`lightning_nested.games.convergence_rate`;
     :class:`JointStep` does not.
 
+    >>> import math
     >>> round(predicted_rate(torch.tensor([0.1j]), Momentum("momentum", 0.8, math.pi / 8), False), 6)
     0.97743
     """
@@ -51,6 +52,7 @@ class JointStep:
         momentum: |β| of each number, shape (n,).
         phase: arg β of each number, shape (n,).
 
+    >>> import math
     >>> turn = np.array([[0.0, 0.1], [-0.1, 0.0]])
     >>> beta = {"momentum": np.full(2, 0.8), "phase": np.full(2, math.pi / 8)}
     >>> round(JointStep(matrix=turn, sizes=(1, 1), steps=(1, 1), **beta).rate(), 6)

@@ -45,6 +45,7 @@ def game_spectrum(
         ValueError: An argument out of range, or a game too large for all or half of its eigenvalues.
 
     Example:
+        >>> import torch
         >>> from lightning_nested.games import DiracGAN
         >>> solution = (torch.zeros(1), torch.zeros(1))
         >>> game_spectrum(DiracGAN().losses, solution).imag.round(decimals=12).tolist()

@@ -83,7 +83,7 @@ def leading_eigenvalues(
         ValueError: An argument out of range.
 
     Example:
-        >>> from lightning_nested.games import QuadraticGame
+        >>> from lightning_nested.games import JacobianOperator, QuadraticGame
         >>> game = QuadraticGame.from_eigenvalues(torch.arange(1, 101) * 0.1j + 0.5)
         >>> found = leading_eigenvalues(JacobianOperator(game.losses, game.initial()), 2, "largest_imaginary")
         >>> found.eigenvalues.imag.round(decimals=9).tolist(), found.num_products < found.size
