@@ -176,16 +176,20 @@ def _nearby(
     # One above the bound comes down by max_change.
     bound = np.minimum(np.maximum(max_momentum, low[:, 0]), 1 - 1e-9)
     high = np.minimum(high, np.stack([bound, np.full_like(bound, math.pi)], axis=1))
-    ways = np.array(list(product((0, 1, -1, 0.4, -0.4), repeat=2)))[:, None]
+    scale = np.tile(max_change, len(now))
     # Both coordinates of each player, and of all together.
-    moved = np.vstack([np.eye(len(now)), np.ones(len(now))])[:, None, :, None]
-    starts = np.clip(start + moved * ways * max_change, low, high).reshape(-1, start.size)
+    groups = [*np.eye(len(now)), *([np.ones(len(now))] if len(now) > 1 else [])]
+    moves = [
+        length * scale * np.outer(group, way).reshape(-1)
+        for length, group, way in product((1.0, 0.4), groups, product((0, 1, -1), repeat=2))
+    ]
     found = search(
         lambda x: rate(x.reshape(start.shape)),
-        [start.reshape(-1), *starts],
+        start.reshape(-1),
         np.stack([low, high], axis=-1).reshape(-1, 2),
-        [length * np.tile(max_change, len(now)) for length in (0.5, 0.1)],
+        (0.5 * scale, 0.1 * scale),
         evaluations=15,
+        moves=moves,
     ).reshape(start.shape)
     return [
         old if (new == was).all() else Momentum("momentum", *new.tolist())

@@ -186,7 +186,7 @@ class _Search:
         return found
 
     def _descend(self, point: Array, bounds: Array, sizes: tuple[float, ...] = _FINE) -> Array:
-        return search(self.seen, [point], bounds, sizes, evaluations=50)
+        return search(self.seen, point, bounds, sizes, evaluations=50)
 
     def _along_the_valley(self, point: Array) -> Array:
         """The best phase near the point's, with the best α and |β| at each: too narrow for three at once."""

@@ -22,21 +22,23 @@ _LEAST_GAIN = 1e-9  # of the rate: less is rounding
 
 def search(
     objective: Objective,
-    starts: Sequence[Array],
+    start: Array,
     bounds: Array,
     sizes: Iterable[float | Array],
     *,
     evaluations: int,
+    moves: Sequence[Array] = (),
 ) -> Array:
-    """The best of the starting points, and of where Nelder-Mead gets from it.
+    """A point of the box where the objective is smaller, else the start: by single moves, then by Nelder-Mead.
 
     Args:
         objective: What to minimise.
-        starts: Points of shape (n,) inside the bounds. The first one is the result unless another point is better.
+        start: Of shape (n,), inside the bounds.
         bounds: Lowest and highest value of each coordinate, shape (n, 2); where they are equal it keeps its value.
         sizes: Of the simplices, one after the other, each begun where the last one stopped; of all coordinates, or of
             each, shape (n,).
         evaluations: Of the objective, per simplex and free coordinate.
+        moves: Steps of shape (n,) to try first, each from the best point so far.
 
     Returns:
         A point of shape (n,) inside the bounds.
@@ -44,22 +46,24 @@ def search(
     Example:
         >>> bounds = np.array([[-1.0, 1.0], [0.5, 2.0]])
         >>> objective = lambda x: float(np.abs(x).max())
-        >>> search(objective, [bounds[:, 1]], bounds, (0.5, 0.05, 0.005), evaluations=50).round(6)[1]
+        >>> search(objective, bounds[:, 1], bounds, (0.5, 0.05, 0.005), evaluations=50).round(6)[1]
         np.float64(0.5)
     """
-    point, best = starts[0], objective(starts[0])
-    for start in starts[1:]:
-        if (rate := objective(start)) < best - _LEAST_GAIN:
-            point, best = start, rate
+    point, best = start, objective(start)
+    for move in moves:
+        trial = np.clip(point + move, *bounds.T)
+        if (trial != point).any() and (rate := objective(trial)) < best - _LEAST_GAIN:
+            point, best = trial, rate
     free = bounds[:, 1] > bounds[:, 0]
     count = int(free.sum())
+    low, high = bounds[free].T
     if count == 0:
         return point
 
     def whole(x: Array) -> Array:
         found = point.copy()
-        found[free] = x
-        return np.clip(found, *bounds.T)
+        found[free] = np.clip(x, low, high)
+        return found
 
     # Off the axes, which are often symmetric.
     tilt = np.eye(count) + 0.2 * np.sin(3 * np.arange(count)[:, None] + 7 * np.arange(count) + 1)
