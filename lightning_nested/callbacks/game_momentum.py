@@ -121,7 +121,8 @@ def better_momentum(
         return now
 
     def rate(settings: Array) -> float:
-        return float(momentum_radii(upper, np.ones(()), *settings.T[..., None], alternating).max())
+        size, phase = settings.T
+        return float(momentum_radii(upper, np.ones(1), size, phase, alternating).max())
 
     return _nearby(rate, [now], max_momentum, max_change)[0]
 

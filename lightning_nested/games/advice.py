@@ -2,7 +2,7 @@
 
 Answers the question that the complex-momentum paper leaves open: the settings follow from the spectrum of the Jacobian,
 as those that minimise the worst rate over it. The objective, a maximum of root moduli, is neither convex
-nor smooth, so: differential evolution finds the valley, and Nelder-Mead its bottom.
+nor smooth, so: differential evolution finds the valley, and :func:`search` its bottom.
 """
 
 from __future__ import annotations

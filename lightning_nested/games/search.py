@@ -61,7 +61,7 @@ def search(
         return point
 
     def whole(x: Array) -> Array:
-        found = point.copy()
+        found: Array = point.copy()
         found[free] = np.clip(x, low, high)
         return found
 
