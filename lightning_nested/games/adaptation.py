@@ -9,23 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
-from torch import Tensor
 
-from lightning_nested.games import convergence_rate
 from lightning_nested.games.joint_step import ADAPT_LIMIT, JointStep
-from lightning_nested.games.rates import Array
+from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
+from lightning_nested.games.search import search
 from lightning_nested.optim.step_dynamics import Momentum, has_complex_momentum
 
 if TYPE_CHECKING:
     from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.joint_step import adapts_each_player, single_steps
 
-_LEAST_GAIN = 1e-9  # of the rate: less is rounding
-
 
 def better_momentum(
-    eigenvalues: Tensor,
+    eigenvalues: Eigenvalues,
     now: Momentum,
     *,
     alternating: bool = False,
@@ -34,8 +30,8 @@ def better_momentum(
 ) -> Momentum:
     """The momentum of all players near the present one whose worst rate over the eigenvalues of DJ is smallest.
 
-    A grid, not a descent: the worst rate is neither smooth nor convex. Eigenvalues that no momentum up to
-    ``max_momentum`` contracts are left out; if all are, or nothing is better, the present one stays.
+    Eigenvalues that no momentum up to ``max_momentum`` contracts are left out; if all are, or nothing is better, the
+    present one stays.
 
     Args:
         eigenvalues: Of DJ: the learning rate is in them.
@@ -47,20 +43,21 @@ def better_momentum(
     Example:
         On a game of pure conflict the phase rises from 0.
 
-        >>> better = better_momentum(torch.tensor([0.1j]), Momentum("momentum", 0.8, 0.0))
+        >>> better = better_momentum([0.1j], Momentum("momentum", 0.8, 0.0))
         >>> round(better.phase, 4), 0.7 <= better.momentum <= 0.9
         (0.3927, True)
     """
-    upper = eigenvalues[eigenvalues.imag >= 0]  # an eigenvalue and its conjugate have one rate
+    values = as_eigenvalues(eigenvalues)
+    upper = values[values.imag >= 0]  # an eigenvalue and its conjugate have one rate
     upper = upper[_contracted(upper, alternating, max_momentum)]
     if len(upper) == 0:
         return now
-    (low, high), (left, right) = _box(now, max_momentum, max_change)
-    near, beta, angle = _rates(upper, _grid(low, high), _grid(left, right), alternating)
-    worst = near.max(dim=1).values
-    best = int(worst.argmin())
-    present = convergence_rate(upper, lr=1.0, momentum=now.momentum, phase=now.phase, alternating=alternating)
-    return Momentum("momentum", float(beta[best]), float(angle[best])) if worst[best] < present else now
+
+    def rate(settings: Array) -> float:
+        size, phase = settings.T
+        return float(momentum_radii(upper, np.ones(1), size, phase, alternating).max())
+
+    return _nearby(rate, [now], max_momentum, max_change)[0]
 
 
 def better_momenta(
@@ -72,9 +69,8 @@ def better_momenta(
 ) -> dict[int, Momentum]:
     """Momenta of each player near the present ones at which the joint step has a smaller spectral radius.
 
-    A compass search with two sizes of step over |β| and arg β of each player, and of all of them together, then
-    Nelder-Mead over all at once. As in :func:`better_momentum` directions that no momentum contracts are left out: the
-    growing modes of the step that lie for the most part in the span of their eigenvectors.
+    As in :func:`better_momentum` directions that no momentum contracts are left out: the growing modes of the step that
+    lie for the most part in the span of their eigenvectors.
 
     Args:
         step: With the present momenta.
@@ -97,50 +93,48 @@ def better_momenta(
     rate_of = _rate_of(step, max_momentum)
     if rate_of is None or not now:
         return dict(now)
-    low, high = np.reshape([_box(m, max_momentum, max_change) for m in now.values()], (-1, 2)).T
-    start = np.reshape([(m.momentum, min(abs(m.phase), math.pi)) for m in now.values()], -1)
-    places = {player: 2 * i for i, player in enumerate(now)}
 
-    def rate(point: Array) -> float:
-        return rate_of(step.where({player: (point[i], point[i + 1]) for player, i in places.items()}))
+    def rate(settings: Array) -> float:
+        return rate_of(step.where(dict(zip(now, settings.tolist(), strict=True))))
 
-    found = _minimize(rate, start, low, high, np.tile(max_change, len(now)))
-    return {
-        player: momentum
-        if (found[places[player] :][:2] == start[places[player] :][:2]).all()
-        else Momentum("momentum", *found[places[player] :][:2].tolist())
-        for player, momentum in now.items()
-    }
+    return dict(zip(now, _nearby(rate, list(now.values()), max_momentum, max_change), strict=True))
 
 
-def _minimize(rate: Callable[[Array], float], start: Array, low: Array, high: Array, scale: Array) -> Array:
-    """A point of the box where the rate, which is neither smooth nor convex, is smaller; else the start."""
-    best, point, size = rate(start), start, len(start)
-
-    def inside(x: Array) -> Array:
-        return np.clip(x, low, high)
-
+def _nearby(
+    rate: Callable[[Array], float], now: list[Momentum], max_momentum: float, max_change: tuple[float, float]
+) -> list[Momentum]:
+    """Momenta within reach of which the rate is smaller, else the same; it takes |β| and arg β, shape (players, 2)."""
+    # The opposite phase gives the same iterates.
+    start = np.array([(m.momentum, min(abs(m.phase), math.pi)) for m in now])
+    low, high = np.maximum(start - max_change, 0.0), start + max_change
+    # One above the bound comes down by max_change.
+    bound = np.minimum(np.maximum(max_momentum, low[:, 0]), 1 - 1e-9)
+    high = np.minimum(high, np.stack([bound, np.full_like(bound, math.pi)], axis=1))
+    scale = np.tile(max_change, len(now))
     # Both coordinates of each player, and of all together.
-    groups: list[Array] = [np.eye(size)[i : i + 2] for i in range(0, size, 2)]
-    groups += [np.sum(groups, axis=0)] if len(groups) > 1 else []
-    for length, group in product((1.0, 0.4), groups):
-        for way in product((0, 1, -1), repeat=2):
-            trial = inside(point + length * scale * (np.array(way) @ group))
-            if (trial != point).any() and (found := rate(trial)) < best - _LEAST_GAIN:
-                best, point = found, trial
-    tilt = np.eye(size) + 0.2 * np.sin(3 * np.arange(size)[:, None] + 7 * np.arange(size) + 1)
-    for length in (0.5, 0.1):  # begun again smaller where it stopped
-        options = {"maxfev": 15 * size, "initial_simplex": np.vstack([point, point + length * scale * tilt])}
-        end = minimize(lambda x: rate(inside(x)), point, method="Nelder-Mead", options=options)
-        if end.fun < best - _LEAST_GAIN:
-            best, point = float(end.fun), inside(end.x)
-    return point
+    groups = [*np.eye(len(now)), *([np.ones(len(now))] if len(now) > 1 else [])]
+    moves = [
+        length * scale * np.outer(group, way).reshape(-1)
+        for length, group, way in product((1.0, 0.4), groups, product((0, 1, -1), repeat=2))
+    ]
+    found = search(
+        lambda x: rate(x.reshape(start.shape)),
+        start.reshape(-1),
+        np.stack([low, high], axis=-1).reshape(-1, 2),
+        (0.5 * scale, 0.1 * scale),
+        evaluations=15,
+        moves=moves,
+    ).reshape(start.shape)
+    return [
+        old if (new == was).all() else Momentum("momentum", *new.tolist())
+        for old, was, new in zip(now, start, found, strict=True)
+    ]
 
 
 def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], float] | None:
     """The largest modulus of a mode that some momentum contracts; None where there is none."""
     values, vectors = np.linalg.eig(step.matrix)
-    good = _contracted(torch.from_numpy(values.astype(np.complex128)), step.alternating, max_momentum).numpy()
+    good = _contracted(values.astype(np.complex128), step.alternating, max_momentum)
     if not good.any():
         return None
     if good.all():
@@ -162,41 +156,13 @@ def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], floa
     return rate_of
 
 
-def _contracted(eigenvalues: Tensor, alternating: bool, max_momentum: float) -> Tensor:
+def _contracted(eigenvalues: Array, alternating: bool, max_momentum: float) -> Array:
     """Which of them some momentum up to ``max_momentum`` contracts."""
-    if len(eigenvalues) == 0:
-        return torch.zeros(0, dtype=torch.bool)
-    everywhere, _, _ = _rates(eigenvalues, _grid(0.0, max_momentum), _grid(0.0, math.pi), alternating)
-    return everywhere.min(dim=0).values < 1
-
-
-def _rates(
-    eigenvalues: Tensor, sizes: Tensor, phases: Tensor, alternating: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each eigenvalue at all combinations of |β| and arg β, and these."""
-    beta, angle = torch.cartesian_prod(sizes, phases).unbind(dim=1)
+    size, phase = np.meshgrid(np.linspace(0, max_momentum, 21), np.linspace(0, math.pi, 21))
     each = [
-        convergence_rate([z], lr=1.0, momentum=beta, phase=angle, alternating=alternating)
-        for z in eigenvalues.tolist()
+        momentum_radii(z, np.ones_like(size), size, phase, alternating).min() for z in eigenvalues[:, None]
     ]
-    return torch.stack([torch.as_tensor(rate) for rate in each], dim=1), beta, angle
-
-
-Box = tuple[tuple[float, float], tuple[float, float]]
-
-
-def _box(now: Momentum, max_momentum: float, max_change: tuple[float, float]) -> Box:
-    """Lowest and highest |β|, and arg β, that one change may reach; the opposite phase gives the same iterates."""
-    size, phase = now.momentum, min(abs(now.phase), math.pi)
-    bound = min(1 - 1e-9, max(max_momentum, size - max_change[0]))  # from above it comes down by max_change
-    return (
-        (max(0.0, size - max_change[0]), min(bound, size + max_change[0])),
-        (max(0.0, phase - max_change[1]), min(math.pi, phase + max_change[1])),
-    )
-
-
-def _grid(low: float, high: float) -> Tensor:
-    return torch.linspace(low, high, 21, dtype=torch.float64).clamp(low, high)
+    return np.array(each) < 1
 
 
 def optimizers_of(module: Any) -> dict[str, torch.optim.Optimizer]:

@@ -2,7 +2,7 @@
 
 Answers the question that the complex-momentum paper leaves open: the settings follow from the spectrum of the Jacobian,
 as those that minimise the worst rate over it. The objective, a maximum of root moduli, is neither convex
-nor smooth, so: differential evolution finds the valley, and Nelder-Mead its bottom.
+nor smooth, so: differential evolution finds the valley, and :func:`search` its bottom.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import differential_evolution, minimize, minimize_scalar
+from scipy.optimize import differential_evolution, minimize_scalar
 
-from lightning_nested.games.rates import ROUNDED_PI, Array, Eigenvalues, _eigenvalues, momentum_radii
+from lightning_nested.games.rates import ROUNDED_PI, Array, Eigenvalues, as_eigenvalues, momentum_radii
+from lightning_nested.games.search import search
 
 _LARGEST_MOMENTUM = 0.9999
 # Of log α (for a largest eigenvalue of modulus 1), −log(1 − |β|) and φ.
-_BOUNDS = ((math.log(1e-4), math.log(10.0)), (0.0, -math.log(1 - _LARGEST_MOMENTUM)), (0.0, math.pi))
+_BOUNDS = np.array(
+    [[math.log(1e-4), math.log(10.0)], [0.0, -math.log(1 - _LARGEST_MOMENTUM)], [0.0, math.pi]]
+)
 # Eigenvalues that the search looks at to begin with; it adds those that turn out worse. A cubic costs a thirtieth of a
 # companion matrix.
 _ACTIVE = {False: 64, True: 12}
 _FINE = (0.05, 0.005, 0.0005)  # sizes of simplices in log units
-_TILTED = np.array(
-    [[1.0, 0.3, 0.0], [-0.3, 1.0, 0.1], [0.2, -0.2, 1.0]]
-)  # off the axes, which are often symmetric
 _RING = 24  # perturbations of an eigenvalue
 
 
@@ -101,7 +101,7 @@ def suggest_momentum(
     """
     _check_arguments(phase, noise, cutoff, unstable)
     phase = None if phase is None else min(max(float(phase), -math.pi), math.pi)
-    values = _eigenvalues(eigenvalues).reshape(-1)
+    values = as_eigenvalues(eigenvalues).reshape(-1)
     kept, scale = _upper_half(values, cutoff)
     kept, dropped = _stable(kept, unstable, noise)
     targets = _perturbed(kept, noise) / scale
@@ -135,19 +135,21 @@ class _Search:
 
     def run(self, phase: float | None) -> tuple[float, float, float, float]:
         """Rate, lr, |β| and φ of the best point."""
+        bounds = _BOUNDS if phase is None else _at_phase(_BOUNDS, abs(phase))
         for _ in range(3):
-            point = self._anywhere(phase)
-            seen, whole = float(self._worst(self.targets[self.active], point)), self.full(point)
+            point = self._anywhere(bounds)
+            seen, whole = self.seen(point), self.full(point)
             self._add_worse([point])
             if whole - seen <= 0.1 * (1 - seen):  # else perhaps another valley, seen with the worse ones
                 break
-        free, turns = (2, ()) if phase is not None else (3, (0.0, math.pi))  # a real β is often the best
+        turns: tuple[float, ...] = ()
         if phase is None:
-            point = self._along_the_valley(self._descend(point, free=3, sizes=_FINE))
+            point = self._along_the_valley(self._descend(point, bounds))
+            turns = (0.0, math.pi)  # a real β is often the best
         for _ in range(6):
-            ends = [point, self._descend(point, sizes=_FINE)]
-            ends.append(self._descend(ends[1], free=free, sizes=_FINE[1:]))
-            ends += [self._descend(np.append(point[:2], end), sizes=_FINE) for end in turns]
+            ends = [point, self._descend(point, _at_phase(bounds, point[2]))]
+            ends.append(self._descend(ends[1], bounds, _FINE[1:]))
+            ends += [self._descend(np.append(point[:2], end), _at_phase(bounds, end)) for end in turns]
             turns = ()
             point = min([*ends, *self._heavy_ball(phase)], key=self.full)
             if not self._add_worse(ends):
@@ -157,22 +159,21 @@ class _Search:
 
     def full(self, point: Array) -> float:
         """The worst rate over all eigenvalues."""
-        return float(self._worst(self.targets, point))
+        return float(self._rates(self.targets, point).max())
 
-    def _worst(self, targets: Array, points: Array) -> Array:
-        worst: Array = momentum_radii(targets, *_natural(points), self.alternating).max(axis=-1)
-        return worst
+    def seen(self, point: Array) -> float:
+        """The worst rate over the active eigenvalues."""
+        return float(self._rates(self.targets[self.active], point).max())
 
-    def _anywhere(self, phase: float | None) -> Array:
+    def _rates(self, targets: Array, points: Array) -> Array:
+        return momentum_radii(targets, *_natural(points), self.alternating)
+
+    def _anywhere(self, bounds: Array) -> Array:
         """Differential evolution over the active eigenvalues, a generation at a time."""
-        targets, tail = self.targets[self.active], [] if phase is None else [abs(phase)]
-
-        def objective(x: Array) -> Array:  # of shape (2 or 3, points)
-            return self._worst(targets, _with_tail(x.T, tail))
-
+        targets = self.targets[self.active]
         end = differential_evolution(
-            objective,
-            _BOUNDS[: 3 - len(tail)],
+            lambda x: self._rates(targets, x.T).max(axis=-1),  # of shape (3, points)
+            bounds,
             vectorized=True,
             updating="deferred",
             popsize=14,
@@ -181,39 +182,25 @@ class _Search:
             polish=False,
             seed=0,
         )
-        return _with_tail(end.x, tail)
+        found: Array = end.x
+        return found
 
-    def _descend(self, point: Array, *, free: int = 2, sizes: tuple[float, ...] = (0.02,)) -> Array:
-        """Nelder-Mead over the first ``free`` coordinates, begun again smaller where it stopped."""
-        targets, tail = self.targets[self.active], point[free:]
-
-        def objective(x: Array) -> float:
-            return float(self._worst(targets, np.concatenate([x, tail])))
-
-        x = point[:free]
-        for size in sizes:
-            options = {
-                "maxfev": 50 * free,
-                "xatol": 1e-9,
-                "fatol": 1e-10,
-                "initial_simplex": np.vstack([x, x + size * _TILTED[:free, :free]]),
-            }
-            x = minimize(objective, x, method="Nelder-Mead", options=options).x
-        return np.concatenate([x, tail])
+    def _descend(self, point: Array, bounds: Array, sizes: tuple[float, ...] = _FINE) -> Array:
+        return search(self.seen, point, bounds, sizes, evaluations=50)
 
     def _along_the_valley(self, point: Array) -> Array:
         """The best phase near the point's, with the best α and |β| at each: too narrow for three at once."""
         tried = [point]
-        active = self.targets[self.active]
 
         def objective(phase: float) -> float:
             nearest = min(tried, key=lambda p: float(abs(p[2] - phase)))
-            tried.append(self._descend(np.append(nearest[:2], phase)))
-            return float(self._worst(active, tried[-1]))
+            start = np.append(nearest[:2], phase)
+            tried.append(self._descend(start, _at_phase(_BOUNDS, phase), (0.02,)))
+            return self.seen(tried[-1])
 
         bounds = (max(0.0, point[2] - 0.3), min(math.pi, point[2] + 0.3))
         minimize_scalar(objective, bounds=bounds, method="bounded", options={"xatol": 1e-4, "maxiter": 16})
-        tried.sort(key=lambda p: float(self._worst(active, p)))
+        tried.sort(key=self.seen)
         self._add_worse(tried[:6])
         return min(tried[:6], key=self.full)
 
@@ -229,21 +216,20 @@ class _Search:
         """Make eigenvalues active that are worse than all active ones at one of these points."""
         before = len(self.active)
         for point in points:
-            radii = momentum_radii(self.targets, *_natural(point), self.alternating)
+            radii = self._rates(self.targets, point)
             worse = np.flatnonzero(radii > radii[self.active].max() + 1e-8)
             self.active = np.concatenate([self.active, worse[np.argsort(-radii[worse])][:2]])
         return len(self.active) > before
 
 
-def _with_tail(points: Array, tail: list[float]) -> Array:
-    return np.concatenate([points, np.broadcast_to(tail, (*points.shape[:-1], len(tail)))], axis=-1)
+def _at_phase(bounds: Array, phase: float) -> Array:
+    """Bounds that leave no other phase."""
+    return np.vstack([bounds[:2], [phase, phase]])
 
 
 def _natural(points: Array) -> tuple[Array, Array, Array]:
-    """α, |β| and φ; momentum and phase are reflected at the ends of their ranges."""
-    lr = np.exp(np.clip(points[..., 0], *_BOUNDS[0]))
-    momentum = np.minimum(-np.expm1(-np.abs(points[..., 1])), _LARGEST_MOMENTUM)
-    return lr, momentum, np.arccos(np.cos(points[..., 2]))
+    """α, |β| and φ."""
+    return np.exp(points[..., 0]), -np.expm1(-points[..., 1]), points[..., 2]
 
 
 def _upper_half(values: Array, cutoff: float) -> tuple[Array, float]:

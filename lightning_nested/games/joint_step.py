@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lightning_nested.games import convergence_rate, extragradient_rate, optimistic_rate
-from lightning_nested.games.rates import Array, momentum_matrix
+from lightning_nested.games.rates import Array, Eigenvalues, momentum_matrix
 from lightning_nested.games.step_jacobian import StepJacobian
 from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
 
@@ -19,14 +18,14 @@ EXACT_LIMIT = 200  # numbers of all players: the eigenvalues of a step of 3n num
 ADAPT_LIMIT = 60  # likewise, where they are taken some 170 times
 
 
-def predicted_rate(eigenvalues: Tensor, momentum: Momentum | None, alternating: bool) -> float | None:
+def predicted_rate(eigenvalues: Eigenvalues, momentum: Momentum | None, alternating: bool) -> float | None:
     """Worst rate over eigenvalues of DJ, so at a learning rate of 1; None where there is no prediction.
 
     For alternating momentum it assumes equal curvatures, see :func:`lightning_nested.games.convergence_rate`;
     :class:`JointStep` does not.
 
     >>> import math
-    >>> round(predicted_rate(torch.tensor([0.1j]), Momentum("momentum", 0.8, math.pi / 8), False), 6)
+    >>> round(predicted_rate([0.1j], Momentum("momentum", 0.8, math.pi / 8), False), 6)
     0.97743
     """
     if momentum is None or momentum.kind == "unknown":

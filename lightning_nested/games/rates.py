@@ -79,7 +79,7 @@ def convergence_rate(
         >>> [round(convergence_rate([1j], lr=0.1, momentum=0.8, phase=p), 6) for p in (0.0, math.pi / 8)]
         [1.149445, 0.97743]
     """
-    values = _eigenvalues(eigenvalues).reshape(-1)
+    values = as_eigenvalues(eigenvalues).reshape(-1)
     alpha, size, angle = _settings(lr, momentum, phase)
     worst = momentum_radii(values, alpha, size, angle, alternating).max(axis=-1)
     return _returned(worst, lr, momentum, phase)
@@ -97,7 +97,7 @@ def eigenvalue_rates(
 
     Arguments and errors as in :func:`convergence_rate`.
     """
-    values = _eigenvalues(eigenvalues)
+    values = as_eigenvalues(eigenvalues)
     alpha, size, angle = _settings(lr, momentum, phase)
     rates = momentum_radii(values.reshape(-1), alpha, size, angle, alternating)
     return torch.from_numpy(rates.reshape(values.shape))
@@ -270,12 +270,13 @@ def _alternating_radius(x: Array, real: Array, square: Array) -> Array:
 
 
 def _worst(radius: Any, eigenvalues: Eigenvalues, lr: float | Tensor) -> float | Tensor:
-    values = _eigenvalues(eigenvalues).reshape(-1)
+    values = as_eigenvalues(eigenvalues).reshape(-1)
     (alpha,) = _settings(lr)
     return _returned(radius(alpha[..., None] * values).max(axis=-1), lr)
 
 
-def _eigenvalues(eigenvalues: Eigenvalues) -> Array:
+def as_eigenvalues(eigenvalues: Eigenvalues) -> Array:
+    """As a complex128 array of their shape: at least one, all finite."""
     if isinstance(eigenvalues, Tensor):
         eigenvalues = eigenvalues.detach().cpu().resolve_conj()
     values = np.asarray(eigenvalues, dtype=np.complex128)
