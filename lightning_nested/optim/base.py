@@ -25,8 +25,6 @@ class GameOptimizer(Optimizer, ABC):
     Args:
         params: Parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``.
         defaults: Options of the groups that do not give them.
-        compiled: Whether steps run in C where they can. It belongs to the machine, not to the run, so it is no
-            option of a group and no part of ``state_dict``.
 
     Attributes:
         num_gradients: Gradients of the game that one update needs.
@@ -36,8 +34,7 @@ class GameOptimizer(Optimizer, ABC):
     checks: ClassVar[Mapping[str, Check]]
     since: ClassVar[Mapping[str, Any]] = {}  # values of options that a state saved by an older version lacks
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, compiled: bool = False) -> None:
-        self.compiled = compiled
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, checked(self.checks, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -114,12 +111,8 @@ class GameOptimizer(Optimizer, ABC):
                 "parts as real parameters (torch.view_as_real) and form the complex tensor in forward."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "compiled": self.compiled}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("compiled", False)
         for group in self.param_groups:
             for name, value in {**self.since, **self.defaults}.items():
                 if name in self.checks:

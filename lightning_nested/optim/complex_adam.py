@@ -16,8 +16,6 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer, buffers, by_step
 from lightning_nested.optim.fused import Fused, Turn
-from lightning_nested.optim.kernel import Kernel
-from lightning_nested.optim.native import Native
 from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
 from lightning_nested.optim.walk import ascent, ascents, walk
 
@@ -43,8 +41,6 @@ class ComplexAdam(GameOptimizer):
             AdamW).
         debias: Adam's factor and correction of the first moment.
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in one sweep over memory instead of three; needs a C compiler. For contiguous
-            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -76,7 +72,6 @@ class ComplexAdam(GameOptimizer):
         *,
         debias: bool = False,
         maximize: bool = False,
-        compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -87,7 +82,7 @@ class ComplexAdam(GameOptimizer):
             "debias": debias,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, compiled=compiled)
+        super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
@@ -105,9 +100,7 @@ class ComplexAdam(GameOptimizer):
             moments = [
                 buffers(name, ps, some) for name in ("momentum_buffer", "momentum_buffer_imag", "exp_avg_sq")
             ]
-            complex_adam(
-                ps, [grads[i] for i in places], *moments, step=step, **options, compiled=self.compiled
-            )
+            complex_adam(ps, [grads[i] for i in places], *moments, step=step, **options)
 
 
 def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +136,6 @@ def complex_adam(
     weight_decay: float = 0.0,
     debias: bool = False,
     maximize: bool = False,
-    compiled: bool = False,
 ) -> None:
     """One step of :class:`ComplexAdam` on lists of tensors, in place.
 
@@ -161,7 +153,6 @@ def complex_adam(
         weight_decay: λ.
         debias: Factor and correction of the first moment.
         maximize: Ascend.
-        compiled: Take the kernel in C where there is one.
     """
     c, s = coefficient(betas[0], phase)
     # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
@@ -195,17 +186,13 @@ def complex_adam(
         if rates[1]:
             torch._foreach_addcdiv_(ws, b, denominators, value=rates[1])
 
-    kernels: list[Kernel] = []
-    if compiled:
-        sign = -1.0 if maximize else 1.0
-        averages = (betas[1], 1 - betas[1], eps * root)
-        kernels.append(Native("complex_adam", (sign, weight_decay, c, s, *averages, -rates[0], -rates[1])))
+    kernel = None
     turn = Turn.of(c, s)
     if turn is not None and c > 0 and abs(factor.imag) <= 2 * factor.real:
-        kernels.append(
-            Fused(_fused(turn, factor, step, lr, betas[1], eps, weight_decay=weight_decay, maximize=maximize))
+        kernel = Fused(
+            _fused(turn, factor, step, lr, betas[1], eps, weight_decay=weight_decay, maximize=maximize)
         )
-    walk(one, many, params, grads, real, imag, squares, kernels=kernels)
+    walk(one, many, params, grads, real, imag, squares, kernel=kernel)
 
 
 def _fused(

@@ -15,8 +15,6 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer, buffers
 from lightning_nested.optim.fused import Fused, Turn, axpby
-from lightning_nested.optim.kernel import Kernel
-from lightning_nested.optim.native import Native
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
 from lightning_nested.optim.walk import ascent, ascents, walk
 
@@ -42,8 +40,6 @@ class ComplexSGD(GameOptimizer):
         phase: arg β in radians, in [−π, π].
         weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled: it enters the momentum).
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in one sweep over memory instead of two; needs a C compiler. For contiguous
-            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -74,7 +70,6 @@ class ComplexSGD(GameOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -83,7 +78,7 @@ class ComplexSGD(GameOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, compiled=compiled)
+        super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.SGD``.
@@ -116,7 +111,6 @@ class ComplexSGD(GameOptimizer):
                     buffers("momentum_buffer", ps, some),
                     buffers("momentum_buffer_imag", ps, some) if places is imag else None,
                     **options,
-                    compiled=self.compiled,
                 )
 
 
@@ -131,7 +125,6 @@ def complex_sgd(
     phase: float,
     weight_decay: float = 0.0,
     maximize: bool = False,
-    compiled: bool = False,
 ) -> None:
     """One step of :class:`ComplexSGD` on lists of tensors, in place.
 
@@ -145,7 +138,6 @@ def complex_sgd(
         phase: arg β.
         weight_decay: λ.
         maximize: Ascend.
-        compiled: Take the kernel in C where there is one.
     """
     c, s = coefficient(momentum, phase)
 
@@ -172,14 +164,10 @@ def complex_sgd(
             torch._foreach_copy_(a, new)
         torch._foreach_add_(ws, a, alpha=-lr)
 
-    sign = -1.0 if maximize else 1.0
     if imag is None:
-        real_kernel = Native("real_sgd", (sign, weight_decay, c, lr))
-        walk(one, many, params, grads, real, kernels=[real_kernel] if compiled else [])
+        walk(one, many, params, grads, real)
         return
-    kernels: list[Kernel] = []
-    if compiled:
-        kernels.append(Native("complex_sgd", (sign, weight_decay, c, s, lr)))
+    kernel = None
     turn = Turn.of(c, s)
     if turn is not None:
         grow = 1 / turn.scale
@@ -188,5 +176,5 @@ def complex_sgd(
             turn(a, b)
             axpby(ws, gs, a, x=grow, rate=lr, weight_decay=weight_decay, maximize=maximize)
 
-        kernels.append(Fused(fused))
-    walk(one, many, params, grads, real, imag, kernels=kernels)
+        kernel = Fused(fused)
+    walk(one, many, params, grads, real, imag, kernel=kernel)

@@ -26,7 +26,7 @@ def walk(
     one: Callable[..., None],
     many: Callable[..., None],
     *lists: Sequence[Tensor],
-    kernels: Sequence[Kernel] = (),
+    kernel: Kernel | None = None,
 ) -> None:
     """Apply an update to the i-th tensors of all lists, for every i.
 
@@ -34,9 +34,9 @@ def walk(
         one: The update of single tensors ``one(w, g, ...)``.
         many: The same update of lists ``many([w, ...], [g, ...], ...)``.
         lists: Parameters first; equal lengths, and equal shapes at the same place.
-        kernels: Faster forms of the same update, the preferred one first, each for the tensors that it can take.
+        kernel: A faster form of the same update, for the tensors that it can take.
     """
-    for kernel in kernels:
+    if kernel is not None:
         lists = tuple(kernel.run(lists))
         if not lists:
             return

@@ -231,7 +231,6 @@ def test_copies_and_pickles_continue_alone(case: OptimizerCase, copy_of: Any) ->
     twin = Quadratic()
     twin.params = params
     assert other.param_groups[0]["params"][0] is params[0]
-    assert other.compiled is optimizer.compiled
     follow(optimizer, problem.gradients, 3)
     follow(other, twin.gradients, 3)
     equal(problem.values(), twin.values())
@@ -246,11 +245,9 @@ def test_states_of_older_versions_get_the_options_they_lack(case: OptimizerCase)
         **state,
         "param_groups": [{k: v for k, v in g.items() if k != "maximize"} for g in state["param_groups"]],
     }
-    del state["compiled"]
     older = case.kind.__new__(case.kind)
     older.__setstate__(state)
     assert older.param_groups[0]["maximize"] is False
-    assert older.compiled is False
     follow(older, problem.gradients, 1)
     assert case.name in repr(older) or case.kind.__name__ in repr(older)
 
