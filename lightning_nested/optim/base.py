@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, overload
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.optim.optimizer import ParamsT
 from lightning_nested.optim.options import Check, checked
 
 Closure = Callable[[], float]
+Step: TypeAlias = float | Tensor
+"""A number of steps; a float64 vector of them, one for each parameter, while ``torch.compile`` traces."""
 
 
 class GameOptimizer(Optimizer, ABC):
@@ -32,6 +34,9 @@ class GameOptimizer(Optimizer, ABC):
 
     num_gradients: ClassVar[int] = 1
     checks: ClassVar[Mapping[str, Check]]
+    slots: ClassVar[
+        tuple[str, ...]
+    ] = ()  # names of the tensors in a parameter's state, as _update takes them
     since: ClassVar[Mapping[str, Any]] = {}  # values of options that a state saved by an older version lacks
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -79,30 +84,65 @@ class GameOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for _, options, params, grads in list(self._gradients()):
+        for group, options in zip(self.param_groups, self._checked(), strict=True):
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            columns: list[list[Any]] = [[] for _ in self.slots]
+            self._init_group(group, params, grads, *columns)
             if params:
-                self._update(options, params, grads, [self.state[p] for p in params])
+                self._update(options, params, grads, *columns)
         return loss
 
     @abstractmethod
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        """Change ``params`` in place. ``options`` are those of their group, checked."""
+        """Change ``params`` in place.
 
-    def _gradients(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[Tensor], list[Tensor]]]:
-        """Each group, its checked options, and its parameters that have a gradient."""
+        Args:
+            options: Those of their group, checked.
+            params: Which have a gradient.
+            grads: Their gradients.
+            columns: For each of ``slots`` the tensors of that name, or None where a parameter has none.
+        """
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
+    ) -> None:
+        """Append the parameters that have a gradient, their gradients and their state, which may begin here.
+
+        The name is that of ``torch.optim``: ``torch.compile`` runs a method of this name while it traces a step, so
+        that the state exists before the first graph does.
+        """
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            params.append(p)
+            grads.append(p.grad)
+            for name, column in zip(self.slots, columns, strict=True):
+                state = self.state[p]
+                if state.get(name) is None:
+                    new = self._begin(name, p, group)
+                    if new is not None:
+                        state[name] = new
+                column.append(state.get(name))
+
+    def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """The first value of a slot; None: the parameter needs none for now."""
+        if name == "step":
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _checked(self) -> list[dict[str, Any]]:
+        """Return the checked options of each group; refuse sparse gradients."""
         for group in self.param_groups:
-            options = checked(self.checks, group)
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for grad in grads:
-                if grad.layout is not torch.strided:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout is not torch.strided:
                     raise RuntimeError(
-                        f"{type(self).__name__} needs dense gradients. Got one of layout {grad.layout}; "
+                        f"{type(self).__name__} needs dense gradients. Got one of layout {p.grad.layout}; "
                         "give sparse=False to the embedding, or torch.optim.SparseAdam its parameters."
                     )
-            yield group, options, params, grads
+        return [checked(self.checks, group) for group in self.param_groups]
 
     def _check_parameter(self, p: Any) -> None:
         if isinstance(p, Tensor) and p.is_complex():
@@ -117,24 +157,27 @@ class GameOptimizer(Optimizer, ABC):
             for name, value in {**self.since, **self.defaults}.items():
                 if name in self.checks:
                     group.setdefault(name, value)
+        for kept in self.state.values():
+            if "step" in kept and not isinstance(kept["step"], Tensor):  # older versions kept a number
+                kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32, device="cpu")
 
 
-def buffers(name: str, params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
-    """The state of that name for each parameter; zeros where there is none yet."""
-    for p, state in zip(params, states, strict=True):
-        if state.get(name) is None:
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    return [state[name] for state in states]
-
-
-def by_step(states: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+def by_step(steps: list[Tensor]) -> list[tuple[Step, list[int]]]:
     """Count the step; parameters that joined late, or once had no gradient, come apart from the others.
 
     Returns:
-        Each number of steps with the places of the parameters that have taken as many.
+        Each number of steps with the places of the parameters that have taken as many. While ``torch.compile`` traces
+        there is one entry for all, with the counts as a float64 vector: a graph must not depend on their values.
     """
-    places: dict[int, list[int]] = {}
-    for i, state in enumerate(states):
-        state["step"] = int(state.get("step", 0)) + 1
-        places.setdefault(state["step"], []).append(i)
+    torch._foreach_add_(steps, 1)
+    if torch.compiler.is_compiling():
+        return [(torch.stack(steps).double(), list(range(len(steps))))]
+    places: dict[float, list[int]] = {}
+    for i, count in enumerate(torch.stack([step.to(steps[0].device) for step in steps]).tolist()):
+        places.setdefault(count, []).append(i)
     return list(places.items())
+
+
+def pick(places: list[int], *columns: list[Any]) -> tuple[list[Any], ...]:
+    """The entries at these places, of each column."""
+    return tuple([column[i] for i in places] for column in columns)

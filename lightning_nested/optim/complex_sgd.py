@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, buffers
+from lightning_nested.optim.base import GameOptimizer, pick
 from lightning_nested.optim.fused import Fused, Turn, axpby
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
-from lightning_nested.optim.walk import ascent, ascents, walk
+from lightning_nested.optim.walk import add_scaled, ascent, ascents, walk
 
 
 class ComplexSGD(GameOptimizer):
@@ -61,6 +61,8 @@ class ComplexSGD(GameOptimizer):
         "maximize": flag,
     }
 
+    slots = ("momentum_buffer", "momentum_buffer_imag")
+
     def __init__(
         self,
         params: ParamsT,
@@ -95,23 +97,21 @@ class ComplexSGD(GameOptimizer):
         super().load_state_dict(state_dict)
 
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        turns = coefficient(options["momentum"], options["phase"])[1] != 0
-        real: list[int] = []
-        imag: list[int] = []
-        for i, state in enumerate(states):
-            (imag if turns or state.get("momentum_buffer_imag") is not None else real).append(i)
-        for places in (real, imag):
-            if places:
-                ps, some = [params[i] for i in places], [states[i] for i in places]
-                complex_sgd(
-                    ps,
-                    [grads[i] for i in places],
-                    buffers("momentum_buffer", ps, some),
-                    buffers("momentum_buffer_imag", ps, some) if places is imag else None,
-                    **options,
-                )
+        real, imag = columns
+        turned = [i for i, b in enumerate(imag) if b is not None]
+        others = [i for i, b in enumerate(imag) if b is None]
+        if turned:
+            complex_sgd(*pick(turned, params, grads, real, imag), **options)
+        if others:
+            ws, gs, a = pick(others, params, grads, real)
+            complex_sgd(ws, gs, a, None, **options)
+
+    def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        if name == "momentum_buffer_imag" and not coefficient(group["momentum"], group["phase"])[1]:
+            return None
+        return super()._begin(name, p, group)
 
 
 def complex_sgd(
@@ -162,7 +162,7 @@ def complex_sgd(
             torch._foreach_add_(b, a, alpha=s)
             torch._foreach_add_(new, a, alpha=c)
             torch._foreach_copy_(a, new)
-        torch._foreach_add_(ws, a, alpha=-lr)
+        add_scaled(ws, a, -lr)
 
     if imag is None:
         walk(one, many, params, grads, real)

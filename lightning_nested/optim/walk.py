@@ -7,8 +7,9 @@ large tensor comes alone, cut into tiles, and small ones, whose cost is the call
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ def walk(
         lists: Parameters first; equal lengths, and equal shapes at the same place.
         kernel: A faster form of the same update, for the tensors that it can take.
     """
+    if torch.compiler.is_compiling():
+        many(*(list(tensors) for tensors in lists))
+        return
     if kernel is not None:
         lists = tuple(kernel.run(lists))
         if not lists:
@@ -96,3 +100,39 @@ def ascents(params: Tensors, grads: Tensors, weight_decay: float, maximize: bool
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
     return grads
+
+
+def root_of(x: Any) -> Any:
+    """√x of a number or a tensor."""
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def each(scalar: float | Tensor) -> float | list[Tensor]:
+    """A scalar as the _foreach functions take it: one number for all tensors, or of a vector one entry for each."""
+    return list(scalar.unbind()) if isinstance(scalar, Tensor) else scalar
+
+
+def varying(rate: float | Tensor, like: Tensor) -> float | Tensor:
+    """The rate; while ``torch.compile`` traces as a tensor, so that a scheduler's change compiles once, not each time.
+
+    A number that is an argument of an operation is part of the graph; one that multiplies a tensor is an input.
+    """
+    if torch.compiler.is_compiling() and not isinstance(rate, Tensor):
+        return torch.ones((), dtype=torch.float64, device=like.device) * rate
+    return rate
+
+
+def add_scaled(ws: Tensors, xs: Tensors, rate: float) -> None:
+    """W ← w + rate·x in place."""
+    if torch.compiler.is_compiling():
+        torch._foreach_add_(ws, torch._foreach_mul(xs, varying(rate, ws[0])))
+    else:
+        torch._foreach_add_(ws, xs, alpha=rate)
+
+
+def add_quotients(ws: Tensors, xs: Tensors, denominators: Tensors, rate: float | Tensor) -> None:
+    """W ← w + rate·x/denominator in place."""
+    if isinstance(rate, Tensor):
+        torch._foreach_add_(ws, torch._foreach_mul(torch._foreach_div(xs, denominators), each(rate)))
+    else:
+        torch._foreach_addcdiv_(ws, xs, denominators, value=rate)
