@@ -156,8 +156,8 @@ def complex_adam(
     # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
     root = root_of(1 - betas[1] ** step)
     factor = _factor(c, s, betas[0], phase, step) if debias else (1.0, 0.0)
-    shift = eps * root
-    rates = (-lr * root * factor[0], lr * root * factor[1] if s and debias else 0.0)
+    rates = (-lr * root * factor[0], lr * root * factor[1])[: 2 if s and debias else 1]
+    shift, *rates = each(eps * root, *rates)
 
     def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor, v: Tensor) -> None:
         g = ascent(w, g, weight_decay, maximize)
@@ -166,9 +166,8 @@ def complex_adam(
         b.mul_(c).add_(a, alpha=s)
         torch.add(new, a, alpha=c, out=a)
         denominator = torch.sqrt(v, out=new).add_(shift)
-        w.addcdiv_(a, denominator, value=rates[0])
-        if rates[1]:
-            w.addcdiv_(b, denominator, value=rates[1])
+        for x, rate in zip((a, b), rates, strict=False):
+            w.addcdiv_(x, denominator, value=rate)
 
     def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
         new = ascents(ws, gs, weight_decay, maximize)
@@ -180,10 +179,9 @@ def complex_adam(
         torch._foreach_add_(new, a, alpha=c)
         torch._foreach_copy_(a, new)
         denominators = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominators, each(shift))
-        add_quotients(ws, a, denominators, rates[0])
-        if isinstance(rates[1], Tensor) or rates[1]:
-            add_quotients(ws, b, denominators, rates[1])
+        torch._foreach_add_(denominators, shift)
+        for xs, rate in zip((a, b), rates, strict=False):
+            add_quotients(ws, xs, denominators, rate)
 
     kernel = None
     turn = Turn.of(c, s)

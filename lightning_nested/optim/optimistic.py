@@ -157,14 +157,14 @@ def optimistic_adam(
     beta1, beta2 = betas
     # d = rate·m/(√v + ε·root)
     root = root_of(1 - beta2**step)
-    rate = root / (1 - beta1**step)
+    shift, rate = each(eps * root, root / (1 - beta1**step))
 
     def one(w: Tensor, g: Tensor, m: Tensor, v: Tensor, d: Tensor) -> None:
         g = ascent(w, g, weight_decay, maximize)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w.add_(d, alpha=lr)
-        torch.div(m, v.sqrt().add_(eps * root), out=d).mul_(rate)
+        torch.div(m, v.sqrt().add_(shift), out=d).mul_(rate)
         w.add_(d, alpha=-2 * lr)
 
     def many(ws: list[Tensor], gs: list[Tensor], m: list[Tensor], v: list[Tensor], d: list[Tensor]) -> None:
@@ -174,9 +174,9 @@ def optimistic_adam(
         torch._foreach_addcmul_(v, new, new, value=1 - beta2)
         add_scaled(ws, d, lr)
         denominators = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominators, each(eps * root))
+        torch._foreach_add_(denominators, shift)
         directions = torch._foreach_div(m, denominators)
-        torch._foreach_mul_(directions, each(rate))
+        torch._foreach_mul_(directions, rate)
         torch._foreach_copy_(d, directions)
         add_scaled(ws, d, -2 * lr)
 

@@ -107,9 +107,15 @@ def root_of(x: Any) -> Any:
     return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
-def each(scalar: float | Tensor) -> float | list[Tensor]:
-    """A scalar as the _foreach functions take it: one number for all tensors, or of a vector one entry for each."""
-    return list(scalar.unbind()) if isinstance(scalar, Tensor) else scalar
+def each(*scalars: Any) -> tuple[Any, ...]:
+    """The scalars as the _foreach functions take them: numbers as they are, vectors as lists of their entries.
+
+    The stack writes them to memory. Without it Inductor would compute them anew, powers and roots, inside of each loop
+    over a tensor's elements.
+    """
+    if not isinstance(scalars[0], Tensor):
+        return scalars
+    return tuple(list(row.unbind()) for row in torch.stack(scalars).unbind())
 
 
 def varying(rate: float | Tensor, like: Tensor) -> float | Tensor:
@@ -130,9 +136,9 @@ def add_scaled(ws: Tensors, xs: Tensors, rate: float) -> None:
         torch._foreach_add_(ws, xs, alpha=rate)
 
 
-def add_quotients(ws: Tensors, xs: Tensors, denominators: Tensors, rate: float | Tensor) -> None:
-    """W ← w + rate·x/denominator in place."""
-    if isinstance(rate, Tensor):
-        torch._foreach_add_(ws, torch._foreach_mul(torch._foreach_div(xs, denominators), each(rate)))
+def add_quotients(ws: Tensors, xs: Tensors, denominators: Tensors, rate: float | list[Tensor]) -> None:
+    """W ← w + rate·x/denominator in place; ``rate`` as from ``each``."""
+    if isinstance(rate, list):
+        torch._foreach_add_(ws, torch._foreach_mul(torch._foreach_div(xs, denominators), rate))
     else:
         torch._foreach_addcdiv_(ws, xs, denominators, value=rate)
