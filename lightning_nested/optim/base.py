@@ -24,6 +24,13 @@ class GameOptimizer(Optimizer, ABC):
     Every option may differ between parameter groups and may change between steps (schedulers do so); it is checked
     when a group is added and again at every step, before anything is changed.
 
+    ``torch.compile(optimizer.step)`` makes one graph of a step, also with ``fullgraph=True``; of ``Extragradient``
+    compile ``extrapolate`` too. The learning rate is a float, also where a tensor is given. When it changes for the
+    first time the step is compiled once more, with the rate as an input; no later change compiles again. A change of
+    another option, of the parameters that have a gradient, or of the state by ``load_state_dict`` does. Compile before
+    a scheduler is created: it replaces ``step`` by a function that torch does not trace, which breaks the graph, though
+    only outside of the step.
+
     Args:
         params: Parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``.
         defaults: Options of the groups that do not give them.

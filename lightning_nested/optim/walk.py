@@ -2,7 +2,8 @@
 
 A step is bound by memory. ``torch._foreach_*`` sweeps all its tensors once per operation: right on an accelerator,
 where every call is a kernel launch, and a trap on CPU, where the next operation finds nothing in cache. So on CPU a
-large tensor comes alone, cut into tiles, and small ones, whose cost is the call, come together in blocks.
+large tensor comes alone, cut into tiles, and small ones, whose cost is the call, come together in blocks. While
+``torch.compile`` traces, all tensors come at once: the compiler fuses the operations.
 """
 
 from __future__ import annotations
