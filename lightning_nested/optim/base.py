@@ -126,13 +126,14 @@ class GameOptimizer(Optimizer, ABC):
                 continue
             params.append(p)
             grads.append(p.grad)
+            state = self.state[p] if columns else {}
             for name, column in zip(self.slots, columns, strict=True):
-                state = self.state[p]
-                if state.get(name) is None:
-                    new = self._begin(name, p, group)
-                    if new is not None:
-                        state[name] = new
-                column.append(state.get(name))
+                value = state.get(name)
+                if value is None:
+                    value = self._begin(name, p, group)
+                    if value is not None:
+                        state[name] = value
+                column.append(value)
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
         """The first value of a slot; None: the parameter needs none for now."""
@@ -176,12 +177,14 @@ def by_step(steps: list[Tensor]) -> list[tuple[Step, list[int]]]:
         Each number of steps with the places of the parameters that have taken as many. While ``torch.compile`` traces
         there is one entry for all, with the counts as a float64 vector: a graph must not depend on their values.
     """
-    torch._foreach_add_(steps, 1)
     if torch.compiler.is_compiling():
+        torch._foreach_add_(steps, 1)
         return [(torch.stack(steps).double(), list(range(len(steps))))]
+    # on CPU a number would become a tensor again for each of them
+    torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
     places: dict[float, list[int]] = {}
-    for i, count in enumerate(torch.stack([step.to(steps[0].device) for step in steps]).tolist()):
-        places.setdefault(count, []).append(i)
+    for i, step in enumerate(steps):
+        places.setdefault(step.item(), []).append(i)
     return list(places.items())
 
 

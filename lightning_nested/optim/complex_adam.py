@@ -156,8 +156,8 @@ def complex_adam(
     # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
     root = root_of(1 - betas[1] ** step)
     factor = _factor(c, s, betas[0], phase, step) if debias else (1.0, 0.0)
-    rates = (-lr * root * factor[0], lr * root * factor[1])[: 2 if s and debias else 1]
-    shift, *rates = each(eps * root, *rates)
+    both = (-lr * root * factor[0], lr * root * factor[1])
+    shift, *rates = each(eps * root, *(both if s and debias else both[:1]))
 
     def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor, v: Tensor) -> None:
         g = ascent(w, g, weight_decay, maximize)
