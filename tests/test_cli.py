@@ -228,7 +228,7 @@ def test_classes_go_by_short_name_and_a_module_may_bring_no_data(capsys: pytest.
     ("name", "options"),
     [
         ("ComplexSGD", ["lr=0.05", "phase=0.3927"]),
-        ("ComplexAdam", ["betas=[0, 0.999]", "debias=true", "compiled=false"]),
+        ("ComplexAdam", ["betas=[0, 0.999]", "debias=true"]),
         ("Extragradient", ["lr=0.1"]),
         ("OptimisticAdam", []),
     ],

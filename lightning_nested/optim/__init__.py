@@ -1,7 +1,7 @@
 """Optimizers for games: momentum with a complex coefficient, extragradient and optimistic steps. PyTorch only.
 
-All of them follow the contract of ``torch.optim``. ``num_gradients`` says how many gradients of the game an update
-needs: compare methods per gradient.
+All of them follow the contract of ``torch.optim``, and ``torch.compile(optimizer.step)`` works.
+``num_gradients`` says how many gradients of the game an update needs: compare methods per gradient.
 """
 
 from lightning_nested.optim.base import GameOptimizer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, overload
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.optim.optimizer import ParamsT
 from lightning_nested.optim.options import Check, checked
 
 Closure = Callable[[], float]
+Step: TypeAlias = float | Tensor
+"""A number of steps; a float64 vector of them, one for each parameter, while ``torch.compile`` traces."""
 
 
 class GameOptimizer(Optimizer, ABC):
@@ -22,11 +24,16 @@ class GameOptimizer(Optimizer, ABC):
     Every option may differ between parameter groups and may change between steps (schedulers do so); it is checked
     when a group is added and again at every step, before anything is changed.
 
+    ``torch.compile(optimizer.step)`` makes one graph of a step, also with ``fullgraph=True``; of ``Extragradient``
+    compile ``extrapolate`` too. The learning rate is a float, also where a tensor is given. When it changes for the
+    first time the step is compiled once more, with the rate as an input; no later change compiles again. A change of
+    another option, of the parameters that have a gradient, or of the state by ``load_state_dict`` does. Compile before
+    a scheduler is created: it replaces ``step`` by a function that torch does not trace, which breaks the graph, though
+    only outside of the step.
+
     Args:
         params: Parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``.
         defaults: Options of the groups that do not give them.
-        compiled: Whether steps run in C where they can. It belongs to the machine, not to the run, so it is no
-            option of a group and no part of ``state_dict``.
 
     Attributes:
         num_gradients: Gradients of the game that one update needs.
@@ -34,10 +41,12 @@ class GameOptimizer(Optimizer, ABC):
 
     num_gradients: ClassVar[int] = 1
     checks: ClassVar[Mapping[str, Check]]
+    slots: ClassVar[
+        tuple[str, ...]
+    ] = ()  # names of the tensors in a parameter's state, as _update takes them
     since: ClassVar[Mapping[str, Any]] = {}  # values of options that a state saved by an older version lacks
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, compiled: bool = False) -> None:
-        self.compiled = compiled
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, checked(self.checks, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -82,30 +91,66 @@ class GameOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for _, options, params, grads in list(self._gradients()):
+        for group, options in zip(self.param_groups, self._checked(), strict=True):
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            columns: list[list[Any]] = [[] for _ in self.slots]
+            self._init_group(group, params, grads, *columns)
             if params:
-                self._update(options, params, grads, [self.state[p] for p in params])
+                self._update(options, params, grads, *columns)
         return loss
 
     @abstractmethod
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        """Change ``params`` in place. ``options`` are those of their group, checked."""
+        """Change ``params`` in place.
 
-    def _gradients(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[Tensor], list[Tensor]]]:
-        """Each group, its checked options, and its parameters that have a gradient."""
+        Args:
+            options: Those of their group, checked.
+            params: Which have a gradient.
+            grads: Their gradients.
+            columns: For each of ``slots`` the tensors of that name, or None where a parameter has none.
+        """
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
+    ) -> None:
+        """Append the parameters that have a gradient, their gradients and their state, which may begin here.
+
+        The name is that of ``torch.optim``: ``torch.compile`` runs a method of this name while it traces a step, so
+        that the state exists before the first graph does.
+        """
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            params.append(p)
+            grads.append(p.grad)
+            state = self.state[p] if columns else {}
+            for name, column in zip(self.slots, columns, strict=True):
+                value = state.get(name)
+                if value is None:
+                    value = self._begin(name, p, group)
+                    if value is not None:
+                        state[name] = value
+                column.append(value)
+
+    def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """The first value of a slot; None: the parameter needs none for now."""
+        if name == "step":
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _checked(self) -> list[dict[str, Any]]:
+        """Return the checked options of each group; refuse sparse gradients."""
         for group in self.param_groups:
-            options = checked(self.checks, group)
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for grad in grads:
-                if grad.layout is not torch.strided:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout is not torch.strided:
                     raise RuntimeError(
-                        f"{type(self).__name__} needs dense gradients. Got one of layout {grad.layout}; "
+                        f"{type(self).__name__} needs dense gradients. Got one of layout {p.grad.layout}; "
                         "give sparse=False to the embedding, or torch.optim.SparseAdam its parameters."
                     )
-            yield group, options, params, grads
+        return [checked(self.checks, group) for group in self.param_groups]
 
     def _check_parameter(self, p: Any) -> None:
         if isinstance(p, Tensor) and p.is_complex():
@@ -114,34 +159,35 @@ class GameOptimizer(Optimizer, ABC):
                 "parts as real parameters (torch.view_as_real) and form the complex tensor in forward."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "compiled": self.compiled}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("compiled", False)
         for group in self.param_groups:
             for name, value in {**self.since, **self.defaults}.items():
                 if name in self.checks:
                     group.setdefault(name, value)
+        for kept in self.state.values():
+            if "step" in kept and not isinstance(kept["step"], Tensor):  # older versions kept a number
+                kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32, device="cpu")
 
 
-def buffers(name: str, params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
-    """The state of that name for each parameter; zeros where there is none yet."""
-    for p, state in zip(params, states, strict=True):
-        if state.get(name) is None:
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    return [state[name] for state in states]
-
-
-def by_step(states: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+def by_step(steps: list[Tensor]) -> list[tuple[Step, list[int]]]:
     """Count the step; parameters that joined late, or once had no gradient, come apart from the others.
 
     Returns:
-        Each number of steps with the places of the parameters that have taken as many.
+        Each number of steps with the places of the parameters that have taken as many. While ``torch.compile`` traces
+        there is one entry for all, with the counts as a float64 vector: a graph must not depend on their values.
     """
-    places: dict[int, list[int]] = {}
-    for i, state in enumerate(states):
-        state["step"] = int(state.get("step", 0)) + 1
-        places.setdefault(state["step"], []).append(i)
+    if torch.compiler.is_compiling():
+        torch._foreach_add_(steps, 1)
+        return [(torch.stack(steps).double(), list(range(len(steps))))]
+    # on CPU a number would become a tensor again for each of them
+    torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
+    places: dict[float, list[int]] = {}
+    for i, step in enumerate(steps):
+        places.setdefault(step.item(), []).append(i)
     return list(places.items())
+
+
+def pick(places: list[int], *columns: list[Any]) -> tuple[list[Any], ...]:
+    """The entries at these places, of each column."""
+    return tuple([column[i] for i in places] for column in columns)

@@ -5,7 +5,6 @@ Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
 from __future__ import annotations
 
-import cmath
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, buffers, by_step
+from lightning_nested.optim.base import GameOptimizer, Step, by_step, pick
 from lightning_nested.optim.kernels.fused import Fused, Turn
-from lightning_nested.optim.kernels.kernel import Kernel
-from lightning_nested.optim.kernels.native import Native
-from lightning_nested.optim.kernels.walk import ascent, ascents, walk
+from lightning_nested.optim.kernels.walk import add_quotients, ascent, ascents, each, root_of, walk
 from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
 
 
@@ -43,8 +40,6 @@ class ComplexAdam(GameOptimizer):
             AdamW).
         debias: Adam's factor and correction of the first moment.
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in one sweep over memory instead of three; needs a C compiler. For contiguous
-            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -65,6 +60,8 @@ class ComplexAdam(GameOptimizer):
         "maximize": flag,
     }
 
+    slots = ("step", "momentum_buffer", "momentum_buffer_imag", "exp_avg_sq")
+
     def __init__(
         self,
         params: ParamsT,
@@ -76,7 +73,6 @@ class ComplexAdam(GameOptimizer):
         *,
         debias: bool = False,
         maximize: bool = False,
-        compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -87,7 +83,7 @@ class ComplexAdam(GameOptimizer):
             "debias": debias,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, compiled=compiled)
+        super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
@@ -98,16 +94,11 @@ class ComplexAdam(GameOptimizer):
         super().load_state_dict(_from_adam(state_dict))
 
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        for step, places in by_step(states):
-            ps, some = [params[i] for i in places], [states[i] for i in places]
-            moments = [
-                buffers(name, ps, some) for name in ("momentum_buffer", "momentum_buffer_imag", "exp_avg_sq")
-            ]
-            complex_adam(
-                ps, [grads[i] for i in places], *moments, step=step, **options, compiled=self.compiled
-            )
+        steps, *moments = columns
+        for step, places in by_step(steps):
+            complex_adam(*pick(places, params, grads, *moments), step=step, **options)
 
 
 def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +126,7 @@ def complex_adam(
     imag: Sequence[Tensor],
     squares: Sequence[Tensor],
     *,
-    step: int,
+    step: Step,
     lr: float,
     betas: tuple[float, float],
     phase: float,
@@ -143,7 +134,6 @@ def complex_adam(
     weight_decay: float = 0.0,
     debias: bool = False,
     maximize: bool = False,
-    compiled: bool = False,
 ) -> None:
     """One step of :class:`ComplexAdam` on lists of tensors, in place.
 
@@ -153,7 +143,7 @@ def complex_adam(
         real: −Re μ.
         imag: −Im μ.
         squares: v.
-        step: t ≥ 1, of this step.
+        step: t ≥ 1, of this step; a vector of them where torch.compile traces.
         lr: α.
         betas: |β₁|, β₂.
         phase: arg β₁.
@@ -161,13 +151,13 @@ def complex_adam(
         weight_decay: λ.
         debias: Factor and correction of the first moment.
         maximize: Ascend.
-        compiled: Take the kernel in C where there is one.
     """
     c, s = coefficient(betas[0], phase)
     # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
-    root = math.sqrt(1 - betas[1] ** step)
-    factor = _factor(c, s, betas[0], phase, step) if debias else 1 + 0j
-    rates = (-lr * root * factor.real, lr * root * factor.imag)
+    root = root_of(1 - betas[1] ** step)
+    factor = _factor(c, s, betas[0], phase, step) if debias else (1.0, 0.0)
+    both = (-lr * root * factor[0], lr * root * factor[1])
+    shift, *rates = each(eps * root, *(both if s and debias else both[:1]))
 
     def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor, v: Tensor) -> None:
         g = ascent(w, g, weight_decay, maximize)
@@ -175,10 +165,9 @@ def complex_adam(
         new = torch.add(g, b, alpha=-s)  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
         b.mul_(c).add_(a, alpha=s)
         torch.add(new, a, alpha=c, out=a)
-        denominator = torch.sqrt(v, out=new).add_(eps * root)
-        w.addcdiv_(a, denominator, value=rates[0])
-        if rates[1]:
-            w.addcdiv_(b, denominator, value=rates[1])
+        denominator = torch.sqrt(v, out=new).add_(shift)
+        for x, rate in zip((a, b), rates, strict=False):
+            w.addcdiv_(x, denominator, value=rate)
 
     def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
         new = ascents(ws, gs, weight_decay, maximize)
@@ -190,35 +179,30 @@ def complex_adam(
         torch._foreach_add_(new, a, alpha=c)
         torch._foreach_copy_(a, new)
         denominators = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominators, eps * root)
-        torch._foreach_addcdiv_(ws, a, denominators, value=rates[0])
-        if rates[1]:
-            torch._foreach_addcdiv_(ws, b, denominators, value=rates[1])
+        torch._foreach_add_(denominators, shift)
+        for xs, rate in zip((a, b), rates, strict=False):
+            add_quotients(ws, xs, denominators, rate)
 
-    kernels: list[Kernel] = []
-    if compiled:
-        sign = -1.0 if maximize else 1.0
-        averages = (betas[1], 1 - betas[1], eps * root)
-        kernels.append(Native("complex_adam", (sign, weight_decay, c, s, *averages, -rates[0], -rates[1])))
+    kernel = None
     turn = Turn.of(c, s)
-    if turn is not None and c > 0 and abs(factor.imag) <= 2 * factor.real:
-        kernels.append(
-            Fused(_fused(turn, factor, step, lr, betas[1], eps, weight_decay=weight_decay, maximize=maximize))
+    if not isinstance(step, Tensor) and turn is not None and c > 0 and abs(factor[1]) <= 2 * factor[0]:
+        kernel = Fused(
+            _fused(turn, factor, step, lr, betas[1], eps, weight_decay=weight_decay, maximize=maximize)
         )
-    walk(one, many, params, grads, real, imag, squares, kernels=kernels)
+    walk(one, many, params, grads, real, imag, squares, kernel=kernel)
 
 
 def _fused(
-    turn: Turn, factor: complex, step: int, lr: float, beta2: float, eps: float, **options: Any
+    turn: Turn, factor: tuple[float, float], step: float, lr: float, beta2: float, eps: float, **options: Any
 ) -> Callable[..., None]:
     """The update with Adam's kernel: m ← (1 − β)(a/σ + g) for β = 1/(1 + σ), w ← w − r·m/((1 − βᵗ)(√v̂ + ε)).
 
     Where κ has an imaginary part, a is moved along b for that time, so that m is in the direction of Re(κμ).
     """
     beta = 1 / (1 + turn.scale)
-    tilt = factor.imag / factor.real
-    rate = lr * factor.real * (1 - beta**step) / (1 - beta)
-    count = torch.tensor(float(step))
+    tilt = factor[1] / factor[0]
+    rate = lr * factor[0] * (1 - beta**step) / (1 - beta)
+    count = torch.tensor(step)
 
     def update(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
         turn(a, b)
@@ -245,7 +229,12 @@ def _fused(
     return update
 
 
-def _factor(c: float, s: float, momentum: float, phase: float, step: int) -> complex:
-    """κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
-    power = cmath.rect(momentum**step, math.remainder(phase * step, math.tau)) if s else complex(c**step)
-    return (1 - complex(c, s)) / (1 - power)
+def _factor(c: float, s: float, momentum: float, phase: float, step: Any) -> tuple[Any, Any]:
+    """Re κ and Im κ of κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
+    if not s:
+        return (1 - c) / (1 - c**step), 0.0
+    cos, sin = (torch.cos, torch.sin) if isinstance(step, Tensor) else (math.cos, math.sin)
+    power = momentum**step
+    real, imag = 1 - power * cos(phase * step), -power * sin(phase * step)
+    square = real * real + imag * imag
+    return ((1 - c) * real - s * imag) / square, -(s * real + (1 - c) * imag) / square

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, buffers
+from lightning_nested.optim.base import GameOptimizer, pick
 from lightning_nested.optim.kernels.fused import Fused, Turn, axpby
-from lightning_nested.optim.kernels.kernel import Kernel
-from lightning_nested.optim.kernels.native import Native
-from lightning_nested.optim.kernels.walk import ascent, ascents, walk
+from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, walk
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
 
 
@@ -42,8 +40,6 @@ class ComplexSGD(GameOptimizer):
         phase: arg β in radians, in [−π, π].
         weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled: it enters the momentum).
         maximize: Ascend. As in torch, weight decay still decays.
-        compiled: Run steps in C on CPU, in one sweep over memory instead of two; needs a C compiler. For contiguous
-            float32 and float64 tensors; it changes nothing for others.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -65,6 +61,8 @@ class ComplexSGD(GameOptimizer):
         "maximize": flag,
     }
 
+    slots = ("momentum_buffer", "momentum_buffer_imag")
+
     def __init__(
         self,
         params: ParamsT,
@@ -74,7 +72,6 @@ class ComplexSGD(GameOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -83,7 +80,7 @@ class ComplexSGD(GameOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, compiled=compiled)
+        super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.SGD``.
@@ -100,24 +97,21 @@ class ComplexSGD(GameOptimizer):
         super().load_state_dict(state_dict)
 
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        turns = coefficient(options["momentum"], options["phase"])[1] != 0
-        real: list[int] = []
-        imag: list[int] = []
-        for i, state in enumerate(states):
-            (imag if turns or state.get("momentum_buffer_imag") is not None else real).append(i)
-        for places in (real, imag):
-            if places:
-                ps, some = [params[i] for i in places], [states[i] for i in places]
-                complex_sgd(
-                    ps,
-                    [grads[i] for i in places],
-                    buffers("momentum_buffer", ps, some),
-                    buffers("momentum_buffer_imag", ps, some) if places is imag else None,
-                    **options,
-                    compiled=self.compiled,
-                )
+        real, imag = columns
+        turned = [i for i, b in enumerate(imag) if b is not None]
+        others = [i for i, b in enumerate(imag) if b is None]
+        if turned:
+            complex_sgd(*pick(turned, params, grads, real, imag), **options)
+        if others:
+            ws, gs, a = pick(others, params, grads, real)
+            complex_sgd(ws, gs, a, None, **options)
+
+    def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        if name == "momentum_buffer_imag" and not coefficient(group["momentum"], group["phase"])[1]:
+            return None
+        return super()._begin(name, p, group)
 
 
 def complex_sgd(
@@ -131,7 +125,6 @@ def complex_sgd(
     phase: float,
     weight_decay: float = 0.0,
     maximize: bool = False,
-    compiled: bool = False,
 ) -> None:
     """One step of :class:`ComplexSGD` on lists of tensors, in place.
 
@@ -145,7 +138,6 @@ def complex_sgd(
         phase: arg β.
         weight_decay: λ.
         maximize: Ascend.
-        compiled: Take the kernel in C where there is one.
     """
     c, s = coefficient(momentum, phase)
 
@@ -170,16 +162,12 @@ def complex_sgd(
             torch._foreach_add_(b, a, alpha=s)
             torch._foreach_add_(new, a, alpha=c)
             torch._foreach_copy_(a, new)
-        torch._foreach_add_(ws, a, alpha=-lr)
+        add_scaled(ws, a, -lr)
 
-    sign = -1.0 if maximize else 1.0
     if imag is None:
-        real_kernel = Native("real_sgd", (sign, weight_decay, c, lr))
-        walk(one, many, params, grads, real, kernels=[real_kernel] if compiled else [])
+        walk(one, many, params, grads, real)
         return
-    kernels: list[Kernel] = []
-    if compiled:
-        kernels.append(Native("complex_sgd", (sign, weight_decay, c, s, lr)))
+    kernel = None
     turn = Turn.of(c, s)
     if turn is not None:
         grow = 1 / turn.scale
@@ -188,5 +176,5 @@ def complex_sgd(
             turn(a, b)
             axpby(ws, gs, a, x=grow, rate=lr, weight_decay=weight_decay, maximize=maximize)
 
-        kernels.append(Fused(fused))
-    walk(one, many, params, grads, real, imag, kernels=kernels)
+        kernel = Fused(fused)
+    walk(one, many, params, grads, real, imag, kernel=kernel)

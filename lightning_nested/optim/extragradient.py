@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import Closure, GameOptimizer
-from lightning_nested.optim.kernels.walk import ascent, ascents, walk
+from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, walk
 from lightning_nested.optim.options import flag, non_negative
 
 _CHECKS = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}
@@ -85,8 +85,11 @@ class Extragradient(GameOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, options, params, grads in list(self._gradients()):
-            anchors = [self._room_for(p) for p in params]
+        for group, options in zip(self.param_groups, self._checked(), strict=True):
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            anchors: list[Tensor] = []
+            self._init_group(group, params, grads, anchors)
             look_ahead(params, anchors, grads, **options)
             for p, anchor in zip(params, anchors, strict=True):
                 self.state[p]["anchor"] = anchor
@@ -138,11 +141,18 @@ class Extragradient(GameOptimizer):
         return loss if own else second
 
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
         # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
-        anchors = [state.pop("anchor", p) for p, state in zip(params, states, strict=True)]
+        anchors = [self.state[p].pop("anchor", p) for p in params]
         descend(params, anchors, grads, **options)
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
+    ) -> None:
+        super()._init_group(group, params, grads)
+        for rooms in columns:
+            rooms += [self._room_for(p) for p in params]
 
     def _room_for(self, p: Tensor) -> Tensor:
         """New pages cost more than the copy, so they are asked for once."""
@@ -187,6 +197,7 @@ class ExtrapolationFromThePast(GameOptimizer):
     """
 
     checks = _CHECKS
+    slots = ("anchor",)
 
     def __init__(
         self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
@@ -194,13 +205,13 @@ class ExtrapolationFromThePast(GameOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        for p, state in zip(params, states, strict=True):
-            if "anchor" not in state:
-                state["anchor"] = p.detach().clone(memory_format=torch.preserve_format)
-        anchors = [state["anchor"] for state in states]
+        (anchors,) = columns
         extrapolate_from_the_past(params, anchors, grads, **options)
+
+    def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
+        return p.detach().clone(memory_format=torch.preserve_format)
 
 
 def extrapolate_from_the_past(
@@ -221,8 +232,9 @@ def extrapolate_from_the_past(
 
     def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
         new = ascents(ws, gs, weight_decay, maximize)
-        torch._foreach_add_(starts, new, alpha=-lr)
-        torch._foreach_copy_(ws, torch._foreach_add(starts, new, alpha=-lr))
+        add_scaled(starts, new, -lr)
+        torch._foreach_copy_(ws, starts)
+        add_scaled(ws, new, -lr)
 
     walk(one, many, params, anchors, grads)
 
@@ -244,7 +256,7 @@ def look_ahead(
 
     def many(ws: list[Tensor], rooms: list[Tensor], gs: list[Tensor]) -> None:
         torch._foreach_copy_(rooms, ws)
-        torch._foreach_add_(ws, ascents(ws, gs, weight_decay, maximize), alpha=-lr)
+        add_scaled(ws, ascents(ws, gs, weight_decay, maximize), -lr)
 
     walk(one, many, params, anchors, grads)
 
@@ -266,6 +278,6 @@ def descend(
     def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
         new = ascents(ws, gs, weight_decay, maximize)
         torch._foreach_copy_(ws, starts)
-        torch._foreach_add_(ws, new, alpha=-lr)
+        add_scaled(ws, new, -lr)
 
     walk(one, many, params, anchors, grads)

@@ -5,7 +5,6 @@ Daskalakis, Ilyas, Syrgkanis & Zeng (2018), ICLR, "Training GANs with Optimism".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, buffers, by_step
-from lightning_nested.optim.kernels.walk import ascent, ascents, walk
+from lightning_nested.optim.base import GameOptimizer, Step, by_step, pick
+from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, each, root_of, walk
 from lightning_nested.optim.options import decay_rates, flag, non_negative
 
 
@@ -42,6 +41,7 @@ class OptimisticSGD(GameOptimizer):
     """
 
     checks = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}  # noqa: RUF012
+    slots = ("previous_grad",)
 
     def __init__(
         self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
@@ -49,9 +49,9 @@ class OptimisticSGD(GameOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        optimistic_sgd(params, grads, buffers("previous_grad", params, states), **options)
+        optimistic_sgd(params, grads, *columns, **options)
 
 
 def optimistic_sgd(
@@ -72,8 +72,8 @@ def optimistic_sgd(
 
     def many(ws: list[Tensor], gs: list[Tensor], old: list[Tensor]) -> None:
         new = ascents(ws, gs, weight_decay, maximize)
-        torch._foreach_add_(ws, new, alpha=-2 * lr)
-        torch._foreach_add_(ws, old, alpha=lr)
+        add_scaled(ws, new, -2 * lr)
+        add_scaled(ws, old, lr)
         torch._foreach_copy_(old, new)
 
     walk(one, many, params, grads, previous)
@@ -110,6 +110,7 @@ class OptimisticAdam(GameOptimizer):
         "weight_decay": non_negative,
         "maximize": flag,
     }
+    slots = ("step", "exp_avg", "exp_avg_sq", "previous_direction")
 
     def __init__(
         self,
@@ -131,12 +132,11 @@ class OptimisticAdam(GameOptimizer):
         super().__init__(params, defaults)
 
     def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        for step, places in by_step(states):
-            ps, some = [params[i] for i in places], [states[i] for i in places]
-            moments = [buffers(name, ps, some) for name in ("exp_avg", "exp_avg_sq", "previous_direction")]
-            optimistic_adam(ps, [grads[i] for i in places], *moments, step=step, **options)
+        steps, *moments = columns
+        for step, places in by_step(steps):
+            optimistic_adam(*pick(places, params, grads, *moments), step=step, **options)
 
 
 def optimistic_adam(
@@ -146,7 +146,7 @@ def optimistic_adam(
     squares: Sequence[Tensor],
     previous: Sequence[Tensor],
     *,
-    step: int,
+    step: Step,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -156,15 +156,15 @@ def optimistic_adam(
     """One step of :class:`OptimisticAdam` on lists of tensors, in place; ``previous`` is dₜ₋₁, then dₜ."""
     beta1, beta2 = betas
     # d = rate·m/(√v + ε·root)
-    root = math.sqrt(1 - beta2**step)
-    rate = root / (1 - beta1**step)
+    root = root_of(1 - beta2**step)
+    shift, rate = each(eps * root, root / (1 - beta1**step))
 
     def one(w: Tensor, g: Tensor, m: Tensor, v: Tensor, d: Tensor) -> None:
         g = ascent(w, g, weight_decay, maximize)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w.add_(d, alpha=lr)
-        torch.div(m, v.sqrt().add_(eps * root), out=d).mul_(rate)
+        torch.div(m, v.sqrt().add_(shift), out=d).mul_(rate)
         w.add_(d, alpha=-2 * lr)
 
     def many(ws: list[Tensor], gs: list[Tensor], m: list[Tensor], v: list[Tensor], d: list[Tensor]) -> None:
@@ -172,12 +172,12 @@ def optimistic_adam(
         torch._foreach_lerp_(m, new, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, new, new, value=1 - beta2)
-        torch._foreach_add_(ws, d, alpha=lr)
+        add_scaled(ws, d, lr)
         denominators = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominators, eps * root)
+        torch._foreach_add_(denominators, shift)
         directions = torch._foreach_div(m, denominators)
         torch._foreach_mul_(directions, rate)
         torch._foreach_copy_(d, directions)
-        torch._foreach_add_(ws, d, alpha=-2 * lr)
+        add_scaled(ws, d, -2 * lr)
 
     walk(one, many, params, grads, averages, squares, previous)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -19,7 +18,7 @@ def number(name: str, value: Any) -> float:
         result = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be a number. Got {value!r}.") from error
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:  # torch.compile cannot trace math.isfinite of a rate that varies
         raise ValueError(f"{name} must be finite. Got {result}; look at what computed it.")
     return result
 
@@ -102,5 +101,5 @@ def coefficient(momentum: float, phase: float) -> tuple[float, float]:
     >>> coefficient(0.5, math.pi)
     (-0.5, 0.0)
     """
-    beta = cmath.rect(momentum, phase)
-    return beta.real, beta.imag if abs(beta.imag) > 1e-15 else 0.0
+    real, imag = momentum * math.cos(phase), momentum * math.sin(phase)
+    return real, imag if abs(imag) > 1e-15 else 0.0

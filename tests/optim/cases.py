@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,14 +143,6 @@ CASES: tuple[OptimizerCase, ...] = (
         ("exp_avg", "exp_avg_sq", "previous_direction", "step"),
     ),
 )
-
-COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
-if COMPILER:
-    CASES += tuple(
-        replace(case, name=f"{case.name}-compiled", options={**case.options, "compiled": True}, bad=())
-        for case in CASES
-        if case.name.startswith("Complex")
-    )
 
 BAD = tuple((case, options, message) for case in CASES for options, message in (*COMMON, *case.bad))
 

@@ -216,7 +216,8 @@ def test_a_state_of_another_dtype_is_converted(case: OptimizerCase, dtype: torch
         for p, value in zip(other.params, exact.params, strict=True):
             p.copy_(value)
     for p in other.params:
-        assert all(a.dtype is dtype for a in resumed.state.get(p, {}).values() if isinstance(a, Tensor))
+        kept = resumed.state.get(p, {}).items()
+        assert all(a.dtype is dtype for name, a in kept if name != "step")
     follow(optimizer, exact.gradients, 4)
     follow(resumed, other.gradients, 4)
     close([p.double() for p in other.values()], exact.values(), 50 * torch.finfo(dtype).eps)
@@ -232,7 +233,6 @@ def test_copies_and_pickles_continue_alone(case: OptimizerCase, copy_of: Any) ->
     twin = Quadratic()
     twin.params = params
     assert other.param_groups[0]["params"][0] is params[0]
-    assert other.compiled is optimizer.compiled
     follow(optimizer, problem.gradients, 3)
     follow(other, twin.gradients, 3)
     equal(problem.values(), twin.values())
@@ -247,11 +247,9 @@ def test_states_of_older_versions_get_the_options_they_lack(case: OptimizerCase)
         **state,
         "param_groups": [{k: v for k, v in g.items() if k != "maximize"} for g in state["param_groups"]],
     }
-    del state["compiled"]
     older = case.kind.__new__(case.kind)
     older.__setstate__(state)
     assert older.param_groups[0]["maximize"] is False
-    assert older.compiled is False
     follow(older, problem.gradients, 1)
     assert case.name in repr(older) or case.kind.__name__ in repr(older)
 

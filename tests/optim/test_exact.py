@@ -320,7 +320,9 @@ def measured(
         tensors = [p.detach() for p in players]
         for optimizer, p in zip(optimizers, players, strict=True):
             tensors += [
-                v for k, v in optimizer.state[p].items() if isinstance(v, Tensor) and k != "exp_avg_sq"
+                v
+                for k, v in optimizer.state[p].items()
+                if isinstance(v, Tensor) and k not in ("exp_avg_sq", "step")
             ]
         size = math.sqrt(sum(float((a**2).sum()) for a in tensors))
         scale += math.log(size)

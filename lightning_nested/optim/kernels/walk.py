@@ -2,13 +2,15 @@
 
 A step is bound by memory. ``torch._foreach_*`` sweeps all its tensors once per operation: right on an accelerator,
 where every call is a kernel launch, and a trap on CPU, where the next operation finds nothing in cache. So on CPU a
-large tensor comes alone, cut into tiles, and small ones, whose cost is the call, come together in blocks.
+large tensor comes alone, cut into tiles, and small ones, whose cost is the call, come together in blocks. While
+``torch.compile`` traces, all tensors come at once: the compiler fuses the operations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ def walk(
     one: Callable[..., None],
     many: Callable[..., None],
     *lists: Sequence[Tensor],
-    kernels: Sequence[Kernel] = (),
+    kernel: Kernel | None = None,
 ) -> None:
     """Apply an update to the i-th tensors of all lists, for every i.
 
@@ -34,9 +36,12 @@ def walk(
         one: The update of single tensors ``one(w, g, ...)``.
         many: The same update of lists ``many([w, ...], [g, ...], ...)``.
         lists: Parameters first; equal lengths, and equal shapes at the same place.
-        kernels: Faster forms of the same update, the preferred one first, each for the tensors that it can take.
+        kernel: A faster form of the same update, for the tensors that it can take.
     """
-    for kernel in kernels:
+    if torch.compiler.is_compiling():
+        many(*(list(tensors) for tensors in lists))
+        return
+    if kernel is not None:
         lists = tuple(kernel.run(lists))
         if not lists:
             return
@@ -96,3 +101,45 @@ def ascents(params: Tensors, grads: Tensors, weight_decay: float, maximize: bool
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
     return grads
+
+
+def root_of(x: Any) -> Any:
+    """√x of a number or a tensor."""
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def each(*scalars: Any) -> tuple[Any, ...]:
+    """The scalars as the _foreach functions take them: numbers as they are, vectors as lists of their entries.
+
+    The stack writes them to memory. Without it Inductor would compute them anew, powers and roots, inside of each loop
+    over a tensor's elements.
+    """
+    if not isinstance(scalars[0], Tensor):
+        return scalars
+    return tuple(list(row.unbind()) for row in torch.stack(scalars).unbind())
+
+
+def varying(rate: float | Tensor, like: Tensor) -> float | Tensor:
+    """The rate; while ``torch.compile`` traces as a tensor, so that a scheduler's change compiles once, not each time.
+
+    A number that is an argument of an operation is part of the graph; one that multiplies a tensor is an input.
+    """
+    if torch.compiler.is_compiling() and not isinstance(rate, Tensor):
+        return torch.ones((), dtype=torch.float64, device=like.device) * rate
+    return rate
+
+
+def add_scaled(ws: Tensors, xs: Tensors, rate: float) -> None:
+    """W ← w + rate·x in place."""
+    if torch.compiler.is_compiling():
+        torch._foreach_add_(ws, torch._foreach_mul(xs, varying(rate, ws[0])))
+    else:
+        torch._foreach_add_(ws, xs, alpha=rate)
+
+
+def add_quotients(ws: Tensors, xs: Tensors, denominators: Tensors, rate: float | list[Tensor]) -> None:
+    """W ← w + rate·x/denominator in place; ``rate`` as from ``each``."""
+    if isinstance(rate, list):
+        torch._foreach_add_(ws, torch._foreach_mul(torch._foreach_div(xs, denominators), rate))
+    else:
+        torch._foreach_addcdiv_(ws, xs, denominators, value=rate)
