@@ -85,7 +85,9 @@ def test_the_number_of_gpus_changes_no_update() -> None:
     assert images == {"biggan_cifar10": 56, "biggan_cifar10_1gpu": 50, "biggan_cifar10_2gpu": 50}
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("biggan_cifar10")])
+@pytest.mark.parametrize(
+    "name", [name for name in shipped_configs() if not name.startswith("biggan_cifar10")]
+)
 def test_what_runs_on_a_cpu_asks_for_nothing_that_some_lack(name: str) -> None:
     """Without bf16 instructions an update in bf16 takes up to ten times as long as in float32."""
     found = yaml.safe_load((ROOT / f"lightning_nested/configs/{name}.yaml").read_text())
