@@ -3,7 +3,7 @@
 ResNet-18 of torchvision, an LSTM language model and a small transformer, converted without edits, for ten
 hyperparameters. "One point": w(h) for the batch. "One of each example": the layers' own rule, where they have one.
 "Delta-STN": the loss at the center for the general weights, and the linearised loss for the response; its default takes
-"both losses" in every third step, and "mean" is what its steps cost on average. "Compiled": LSTMs in C.
+"both losses" in every third step, and "mean" is what its steps cost on average.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from _measuring import Spread, interleave, live_memory, load, parser, print_tabl
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.hypernetworks import HyperLSTM, Response, best_response
+from lightning_nested.hypernetworks import Response, best_response
 from lightning_nested.hypernetworks.response import Mode
 from lightning_nested.modules import DeltaSTN
 
@@ -72,7 +72,6 @@ class Step:
 def contestants(response: Response, plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]:
     """Forward and backward of each form."""
     one, each = 0.1 * torch.randn(N), 0.1 * torch.randn(len(x), N)
-    lstms = [layer for layer in response.modules() if isinstance(layer, HyperLSTM)]
     general, phi = list(response.general_parameters().values()), list(response.response_parameters().values())
     every = [*general, *phi]
 
@@ -82,9 +81,7 @@ def contestants(response: Response, plain: nn.Module, x: Tensor, y: Tensor) -> d
     def unit() -> None:
         torch.autograd.grad(loss(plain(x)), list(plain.parameters()))
 
-    def at(h: Tensor, compiled: bool = False) -> None:
-        for lstm in lstms:
-            lstm.compiled = compiled
+    def at(h: Tensor) -> None:
         torch.autograd.grad(loss(response(x, h)), every, allow_unused=True)
 
     def delta(h: Tensor, steps: int) -> None:
@@ -97,8 +94,6 @@ def contestants(response: Response, plain: nn.Module, x: Tensor, y: Tensor) -> d
     if not response.one_point_only():
         calls["one of each example"] = lambda: at(each)
         points["one of each example"] = each
-    if lstms:
-        calls["one of each example, compiled"] = lambda: at(each, compiled=True)
     for name, h in points.items():
         calls[f"Delta-STN, {name}, both losses"] = lambda h=h: delta(h, 1)  # type: ignore[misc]
         calls[f"Delta-STN, {name}, {MEAN}"] = lambda h=h: delta(h, EVERY)  # type: ignore[misc]

@@ -76,7 +76,6 @@ class BestResponse(Response):
         *,
         rank: int | None = None,
         batch_dim: int = 0,
-        compiled: bool = False,
     ) -> None:
         super().__init__(module, num_hyperparameters, batch_dim)
         rank = min(2, num_hyperparameters) if rank is None else rank
@@ -93,8 +92,6 @@ class BestResponse(Response):
             # The class changes under the layer: its names, hooks and whoever else holds it stay as they are.
             layer.__class__ = kind
             cast("HyperLayer", layer).respond(num_hyperparameters, self.layers, by_layers)
-            if isinstance(layer, HyperLSTM):
-                layer.compiled = compiled
         self._layers_suffice = True  # until one of them cannot
         # Paths, not the responses: a deep copy must find its own.
         self._at = {n: self._path_to(n, by_layers.get(id(p))) for n, p in general.items()}
@@ -207,7 +204,6 @@ def best_response(
     *,
     rank: int | None = None,
     batch_dim: int = 0,
-    compiled: bool = False,
 ) -> BestResponse:
     """Convert any module: ``response(x, h)`` is its output with weights that answer to h.
 
@@ -223,7 +219,6 @@ def best_response(
         rank: Of the low-rank responses; default ``min(2, n)``.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings: 1 for networks over
             (time, batch, …).
-        compiled: See :class:`HyperLSTM`; other layers take no notice.
 
     Raises:
         ValueError: There is no parameter that could respond, or n or the rank is below 1.
@@ -235,4 +230,4 @@ def best_response(
     >>> tuple(response(x, h).shape), tuple(response(x, h[0]).shape)
     ((7, 2), (7, 2))
     """
-    return BestResponse(module, num_hyperparameters, rank=rank, batch_dim=batch_dim, compiled=compiled)
+    return BestResponse(module, num_hyperparameters, rank=rank, batch_dim=batch_dim)

@@ -147,8 +147,7 @@ class HyperLayer(_Base):
         for name in [name for name in self._modules if name.endswith("_response")]:
             del self._modules[name]
         self.__dict__.pop("_point", None)
-        for name in ("num_hyperparameters", "compiled"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("num_hyperparameters", None)
         self.__class__ = self.plain  # type: ignore[assignment]
 
     def response_of(self, name: str) -> RowResponse | None:
@@ -241,8 +240,8 @@ def respond_to(
         shift: Change of the bias, as :func:`shift_of` gives it.
     """
     coefficient = None if response is None else place(response.coefficients(delta))
-    if not linearized and shift is not None and bias is not None:
-        shift, bias = bias + shift, None  # both in one pass over the output
+    if not linearized and shift is not None:
+        shift, bias = total(bias, shift), None  # both in one pass over the output
     placed = None if shift is None else place(shift)
     if not linearized:
         base = operation(x, weight, bias)
@@ -262,16 +261,20 @@ def respond_to(
 
 def shift_of(delta: Tensor, *responses: RowResponse | None) -> Tensor | None:
     """The change of a vector, (batch, rows) or (rows,), or the sum of those of several; None where none responds."""
-    changes = [r.coefficients(delta) * r.direction for r in responses if r is not None]
-    return sum(changes[1:], changes[0]) if changes else None
+    return total(*(r.coefficients(delta) * r.direction for r in responses if r is not None))
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """Sum of the terms that are given; None where none is."""
+    given = [t for t in terms if t is not None]
+    return sum(given[1:], given[0]) if given else None
 
 
 def moved(base: Tensor | None, coefficient: Tensor, product: Tensor, shift: Tensor | None = None) -> Tensor:
     """base + coefficient ⊙ product + shift, where coefficient and shift broadcast; may use the memory of ``base``."""
     like = product if base is None else base
     terms = (base, *(None if t is None else t.to(like.dtype) for t in (coefficient, product, shift)))
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
-        # which _Moved is not written for
+    if needs_plain_forward():
         return _sum(*terms)
     return cast("Tensor", _Moved.apply(*terms, False))
 
@@ -319,12 +322,20 @@ def _add_to(base: Tensor, coefficient: Tensor | None, product: Tensor | None, sh
     return base if shift is None else base.add_(shift)
 
 
-def plain_operations(*cotangents: Tensor | None) -> bool:
-    """Whether a backward pass may not work in place: it is differentiated itself, or takes many cotangents at once."""
+def needs_plain_forward() -> bool:
+    """Return True under ``torch.func`` and ``torch.jit.trace``, which custom autograd functions here do not support."""
+    return torch._C._are_functorch_transforms_active() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+
+
+def needs_plain_backward(*cotangents: Tensor | None) -> bool:
+    """Return True if a backward pass may not work in place.
+
+    It is differentiated itself, takes many cotangents at once, or runs where :func:`needs_plain_forward`.
+    """
     return (
-        torch.is_grad_enabled()
+        needs_plain_forward()
+        or torch.is_grad_enabled()
         or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
         or any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in cotangents)
     )
 
@@ -360,7 +371,7 @@ class _Moved(torch.autograd.Function):
         if needs[1]:
             along = u * product
             of_coefficient = along.sum_to_size(coefficient.shape)
-            if needs[2] and coefficient.shape != along.shape and not plain_operations(u):
+            if needs[2] and coefficient.shape != along.shape and not needs_plain_backward(u):
                 of_product = torch.mul(u, coefficient, out=along)
         if needs[2] and of_product is None:
             of_product = u * coefficient
@@ -384,8 +395,7 @@ class _Moved(torch.autograd.Function):
             None if of_product is None else coefficient * of_product,
             of_shift,
         ]
-        found = [t for t in terms if t is not None]
-        return sum(found[1:], found[0]) if found else None
+        return total(*terms)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -622,8 +632,7 @@ class _HyperNorm(HyperLayer):
         """gain(h) ⊙ y + shift(h)."""
         of_gain, of_shift = (shift_of(delta, self.response_of(name)) for name in ("weight", "bias"))
         if not linearized:
-            gain = gain if gain is None or of_gain is None else gain + of_gain
-            shift = shift if shift is None or of_shift is None else shift + of_shift
+            gain, shift = total(gain, of_gain), total(shift, of_shift)
             coefficient, shift = (None if t is None else place(t) for t in (gain, shift))
             if coefficient is None:
                 return y if shift is None else y + shift.to(y.dtype)

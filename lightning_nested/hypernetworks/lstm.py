@@ -17,9 +17,9 @@ from lightning_nested.hypernetworks.layers import (
     placement,
     respond_to,
     shift_of,
+    total,
     unpack_dual,
 )
-from lightning_nested.hypernetworks.native import lstm_layer
 from lightning_nested.hypernetworks.recurrence import Hidden, lstm_recurrence
 
 
@@ -33,8 +33,6 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         input_size: Width of x.
         hidden_size: Width of the state.
         num_hyperparameters: n.
-        compiled: Take the layers with one h of each example in C, float32 and float64 on CPU. The system's compiler
-            makes it at the first call; without one there is a warning, and the ordinary call.
         **options: The other arguments of ``nn.LSTM``.
 
     Raises:
@@ -43,20 +41,9 @@ class HyperLSTM(HyperLayer, nn.LSTM):
 
     plain = nn.LSTM
 
-    compiled = False
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_hyperparameters: int,
-        *,
-        compiled: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, num_hyperparameters: int, **options: Any) -> None:
         nn.LSTM.__init__(self, input_size, hidden_size, **options)
         self.respond(num_hyperparameters)
-        self.compiled = compiled
 
     def forward(  # type: ignore[override]
         self, x: Any, state: Hidden | None = None, h: Tensor | None = None
@@ -118,35 +105,24 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         """One layer in one direction; x (time, batch, width)."""
         weight, recurrent = (getattr(self, f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
         names = [f"bias_{kind}{suffix}" for kind in ("ih", "hh") if self.bias]
-        biases: list[Tensor] = [getattr(self, name) for name in names]
-        bias = sum(biases[1:], biases[0]) if biases else None
+        bias = total(*(getattr(self, name) for name in names))
+        direction = coefficient = None
         if delta is None:
             inputs = linear(x, weight, bias)
-            outputs, cell = lstm_recurrence(inputs, start, recurrent)
-            return outputs, (outputs[-1], cell)
-        of_inputs, of_outputs = (self.response_of(f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
-        shift = shift_of(delta, *map(self.response_of, names))
-        if of_inputs is not None and of_outputs is not None and not linearized:
-            given = [b for b in (bias, shift) if b is not None]
-            outputs, cell = lstm_layer(
-                x, start,
-                (weight, of_inputs.direction, of_inputs.coefficients(delta)),
-                (recurrent, of_outputs.direction, of_outputs.coefficients(delta)),
-                sum(given[1:], given[0]) if given else weight.new_zeros(len(weight)),
-                compiled=self.compiled,
+        else:
+            of_inputs, of_outputs = (self.response_of(f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
+            inputs = respond_to(
+                linear, x, weight, of_inputs, delta, placement(3, 1, -1), linearized,
+                bias, shift_of(delta, *map(self.response_of, names)),
             )  # fmt: skip
-            return outputs, (outputs[-1], cell)
-        inputs = respond_to(
-            linear, x, weight, of_inputs, delta, placement(3, 1, -1), linearized, bias, shift,
-        )  # fmt: skip
+            if of_outputs is not None:
+                direction = of_outputs.direction
+                coefficient = of_outputs.coefficients(delta).expand(x.shape[1], -1)
         if linearized:
             recurrent = recurrent.detach()
             if unpack_dual(inputs)[1] is None:
                 inputs = make_dual(inputs, torch.zeros_like(inputs))
         outputs, cell = lstm_recurrence(
-            inputs, start, recurrent,
-            None if of_outputs is None else of_outputs.direction,
-            None if of_outputs is None else of_outputs.coefficients(delta).expand(x.shape[1], -1),
-            linearized=linearized,
-        )  # fmt: skip
+            inputs, start, recurrent, direction, coefficient, linearized=linearized
+        )
         return outputs, (outputs[-1], cell)

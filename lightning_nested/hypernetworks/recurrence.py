@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_nested.hypernetworks.layers import linear, plain_operations
+from lightning_nested.hypernetworks.layers import linear, needs_plain_backward, needs_plain_forward
 
 Hidden = tuple[Tensor, Tensor]
 
@@ -29,7 +29,7 @@ def lstm_recurrence(
     """(i, f, g, o)ₜ = inputsₜ + W₀hₜ₋₁ + c ⊙ W₁hₜ₋₁;  cellₜ = σ(f)·cellₜ₋₁ + σ(i)·tanh(g);  hₜ = σ(o)·tanh(cellₜ).
 
     Its first derivatives, backward and forward mode, are products over all steps where the recurrence allows it. A
-    derivative that itself is to be differentiated (``create_graph=True``), and ``torch.func``, go through
+    derivative that itself is to be differentiated (``create_graph=True``), ``torch.func`` and tracing go through
     :func:`plain_recurrence`.
 
     Args:
@@ -54,7 +54,7 @@ def lstm_recurrence(
             raise ValueError(f"W₁ must have W₀'s shape {tuple(weight.shape)}. Got {tuple(direction.shape)}.")
         direction, coefficient = direction.to(inputs.dtype), coefficient.to(inputs.dtype)
     arguments = (inputs, hidden, cell, weight, direction, coefficient, linearized)
-    if torch._C._are_functorch_transforms_active():
+    if needs_plain_forward():
         return plain_recurrence(*arguments)
     return cast("tuple[Tensor, Tensor]", _Recurrence.apply(*arguments))
 
@@ -169,7 +169,7 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
         """Back through time; the weights' gradients by one product each."""
         saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
-        if plain_operations(*cotangents):
+        if needs_plain_backward(*cotangents):
             arguments = (*saved[:6], ctx.linearized)
             return by_plain_operations(plain_recurrence, arguments, ctx.needs_input_grad, cotangents)
         of_outputs, of_cell = cotangents

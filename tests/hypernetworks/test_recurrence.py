@@ -61,7 +61,15 @@ def test_torch_func_goes_through_the_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}, {"batch_first": True}], ids=str
+    "options",
+    [
+        {},
+        {"bidirectional": True, "num_layers": 2},
+        {"bias": False},
+        {"batch_first": True},
+        {"num_layers": 2, "dropout": 0.4},
+    ],
+    ids=str,
 )
 def test_the_layer_is_torchs(options: dict[str, Any]) -> None:
     """Values, states, gradients and tangents of one h of each example (all the same) and of dual weights."""
@@ -75,6 +83,7 @@ def test_the_layer_is_torchs(options: dict[str, Any]) -> None:
     state = (torch.randn(layers, BATCH, UNITS).double(), torch.randn(layers, BATCH, UNITS).double())
 
     def results(h: Tensor) -> list[Tensor]:
+        torch.manual_seed(1)  # dropout
         y, (hidden, cell) = layer(x, state, h=h)
         total = y.square().sum() + (hidden * cell).sum()
         return [y, hidden, cell, *torch.autograd.grad(total, list(layer.parameters()))]
@@ -130,13 +139,22 @@ def test_half_precision_and_autocast() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     ("wrong", "message"), [("state", r"Expected hidden\[0\] size"), ("x", "must be equal")]
 )
-def test_wrong_shapes_are_refused_as_by_torch(wrong: str, message: str, compiled: bool) -> None:
-    layer = HyperLSTM(2, UNITS, 3, compiled=compiled)
+def test_wrong_shapes_are_refused_as_by_torch(wrong: str, message: str) -> None:
+    layer = HyperLSTM(2, UNITS, 3)
     x, h = torch.randn(STEPS, BATCH, 3 if wrong == "x" else 2), torch.randn(BATCH, 3)
     state = torch.zeros(1, BATCH - 1 if wrong == "state" else BATCH, UNITS)
     with pytest.raises(RuntimeError, match=message):
         layer(x, (state, state), h=h)
+
+
+def test_rows_and_steps_of_the_recurrence() -> None:
+    """One row of coefficients serves all examples, and there may be no step; W₁ must have W₀'s shape."""
+    given = arguments(True)
+    alone = [*given[:5], given[5][:1]]
+    torch.testing.assert_close(ours(*alone), reference(*alone), rtol=1e-12, atol=1e-12)
+    assert ours(given[0][:0], *given[1:])[0].shape == (0, BATCH, UNITS)
+    with pytest.raises(ValueError, match=r"W₁ must have W₀'s shape \(16, 4\)\. Got \(3, 4\)"):
+        ours(*given[:4], given[4][:3], given[5])
