@@ -11,8 +11,10 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## find the wrong labels among 700 digits while training on them
 	$(BIN)/lightning-nested fit --config clean_digits
 
+# Two processes of one thread each. worksteal gives each a run of neighbouring tests and moves the rest of one to the other
+# when that is out of work, so what a file's tests share is mostly made once; loadgroup would deal a file's tests to both.
 test: $(INSTALLED)  ## the default test suite, with coverage (slow and gpu tests: add -m slow by hand)
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
 check: lint types imports test  ## all that a change must pass
 

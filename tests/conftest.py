@@ -1,5 +1,6 @@
 """What every test shares: one thread, explicit generators, and data that may be missing."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,8 @@ def pytest_configure() -> None:
     # Not a fixture: doctests need it as well. The tensors here are too small for a second thread to help, and
     # sums split over threads differ in the last bits from one machine to the next.
     torch.set_num_threads(1)
+    # Commands that tests run in processes of their own: pytest-xdist's workers have a core each.
+    os.environ["OMP_NUM_THREADS"] = "1"
     # NumPy's threads are OpenBLAS's own: on a machine that others use, eigenvalues of 180 × 180 took 50 times as long.
     threadpool_limits(1, user_api="blas")
 

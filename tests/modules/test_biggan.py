@@ -208,19 +208,19 @@ class Save(Callback):
 
 @pytest.mark.parametrize("discriminator", [torch.optim.Adam, ComplexAdam])
 def test_two_processes_stay_bit_equal(discriminator: Any, tmp_path: Path) -> None:
-    """20 updates of the width-4 model; batch statistics differ between the processes, what is kept does not."""
+    """8 updates of the width-4 model, four epochs: batch statistics differ between the processes, no state does."""
     betas = (0.8, 0.999) if discriminator is ComplexAdam else (0.0, 0.999)
     gan = module(
         networks=BigGANNetworks(width=4, latent_dim=16),
         discriminator_optimizer=partial(discriminator, lr=2e-4, betas=betas),
     )
     callbacks = [Save(tmp_path), GeneratorEMA(decay=0.9, start=3)]
-    fit = trainer(max_steps=20, max_epochs=-1, devices=2, strategy="ddp_fork", callbacks=callbacks)
+    fit = trainer(max_steps=8, max_epochs=-1, devices=2, strategy="ddp_fork", callbacks=callbacks)
     fit.fit(gan, data(64, batch_size=4))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first["updates"] == second["updates"] == 20
+    assert first["updates"] == second["updates"] == 8
     same(first["weights"], second["weights"])
-    assert first["ema"]["updates"] == 20
+    assert first["ema"]["updates"] == 8
     same(first["ema"]["average"], second["ema"]["average"])
     moved = first["weights"]["generator.norm.running_mean"]
     assert moved.abs().sum() > 0
