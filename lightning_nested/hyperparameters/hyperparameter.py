@@ -55,10 +55,10 @@ class Hyperparameter(ABC):
         """Name of the module's attribute through which the training loss reads this object; None: it does not."""
         return None
 
-    def attach_module(self, module: nn.Module) -> None:
+    def attach_module(self, module: nn.Module) -> None:  # noqa: B027 - optional
         """Find tensors that the module has already; called at the start of ``fit``, before :meth:`build`."""
 
-    def attach_optimizer(self, optimizer: Optimizer) -> None:
+    def attach_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027 - optional
         """Read starting values from the inner optimizer; called before the first :meth:`build`."""
 
     def rates(self) -> tuple[Tensor, ...] | None:

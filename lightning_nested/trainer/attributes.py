@@ -38,7 +38,11 @@ def replace_placeholders(
         MisconfigurationException: The module lacks the attribute, or has another value there.
     """
     for hyperparameter in hyperparameters:
-        name, kind, module_name = hyperparameter.attribute, type(hyperparameter).__name__, type(module).__name__
+        name, kind, module_name = (
+            hyperparameter.attribute,
+            type(hyperparameter).__name__,
+            type(module).__name__,
+        )
         if name is None:
             continue
         if not hasattr(module, name):

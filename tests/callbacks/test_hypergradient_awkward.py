@@ -151,7 +151,7 @@ def test_parameters_unfrozen_during_training_are_decayed_and_part_of_the_curvatu
     fit = trainer(Unfreeze(), callback, max_epochs=2)
     fit.fit(module, DataLoader(data(32, 1), 8), DataLoader(data(16, 2), 16))
     assert callback.outer_steps == 8
-    assert len(callback._parameters) == 4
+    assert len(callback.outer_loop.parameters) == 4
     assert not torch.equal(first, module.net[0].weight.detach())  # type: ignore[index,union-attr]
     if per != "model":
         names = callback.values()
@@ -184,7 +184,8 @@ def test_an_interrupted_window_does_not_reach_the_next_fit() -> None:
     with pytest.raises(RuntimeError, match="interrupted"):
         trainer(callback, Break()).fit(module, *loaders)
     assert not callback.outer.pending
-    assert callback._losses == []
+    assert callback._graph is not None
+    assert callback._graph.losses == []
     before = callback.outer_steps
     trainer(callback).fit(module, *loaders)
     assert callback.outer_steps == before + 2

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import math
-import operator
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.hyperparameters import (
-    Hyperparameter,
-    LearningRate,
-    ModuleTensors,
-    OuterReport,
-    OuterStep,
-)
+from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 from lightning_nested.modules.nested.cycles import Cycle
@@ -32,15 +24,14 @@ from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.attributes import bind_hyperparameters
 from lightning_nested.trainer.inner_problem import InnerProblem
 from lightning_nested.trainer.outer_batches import OuterBatches
-from lightning_nested.trainer.outer_loop import log_outer_step, reinitialize
-from lightning_nested.trainer.random_stream import base_seed
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 
 _HOOKS = "setup, on_fit_start, on_train_start, on_train_epoch_end, on_save_checkpoint and on_load_checkpoint"
 
 
-class NestedModule(LightningModule):
+class NestedModule(HasOuterLoop, LightningModule):
     """Alternates inner steps on the training data with outer steps on the validation data; to be extended.
 
     A subclass writes the two losses; hyperparameters are read where they belong:
@@ -109,7 +100,7 @@ class NestedModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         tuned = as_hyperparameters(hyperparameters)
-        rates = [h.name for h in tuned if isinstance(h, LearningRate)]
+        rates = [h.name for h in tuned if h.sets_rate]
         if rates and isinstance(gradient, Implicit):
             raise ValueError(
                 f"A learning rate needs gradient=Unrolled(num_steps=...). Got {rates[0]!r} with {gradient}: "
@@ -133,15 +124,17 @@ class NestedModule(LightningModule):
             scheduler=outer_scheduler,
             solver=gradient.solver if isinstance(gradient, Implicit) else None,
         )
-        self.inner_steps = self.outer_steps = self.skipped_steps = 0
-        self.last_report: OuterReport | None = None
+        self.outer_loop = OuterLoop(
+            "NestedModule",
+            self.outer,
+            warmup_steps=loop.warmup_steps,
+            restart_every=loop.restart_every,
+            max_skipped=loop.max_skipped,
+            log_every_n_outer_steps=loop.log_every_n_outer_steps,
+        )
         self._make_inner, self._make_inner_scheduler = inner_optimizer, inner_scheduler
-        self._skipped_in_a_row = 0
-        self._outer_position: dict[str, int] = {}  # of the outer batches, once they are gone
-        self._position = 0  # inner steps of the present cycle so far
-        self._inner: dict[str, nn.Parameter] = {}
-        self._initial: dict[str, Tensor] = {}
-        self._saved: Mapping[str, Any] | None = None  # a checkpoint's, until there is where to put it
+        self._position = 0  # inner steps of the current cycle so far
+        self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
         self._problem: InnerProblem | None = None
         self._cycle: Cycle | None = None
         bind_hyperparameters(self, self.outer.hyperparameters)
@@ -164,12 +157,8 @@ class NestedModule(LightningModule):
 
     def inner_parameters(self) -> list[nn.Parameter]:
         """The parameters that are no hyperparameters, for the inner optimizer."""
-        claimed = {id(t) for t in self._attached()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in claimed]
-
-    def values(self) -> dict[str, Tensor]:
-        """Tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``."""
-        return self.outer.values()
+        tuned = self._tuned()
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in tuned]
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -202,18 +191,11 @@ class NestedModule(LightningModule):
     @override
     def on_fit_start(self) -> None:
         self._collect()
-        if self.loop.restart_every is not None:
-            self._initial = {name: p.detach().clone() for name, p in self._inner.items()}
+        self.outer_loop.remember_initial(self.outer_loop.parameters)
 
     def _collect(self) -> None:
         """The parameters that the inner optimizer moves, by name, and hyperparameters of their sizes."""
-        optimizer = self._optimizer()
-        tuned = {
-            id(t): h.name
-            for h in self.outer.hyperparameters
-            if isinstance(h, ModuleTensors)
-            for t in self._of(h)
-        }
+        optimizer, tuned = self._optimizer(), self._tuned()
         names = {id(p): name for name, p in self.named_parameters()}
         held = trainable(optimizer.optimizer)
         twice = [f"{names.get(id(p))} ({tuned[id(p)]!r})" for p in held if id(p) in tuned]
@@ -229,19 +211,19 @@ class NestedModule(LightningModule):
                 f"Got {f'others of shapes {unknown}' if unknown else 'none'}; "
                 "give it self.inner_parameters()."
             )
-        if not self._inner:
+        if not self.outer_loop.parameters:
             for hyperparameter in self.outer.hyperparameters:
-                if isinstance(hyperparameter, LearningRate):
-                    hyperparameter.attach([float(group["lr"]) for group in optimizer.param_groups])
-        self._inner = {names[id(p)]: p for p in held}
-        self.outer.build(self._inner, self.device)
+                hyperparameter.attach_optimizer(optimizer.optimizer)
+        self.outer_loop.build({names[id(p)]: p for p in held}, self.device)
 
     @override
     def on_train_start(self) -> None:
-        batches = OuterBatches(self.trainer, self.outer_dataloader(), seed=base_seed(self.trainer))
         if self._saved is not None:
-            self._restore(self._saved, batches)
+            self.outer_loop.load_state_dict(self._saved)
+            # A checkpoint holds no graph of half a cycle: an unrolled one begins again.
+            self._position = 0 if self.gradient.ends_with_epoch else self._saved["position"]
             self._saved = None
+        batches = self.outer_loop.start(self.trainer, self.outer_dataloader())
         self._set_rates()
         self._begin(batches)
 
@@ -252,7 +234,7 @@ class NestedModule(LightningModule):
             inner_loss=self.inner_loss,
             outer_loss=self.outer_loss,
             optimizer=self._optimizer(),
-            parameters=self._inner,
+            parameters=self.outer_loop.parameters,
             outer=self.outer,
             batches=batches,
             accumulate=self.loop.accumulate_grad_batches,
@@ -275,14 +257,16 @@ class NestedModule(LightningModule):
         last = self.trainer.is_last_batch
         if last or (batch_idx + 1) % self.loop.accumulate_grad_batches == 0:
             outcome = self._cycle.step(closes=remaining == 1)
-            self.inner_steps += 1
+            self.outer_loop.inner_steps += 1
             self._position = (
                 0 if remaining == 1 else self._position + (self.inner_steps > self.loop.warmup_steps)
             )
             if isinstance(outcome, OuterReport):
-                self._outer_step(outcome, self._problem)
+                self.outer_loop.keep(outcome)
+                self.outer_loop.step(self)
+                self._set_rates()
             elif outcome is not None:
-                self._skip(outcome)
+                self.outer_loop.skip(outcome)
             step_schedulers(self, "step", self.inner_steps)
         if last:
             step_schedulers(self, "epoch", self.current_epoch + 1)
@@ -304,26 +288,18 @@ class NestedModule(LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        if self._problem is not None:
-            self._outer_position = self._problem.batches.state_dict()
-        self._cycle = self._problem = None  # with graphs, and workers of the outer loader
+        if self._cycle is not None:
+            self._cycle.drop()
+        self._cycle = self._problem = None
+        self.outer_loop.stop()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not self._inner:  # saved before fit began
-            if self._saved is not None:
-                checkpoint["nested"] = dict(self._saved)
-            return
-        checkpoint["nested"] = {
-            "outer": self.outer.state_dict(),
-            "batches": self._problem.batches.state_dict() if self._problem else self._outer_position,
-            "inner_steps": self.inner_steps,
-            "outer_steps": self.outer_steps,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "position": self._position,
-            "initial": self._initial,
-        }
+        if self.outer_loop.parameters:
+            own = {"position": self._position, "initial": self.outer_loop.initial}
+            checkpoint["nested"] = {**self.outer_loop.state_dict(), **own}
+        elif self._saved is not None:  # saved before fit began
+            checkpoint["nested"] = dict(self._saved)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -331,16 +307,11 @@ class NestedModule(LightningModule):
 
     def _follow_frozen(self, problem: InnerProblem) -> None:
         """Begin anew with other parameters where a finetuning callback froze or unfroze some."""
-        held = trainable(self._optimizer().optimizer)
-        if len(held) == len(self._inner) and all(map(operator.is_, held, self._inner.values())):
+        if self.outer_loop.is_built_for(self._optimizer().optimizer):
             return
         if self._cycle is not None:
             self._cycle.drop()
-        before = set(self._inner)
         self._collect()
-        if self.loop.restart_every is not None:
-            new = {name: p.detach().clone() for name, p in self._inner.items() if name not in before}
-            self._initial.update(new)
         if self.gradient.ends_with_epoch:
             self._position = 0
         self._begin(problem.batches)
@@ -364,42 +335,6 @@ class NestedModule(LightningModule):
             left = min(left, self.trainer.max_steps - self.trainer.global_step)
         return remaining if left <= warmup else int(min(remaining, left))
 
-    def _outer_step(self, report: OuterReport, problem: InnerProblem) -> None:
-        self.last_report = report
-        self._skipped_in_a_row = 0
-        self.outer.apply()
-        self.outer_steps += 1
-        self._set_rates()
-        every, restart_every = self.loop.log_every_n_outer_steps, self.loop.restart_every
-        if every > 0 and (self.outer_steps - 1) % every == 0:
-            log_outer_step(self, report, self.values(), self.skipped_steps)
-        if restart_every is not None and self.outer_steps % restart_every == 0:
-            seed = problem.batches.seed + 104_729 * self.outer_steps
-            reinitialize(self, self._initial, self._inner, seed)
-            self._optimizer().state.clear()
-
-    def _skip(self, error: FloatingPointError) -> None:
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.loop.max_skipped:
-            raise FloatingPointError(
-                f"More than max_skipped={self.loop.max_skipped} successive outer steps failed. "
-                f"Got at last: {error}"
-            ) from error
-        if self._skipped_in_a_row == 1:
-            rank_zero_warn(f"NestedModule skipped the outer step at inner step {self.inner_steps}: {error}")
-
-    def _restore(self, state: Mapping[str, Any], batches: OuterBatches) -> None:
-        self.outer.load_state_dict(state["outer"], self._inner)
-        if state["batches"]:  # none were drawn before training began
-            batches.load_state_dict(state["batches"])
-        self.inner_steps, self.outer_steps = state["inner_steps"], state["outer_steps"]
-        self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        # Half a cycle's graph is not in a checkpoint: an unrolled one begins anew.
-        self._position = 0 if self.gradient.ends_with_epoch else state["position"]
-        for name, value in state["initial"].items():
-            self._initial[name] = value.to(self.device)
-
     # ---- optimizers and names
 
     def _optimizer(self) -> LightningOptimizer:
@@ -412,22 +347,22 @@ class NestedModule(LightningModule):
         return optimizers
 
     def _set_rates(self) -> None:
+        """Write tuned learning rates into the inner optimizer."""
         for hyperparameter in self.outer.hyperparameters:
-            if isinstance(hyperparameter, LearningRate):
-                if self.trainer.lr_scheduler_configs:
-                    raise MisconfigurationException(
-                        "Either LearningRate or a scheduler sets the inner optimizer's rate. Got both "
-                        f"{hyperparameter.name!r} and an inner scheduler; leave one out."
-                    )
-                for group, rate in zip(self._optimizer().param_groups, hyperparameter.rates(), strict=True):
-                    group["lr"] = float(rate.detach())
+            rates = hyperparameter.rates()
+            if rates is None:
+                continue
+            if self.trainer.lr_scheduler_configs:
+                raise MisconfigurationException(
+                    "Either LearningRate or a scheduler sets the inner optimizer's rate. Got both "
+                    f"{hyperparameter.name!r} and an inner scheduler; leave one out."
+                )
+            for group, rate in zip(self._optimizer().param_groups, rates, strict=True):
+                group["lr"] = float(rate.detach())
 
-    def _of(self, hyperparameter: ModuleTensors) -> Iterator[Tensor]:
-        if not hyperparameter.built:
-            hyperparameter.attach(self)
-        yield from hyperparameter.tensors.values()
-
-    def _attached(self) -> Iterator[Tensor]:
+    def _tuned(self) -> dict[int, str]:
+        """Return the name of the hyperparameter of each tuned tensor, by its ``id``."""
         for hyperparameter in self.outer.hyperparameters:
-            if isinstance(hyperparameter, ModuleTensors):
-                yield from self._of(hyperparameter)
+            if not hyperparameter.built:
+                hyperparameter.attach_module(self)
+        return {id(t): h.name for h in self.outer.hyperparameters for t in h.tensors.values()}

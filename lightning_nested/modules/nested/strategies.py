@@ -9,6 +9,7 @@ from typing import Literal
 from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
 from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.trainer.outer_loop import check_counts
 
 
 class GradientStrategy(ABC):
@@ -111,10 +112,15 @@ class LoopOptions:
     log_every_n_outer_steps: int = 10
 
     def __post_init__(self) -> None:
-        least = {"accumulate_grad_batches": 1, "restart_every": 1}
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value < least.get(name, 0):
-                raise ValueError(f"{name} must be at least {least.get(name, 0)}. Got {value}.")
+        check_counts(
+            1, accumulate_grad_batches=self.accumulate_grad_batches, restart_every=self.restart_every
+        )
+        check_counts(
+            0,
+            warmup_steps=self.warmup_steps,
+            max_skipped=self.max_skipped,
+            log_every_n_outer_steps=self.log_every_n_outer_steps,
+        )
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             raise ValueError(f"gradient_clip_val must be positive, or None. Got {self.gradient_clip_val}.")
         if self.gradient_clip_algorithm not in ("norm", "value"):
