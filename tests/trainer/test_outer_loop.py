@@ -33,7 +33,7 @@ def outer_loop(**options: Any) -> tuple[OuterLoop, Linear]:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     module.trainer = trainer()
     module.trainer.strategy.optimizers = [optimizer]
-    outer = OuterStep([WeightDecay(init=0.1)], optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0))
+    outer = OuterStep([WeightDecay("model", init=0.1)], optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0))
     loop = OuterLoop("Owner", outer, **options)
     loop.build(dict(module.named_parameters()), torch.device("cpu"))
     return loop, module

@@ -13,6 +13,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
@@ -34,7 +35,7 @@ _HOOKS = "setup, on_fit_start, on_train_start, on_train_epoch_end, on_save_check
 class NestedModule(HasOuterLoop, LightningModule):
     """Alternates inner steps on the training data with outer steps on the validation data; to be extended.
 
-    A subclass writes the two losses; hyperparameters are read where they belong:
+    A subclass defines the two losses; hyperparameters are attributes of the module, by their names:
 
         class Cleaner(NestedModule):
             def __init__(self, **kwargs):
@@ -51,33 +52,25 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     Weight decays are added to the gradient in closed form. Tensors and submodules given by name are trained
     by the outer optimizer, all other parameters by the inner one. The outer loss is evaluated in evaluation
-    mode; its batches come in an endless stream from the validation loader, or from :meth:`outer_dataloader`;
-    what it logs is dropped. In a data-parallel run gradients, products and hypergradients are averaged, so
+    mode, without logging; its batches come in an endless stream from the validation loader, or from
+    :meth:`outer_dataloader`. In a data-parallel run gradients, products and hypergradients are averaged, so
     that a step is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552;
     Shaban, Cheng, Hatch & Boots (2019), AISTATS, PMLR 89:1723-1732.
 
     Optimization is manual, so clipping and accumulation are options here. ``trainer.global_step`` counts
-    inner steps. A run resumed from a checkpoint of an epoch's end goes on as if it had not stopped. A
-    subclass that overrides one of ``setup``, ``on_fit_start``, ``on_train_start``, ``on_train_epoch_end``,
-    ``on_save_checkpoint``, ``on_load_checkpoint`` calls ``super()``'s in it.
+    inner steps. A run resumed from a checkpoint of an epoch's end continues as if it had not stopped. A
+    subclass that overrides a hook of the class calls ``super()``'s in it.
 
     Args:
-        hyperparameters: What is tuned: :class:`Hyperparameter` objects, or dotted names of tensors or
-            submodules.
+        hyperparameters: :class:`Hyperparameter` objects, or dotted names of tensors or submodules.
         gradient: ``Implicit(...)`` or ``Unrolled(...)``.
-        inner_optimizer: From parameters to the optimizer of the inner steps; None: ``configure_optimizers``
-            is overridden, and returns one optimizer of :meth:`inner_parameters`.
-        outer_optimizer: From the list of unconstrained tensors to an optimizer; default Adam of rate 0.05.
-        inner_scheduler: From the inner optimizer to a scheduler, stepped after each epoch.
-        outer_scheduler: From the outer optimizer to a scheduler, stepped after each outer step.
-        inner_steps_per_outer: k; None: 1, or the ``num_steps`` of ``Unrolled``.
+        inner_optimizer: Function from parameters to the optimizer of the inner steps; None: a subclass
+            overrides ``configure_optimizers``, which returns one optimizer of :meth:`inner_parameters`.
+        outer_optimizer: Function from the list of unconstrained tensors to an optimizer; default Adam of rate 0.05.
+        inner_scheduler: Function from the inner optimizer to a scheduler, stepped after each epoch.
+        outer_scheduler: Function from the outer optimizer to a scheduler, stepped after each outer step.
+        inner_steps_per_outer: Inner steps per outer step; None: 1, or the ``num_steps`` of ``Unrolled``.
         loop: Accumulation, clipping, warm-up, restarts, logging.
-
-    Attributes:
-        inner_steps: Made so far; with ``outer_steps`` and ``skipped_steps`` the module's own clock.
-        outer_steps: Made so far.
-        skipped_steps: Outer steps left out because a value was not finite.
-        last_report: What the last outer step found.
 
     Raises:
         ValueError: Arguments that contradict each other.
@@ -99,31 +92,15 @@ class NestedModule(HasOuterLoop, LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        tuned = as_hyperparameters(hyperparameters)
-        rates = [h.name for h in tuned if h.sets_rate]
-        if rates and isinstance(gradient, Implicit):
-            raise ValueError(
-                f"A learning rate needs gradient=Unrolled(num_steps=...). Got {rates[0]!r} with {gradient}: "
-                "the inner loss does not depend on it, so implicit differentiation cannot see it."
-            )
-        if len(rates) > 1:
-            raise ValueError(f"There must be at most one LearningRate. Got {rates}.")
-        k = inner_steps_per_outer
-        if k is not None and (k < 1 or (gradient.length is not None and k != gradient.length)):
-            raise ValueError(
-                "inner_steps_per_outer must be at least 1, and the num_steps of Unrolled if given with it. "
-                f"Got {k} with {gradient}; leave it out."
-            )
         self.gradient, self.loop = gradient, loop
-        self.inner_steps_per_outer = (
-            k if k is not None else gradient.length if gradient.length is not None else 1
-        )
         self.outer = OuterStep(
-            tuned,
+            as_hyperparameters(hyperparameters),
             optimizer=outer_optimizer,
             scheduler=outer_scheduler,
             solver=gradient.solver if isinstance(gradient, Implicit) else None,
         )
+        _check_arguments(self.outer, gradient, inner_steps_per_outer)
+        self.inner_steps_per_outer = inner_steps_per_outer or gradient.length or 1
         self.outer_loop = OuterLoop(
             "NestedModule",
             self.outer,
@@ -143,26 +120,26 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @abstractmethod
     def inner_loss(self, batch: Any) -> Tensor:
-        """Training loss of a batch: a scalar with its graph, without tuned weight decays."""
+        """Return the training loss of a batch: a scalar with its graph, without tuned weight decays."""
         raise NotImplementedError(f"{type(self).__name__} must define inner_loss(self, batch).")
 
     @abstractmethod
     def outer_loss(self, batch: Any) -> Tensor:
-        """Validation loss of a batch: a scalar with its graph."""
+        """Return the validation loss of a batch: a scalar with its graph."""
         raise NotImplementedError(f"{type(self).__name__} must define outer_loss(self, batch).")
 
     def outer_dataloader(self) -> Any:
-        """Loader of the outer batches; None: the validation data of ``fit``."""
+        """Return the loader of the outer batches; None: the validation data of ``fit``."""
         return None
 
     def inner_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are no hyperparameters, for the inner optimizer."""
+        """Return the parameters that are no hyperparameters, for the inner optimizer."""
         tuned = self._tuned()
         return [p for p in self.parameters() if p.requires_grad and id(p) not in tuned]
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The inner optimizer; the outer one is no business of the Trainer."""
+        """Return the inner optimizer; the outer one is stepped by this module, not by the Trainer."""
         if self._make_inner is None:
             raise MisconfigurationException(
                 "NestedModule needs inner_optimizer=<from parameters to optimizer>, or a subclass's "
@@ -194,27 +171,13 @@ class NestedModule(HasOuterLoop, LightningModule):
         self.outer_loop.remember_initial(self.outer_loop.parameters)
 
     def _collect(self) -> None:
-        """The parameters that the inner optimizer moves, by name, and hyperparameters of their sizes."""
-        optimizer, tuned = self._optimizer(), self._tuned()
-        names = {id(p): name for name, p in self.named_parameters()}
-        held = trainable(optimizer.optimizer)
-        twice = [f"{names.get(id(p))} ({tuned[id(p)]!r})" for p in held if id(p) in tuned]
-        unknown = [tuple(p.shape) for p in held if id(p) not in names]
-        if twice:
-            raise MisconfigurationException(
-                "A weight must be either a hyperparameter or an inner parameter. "
-                f"Got both for {', '.join(twice)}; give the inner optimizer self.inner_parameters()."
-            )
-        if unknown or not held:
-            raise MisconfigurationException(
-                "The inner optimizer must hold parameters of the module, at least one. "
-                f"Got {f'others of shapes {unknown}' if unknown else 'none'}; "
-                "give it self.inner_parameters()."
-            )
+        """Name the parameters of the inner optimizer, and build the hyperparameters for them."""
+        optimizer = self._optimizer().optimizer
+        parameters = _named_parameters(self, optimizer, self._tuned())
         if not self.outer_loop.parameters:
             for hyperparameter in self.outer.hyperparameters:
-                hyperparameter.attach_optimizer(optimizer.optimizer)
-        self.outer_loop.build({names[id(p)]: p for p in held}, self.device)
+                hyperparameter.attach_optimizer(optimizer)
+        self.outer_loop.build(parameters, self.device)
 
     @override
     def on_train_start(self) -> None:
@@ -228,7 +191,7 @@ class NestedModule(HasOuterLoop, LightningModule):
         self._begin(batches)
 
     def _begin(self, batches: OuterBatches) -> None:
-        """A runner for the present parameters."""
+        """Begin a cycle with the current parameters."""
         self._problem = InnerProblem(
             module=self,
             inner_loss=self.inner_loss,
@@ -274,7 +237,7 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logs the outer loss of the validation data as ``val_loss``; to be overridden."""
+        """Log the outer loss of the validation data as ``val_loss``; may be overridden."""
         loss = self.outer_loss(batch)
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         return loss
@@ -306,7 +269,7 @@ class NestedModule(HasOuterLoop, LightningModule):
         self._saved = checkpoint.get("nested")
 
     def _follow_frozen(self, problem: InnerProblem) -> None:
-        """Begin anew with other parameters where a finetuning callback froze or unfroze some."""
+        """Begin a new cycle if a finetuning callback froze or unfroze parameters."""
         if self.outer_loop.is_built_for(self._optimizer().optimizer):
             return
         if self._cycle is not None:
@@ -319,7 +282,7 @@ class NestedModule(HasOuterLoop, LightningModule):
     # ---- the outer step
 
     def _remaining(self, batch_idx: int) -> int:
-        """Inner steps up to and including the next outer step."""
+        """Return the number of inner steps up to and including the next outer step."""
         warmup = max(0, self.loop.warmup_steps - self.inner_steps)
         remaining = warmup + self.inner_steps_per_outer - self._position
         if not self.gradient.ends_with_epoch:
@@ -366,3 +329,45 @@ class NestedModule(HasOuterLoop, LightningModule):
             if not hyperparameter.built:
                 hyperparameter.attach_module(self)
         return {id(t): h.name for h in self.outer.hyperparameters for t in h.tensors.values()}
+
+
+def _check_arguments(outer: OuterStep, gradient: GradientStrategy, inner_steps_per_outer: int | None) -> None:
+    rates = [h.name for h in outer.hyperparameters if h.sets_rate]
+    if rates and isinstance(gradient, Implicit):
+        raise ValueError(
+            f"A learning rate needs gradient=Unrolled(num_steps=...). Got {rates[0]!r} with {gradient}: "
+            "the inner loss does not depend on it, so implicit differentiation cannot see it."
+        )
+    if len(rates) > 1:
+        raise ValueError(f"There must be at most one LearningRate. Got {rates}.")
+    k = inner_steps_per_outer
+    if k is not None and (k < 1 or gradient.length not in (None, k)):
+        raise ValueError(
+            "inner_steps_per_outer must be at least 1, and the num_steps of Unrolled if given with it. "
+            f"Got {k} with {gradient}; leave it out."
+        )
+
+
+def _named_parameters(
+    module: nn.Module, optimizer: Optimizer, tuned: Mapping[int, str]
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that the inner optimizer moves, by name.
+
+    Raises:
+        MisconfigurationException: One is a hyperparameter, or not of the module, or there are none.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    held = trainable(optimizer)
+    twice = [f"{names.get(id(p))} ({tuned[id(p)]!r})" for p in held if id(p) in tuned]
+    if twice:
+        raise MisconfigurationException(
+            "A weight must be either a hyperparameter or an inner parameter. "
+            f"Got both for {', '.join(twice)}; give the inner optimizer self.inner_parameters()."
+        )
+    unknown = [tuple(p.shape) for p in held if id(p) not in names]
+    if unknown or not held:
+        raise MisconfigurationException(
+            "The inner optimizer must hold parameters of the module, at least one. "
+            f"Got {f'others of shapes {unknown}' if unknown else 'none'}; give it self.inner_parameters()."
+        )
+    return {names[id(p)]: p for p in held}
