@@ -24,14 +24,13 @@ from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
 from lightning_nested.trainer.attributes import replace_placeholders
 from lightning_nested.trainer.inner_graph import InnerGraph
+from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
 from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.stand_ins import StandIns
-
-_OUTER_LOSS = "def outer_loss(self, batch):\n    x, y = batch\n    return F.cross_entropy(self(x), y)"
 
 
 class HypergradientCallback(HasOuterLoop, Callback):
@@ -121,8 +120,10 @@ class HypergradientCallback(HasOuterLoop, Callback):
     def outer_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
         """Return the outer loss of a batch, a scalar with its graph."""
         own = getattr(pl_module, "outer_loss", None)
-        loss = own(batch) if callable(own) else step_loss(trainer, pl_module, "validation_step", batch, 0)
-        return _check_outer_loss(loss, type(pl_module).__name__)
+        if callable(own):
+            return check_loss("outer_loss", pl_module, own(batch))
+        loss = step_loss(trainer, pl_module, "validation_step", batch, 0)
+        return check_loss("validation_step", pl_module, loss)
 
     # ---- lifecycle
 
@@ -345,7 +346,7 @@ def _check_settings(trainer: Trainer, module: LightningModule) -> None:
     if not callable(getattr(module, "outer_loss", None)) and not is_overridden("validation_step", module):
         raise MisconfigurationException(
             f"HypergradientCallback needs an outer loss. Got {name} without outer_loss and validation_step; "
-            f"add:\n{_OUTER_LOSS}"
+            "add:\ndef outer_loss(self, batch):\n    x, y = batch\n    return F.cross_entropy(self(x), y)"
         )
     if trainer.accumulate_grad_batches > 1:
         signature = inspect.signature(module.backward)
@@ -355,24 +356,6 @@ def _check_settings(trainer: Trainer, module: LightningModule) -> None:
                 "With accumulate_grad_batches the graphs are needed again at the window's last batch. Got "
                 f"{name}.backward{signature}, which cannot keep one; give it **kwargs and pass them to loss.backward."
             )
-
-
-def _check_outer_loss(loss: object, name: str) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise MisconfigurationException(
-            f"The outer loss must be a tensor. Got {type(loss).__name__} from {name}; "
-            f"return the loss from validation_step, or add:\n{_OUTER_LOSS}"
-        )
-    if loss.numel() != 1:
-        raise MisconfigurationException(
-            f"The outer loss of {name} must be a scalar. Got shape {tuple(loss.shape)}; return its mean."
-        )
-    if not loss.requires_grad:
-        raise MisconfigurationException(
-            f"The outer loss of {name} must depend on its parameters. Got a tensor without graph: remove "
-            "torch.no_grad() and .detach() from its computation, or define outer_loss(self, batch)."
-        )
-    return loss
 
 
 def _take_out(optimizer: Optimizer, outer: OuterStep) -> None:

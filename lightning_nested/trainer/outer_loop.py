@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +19,7 @@ from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
 _COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
+_POSITIVE = {"every_n_steps", "restart_every", "accumulate_grad_batches"}
 
 
 class OuterLoop:
@@ -27,11 +28,7 @@ class OuterLoop:
     Args:
         owner: Class name in warnings.
         outer: Hyperparameters and their optimizer.
-        every_n_steps: Inner steps per outer step.
-        warmup_steps: Inner steps before the first outer step.
-        restart_every: Re-initialise weights and inner optimizer after this many outer steps; None: never.
-        max_skipped: Successive outer steps that may fail before the run ends.
-        log_every_n_outer_steps: Log every n-th outer step; 0: never.
+        **options: See :class:`HypergradientCallback`.
 
     Attributes:
         inner_steps: Inner steps made so far.
@@ -57,16 +54,10 @@ class OuterLoop:
         max_skipped: int = 10,
         log_every_n_outer_steps: int = 10,
     ) -> None:
-        check_counts(1, every_n_steps=every_n_steps, restart_every=restart_every)
-        check_counts(
-            0,
-            warmup_steps=warmup_steps,
-            max_skipped=max_skipped,
-            log_every_n_outer_steps=log_every_n_outer_steps,
-        )
-        self.owner, self.outer = owner, outer
         self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
         self.max_skipped, self.log_every_n_outer_steps = max_skipped, log_every_n_outer_steps
+        check_counts(**vars(self))
+        self.owner, self.outer = owner, outer
         self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.last_report: OuterReport | None = None
         self.parameters: dict[str, nn.Parameter] = {}
@@ -121,8 +112,7 @@ class OuterLoop:
     def stop(self) -> None:
         """End the stream of outer batches and its worker processes."""
         if self.batches is not None:
-            self._position = self.batches.state_dict()
-            self.batches = None
+            self._position, self.batches = self.batches.state_dict(), None
 
     # ---- one outer step
 
@@ -131,7 +121,7 @@ class OuterLoop:
         self.last_report, self.skipped_in_a_row = report, 0
 
     def skip(self, error: FloatingPointError) -> None:
-        """Record that there was none.
+        """Record that none was found.
 
         Raises:
             FloatingPointError: More than ``max_skipped`` successive outer steps failed.
@@ -159,7 +149,7 @@ class OuterLoop:
                 optimizer.state.clear()
 
     def _log(self, module: LightningModule, report: OuterReport) -> None:
-        """Log an outer step: what is to be logged at each of them belongs into ``metrics``.
+        """Log an outer step: a number to log at each of them belongs into ``metrics``.
 
         Loggers get it here, once, at the step that it belongs to: ``self.log(..., on_step=True)`` would repeat the
         last value at every later step, and drop those that fall between two of the Trainer's ``log_every_n_steps``.
@@ -184,7 +174,7 @@ class OuterLoop:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next outer step depends on; ``initial`` is the owner's to add."""
+        """Return everything that the next outer step depends on but ``initial``, which the owner adds."""
         position = self.batches.state_dict() if self.batches else self._saved_position or self._position
         counters = {name: getattr(self, name) for name in _COUNTERS}
         return {"outer": self.outer.state_dict(), "batches": dict(position), **counters}
@@ -196,40 +186,31 @@ class OuterLoop:
             setattr(self, name, state[name])
         for name, value in state.get("initial", {}).items():
             self.initial[name] = value.to(next(iter(self.parameters.values())).device)
-        # None were drawn if it was saved before training began.
-        if self.batches is not None and state["batches"]:
-            self.batches.load_state_dict(state["batches"])
-        elif self.batches is None:
+        if self.batches is None:
             self._saved_position = state["batches"] or {}
+        elif state["batches"]:
+            self.batches.load_state_dict(state["batches"])
+
+
+class _OfLoop:
+    """Attribute that is read from the outer loop; not a property, which TorchScript would compile."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(instance.outer_loop, self._name)
 
 
 class HasOuterLoop:
-    """Attributes of every class that runs an :class:`OuterLoop`."""
+    """Counters of an :class:`OuterLoop`, and values, as attributes of the class that runs it."""
 
-    outer_loop: OuterLoop
-
-    @property
-    def inner_steps(self) -> int:
-        """Inner steps made so far."""
-        return self.outer_loop.inner_steps
-
-    @property
-    def outer_steps(self) -> int:
-        """Outer steps made so far."""
-        return self.outer_loop.outer_steps
-
-    @property
-    def skipped_steps(self) -> int:
-        """Outer steps left out because a value was not finite."""
-        return self.outer_loop.skipped_steps
-
-    @property
-    def last_report(self) -> OuterReport | None:
-        """Report of the last hypergradient."""
-        return self.outer_loop.last_report
+    if TYPE_CHECKING:  # TorchScript reads annotations too
+        outer_loop: OuterLoop
+    inner_steps, outer_steps, skipped_steps, last_report = _OfLoop(), _OfLoop(), _OfLoop(), _OfLoop()
 
     def values(self) -> dict[str, Tensor]:
-        """Tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.
+        """Return tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.
 
         A strategy that forks or spawns processes trains a copy of the object: there, read them in a hook, or from a
         checkpoint.
@@ -237,38 +218,31 @@ class HasOuterLoop:
         return self.outer_loop.outer.values()
 
 
-def check_counts(least: int, **counts: int | None) -> None:
-    """Refuse counts below ``least``; None is let pass.
+def check_counts(**options: object) -> None:
+    """Refuse whole numbers that are too small: below 1 or 0, as the option's name demands.
 
     Raises:
         ValueError: It names the first one.
     """
-    for name, value in counts.items():
-        if value is not None and value < least:
+    for name, value in options.items():
+        least = int(name in _POSITIVE)
+        if isinstance(value, int) and value < least:
             raise ValueError(f"{name} must be at least {least}. Got {value}.")
 
 
 @torch.no_grad()
 def reinitialize(
-    module: nn.Module,
-    initial: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
-    seed: int,
+    module: nn.Module, initial: Mapping[str, Tensor], parameters: Mapping[str, Tensor], seed: int
 ) -> None:
     """Draw new initial weights by each submodule's ``reset_parameters``, the same on every process.
 
-    Args:
-        module: Its submodules are reset, if all parameters that they own are among ``parameters``: not what is
-            frozen, is tuned, or has none.
-        initial: Values for parameters that no ``reset_parameters`` reaches.
-        parameters: Parameters to change.
-        seed: Seed of the new weights.
+    Submodules are reset if all parameters that they own are among ``parameters``: not what is frozen or tuned.
+    Parameters that no ``reset_parameters`` reaches take their ``initial`` values.
     """
     inner = {id(p) for p in parameters.values()}
     for name, parameter in parameters.items():
         parameter.copy_(initial[name])
-    device = next(iter(parameters.values())).device
-    with RandomStream(seed, device):
+    with RandomStream(seed, next(iter(parameters.values())).device):
         for submodule in module.modules():
             reset = getattr(submodule, "reset_parameters", None)
             own = [id(p) for p in submodule.parameters(recurse=False)]

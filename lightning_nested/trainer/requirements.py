@@ -10,15 +10,10 @@ from lightning_nested.trainer.lightning import has_static_graph
 
 
 def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) -> None:
-    """Refuse strategies that shard parameters or own the backward pass.
-
-    Args:
-        trainer: Its strategy is looked at.
-        who: For the message.
-        static_graph: Whether DDP may take the graph to be static.
+    """Refuse strategies that shard parameters or own the backward pass, in the name of class ``who``.
 
     Raises:
-        MisconfigurationException: With a cure.
+        MisconfigurationException: Also where DDP takes the graph to be static, if not ``static_graph``.
     """
     strategy = trainer.strategy
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)

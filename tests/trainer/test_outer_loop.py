@@ -33,7 +33,9 @@ def outer_loop(**options: Any) -> tuple[OuterLoop, Linear]:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     module.trainer = trainer()
     module.trainer.strategy.optimizers = [optimizer]
-    outer = OuterStep([WeightDecay("model", init=0.1)], optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0))
+    outer = OuterStep(
+        [WeightDecay("model", init=0.1)], optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0)
+    )
     loop = OuterLoop("Owner", outer, **options)
     loop.build(dict(module.named_parameters()), torch.device("cpu"))
     return loop, module
@@ -167,4 +169,4 @@ def test_counts_that_must_not_be_negative(name: str) -> None:
 
 
 def test_no_count_is_let_pass() -> None:
-    check_counts(1, restart_every=None)
+    check_counts(restart_every=None)

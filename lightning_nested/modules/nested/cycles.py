@@ -1,4 +1,4 @@
-"""Inner steps up to an outer step: with a kept graph of the last one, or of all that are unrolled."""
+"""Inner steps up to an outer step, with the graph of the last one or of all that are unrolled."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Cycle(ABC):
 
     @abstractmethod
     def add(self, batch: Any, *, remaining: int) -> Tensor:
-        """Evaluate one batch of the present inner step, which is ``remaining`` steps before the outer one."""
+        """Evaluate one batch of the current inner step, which is ``remaining`` steps before the outer one."""
 
     @abstractmethod
     def step(self, *, closes: bool) -> OuterReport | FloatingPointError | None:
-        """One inner step; if it closes the cycle, also the hypergradient, or why there is none."""
+        """Make an inner step; if it closes the cycle, return the report of the hypergradient or the error."""
 
     def drop(self) -> None:
         """End the cycle and free all graphs."""
@@ -46,14 +46,14 @@ class Cycle(ABC):
         ]
 
     def _take(self) -> tuple[Tensor | None, ...]:
-        """The step's gradient, the mean over processes."""
+        """Return the step's gradient, the mean over processes."""
         sums, self._sums = self._sums, [None] * len(self._sums)
         problem = self.problem
         return average_gradients(sums, list(problem.parameters.values()), reduction(problem.module.trainer))
 
 
 class ImplicitCycle(Cycle):
-    """Plain steps; the graph of the last one is kept for implicit differentiation."""
+    """Cycle of plain steps that keeps the graph of the last one for implicit differentiation."""
 
     def __init__(self, problem: InnerProblem, curvature: Curvature | None) -> None:
         super().__init__(problem)
@@ -113,13 +113,14 @@ class ImplicitCycle(Cycle):
 
 
 class UnrolledCycle(Cycle):
-    """The last ``truncate`` steps are made on fast weights, which keep their graph."""
+    """Cycle whose last ``truncate`` steps are made on fast weights, which keep their graph."""
 
     def __init__(self, problem: InnerProblem, truncate: int) -> None:
         super().__init__(problem)
         self._truncate = truncate
         self._fast: FastWeights | None = None
-        self._start()  # refuse an optimizer at the start of fit, not after the first plain steps
+        # Refuse an optimizer at the start of fit, not after the first plain steps.
+        self._start()
 
     def _start(self) -> FastWeights:
         problem = self.problem
@@ -130,18 +131,15 @@ class UnrolledCycle(Cycle):
         problem = self.problem
         if self._fast is None and remaining <= self._truncate:
             self._fast = self._start()
-        if self._fast is None:
-            raw = problem.inner_loss(batch)
-        else:
-            raw = self._fast.evaluate(problem.inner_loss, batch)
+        fast = self._fast
+        raw = problem.inner_loss(batch) if fast is None else fast.evaluate(problem.inner_loss, batch)
         loss = check_loss("inner_loss", problem.module, raw) / problem.accumulate
         with problem.full_precision():
-            if self._fast is not None:
-                self._accumulate(self._fast.gradient(loss))
+            if fast is not None:
+                self._accumulate(fast.gradient(loss))
             else:
-                self._accumulate(
-                    torch.autograd.grad(loss, tuple(problem.parameters.values()), allow_unused=True)
-                )
+                parameters = tuple(problem.parameters.values())
+                self._accumulate(torch.autograd.grad(loss, parameters, allow_unused=True))
         return loss.detach() * problem.accumulate
 
     @override
@@ -176,7 +174,7 @@ class UnrolledCycle(Cycle):
         self._fast = None
 
     def _decayed(self, gradients: list[Tensor | None], fast: FastWeights | None) -> list[Tensor | None]:
-        """With dᵢwᵢ added, by its graph to both."""
+        """Add dᵢwᵢ to the gradients, with its graph to both."""
         problem = self.problem
         values: dict[str, Tensor] = dict(problem.parameters) if fast is None else fast.values
         by_name = dict(zip(problem.parameters, gradients, strict=True))
