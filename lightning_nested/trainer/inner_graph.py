@@ -24,10 +24,10 @@ class InnerGraph:
     ``GaussNewton(outputs="name")`` needs the outputs of that submodule, which a forward hook keeps.
 
     Args:
-        module: Module whose training loss is evaluated.
+        module: Module whose ``method`` evaluates the training loss.
         curvature: Approximation of the Hessian; None: the Hessian.
         accumulate: Batches per step.
-        method: Name of the module's method that evaluates the loss, for messages.
+        method: See ``module``; for messages.
 
     Raises:
         MisconfigurationException: ``GaussNewton`` names no submodule, or has several batches.
@@ -40,7 +40,8 @@ class InnerGraph:
         self.losses: list[Tensor] = []
         self._repeats: list[Callable[[], Tensor]] = []
         self._outputs: list[Tensor] = []
-        self._repeat: Callable[[], Tensor] | None = None  # of the evaluation that is being observed
+        # Repeats the evaluation that is being observed.
+        self._repeat: Callable[[], Tensor] | None = None
         self._observing = False
         self._handle: RemovableHandle | None = None
         if isinstance(curvature, GaussNewton):
@@ -57,11 +58,7 @@ class InnerGraph:
         return isinstance(self._curvature, FiniteDifference | GaussNewton)
 
     def observe(self, evaluate: Callable[[], Tensor]) -> None:
-        """Observe the coming evaluation of a loss, up to :meth:`add`.
-
-        Args:
-            evaluate: Evaluates it again.
-        """
+        """Observe the coming evaluation of a loss, up to :meth:`add`; ``evaluate`` repeats it."""
         self._observing, self._outputs = True, []
         if isinstance(self._curvature, FiniteDifference):
             self._repeat = partial(self._evaluate_again, evaluate, RandomStream.snapshot(self._module.device))

@@ -1,4 +1,4 @@
-"""Inner problem of a nested module, as its strategies see it."""
+"""Inner problem of a nested module: losses, parameters, clipping and real steps."""
 
 from __future__ import annotations
 
@@ -24,15 +24,9 @@ class InnerProblem:
 
     Attributes:
         module: Module, not wrapped by DDP: the cycle averages its gradients, in one message.
-        inner_loss: Function from a batch to the training loss.
-        outer_loss: Function from a batch to the validation loss.
-        optimizer: Optimizer of the inner parameters.
-        parameters: Inner parameters by name.
-        outer: Hyperparameters and their optimizer.
+        optimizer: Optimizer of the inner ``parameters``.
         batches: Batches of the outer loss.
         accumulate: Batches per inner step.
-        clip: Limit of the gradient; None: none.
-        clip_algorithm: Limit of the norm of all gradients, or of each entry.
     """
 
     module: LightningModule

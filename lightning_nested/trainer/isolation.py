@@ -61,17 +61,16 @@ def untouched_metrics(module: nn.Module) -> Iterator[None]:
     for metric in module.modules():
         if not isinstance(metric, Metric):
             continue
-        states = {name: getattr(metric, name) for name in metric._defaults}
-        kept.append((metric, dict(metric.__dict__), states))
-        for name, value in states.items():
+        kept.append((metric, dict(metric.__dict__)))
+        # A metric may add to its states in place.
+        for name in metric._defaults:
+            value = getattr(metric, name)
             setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
     try:
         yield
     finally:
-        for metric, attributes, states in kept:
+        for metric, attributes in kept:
             metric.__dict__.update(attributes)
-            for name, value in states.items():
-                setattr(metric, name, value)
 
 
 @contextmanager

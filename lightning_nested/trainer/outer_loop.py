@@ -63,8 +63,9 @@ class OuterLoop:
         self.parameters: dict[str, nn.Parameter] = {}
         self.initial: dict[str, Tensor] = {}
         self.batches: OuterBatches | None = None
-        self._position: Mapping[str, int] = {}  # of batches that are gone
-        self._saved_position: Mapping[str, int] = {}  # of a checkpoint, until there are batches
+        # Positions in the outer data: at the end of training, and from a checkpoint until start.
+        self._position: Mapping[str, int] = {}
+        self._saved_position: Mapping[str, int] = {}
 
     def is_due(self, inner_step: int) -> bool:
         """Return True if there is an outer step at this inner step, counted from 0."""
