@@ -206,9 +206,15 @@ class _OfLoop:
 class HasOuterLoop:
     """Counters of an :class:`OuterLoop`, and values, as attributes of the class that runs it."""
 
-    if TYPE_CHECKING:  # TorchScript reads annotations too
+    # TorchScript would read annotations of the class.
+    if TYPE_CHECKING:
         outer_loop: OuterLoop
-    inner_steps, outer_steps, skipped_steps, last_report = _OfLoop(), _OfLoop(), _OfLoop(), _OfLoop()
+        inner_steps: int
+        outer_steps: int
+        skipped_steps: int
+        last_report: OuterReport | None
+    else:
+        inner_steps, outer_steps, skipped_steps, last_report = _OfLoop(), _OfLoop(), _OfLoop(), _OfLoop()
 
     def values(self) -> dict[str, Tensor]:
         """Return tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.
