@@ -27,7 +27,7 @@ from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OfLoop, OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.stand_ins import StandIns
@@ -72,6 +72,9 @@ class HypergradientCallback(HasOuterLoop, Callback):
             shards parameters, no validation data, no outer loss, unknown names.
         ValueError: An argument is out of range.
     """
+
+    every_n_steps, warmup_steps, restart_every = OfLoop(), OfLoop(), OfLoop()
+    log_every_n_outer_steps, max_skipped = OfLoop(), OfLoop()
 
     def __init__(
         self,

@@ -193,14 +193,17 @@ class OuterLoop:
             self.batches.load_state_dict(state["batches"])
 
 
-class _OfLoop:
-    """Attribute that is read from the outer loop; not a property, which TorchScript would compile."""
+class OfLoop:
+    """Attribute of an owner that its outer loop holds; not a property, which TorchScript would compile."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, instance: Any, owner: type) -> Any:
         return self if instance is None else getattr(instance.outer_loop, self._name)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance.outer_loop, self._name, value)
 
 
 class HasOuterLoop:
@@ -214,7 +217,7 @@ class HasOuterLoop:
         skipped_steps: int
         last_report: OuterReport | None
     else:
-        inner_steps, outer_steps, skipped_steps, last_report = _OfLoop(), _OfLoop(), _OfLoop(), _OfLoop()
+        inner_steps, outer_steps, skipped_steps, last_report = OfLoop(), OfLoop(), OfLoop(), OfLoop()
 
     def values(self) -> dict[str, Tensor]:
         """Return tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hyperparameters import OuterReport, OuterStep, WeightDecay
 from lightning_nested.trainer.outer_loop import OuterLoop, check_counts, reinitialize
 from tests.trainers import trainer
@@ -170,3 +171,11 @@ def test_counts_that_must_not_be_negative(name: str) -> None:
 
 def test_no_count_is_let_pass() -> None:
     check_counts(restart_every=None)
+
+
+def test_owners_have_the_attributes_of_their_loop() -> None:
+    callback = HypergradientCallback(WeightDecay(), every_n_steps=3)
+    assert (callback.every_n_steps, callback.outer_steps, callback.last_report) == (3, 0, None)
+    callback.every_n_steps = 2
+    callback.outer_loop.outer_steps = 5
+    assert (callback.outer_loop.every_n_steps, callback.outer_steps) == (2, 5)
