@@ -37,8 +37,12 @@ class Cycle(ABC):
         """Make an inner step; if it closes the cycle, return the report of the hypergradient or the error."""
 
     def drop(self) -> None:
-        """End the cycle and free all graphs."""
+        """Free all graphs; the next batch begins a new cycle."""
         self._sums = [None] * len(self._sums)
+
+    def close(self) -> None:
+        """Free all graphs, and leave the module as it was."""
+        self.drop()
 
     def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
         self._sums = [
@@ -89,6 +93,11 @@ class ImplicitCycle(Cycle):
     @override
     def drop(self) -> None:
         super().drop()
+        self._graph.clear()
+
+    @override
+    def close(self) -> None:
+        super().close()
         self._graph.close()
 
     def _find_hypergradient(self) -> OuterReport | FloatingPointError:

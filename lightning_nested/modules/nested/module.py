@@ -112,7 +112,6 @@ class NestedModule(HasOuterLoop, LightningModule):
         self._make_inner, self._make_inner_scheduler = inner_optimizer, inner_scheduler
         self._position = 0  # inner steps of the current cycle so far
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
-        self._problem: InnerProblem | None = None
         self._cycle: Cycle | None = None
         bind_hyperparameters(self, self.outer.hyperparameters)
 
@@ -188,11 +187,11 @@ class NestedModule(HasOuterLoop, LightningModule):
             self._saved = None
         batches = self.outer_loop.start(self.trainer, self.outer_dataloader())
         self._set_rates()
-        self._begin(batches)
+        self._cycle = self._begin(batches)
 
-    def _begin(self, batches: OuterBatches) -> None:
-        """Begin a cycle with the current parameters."""
-        self._problem = InnerProblem(
+    def _begin(self, batches: OuterBatches) -> Cycle:
+        """Return a cycle with the current parameters."""
+        problem = InnerProblem(
             module=self,
             inner_loss=self.inner_loss,
             outer_loss=self.outer_loss,
@@ -204,17 +203,17 @@ class NestedModule(HasOuterLoop, LightningModule):
             clip=self.loop.gradient_clip_val,
             clip_algorithm=self.loop.gradient_clip_algorithm,
         )
-        self._cycle = self.gradient.begin(self._problem)
+        return self.gradient.begin(problem)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        if self._cycle is None or self._problem is None:
+        if self._cycle is None:
             raise MisconfigurationException(
                 "NestedModule must be started by its hooks. "
                 f"Got a {type(self).__name__} that overrides one of {_HOOKS} without calling super()'s."
             )
         if batch_idx % self.loop.accumulate_grad_batches == 0:
-            self._follow_frozen(self._problem)
+            self._cycle = self._follow_frozen(self._cycle)
         remaining = self._remaining(batch_idx)
         loss = self._cycle.add(batch, remaining=remaining)
         last = self.trainer.is_last_batch
@@ -252,8 +251,8 @@ class NestedModule(HasOuterLoop, LightningModule):
     @override
     def teardown(self, stage: str) -> None:
         if self._cycle is not None:
-            self._cycle.drop()
-        self._cycle = self._problem = None
+            self._cycle.close()
+        self._cycle = None
         self.outer_loop.stop()
 
     @override
@@ -268,16 +267,15 @@ class NestedModule(HasOuterLoop, LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("nested")
 
-    def _follow_frozen(self, problem: InnerProblem) -> None:
-        """Begin a new cycle if a finetuning callback froze or unfroze parameters."""
+    def _follow_frozen(self, cycle: Cycle) -> Cycle:
+        """Return the cycle, or a new one if a finetuning callback froze or unfroze parameters."""
         if self.outer_loop.is_built_for(self._optimizer().optimizer):
-            return
-        if self._cycle is not None:
-            self._cycle.drop()
+            return cycle
+        cycle.close()
         self._collect()
         if self.gradient.ends_with_epoch:
             self._position = 0
-        self._begin(problem.batches)
+        return self._begin(cycle.problem.batches)
 
     # ---- the outer step
 
