@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import ConjugateGradient, GaussNewton, Identity, Neumann
 from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
-from tests.callbacks.regression import Regression, data, noisy, sgd, smooth, values, weights
+from tests.callbacks.tuned_regression import Regression, data, noisy, sgd, smooth, values, weights
 from tests.cases import DOUBLE, ridge_data, ridge_solution
 from tests.trainers import trainer
 

@@ -21,7 +21,16 @@ from lightning_nested.hypergradient import (
     implicit_hypergradient,
 )
 from lightning_nested.hyperparameters import WeightDecay
-from tests.callbacks.regression import Checkpointed, Regression, data, noisy, sgd, smooth, values, weights
+from tests.callbacks.tuned_regression import (
+    Checkpointed,
+    Regression,
+    data,
+    noisy,
+    sgd,
+    smooth,
+    values,
+    weights,
+)
 from tests.cases import DOUBLE
 from tests.trainers import trainer
 

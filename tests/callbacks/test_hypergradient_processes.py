@@ -20,7 +20,7 @@ from lightning_nested.hypergradient import (
     Nystrom,
 )
 from lightning_nested.hyperparameters import WeightDecay
-from tests.callbacks.regression import Regression, data, sgd, smooth, values
+from tests.callbacks.tuned_regression import Regression, data, sgd, smooth, values
 from tests.trainers import trainer
 
 SOLVERS: list[InverseSolver] = [

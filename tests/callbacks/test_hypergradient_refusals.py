@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
-from tests.callbacks.regression import Regression, data, smooth
+from tests.callbacks.tuned_regression import Regression, data, smooth
 from tests.trainers import trainer
 
 

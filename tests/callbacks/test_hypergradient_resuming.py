@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Identity, Neumann
 from lightning_nested.hyperparameters import WeightDecay
-from tests.callbacks.regression import Regression, data, sgd, smooth, values, weights
+from tests.callbacks.tuned_regression import Regression, data, sgd, smooth, values, weights
 from tests.trainers import trainer
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Neumann
 from lightning_nested.hyperparameters import WeightDecay
-from tests.callbacks.regression import Checkpointed, Regression, data, noisy, sgd, weights
+from tests.callbacks.tuned_regression import Checkpointed, Regression, data, noisy, sgd, weights
 from tests.trainers import trainer
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from lightning_nested.trainer.outer_batches import OuterBatches
-from tests.callbacks.regression import Regression, data, smooth
+from tests.callbacks.tuned_regression import Regression, data, smooth
 from tests.trainers import trainer
 
 
