@@ -8,7 +8,8 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_nested.hyperparameters.transforms import Transform
 
@@ -29,6 +30,8 @@ class Hyperparameter(ABC):
     name: str
     transform: Transform
     per_example = False  # whether a tensor may get a leading dimension: one value of each example
+    sets_rate = False  # whether it is the inner optimizer's learning rate, which no loss depends on
+    usage = ""  # lines to add to a module that does not read it, shown in errors
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -46,6 +49,21 @@ class Hyperparameter(ABC):
             parameters: Inner parameters by name.
             device: Where the tensors live.
         """
+
+    @property
+    def attribute(self) -> str | None:
+        """Name of the module's attribute through which the training loss reads this object; None: it does not."""
+        return None
+
+    def attach_module(self, module: nn.Module) -> None:  # noqa: B027 - optional
+        """Find tensors that the module has already; called at the start of ``fit``, before :meth:`build`."""
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027 - optional
+        """Read starting values from the inner optimizer; called before the first :meth:`build`."""
+
+    def rates(self) -> tuple[Tensor, ...] | None:
+        """Learning rate of each group of the inner optimizer, with its graph; None: it is not tuned by this."""
+        return None
 
     def reset(self) -> None:
         """Forget the tensors: the next :meth:`build` begins anew."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
@@ -31,6 +32,8 @@ class LearningRate(Hyperparameter):
         ValueError: ``init`` is not positive; in :meth:`attach`, the optimizer's own rate is not.
     """
 
+    sets_rate = True
+
     def __init__(
         self, init: float | None = None, transform: Transform | None = None, name: str = "learning_rate"
     ) -> None:
@@ -50,6 +53,10 @@ class LearningRate(Hyperparameter):
     def attach(self, rates: Sequence[float]) -> None:
         """Take the starting values of the optimizer's groups."""
         self._rates = tuple(rates if self.init is None else [self.init] * len(rates))
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        """Take the starting values of the optimizer's groups."""
+        self.attach([float(group["lr"]) for group in optimizer.param_groups])
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """One unconstrained tensor of shape (number of groups,)."""

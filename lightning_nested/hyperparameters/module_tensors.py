@@ -51,6 +51,10 @@ class ModuleTensors(Hyperparameter):
                 f"tensor of floating type. Got {self.path!r}, a {type(found).__name__} with none."
             )
 
+    def attach_module(self, module: nn.Module) -> None:
+        """Find the tensors in ``module``."""
+        self.attach(module)
+
     def __getstate__(self) -> dict[str, Any]:
         # The tensors themselves: copied together with their module they are the copy's.
         return dict(self.__dict__)

@@ -24,7 +24,10 @@ class BoundHyperparameter(Hyperparameter):
             losses = losses * self.example_weights(index)
     """
 
-    usage: str  # the lines to add to a module that does not read it, shown in errors
+    @property
+    def attribute(self) -> str:
+        """Name of the module's attribute through which the training loss reads this object."""
+        return self.name
 
 
 class ExampleWeights(BoundHyperparameter):

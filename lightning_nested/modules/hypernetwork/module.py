@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,7 +24,6 @@ from lightning_nested.hyperparameters import (
     Hyperparameter,
     LearningRate,
     ModuleTensors,
-    OuterReport,
     OuterStep,
 )
 from lightning_nested.modules.hypernetwork.monitor import two_optimizers
@@ -38,8 +36,7 @@ from lightning_nested.modules.hypernetwork.setup import (
 from lightning_nested.modules.hypernetwork.steps import ResponseSteps, training_loss
 from lightning_nested.trainer.attributes import bind_hyperparameters
 from lightning_nested.trainer.inner_problem import InnerProblem
-from lightning_nested.trainer.outer_batches import OuterBatches
-from lightning_nested.trainer.random_stream import base_seed
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
 from lightning_nested.trainer.requirements import refuse_strategy
 
 
@@ -58,7 +55,7 @@ def default_hyperparameter_optimizer(tensors: Any) -> Optimizer:
     return torch.optim.Adam(tensors, lr=0.01)
 
 
-class HypernetworkModule(LightningModule):
+class HypernetworkModule(HasOuterLoop, LightningModule):
     """Trains a network together with its response to hyperparameters, and moves them along it; to be extended.
 
         class Tuned(HypernetworkModule):
@@ -132,6 +129,12 @@ class HypernetworkModule(LightningModule):
                 )
         self.loop, self.options = loop, options
         self.outer = OuterStep(tuned, optimizer=outer_optimizer, scheduler=outer_scheduler)
+        self.outer_loop = OuterLoop(
+            "HypernetworkModule",
+            self.outer,
+            max_skipped=options.max_skipped,
+            log_every_n_outer_steps=options.log_every_n_outer_steps,
+        )
         self.network, self.vector = build_response(network, self.outer)
         self._make = (weights_optimizer, response_optimizer)
         self._make_schedulers = (weights_scheduler, response_scheduler)
@@ -141,10 +144,6 @@ class HypernetworkModule(LightningModule):
             self.scale.requires_grad_()
             self._scale_optimizer = scale_optimizer([self.scale])
         self.per_example = one_point_of_each_example(self.vector, self.network, options)
-        self.inner_steps = self.outer_steps = self.skipped_steps = 0
-        self.last_report: OuterReport | None = None
-        self._skipped_in_a_row = 0
-        self._saved: Mapping[str, Any] | None = None
         self._steps: ResponseSteps | None = None
         bind_hyperparameters(self, tuned)
         self._follow()
@@ -185,10 +184,6 @@ class HypernetworkModule(LightningModule):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The network's output at λ̂."""
         return self.network(*inputs, **options)
-
-    def values(self) -> dict[str, Tensor]:
-        """Tuned values in natural units, by ``name`` or ``name/key``."""
-        return self.outer.values()
 
     def export(self, values: Mapping[str, Any] | None = None) -> nn.Module:
         """The plain network with the best-response weights at λ̂, or at other values: no hypernetwork left.
@@ -251,10 +246,6 @@ class HypernetworkModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        batches = OuterBatches(self.trainer, self.outer_dataloader(), seed=base_seed(self.trainer))
-        if self._saved is not None:
-            batches.load_state_dict(self._saved["batches"])
-            self._saved = None
         problem = InnerProblem(
             module=self,
             inner_loss=lambda batch: self.training_loss(batch, self.vector.flat().detach()),
@@ -265,7 +256,7 @@ class HypernetworkModule(LightningModule):
                 **self.network.response_parameters(),
             },
             outer=self.outer,
-            batches=batches,
+            batches=self.outer_loop.start(self.trainer, self.outer_dataloader()),
             accumulate=1,
             clip=self.options.gradient_clip_val,
             clip_algorithm=self.options.gradient_clip_algorithm,
@@ -301,23 +292,15 @@ class HypernetworkModule(LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        if self._steps is not None:
-            self._outer_position = self._steps.problem.batches.state_dict()
+        self.outer_loop.stop()
         self._steps = None
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        steps = self._steps
-        position = steps.problem.batches.state_dict() if steps else getattr(self, "_outer_position", None)
         checkpoint["hypernetwork"] = {
-            "outer": self.outer.state_dict(),
+            **self.outer_loop.state_dict(),
             "scale": None if self.scale is None else self.scale.detach().cpu().clone(),
             "scale_optimizer": self._scale_optimizer.state_dict() if self._scale_optimizer else None,
-            "batches": position,
-            "inner_steps": self.inner_steps,
-            "outer_steps": self.outer_steps,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self._skipped_in_a_row,
         }
 
     @override
@@ -325,7 +308,7 @@ class HypernetworkModule(LightningModule):
         state = checkpoint.get("hypernetwork")
         if state is None:
             return
-        self.outer.load_state_dict(state["outer"], {})
+        self.outer_loop.load_state_dict(state)
         if (state["scale"] is None) != (self.scale is None):
             raise ValueError(
                 "The checkpoint must be of a loop that learns the perturbation's scale exactly if this one does. "
@@ -335,9 +318,6 @@ class HypernetworkModule(LightningModule):
             with torch.no_grad():
                 self.scale.copy_(state["scale"])
             self._scale_optimizer.load_state_dict(state["scale_optimizer"])
-        self.inner_steps, self.outer_steps = state["inner_steps"], state["outer_steps"]
-        self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        self._saved = state if state["batches"] is not None else None
 
     # ---- steps
 
@@ -346,19 +326,6 @@ class HypernetworkModule(LightningModule):
     ) -> Tensor:
         """The inner loss with its penalties at h, of shape (n,) or (batch, n); see :meth:`Response.at`."""
         return training_loss(self, batch, h, mode, weights, repeated=mode == "linearized")
-
-    def _skip(self, error: FloatingPointError) -> None:
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.options.max_skipped:
-            raise FloatingPointError(
-                f"More than max_skipped={self.options.max_skipped} successive outer steps failed. "
-                f"Got at last: {error}"
-            ) from error
-        if self._skipped_in_a_row == 1:
-            rank_zero_warn(
-                f"HypernetworkModule skipped the outer step at inner step {self.inner_steps}: {error}"
-            )
 
     def _follow(self) -> None:
         """The network stands at λ̂; a centred one is centred there."""

@@ -22,7 +22,6 @@ from lightning_nested.modules.hypernetwork.monitor import (
 )
 from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
 from lightning_nested.trainer.lightning import reduction
-from lightning_nested.trainer.outer_loop import log_outer_step
 from lightning_nested.trainer.random_stream import RandomStream
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class ResponseSteps:
         response.optimizer.step()  # past Lightning's wrapper: global_step counts training steps
         for parameter in problem.parameters.values():
             parameter.grad = None
-        module.inner_steps += 1
+        module.outer_loop.inner_steps += 1
         return loss
 
     def outer(self, batch: Any) -> None:
@@ -142,22 +141,18 @@ class ResponseSteps:
         Args:
             batch: Of the training data, for refinement and the monitor.
         """
-        module = self.module
+        module, loop = self.module, self.module.outer_loop
         try:
             report = self._outer_gradients(batch)
         except FloatingPointError as error:
-            module._skip(error)
+            loop.skip(error)
             return
-        module._skipped_in_a_row = 0
-        module.last_report = report
-        module.outer.apply()
+        loop.keep(report)
+        loop.step(module)
         if module._scale_optimizer is not None:
             module._scale_optimizer.step()
-        module.outer_steps += 1
         module._follow()
-        every = module.options.log_every_n_outer_steps
-        if every > 0 and (module.outer_steps - 1) % every == 0:
-            log_outer_step(module, report, module.values(), module.skipped_steps)
+        if loop.logs(module.outer_steps):
             for name, scale in module.scales().items():
                 module.log(f"perturbation/{name}", float(scale.mean()), batch_size=1)
         monitor = module.options.monitor

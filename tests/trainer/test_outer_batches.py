@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from lightning_nested.trainer.outer_batches import OuterBatches
-from tests.callbacks.test_hypergradient_fit import Regression, data, smooth, trainer
+from tests.callbacks.tuned_regression import Regression, data, smooth
+from tests.trainers import trainer
 
 
 class Capture(Callback):

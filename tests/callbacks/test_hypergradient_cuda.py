@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Neumann
 from lightning_nested.hyperparameters import WeightDecay
-from tests.callbacks.test_hypergradient_fit import Regression, data, sgd, smooth, trainer, values
+from tests.callbacks.tuned_regression import Regression, data, sgd, smooth, values
+from tests.trainers import trainer
 
 pytestmark = [
     pytest.mark.gpu,
