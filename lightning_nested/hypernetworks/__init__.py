@@ -1,4 +1,4 @@
-"""Learned best responses: how the trained weights answer to the hyperparameters. PyTorch only."""
+"""Learned best responses: the trained weights as a function of the hyperparameters. PyTorch only."""
 
 from lightning_nested.hypernetworks.convert import BestResponse, LowRankResponse, best_response
 from lightning_nested.hypernetworks.dense import DenseResponse, FactorisedResponse

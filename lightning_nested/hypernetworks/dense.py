@@ -15,7 +15,7 @@ from lightning_nested.hypernetworks.response import Response
 
 
 class _WholeResponse(Response):
-    """Responses that give all weights as one vector."""
+    """Base class of responses that compute all weights as one vector."""
 
     def _split(self, vector: Tensor) -> dict[str, Tensor]:
         general = self.general_parameters()
@@ -73,9 +73,8 @@ class FactorisedResponse(_WholeResponse):
         if rank < 1:
             raise ValueError(f"rank must be at least 1. Got {rank}.")
         example = next(iter(self.general_parameters().values())).detach()
-        self.encoder = nn.Parameter(
-            torch.randn(rank, num_hyperparameters).to(example) / num_hyperparameters**0.5
-        )
+        encoder = torch.randn(rank, num_hyperparameters).to(example)
+        self.encoder = nn.Parameter(encoder / num_hyperparameters**0.5)
         self.decoder = nn.Parameter(example.new_zeros(self._size(), rank))
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The hypernetwork of hyperparameters that act on one weight each, such as a decay per weight."""
+"""Hypernetwork for hyperparameters that act on one weight each, such as a decay per weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_nested.hypernetworks.response import Response
 
 
 class DiagonalResponse(Response):
-    """wᵢ(h) = w₀ᵢ + dᵢ hᵢ: each weight answers to the hyperparameter of its own, with N parameters beside w₀.
+    """wᵢ(h) = w₀ᵢ + dᵢ hᵢ: each weight responds to a hyperparameter of its own, with N parameters beside w₀.
 
     For ``WeightDecay(per="parameter")`` over all parameters. A response of low rank gives every decay a share in few
     common directions, and cannot say that the i-th moves the i-th weight first. This one can, and no more: trained

@@ -1,4 +1,4 @@
-"""Where the hyperparameters are tried: around the present ones with a learned or fixed scale, or everywhere."""
+"""Distributions of the tried hyperparameters: around λ with a learned or fixed scale, or everywhere."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch.nn import functional
 
 
 class Perturbation(ABC):
-    """Strategy: the distribution of h during training. All in unconstrained units."""
+    """Strategy for the distribution of h during training, in unconstrained units."""
 
     entropy_weight: float = 0.0  # τ
     antithetic: bool = False
     signs: bool = False
 
     def initial(self, center: Tensor) -> Tensor | None:
-        """The unconstrained learned scales s, (n,); None where nothing is learned."""
+        """Return the unconstrained scales s to learn, (n,); None where nothing is learned."""
         return None
 
     @abstractmethod
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
-        """h for standard normal ``noise`` of shape (n,) or (batch, n), with its graph to center and scale."""
+        """Return h for standard normal ``noise``, (n,) or (batch, n), with its graph to center and scale."""
 
     def bonus(self, scale: Tensor | None) -> Tensor | None:
-        """What is subtracted from the outer loss; None: nothing."""
+        """Return a number to subtract from the outer loss; None: nothing."""
         return None
 
     def draw(self, center: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
-        """Noise of mean 0 and variance 1: (n,), or (size, n).
+        """Draw noise of mean 0 and variance 1: (n,), or (size, n).
 
         Raises:
             ValueError: Antithetic pairs of a batch of one example.
