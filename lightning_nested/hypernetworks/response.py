@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.hypernetworks.layers.base import HyperLayer, Point, check_hyperparameters
+from lightning_nested.hypernetworks.layers.base import Point, check_hyperparameters
 from lightning_nested.hypernetworks.layers.reads import check_reads
 from lightning_nested.hypernetworks.linearized import (
     Weights,
@@ -293,8 +293,9 @@ class Response(nn.Module):
             weights = self.weights(h)
             plain = copy.deepcopy(self.module)
             for layer in list(plain.modules()):
-                if isinstance(layer, HyperLayer):
-                    layer.revert()
+                revert = getattr(layer, "revert", None)  # tuned dropout layers have one too
+                if callable(revert):
+                    revert()
             for name, parameter in plain.named_parameters():
                 if name in weights:
                     parameter.copy_(weights[name])

@@ -31,7 +31,6 @@ from lightning_nested.modules import (
     ResponseOptions,
     TunedImageClassifier,
 )
-from lightning_nested.modules.hypernetwork.steps import _Loss
 
 
 def trainer(folder: Path | None = None, **options: Any) -> Trainer:
@@ -133,7 +132,7 @@ def test_the_response_of_one_point_learns_without_first_order_noise() -> None:
         response.decoder.copy_(b.T)
     h, epsilon = module.vector.flat().detach(), 0.3
     value, for_general, for_phi = DeltaSTN().gradients(
-        _Loss(module), None, h, h + epsilon, [response.module.weight], [response.decoder]
+        module._loss(), None, h, h + epsilon, [response.module.weight], [response.decoder]
     )
 
     def gradient(w: Tensor, shift: float) -> Tensor:
