@@ -8,25 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.hypernetworks import layers
 from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, RowResponse
-from lightning_nested.hypernetworks.layers.conv import HyperConv1d, HyperConv2d
-from lightning_nested.hypernetworks.layers.embedding import HyperEmbedding
-from lightning_nested.hypernetworks.layers.linear import HyperLinear
-from lightning_nested.hypernetworks.layers.lstm import HyperLSTM
-from lightning_nested.hypernetworks.layers.norm import (
-    HyperBatchNorm1d,
-    HyperBatchNorm2d,
-    HyperGroupNorm,
-    HyperLayerNorm,
-)
-from lightning_nested.hypernetworks.linearized import Weights, dual_change, lacks_forward_mode
+from lightning_nested.hypernetworks.linearized import ForwardModeError, Weights, dual_change
 from lightning_nested.hypernetworks.response import Place, Response
 
 _LAYERS: dict[type[nn.Module], type[HyperLayer]] = {
     layer.plain: layer
     for layer in (
-        HyperLinear, HyperConv1d, HyperConv2d, HyperEmbedding, HyperLSTM,
-        HyperLayerNorm, HyperGroupNorm, HyperBatchNorm1d, HyperBatchNorm2d,
+        layers.HyperLinear, layers.HyperConv1d, layers.HyperConv2d, layers.HyperEmbedding, layers.HyperLSTM,
+        layers.HyperLayerNorm, layers.HyperGroupNorm, layers.HyperBatchNorm1d, layers.HyperBatchNorm2d,
     )
 }  # fmt: skip
 
@@ -134,11 +125,8 @@ class BestResponse(Response):
             result = self._by_layers(delta, True, rest, inputs, options)
             if not self.layers.read:
                 return result
-        except OnePointError:
+        except (OnePointError, ForwardModeError):
             pass
-        except (NotImplementedError, RuntimeError) as error:
-            if not lacks_forward_mode(error):
-                raise
         self._layers_suffice = False
         with torch.no_grad():
             for buffer, before in zip(self.module.buffers(), buffers, strict=True):

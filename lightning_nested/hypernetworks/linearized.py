@@ -28,17 +28,24 @@ def _differentiable_kernels() -> Iterator[None]:
         yield
 
 
+class ForwardModeError(RuntimeError):
+    """An operation has no forward-mode derivative."""
+
+
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Compute with dual numbers inside, by kernels that know them."""
-    with forward_ad.dual_level(), _differentiable_kernels():
-        yield
+    """Compute with dual numbers inside, by kernels that know them.
 
-
-def lacks_forward_mode(error: Exception) -> bool:
-    """Return True for torch's error about an operation without forward-mode derivatives."""
-    text = str(error).lower()
-    return "forward ad" in text or "forward mode" in text
+    Raises:
+        ForwardModeError: Torch reports an operation without forward-mode derivatives.
+    """
+    try:
+        with forward_ad.dual_level(), _differentiable_kernels():
+            yield
+    except RuntimeError as error:
+        if "forward ad" in str(error).lower() or "forward mode" in str(error).lower():
+            raise ForwardModeError(str(error)) from error
+        raise
 
 
 def dual_change(weight: Tensor, change: Tensor) -> Tensor:
@@ -72,18 +79,12 @@ def by_reverse_mode(run: Callable[[dict[str, Tensor]], Any], weights: Weights, c
         outputs, tree = tree_flatten(run(dict(leaves)))
         live = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
         cotangents = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
-        pulled = torch.autograd.grad(
-            [outputs[i] for i in live],
-            list(leaves.values()),
-            cotangents,
-            create_graph=True,
-            allow_unused=True,
-        )
+        found, at = [outputs[i] for i in live], list(leaves.values())
+        pulled = torch.autograd.grad(found, at, cotangents, create_graph=True, allow_unused=True)
         pairs = zip(pulled, (changes[n].detach() for n in leaves), strict=True)
         used = [(g, change) for g, change in pairs if g is not None and g.requires_grad]
-        moved = torch.autograd.grad(
-            [g for g, _ in used], cotangents, [c for _, c in used], retain_graph=True, allow_unused=True
-        )
+        products, tangents = [g for g, _ in used], [c for _, c in used]
+        moved = torch.autograd.grad(products, cotangents, tangents, retain_graph=True, allow_unused=True)
     for i, tangent in zip(live, moved, strict=True):
         if tangent is not None:
             outputs[i] = outputs[i] + tangent.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -17,6 +18,7 @@ from lightning_nested.hypernetworks.perturbation import (
 )
 from lightning_nested.hypernetworks.response import Mode, Response
 
+Leaves = list[Tensor]
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -36,7 +38,7 @@ class TrainingLoss(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResponseLoop:
+class ResponseLoop(ABC):
     """Order of the steps, distribution of h in training, and the gradients that train w₀ and φ.
 
     Args:
@@ -73,13 +75,7 @@ class ResponseLoop:
         return self.valid_steps if rounds > 0 and rounds % self.train_steps == 0 else 0
 
     def gradients(
-        self,
-        loss: TrainingLoss,
-        batch: Any,
-        center: Tensor,
-        h: Tensor,
-        general: list[Tensor],
-        phi: list[Tensor],
+        self, loss: TrainingLoss, batch: Any, center: Tensor, h: Tensor, general: Leaves, phi: Leaves
     ) -> tuple[Tensor, Gradients, Gradients]:
         """Return the loss, its gradients for w₀ and those for φ: all of the loss at the perturbed h."""
         value = loss(batch, h)
@@ -164,13 +160,7 @@ class DeltaSTN(STN):
             raise ValueError(f"response_every must be at least 1. Got {self.response_every}.")
 
     def gradients(
-        self,
-        loss: TrainingLoss,
-        batch: Any,
-        center: Tensor,
-        h: Tensor,
-        general: list[Tensor],
-        phi: list[Tensor],
+        self, loss: TrainingLoss, batch: Any, center: Tensor, h: Tensor, general: Leaves, phi: Leaves
     ) -> tuple[Tensor, Gradients, Gradients]:
         """Return the loss at λ, its gradients for w₀, and those of the linearized loss at h for φ."""
         value = loss(batch, center, "general")

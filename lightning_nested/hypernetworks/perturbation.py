@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -99,8 +100,8 @@ class FixedScale(Perturbation):
 
     Args:
         scale: σ, in unconstrained units.
-        antithetic: As in :class:`LearnedScale`.
-        signs: As there.
+        antithetic: See :class:`LearnedScale`.
+        signs: See :class:`LearnedScale`.
     """
 
     scale: float = 0.1
@@ -125,7 +126,7 @@ class GlobalNormal(Perturbation):
     Args:
         mean: In unconstrained units: one for all, or one of each.
         scale: Standard deviation.
-        signs: As in :class:`LearnedScale`.
+        signs: See :class:`LearnedScale`.
     """
 
     mean: float | tuple[float, ...] = 0.0
@@ -149,8 +150,8 @@ class GlobalUniform(Perturbation):
     """h uniform in [low, high] wherever λ is.
 
     Args:
-        low: In unconstrained units (log decay for a decay).
-        high: Likewise.
+        low: Lower end in unconstrained units (log decay for a decay).
+        high: Upper end.
     """
 
     low: float
@@ -162,8 +163,7 @@ class GlobalUniform(Perturbation):
 
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
         """low + (high − low) Φ(ε)."""
-        share: Tensor = torch.special.ndtr(noise)
-        return self.low + (self.high - self.low) * share
+        return self.low + (self.high - self.low) * cast("Tensor", torch.special.ndtr(noise))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,5 +171,5 @@ class NoPerturbation(Perturbation):
     """h = λ: the simplified algorithm, where λ's own movement is all that the response learns from."""
 
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
-        """λ, or λ for each example."""
+        """λ, once for each example if ``noise`` is."""
         return center if noise.dim() == 1 else center.expand(noise.shape)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lightning_nested.hypernetworks.layers.base import Point, check_hyperparameters
 from lightning_nested.hypernetworks.layers.reads import check_reads
 from lightning_nested.hypernetworks.linearized import (
+    ForwardModeError,
     Weights,
     add_own_tangents,
     by_reverse_mode,
     dual_change,
     forward_mode,
-    lacks_forward_mode,
 )
 
 Mode = Literal["response", "general", "linearized"]
@@ -233,12 +233,9 @@ class Response(nn.Module):
             return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
 
     def _each(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        linearized = place.mode == "linearized"
         try:
-            return self._by_layers(place.h - self.center, linearized, dict, inputs, options)
-        except (NotImplementedError, RuntimeError) as error:
-            if not (linearized and lacks_forward_mode(error)):
-                raise
+            return self._by_layers(place.h - self.center, place.mode == "linearized", dict, inputs, options)
+        except ForwardModeError as error:
             raise RuntimeError(
                 "The linearized output for one h of each example needs operations with forward-mode derivatives. "
                 f"Got: {error} Give one h of shape (n,), or DeltaSTN(linearized=False)."
@@ -273,9 +270,7 @@ class Response(nn.Module):
             try:
                 with forward_mode():
                     return add_own_tangents(run({n: dual_change(p, changes[n]) for n, p in general.items()}))
-            except (NotImplementedError, RuntimeError) as error:
-                if not lacks_forward_mode(error):
-                    raise
+            except ForwardModeError:
                 self._double_vjp = True
         return by_reverse_mode(run, general, changes)
 

@@ -31,15 +31,7 @@ class _HyperConv(HyperLayer):
 
 
 class HyperConv1d(_HyperConv, nn.Conv1d):
-    """``nn.Conv1d`` with the response of :class:`HyperLinear` per output channel.
-
-    Args:
-        in_channels: Of x.
-        out_channels: Of y.
-        kernel_size: Width of the kernel.
-        num_hyperparameters: n.
-        **options: The other arguments of ``nn.Conv1d``.
-    """
+    """``nn.Conv1d`` with the response of :class:`HyperLinear` per output channel; see :class:`HyperConv2d`."""
 
     plain = nn.Conv1d
 
@@ -48,8 +40,8 @@ class HyperConv2d(_HyperConv, nn.Conv2d):
     """``nn.Conv2d`` with the response of :class:`HyperLinear` per output channel.
 
     Args:
-        in_channels: Of x.
-        out_channels: Of y.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
         kernel_size: Sides of the kernel.
         num_hyperparameters: n.
         **options: The other arguments of ``nn.Conv2d``.

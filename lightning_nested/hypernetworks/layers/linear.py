@@ -19,9 +19,9 @@ class HyperLinear(HyperLayer, nn.Linear):
         in_features: Width of x.
         out_features: Width of y.
         num_hyperparameters: n.
-        bias: Whether there is b₀.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        bias: Add b₀ and b₁.
+        device: Device of the parameters.
+        dtype: Precision of the parameters.
 
     Shape:
         x (batch, …, in) with h (n,) or (batch, n); y (batch, …, out).

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -86,15 +87,8 @@ class ResponseLoss:
         return {name: p.detach() + changes[name] for name, p in general.items()}
 
     def _drop_connect(self) -> Callable[[dict[str, Tensor]], Weights] | None:
-        drop_connects = [x for x in self.outer.hyperparameters if isinstance(x, DropConnect)]
-
-        def dropped(weights: dict[str, Tensor]) -> Weights:
-            result: Weights = weights
-            for drop_connect in drop_connects:
-                result = drop_connect(result)
-            return result
-
-        return dropped if drop_connects else None
+        drops = [x for x in self.outer.hyperparameters if isinstance(x, DropConnect)]
+        return (lambda weights: reduce(lambda w, drop: drop(w), drops, weights)) if drops else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,7 +160,4 @@ def two_optimizers(module: LightningModule) -> tuple[LightningOptimizer, Lightni
             "configure_optimizers must return two: of the weights and of the response. "
             f"Got {len(optimizers) if isinstance(optimizers, list) else 1}."
         )
-    weights, response = optimizers
-    assert isinstance(weights, LightningOptimizer)
-    assert isinstance(response, LightningOptimizer)
-    return weights, response
+    return cast("tuple[LightningOptimizer, LightningOptimizer]", tuple(optimizers))

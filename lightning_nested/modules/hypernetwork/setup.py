@@ -25,11 +25,7 @@ from lightning_nested.trainer.requirements import refuse_strategy
 
 
 def through_the_loss(hyperparameters: Hyperparameter | Sequence[Hyperparameter]) -> list[Hyperparameter]:
-    """List the hyperparameters.
-
-    Raises:
-        ValueError: One acts neither through the training loss nor through a penalty.
-    """
+    """List the hyperparameters; refuse those that act neither through the training loss nor through a penalty."""
     tuned = [hyperparameters] if isinstance(hyperparameters, Hyperparameter) else list(hyperparameters)
     for h in tuned:
         if isinstance(h, LearningRate | ModuleTensors):
@@ -41,22 +37,18 @@ def through_the_loss(hyperparameters: Hyperparameter | Sequence[Hyperparameter])
 
 
 def build_response(network: nn.Module, outer: OuterStep) -> tuple[Response, HyperparameterVector]:
-    """Convert the network unless it is a response, install dropout rates, build the hyperparameters.
-
-    Args:
-        network: A module, which is copied, or a response.
-        outer: Its hyperparameters are built for the network's parameters.
+    """Convert the network unless it is a response, install dropout rates, build the hyperparameters for it.
 
     Raises:
         ValueError: A response is of another number of hyperparameters.
     """
     tuned = outer.hyperparameters
     if isinstance(network, Response):
-        response, given = network, " a response with"
+        response = network
         parameters = {n: p.detach() for n, p in response.general_parameters().items()}
     else:
         parameters = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        response, given = best_response(network, _count(tuned, parameters, network)), ""
+        response = best_response(network, _count(tuned, parameters, network))
     for hyperparameter in tuned:
         if isinstance(hyperparameter, DropoutRates):
             hyperparameter.install(response.module, response.layers.batch_dim)
@@ -65,7 +57,7 @@ def build_response(network: nn.Module, outer: OuterStep) -> tuple[Response, Hype
     if response.num_hyperparameters != len(vector):
         raise ValueError(
             f"The response must have num_hyperparameters={len(vector)}, one per unconstrained number. "
-            f"Got{given} {response.num_hyperparameters}."
+            f"Got a response with {response.num_hyperparameters}."
         )
     return response, vector
 
@@ -90,11 +82,7 @@ def each_example_alone(vector: HyperparameterVector, response: Response, options
 
 
 def examples_in(batch: Any, dim: int) -> int:
-    """Return the length of a batch's first tensor in dimension ``dim``.
-
-    Raises:
-        MisconfigurationException: There is no tensor that has it.
-    """
+    """Return the length of a batch's first tensor in dimension ``dim``; refuse a batch that has none."""
     for tensor in _tensors(batch):
         if tensor.dim() > dim:
             return tensor.shape[dim]
@@ -117,11 +105,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 def epoch_schedulers(
     makers: Sequence[Callable[[Any], Any] | None], optimizers: Sequence[Optimizer]
 ) -> list[LRScheduler]:
-    """Make the schedulers that are given, each for its optimizer.
-
-    Raises:
-        MisconfigurationException: One waits for a metric.
-    """
+    """Make the schedulers that are given, each for its optimizer; refuse one that waits for a metric."""
     pairs = zip(makers, optimizers, strict=True)
     schedulers = [make(optimizer) for make, optimizer in pairs if make is not None]
     if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
@@ -133,11 +117,7 @@ def epoch_schedulers(
 
 
 def refuse_settings(trainer: Trainer) -> None:
-    """Refuse strategies that shard parameters, and precisions that scale losses.
-
-    Raises:
-        MisconfigurationException: With a cure.
-    """
+    """Refuse strategies that shard parameters, and precisions that scale losses."""
     refuse_strategy(trainer, "HypernetworkModule")
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise MisconfigurationException(
