@@ -46,7 +46,7 @@ class LowRankResponse(nn.Module):
 
     def added_to(self, weight: Tensor, delta: Tensor) -> Tensor:
         """weight + Δ(h)."""
-        return weight + self(delta)
+        return weight + self.forward(delta)
 
     def inner(self, delta: Tensor, gradient: Tensor) -> Tensor:
         """⟨Δ(h), gradient⟩, scalar."""
