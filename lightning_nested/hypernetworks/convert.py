@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_nested.hypernetworks import layers
 from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, RowResponse
 from lightning_nested.hypernetworks.linearized import ForwardModeError, Weights, dual_change
-from lightning_nested.hypernetworks.response import Place, Response
+from lightning_nested.hypernetworks.response import Place, Response, Run
 
 _LAYERS: dict[type[nn.Module], type[HyperLayer]] = {
     layer.plain: layer
@@ -26,9 +26,9 @@ class LowRankResponse(nn.Module):
     """Δ(h) = Σ_k (vₖ·h) qₖ for a parameter of any shape: ``rank · (numel + n)`` parameters.
 
     Args:
-        like: The parameter.
+        like: Parameter that responds.
         num_hyperparameters: n.
-        rank: Terms; n suffices for every linear response.
+        rank: Number of terms; n suffices for every linear response.
     """
 
     def __init__(self, like: Tensor, num_hyperparameters: int, rank: int) -> None:
@@ -104,7 +104,7 @@ class BestResponse(Response):
         """Name the parameters without a layer of ours."""
         return self._one_point
 
-    def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _linearized(self, place: Place, run: Run) -> Any:
         """Linearize by the layers, which need no second set of weights; by weights at h where a layer cannot.
 
         In that case the output is computed again, from the same random numbers and buffers.
@@ -112,7 +112,7 @@ class BestResponse(Response):
         without = {name for name, path in self._at.items() if path is None}
         suffice = self._layers_suffice and not self._double_vjp and set(self._one_point) == without
         if not suffice or place.change is not None:
-            return super()._linearized(place, inputs, options)
+            return super()._linearized(place, run)
         delta, general = place.h - self.center, self.general_parameters()
         buffers = [b.clone() for b in self.module.buffers()]
 
@@ -122,7 +122,7 @@ class BestResponse(Response):
         devices = {p.device for p in general.values() if p.is_cuda}
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
         try:
-            result = self._by_layers(delta, True, rest, inputs, options)
+            result = self._by_layers(delta, True, rest, run)
             if not self.layers.read:
                 return result
         except (OnePointError, ForwardModeError):
@@ -134,7 +134,7 @@ class BestResponse(Response):
         torch.set_rng_state(states[0])
         for device, state in zip(devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
-        return super()._linearized(place, inputs, options)
+        return super()._linearized(place, run)
 
     def _path_to(self, name: str, response: RowResponse | None) -> str | None:
         """Return a parameter's name in the layer that has its response; another module may hold its first name."""
@@ -180,19 +180,16 @@ def best_response(
 
     Linear layers, convolutions (1d, 2d), embeddings, LSTMs and normalization layers get W(h) = W₀ + diag(V h) W₁;
     each other parameter a low-rank response, which needs one h for the batch. At first the response is zero. Shared
-    weights are converted once and stay shared; buffers stay; the module given is not touched.
+    weights are converted once and stay shared.
 
     A parameter of r rows and m entries gets ``m + r·n`` more, one without a layer ``rank · (m + n)``.
 
     Args:
-        module: To be copied and converted.
+        module: Any module; a copy is converted.
         num_hyperparameters: n.
-        rank: Of the low-rank responses; default ``min(2, n)``.
+        rank: Rank of the low-rank responses; default ``min(2, n)``.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings: 1 for networks over
             (time, batch, …).
-
-    Raises:
-        ValueError: There is no parameter that could respond, or n or the rank is below 1.
 
     >>> response = best_response(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), 5)
     >>> response.num_parameters()  # 5 rows of 5 numbers each beside a second set of weights

@@ -22,9 +22,6 @@ class DiagonalResponse(Response):
         num_hyperparameters: n; must be N. The i-th belongs to the i-th weight in the order of
             ``module.named_parameters()``.
 
-    Raises:
-        ValueError: n is not N.
-
     >>> response = DiagonalResponse(nn.Linear(2, 1), 3)
     >>> _ = nn.init.constant_(response.slopes[0], 0.5)  # of the two weights; the bias keeps zero
     >>> [change.flatten().tolist() for change in response.changes(torch.tensor([2.0, -2.0, 7.0])).values()]

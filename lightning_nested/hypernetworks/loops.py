@@ -46,9 +46,6 @@ class ResponseLoop(ABC):
         train_steps: Steps on training data, then
         valid_steps: steps of the hyperparameters on validation data.
         warmup_steps: Steps on training data before the first of these rounds.
-
-    Raises:
-        ValueError: A number is too small.
     """
 
     perturbation: Perturbation

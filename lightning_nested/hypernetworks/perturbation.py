@@ -32,11 +32,7 @@ class Perturbation(ABC):
         return None
 
     def draw(self, center: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
-        """Draw noise of mean 0 and variance 1: (n,), or (size, n).
-
-        Raises:
-            ValueError: Antithetic pairs of a batch of one example.
-        """
+        """Draw noise of mean 0 and variance 1: (n,), or (size, n)."""
         if self.antithetic and size is not None:
             if size < 2:
                 raise ValueError(f"antithetic=True needs a batch of at least 2 examples. Got {size}.")
@@ -61,9 +57,6 @@ class LearnedScale(Perturbation):
         entropy_weight: τ.
         antithetic: With one h of each example, the second half of the batch gets the negative noise of the first.
         signs: ε is ±1 instead of normal: the same mean and variance, and less noise in the response's slope.
-
-    Raises:
-        ValueError: A number is out of range.
     """
 
     init: float = 0.5

@@ -24,6 +24,8 @@ from lightning_nested.hypernetworks.linearized import (
 )
 
 Mode = Literal["response", "general", "linearized"]
+# calls the module with some of its weights replaced
+Run = Callable[[Weights], Any]
 
 _CHECKPOINT = (
     "A network with substituted weights must keep what its backward pass needs. Got torch.utils.checkpoint, or another "
@@ -51,16 +53,13 @@ class Response(nn.Module):
     The weights w₀ keep their names; Δ(0) = 0, so that the network at ``center`` is the plain one with w₀.
 
     Args:
-        module: Any module; a copy is kept.
+        module: Any module that has a parameter to train.
         num_hyperparameters: n.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings.
 
     Attributes:
-        module: The copy.
+        module: Copy of the given module.
         center: Subtracted from h, (n,); zero unless moved by :meth:`recenter`.
-
-    Raises:
-        ValueError: n is below 1, or there is no parameter that could respond.
     """
 
     center: Tensor
@@ -214,65 +213,56 @@ class Response(nn.Module):
                 )
             with self.at(inputs[-1]):
                 return self.forward(*inputs[:-1], **options)
+
+        def run(weights: Weights) -> Any:
+            if not weights:
+                return self.module(*inputs, **options)
+            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+                # By all its names, each module once: torch's own tying leaves a module of two names without parameters.
+                tied = {alias: w for name, w in weights.items() for alias in self._aliases.get(name, [name])}
+                return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
+
         if place.mode == "general":
-            weights = place.change(dict(self.general_parameters())) if place.change is not None else {}
-            return self._run(weights, inputs, options)
+            return run({} if place.change is None else place.change(dict(self.general_parameters())))
         if place.h.dim() == 2:
-            return self._each(place, inputs, options)
+            return self._each(place, run)
         if place.mode == "linearized":
-            return self._linearized(place, inputs, options)
+            return self._linearized(place, run)
         weights = dict(place.weights) if place.weights is not None else self.weights(place.h)
-        return self._run(place.change(weights) if place.change is not None else weights, inputs, options)
+        return run(weights if place.change is None else place.change(weights))
 
-    def _run(self, weights: Weights, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if not weights:
-            return self.module(*inputs, **options)
-        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
-            # Under all its names, each module once: torch's own tying leaves a module of two names without parameters.
-            tied = {alias: w for name, w in weights.items() for alias in self._aliases.get(name, [name])}
-            return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
-
-    def _each(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _each(self, place: Place, run: Run) -> Any:
         try:
-            return self._by_layers(place.h - self.center, place.mode == "linearized", dict, inputs, options)
+            return self._by_layers(place.h - self.center, place.mode == "linearized", dict, run)
         except ForwardModeError as error:
             raise RuntimeError(
                 "The linearized output for one h of each example needs operations with forward-mode derivatives. "
                 f"Got: {error} Give one h of shape (n,), or DeltaSTN(linearized=False)."
             ) from error
 
-    def _by_layers(
-        self,
-        delta: Tensor,
-        linearized: bool,
-        rest: Callable[[], Weights],
-        inputs: tuple[Any, ...],
-        options: dict[str, Any],
-    ) -> Any:
+    def _by_layers(self, delta: Tensor, linearized: bool, rest: Callable[[], Weights], run: Run) -> Any:
         """Evaluate the layers by their own rule at ``delta``, (batch, n) or (n,); ``rest`` gives other weights."""
         with self.layers.at(delta, linearized), torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
             if linearized:
                 with forward_mode():
-                    result = add_own_tangents(self._run(rest(), inputs, options))
+                    result = add_own_tangents(run(rest()))
             else:
-                result = self.module(*inputs, **options)
+                result = run({})
         check_reads(self.module, self.layers.visited, result, linearized)
         return result
 
-    def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _linearized(self, place: Place, run: Run) -> Any:
         """f(w₀) + J·Δ for one h, by forward mode where the operations have it."""
         changes, general = self.changes(place.h - self.center), self.general_parameters()
-
-        def run(weights: dict[str, Tensor]) -> Any:
-            return self._run(weights if place.change is None else place.change(weights), inputs, options)
-
+        change = place.change if place.change is not None else dict
         if not self._double_vjp:
             try:
                 with forward_mode():
-                    return add_own_tangents(run({n: dual_change(p, changes[n]) for n, p in general.items()}))
+                    duals = {n: dual_change(p, changes[n]) for n, p in general.items()}
+                    return add_own_tangents(run(change(duals)))
             except ForwardModeError:
                 self._double_vjp = True
-        return by_reverse_mode(run, general, changes)
+        return by_reverse_mode(lambda weights: run(change(weights)), general, changes)
 
     # ---- the plain network
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+MaybeTensor: TypeAlias = Tensor | None
 
-def total(*terms: Tensor | None) -> Tensor | None:
+
+def total(*terms: MaybeTensor) -> MaybeTensor:
     """Add the terms that are given; None if none is."""
     given = [t for t in terms if t is not None]
     return sum(given[1:], given[0]) if given else None
@@ -33,11 +35,7 @@ def moved(base: Tensor | None, coefficient: Tensor, product: Tensor, shift: Tens
 
 
 def linearly_moved(
-    value: Tensor,
-    tangent: Tensor | None,
-    coefficient: Tensor | None,
-    product: Tensor | None,
-    shift: Tensor | None,
+    value: Tensor, tangent: MaybeTensor, coefficient: MaybeTensor, product: MaybeTensor, shift: MaybeTensor
 ) -> Tensor:
     """Return a dual number of this value; coefficient ⊙ product + shift is added to its tangent in place.
 
@@ -57,9 +55,7 @@ def linearly_moved(
     return make_dual(cast("Tensor", _Moved.apply(value, *terms, True)), change)
 
 
-def _sum(
-    base: Tensor | None, coefficient: Tensor | None, product: Tensor | None, shift: Tensor | None
-) -> Tensor:
+def _sum(base: MaybeTensor, coefficient: MaybeTensor, product: MaybeTensor, shift: MaybeTensor) -> Tensor:
     if coefficient is None or product is None:
         return cast("Tensor", total(base, shift))
     if base is None:
@@ -68,7 +64,7 @@ def _sum(
     return result if shift is None else result + shift
 
 
-def _add_to(base: Tensor, coefficient: Tensor | None, product: Tensor | None, shift: Tensor | None) -> Tensor:
+def _add_to(base: Tensor, coefficient: MaybeTensor, product: MaybeTensor, shift: MaybeTensor) -> Tensor:
     if coefficient is not None and product is not None:
         base.addcmul_(coefficient, product)
     return base if shift is None else base.add_(shift)
@@ -81,19 +77,13 @@ class _Moved(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        base: Tensor | None,
-        coefficient: Tensor | None,
-        product: Tensor | None,
-        shift: Tensor | None,
-        carried: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        base, coefficient, product, shift, carried = arguments
         ctx.save_for_backward(coefficient, product)
         ctx.save_for_forward(coefficient, product)
         ctx.carried, ctx.shift = carried, None if shift is None else shift.shape
         if carried:
-            return cast("Tensor", base).detach()  # no view to autograd: what follows may work in place
+            return cast("Tensor", base.detach())  # no view to autograd: what follows may work in place
         if base is None or torch._C._len_torch_dispatch_stack():  # a dispatch mode may hold on to base
             return _sum(base, coefficient, product, shift)
         return _add_to(base.detach(), coefficient, product, shift)  # memory costs more here than arithmetic

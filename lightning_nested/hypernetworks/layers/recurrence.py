@@ -90,7 +90,7 @@ def plain_recurrence(
 
 
 class _Recurrence(torch.autograd.Function):
-    """See :func:`lstm_recurrence`. Saves gates after their nonlinearities, cells, tanh(cells) and W₁h."""
+    """See :func:`lstm_recurrence`. Saves the gates after their nonlinearities, cells, tanh(cells) and W₁h."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -47,9 +47,6 @@ class ResponseOptions:
         gradient_clip_algorithm: Limit the norm of all gradients, or each entry.
         max_skipped: Successive outer steps that may be non-finite before the run ends.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
-
-    Raises:
-        ValueError: A value is out of range.
     """
 
     per_example: bool | None = None
