@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,26 +77,26 @@ class BestResponse(Response):
             assert isinstance(layer, HyperLayer)
             layer.respond(num_hyperparameters, self.layers, by_layers)
         self._layers_suffice = True  # until one of them cannot
-        # Paths, not the responses: a deep copy must find its own.
-        self._at = {n: self._path_to(n, by_layers.get(id(p))) for n, p in general.items()}
-        self.rest = nn.ModuleList(
-            LowRankResponse(p, num_hyperparameters, rank) for n, p in general.items() if self._at[n] is None
-        )
-        self._one_point = tuple(n for n, p in general.items() if self._at[n] is None or id(p) in elsewhere)
+        without = [name for name, p in general.items() if id(p) not in by_layers]
+        self.rest = nn.ModuleList(LowRankResponse(general[n], num_hyperparameters, rank) for n in without)
+        rest = iter(self.rest)
+        # a plain dict: the modules have their keys in the checkpoint already
+        self._responses = {n: by_layers.get(id(p)) or next(rest) for n, p in general.items()}
+        self._one_point = tuple(n for n, p in general.items() if n in without or id(p) in elsewhere)
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter."""
-        return {name: response(delta) for name, response in self._responses()}
+        return {name: response(delta) for name, response in self._responses.items()}
 
     def moved(self, delta: Tensor) -> dict[str, Tensor]:
         """w₀ + Δ of each parameter, in one pass where there is a layer."""
         general = self.general_parameters()
-        return {name: response.added_to(general[name], delta) for name, response in self._responses()}
+        return {name: response.added_to(general[name], delta) for name, response in self._responses.items()}
 
     def first_order(self, delta: Tensor, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """⟨Δ(delta), gradients⟩; where there is a layer, Δ is not formed."""
         with torch.autocast(delta.device.type, enabled=False):
-            pairs = [(response, gradients.get(name)) for name, response in self._responses()]
+            pairs = [(response, gradients.get(name)) for name, response in self._responses.items()]
             terms = [response.inner(delta, g) for response, g in pairs if g is not None]
         return torch.stack(terms).sum() if terms else delta.new_zeros(())
 
@@ -109,15 +109,15 @@ class BestResponse(Response):
 
         In that case the output is computed again, from the same random numbers and buffers.
         """
-        without = {name for name, path in self._at.items() if path is None}
-        suffice = self._layers_suffice and not self._double_vjp and set(self._one_point) == without
+        without = {n: r for n, r in self._responses.items() if not isinstance(r, RowResponse)}
+        suffice = self._layers_suffice and not self._double_vjp and self._one_point == tuple(without)
         if not suffice or place.change is not None:
             return super()._linearized(place, run)
         delta, general = place.h - self.center, self.general_parameters()
         buffers = [b.clone() for b in self.module.buffers()]
 
         def rest() -> Weights:
-            return {n: dual_change(general[n], r(delta)) for n, r in self._responses() if n in without}
+            return {n: dual_change(general[n], r(delta)) for n, r in without.items()}
 
         devices = {p.device for p in general.values() if p.is_cuda}
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
@@ -135,25 +135,6 @@ class BestResponse(Response):
         for device, state in zip(devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
         return super()._linearized(place, run)
-
-    def _path_to(self, name: str, response: RowResponse | None) -> str | None:
-        """Return a parameter's name in the layer that has its response; another module may hold its first name."""
-        for path in self._aliases[name] if response is not None else ():
-            owner, _, attribute = path.rpartition(".")
-            layer = self.module.get_submodule(owner)
-            if isinstance(layer, HyperLayer) and layer.response_of(attribute) is response:
-                return path
-        return None
-
-    def _responses(self) -> Iterator[tuple[str, RowResponse | LowRankResponse]]:
-        rest = iter(self.rest)
-        for name, path in self._at.items():
-            if path is None:
-                yield name, cast("LowRankResponse", next(rest))
-            else:
-                owner, _, attribute = path.rpartition(".")
-                layer = cast("HyperLayer", self.module.get_submodule(owner))
-                yield name, cast("RowResponse", layer.response_of(attribute))
 
 
 def _kind(layer: nn.Module) -> type[HyperLayer] | None:

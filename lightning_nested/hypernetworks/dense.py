@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.hypernetworks.response import Response
+from lightning_nested.linalg.vectors import unflatten
 
 
 class _WholeResponse(Response):
@@ -19,8 +20,7 @@ class _WholeResponse(Response):
 
     def _split(self, vector: Tensor) -> dict[str, Tensor]:
         general = self.general_parameters()
-        pieces = torch.split(vector, [p.numel() for p in general.values()])
-        return {n: piece.view_as(p) for piece, (n, p) in zip(pieces, general.items(), strict=True)}
+        return dict(zip(general, unflatten(vector, list(general.values())), strict=True))
 
     def _size(self) -> int:
         return sum(p.numel() for p in self.general_parameters().values())
@@ -29,7 +29,7 @@ class _WholeResponse(Response):
 class DenseResponse(_WholeResponse):
     """w(h) = w₀ + g(h) − g(0) with g an MLP from h to all N weights; h is h − center.
 
-    ``Σ (inᵢ + 1)·outᵢ`` over the hidden layers, and ``last hidden · N``, parameters beside w₀, which stands for the
+    ``Σ (inᵢ + 1)·outᵢ`` over the hidden layers, and ``last hidden · N``, parameters beside w₀, which serves as the
     last bias. One h for the batch.
 
     Args:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.hypernetworks.response import Response
+from lightning_nested.linalg.vectors import unflatten
 
 
 class DiagonalResponse(Response):
@@ -41,6 +42,6 @@ class DiagonalResponse(Response):
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """d ∘ ``delta``, by parameter."""
-        pieces = delta.split([d.numel() for d in self.slopes])  # type: ignore[no-untyped-call]
+        pieces = unflatten(delta, list(self.slopes))
         named = zip(self.general_parameters(), self.slopes, pieces, strict=True)
-        return {name: d * piece.view_as(d) for name, d, piece in named}
+        return {name: d * piece for name, d, piece in named}

@@ -106,21 +106,21 @@ class Global(ResponseLoop):
 
 @dataclass(frozen=True, kw_only=True)
 class Local(ResponseLoop):
-    """Alternating, h ~ N(λ, σ²) of fixed scale. Lorraine & Duvenaud (2018), algorithm 3."""
+    """Alternating steps, h ~ N(λ, σ²) of fixed scale. Lorraine & Duvenaud (2018), algorithm 3."""
 
     perturbation: Perturbation = FixedScale()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simplified(ResponseLoop):
-    """Alternating, at h = λ. The response's slope is learned only from λ's own movement: while λ rests, it is not."""
+    """Alternating steps at h = λ. The response learns its slope only from λ's own movement."""
 
     perturbation: Perturbation = field(default=NoPerturbation(), init=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class STN(ResponseLoop):
-    """Self-Tuning Networks: alternating, h ~ N(λ, σ²) with σ learned against an entropy bonus.
+    """Self-Tuning Networks: alternating steps, h ~ N(λ, σ²) with σ learned against an entropy bonus.
 
     MacKay, Vicol, Lorraine, Duvenaud & Grosse (2019), ICLR, arXiv 1903.03088.
     """

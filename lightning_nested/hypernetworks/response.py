@@ -1,4 +1,4 @@
-"""A module whose weights are a function of hyperparameters, w(h) = w₀ + Δ(h − center)."""
+"""Module whose weights are a function of hyperparameters, w(h) = w₀ + Δ(h − center)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,6 @@ class Response(nn.Module):
                 "The module must have a parameter that requires gradients. "
                 f"Got {type(module).__name__} with none; there is nothing that could respond."
             )
-        self._names = tuple(named)
         self.num_hyperparameters = num_hyperparameters
         some = next(iter(named.values()))
         dtype = torch.promote_types(some.dtype, torch.float32)
@@ -90,7 +89,7 @@ class Response(nn.Module):
         self._place: Place | None = None
         self._bound = False
         self._double_vjp = False  # once forward mode has met an operation it does not know
-        self._aliases: dict[str, list[str]] = {name: [] for name in self._names}
+        self._aliases: dict[str, list[str]] = {name: [] for name in named}
         first = {id(p): name for name, p in named.items()}
         for path, owner in self.module.named_modules():  # each once, under its first name
             for attribute, p in owner.named_parameters(recurse=False):
@@ -127,13 +126,13 @@ class Response(nn.Module):
 
     def one_point_only(self) -> tuple[str, ...]:
         """Name the parameters for which each example cannot have an h of its own."""
-        return self._names
+        return tuple(self._aliases)
 
     # ---- parameters
 
     def general_parameters(self) -> dict[str, nn.Parameter]:
         """w₀ by name, as in the module that was given."""
-        return {name: self.module.get_parameter(name) for name in self._names}
+        return {name: self.module.get_parameter(name) for name in self._aliases}
 
     def response_parameters(self) -> dict[str, nn.Parameter]:
         """φ by name: the parameters of Δ that require gradients."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
@@ -182,9 +182,6 @@ class ImageClassifier(ClassificationSteps):
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
-            }
-        return [optimizer], [scheduler]
+        # only a plateau scheduler waits for a metric
+        monitor = getattr(scheduler, "monitor", None)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}

@@ -26,7 +26,7 @@ class TunedImageClassifier(ClassificationSteps, HypernetworkModule):
         num_classes: Number of classes.
         input_shape: Channels, height and width; a network given as a module ignores it.
         network_options: Further arguments of a network given by name.
-        **options: Of :class:`HypernetworkModule`.
+        **options: Arguments of :class:`HypernetworkModule`.
     """
 
     def __init__(

@@ -125,13 +125,7 @@ class HyperLayer(_Base):
         point: Point | None = None,
         shared: dict[int, RowResponse] | None = None,
     ) -> None:
-        """Give each parameter of the layer its response.
-
-        Args:
-            num_hyperparameters: n.
-            point: Of the whole module.
-            shared: Responses so far by the parameter's id: a shared weight has one.
-        """
+        """Give each parameter its response; ``shared`` holds those so far by the parameter's id, for shared weights."""
         known = {} if shared is None else shared
         for name, parameter in list(self.named_parameters(recurse=False)):
             if parameter.requires_grad:

@@ -92,7 +92,7 @@ class HyperLSTM(HyperLayer, nn.LSTM):
     def _scan(
         self, x: Tensor, start: Hidden, suffix: str, delta: Tensor | None, linearized: bool
     ) -> tuple[Tensor, Hidden]:
-        """One layer in one direction; x (time, batch, width)."""
+        """Run one layer in one direction; x (time, batch, width)."""
         recurrent = getattr(self, f"weight_hh{suffix}")
         biases = [f"bias_{kind}{suffix}" for kind in ("ih", "hh") if self.bias]
         direction = coefficient = None

@@ -12,11 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_nested.hypernetworks.layers.arithmetic import (
-    linear,
-    needs_plain_backward,
-    needs_plain_forward,
-)
+from lightning_nested.hypernetworks.layers.arithmetic import linear, needs_plain_backward, needs_plain_forward
 
 Hidden = tuple[Tensor, Tensor]
 

@@ -20,11 +20,7 @@ from typing_extensions import override
 from lightning_nested.hypernetworks.linearized import Weights
 from lightning_nested.hypernetworks.loops import DeltaSTN, ResponseLoop
 from lightning_nested.hypernetworks.response import Mode
-from lightning_nested.hyperparameters import (
-    Hyperparameter,
-    OuterReport,
-    OuterStep,
-)
+from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
 from lightning_nested.modules.hypernetwork.problem import (
     ResponseLoss,
@@ -154,7 +150,7 @@ class HypernetworkModule(LightningModule):
         """Return the training loss of a batch: a scalar with its graph, without tuned weight decays.
 
         Args:
-            batch: Of the training data.
+            batch: Batch of the training data.
             values: Tried values in natural units by ``name`` or ``name/key``; of shape (batch, …) where each
                 example has its own.
         """

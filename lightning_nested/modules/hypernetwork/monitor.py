@@ -1,4 +1,4 @@
-"""Error of a response: distance of its predicted weights from trained ones, and of its slope from the implicit one."""
+"""Error of a response: its predicted weights against trained ones, and its slope against the implicit one."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class ResponseLoss:
         """Return a scalar with its graph.
 
         Args:
-            batch: Of the training data.
+            batch: Batch of the training data.
             h: Unconstrained, (n,) or (batch, n).
             mode: See :meth:`Response.at`.
             weights: In place of w(h).

@@ -33,7 +33,7 @@ class ResponseSteps:
         """Make the training step of this number, and return its loss.
 
         Args:
-            batch: Of the training data.
+            batch: Batch of the training data.
             step: Training steps made before.
         """
         problem, loop = self.problem, self.problem.loop
@@ -50,19 +50,12 @@ class ResponseSteps:
             center = problem.vector.flat().detach()
             with torch.no_grad():
                 h = loop.perturbation.sample(center, problem.scale, self.noise(center, size, step, 2))
-            loss, for_general, for_phi = loop.gradients(
-                replace(problem.training_loss, inner_steps=step),
-                batch,
-                center,
-                h,
-                list(general.values()),
-                list(phi.values()),
-            )
+            training_loss = replace(problem.training_loss, inner_steps=step)
+            leaves = list(general.values()), list(phi.values())
+            loss, for_general, for_phi = loop.gradients(training_loss, batch, center, h, *leaves)
         parameters = list(problem.parameters.values())
         averaged = average_gradients([*for_general, *for_phi], parameters, reduction(problem.module.trainer))
-        for parameter, gradient in zip(parameters, problem.limit(list(averaged)), strict=True):
-            parameter.grad = gradient
-        problem.optimizer.step()
+        problem.real_step(problem.limit(list(averaged)))
         # past Lightning's wrapper: global_step counts training steps
         problem.response_optimizer.optimizer.step()
         for parameter in parameters:
@@ -73,7 +66,7 @@ class ResponseSteps:
         """Give the gradients of the outer loss for λ and for the perturbation's scale to their optimizers.
 
         Args:
-            batch: Of the training data, for refinement.
+            batch: Batch of the training data, for refinement.
             done: Outer steps made before.
             skipped: Outer steps skipped before.
 
