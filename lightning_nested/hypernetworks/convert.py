@@ -77,12 +77,14 @@ class BestResponse(Response):
             assert isinstance(layer, HyperLayer)
             layer.respond(num_hyperparameters, self.layers, by_layers)
         self._layers_suffice = True  # until one of them cannot
-        without = [name for name, p in general.items() if id(p) not in by_layers]
-        self.rest = nn.ModuleList(LowRankResponse(general[n], num_hyperparameters, rank) for n in without)
-        rest = iter(self.rest)
+        others = {n: p for n, p in general.items() if id(p) not in by_layers}
+        rest = {n: LowRankResponse(p, num_hyperparameters, rank) for n, p in others.items()}
+        self.rest = nn.ModuleList(rest.values())
         # a plain dict: the modules have their keys in the checkpoint already
-        self._responses = {n: by_layers.get(id(p)) or next(rest) for n, p in general.items()}
-        self._one_point = tuple(n for n, p in general.items() if n in without or id(p) in elsewhere)
+        self._responses: dict[str, RowResponse | LowRankResponse] = {
+            n: rest[n] if n in rest else by_layers[id(p)] for n, p in general.items()
+        }
+        self._one_point = tuple(n for n, p in general.items() if n in rest or id(p) in elsewhere)
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter."""

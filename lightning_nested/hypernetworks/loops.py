@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +19,7 @@ from lightning_nested.hypernetworks.perturbation import (
 )
 from lightning_nested.hypernetworks.response import Mode, Response
 
-Leaves = list[Tensor]
+Leaves = Sequence[Tensor]
 Gradients = tuple[Tensor | None, ...]
 
 

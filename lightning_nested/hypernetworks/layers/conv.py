@@ -46,6 +46,7 @@ class HyperConv2d(_HyperConv, nn.Conv2d):
         num_hyperparameters: n.
         **options: The other arguments of ``nn.Conv2d``.
 
+    >>> import torch
     >>> layer = HyperConv2d(1, 4, 3, num_hyperparameters=2)
     >>> tuple(layer(torch.zeros(5, 1, 8, 8), torch.zeros(5, 2)).shape)
     (5, 4, 6, 6)
