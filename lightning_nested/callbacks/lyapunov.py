@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
-from lightning_nested.dynamics.tangents import Clip, Tangents
-from lightning_nested.dynamics.tracker import TrainingTracker
-from lightning_nested.optim.step_dynamics import trainable
-from lightning_nested.optim.update_rules import UpdateRule, known_rule
+from lightning_nested.dynamics.tangents import Tangents
+from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
+from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.game_follower import GameFollower
-from lightning_nested.trainer.isolation import untouched_buffers, without_trace
 from lightning_nested.trainer.joint_losses import is_game, refuse_other_modules
-from lightning_nested.trainer.lightning import reduction, step_arguments
-from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.requirements import refuse_strategy
-from lightning_nested.trainer.shared_backward import SharedBackward
+from lightning_nested.trainer.training_follower import TrainingFollower
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-_HOOKS = (
-    "LyapunovCallback needs gradients that nobody changes: a hook of Tensor.register_hook would act on its products "
-    "too, and the exponents be wrong. Got a parameter with such a hook; remove it, or clip by "
-    "Trainer(gradient_clip_val=...)."
-)
-
-
-def has_gradient_hooks(params: Iterable[Tensor]) -> bool:
-    """Whether a gradient of these goes through hooks of ``Tensor.register_hook``."""
-    return any(p._backward_hooks for p in params)
 
 
 class LyapunovCallback(Callback):
@@ -126,45 +107,54 @@ class LyapunovCallback(Callback):
         self.orthonormalize_every, self.align, self.fixed_batch = orthonormalize_every, align, fixed_batch
         self.window: Literal["uniform", "bump"] = window
         self.rule, self.smoothing, self.figure_wanted = rule, smoothing, figure
-        self.steps = 0
         self.windows: list[int] = []  # the step at which each window ended
         self.crossings: list[int] = []
-        self.tracker: Tangents | None = None
-        self._training: TrainingTracker | None = None  # the tracker, of a single loss
-        self._game: GameFollower | None = None  # what has it, of a game
-        self._clip: Clip | None = None
-        self._fixed: FixedBatches | None = None
-        self._options: dict[str, Any] = {}  # of the tracker
-        self._backward = SharedBackward()
+        self._follower: Follower | None = None  # set while fit runs, and kept for reading after it
         self._chaotic: bool | None = None
-        self._stopped = False
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict[str, Any] | None = None  # checkpoint state waiting for on_train_start
 
-    # ---- what users read
+    # ---- results
+
+    @property
+    def follower(self) -> Follower:
+        """The object that carries the tangents through the steps of the run."""
+        if self._follower is None:
+            raise RuntimeError(
+                "Exponents are only available after training has started. Got an unused callback; call trainer.fit."
+            )
+        return self._follower
+
+    @property
+    def tracker(self) -> Tangents | None:
+        """The tangents and their growth; None before training has started."""
+        return None if self._follower is None else self._follower.tracker
+
+    @property
+    def steps(self) -> int:
+        """The number of steps before the current one."""
+        return 0 if self._follower is None else self._follower.steps
 
     @property
     def exponents(self) -> Tensor:
         """(k,), the running exponents, largest first, nats per optimizer step."""
-        if self.tracker is None:
-            raise RuntimeError("Exponents are there once fit has begun. Got a callback that no fit has used.")
-        return self.tracker.running()
+        return self.follower.tracker.running()
 
     @property
     def local_exponents(self) -> Tensor:
         """(windows, k), the exponents of each window alone."""
-        if self.tracker is None:
+        if self._follower is None:
             return torch.empty(0, self.k)
-        return self.tracker.growth / self.orthonormalize_every
+        return self._follower.tracker.growth / self.orthonormalize_every
 
     def should_follow(self, trainer: Trainer, step: int) -> bool:
-        """Whether step ``step``, counted from 0, is followed; must agree on all processes."""
+        """Return True if ``step``, counted from 0, is to be followed; must agree on all processes."""
         return step >= self.warmup_steps and (step - self.warmup_steps) % self.every_n_steps == 0
 
     def draw(self) -> Figure:
-        """Local and running exponents against the step, with the crossings of zero."""
+        """Draw local and running exponents against the step, with the crossings of zero."""
         from lightning_nested.figures.lyapunov import lyapunov_figure
 
-        unit = "training step" if self._game is None else "game update"
+        unit = self.follower.unit
         return lyapunov_figure(self.windows, self.local_exponents, self.crossings, self.smoothing, unit=unit)
 
     # ---- lifecycle
@@ -173,7 +163,7 @@ class LyapunovCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.tracker = self._training = self._game = None  # of an earlier fit
+        self._follower = None  # of an earlier fit
         refuse_other_modules(pl_module)
         refuse_strategy(trainer, "LyapunovCallback", static_graph=False)
         if is_overridden("configure_gradient_clipping", pl_module):
@@ -189,128 +179,51 @@ class LyapunovCallback(Callback):
             )
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._backward, self._stopped = SharedBackward(), False
-        self.steps, self.windows, self.crossings, self._chaotic = 0, [], [], None
-        self._fixed = FixedBatches(trainer) if self.fixed_batch else None
-        self._options = {
-            "k": self.k,
-            "align": self.align,
-            "orthonormalize_every": self.orthonormalize_every,
-            "window": self.window,
-        }
-        if is_game(pl_module):  # its players meet their optimizers in the module's own hook, after this
-            return
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"LyapunovCallback follows one optimizer, or a GameModule. Got {len(trainer.optimizers)}."
-            )
-        (optimizer,) = trainer.optimizers
-        if self.rule is None:
-            for group in optimizer.param_groups:
-                known_rule(optimizer, group)  # raises for an optimizer that is not known
-        others = (getattr(c, "outer", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if any(getattr(outer, "decays", ()) for outer in others):
-            rank_zero_warn(
-                "LyapunovCallback knows the optimizer's own weight decay. Got a HypergradientCallback that adds decays "
-                "to the gradients: the exponents are those without them."
-            )
-        limit = trainer.gradient_clip_val
-        self._clip = None
-        if limit:
-            by_value = trainer.gradient_clip_algorithm == "value"
-            self._clip = Clip(limit=float(limit), algorithm="value" if by_value else "norm")
-        params = trainable(optimizer)
-        if has_gradient_hooks(params):
-            raise MisconfigurationException(_HOOKS)
-        self._training = TrainingTracker(params, reduce=reduction(trainer), **self._options)
-        self.tracker = self._training
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: players of a game get their optimizers in on_fit_start of the module.
+        self.windows, self.crossings, self._chaotic = [], [], None
+        follow = GameFollower if is_game(pl_module) else TrainingFollower
+        self._follower = follow(
+            trainer,
+            pl_module,
+            fixed=FixedBatches(trainer) if self.fixed_batch else None,
+            rule=self.rule,
+            k=self.k,
+            align=self.align,
+            orthonormalize_every=self.orthonormalize_every,
+            window=self.window,
+        )
         if self._saved is not None:
             self._restore(self._saved)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_game(pl_module):
-            if has_gradient_hooks(pl_module.parameters()):
-                raise MisconfigurationException(_HOOKS)
-            self._game = GameFollower(trainer, pl_module, fixed=self._fixed, rule=self.rule, **self._options)
-            self.tracker = self._game.tracker
-            if self._saved is not None:
-                self._restore(self._saved)
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._game is not None:
-            self.steps = self._game.module.game_updates
-            self._game.open = not self._stopped and self.should_follow(trainer, self.steps)
-            return
-        if self._fixed is not None and not len(self._fixed):
-            self._fixed.get(0, batch)
-        now = trainable(trainer.optimizers[0])
-        held = self._training.params if self._training is not None else ()
-        if len(now) != len(held) or any(p is not q for p, q in zip(now, held, strict=True)):
-            assert self._training is not None
-            self._training.follow(now)
+        follower = self.follower
+        follower.begin_batch(batch)
+        follower.is_open = not follower.stopped and self.should_follow(trainer, follower.steps)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if (
-            self._training is None
-            or self._stopped
-            or not loss.requires_grad
-            or not self.should_follow(trainer, self.steps)
-        ):
-            return
-        if has_gradient_hooks(self._training.params):
-            rank_zero_warn(f"LyapunovCallback stops at step {self.steps}: {_HOOKS}")
-            self._stopped = True
-            return
-        group = trainer.optimizers[0].param_groups[0]
-        lr = -float(group["lr"]) if group.get("maximize", False) else float(group["lr"])
-        if self._fixed is not None and trainer.fit_loop.epoch_loop._should_accumulate():
-            return
-        # torch.utils.checkpoint runs the forward again in every product.
-        unmoved = RandomStream.snapshot(trainer.strategy.root_device).replay()
-        with self._stopping(), untouched_buffers(pl_module), unmoved:
-            # A second derivative may pass NaN that a mask takes out: no anomaly of the run.
-            with torch.autograd.set_detect_anomaly(False):
-                if self._fixed is not None:
-                    self._training.observe(self._evaluate(trainer, pl_module, self._fixed), lr=lr)
-                    return
-                self._training.observe(loss, lr=lr * trainer.accumulate_grad_batches)
-            self._backward.offer(pl_module, loss, self._training.params, self._training.gradient)
-
-    @override
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._backward.put_back()
+        with self.follower.stopping():
+            self.follower.observe(loss)
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._stopped:
-            return
-        if self._game is not None:
-            self._game.advance(optimizer)
-        elif self._training is not None and self._training.has_observed:
-            with self._stopping():
-                if self._training.advance(optimizer, self.rule, clip=self._clip):
-                    self._end_window(trainer, pl_module)
+        with self.follower.stopping():
+            if self.follower.advance(optimizer):
+                self._end_window(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._game is not None:
-            follows, self._game.open = self._game.open, False
-            if follows and pl_module.game_updates != self.steps:
-                with self._stopping():
-                    if self._game.end_round():
-                        self._end_window(trainer, pl_module)
-        elif not trainer.fit_loop.epoch_loop._should_accumulate():
-            self.steps += 1
+        with self.follower.stopping():
+            if self.follower.end_batch():
+                self._end_window(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -342,16 +255,13 @@ class LyapunovCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self.tracker is None:
+        if self._follower is None:
             return dict(self._saved) if self._saved is not None else {}
         return {
-            "tracker": self.tracker.state_dict(),
-            "steps": self.steps,
+            **self._follower.state_dict(),
             "windows": self.windows,
             "crossings": self.crossings,
             "chaotic": self._chaotic,
-            "fixed": self._fixed.state_dict() if self._fixed is not None else None,
-            "call": self._game.call if self._game is not None else 0,
         }
 
     @override
@@ -359,77 +269,45 @@ class LyapunovCallback(Callback):
         if not state_dict:
             return
         self._saved = state_dict
-        if self.tracker is not None:
+        if self._follower is not None:
             self._restore(state_dict)
 
-    # ---- inside
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.follower.load_state_dict(state)
+        self.windows, self.crossings = list(state["windows"]), list(state["crossings"])
+        self._chaotic, self._saved = state["chaotic"], None
+
+    # ---- windows
 
     def _let_go(self) -> None:
-        self._backward.put_back()
-        if self._game is not None:
-            self._game.put_back()
+        if self._follower is not None:
+            self._follower.put_back()
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        assert self.tracker is not None
-        self.tracker.load_state_dict(state["tracker"])
-        self.steps, self.windows = state["steps"], list(state["windows"])
-        self.crossings, self._chaotic = list(state["crossings"]), state["chaotic"]
-        if self._fixed is not None and state["fixed"] is not None:
-            self._fixed.load_state_dict(state["fixed"])
-        if self._game is not None:
-            self._game.call = state["call"]
-        self._saved = None
-
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Tangents that are not finite end the measurement: the run itself is none of this callback's business."""
-        try:
-            yield
-        except FloatingPointError as error:
-            rank_zero_warn(f"LyapunovCallback stops at step {self.steps}: {error}")
-            self._stopped = True
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, fixed: FixedBatches) -> Tensor:
-        """The training loss of the fixed batch, with the same masks every time and without trace."""
-        batch, stream = fixed.get(0, None)
-        with stream, without_trace(pl_module, trainer), trainer.precision_plugin.train_step_context():
-            hook = partial(call._call_lightning_module_hook, trainer, "training_step", pl_module=pl_module)
-            output = hook(*step_arguments(pl_module.training_step, batch, 0))
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        assert isinstance(loss, Tensor)
-        return loss
-
-    def _end_window(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end_window(self, trainer: Trainer) -> None:
         """Read the sign of the smoothed exponent, and log."""
-        assert self.tracker is not None
         self.windows.append(self.steps)
-        recent = self.tracker.growth[-self.smoothing :, 0]
+        recent = self.follower.tracker.growth[-self.smoothing :, 0]
         chaotic = bool(recent.mean() > 0)
         if self._chaotic is not None and chaotic != self._chaotic and len(recent) == self.smoothing:
             self.crossings.append(self.steps)
         if len(recent) == self.smoothing or self._chaotic is None:
             self._chaotic = chaotic
-        if not self._logs_now(trainer):
-            return
-        if self._game is None:
-            pl_module.log_dict(self._metrics(), on_step=True, on_epoch=False, batch_size=1)
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics(self._metrics(), step=self.steps + 1)  # the game's own clock
+        if self._logs_now(trainer):
+            self.follower.log(self._metrics())
 
     def _metrics(self) -> dict[str, float]:
-        assert self.tracker is not None
-        running = self.tracker.running()
-        metrics = {f"lyapunov/local_{i}": v for i, v in enumerate(self.tracker.local().tolist())}
+        tracker = self.follower.tracker
+        running = tracker.running()
+        metrics = {f"lyapunov/local_{i}": v for i, v in enumerate(tracker.local().tolist())}
         metrics |= {f"lyapunov/running_{i}": v for i, v in enumerate(running.tolist())}
         metrics["lyapunov/kaplan_yorke"] = float(kaplan_yorke_dimension(running))
-        metrics["lyapunov/edge_of_chaos"] = float(self.tracker.growth[-self.smoothing :, 0].mean() > 0)
-        metrics["lyapunov/alignment"] = self.tracker.alignment
+        metrics["lyapunov/edge_of_chaos"] = float(tracker.growth[-self.smoothing :, 0].mean() > 0)
+        metrics["lyapunov/alignment"] = tracker.alignment
         return metrics
 
     def _logs_now(self, trainer: Trainer) -> bool:
-        """At the last window before each of the Trainer's log steps: ``self.log`` takes longer than a small step."""
-        done = self.steps if self._game is not None else trainer.fit_loop.epoch_loop._batches_that_stepped
+        """Return True at the last window before a log step of the Trainer: logging costs more than a small step."""
+        done = self.follower.logged_steps
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         following = done + self.orthonormalize_every * self.every_n_steps
         return every > 0 and ((done + 1) % every == 0 or (done + 1) // every != following // every)

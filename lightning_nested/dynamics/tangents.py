@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -114,6 +114,10 @@ class Tangents:
         self.slots: list[Tensor] = []  # (k, n) each, tangents of the optimizer's buffers
         self._anchor: Tensor | None = None  # tangents before an extrapolation
         self._since = self.steps  # where the windows of this frame began
+
+    def holds(self, params: Iterable[Tensor]) -> bool:
+        """Return True if these are the parameters that are followed, in this order."""
+        return [id(p) for p in params] == [id(p) for p in self.params]
 
     @property
     def dtype(self) -> torch.dtype:

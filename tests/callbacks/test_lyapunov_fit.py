@@ -75,7 +75,7 @@ def test_training_is_bit_for_bit_the_same(options: dict[str, Any]) -> None:
 
     callback = LyapunovCallback(2, **options)
     plain, followed = run(), run(callback)
-    assert callback._backward.is_same is (None if "fixed_batch" in options else True)
+    assert callback.follower.backward.is_same is (None if "fixed_batch" in options else True)
     assert len(callback.windows) == (2 if "every_n_steps" in options else 8)
     for key, value in plain[0].items():
         assert torch.equal(value, followed[0][key]), key
@@ -184,7 +184,7 @@ def test_growth_is_that_of_a_difference_of_two_runs(change: str) -> None:
     assert callback.steps == (3 if change == "accumulation" else 6)
     # Central differences of 1e-6: truncation 1e-12 of third derivatives, rounding 1e-16/1e-6 = 1e-10, over a length.
     assert float(callback.tracker.growth.sum()) == pytest.approx(expected, abs=1e-7)
-    assert callback._backward.is_same is True
+    assert callback.follower.backward.is_same is True
 
 
 def test_lanczos_aligns_the_frame_with_the_least_curvature() -> None:

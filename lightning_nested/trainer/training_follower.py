@@ -1,0 +1,138 @@
+"""Tangents of a run with one loss and one optimizer, from the graph that its backward pass is about to use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_nested.dynamics.tangents import Clip
+from lightning_nested.dynamics.tracker import TrainingTracker
+from lightning_nested.optim.step_dynamics import trainable
+from lightning_nested.optim.update_rules import UpdateRule
+from lightning_nested.trainer.fixed_batches import FixedBatches
+from lightning_nested.trainer.follower import GRADIENT_HOOKS, Follower, has_gradient_hooks
+from lightning_nested.trainer.isolation import untouched_buffers, without_trace
+from lightning_nested.trainer.lightning import reduction, step_arguments
+from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.shared_backward import SharedBackward
+
+
+class TrainingFollower(Follower):
+    """Follows a run in automatic optimization, gradient accumulation and clipping included.
+
+    Args:
+        trainer: Trainer of the run, with one optimizer.
+        module: Module that it trains.
+        fixed: Store of a batch whose loss is followed instead of the losses of the run.
+        rule: Update rule of an optimizer that the package does not know.
+        **options: Arguments of :class:`TrainingTracker`.
+    """
+
+    unit = "training step"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        *,
+        fixed: FixedBatches | None,
+        rule: UpdateRule | None,
+        **options: Any,
+    ) -> None:
+        if len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                f"LyapunovCallback follows one optimizer, or a GameModule. Got {len(trainer.optimizers)}."
+            )
+        super().__init__(trainer, module, trainer.optimizers, fixed, rule)
+        (self.optimizer,) = trainer.optimizers
+        others = (getattr(c, "outer", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if any(getattr(outer, "decays", ()) for outer in others):
+            rank_zero_warn(
+                "LyapunovCallback knows the optimizer's own weight decay. Got a HypergradientCallback that adds decays "
+                "to the gradients: the exponents are those without them."
+            )
+        self._clip: Clip | None = None
+        if trainer.gradient_clip_val:
+            by_value = trainer.gradient_clip_algorithm == "value"
+            self._clip = Clip(
+                limit=float(trainer.gradient_clip_val), algorithm="value" if by_value else "norm"
+            )
+        self.tracker: TrainingTracker = TrainingTracker(
+            trainable(self.optimizer), reduce=reduction(trainer), **options
+        )
+        self.backward = SharedBackward()
+
+    @override
+    def begin_batch(self, batch: Any) -> None:
+        if self.fixed is not None and not len(self.fixed):
+            self.fixed.get(0, batch)
+        params = trainable(self.optimizer)
+        if not self.tracker.holds(params):
+            self.tracker.follow(params)
+
+    @override
+    def observe(self, loss: Tensor) -> None:
+        if not self.is_open or not loss.requires_grad:
+            return
+        if has_gradient_hooks(self.tracker.params):
+            self.stop(GRADIENT_HOOKS)
+            return
+        if self.fixed is not None and self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        group = self.optimizer.param_groups[0]
+        lr = -float(group["lr"]) if group.get("maximize", False) else float(group["lr"])
+        # torch.utils.checkpoint runs the forward again in every product.
+        unmoved = RandomStream.snapshot(self.trainer.strategy.root_device).replay()
+        with untouched_buffers(self.module), unmoved:
+            # A second derivative may pass NaN that a mask takes out: no anomaly of the run.
+            with torch.autograd.set_detect_anomaly(False):
+                if self.fixed is not None:
+                    self.tracker.observe(self._evaluate(self.fixed), lr=lr)
+                    return
+                self.tracker.observe(loss, lr=lr * self.trainer.accumulate_grad_batches)
+            self.backward.offer(self.module, loss, self.tracker.params, self.tracker.gradient)
+
+    def _evaluate(self, fixed: FixedBatches) -> Tensor:
+        """Return the training loss of the fixed batch, with the same masks every time and without side effects."""
+        batch, stream = fixed.get(0, None)
+        trainer, module = self.trainer, self.module
+        with stream, without_trace(module, trainer), trainer.precision_plugin.train_step_context():
+            hook = partial(call._call_lightning_module_hook, trainer, "training_step", pl_module=module)
+            output = hook(*step_arguments(module.training_step, batch, 0))
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        assert isinstance(loss, Tensor)
+        return loss
+
+    @override
+    def advance(self, optimizer: Optimizer) -> bool:
+        followed = self.is_open and self.tracker.has_observed
+        return followed and self.tracker.advance(optimizer, self.rule, clip=self._clip)
+
+    @override
+    def end_batch(self) -> bool:
+        if not self.trainer.fit_loop.epoch_loop._should_accumulate():
+            self.steps += 1
+        return False
+
+    @property
+    @override
+    def logged_steps(self) -> int:
+        return int(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @override
+    def log(self, metrics: dict[str, float]) -> None:
+        self.module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    @override
+    def put_back(self) -> None:
+        self.backward.put_back()
