@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -22,7 +19,7 @@ from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.follower import GRADIENT_HOOKS, Follower, has_gradient_hooks
 from lightning_nested.trainer.isolation import untouched_buffers, without_trace
-from lightning_nested.trainer.lightning import reduction, step_arguments
+from lightning_nested.trainer.lightning import accumulates, logger_step, reduction, step_loss
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.shared_backward import SharedBackward
 
@@ -87,7 +84,7 @@ class TrainingFollower(Follower):
         if has_gradient_hooks(self.tracker.params):
             self.stop(GRADIENT_HOOKS)
             return
-        if self.fixed is not None and self.trainer.fit_loop.epoch_loop._should_accumulate():
+        if self.fixed is not None and accumulates(self.trainer):
             return
         group = self.optimizer.param_groups[0]
         lr = -float(group["lr"]) if group.get("maximize", False) else float(group["lr"])
@@ -107,9 +104,7 @@ class TrainingFollower(Follower):
         batch, stream = fixed.get(0, None)
         trainer, module = self.trainer, self.module
         with stream, without_trace(module, trainer), trainer.precision_plugin.train_step_context():
-            hook = partial(call._call_lightning_module_hook, trainer, "training_step", pl_module=module)
-            output = hook(*step_arguments(module.training_step, batch, 0))
-        loss = output["loss"] if isinstance(output, Mapping) else output
+            loss = step_loss(trainer, module, "training_step", batch, 0)
         assert isinstance(loss, Tensor)
         return loss
 
@@ -120,14 +115,14 @@ class TrainingFollower(Follower):
 
     @override
     def end_batch(self) -> bool:
-        if not self.trainer.fit_loop.epoch_loop._should_accumulate():
+        if not accumulates(self.trainer):
             self.steps += 1
         return False
 
     @property
     @override
     def logged_steps(self) -> int:
-        return int(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return logger_step(self.trainer)
 
     @override
     def log(self, metrics: dict[str, float]) -> None:
