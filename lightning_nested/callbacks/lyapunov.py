@@ -1,4 +1,4 @@
-"""The top Lyapunov exponents of a running training, without touching it."""
+"""Callback that measures the top Lyapunov exponents of a training run without changing it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_nested.dynamics.checks import require_at_least, require_window
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Tangents
 from lightning_nested.optim.update_rules import UpdateRule
@@ -30,49 +31,49 @@ if TYPE_CHECKING:
 
 
 class LyapunovCallback(Callback):
-    """Measures how fast small differences of the weights grow in the training that runs.
+    """Measures how fast small differences of the weights grow during training.
 
-    The training loss comes with its graph from ``on_before_backward``: k products with its Hessian push k tangents of
+    ``on_before_backward`` hands over the training loss with its graph: k products with its Hessian push k tangents of
     parameters and optimizer buffers through every step, exactly as the optimizer moves the weights, clipping
-    included. There is no second forward, and the gradient that the products come from serves the run as well where that
-    changes no bit (see :class:`SharedBackward`). BatchNorm, dropout and random numbers are those of the run, which is
-    bit for bit the same with this callback as without. In a data-parallel run products are averaged, so that exponents
-    are those of the global batch.
+    included. There is no second forward pass, and the run uses the gradient behind the products too where that changes
+    no bit (see :class:`SharedBackward`). BatchNorm, dropout and random numbers are those of the run, which is bit for
+    bit the same as without this callback. Data-parallel runs average the products, so that exponents are those of the
+    global batch.
 
-    Of a :class:`GameModule` all players are followed together, whether they step at once or in turns; their losses are
-    evaluated once more before each step, with their graph to every player and without trace. A step is then a round,
-    a game update.
+    All players of a :class:`GameModule` are followed together, whether they step at once or in turns. Their losses are
+    evaluated once more before each step, with their graph to every player and without side effects. A step is then a
+    round, a game update.
 
-    Exponents are in nats per optimizer step. A positive first one means that nearby runs separate (chaos); negative
-    ones that they merge. Logged as ``lyapunov/local_i`` (last window), ``lyapunov/running_i`` (mean so far),
+    Exponents are in nats per optimizer step. If the first is positive, nearby runs separate (chaos); negative ones
+    mean that they merge. Logged are ``lyapunov/local_i`` (last window), ``lyapunov/running_i`` (mean so far),
     ``lyapunov/kaplan_yorke`` (dimension, at most k), ``lyapunov/alignment`` and ``lyapunov/edge_of_chaos`` (1 while the
-    smoothed first local exponent is positive; ``crossings`` lists the steps at which that changed). Loggers get
-    the last window before each of the Trainer's ``log_every_n_steps``, monitors that before an epoch's end;
+    smoothed first local exponent is positive; ``crossings`` lists the steps at which that changed). Loggers get the
+    last window before each of the Trainer's ``log_every_n_steps``, monitors the last one of an epoch;
     ``local_exponents`` has all.
 
-    Parameters that are frozen or unfrozen in training change the space: tangents begin anew there. Hooks of
+    Freezing or unfreezing parameters changes the space: new tangents begin there. Hooks of
     ``Module.register_full_backward_hook`` run in products as well, so one that counts its calls counts those.
 
     Args:
         k: Number of exponents. Each costs about one backward pass a step.
-        every_n_steps: Follow every n-th step only; between, tangents wait. An estimate from a sample of steps then.
-        warmup_steps: Steps before the first.
+        every_n_steps: Follow every n-th step only, an estimate from a sample of steps; tangents wait in between.
+        warmup_steps: Steps before the first that is followed.
         orthonormalize_every: Followed steps between orthonormalisations.
-        align: Lanczos iterations (of a game: Arnoldi) at the first step, so that the frame begins with the directions
+        align: Lanczos iterations (for a game: Arnoldi) at the first step, so that the frame begins with the directions
             that a step stretches most; 0: random.
         fixed_batch: Follow the loss of the first batch instead of the batches of the run, with the same dropout masks
-            every time: one more forward a step.
-        window: How windows are averaged: ``"uniform"``, or ``"bump"``, which leaves out how the run began and ended
-            and resolves turning directions, see :func:`lyapunov_exponents`.
-        rule: A re-statement of an optimizer that :func:`update_map` does not know.
+            every time: one more forward pass a step.
+        window: Weights of windows in the average: ``"uniform"``, or ``"bump"``, which gives little weight to the
+            beginning and end of the run and resolves rotating directions, see :func:`lyapunov_exponents`.
+        rule: Update rule of an optimizer that :func:`update_map` does not know.
         smoothing: Windows over which the first local exponent is averaged before its sign is read.
         figure: Draw ``lyapunov.png`` into the log folder when ``fit`` ends.
 
     Raises:
         MisconfigurationException: In ``setup``: manual optimization that is no game, an overridden
-            ``configure_gradient_clipping``, sharding strategies, fp16. At the start of ``fit``: parameters with
+            ``configure_gradient_clipping``, sharding strategies, fp16. When training starts: parameters with
             gradient hooks; a hook that comes later ends the measurement with a warning.
-        ValueError: An argument is out of range; at the start of ``fit`` an optimizer is not known.
+        ValueError: An argument is out of range; when training starts, an optimizer is not known.
 
     Benettin, Galgani, Giorgilli & Strelcyn (1980), Meccanica 15:9-30.
     """
@@ -91,18 +92,10 @@ class LyapunovCallback(Callback):
         smoothing: int = 20,
         figure: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("k", k, 1),
-            ("every_n_steps", every_n_steps, 1),
-            ("warmup_steps", warmup_steps, 0),
-            ("orthonormalize_every", orthonormalize_every, 1),
-            ("align", align, 0),
-            ("smoothing", smoothing, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}. Got {value}.")
-        if window not in ("uniform", "bump"):
-            raise ValueError(f"window must be 'uniform' or 'bump'. Got {window!r}.")
+        require_at_least(1, k=k, every_n_steps=every_n_steps, orthonormalize_every=orthonormalize_every)
+        require_at_least(1, smoothing=smoothing)
+        require_at_least(0, warmup_steps=warmup_steps, align=align)
+        require_window(window)
         self.k, self.every_n_steps, self.warmup_steps = k, every_n_steps, warmup_steps
         self.orthonormalize_every, self.align, self.fixed_batch = orthonormalize_every, align, fixed_batch
         self.window: Literal["uniform", "bump"] = window
@@ -298,12 +291,13 @@ class LyapunovCallback(Callback):
     def _metrics(self) -> dict[str, float]:
         tracker = self.follower.tracker
         running = tracker.running()
-        metrics = {f"lyapunov/local_{i}": v for i, v in enumerate(tracker.local().tolist())}
-        metrics |= {f"lyapunov/running_{i}": v for i, v in enumerate(running.tolist())}
-        metrics["lyapunov/kaplan_yorke"] = float(kaplan_yorke_dimension(running))
-        metrics["lyapunov/edge_of_chaos"] = float(tracker.growth[-self.smoothing :, 0].mean() > 0)
-        metrics["lyapunov/alignment"] = tracker.alignment
-        return metrics
+        return {
+            **{f"lyapunov/local_{i}": v for i, v in enumerate(tracker.local().tolist())},
+            **{f"lyapunov/running_{i}": v for i, v in enumerate(running.tolist())},
+            "lyapunov/kaplan_yorke": float(kaplan_yorke_dimension(running)),
+            "lyapunov/edge_of_chaos": float(tracker.growth[-self.smoothing :, 0].mean() > 0),
+            "lyapunov/alignment": tracker.alignment,
+        }
 
     def _logs_now(self, trainer: Trainer) -> bool:
         """Return True at the last window before a log step of the Trainer: logging costs more than a small step."""

@@ -74,4 +74,4 @@ def first_tangent(n: int) -> Tensor:
     from lightning_nested.dynamics.game_tracker import GameTracker
 
     only = torch.zeros(n, dtype=DOUBLE, requires_grad=True)
-    return GameTracker([(only,)], k=1)._random()[0]
+    return GameTracker([(only,)], k=1).random_frame()[0]

@@ -101,7 +101,7 @@ def test_exponents_are_those_of_the_optimizer_as_a_map(name: str) -> None:
     callback = LyapunovCallback(3, align=0)
     trainer(callback, max_epochs=12).fit(module, DataLoader(whole, 32))
     tracker = TrainingTracker(start, k=3, align=0)
-    frame = tracker._first_frame(None, 0.0)  # type: ignore[arg-type]  # random: needs no operator
+    frame = tracker.random_frame()
     coordinates = training.coordinates(state)
     rows = torch.cat(
         [frame, torch.zeros(3, sum(a.numel() for a in coordinates) - frame.shape[1]).to(frame)], 1
