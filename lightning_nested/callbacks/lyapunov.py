@@ -19,7 +19,6 @@ from lightning_nested.dynamics.checks import require_at_least, require_window
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Tangents
 from lightning_nested.optim.update_rules import UpdateRule
-from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.game_follower import GameFollower
 from lightning_nested.trainer.joint_losses import is_game, refuse_other_modules
@@ -110,7 +109,7 @@ class LyapunovCallback(Callback):
 
     @property
     def follower(self) -> Follower:
-        """The object that carries the tangents through the steps of the run."""
+        """The follower of the run, which holds the tangents."""
         if self._follower is None:
             raise RuntimeError(
                 "Exponents are only available after training has started. Got an unused callback; call trainer.fit."
@@ -179,7 +178,7 @@ class LyapunovCallback(Callback):
         self._follower = follow(
             trainer,
             pl_module,
-            fixed=FixedBatches(trainer) if self.fixed_batch else None,
+            fixed=self.fixed_batch,
             rule=self.rule,
             k=self.k,
             align=self.align,
@@ -236,26 +235,15 @@ class LyapunovCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            k=self.k,
-            fixed_batch=self.fixed_batch,
-            every_n_steps=self.every_n_steps,
-            warmup_steps=self.warmup_steps,
-            orthonormalize_every=self.orthonormalize_every,
-            align=self.align,
-            window=self.window,
-        )
+        names = "k fixed_batch every_n_steps warmup_steps orthonormalize_every align window"
+        return self._generate_state_key(**{name: getattr(self, name) for name in names.split()})
 
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._follower is None:
             return dict(self._saved) if self._saved is not None else {}
-        return {
-            **self._follower.state_dict(),
-            "windows": self.windows,
-            "crossings": self.crossings,
-            "chaotic": self._chaotic,
-        }
+        own = {"windows": self.windows, "crossings": self.crossings, "chaotic": self._chaotic}
+        return {**self._follower.state_dict(), **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -301,7 +289,7 @@ class LyapunovCallback(Callback):
 
     def _logs_now(self, trainer: Trainer) -> bool:
         """Return True at the last window before a log step of the Trainer: logging costs more than a small step."""
-        done = self.follower.logged_steps
+        done = self.follower.logged_steps()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         following = done + self.orthonormalize_every * self.every_n_steps
         return every > 0 and ((done + 1) % every == 0 or (done + 1) // every != following // every)

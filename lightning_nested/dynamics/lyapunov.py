@@ -283,9 +283,7 @@ class _Run:
             if "randomness" in str(error):
                 raise ValueError(_NOT_A_FUNCTION.format("it draws random numbers")) from error
             raise
-        if any(
-            not torch.equal(a, b) and bool(torch.isfinite(a).all()) for a, b in zip(x, before, strict=True)
-        ):
+        if any(bool(a.isfinite().all()) and not torch.equal(a, b) for a, b in zip(x, before, strict=True)):
             raise ValueError(_NOT_A_FUNCTION.format("it writes to its input"))
         if [a.shape for a in first] != [a.shape for a in x]:
             raise ValueError(
@@ -323,7 +321,7 @@ class _Run:
             )
         if pushed.shape[-2] == self.n <= _SELF_CHECK:
             self.determinant = torch.linalg.slogdet(pushed).logabsdet  # |det Q| = 1
-        self.state, (self.rows, factor) = x, orthonormalize(pushed)
+        self.state, (self.rows, factor) = tuple(x), orthonormalize(pushed)
         return factor
 
 

@@ -75,10 +75,13 @@ class FunctionMap(DifferentiableMap):
 
     @override
     def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
-        value: Vector
-        derivative: Vector
-        value, derivative = torch.func.jvp(lambda *x: self.step(x), x, v)  # type: ignore[misc]  # two without has_aux
-        return value, derivative
+        return forward_derivative(lambda *x: self.step(x), x, v)
+
+
+def forward_derivative(function: Callable[..., Vector], x: Vector, v: Vector) -> tuple[Vector, Vector]:
+    """Return ``function(*x)`` and its derivative along v, by forward mode."""
+    value, derivative = torch.func.jvp(function, x, v)  # type: ignore[misc]  # two without has_aux
+    return value, derivative
 
 
 def as_map(step: Step | DifferentiableMap, x0: State) -> DifferentiableMap:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics.maps import DifferentiableMap
+from lightning_nested.dynamics.maps import DifferentiableMap, forward_derivative
 from lightning_nested.linalg.vectors import Vector, clone
 from lightning_nested.optim.update_rules import (
     Descent,
@@ -159,39 +159,32 @@ class UpdateMap(DifferentiableMap):
     def step(self, x: Vector) -> Vector:
         """Take one step with every player."""
         params, slots, t = self._split(x)
-        for players in self._turns():
-            mine = [i for i, owner in enumerate(self._owners) if owner in players]
-            g = self.gradient(params, players)
-            before = params
+        for players, mine in self._turns():
+            g = self.gradient(tuple(params), players)
             if self._extrapolates:
                 ahead = self._moved(params, self._ascents(params, g))
                 g = self._ascents(ahead, self.gradient(ahead, players))
-            after, done = list(params), list(slots)
             for i in mine:
-                after[i], done[i] = self.rules[i].step(before[i], g[i], slots[i], t)
-            params, slots = tuple(after), done
+                params[i], slots[i] = self.rules[i].step(params[i], g[i], slots[i], t)
         return (*params, *(b for s in slots for b in s), t)
 
     def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
         """Take one step, and differentiate it along a tangent."""
         params, slots, t = self._split(x)
         dparams, dslots, _ = self._split(v)
-        for players in self._turns():
-            mine = [i for i, owner in enumerate(self._owners) if owner in players]
+        for players, mine in self._turns():
             g, dg = self._product(params, dparams, players)
             if self._extrapolates:
                 ahead = self._moved(params, self._ascents(params, g))
                 dahead = self._moved(dparams, self._ascents(dparams, dg))
                 g, dg = self._product(ahead, dahead, players)
                 g, dg = self._ascents(ahead, g), self._ascents(dahead, dg)
-            after, done, dafter, ddone = list(params), list(slots), list(dparams), list(dslots)
             for i in mine:
-                r = self.rules[i]
-                after[i], done[i] = r.step(params[i], g[i], slots[i], t)
-                dafter[i], ddone[i] = r.tangent(params[i], g[i], slots[i], t, dparams[i], dg[i], dslots[i])
-            params, slots, dparams, dslots = tuple(after), done, tuple(dafter), ddone
-        flat = (*params, *(b for s in slots for b in s), t)
-        return flat, (*dparams, *(b for s in dslots for b in s))
+                r, w, s = self.rules[i], params[i], slots[i]
+                dparams[i], dslots[i] = r.tangent(w, g[i], s, t, dparams[i], dg[i], dslots[i])
+                params[i], slots[i] = r.step(w, g[i], s, t)
+        tangent = (*dparams, *(b for s in dslots for b in s))
+        return (*params, *(b for s in slots for b in s), t), tangent
 
     def gradient(self, params: Vector, players: Sequence[int] | None = None) -> Vector:
         """Return ∂Lᵢ/∂wᵢ for each parameter's own player i, zeros for those that are not among ``players``."""
@@ -208,36 +201,35 @@ class UpdateMap(DifferentiableMap):
                     result[i] = pulled[i]
         return tuple(result)
 
-    def _product(self, params: Vector, dparams: Vector, players: Sequence[int]) -> tuple[Vector, Vector]:
+    def _product(
+        self, params: Sequence[Tensor], dparams: Sequence[Tensor], players: Sequence[int]
+    ) -> tuple[Vector, Vector]:
         """Return the gradient and its derivative along a tangent: forward-mode over reverse-mode."""
-        value: Vector
-        derivative: Vector
-        value, derivative = torch.func.jvp(  # type: ignore[misc]  # two without has_aux
-            lambda *p: self.gradient(p, players), params, dparams
-        )
-        return value, derivative
+        return forward_derivative(lambda *p: self.gradient(p, players), tuple(params), tuple(dparams))
 
-    def _turns(self) -> list[list[int]]:
+    def _turns(self) -> list[tuple[list[int], list[int]]]:
+        """Return groups of players that step together, with the indices of their parameters."""
         players = list(range(max(self._owners) + 1))
-        return [[p] for p in players] if self._alternating else [players]
+        turns = [[p] for p in players] if self._alternating else [players]
+        return [(turn, [i for i, owner in enumerate(self._owners) if owner in turn]) for turn in turns]
 
-    def _ascents(self, params: Vector, g: Vector) -> Vector:
+    def _ascents(self, params: Sequence[Tensor], g: Vector) -> Vector:
         return tuple(
             r.ascent(w, a) if isinstance(r, Descent) else a
             for r, w, a in zip(self.rules, params, g, strict=True)
         )
 
-    def _moved(self, params: Vector, e: Vector) -> Vector:
+    def _moved(self, params: Sequence[Tensor], e: Vector) -> Vector:
         one = torch.ones(())
         return tuple(r.step(w, a, (), one)[0] for r, w, a in zip(self.rules, params, e, strict=True))
 
-    def _split(self, x: Vector) -> tuple[Vector, list[Vector], Tensor]:
+    def _split(self, x: Vector) -> tuple[list[Tensor], list[Vector], Tensor]:
         """Split a state into parameters, the buffers of each, and the number of the coming step."""
         slots, at = [], self._num
         for size in self._sizes:
             slots.append(tuple(x[at : at + size]))
             at += size
-        return tuple(x[: self._num]), slots, x[at] + 1 if len(x) > at else x[0].new_ones(())
+        return list(x[: self._num]), slots, x[at] + 1 if len(x) > at else x[0].new_ones(())
 
 
 def _grouped(params: Vector, owners: Sequence[int]) -> tuple[Tensor | Vector, ...]:

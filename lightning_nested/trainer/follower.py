@@ -1,4 +1,4 @@
-"""Interface by which a callback carries tangents through the steps of a run, of one loss or of a game."""
+"""Interface by which LyapunovCallback carries tangents through the steps of a run, of one loss or of a game."""
 
 from __future__ import annotations
 
@@ -31,26 +31,21 @@ def has_gradient_hooks(params: Iterable[Tensor]) -> bool:
 
 
 class Follower(ABC):
-    """Base of the classes that push the tangents of a tracker through the steps of a running Trainer.
+    """Pushes the tangents of a tracker through the steps of a running Trainer.
 
     Args:
         trainer: Trainer of the run.
         module: Module that it trains.
         optimizers: Optimizers whose steps are followed.
-        fixed: Store of batches that replace those of the run; None: follow the batches of the run.
+        fixed: Follow the losses of batches that are kept instead of those of the run.
         rule: Update rule of optimizers that the package does not know.
 
     Attributes:
         unit: Name of a step, for figures.
         tracker: Tangents and their growth.
         steps: Number of steps before the current one.
-        call: Number of evaluations in the current step.
         is_open: True while the current batch belongs to a step that is followed.
         stopped: True once the measurement has ended early.
-
-    Raises:
-        ValueError: An optimizer is not known, and there is no ``rule``.
-        MisconfigurationException: A parameter has a gradient hook.
     """
 
     unit: ClassVar[str]
@@ -61,11 +56,14 @@ class Follower(ABC):
         trainer: Trainer,
         module: Any,
         optimizers: Sequence[Optimizer],
-        fixed: FixedBatches | None,
+        *,
+        fixed: bool,
         rule: UpdateRule | None,
     ) -> None:
-        self.trainer, self.module, self.fixed, self.rule = trainer, module, fixed, rule
-        self.steps, self.call, self.is_open, self.stopped = 0, 0, False, False
+        self.trainer, self.module, self.rule = trainer, module, rule
+        self.fixed = FixedBatches(trainer) if fixed else None
+        self.steps, self.is_open, self.stopped = 0, False, False
+        self.call = 0  # evaluations in the current step, each with a fixed batch of its own
         for optimizer in optimizers:
             if has_gradient_hooks(trainable(optimizer)):
                 raise MisconfigurationException(GRADIENT_HOOKS)
@@ -91,7 +89,7 @@ class Follower(ABC):
 
     @abstractmethod
     def observe(self, loss: Tensor) -> None:
-        """Take the products that tangents need, just before the backward pass of ``loss``."""
+        """Compute the products that tangents need, just before the backward pass of ``loss``."""
 
     @abstractmethod
     def advance(self, optimizer: Optimizer) -> bool:
@@ -101,14 +99,13 @@ class Follower(ABC):
     def end_batch(self) -> bool:
         """Count the step if this batch completed it; return True if that ended a window."""
 
-    @property
     @abstractmethod
     def logged_steps(self) -> int:
-        """Number of steps by the clock of ``log_every_n_steps``."""
+        """Return the number of steps by the clock of ``log_every_n_steps``."""
 
     @abstractmethod
     def log(self, metrics: dict[str, float]) -> None:
-        """Hand metrics of the current step to the loggers."""
+        """Send metrics of the current step to the loggers."""
 
     @abstractmethod
     def put_back(self) -> None:
@@ -116,12 +113,8 @@ class Follower(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume needs; called on all processes together."""
-        return {
-            "tracker": self.tracker.state_dict(),
-            "steps": self.steps,
-            "fixed": None if self.fixed is None else self.fixed.state_dict(),
-            "call": self.call,
-        }
+        fixed = None if self.fixed is None else self.fixed.state_dict()
+        return {"tracker": self.tracker.state_dict(), "steps": self.steps, "fixed": fixed, "call": self.call}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

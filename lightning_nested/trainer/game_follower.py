@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -19,9 +17,9 @@ from lightning_nested.linalg.vectors import Vector
 from lightning_nested.networks.spectral_norm import spectral_norm_layers
 from lightning_nested.optim.step_dynamics import step_dynamics
 from lightning_nested.optim.update_rules import UpdateRule
-from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.joint_losses import warn_if_detached
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.stand_ins import StandIns
@@ -33,31 +31,18 @@ class GameFollower(Follower):
     Whenever the game asks for losses to step on, they are evaluated before, at the same point, on the same batch and
     random numbers and in the same mode, but with their graph to every player. Players may step together or in turns,
     several times in a round, or look ahead. A step is a round, a game update.
-
-    Args:
-        trainer: Trainer of the run.
-        module: GameModule whose players have their optimizers.
-        fixed: Store of batches that replace those of the run; None: follow the batches of the run.
-        rule: Update rule of optimizers that the package does not know.
-        **options: Arguments of :class:`GameTracker`.
     """
 
     unit = "game update"
+    tracker: GameTracker
 
     def __init__(
-        self,
-        trainer: Trainer,
-        module: Any,
-        *,
-        fixed: FixedBatches | None,
-        rule: UpdateRule | None,
-        **options: Any,
+        self, trainer: Trainer, module: Any, *, fixed: bool, rule: UpdateRule | None, **options: Any
     ) -> None:
-        players = module.running_players
-        super().__init__(trainer, module, [p.optimizer.optimizer for p in players.values()], fixed, rule)
-        self.names = list(players)
-        self.tracker: GameTracker = GameTracker(self._parameters(), reduce=reduction(trainer), **options)
-        self._seen: set[str] = set()  # players whose losses were examined
+        optimizers = [player.optimizer.optimizer for player in module.running_players.values()]
+        super().__init__(trainer, module, optimizers, fixed=fixed, rule=rule)
+        self.names = list(module.running_players)
+        self.tracker = GameTracker(self._parameters(), reduce=reduction(trainer), **options)
         self._original: Callable[..., Any] = module.player_losses
         self._stand_ins = StandIns()
         self._stand_ins.put(module, "player_losses", self._player_losses)
@@ -89,7 +74,6 @@ class GameFollower(Follower):
         self.call = 0
         return self.tracker.end_step()
 
-    @property
     @override
     def logged_steps(self) -> int:
         return self.steps
@@ -123,24 +107,22 @@ class GameFollower(Follower):
                 self.tracker.advance(index, optimizer, self.rule, clip=_clip(player), ahead=True)
 
     def _observe(self, names: list[str], batch: Any) -> None:
-        if self.tracker.frame is None and self.tracker.align:
+        if self.tracker.frame is None:
             losses = self._evaluate(self.names, batch)
-            dynamics = [
-                step_dynamics(player.optimizer.optimizer, player.parameters)
-                for player in self.module.running_players.values()
-            ]
-            with torch.autocast(self.module.device.type, enabled=False):
-                self.tracker.align_to(
-                    [loss * each.sign for loss, each in zip(losses, dynamics, strict=True)],
-                    tuple(d for each in dynamics for d in each.scale),
-                )
+            warn_if_detached(self.names, losses, self.tracker.players)
+            if self.tracker.align:
+                self._align(losses)
         losses = self._evaluate(names, batch)
-        if not self._seen.issuperset(names):
-            self._seen.update(names)
-            self._warn_if_detached(names, losses)
         self.call += 1
         with torch.autocast(self.module.device.type, enabled=False):
             self.tracker.observe(dict(zip(map(self.names.index, names), losses, strict=True)))
+
+    def _align(self, losses: list[Tensor]) -> None:
+        players = self.module.running_players.values()
+        dynamics = [step_dynamics(player.optimizer.optimizer, player.parameters) for player in players]
+        descended = [loss * each.sign for loss, each in zip(losses, dynamics, strict=True)]
+        with torch.autocast(self.module.device.type, enabled=False):
+            self.tracker.align_to(descended, tuple(d for each in dynamics for d in each.scale))
 
     def _evaluate(self, names: list[str], batch: Any) -> list[Tensor]:
         """Return the losses of these players as the game would find them now, without side effects."""
@@ -151,14 +133,12 @@ class GameFollower(Follower):
         else:
             batch, stream = self.fixed.get(self.call, batch)
             cache = {}
-        with ExitStack() as stack:
-            for context in (
-                stream.replay(),
-                without_trace(module, self.trainer),
-                module.joint_evaluation(names),
-                torch.enable_grad(),
-            ):
-                stack.enter_context(context)
+        with (
+            stream.replay(),
+            without_trace(module, self.trainer),
+            module.joint_evaluation(names),
+            torch.enable_grad(),
+        ):
             module.step_cache = cache  # what players share, such as fakes, is a part of the function
             if len(names) < len(together):
                 module.batch_players = together
@@ -169,17 +149,6 @@ class GameFollower(Follower):
                         layer.iterate()
             found = self._original(names, batch)
         return [found[name].reshape(()) for name in names]
-
-    def _warn_if_detached(self, names: list[str], losses: list[Tensor]) -> None:
-        for name, loss in zip(names, losses, strict=True):
-            for other, held in zip(self.names, self.tracker.players, strict=True):
-                found = torch.autograd.grad(loss, held, retain_graph=True, allow_unused=True)
-                if all(g is None for g in found):
-                    rank_zero_warn(
-                        f"The loss of {name!r} has no graph to the parameters of {other!r}. If it depends on them, "
-                        "the exponents lack that coupling: in player_loss, do not detach and do not use "
-                        "torch.no_grad() where self.joint_graph is True."
-                    )
 
 
 def _clip(player: Any) -> Clip | None:

@@ -25,24 +25,17 @@ from lightning_nested.trainer.shared_backward import SharedBackward
 
 
 class TrainingFollower(Follower):
-    """Follows a run in automatic optimization, gradient accumulation and clipping included.
-
-    Args:
-        trainer: Trainer of the run, with one optimizer.
-        module: Module that it trains.
-        fixed: Store of a batch whose loss is followed instead of the losses of the run.
-        rule: Update rule of an optimizer that the package does not know.
-        **options: Arguments of :class:`TrainingTracker`.
-    """
+    """Follows a run of one optimizer in automatic optimization, gradient accumulation and clipping included."""
 
     unit = "training step"
+    tracker: TrainingTracker
 
     def __init__(
         self,
         trainer: Trainer,
         module: LightningModule,
         *,
-        fixed: FixedBatches | None,
+        fixed: bool,
         rule: UpdateRule | None,
         **options: Any,
     ) -> None:
@@ -50,7 +43,7 @@ class TrainingFollower(Follower):
             raise MisconfigurationException(
                 f"LyapunovCallback follows one optimizer, or a GameModule. Got {len(trainer.optimizers)}."
             )
-        super().__init__(trainer, module, trainer.optimizers, fixed, rule)
+        super().__init__(trainer, module, trainer.optimizers, fixed=fixed, rule=rule)
         (self.optimizer,) = trainer.optimizers
         others = (getattr(c, "outer", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if any(getattr(outer, "decays", ()) for outer in others):
@@ -58,15 +51,9 @@ class TrainingFollower(Follower):
                 "LyapunovCallback knows the optimizer's own weight decay. Got a HypergradientCallback that adds decays "
                 "to the gradients: the exponents are those without them."
             )
-        self._clip: Clip | None = None
-        if trainer.gradient_clip_val:
-            by_value = trainer.gradient_clip_algorithm == "value"
-            self._clip = Clip(
-                limit=float(trainer.gradient_clip_val), algorithm="value" if by_value else "norm"
-            )
-        self.tracker: TrainingTracker = TrainingTracker(
-            trainable(self.optimizer), reduce=reduction(trainer), **options
-        )
+        limit, by_value = trainer.gradient_clip_val, trainer.gradient_clip_algorithm == "value"
+        self._clip = Clip(limit=float(limit), algorithm="value" if by_value else "norm") if limit else None
+        self.tracker = TrainingTracker(trainable(self.optimizer), reduce=reduction(trainer), **options)
         self.backward = SharedBackward()
 
     @override
@@ -119,7 +106,6 @@ class TrainingFollower(Follower):
             self.steps += 1
         return False
 
-    @property
     @override
     def logged_steps(self) -> int:
         return logger_step(self.trainer)

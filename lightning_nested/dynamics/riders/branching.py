@@ -95,7 +95,7 @@ class FiniteTime:
         self._training, self._branching = training, branching
         states = self._states(starts)
         coordinates = training.coordinates(states)
-        self._like, self._batch = coordinates, len(starts[0])
+        self._batch = len(starts[0])
         self.num_parameters = sum(p[0].numel() for p in starts)
         total = sum(a[0].numel() for a in coordinates)
         if branching.num_exponents > self.num_parameters:
@@ -119,8 +119,12 @@ class FiniteTime:
         states: Vector = torch.vmap(lambda *p: self._training.start(p))(*starts)
         return states
 
-    def jacobian(self, starts: Vector) -> Tensor:
-        """Return ∂(state after H steps)/∂(parameters at the start), transposed: (batch, parameters, coordinates)."""
+    def _jacobian(self, starts: Vector) -> tuple[Tensor, Tensor]:
+        """Return ∂(state after H steps)/∂(parameters at the start), transposed, and which are not finite.
+
+        Shapes are (batch, parameters, coordinates) and (batch,). No decomposition takes numbers that are not finite:
+        ones replace them.
+        """
         state, frame = self._states(starts), self._frame
         for steps in self._segments:
             # Transforms that could not be recorded do not go through a checkpoint.
@@ -128,7 +132,9 @@ class FiniteTime:
                 state, frame = checkpoint(self._run, steps, state, frame, use_reentrant=False)
             else:
                 state, frame = self._run(steps, state, frame)
-        return to_rows(frame, batch_dims=1)
+        jacobian = to_rows(frame, batch_dims=1)
+        lost = ~torch.isfinite(jacobian).flatten(1).all(1)
+        return torch.where(lost[:, None, None], 1.0, jacobian), lost
 
     def _run(self, steps: int, state: Vector, frame: Vector) -> tuple[Vector, Vector]:
         for _ in range(steps):
@@ -137,7 +143,7 @@ class FiniteTime:
 
     def exponents(self, starts: Vector) -> Tensor:
         """Return exponents (batch, n), largest first; NaN where training does not stay finite within the horizon."""
-        jacobian, lost = _without_lost(self.jacobian(starts))
+        jacobian, lost = self._jacobian(starts)
         return self._logarithms(torch.linalg.svdvals(jacobian), lost)
 
     def _logarithms(self, values: Tensor, lost: Tensor) -> Tensor:
@@ -147,7 +153,7 @@ class FiniteTime:
     def directions(self, starts: Vector) -> tuple[Tensor, Tensor]:
         """Return exponents, and the unit perturbations of parameters that separate most: (batch, n, parameters)."""
         with torch.no_grad():
-            jacobian, lost = _without_lost(self.jacobian(starts))
+            jacobian, lost = self._jacobian(starts)
             left, values, _ = torch.linalg.svd(jacobian, full_matrices=False)
         directions = left.mT
         # A direction and its negative are the same branch pair; fix which one is called +.
@@ -165,18 +171,17 @@ class FiniteTime:
         optimizer = torch.optim.Adam(points, lr=branching.ascent_rate)
         history: list[Tensor] = []
         best = [p.detach().clone() for p in points]
-        top = torch.full((self._batch,), -math.inf, dtype=points[0].dtype, device=points[0].device)
+        top = points[0].detach().new_full((self._batch,), -math.inf)
         for step in range(branching.ascent_steps + 1):
             last = step == branching.ascent_steps
             with torch.set_grad_enabled(not last):
                 value = branching.value(self.exponents(tuple(points)))
             history.append(value.detach())
-            # Adam overshoots: what counts is the best place on its way.
-            better = value.detach() > top
-            top = torch.where(better, value.detach(), top)
+            # Adam overshoots: keep the best place on its way.
+            better = history[-1] > top
+            top = torch.where(better, history[-1], top)
             for b, p in zip(best, points, strict=True):
-                mask = better.view(-1, *[1] * (p.ndim - 1))
-                b.copy_(torch.where(mask, p.detach(), b))
+                b[better] = p.detach()[better]
             if last:
                 break
             optimizer.zero_grad()
@@ -221,9 +226,3 @@ def screen(training: UpdateMap, starts: Vector, branching: Branching) -> Vector:
     best = value.view(-1, count).topk(kept, dim=1).indices
     chosen = (best + count * torch.arange(len(best), device=best.device).unsqueeze(1)).flatten()
     return tuple(m[chosen] for m in moved)
-
-
-def _without_lost(jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace Jacobians that are not finite, which no decomposition takes, by ones; return also which they are."""
-    lost = ~torch.isfinite(jacobian).flatten(1).all(1)
-    return torch.where(lost[:, None, None], 1.0, jacobian), lost

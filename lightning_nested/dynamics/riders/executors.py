@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from typing_extensions import override
 
 from lightning_nested.dynamics.checks import require_at_least
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+Chunk: TypeAlias = Sequence[Any]
+Work: TypeAlias = Callable[[Chunk], Any]
 _IN_PROCESS = 256
 
 
@@ -38,19 +38,20 @@ class Executor(ABC):
     def __post_init__(self) -> None:
         require_at_least(1, batch_size=self.batch_size)
 
-    def chunks(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
+    def chunks(self, jobs: Chunk) -> list[Chunk]:
         """Split jobs into chunks of ``batch_size``."""
-        size = self.batch_size if self.batch_size is not None else self._default_size(len(jobs))
+        size = self.batch_size
+        if size is None:
+            # Four chunks for each worker: few maps to record, and workers end at about the same time.
+            workers = self._workers()
+            size = _IN_PROCESS if workers is None else max(1, -(-len(jobs) // (4 * workers)))
         return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
-    @abstractmethod
-    def _default_size(self, count: int) -> int:
-        """Return the chunk size for ``count`` jobs."""
+    def _workers(self) -> int | None:
+        return None
 
     @abstractmethod
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
         """Yield results as they are finished, in any order.
 
         Raises:
@@ -63,15 +64,8 @@ class InProcess(Executor):
     """Runs in this process, one chunk after the other."""
 
     @override
-    def _default_size(self, count: int) -> int:
-        return _IN_PROCESS
-
-    @override
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
-        for chunk in chunks:
-            yield function(chunk)
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
+        return map(function, chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +83,11 @@ class Processes(Executor):
         require_at_least(1, max_workers=self.max_workers)
 
     @override
-    def _default_size(self, count: int) -> int:
-        return _share(count, self.max_workers or os.cpu_count() or 1)
+    def _workers(self) -> int:
+        return self.max_workers or os.cpu_count() or 1
 
     @override
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
         _check_picklable(function)
         # Spawned, not forked: a process with threads must not fork.
         pool = ProcessPoolExecutor(self.max_workers, mp_context=get_context("spawn"), initializer=_begin)
@@ -117,8 +109,8 @@ class Ray(Executor):
     address: str | None = None
 
     @override
-    def _default_size(self, count: int) -> int:
-        return _share(count, int(self._cluster().cluster_resources().get("CPU", 1)))
+    def _workers(self) -> int:
+        return int(self._cluster().cluster_resources().get("CPU", 1))
 
     def _cluster(self) -> Any:
         """Return the module ray, connected to its cluster."""
@@ -134,9 +126,7 @@ class Ray(Executor):
         return ray
 
     @override
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
         _check_picklable(function)
         ray = self._cluster()
         remote: Any = ray.remote(_call)
@@ -151,12 +141,7 @@ class Ray(Executor):
                 ray.cancel(task)
 
 
-def _share(count: int, workers: int) -> int:
-    """Return the chunk size that gives each worker four: few maps to record, and workers end at about the same time."""
-    return max(1, -(-count // (4 * workers)))
-
-
-def _call(function: Callable[[Any], Any], chunk: Any) -> Any:
+def _call(function: Work, chunk: Chunk) -> Any:
     torch.set_num_threads(1)
     return function(chunk)
 
@@ -175,7 +160,6 @@ def _end_with_parent() -> None:
 
 
 def _check_picklable(function: object) -> None:
-    """Raise TypeError with a cure if ``function`` cannot be sent to another process."""
     try:
         pickle.dumps(function)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

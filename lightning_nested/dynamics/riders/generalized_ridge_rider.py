@@ -1,7 +1,4 @@
-"""Generalized Ridge Rider: branch where training separates, and ride to the different solutions.
-
-Lorraine, Vicol, Parker-Holder, Kachman, Metz & Foerster (2022), arXiv 2112.14570.
-"""
+"""Generalized Ridge Rider: branch where training separates, and ride to the different solutions."""
 
 from __future__ import annotations
 
@@ -103,14 +100,11 @@ class GeneralizedRidgeRider:
         params = [tuple(p.detach() for p in start) for start in starts]
         self._check(params)
         crew = _Crew(rider=self, losses=losses, optimizer=optimizer, behaviour=behaviour, like=params[0])
-        tree = RideTree(
-            tolerance=self.tolerance,
-            folder=None if folder is None else Path(folder),
-            settings=self._settings(params, crew),
-        )
+        tree = RideTree(tolerance=self.tolerance, folder=folder, settings=self._settings(params, crew))
+        report = progress if progress is not None else lambda *_: None
         jobs = [(str(i), flatten(p)) for i, p in enumerate(params)]
         for level in range(self.depth):
-            self._run(tree, crew.find, jobs, self._points, "branching", progress)
+            self._run(tree, crew.find, jobs, self._points, "branching", report)
             points = [tree.branches[n] for name, _ in jobs for n in self._points(name)]
             if level == 0 and not any(p.finite for p in points):
                 raise FloatingPointError(
@@ -118,7 +112,7 @@ class GeneralizedRidgeRider:
                     "that are not from every start: lower the learning rate or the horizon."
                 )
             rides = [r for p in points if p.finite for r in crew.branches(p)]
-            self._run(tree, crew.ride, rides, lambda name: [name], "ride", progress)
+            self._run(tree, crew.ride, rides, lambda name: [name], "ride", report)
             ends = [tree.branches[name] for name, _ in rides]
             jobs = [(b.name, flatten(b.tensors(params[0]))) for b in ends if b.finite]
             if level + 1 == self.depth or not jobs:
@@ -131,11 +125,9 @@ class GeneralizedRidgeRider:
         for i, start in enumerate(starts):
             if not all(bool(torch.isfinite(p).all()) for p in start):
                 raise ValueError(f"Starts must be finite. Got a number that is not in start {i}.")
-            shapes = [[tuple(p.shape) for p in s] for s in (starts[0], start)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"Starts must have the same shapes. Got {shapes[0]} and, as start {i}, {shapes[1]}."
-                )
+            first, own = ([tuple(p.shape) for p in s] for s in (starts[0], start))
+            if first != own:
+                raise ValueError(f"Starts must have the same shapes. Got {first} and, as start {i}, {own}.")
         n = sum(p.numel() for p in starts[0])
         if self.num_directions > n:
             raise ValueError(
@@ -154,7 +146,7 @@ class GeneralizedRidgeRider:
         jobs: Sequence[Job],
         names: Callable[[str], list[str]],
         what: str,
-        progress: Progress | None,
+        report: Progress,
     ) -> None:
         def left(chunk: Sequence[Job]) -> bool:
             return not all(n in tree for job in chunk for n in names(job[0]))
@@ -164,14 +156,12 @@ class GeneralizedRidgeRider:
         if not chunks:
             return
         done = len(jobs) - sum(map(len, chunks))
-        if progress is not None:
-            progress(what, done, len(jobs))
+        report(what, done, len(jobs))
         per = len(names(jobs[0][0]))
         for branches in self.executor.map(function, chunks):
             tree.add(b for b in branches if b.name not in tree)
             done += len(branches) // per
-            if progress is not None:
-                progress(what, done, len(jobs))
+            report(what, done, len(jobs))
 
     def _settings(self, starts: Sequence[Vector], crew: _Crew) -> str:
         """Return all settings that decide the branches, as text; not where they run."""

@@ -1,7 +1,4 @@
-"""Ridge Rider: follow directions of negative curvature from a saddle of one loss to its different minima.
-
-Parker-Holder, Metz, Resnick, Hu, Lerer, Letcher, Peysakhovich, Pacchiano & Foerster (2020), NeurIPS, arXiv 2011.06505.
-"""
+"""Ridge Rider: follow directions of negative curvature from a saddle of one loss to its different minima."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +42,8 @@ class RidgeRider:
         curvature_tolerance: Threshold below whose negative a curvature counts as negative.
         tolerance: Difference of behaviours up to which two minima are one.
 
-    Parker-Holder et al. (2020), NeurIPS, arXiv 2011.06505.
+    Parker-Holder, Metz, Resnick, Hu, Lerer, Letcher, Peysakhovich, Pacchiano & Foerster (2020), NeurIPS,
+    arXiv 2011.06505.
 
     >>> double_well = lambda w: ((w[0] ** 2 - 1) ** 2).sum()
     >>> tree = RidgeRider().ride(double_well, (torch.zeros(2, dtype=torch.float64),), behaviour=lambda w: w[0])
@@ -94,11 +91,8 @@ class RidgeRider:
             ValueError: There is no negative curvature at ``saddle``.
         """
         walker = _Walker(self, loss, saddle, behaviour)
-        tree = RideTree(
-            tolerance=self.tolerance,
-            folder=None if folder is None else Path(folder),
-            settings=f"{self}\nsaddle {walker.start.tolist()}\n{walker.fingerprint()}\n",
-        )
+        settings = f"{self}\nsaddle {walker.start.tolist()}\n{walker.fingerprint()}\n"
+        tree = RideTree(tolerance=self.tolerance, folder=folder, settings=settings)
         if not walker.directions(walker.start):
             raise ValueError(
                 "The start must have negative curvature. Got a Hessian without a negative eigenvalue: give a saddle, "
@@ -136,23 +130,18 @@ class _Walker:
         self.like = tuple(p.detach() for p in saddle)
         self.start = flatten(self.like)
 
-        def flat(w: Tensor) -> Tensor:
-            return loss(unflatten(w, self.like))
-
-        gradient = torch.func.grad(flat)
-
-        def product(w: Tensor, v: Tensor) -> Any:
-            return torch.func.jvp(gradient, (w,), (v,))
-
-        self.loss = flat
+        self.loss = lambda w: loss(unflatten(w, self.like))
+        gradient = torch.func.grad(self.loss)
         self.gradient = recorded(gradient, self.start)
-        self.product = recorded(product, self.start, torch.ones_like(self.start))
+        self.product = recorded(
+            lambda w, v: torch.func.jvp(gradient, (w,), (v,))[1], self.start, torch.ones_like(self.start)
+        )
         self._hessian = torch.func.jacfwd(gradient)
 
     @torch.no_grad()
     def fingerprint(self) -> str:
         """Return text that tells one loss from another: its value and a product with its Hessian at the saddle."""
-        product = self.product(self.start, torch.ones_like(self.start))[1]
+        product = self.product(self.start, torch.ones_like(self.start))
         return f"loss {float(self.loss(self.start)):.5g} curvature {float(product.norm()):.5g}"
 
     @torch.no_grad()
@@ -167,14 +156,10 @@ class _Walker:
         else:
             generator = torch.Generator().manual_seed(0)
             first = torch.randn(len(w), generator=generator, dtype=torch.float64).to(w)
-            basis, images = krylov(partial(self._hessian_product, w), first, _LANCZOS)
+            basis, images = krylov(partial(self.product, w), first, _LANCZOS)
             values, coordinates = symmetric_ritz(basis, images)
             rows = coordinates @ basis
         return [v * v[v.abs().argmax()].sign() for v in rows[values < -self.rider.curvature_tolerance]]
-
-    def _hessian_product(self, w: Tensor, v: Tensor) -> Tensor:
-        found: Tensor = self.product(w, v)[1]
-        return found
 
     @torch.no_grad()
     def branch(self, name: str, parent: str, at: Tensor, heading: Tensor, *, last: bool) -> Branch:
@@ -202,7 +187,7 @@ class _Walker:
 
         The Ritz vector of largest overlap, not of least curvature: a ridge that flattens must not be left for another.
         """
-        basis, images = krylov(partial(self._hessian_product, w), e, self.rider.refinements + 1)
+        basis, images = krylov(partial(self.product, w), e, self.rider.refinements + 1)
         if not torch.isfinite(images).all():
             return e, math.nan
         values, coordinates = symmetric_ritz(basis, images)
