@@ -130,7 +130,7 @@ class _Walker:
         self.like = tuple(p.detach() for p in saddle)
         self.start = flatten(self.like)
 
-        self.loss = lambda w: loss(unflatten(w, self.like))
+        self.loss: Callable[[Tensor], Tensor] = lambda w: loss(unflatten(w, self.like))
         gradient = torch.func.grad(self.loss)
         self.gradient = recorded(gradient, self.start)
         self.product = recorded(
