@@ -11,12 +11,7 @@ from torch import Tensor
 
 from lightning_nested.modules import GameModule
 from tests.cases import DOUBLE
-
-
-def trainer(*callbacks: Any, **options: Any) -> Trainer:
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(callbacks=list(callbacks), **{"devices": 1, **defaults, **quiet, **options})
+from tests.trainers import trainer
 
 
 def run(
