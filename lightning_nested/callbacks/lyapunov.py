@@ -189,9 +189,7 @@ class LyapunovCallback(Callback):
             self._restore(self._saved)
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         follower = self.follower
         follower.begin_batch(batch)
         follower.is_open = not follower.stopped and self.should_follow(trainer, follower.steps)
@@ -202,9 +200,7 @@ class LyapunovCallback(Callback):
             self.follower.observe(loss)
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         with self.follower.stopping():
             if self.follower.advance(optimizer):
                 self._end_window(trainer)

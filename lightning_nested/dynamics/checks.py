@@ -20,8 +20,7 @@ def require_window(window: str) -> None:
 
 def require_memory(needed: int, what: str, cure: str) -> None:
     """Raise MemoryError if the machine does not have as many bytes."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise MemoryError(
-            f"{what} {needed / 2**30:.1f} GiB. Got a machine of {available / 2**30:.1f} GiB; {cure}."
-        )
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
+        gib = 2**30
+        raise MemoryError(f"{what} {needed / gib:.1f} GiB. Got a machine of {held / gib:.1f} GiB; {cure}.")

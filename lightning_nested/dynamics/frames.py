@@ -7,13 +7,15 @@ tangent of a large model is a plain flat vector.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_nested.linalg.vectors import Vector
 
+Product: TypeAlias = Callable[[Tensor], Tensor]  # of an operator with a flat vector (n,)
 _TALL = 4096  # from this many coordinates on, two Gram matrices are cheaper than Householder reflections
 
 
@@ -31,7 +33,7 @@ def from_rows(rows: Tensor, like: Vector, *, batch_dims: int = 0) -> Vector:
 
 
 def random_frame(
-    k: int, n: int, like: Tensor, generator: torch.Generator | None, batch: tuple[int, ...]
+    k: int, n: int, like: Tensor, generator: torch.Generator | None, batch: Sequence[int]
 ) -> Tensor:
     """Draw orthonormal rows (..., k, n), Haar-distributed, on the CPU so that devices agree."""
     draw = torch.randn(*batch, k, n, generator=generator, dtype=torch.float64)
@@ -94,19 +96,11 @@ def _cholesky_twice(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     return q, total
 
 
-def krylov(
-    product: Callable[[Tensor], Tensor], start: Tensor, count: int, *, tolerance: float = 1e-8
-) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis (m, n) of a Krylov subspace and its image under the operator, m ≤ ``count``.
+def krylov(product: Product, start: Tensor, count: int, *, tolerance: float = 1e-8) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis (m, n) of a Krylov subspace from ``start`` (n,), and its images, m ≤ ``count``.
 
     Orthogonalizes fully, and twice, because rounding destroys a Lanczos recurrence. Ends early where what is left of
     an image is below ``tolerance`` times its length: the subspace is invariant.
-
-    Args:
-        product: Product of the operator with a vector (n,).
-        start: First direction, (n,).
-        count: Largest number of products.
-        tolerance: Relative length below which a remainder is rounding.
     """
     basis, images = start.new_zeros(2, count, len(start))
     v, m = start / start.norm(), 0
@@ -144,15 +138,9 @@ def covariant_directions(frames: Tensor, factors: Tensor, discard: int) -> Tenso
     """Return covariant Lyapunov vectors: directions that the dynamics maps onto one another, one for each exponent.
 
     Backward through the triangular factors: C_{t−1} ∝ R_t⁻¹ C_t, and v_t = Q_t C_t. Any upper-triangular start
-    converges; ``discard`` steps at the end are for that. Ginelli et al. (2007), PRL 99:130601.
+    converges; the last ``discard`` times are for that. Ginelli et al. (2007), PRL 99:130601.
 
-    Args:
-        frames: Q_t, (T, ..., k, n).
-        factors: L_t with Y_t = L_t Q_t, (T, ..., k, k).
-        discard: Trailing times that only serve the convergence.
-
-    Returns:
-        Unit rows (T − discard, ..., k, n).
+    Takes Q_t, (T, ..., k, n), and L_t with Y_t = L_t Q_t, (T, ..., k, k); returns unit rows (T − discard, ..., k, n).
     """
     eye = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
     c = eye.expand(factors.shape[1:]).clone()

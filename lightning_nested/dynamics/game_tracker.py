@@ -69,10 +69,9 @@ class GameTracker(Tangents):
         self._counts = [0] * len(self.players)
 
     def observe(self, losses: Mapping[int, Tensor]) -> None:
-        """Add the derivatives of these players' gradients along every tangent; batches of one step are averaged.
+        """Add the derivatives of the stepping players' gradients along every tangent, averaged over batches of a step.
 
-        Args:
-            losses: Scalars with graphs to all parameters, by the indices of players that step together.
+        ``losses`` are scalars with graphs to all parameters, by the indices of players that step together.
         """
         if self.frame is None:
             self.frame = self.random_frame()
@@ -91,9 +90,8 @@ class GameTracker(Tangents):
             for row, tangent in zip(self._products, frame, strict=True):
                 v = unflatten(tangent, self.params)
                 found = _derivative([gradient[i] for i in live], own, [v[i] for i in live])
-                row[block] += flatten(
-                    torch.zeros_like(p) if a is None else a for a, p in zip(found, own, strict=True)
-                )
+                pairs = zip(found, own, strict=True)
+                row[block] += flatten(torch.zeros_like(p) if a is None else a for a, p in pairs)
 
     def has_observed(self, player: int) -> bool:
         """Return True if there is a loss for this player to advance by."""
@@ -108,14 +106,10 @@ class GameTracker(Tangents):
         clip: Clip | None = None,
         ahead: bool | None = None,
     ) -> bool:
-        """Push the tangents through a player's coming step, and return True if it is a whole one.
+        """Push the tangents through the coming step of ``player``; return True if it is a whole one.
 
-        Args:
-            player: Index of the player that steps.
-            optimizer: The player's optimizer before its step, gradients in ``.grad``.
-            rule: Update rule of an optimizer that the package does not know.
-            clip: Clipping of the player's gradient.
-            ahead: True for the first half of an :class:`Extragradient` step; None: unless it is extrapolated.
+        Call it before the optimizer's step, with gradients in ``.grad``. ``ahead`` is True for the first half of an
+        :class:`Extragradient` step; None: unless it is extrapolated.
         """
         if not self._counts[player] or self._products is None or self._sums is None:
             raise RuntimeError(
@@ -136,9 +130,7 @@ class GameTracker(Tangents):
     def align_to(self, losses: Sequence[Tensor], scale: Vector) -> None:
         """Begin with the subspace that a joint gradient step w ← w − D·ξ(w) stretches most: Arnoldi's Ritz vectors.
 
-        Args:
-            losses: Losses of all players, to be descended, with graphs to all parameters.
-            scale: D for each parameter, of its shape.
+        ``losses`` of all players are to be descended, with graphs to all parameters; ``scale`` is D for each parameter.
         """
         operator = JacobianOperator(list(losses), tuple(self.players), reduce=self.reduce)
 

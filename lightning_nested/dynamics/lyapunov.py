@@ -93,9 +93,7 @@ def kaplan_yorke_dimension(exponents: Tensor) -> Tensor:
 
     If the sum of all k given exponents is not negative, D = k, which is a lower bound.
     Kaplan & Yorke (1979), Lecture Notes in Mathematics 730:204-227.
-
-    Args:
-        exponents: (..., k), largest first.
+    Exponents (..., k) come largest first.
 
     >>> float(kaplan_yorke_dimension(torch.tensor([0.5, 0.0, -1.0])))
     2.5
@@ -200,7 +198,7 @@ def lyapunov_spectrum(
     k = run.n if k is None else k
     _check_counts(k, run.n, num_steps, burn_in, every, dt)
     run.check_function()
-    run.begin(k, options.get("frame"), options.get("generator"), records=num_steps + burn_in >= _RECORD)
+    run.begin(k, options.get("frame"), options.get("generator"), num_steps + burn_in >= _RECORD)
     windows, extra = num_steps // every, -(-(num_steps if burn_out is None else burn_out) // every)
     if covariant:
         needed = (windows + extra) * run.rows.numel() * run.rows.element_size()
@@ -258,9 +256,7 @@ class _Run:
         self._push = differentiable.push_batch if batched else differentiable.push
         self._step = torch.vmap(differentiable.step) if batched else differentiable.step
 
-    def begin(
-        self, k: int, frame: Tensor | None, generator: torch.Generator | None, *, records: bool
-    ) -> None:
+    def begin(self, k: int, frame: Tensor | None, generator: torch.Generator | None, records: bool) -> None:
         """Set the first frame, and record the map's operations if that pays."""
         shape = (*self.batch, k, self.n)
         if frame is None:
@@ -337,9 +333,8 @@ def _check_counts(k: int, n: int, num_steps: int, burn_in: int, every: int, dt: 
     require_at_least(1, num_steps=num_steps, orthonormalize_every=every)
     require_at_least(0, burn_in=burn_in)
     if num_steps % every or burn_in % every:
-        raise ValueError(
-            f"num_steps and burn_in must be multiples of orthonormalize_every. Got {num_steps}, {burn_in} and {every}."
-        )
+        got = f"Got {num_steps}, {burn_in} and {every}."
+        raise ValueError(f"num_steps and burn_in must be multiples of orthonormalize_every. {got}")
     if not dt > 0:
         raise ValueError(f"dt must be positive. Got {dt}.")
 

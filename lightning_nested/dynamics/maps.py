@@ -57,12 +57,10 @@ class DifferentiableMap(ABC):
 
 
 class FunctionMap(DifferentiableMap):
-    """Map of any differentiable function, by forward-mode derivatives, all k tangents at once.
+    """Map of any function that ``torch.func`` differentiates, by forward mode, all k tangents at once.
 
-    Args:
-        step: Function from a state to the next one, of operations that ``torch.func`` can differentiate. Inside, take
-            gradients by ``torch.func.grad``, not ``torch.autograd.grad``.
-        single: True if the function takes and returns one tensor instead of a tuple.
+    Inside the function, take gradients by ``torch.func.grad``, not ``torch.autograd.grad``. ``single`` is True if it
+    takes and returns one tensor instead of a tuple.
     """
 
     def __init__(self, step: Step, *, single: bool) -> None:

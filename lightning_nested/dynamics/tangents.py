@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.checks import require_at_least, require_window
-from lightning_nested.dynamics.frames import krylov, orthonormalize, window_weights
+from lightning_nested.dynamics.frames import Product, krylov, orthonormalize, window_weights
 from lightning_nested.linalg.vectors import Reduce, Vector
 from lightning_nested.optim.update_rules import Descent, LinearRule, SGDRule, UpdateRule, known_rule
 
@@ -130,34 +130,27 @@ class Tangents:
         random = torch.randn(self.k, self.n, generator=generator, dtype=torch.float32)
         return orthonormalize(random.to(dtype=self.dtype, device=self.params[0].device))[0].contiguous()
 
-    def begin(
-        self, product: Callable[[Tensor], Tensor], choose: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def begin(self, product: Product, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Set the first frame from ``align`` Krylov vectors of a step's derivative, filled up with random tangents.
 
-        Args:
-            product: Product of the derivative with a flat vector, averaged over processes.
-            choose: From the basis (m, n) and its images to the coordinates (≤ k, m) of the directions to begin with.
-
-        Raises:
-            FloatingPointError: A product is not finite.
+        ``product`` is averaged over processes; ``choose`` takes the basis (m, n) and its images to the coordinates
+        (≤ k, m) of the directions to begin with. Raises FloatingPointError if a product is not finite.
         """
-        random = self.frame = self.random_frame()
-        if not self.align:
-            return random
-        count = min(max(self.align, self.k), self.n)
-        basis, images = krylov(product, random[0], count, tolerance=1e-6)
-        if not math.isfinite(float(images.sum())):
-            raise FloatingPointError(
-                "The first products must be finite. Got a number that is not: the run diverges."
-            )
-        coordinates = orthonormalize(choose(basis, images))[0].to(basis)
-        frame, pushed = coordinates @ basis, coordinates @ images
-        tiny = torch.finfo(frame.dtype).tiny
-        inside = (pushed @ frame.mT).norm(dim=1) / pushed.norm(dim=1).clamp_min(tiny)
-        self.alignment = float(inside.min()) if bool(pushed.any()) else math.nan
-        self.frame = orthonormalize(torch.cat([frame, random[len(frame) :]]))[0].contiguous()
-        return self.frame
+        frame = random = self.random_frame()
+        if self.align:
+            basis, images = krylov(product, random[0], min(max(self.align, self.k), self.n), tolerance=1e-6)
+            if not math.isfinite(float(images.sum())):
+                raise FloatingPointError(
+                    "The first products must be finite. Got a number that is not: the run diverges."
+                )
+            coordinates = orthonormalize(choose(basis, images))[0].to(basis)
+            frame, pushed = coordinates @ basis, coordinates @ images
+            tiny = torch.finfo(frame.dtype).tiny
+            inside = (pushed @ frame.mT).norm(dim=1) / pushed.norm(dim=1).clamp_min(tiny)
+            self.alignment = float(inside.min()) if bool(pushed.any()) else math.nan
+            frame = orthonormalize(torch.cat([frame, random[len(frame) :]]))[0].contiguous()
+        self.frame = frame
+        return frame
 
     # ---- through a step
 
@@ -174,13 +167,10 @@ class Tangents:
     ) -> bool:
         """Push the tangents through the optimizer's coming step, and return True if it is a whole one.
 
-        Args:
-            optimizer: Before its step: gradients in ``.grad``, options and buffers as the step will use them.
-            dg: (k, n), derivatives of the gradient along each tangent; only this optimizer's columns are read.
-            gradient: (n,), the gradient before clipping; only needed with ``clip``.
-            rule: Update rule of an optimizer that the package does not know.
-            clip: Clipping of the gradient before the step.
-            ahead: True for the first half of an :class:`Extragradient` step; None: unless it is extrapolated.
+        Before the step, gradients are in ``.grad``, options and buffers as the step will use them. ``dg`` (k, n) holds
+        derivatives of the gradient along each tangent, of which this optimizer's columns are read; ``gradient`` (n,) is
+        the gradient before clipping, only needed with ``clip``. ``ahead`` is True for the first half of an
+        :class:`Extragradient` step; None: unless it is extrapolated.
         """
         assert self.frame is not None
         entries = [

@@ -44,9 +44,8 @@ class TrainingTracker(Tangents):
     def observe(self, loss: Tensor, *, lr: float = 0.0) -> None:
         """Add the products of this loss's Hessian with every tangent; several losses of one step add up.
 
-        Args:
-            loss: Scalar with its graph, a term of what the optimizer steps on.
-            lr: Learning rate, by which alignment ranks directions; only read at the first step.
+        ``loss`` is a scalar with its graph, a term of what the optimizer steps on. By the learning rate ``lr``
+        alignment ranks directions; it is only read at the first step.
         """
         operator = HessianOperator(loss, self.params)
         frame = self._align(operator, lr) if self.frame is None else self.frame
@@ -68,11 +67,8 @@ class TrainingTracker(Tangents):
     ) -> bool:
         """Push the tangents through the optimizer's coming step; return True if that ended a window.
 
-        Args:
-            optimizer: Before its step: gradients in ``.grad``, options and buffers as the step will use them. For
-                :class:`Extragradient` call this twice, before ``extrapolate()`` and before ``step()``.
-            rule: Update rule of an optimizer that the package does not know.
-            clip: Clipping of the gradients, which are not clipped yet.
+        Call it before the optimizer's step, with gradients in ``.grad`` that are not clipped yet; for
+        :class:`Extragradient` twice, before ``extrapolate()`` and before ``step()``.
 
         Raises:
             FloatingPointError: A tangent is not finite.

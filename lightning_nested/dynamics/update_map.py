@@ -17,6 +17,7 @@ from lightning_nested.optim.update_rules import (
     known_rule,
 )
 
+Params: TypeAlias = Sequence[Tensor]
 Losses: TypeAlias = Callable[..., Any]
 """Function from a tuple of parameters to a scalar, or from a tuple of players to a tuple of scalars."""
 
@@ -107,9 +108,8 @@ class UpdateMap(DifferentiableMap):
         self._owners = list(owners)
         players = max(self._owners) + 1
         if self._game and len(sample) != players:
-            raise ValueError(
-                f"There must be one loss for each player. Got {len(sample)} losses and {players} players."
-            )
+            got = f"Got {len(sample)} losses and {players} players."
+            raise ValueError(f"There must be one loss for each player. {got}")
         if alternating and not self._game:
             raise ValueError("alternating=True is for games. Got a single loss.")
         gradients = {r.num_gradients for r in self.rules}
@@ -134,13 +134,11 @@ class UpdateMap(DifferentiableMap):
             buffers += [f if k is None else k for f, k in zip(fresh, found, strict=True)]
             counts.add(float(kept.get("step", 1.0 if any(k is not None for k in found) else 0.0)))
         if len(counts) > 1:
-            raise ValueError(
-                f"All parameters must have taken the same number of steps. Got {sorted(counts)}."
-            )
+            raise ValueError(f"All parameters must have the same step count. Got {sorted(counts)}.")
         clock = torch.tensor(counts.pop(), dtype=self._params[0].dtype, device=self._params[0].device)
         return clone((*self._params, *buffers, clock))
 
-    def start(self, params: Sequence[Tensor]) -> Vector:
+    def start(self, params: Params) -> Vector:
         """Return the state with these parameters and fresh buffers, before the first step."""
         buffers = [b for p, r in zip(params, self.rules, strict=True) for b in r.start(p)]
         return (*params, *buffers, torch.zeros((), dtype=params[0].dtype, device=params[0].device))
@@ -201,9 +199,7 @@ class UpdateMap(DifferentiableMap):
                     result[i] = pulled[i]
         return tuple(result)
 
-    def _product(
-        self, params: Sequence[Tensor], dparams: Sequence[Tensor], players: Sequence[int]
-    ) -> tuple[Vector, Vector]:
+    def _product(self, params: Params, dparams: Params, players: Sequence[int]) -> tuple[Vector, Vector]:
         """Return the gradient and its derivative along a tangent: forward-mode over reverse-mode."""
         return forward_derivative(lambda *p: self.gradient(p, players), tuple(params), tuple(dparams))
 
@@ -213,13 +209,11 @@ class UpdateMap(DifferentiableMap):
         turns = [[p] for p in players] if self._alternating else [players]
         return [(turn, [i for i, owner in enumerate(self._owners) if owner in turn]) for turn in turns]
 
-    def _ascents(self, params: Sequence[Tensor], g: Vector) -> Vector:
-        return tuple(
-            r.ascent(w, a) if isinstance(r, Descent) else a
-            for r, w, a in zip(self.rules, params, g, strict=True)
-        )
+    def _ascents(self, params: Params, g: Vector) -> Vector:
+        found = zip(self.rules, params, g, strict=True)
+        return tuple(r.ascent(w, a) if isinstance(r, Descent) else a for r, w, a in found)
 
-    def _moved(self, params: Sequence[Tensor], e: Vector) -> Vector:
+    def _moved(self, params: Params, e: Vector) -> Vector:
         one = torch.ones(())
         return tuple(r.step(w, a, (), one)[0] for r, w, a in zip(self.rules, params, e, strict=True))
 

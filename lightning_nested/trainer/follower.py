@@ -33,12 +33,8 @@ def has_gradient_hooks(params: Iterable[Tensor]) -> bool:
 class Follower(ABC):
     """Pushes the tangents of a tracker through the steps of a running Trainer.
 
-    Args:
-        trainer: Trainer of the run.
-        module: Module that it trains.
-        optimizers: Optimizers whose steps are followed.
-        fixed: Follow the losses of batches that are kept instead of those of the run.
-        rule: Update rule of optimizers that the package does not know.
+    With ``fixed``, losses of batches that are kept replace those of the run; ``rule`` is the update rule of optimizers
+    that the package does not know.
 
     Attributes:
         unit: Name of a step, for figures.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +41,7 @@ class SharedBackward:
     def offer(self, module: LightningModule, loss: Tensor, params: Vector, gradient: Vector) -> None:
         """Let the coming ``backward`` of the module hand over ``gradient``, if that changes no bit.
 
-        Args:
-            module: Module whose backward pass of ``loss`` comes next.
-            loss: Scalar with its graph, which stays whole.
-            params: Leaf tensors.
-            gradient: ∂loss/∂params, detached.
+        ``loss`` is a scalar with its graph, which stays whole, and ``gradient`` its detached gradient at the leaves.
         """
         # Anomaly detection must see the run's own backward pass.
         if self.is_same is False or torch.is_anomaly_enabled():
@@ -81,9 +76,7 @@ class SharedBackward:
         """Restore the module's own ``backward``, for a pass that did not come."""
         self._stand_ins.put_back()
 
-    def _compare(
-        self, module: LightningModule, loss: Tensor, params: Sequence[Tensor], gradient: Vector
-    ) -> None:
+    def _compare(self, module: LightningModule, loss: Tensor, params: Vector, gradient: Vector) -> None:
         """Set ``is_same``: whether a backward pass of the run's own gives these bits and touches nothing else."""
         numbers = _random_states()
         with untouched_buffers(module):
@@ -91,10 +84,8 @@ class SharedBackward:
             plain = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
             moved = [b._version for b in module.buffers()] != versions
         self._given = [i for i, g in enumerate(plain) if g is not None]
-        equal = all(
-            p is None or (p.layout == torch.strided and torch.equal(p, g))
-            for p, g in zip(plain, gradient, strict=True)
-        )
+        pairs = zip(plain, gradient, strict=True)
+        equal = all(p is None or (p.layout == torch.strided and torch.equal(p, g)) for p, g in pairs)
         self.is_same = equal and not moved and numbers == _random_states()
 
 

@@ -40,9 +40,8 @@ class TrainingFollower(Follower):
         **options: Any,
     ) -> None:
         if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"LyapunovCallback follows one optimizer, or a GameModule. Got {len(trainer.optimizers)}."
-            )
+            got = f"Got {len(trainer.optimizers)}."
+            raise MisconfigurationException(f"LyapunovCallback follows one optimizer, or a GameModule. {got}")
         super().__init__(trainer, module, trainer.optimizers, fixed=fixed, rule=rule)
         (self.optimizer,) = trainer.optimizers
         others = (getattr(c, "outer", None) for c in trainer.callbacks)  # type: ignore[attr-defined]

@@ -62,9 +62,8 @@ class Branching:
         require_at_least(1, num_exponents=self.num_exponents, horizon=self.horizon)
         require_at_least(1, candidates=self.candidates, points=self.points, segment=self.segment)
         if self.points > self.candidates:
-            raise ValueError(
-                f"points must be at most candidates, from which they begin. Got {self.points} and {self.candidates}."
-            )
+            got = f"Got {self.points} and {self.candidates}."
+            raise ValueError(f"points must be at most candidates, from which they begin. {got}")
         require_at_least(0, ascent_steps=self.ascent_steps)
         if not self.ascent_rate > 0:
             raise ValueError(f"ascent_rate must be positive. Got {self.ascent_rate}.")
@@ -82,10 +81,7 @@ class Branching:
 class FiniteTime:
     """Finite-time exponents of a training map on a batch of start points, differentiable in them.
 
-    Args:
-        training: Training map; its operations are recorded once for this batch size.
-        starts: (batch, *shape) per parameter.
-        branching: Horizon, number of exponents, checkpoints.
+    Starts are (batch, *shape) per parameter; the operations of the map are recorded once for this batch size.
 
     Raises:
         MemoryError: The states and frames of the checkpoints would not fit into memory.
@@ -196,13 +192,8 @@ class FiniteTime:
 def screen(training: UpdateMap, starts: Vector, branching: Branching) -> Vector:
     """Return for each start the ``points`` candidates around it with the largest objective, best first.
 
-    Args:
-        training: Training map.
-        starts: (batch, *shape) per parameter.
-        branching: Candidates, spread and points. The draws are the same for every start.
-
-    Returns:
-        (batch · points, *shape) per parameter, all points of the first start first.
+    Starts are (batch, *shape) per parameter, results (batch · points, *shape), all points of the first start first.
+    The draws are the same for every start.
     """
     if branching.candidates == 1:
         return starts

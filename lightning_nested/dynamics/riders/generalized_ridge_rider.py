@@ -130,9 +130,8 @@ class GeneralizedRidgeRider:
                 raise ValueError(f"Starts must have the same shapes. Got {first} and, as start {i}, {own}.")
         n = sum(p.numel() for p in starts[0])
         if self.num_directions > n:
-            raise ValueError(
-                f"num_directions must be at most the number of parameters. Got {self.num_directions} and {n}."
-            )
+            got = f"Got {self.num_directions} and {n}."
+            raise ValueError(f"num_directions must be at most the number of parameters. {got}")
 
     def _points(self, name: str) -> list[str]:
         """Return the names of the branching points of a start or an end, the best first."""

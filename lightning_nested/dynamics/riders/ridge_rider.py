@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lightning_nested.dynamics.maps import recorded
 from lightning_nested.dynamics.riders.tree import PATH_POINTS, PATH_SIZE, Branch, RideTree
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten
 
+Score: TypeAlias = Callable[[Vector], Tensor]
 _DENSE = 256  # parameters up to which a saddle's whole Hessian is formed
 _LANCZOS = 60  # iterations for the directions of a larger one
 
@@ -67,16 +69,15 @@ class RidgeRider:
         require_at_least(1, refinements=self.refinements)
         require_at_least(1, max_depth=self.max_depth, max_branches=self.max_branches)
         if not (self.step_size > 0 and self.descent_rate > 0):
-            raise ValueError(
-                f"step_size and descent_rate must be positive. Got {self.step_size} and {self.descent_rate}."
-            )
+            got = f"Got {self.step_size} and {self.descent_rate}."
+            raise ValueError(f"step_size and descent_rate must be positive. {got}")
 
     def ride(
         self,
-        loss: Callable[[Vector], Tensor],
+        loss: Score,
         saddle: Vector,
         *,
-        behaviour: Callable[[Vector], Tensor] | None = None,
+        behaviour: Score | None = None,
         folder: Path | str | None = None,
     ) -> RideTree:
         """Ride from a saddle to the minima around it.
@@ -119,13 +120,7 @@ class RidgeRider:
 class _Walker:
     """A loss on flat vectors, with its derivatives recorded once."""
 
-    def __init__(
-        self,
-        rider: RidgeRider,
-        loss: Callable[[Vector], Tensor],
-        saddle: Vector,
-        behaviour: Callable[[Vector], Tensor] | None,
-    ) -> None:
+    def __init__(self, rider: RidgeRider, loss: Score, saddle: Vector, behaviour: Score | None) -> None:
         self.rider, self.behaviour = rider, behaviour
         self.like = tuple(p.detach() for p in saddle)
         self.start = flatten(self.like)
@@ -133,9 +128,8 @@ class _Walker:
         self.loss: Callable[[Tensor], Tensor] = lambda w: loss(unflatten(w, self.like))
         gradient = torch.func.grad(self.loss)
         self.gradient = recorded(gradient, self.start)
-        self.product = recorded(
-            lambda w, v: torch.func.jvp(gradient, (w,), (v,))[1], self.start, torch.ones_like(self.start)
-        )
+        ones = torch.ones_like(self.start)
+        self.product = recorded(lambda w, v: torch.func.jvp(gradient, (w,), (v,))[1], self.start, ones)
         self._hessian = torch.func.jacfwd(gradient)
 
     @torch.no_grad()

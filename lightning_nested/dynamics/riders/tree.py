@@ -56,10 +56,8 @@ class Branch:
     def tensors(self, like: Sequence[Tensor], which: str = "end") -> tuple[Tensor, ...]:
         """Return start or end as tensors of the shapes and dtypes of ``like``."""
         values = self.end if which == "end" else self.start
-        return tuple(
-            torch.tensor(v, dtype=p.dtype, device=p.device).reshape(p.shape)
-            for v, p in zip(values, like, strict=True)
-        )
+        pairs = zip(values, like, strict=True)
+        return tuple(torch.tensor(v, dtype=p.dtype, device=p.device).reshape(p.shape) for v, p in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +198,7 @@ def _difference(before: str, now: str) -> str:
     old, new = (dict(line.partition(": ")[::2] for line in text.splitlines()) for text in (before, now))
     for key in [*old, *new]:
         if old.get(key) != new.get(key):
-            shown = (
-                value if len(value := str(d.get(key, "nothing"))) <= 60 else f"{value[:60]}…"
-                for d in (old, new)
-            )
+            values = (str(d.get(key, "nothing")) for d in (old, new))
+            shown = (v if len(v) <= 60 else f"{v[:60]}…" for v in values)
             return f"{key}: {' there, '.join(shown)} here"
     return "the same settings in another order"
