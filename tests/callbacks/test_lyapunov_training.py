@@ -1,61 +1,24 @@
-"""LyapunovCallback in real fits: no trace, closed forms, the map's own exponents, two processes, resuming, refusals."""
+"""LyapunovCallback in real fits of one loss: no side effects, closed forms, brute force, two processes, resuming."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from lightning_nested.callbacks import HypergradientCallback, LyapunovCallback
+from lightning_nested.callbacks import LyapunovCallback
 from lightning_nested.dynamics import TrainingTracker, lyapunov_spectrum, update_map
 from lightning_nested.dynamics.frames import to_rows
-from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.optim import ComplexSGD, Extragradient, ExtrapolationFromThePast, OptimisticAdam
-from tests.callbacks.perturbed_runs import first_tangent, growth, run, trainer
+from tests.callbacks.perturbed_runs import first_tangent, growth, run
+from tests.callbacks.regression import OPTIMIZERS, Regression, data, smooth
 from tests.cases import DOUBLE
-
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-}
-
-
-class Regression(LightningModule):
-    """Half the mean squared error of a small network."""
-
-    def __init__(self, net: nn.Module, optimizer: Any = OPTIMIZERS["sgd"]) -> None:
-        super().__init__()
-        self.net, self.optimizer = net, optimizer
-        self.calls = 0
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.calls += 1
-        loss = 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean()
-        self.log("train", loss)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer(self.parameters())
-
-
-def data(n: int, dtype: torch.dtype = DOUBLE) -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(n, 5, generator=generator, dtype=dtype)
-    return TensorDataset(x, x.sum(1, keepdim=True).sin())
-
-
-def smooth(dtype: torch.dtype = DOUBLE) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype)
+from tests.trainers import trainer
 
 
 def noisy() -> nn.Module:
@@ -75,7 +38,7 @@ def test_training_is_bit_for_bit_the_same(options: dict[str, Any]) -> None:
 
     callback = LyapunovCallback(2, **options)
     plain, followed = run(), run(callback)
-    assert callback._backward.is_same is (None if "fixed_batch" in options else True)
+    assert callback.follower.backward.is_same is (None if "fixed_batch" in options else True)
     assert len(callback.windows) == (2 if "every_n_steps" in options else 8)
     for key, value in plain[0].items():
         assert torch.equal(value, followed[0][key]), key
@@ -101,7 +64,7 @@ def test_exponents_are_those_of_the_optimizer_as_a_map(name: str) -> None:
     callback = LyapunovCallback(3, align=0)
     trainer(callback, max_epochs=12).fit(module, DataLoader(whole, 32))
     tracker = TrainingTracker(start, k=3, align=0)
-    frame = tracker._first_frame(None, 0.0)  # type: ignore[arg-type]  # random: needs no operator
+    frame = tracker.random_frame()
     coordinates = training.coordinates(state)
     rows = torch.cat(
         [frame, torch.zeros(3, sum(a.numel() for a in coordinates) - frame.shape[1]).to(frame)], 1
@@ -184,24 +147,7 @@ def test_growth_is_that_of_a_difference_of_two_runs(change: str) -> None:
     assert callback.steps == (3 if change == "accumulation" else 6)
     # Central differences of 1e-6: truncation 1e-12 of third derivatives, rounding 1e-16/1e-6 = 1e-10, over a length.
     assert float(callback.tracker.growth.sum()) == pytest.approx(expected, abs=1e-7)
-    assert callback._backward.is_same is True
-
-
-def test_lanczos_aligns_the_frame_with_the_least_curvature() -> None:
-    torch.manual_seed(0)
-    curvature = torch.linspace(-0.5, 2.0, 200, dtype=DOUBLE)
-    w = torch.randn(200, dtype=DOUBLE).requires_grad_(True)
-    loss = 0.5 * (curvature * w * w).sum()
-    aligned, random = (TrainingTracker([w], k=2, align=a) for a in (80, 0))
-    optimizer = torch.optim.SGD([w], lr=0.1)
-    for tracker in (aligned, random):
-        tracker.observe(loss, lr=0.1)
-        w.grad = (curvature * w).detach()
-        assert tracker.advance(optimizer)
-    assert aligned.alignment > 0.99
-    exact = torch.log(1 - 0.1 * curvature[:2])
-    torch.testing.assert_close(aligned.running(), exact, rtol=0, atol=1e-4)
-    assert float(random.running()[0]) < float(exact[0]) - 0.05
+    assert callback.follower.backward.is_same is True
 
 
 def test_a_quadratic_run_reads_its_rates() -> None:
@@ -258,83 +204,6 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert whole.windows == resumed.windows
 
 
-def test_chaos_is_flagged_when_the_rate_crosses_the_edge() -> None:
-    """Beyond 2/μ a quadratic's step stretches: the smoothed exponent becomes positive when the rate rises there."""
-
-    def optimizer(params: Any) -> Any:
-        sgd = torch.optim.SGD(params, lr=1.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: 0.1 if epoch < 10 else 6.0)
-        return {"optimizer": sgd, "lr_scheduler": schedule}
-
-    module = Regression(nn.Linear(5, 1, bias=False).double(), optimizer)
-    callback = LyapunovCallback(1, smoothing=2)
-    run = trainer(callback, max_epochs=16)
-    run.fit(module, DataLoader(data(64), 64))
-    assert callback.crossings in ([10], [11])
-    assert float(run.callback_metrics["lyapunov/edge_of_chaos"]) == 1.0
-    assert math.isfinite(float(run.callback_metrics["lyapunov/kaplan_yorke"]))
-
-
-def test_the_figure_is_drawn(tmp_path: Path) -> None:
-    callback = LyapunovCallback(2, figure=True)
-    trainer(callback, max_epochs=6, default_root_dir=str(tmp_path)).fit(
-        Regression(smooth()), DataLoader(data(32), 32)
-    )
-    assert (tmp_path / "lyapunov.png").stat().st_size > 10_000
-
-
-class Manual(Regression):
-    automatic_optimization = False
-
-
-class OwnClipping(Regression):
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.clip_gradients(optimizer, 1.0, "norm")
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (Manual(smooth()), "automatic_optimization=False"),
-        (OwnClipping(smooth()), "overrides configure_gradient_clipping"),
-    ],
-)
-def test_refusals(module: LightningModule, message: str) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
-        trainer(LyapunovCallback()).fit(module, DataLoader(data(8), 8))
-
-
-def test_hooks_on_gradients_would_act_on_products() -> None:
-    module = Regression(smooth())
-    handle = next(module.parameters()).register_hook(lambda g: g * 0.5)
-    with pytest.raises(MisconfigurationException, match="hook; remove it, or clip by"):
-        trainer(LyapunovCallback()).fit(module, DataLoader(data(8), 8))
-    handle.remove()
-
-    class Late(Regression):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            if self.global_step == 2:
-                next(self.parameters()).register_hook(lambda g: g * 0.5)
-
-    callback = LyapunovCallback()
-    with pytest.warns(UserWarning, match="stops at step 2: .* gradients that nobody changes"):
-        trainer(callback).fit(Late(smooth()), DataLoader(data(40), 8))
-    assert len(callback.windows) == 2
-
-
-def test_unknown_optimizers_and_too_many_exponents_are_refused() -> None:
-    loader = DataLoader(data(8), 8)
-    with pytest.raises(ValueError, match="Got RMSprop"):
-        trainer(LyapunovCallback()).fit(Regression(smooth(), lambda p: torch.optim.RMSprop(p)), loader)
-    with pytest.raises(ValueError, match="k=30 and n=29"):
-        trainer(LyapunovCallback(30)).fit(Regression(smooth()), loader)
-    with pytest.raises(ValueError, match=r"k must be at least 1\. Got 0"):
-        LyapunovCallback(0)
-
-
-# ---- precision, skipped batches, what loggers are given
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision(precision: Any) -> None:
     """Products of a half-precision forward have its three digits; tangents are single precision."""
@@ -364,24 +233,6 @@ def test_a_batch_that_is_skipped_moves_no_tangent() -> None:
     assert callback.windows == [0, 2, 3]
 
 
-def test_loggers_are_given_the_last_window_before_their_step(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    callback = LyapunovCallback(2, align=4, orthonormalize_every=3)
-    logger = TensorBoardLogger(str(tmp_path))
-    fit = trainer(callback, logger=logger, log_every_n_steps=5, max_epochs=1)
-    fit.fit(Regression(smooth()), DataLoader(data(160), 8))
-    events = EventAccumulator(logger.log_dir)
-    events.Reload()
-    names = {"local_0", "local_1", "running_0", "running_1", "kaplan_yorke", "edge_of_chaos", "alignment"}
-    assert {f"lyapunov/{name}" for name in names} <= set(events.Tags()["scalars"])
-    seen = events.Scalars("lyapunov/local_0")
-    assert [e.step for e in seen] == [4, 9, 14, 19]
-    # Windows end with steps 3, 6, …, 18: the last before steps 5, 10, 15 and 20 are windows 1, 3, 5 and 6.
-    expected = callback.local_exponents[[0, 2, 4, 5], 0]
-    torch.testing.assert_close(torch.tensor([e.value for e in seen]), expected.float(), rtol=1e-6, atol=0)
-
-
 def test_tangents_begin_anew_when_parameters_are_unfrozen() -> None:
     class Unfreezes(Regression):
         def on_train_epoch_start(self) -> None:
@@ -393,53 +244,3 @@ def test_tangents_begin_anew_when_parameters_are_unfrozen() -> None:
     assert callback.tracker is not None
     assert callback.tracker.n == 29
     assert len(callback.windows) == 4
-
-
-def test_tuned_decays_are_told_to_be_left_out() -> None:
-    class Validated(Regression):
-        def outer_loss(self, batch: Any) -> Tensor:
-            return 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean()
-
-        def val_dataloader(self) -> Any:
-            return DataLoader(data(8), 8)
-
-        def validation_step(self, batch: Any) -> None:
-            pass
-
-    module = Validated(smooth(), lambda p: torch.optim.SGD(p, lr=0.05))
-    both = (LyapunovCallback(), HypergradientCallback(WeightDecay()))
-    with pytest.warns(
-        UserWarning, match="adds decays to the gradients: the exponents are those without them"
-    ):
-        trainer(*both).fit(module, DataLoader(data(16), 8))
-    assert both[0].windows == [0, 1]
-    assert both[1].outer_steps == 2
-
-
-def test_a_run_that_diverges_goes_on_without_the_measurement() -> None:
-    def fit(*callbacks: Any) -> tuple[LightningModule, Any]:
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))  # a quartic of the weights
-        module = Regression(net, lambda p: torch.optim.SGD(p, lr=1e2))
-        run = trainer(*callbacks, max_epochs=20)
-        run.fit(module, DataLoader(data(16, torch.float32), 16))
-        return module, run
-
-    callback = LyapunovCallback(2, align=4)
-    with pytest.warns(UserWarning, match=r"LyapunovCallback stops at step \d+: Tangents must stay finite"):
-        followed, run = fit(callback)
-    assert run.global_step == 20
-    assert 2 <= len(callback.windows) < 20
-    assert bool(torch.isfinite(callback.exponents).all())
-    plain, _ = fit()
-    for a, b in zip(plain.parameters(), followed.parameters(), strict=True):
-        assert torch.equal(a.isnan(), b.isnan())
-
-
-@pytest.mark.parametrize(
-    "option", [{"window": "bump"}, {"orthonormalize_every": 5}, {"warmup_steps": 9}, {"align": 0}]
-)
-def test_measurements_with_different_options_live_in_one_trainer(option: dict[str, Any]) -> None:
-    callbacks: list[Any] = [LyapunovCallback(1), LyapunovCallback(1, **option)]
-    fit = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
-    assert all(callback in fit.callbacks for callback in callbacks)  # type: ignore[attr-defined]

@@ -132,7 +132,7 @@ def test_the_run_is_the_same_to_the_last_bit(name: str, options: dict[str, Any])
     assert torch.equal(numbers, torch.get_rng_state())
     for key, value in without.state_dict().items():
         assert torch.equal(value, with_it.state_dict()[key]), key
-    assert callback._backward.is_same is same
+    assert callback.follower.backward.is_same is same
     assert "backward" not in vars(with_it)
     assert bool(torch.isfinite(callback.exponents).all())
 
@@ -147,7 +147,7 @@ def test_a_loss_of_other_operations_is_compared_again() -> None:
     without, _ = run(make, loader)
     for key, value in without.state_dict().items():
         assert torch.equal(value, with_it.state_dict()[key]), key
-    assert callback._backward.is_same is False
+    assert callback.follower.backward.is_same is False
 
 
 def test_the_backward_pass_is_spared() -> None:
@@ -181,7 +181,7 @@ def test_the_backward_pass_is_spared() -> None:
     run(make, loader, LyapunovCallback(1, align=0, warmup_steps=100))
     assert passes == 5
     # Five gradients with their graphs, five products, comparisons at uses 0, 1, 2 and 4: no pass of the run itself.
-    assert callback._backward._uses == 5
+    assert callback.follower.backward._uses == 5
     assert followed == 5 + 5 + 4
 
 
@@ -193,7 +193,7 @@ def test_an_overridden_backward_is_called() -> None:
     callback = LyapunovCallback(1, align=0)
     module, _ = run(make, loader, callback)
     assert module.backwards == 5
-    assert callback._backward.is_same is None
+    assert callback.follower.backward.is_same is None
 
 
 def test_two_processes_spare_it_too() -> None:
@@ -207,8 +207,8 @@ def test_two_processes_spare_it_too() -> None:
 
     class Check(LyapunovCallback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            assert self._backward.is_same is True
-            assert self._backward._uses == 6
+            assert self.follower.backward.is_same is True
+            assert self.follower.backward._uses == 6
 
     followed, _ = run(make, loader, Check(1, align=2), **options)
     plain, _ = run(make, loader, **options)
@@ -234,4 +234,4 @@ def test_the_search_for_anomalies_is_the_run_s_own() -> None:
     _, state = run(make, loader, callback, detect_anomaly=True)
     _, plain = run(make, loader, detect_anomaly=True)
     assert torch.equal(state, plain)
-    assert callback._backward.is_same is None
+    assert callback.follower.backward.is_same is None
