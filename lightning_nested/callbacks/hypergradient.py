@@ -30,7 +30,7 @@ from lightning_nested.hyperparameters import (
     OuterStep,
 )
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
-from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
 from lightning_nested.trainer.isolation import untouched_buffers, without_trace
 from lightning_nested.trainer.lightning import reduction, step_arguments

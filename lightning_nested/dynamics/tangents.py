@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.frames import orthonormalize, window_weights
-from lightning_nested.linalg.vectors import Reduce, Vector
+from lightning_nested.linalg.processes import Reduce
+from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.update_rules import Descent, LinearRule, SGDRule, UpdateRule, known_rule
 
 

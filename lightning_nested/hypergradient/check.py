@@ -1,4 +1,4 @@
-"""Is this hypergradient right, and if not, which assumption fails?
+"""Check of a hypergradient against the re-trained response, which says which assumption fails.
 
 The truth is a central difference of the outer loss at the re-trained parameters, along random directions d:
 
@@ -8,43 +8,43 @@ The truth is a central difference of the outer loss at the re-trained parameters
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.assumptions import AnyCurvature, Neighbourhood, inspect
+from lightning_nested.hypergradient.arguments import check_tensors
+from lightning_nested.hypergradient.assumptions import Neighbourhood, inspect
 from lightning_nested.hypergradient.implicit import implicit_result
+from lightning_nested.hypergradient.inner_curvature import AnyCurvature
 from lightning_nested.hypergradient.retraining import (
-    GivenResponse,
+    AnyResponse,
     LossFunction,
-    Minimize,
     Problem,
     Response,
-    Unroll,
+    as_response,
 )
-from lightning_nested.linalg.operators import FlatOperator, LinearOperator
-from lightning_nested.linalg.solvers.base import InverseSolver
+from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, dot, norm, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
 class HypergradientReport:
-    """What :func:`check_hypergradient` found; ``print`` it.
+    """Result of :func:`check_hypergradient`; ``print`` it.
 
     Attributes:
         relative_error: ‖predicted − measured‖/‖measured‖ over the directions; NaN if there is no prediction.
-        cosine: Between predicted and measured slopes, as vectors over the directions.
+        cosine: Cosine between predicted and measured slopes, as vectors over the directions.
         predicted: Hypergradient times direction, one per direction.
         measured: Central differences of the response, one per direction.
         inner_gradient_norm: ‖g‖/(ρ(1 + ‖w‖)) with g = ∂L_T/∂w and ρ its Rayleigh quotient |gᵀHg|/gᵀg: about
             the relative distance to a stationary point.
-        curvature: Smallest Rayleigh quotient of the curvature that was seen; negative: indefinite.
+        curvature: Smallest Rayleigh quotient met of the curvature; negative: indefinite.
         asymmetry: ‖T − Tᵀ‖/‖T‖ of the curvature T on a Krylov space; 0 for a true Hessian.
-        residual: Of the solver, ‖b − Ax‖/‖b‖.
-        tolerance: On the relative error and on the inner gradient.
-        dtype: In which the check was computed.
+        residual: Residual of the solver, ‖b − Ax‖/‖b‖.
+        tolerance: Bound on the relative error and on the inner gradient.
+        dtype: Floating type of the check.
         failures: One sentence per failed assumption, with its cure; each begins with the assumption's name.
     """
 
@@ -62,7 +62,7 @@ class HypergradientReport:
 
     @property
     def passed(self) -> bool:
-        """No assumption failed, and the slopes agree within the tolerance."""
+        """True if no assumption failed and the slopes agree within the tolerance."""
         return not self.failures
 
     def __str__(self) -> str:
@@ -89,10 +89,10 @@ def check_hypergradient(
     params: Sequence[Tensor],
     hparams: Sequence[Tensor],
     *,
-    solver: InverseSolver | LinearOperator | FlatOperator | None = None,
+    solver: AnySolver = None,
     curvature: AnyCurvature = None,
     hypergradient: Sequence[Tensor] | None = None,
-    retrain: Response | Callable[[Vector], Sequence[Tensor]] | None = None,
+    retrain: AnyResponse = None,
     num_directions: int = 3,
     epsilon: float | None = None,
     tolerance: float = 1e-2,
@@ -100,23 +100,21 @@ def check_hypergradient(
 ) -> HypergradientReport:
     """Compare a hypergradient with the re-trained response, and say which assumption fails.
 
-    For small problems: every direction trains twice. Computed in float64 where the losses accept it (give
-    float64 data), otherwise in the dtype of ``params``, with a wider ε. Random numbers are the same in every
-    call of a loss, so that dropout is one fixed mask. Nothing given is changed, but for buffers that the
-    losses themselves update.
+    For small problems: every direction trains twice. Computed in float64 where the losses accept it, otherwise in the
+    dtype of ``params`` with a wider ε. Random numbers are the same in every call of a loss. Nothing given is changed,
+    but for buffers that the losses themselves update.
 
     Args:
         inner_loss: ``inner_loss(params, hparams) -> scalar``.
         outer_loss: ``outer_loss(params, hparams) -> scalar``.
         params: Trained parameters w, where the hypergradient is to be taken.
         hparams: Hyperparameters λ.
-        solver: As in :func:`implicit_hypergradient`; default ``Neumann()``.
-        curvature: As in :func:`implicit_hypergradient`; default ``Hessian()``.
+        solver: As in :func:`implicit_hypergradient`.
+        curvature: As in :func:`implicit_hypergradient`.
         hypergradient: The hypergradient to check; None: the implicit one with ``solver`` and ``curvature``.
-        retrain: How w*(λ) is found: ``Minimize()`` (default) from ``params``; a function
-            ``retrain(hparams) -> params``; or ``Unroll(step=..., num_steps=...)``, the response of an
-            optimizer from ``params``. A given ``hypergradient`` is then not held to the assumptions of
-            implicit differentiation.
+        retrain: Strategy for w*(λ): ``Minimize()`` (default) from ``params``; a function of ``hparams``; or
+            ``Unroll(step=..., num_steps=...)``, after which a given ``hypergradient`` is not held to the
+            assumptions of implicit differentiation.
         num_directions: Random directions; the coordinate axes where there are no more of them.
         epsilon: Length of the move in λ; None: ∛eps·(1 + ‖λ‖).
         tolerance: Relative error and relative inner gradient up to which the check passes.
@@ -127,32 +125,21 @@ def check_hypergradient(
         FloatingPointError: A loss is not finite at the given point.
 
     Example:
-        Inner ½(w−λ)² + ½w², outer ½(w−2)², checked at λ = 3 and its optimum w = 1.5.
+        Inner ½(w−λ)² + ½w², outer ½(w−2)²; at λ = 3 and its optimum w = 1.5 the slope is −0.25.
 
-        >>> from lightning_nested.hypergradient import ConjugateGradient
-        >>> report = check_hypergradient(
-        ...     lambda w, h: ((w[0] - h[0]) ** 2 / 2 + w[0] ** 2 / 2).sum(),
-        ...     lambda w, h: ((w[0] - 2) ** 2 / 2).sum(),
-        ...     [torch.tensor([1.5])],
-        ...     [torch.tensor([3.0])],
-        ...     solver=ConjugateGradient(),
-        ... )
-        >>> report.passed, round(report.measured[0], 6)
-        (True, -0.25)
+        >>> inner = lambda w, h: ((w[0] - h[0]) ** 2 / 2 + w[0] ** 2 / 2).sum()
+        >>> outer = lambda w, h: ((w[0] - 2) ** 2 / 2).sum()
+        >>> check_hypergradient(inner, outer, [torch.tensor([1.5])], [torch.tensor([3.0])]).passed
+        True
     """
     _check_arguments(params, hparams, hypergradient, num_directions, epsilon, tolerance)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        problem = Problem.build(inner_loss, outer_loss, params, hparams)
-        for name, value in (("inner_loss", problem.inner()), ("outer_loss", problem.outer())):
-            if not torch.isfinite(value).item():
-                raise FloatingPointError(f"{name} must be finite at params and hparams. Got {value.item()}.")
-        response = _as_response(retrain)
-        generator = generator if generator is not None else torch.Generator().manual_seed(0)
-        found = _Findings()
-        measured, directions = _measure(
-            problem, response, num_directions, epsilon, tolerance, generator, found
-        )
-        if hypergradient is None or not isinstance(response, Unroll):
+        problem, found = Problem.build(inner_loss, outer_loss, params, hparams), _Findings()
+        response = as_response(retrain)
+        directions = _directions(problem, num_directions, generator)
+        measured = _measure(problem, response, directions, epsilon, tolerance, found)
+        if hypergradient is None or response.stationary:
             seen = inspect(problem, curvature, tolerance, generator)
             found.failures += seen.failures
             found.around, curvature = seen.around, seen.curvature
@@ -166,7 +153,7 @@ def check_hypergradient(
 
 @dataclass
 class _Findings:
-    """What has been found so far."""
+    """Parts of the report, as far as they are known."""
 
     hypergradient: Vector | None = None
     around: Neighbourhood | None = None
@@ -178,32 +165,35 @@ class _Findings:
         self.failures += (f"{name}: {sentence}",)
 
 
-def _measure(
-    problem: Problem,
-    response: Response,
-    num_directions: int,
-    epsilon: float | None,
-    tolerance: float,
-    generator: torch.Generator,
-    found: _Findings,
-) -> tuple[list[float], list[Vector]]:
-    """Central differences of the outer loss at the re-trained parameters."""
+def _directions(problem: Problem, count: int, generator: torch.Generator) -> list[Vector]:
     size = sum(h.numel() for h in problem.hparams)
-    if size <= num_directions:
+    if size <= count:
         rows = torch.eye(size, dtype=problem.dtype)
     else:
-        rows = torch.randn(num_directions, size, generator=generator, dtype=torch.float64)
+        rows = torch.randn(count, size, generator=generator, dtype=torch.float64)
         rows = rows / rows.norm(dim=1, keepdim=True)
-    directions = [
+    return [
         tuple(d.to(h) for d, h in zip(unflatten(row, problem.hparams), problem.hparams, strict=True))
         for row in rows
     ]
+
+
+def _measure(
+    problem: Problem,
+    response: Response,
+    directions: list[Vector],
+    epsilon: float | None,
+    tolerance: float,
+    found: _Findings,
+) -> list[float]:
+    """Central differences of the outer loss at the re-trained parameters."""
+    for name, value_here in (("inner_loss", problem.inner()), ("outer_loss", problem.outer())):
+        if not torch.isfinite(value_here).item():
+            raise FloatingPointError(f"{name} must be finite at params and hparams. Got {value_here.item()}.")
     home = tuple(h.detach() for h in problem.hparams)
     move = epsilon if epsilon is not None else problem.eps ** (1 / 3) * (1 + float(norm(home)))
-
-    start = tuple(p.detach() for p in problem.params)
-    if isinstance(response, Minimize):  # both sides begin in the same basin
-        start = response.train(problem.inner_loss, start, home).params
+    # Both sides begin in the same basin.
+    start = response.start(problem.inner_loss, tuple(p.detach() for p in problem.params), home)
     distance = 0.0
 
     def value(direction: Vector, sign: float) -> float:
@@ -231,16 +221,10 @@ def _measure(
             f"distance of {distance:.1e} to one: the inner loss has no minimum nearby, or is too badly "
             "conditioned. Regularize it, raise epsilon, or give `retrain`.",
         )
-    return measured, directions
+    return measured
 
 
-def _differentiate(
-    problem: Problem,
-    solver: InverseSolver | LinearOperator | FlatOperator | None,
-    curvature: AnyCurvature,
-    found: _Findings,
-) -> None:
-    """The implicit hypergradient."""
+def _differentiate(problem: Problem, solver: AnySolver, curvature: AnyCurvature, found: _Findings) -> None:
     try:
         result = implicit_result(
             problem.inner,
@@ -296,12 +280,6 @@ def _compare(
     )
 
 
-def _as_response(retrain: Response | Callable[[Vector], Sequence[Tensor]] | None) -> Response:
-    if retrain is None:
-        return Minimize()
-    return retrain if isinstance(retrain, Response) else GivenResponse(retrain=retrain)
-
-
 def _check_arguments(
     params: Sequence[Tensor],
     hparams: Sequence[Tensor],
@@ -310,12 +288,8 @@ def _check_arguments(
     epsilon: float | None,
     tolerance: float,
 ) -> None:
-    for name, group in (("params", params), ("hparams", hparams)):
-        if isinstance(group, Tensor) or len(group) == 0:
-            raise ValueError(f"{name} must be a sequence of at least one tensor. Got {type(group).__name__}.")
-        for i, x in enumerate(group):
-            if not x.is_floating_point():
-                raise ValueError(f"{name}[{i}] must be a floating-point tensor. Got {x.dtype}.")
+    check_tensors("params", params)
+    check_tensors("hparams", hparams)
     if hypergradient is not None and [g.shape for g in hypergradient] != [h.shape for h in hparams]:
         raise ValueError(
             f"hypergradient must be shaped as hparams, {[tuple(h.shape) for h in hparams]}. "

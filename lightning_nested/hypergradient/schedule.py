@@ -1,4 +1,4 @@
-"""Which optimizer states to store when differentiating through many steps in little memory.
+"""Choice of the optimizer states to store when differentiating through many steps in little memory.
 
 A step's graph is a few times larger than its state, so a schedule stores some states, recomputes the graphs
 behind them, and frees both on its way back. Sizes are in copies of the state.
@@ -24,7 +24,7 @@ _ASSUMED_GRAPH = 4.0  # where it cannot be measured: a step built on torch.func 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Cuts a run of steps so that stored states and kept graphs fit a memory.
+    """Cut a run of steps so that stored states and kept graphs fit a memory.
 
     Args:
         memory: Room for stored states and graphs, in copies of the state; at least one state and one graph.
@@ -44,7 +44,7 @@ class Schedule:
         object.__setattr__(self, "memory", max(self.memory, math.ceil(self.graph) + 1))
 
     def first_segment(self, length: int, memory: int) -> int:
-        """Steps to the next state to store; 0: keep the graph of all ``length`` steps."""
+        """Return the steps to the next state to store; 0: keep the graph of all ``length`` steps."""
         if self.segment is not None:
             return self.segment if length > self.segment else 0
         repeats = 0
@@ -57,7 +57,7 @@ class Schedule:
         return min(head, length - _capacity(memory - 1, self.graph, repeats - 1))
 
     def reruns(self, length: int) -> int:
-        """Steps run without a graph, in total; each of the ``length`` steps is run once more with it."""
+        """Count the steps run without a graph; each of the ``length`` steps is run once more with it."""
         total, stack = 0, [(length, self.memory)]
         while stack:
             steps, memory = stack.pop()
@@ -69,7 +69,7 @@ class Schedule:
 
 @lru_cache(maxsize=65536)
 def _capacity(memory: int, graph: float, repeats: int) -> int:
-    """Steps that fit when each is re-run at most ``repeats`` times.
+    """Count the steps that fit when each is re-run at most ``repeats`` times.
 
     C(m, 0) = ⌊m/g⌋,  C(m, r) = Σ_{i≥0} C(m−i, r−1): behind i stored states there is room m − i.
     """
@@ -79,12 +79,12 @@ def _capacity(memory: int, graph: float, repeats: int) -> int:
 
 
 def equal_segments(steps: int) -> Schedule:
-    """Segments of ``steps`` steps, all their first states stored at once."""
+    """Cut into segments of ``steps`` steps, all their first states stored at once."""
     return Schedule(segment=steps)
 
 
 def cheapest(length: int, *, graph: float, reruns: float) -> Schedule:
-    """The smallest memory in which ``length`` steps are re-run at most ``reruns`` times on average.
+    """Find the smallest memory in which ``length`` steps are re-run at most ``reruns`` times on average.
 
     It grows as √(2gT) for one re-run and more slowly for more.
     """
@@ -102,12 +102,9 @@ def _growing(start: int) -> Iterator[int]:
 
 
 def graph_size(step: Callable[[], Sequence[Tensor]], state: Vector, shared: Vector) -> float:
-    """What the graph of one step keeps alive, in copies of ``state``, at least 1. Runs the step once.
+    """Measure what the graph of one step keeps alive, in copies of ``state``, at least 1. Runs the step once.
 
-    Args:
-        step: Returns the next state.
-        state: The state before it.
-        shared: Tensors that every step shares, not counted.
+    Tensors in ``shared`` are not counted.
     """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -134,7 +131,7 @@ def graph_size(step: Callable[[], Sequence[Tensor]], state: Vector, shared: Vect
 
 
 class _Saved:
-    """Lives exactly as long as the graph node that saved ``tensor``."""
+    """Holder that lives exactly as long as the graph node that saved ``tensor``."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -143,7 +140,7 @@ class _Saved:
 
 
 class RandomState:
-    """torch's random state, on the CPU and on the devices of ``tensors``, so that a step can be run again."""
+    """Random state of torch on the CPU and on the devices of ``tensors``, so that a step can be run again."""
 
     def __init__(self, tensors: Vector) -> None:
         self._cpu = torch.get_rng_state()

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_nested.hypergradient.arguments import as_scalar, check_tensors
 from lightning_nested.hypergradient.schedule import (
     RandomState,
     Schedule,
@@ -27,6 +28,10 @@ from lightning_nested.linalg.vectors import Vector
 Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
 OuterLoss: TypeAlias = Callable[[Vector, Vector], Tensor]
 Checkpoint: TypeAlias = bool | int | Literal["sqrt"]
+"""False keeps the graph of all steps. True stores some states and recomputes graphs from them, in the least memory
+that re-runs a step 1.25 times on average: about 1.5 times the time. An integer n bounds states and graphs together to
+n copies of ``params`` (never less than one state beside one step's graph), re-running steps the more often the
+smaller it is. ``"sqrt"`` uses √T equal segments, each re-run once."""
 
 # Re-runs of a step that checkpoint=True accepts. A plain step costs about 0.4 of a step with its backward.
 _RERUNS = 1.25
@@ -52,27 +57,20 @@ def unrolled_hypergradient(
 
     Args:
         step: ``step(params, hparams, t) -> params``, one differentiable update for t = 0, 1, ...
-            An inner ``torch.autograd.grad`` needs ``create_graph=True``. Optimizer state (momentum)
-            travels inside ``params``. Apart from torch's random numbers, which are replayed, the
-            step must give the same result when called again with the same arguments, as ``checkpoint`` does.
+            An inner ``torch.autograd.grad`` needs ``create_graph=True``; optimizer state travels inside ``params``.
+            ``checkpoint`` calls it again with the same arguments and random numbers.
         outer_loss: ``outer_loss(params, hparams) -> scalar``.
         params: Initial w_0, taken as independent of ``hparams``. Floating-point tensors, any shapes.
         hparams: λ. Floating-point tensors, any shapes.
         num_steps: T >= 1.
         truncate: Let only the last ``truncate`` steps carry a graph. The error decays
             geometrically in ``truncate`` where the inner loss is strongly convex.
-        mode: ``"reverse"`` costs a few gradients a step for any number of hyperparameters.
-            ``"forward"`` pushes one tangent per hyperparameter *element*: memory independent of T,
-            time proportional to the elements; for a handful of them.
-        checkpoint: Memory of the reverse mode. ``False`` keeps the graph of all T steps. ``True`` stores
-            some states and recomputes graphs from them, in the least memory that re-runs a step 1.25
-            times on average: about 1.5 times the time. An integer n bounds states and graphs together
-            to n copies of ``params`` (never less than one state beside one step's graph), re-running
-            steps the more often the smaller it is. ``"sqrt"`` uses √T equal segments, each re-run once.
+        mode: ``"reverse"`` costs a few gradients a step for any number of hyperparameters. ``"forward"``
+            pushes one tangent per hyperparameter *element*: memory independent of T, for a handful of them.
+        checkpoint: Memory of the reverse mode; see :data:`Checkpoint`.
 
     Returns:
-        One gradient per hyperparameter, of its shape and dtype, detached; zeros for a
-        hyperparameter that is not used.
+        One detached gradient per hyperparameter, of its shape and dtype; zeros for an unused one.
 
     Raises:
         ValueError: Invalid options, shapes or dtypes; a non-scalar outer loss; no hyperparameter used.
@@ -89,8 +87,8 @@ def unrolled_hypergradient(
         -0.9
     """
     _check_options(num_steps, truncate, mode, checkpoint)
-    _check_tensors("params", params)
-    _check_tensors("hparams", hparams)
+    check_tensors("params", params, hint=" Step counters need no place in params: step receives t.")
+    check_tensors("hparams", hparams)
     run = _Run(step, outer_loss, _leaves(hparams), num_steps)
     first = 0 if truncate is None else max(0, num_steps - truncate)
     with torch.enable_grad():
@@ -113,7 +111,7 @@ class _Run:
     num_steps: int
 
     def apply(self, state: Vector, t: int) -> Vector:
-        """One step, with its graph."""
+        """Run one step, with its graph."""
         new = tuple(self.step(state, self.hparams, t))
         if len(new) != len(state):
             raise ValueError(
@@ -130,18 +128,13 @@ class _Run:
         return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in new)
 
     def advance(self, state: Vector, t: int, count: int) -> Vector:
-        """``count`` steps without a graph between them."""
+        """Run ``count`` steps without a graph between them."""
         for s in range(t, t + count):
             state = _leaves(self.apply(state, s))
         return state
 
     def loss(self, state: Vector) -> Tensor:
-        value = self.outer_loss(state, self.hparams)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"outer_loss must return a tensor with one element. Got {got}; take its mean or sum."
-            )
+        value = as_scalar("outer_loss", self.outer_loss(state, self.hparams))
         if not torch.isfinite(value).item():
             raise FloatingPointError(
                 f"outer_loss is not finite after {self.num_steps} steps. Got {value.item()}. "
@@ -152,7 +145,7 @@ class _Run:
                 "outer_loss depends on neither params nor hparams. Got a value without a graph; "
                 "compute it from its arguments, without detach() or torch.no_grad()."
             )
-        return value.reshape(())
+        return value
 
     def finish(self, grads: Sequence[Tensor], reached: Sequence[bool]) -> Vector:
         if not any(reached):
@@ -185,18 +178,6 @@ def _check_options(num_steps: int, truncate: int | None, mode: str, checkpoint: 
         )
     if mode == "forward" and checkpoint is not False:
         raise ValueError(f"mode='forward' stores no steps, so checkpoint must be False. Got {checkpoint!r}.")
-
-
-def _check_tensors(name: str, tensors: Sequence[Tensor]) -> None:
-    if len(tensors) == 0 or isinstance(tensors, Tensor):
-        raise ValueError(f"{name} must be a sequence of at least one tensor. Got {type(tensors).__name__}.")
-    for i, x in enumerate(tensors):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"{name}[{i}] must be a floating-point tensor. Got {got}. "
-                "Step counters need no place in params: step receives t."
-            )
 
 
 def _schedule(

@@ -26,11 +26,11 @@ class WeightDecay(Hyperparameter):
 
     Args:
         per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight.
-        init: Decay at the start, in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
+        init: Initial decay in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
         include: Names of parameters that are decayed, with ``*`` wildcards.
         exclude: Names that are not, with ``*`` wildcards.
-        transform: From the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges above
-            about 2(1 + β)/rate.
+        transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges
+            above about 2(1 + β)/rate.
         name: Key in logs and checkpoints.
 
     Raises:
@@ -58,15 +58,14 @@ class WeightDecay(Hyperparameter):
         )
         self.transform.start(torch.tensor(float(init), dtype=torch.float64))  # refuse it where it is given
         self.parameter_names: tuple[str, ...] = ()
-        self._matched: set[str] = (
-            set()
-        )  # patterns that have matched a name: what they match may be frozen later
+        # Patterns that have matched a name: the parameters they match may be frozen later.
+        self._matched: set[str] = set()
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Create one unconstrained tensor: shapes (), (number of tensors,), or as the parameters.
 
-        A second call, with parameters that were added (unfrozen) or taken away, keeps the decays of those that stay;
-        new ones begin at ``init``.
+        A second call, with parameters that were added (unfrozen) or removed, keeps the decays of those that stay; new
+        ones start at ``init``.
         """
         for pattern in {*self.include, *self.exclude} - self._matched:
             if not any(fnmatchcase(name, pattern) for name in parameters):
@@ -97,23 +96,23 @@ class WeightDecay(Hyperparameter):
                 self.tensors["tensor"] = kept.requires_grad_(True)
 
     def reset(self) -> None:
-        """Forget the decays and the parameters they were of."""
+        """Forget the decays and their parameters."""
         super().reset()
         self.parameter_names, self._matched = (), set()
 
     def entries(self) -> tuple[str, ...] | None:
-        """Names of the parameters, with ``per="tensor"``."""
+        """Return the names of the parameters, with ``per="tensor"``."""
         return self.parameter_names if self.per == "tensor" else None
 
     def values(self) -> dict[str, Tensor]:
-        """Decays in natural units; with ``per="tensor"`` one scalar under each parameter's name."""
+        """Return decays in natural units; with ``per="tensor"`` one scalar under each parameter's name."""
         values = super().values()
         if self.per == "tensor" and values:
             return dict(zip(self.parameter_names, values["tensor"].unbind(), strict=True))
         return values
 
     def decays(self) -> dict[str, Tensor]:
-        """The decay of each chosen parameter by its name, with the graph to the unconstrained tensors."""
+        """Return each chosen parameter's decay by name, with the graph to the unconstrained tensors."""
         if self.per == "parameter":
             return {name: self.transform.forward(raw) for name, raw in self.tensors.items()}
         value = self.transform.forward(self.tensors[self.per])
@@ -125,7 +124,7 @@ class WeightDecay(Hyperparameter):
         """grad ← grad + scale · d ∘ w for every chosen parameter that has a gradient.
 
         Args:
-            parameters: By the names they had in :meth:`build`.
+            parameters: Parameters by the names they had in :meth:`build`.
             scale: Factor that the gradients carry (a GradScaler's, before a fused optimizer takes it off).
         """
         for name, decay in self.decays().items():
@@ -138,13 +137,32 @@ class WeightDecay(Hyperparameter):
         return torch.stack([0.5 * (d * parameters[n] ** 2).sum() for n, d in self.decays().items()]).sum()
 
     def linearize(self, parameters: Mapping[str, Tensor]) -> DecayPenalty:
-        """The penalty's derivatives at the present parameters, all of which (in this order) form the vector w."""
+        """Return the penalty's derivatives at the current parameters, which in this order form the vector w."""
         return DecayPenalty(self, parameters)
 
     def _decays(self, name: str) -> bool:
         return any(fnmatchcase(name, p) for p in self.include) and not any(
             fnmatchcase(name, p) for p in self.exclude
         )
+
+
+class FixedDecay:
+    """Penalty of a decay that is not tuned: curvature without a mixed derivative.
+
+    Args:
+        decay: One number per parameter.
+    """
+
+    def __init__(self, decay: Sequence[float]) -> None:
+        self._operator = DiagonalOperator(list(decay))
+
+    def curvature(self) -> LinearOperator:
+        """diag(d)."""
+        return self._operator
+
+    def mixed(self, v: Vector) -> Vector:
+        """Return no derivatives."""
+        return ()
 
 
 class DecayPenalty:

@@ -1,7 +1,6 @@
-"""Curvature as linear operators: anything with ``A @ v`` on tuples of tensors.
+"""Curvature of a loss as linear operators: Hessian, Gauss-Newton and finite-difference products.
 
-Hessian, Gauss-Newton and finite-difference products, diagonals, and sums and scalings of them, so that damping
-and weight decay are operators that one *adds*. Solvers need only products.
+Damping and weight decay are operators that one *adds*. Solvers need only products.
 """
 
 from __future__ import annotations
@@ -17,29 +16,28 @@ from lightning_nested.linalg.graph import (
     refuse_once_differentiable,
     refuse_sparse,
 )
-from lightning_nested.linalg.operators import LinearOperator, _materialize
-from lightning_nested.linalg.vectors import Vector, norm
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.vectors import Vector, norm, zeros_like, zeros_where_none
 
 
-def _own(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
-    """Products as tensors that may be overwritten: autograd may hand back v itself, or one tensor twice."""
+def owned(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
+    """Return products as tensors that may be overwritten: autograd may hand back v itself, or one tensor twice."""
     taken = {a.untyped_storage().data_ptr() for a in v}
-    owned = []
-    for product in _materialize(products, like):
+    result = []
+    for product in zeros_where_none(products, like):
         storage = product.untyped_storage().data_ptr()
-        owned.append(
-            product if storage not in taken and product.is_contiguous() else product.clone().contiguous()
-        )
+        fresh = storage not in taken and product.is_contiguous()
+        result.append(product if fresh else product.clone().contiguous())
         taken.add(storage)
-    return tuple(owned)
+    return tuple(result)
 
 
 def difference_length(loss: Tensor, params: Vector) -> float:
     """Relative length of the move for central differences: half the cube root of a loss's machine epsilon.
 
-    That of the coarsest dtype among its operations: under ``torch.autocast`` rounding is the narrow dtype's,
-    whatever the parameters are kept in. The half is measured: networks of bfloat16 and float16 have their least
-    error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths serve alike.
+    The epsilon is that of the coarsest dtype among its operations: under ``torch.autocast`` rounding is the narrow
+    dtype's, whatever the parameters are kept in. The half is measured: networks of bfloat16 and float16 have their
+    least error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths serve alike.
     """
     dtypes = {p.dtype for p in params}
     for node in graph_nodes([loss]):
@@ -68,7 +66,7 @@ def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True)
         refuse_sparse(gradient)
         refuse_once_differentiable(gradient)
-    return _materialize(gradient, params)
+    return zeros_where_none(gradient, params)
 
 
 class HessianOperator(LinearOperator):
@@ -92,13 +90,13 @@ class HessianOperator(LinearOperator):
         """One backward pass through the gradient's graph."""
         assert self.like is not None
         if not self._live:  # the loss is linear in the parameters
-            return _materialize([None] * len(v), self.like)
+            return zeros_like(self.like)
         outputs = [self.gradient[i] for i in self._live]
         with explain_double_backward():
             products = torch.autograd.grad(
                 outputs, self.like, [v[i] for i in self._live], retain_graph=True, allow_unused=True
             )
-        return _own(products, self.like, v)
+        return owned(products, self.like, v)
 
 
 class GaussNewtonOperator(LinearOperator):
@@ -131,10 +129,10 @@ class GaussNewtonOperator(LinearOperator):
                 self._pulled, self._dummy, [v[i] for i in self._live], retain_graph=True
             )
             if not self._slope.requires_grad:  # linear in the outputs
-                return _materialize([None] * len(v), self.like)
+                return zeros_like(self.like)
             (hjv,) = torch.autograd.grad(self._slope, self.outputs, jv, retain_graph=True)
             products = torch.autograd.grad(self.outputs, self.like, hjv, retain_graph=True, allow_unused=True)
-        return _own(products, self.like, v)
+        return owned(products, self.like, v)
 
 
 class FiniteDifferenceOperator(LinearOperator):
@@ -144,8 +142,8 @@ class FiniteDifferenceOperator(LinearOperator):
     The truncation error is O(ε²), rounding O(eps/ε).
 
     Args:
-        gradient: Returns the gradients at the parameters' present values; noise and statistics frozen.
-        params: Leaf parameters; they are moved through ``.data`` and put back, so graphs that hold them stay valid.
+        gradient: Returns the gradients at the parameters' current values; noise and statistics frozen.
+        params: Leaf parameters; they are moved through ``.data`` and restored, so graphs that hold them stay valid.
         epsilon: Length of the move relative to ``1 + ‖w‖``; None: half the cube root of the parameters' machine
             epsilon. Give one where gradients are computed in a narrower dtype, see :func:`difference_length`.
     """
@@ -155,16 +153,16 @@ class FiniteDifferenceOperator(LinearOperator):
     ) -> None:
         self.gradient, self.like = gradient, params
         relative = epsilon if epsilon is not None else _difference_length([p.dtype for p in params])
-        self._length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))
+        self.length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))
 
     def matvec(self, v: Vector) -> Vector:
         """Two gradients at w ± εv."""
         assert self.like is not None
-        return central_difference(self.gradient, self.like, v, self._length)
+        return central_difference(self.gradient, self.like, v, self.length)
 
 
 def central_difference(function: Callable[[], Vector], params: Vector, v: Vector, length: float) -> Vector:
-    """Derivative of ``function`` along v at the parameters' present values, moving them by ``length``."""
+    """Derivative of ``function`` along v at the parameters' current values, moving them by ``length``."""
     size = float(norm(v))
     if size == 0.0:
         return tuple(torch.zeros_like(a) for a in function())

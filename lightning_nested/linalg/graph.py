@@ -1,4 +1,4 @@
-"""Errors of second derivatives, explained: what an autograd graph cannot be differentiated through twice."""
+"""Graphs of losses: their operations, and errors where one of them cannot be differentiated twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse_sparse(gradient: Sequence[Tensor | None]) -> None:
 
 
 def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
-    """Every operation in the graphs of ``tensors``, once."""
+    """Yield every operation in the graphs of ``tensors``, once."""
     seen: set[Node] = set()
     stack = [a.grad_fn for a in tensors if a is not None]
     while stack:

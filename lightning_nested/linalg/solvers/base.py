@@ -16,24 +16,20 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    norm,
-    zeros_like,
-)
+from lightning_nested.linalg.processes import Reduce, agreed_number
+from lightning_nested.linalg.vectors import Vector, norm, zeros_like
 
 
 @dataclass
 class SolverState:
-    """What one solve hands to the next."""
+    """Warm start that one solve hands to the next."""
 
     solution: Vector | None = None
     eigenvector: Vector | None = None  # of the largest |eigenvalue|, by power iteration
     eigenvalue: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
+        """Return tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
         return {"solution": self.solution, "eigenvector": self.eigenvector, "eigenvalue": self.eigenvalue}
 
     def load_state_dict(self, state: dict[str, Any], like: Vector) -> None:
@@ -45,6 +41,10 @@ class SolverState:
         self.solution, self.eigenvector = placed(state["solution"]), placed(state["eigenvector"])
         self.eigenvalue = state["eigenvalue"]
 
+    def with_solution(self, x: Vector) -> SolverState:
+        """Return a copy with x as the start of the next solve."""
+        return SolverState(x, self.eigenvector, self.eigenvalue)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solution:
@@ -54,12 +54,12 @@ class Solution:
         x: Approximate A⁻¹b, a tuple of tensors; the state may hold the same ones: read, do not write.
         residual: ‖b − Ax‖/‖b‖; for a truncated series the residual before its last term, an upper bound while
             the series converges; NaN where it is unknown (identity, a given inverse).
-        iterations: Products with A, the ones of a power iteration included.
+        iterations: Products with A, including those of a power iteration.
         curvature: Rayleigh quotient vᵀAv/vᵀv: the smallest met, for a series that of its last term, which leans to the
             smallest eigenvalues; negative: A is indefinite. NaN when none was formed.
         status: ``"converged"``, ``"truncated"`` (stopped at the number of terms asked for) or
             ``"negative_curvature"`` (stopped where A is not positive).
-        state: To be given to the next solve.
+        state: State for the next solve.
     """
 
     x: Vector
@@ -70,25 +70,35 @@ class Solution:
     state: SolverState = field(default_factory=SolverState)
 
 
-def agreed_number(value: Tensor, reduce: Reduce | None) -> float:
-    """A scalar every process agrees on, so that all take the same branch."""
-    return float(value if reduce is None else reduce(value.reshape(1)))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearSystem:
+    """A x = b with a finite b ≠ 0, on one or several processes.
 
+    Attributes:
+        operator: A.
+        b: Right-hand side.
+        size: ‖b‖ > 0.
+        state: State of the previous solve.
+        reduce: Averages a tensor over processes.
+    """
 
-def check_finite(value: float, what: str) -> float:
-    """Return the value, or raise FloatingPointError if it is not finite."""
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{what} must be finite. Got {value}: the loss or its derivatives overflowed; lower the learning rates, "
-            "add damping, or train in a wider precision."
-        )
-    return value
+    operator: LinearOperator
+    b: Vector
+    size: float
+    state: SolverState
+    reduce: Reduce | None
 
+    def number(self, value: Tensor) -> float:
+        """Return a scalar that every process agrees on."""
+        return agreed_number(value, self.reduce)
 
-def check_positive(name: str, value: float | None, *, zero: bool = False) -> None:
-    """Raise ValueError unless the value is positive, or None; ``zero=True`` allows 0."""
-    if value is not None and not (value > 0 or (zero and value == 0)):
-        raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'}. Got {value}.")
+    def finite(self, value: Tensor, what: str) -> float:
+        """Return a finite scalar that every process agrees on.
+
+        Raises:
+            FloatingPointError: The value is not finite.
+        """
+        return check_finite(self.number(value), what)
 
 
 class InverseSolver(ABC):
@@ -117,26 +127,34 @@ class InverseSolver(ABC):
         state = state if state is not None else SolverState()
         if size == 0.0:
             zero = zeros_like(b)
-            return Solution(x=zero, residual=0.0, iterations=0, state=with_solution(state, zero))
-        return self._solve(operator, b, size, state, reduce)
+            return Solution(x=zero, residual=0.0, iterations=0, state=state.with_solution(zero))
+        return self._solve(LinearSystem(operator=operator, b=b, size=size, state=state, reduce=reduce))
 
     @abstractmethod
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        """Solve for a finite b of norm ``size`` > 0."""
+    def _solve(self, system: LinearSystem) -> Solution: ...
+
+
+def check_finite(value: float, what: str) -> float:
+    """Return the value, or raise FloatingPointError if it is not finite."""
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"{what} must be finite. Got {value}: the loss or its derivatives overflowed; lower the learning rates, "
+            "add damping, or train in a wider precision."
+        )
+    return value
+
+
+def check_positive(name: str, value: float | None, *, zero: bool = False) -> None:
+    """Raise ValueError unless the value is positive, or None; ``zero=True`` allows 0."""
+    if value is not None and not (value > 0 or (zero and value == 0)):
+        raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'}. Got {value}.")
 
 
 def factorizable_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of factorisations, which half precision does not have."""
+    """Promote to float32: torch has no half-precision factorizations."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def symmetrized(matrix: Tensor) -> Tensor:
     """Return (A + Aᵀ)/2."""
     return (matrix + matrix.T) / 2
-
-
-def with_solution(state: SolverState, x: Vector) -> SolverState:
-    """Return the state with x as the start of the next solve."""
-    return SolverState(x, state.eigenvector, state.eigenvalue)

@@ -25,7 +25,7 @@ from lightning_nested.hyperparameters import (
     OuterStep,
 )
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
-from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.optim.step_dynamics import trainable
