@@ -104,7 +104,7 @@ def read_idx(path: Path) -> Tensor:
     sizes = struct.unpack(f">{data[3]}I", data[4:header])
     if len(data) - header != math.prod(sizes):
         raise ValueError(
-            f"{path} must hold {math.prod(sizes)} bytes of data. Got {len(data) - header}. Fetch it again."
+            f"{path} must hold {math.prod(sizes)} bytes of data. Got {len(data) - header}; fetch it."
         )
     numbers = torch.frombuffer(bytearray(data), dtype=torch.uint8)[header:]
     return numbers.reshape(sizes)

@@ -57,7 +57,7 @@ class MixtureOfGaussiansDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1 or num_batches < 1:
             raise ValueError(
-                f"batch_size and num_batches must be at least 1. Got {batch_size} and {num_batches}."
+                f"batch_size, num_batches must be at least 1. Got {batch_size} and {num_batches}."
             )
         if not std > 0:
             raise ValueError(f"std must be positive. Got {std}.")

@@ -24,17 +24,11 @@ class LabelledImages(NamedTuple):
 
 
 class TensorBatches(Dataset[Batch]):
-    """A dataset of tensors with one row per example that is read a batch at a time.
+    """A dataset of tensors of equal length with one row per example that is read a batch at a time.
 
     ``DataLoader`` asks a dataset that has ``__getitems__`` for a whole batch, so that one indexing operation
     per tensor replaces ``batch_size`` single reads and their collation. The sampler stays an ordinary one:
     Lightning can replace it by a distributed sampler, and the order under a seed is the usual order.
-
-    Args:
-        *tensors: Tensors of equal length.
-
-    Raises:
-        ValueError: There is no tensor, or the lengths differ.
 
     Example:
         >>> data = TensorBatches(torch.arange(10), torch.arange(10) ** 2)
@@ -44,9 +38,7 @@ class TensorBatches(Dataset[Batch]):
 
     def __init__(self, *tensors: Tensor) -> None:
         if len({len(tensor) for tensor in tensors}) != 1:
-            raise ValueError(
-                f"One or more tensors of equal length are needed. Got lengths {[len(t) for t in tensors]}."
-            )
+            raise ValueError(f"Tensors of equal length are needed. Got lengths {[len(t) for t in tensors]}.")
         self.tensors = tensors
 
     def __len__(self) -> int:
@@ -59,18 +51,16 @@ class TensorBatches(Dataset[Batch]):
         rows = torch.as_tensor(indices)
         return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
-    def loader(
-        self, *, batch_size: int, shuffle: bool = False, num_workers: int = 0, drop_last: bool = False
-    ) -> DataLoader[Batch]:
-        """Return a loader over this dataset; its last batch is kept even if short, unless ``drop_last``."""
+    def loader(self, *, batch_size: int, num_workers: int = 0, **options: bool) -> DataLoader[Batch]:
+        """Return a ``DataLoader`` of this dataset, with its ``options`` ``shuffle`` and ``drop_last``."""
+        persistent, collate = num_workers > 0, _already_collated
         return DataLoader(
             self,
-            batch_size=batch_size,
-            shuffle=shuffle,
+            batch_size,
             num_workers=num_workers,
-            drop_last=drop_last,
-            collate_fn=_already_collated,
-            persistent_workers=num_workers > 0,
+            collate_fn=collate,
+            persistent_workers=persistent,
+            **options,
         )
 
 
@@ -105,26 +95,17 @@ class InMemoryDataModule(LightningDataModule):
         symmetric: Pixels in [−1, 1], as generators with tanh make them, instead of [0, 1].
         drop_last: Leave out a short last training batch.
 
-    Attributes (after ``setup``):
-        train_images: ``(train_size, channels, height, width)``.
-        train_labels: ``(train_size,)``, as given, so with the wrong ones.
-        train_labels_clean: ``(train_size,)``, the right ones.
-        wrong: ``(train_size,)`` boolean, where the two differ.
-        val_images, val_labels, test_images, test_labels: The other splits.
-
-    Raises:
-        ValueError: A size, the fraction or a batch size is out of range; in ``setup``, ``seed`` is None and
-            the run has none.
     """
 
     num_classes: int = 10
     max_pixel: float = 255.0  # of the source's images, which are scaled by it
     pad_to: int | None = None  # side after padding with the lowest value
 
-    train_images: Tensor
-    train_labels: Tensor
-    train_labels_clean: Tensor
-    wrong: Tensor
+    # Set by `setup`.
+    train_images: Tensor  # (train_size, channels, height, width)
+    train_labels: Tensor  # (train_size,), as given, so with the wrong ones
+    train_labels_clean: Tensor  # (train_size,), the right ones
+    wrong: Tensor  # (train_size,) boolean, where the two differ
     val_images: Tensor
     val_labels: Tensor
     test_images: Tensor
@@ -204,17 +185,18 @@ class InMemoryDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
-        data = TensorBatches(self.val_images, self.val_labels)
-        return data.loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
+        return self._evaluation(self.val_images, self.val_labels)
 
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
-        data = TensorBatches(self.test_images, self.test_labels)
-        return data.loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
+        return self._evaluation(self.test_images, self.test_labels)
 
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self.test_dataloader()
+
+    def _evaluation(self, *tensors: Tensor) -> DataLoader[Batch]:
+        return TensorBatches(*tensors).loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
 
     def _scaled(self, source: LabelledImages, rows: Tensor) -> tuple[Tensor, Tensor]:
         # Rows first, floats second: a small subset of a large source never becomes floats as a whole.

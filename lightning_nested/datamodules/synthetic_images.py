@@ -46,7 +46,7 @@ class SyntheticImagesDataModule(InMemoryDataModule):
         )
         if channels not in (1, 3) or resolution < 8:
             raise ValueError(
-                f"channels must be 1 or 3 and resolution at least 8. Got {channels} and {resolution}."
+                f"channels must be 1 or 3, resolution at least 8. Got {channels} and {resolution}."
             )
         self.channels, self.resolution, self.data_seed = channels, resolution, data_seed
 

@@ -20,19 +20,14 @@ from lightning_nested.linalg.vectors import Vector, flatten, unflatten
 _PRODUCTS = 30  # enough for the end of a spectrum; a stronger search is a matter of more products
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """Assumptions that fail, one sentence each, and a curvature that works."""
-
-    failures: tuple[str, ...]
-    around: Neighbourhood
-    curvature: AnyCurvature
-
-
 def inspect(
     problem: Problem, curvature: AnyCurvature, tolerance: float, generator: torch.Generator
-) -> Inspection:
-    """Test every assumption about the inner loss, also after one has failed."""
+) -> tuple[list[str], Neighbourhood, AnyCurvature]:
+    """Test every assumption about the inner loss, also after one has failed.
+
+    Returns:
+        One sentence per assumption that fails, the inner loss around the parameters, and a curvature that works.
+    """
     failures, twice = [], True
     try:
         around = explore(problem.inner, problem.params, curvature, generator)
@@ -47,14 +42,11 @@ def inspect(
         twice, curvature = False, FiniteDifference()
         around = explore(problem.inner, problem.params, curvature, generator)
     twice = twice and not isinstance(curvature, FiniteDifference)
-    failures += [
-        *_unseen_failures(problem, twice=twice),
-        *_neighbourhood_failures(around, tolerance, problem.eps),
-    ]
-    return Inspection(failures=tuple(failures), around=around, curvature=curvature)
+    failures += [*_unseen_failures(problem, twice), *_failures_around(around, tolerance, problem.eps)]
+    return failures, around, curvature
 
 
-def _unseen_failures(problem: Problem, *, twice: bool) -> Iterator[str]:
+def _unseen_failures(problem: Problem, twice: bool) -> Iterator[str]:
     found = unseen(problem.inner(), problem.outer(), problem.params, problem.hparams, twice=twice)
     for i, outer_sees in found.items():
         if outer_sees:
@@ -71,7 +63,7 @@ def _unseen_failures(problem: Problem, *, twice: bool) -> Iterator[str]:
             )
 
 
-def _neighbourhood_failures(around: Neighbourhood, tolerance: float, eps: float) -> Iterator[str]:
+def _failures_around(around: Neighbourhood, tolerance: float, eps: float) -> Iterator[str]:
     if around.gradient_norm > tolerance:
         yield (
             "not stationary: params must be a stationary point of inner_loss. Got a gradient of relative "
@@ -99,18 +91,14 @@ def _neighbourhood_failures(around: Neighbourhood, tolerance: float, eps: float)
 class Neighbourhood:
     """The inner loss around w, from products with its curvature H.
 
-    Attributes:
-        gradient_norm: ‖g‖/(ρ(1 + ‖w‖)), ρ = |gᵀHg|/gᵀg: the relative length of the step along the gradient
-            that reaches its zero.
-        smallest: Smallest Rayleigh quotient of H on a Krylov space; H is indefinite if it is negative.
-        largest: Largest absolute value of one.
-        asymmetry: ‖T − Tᵀ‖/‖T‖ with T = QᵀHQ on the Krylov space; 0 to rounding for a Hessian.
+    ``gradient_norm`` is ‖g‖/(ρ(1 + ‖w‖)) with ρ = |gᵀHg|/gᵀg: the relative length of the step along the gradient
+    that reaches its zero. ``asymmetry`` is ‖T − Tᵀ‖/‖T‖ with T = QᵀHQ on the Krylov space.
     """
 
     gradient_norm: float
-    smallest: float
-    largest: float
-    asymmetry: float
+    smallest: float  # Rayleigh quotient of H on a Krylov space; H is indefinite if it is negative
+    largest: float  # absolute value of one
+    asymmetry: float  # 0 to rounding for a Hessian
 
 
 def explore(

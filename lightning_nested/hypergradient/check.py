@@ -31,34 +31,19 @@ from lightning_nested.linalg.vectors import Vector, dot, norm, unflatten
 
 @dataclass(frozen=True, kw_only=True)
 class HypergradientReport:
-    """Result of :func:`check_hypergradient`; ``print`` it.
+    """Result of :func:`check_hypergradient`; ``print`` it. Numbers that are unknown are NaN."""
 
-    Attributes:
-        relative_error: ‖predicted − measured‖/‖measured‖ over the directions; NaN if there is no prediction.
-        cosine: Cosine between predicted and measured slopes, as vectors over the directions.
-        predicted: Hypergradient times direction, one per direction.
-        measured: Central differences of the response, one per direction.
-        inner_gradient_norm: ‖g‖/(ρ(1 + ‖w‖)) with g = ∂L_T/∂w and ρ its Rayleigh quotient |gᵀHg|/gᵀg: about
-            the relative distance to a stationary point.
-        curvature: Smallest Rayleigh quotient met of the curvature; negative: indefinite.
-        asymmetry: ‖T − Tᵀ‖/‖T‖ of the curvature T on a Krylov space; 0 for a true Hessian.
-        residual: Residual of the solver, ‖b − Ax‖/‖b‖.
-        tolerance: Bound on the relative error and on the inner gradient.
-        dtype: Floating type of the check.
-        failures: One sentence per failed assumption, with its cure; each begins with the assumption's name.
-    """
-
-    relative_error: float
-    cosine: float
-    predicted: tuple[float, ...]
-    measured: tuple[float, ...]
-    inner_gradient_norm: float
-    curvature: float
-    asymmetry: float
-    residual: float
-    tolerance: float
-    dtype: torch.dtype
-    failures: tuple[str, ...]
+    relative_error: float  # ‖predicted − measured‖/‖measured‖ over the directions
+    cosine: float  # between predicted and measured slopes, as vectors over the directions
+    predicted: tuple[float, ...]  # hypergradient times direction, one per direction
+    measured: tuple[float, ...]  # central differences of the response, one per direction
+    inner_gradient_norm: float  # relative distance to a stationary point, see Neighbourhood
+    curvature: float  # smallest Rayleigh quotient met of the curvature; negative: indefinite
+    asymmetry: float  # ‖T − Tᵀ‖/‖T‖ of the curvature T on a Krylov space; 0 for a true Hessian
+    residual: float  # ‖b − Ax‖/‖b‖ of the solver
+    tolerance: float  # bound on the relative error and on the inner gradient
+    dtype: torch.dtype  # floating type of the check
+    failures: tuple[str, ...]  # a sentence per failed assumption: its name, what was found, the cure
 
     @property
     def passed(self) -> bool:
@@ -135,149 +120,124 @@ def check_hypergradient(
     _check_arguments(params, hparams, hypergradient, num_directions, epsilon, tolerance)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        problem, found = Problem.build(inner_loss, outer_loss, params, hparams), _Findings()
+        check = _Check(Problem.build(inner_loss, outer_loss, params, hparams), tolerance)
         response = as_response(retrain)
-        directions = _directions(problem, num_directions, generator)
-        measured = _measure(problem, response, directions, epsilon, tolerance, found)
+        directions = _directions(check.problem.hparams, num_directions, generator)
+        measured = check.measure(response, directions, epsilon)
         if hypergradient is None or response.stationary:
-            seen = inspect(problem, curvature, tolerance, generator)
-            found.failures += seen.failures
-            found.around, curvature = seen.around, seen.curvature
+            failures, check.around, curvature = inspect(check.problem, curvature, tolerance, generator)
+            check.failures += failures
         if hypergradient is None:
-            _differentiate(problem, solver, curvature, found)
+            check.differentiate(solver, curvature)
         else:
-            given = zip(hypergradient, problem.hparams, strict=True)
-            found.hypergradient = tuple(g.detach().to(h) for g, h in given)
-        return _compare(problem, found, directions, measured, tolerance)
+            given = zip(hypergradient, check.problem.hparams, strict=True)
+            check.hypergradient = tuple(g.detach().to(h) for g, h in given)
+        return check.report(directions, measured)
 
 
-@dataclass
-class _Findings:
-    """Parts of the report, as far as they are known."""
-
-    hypergradient: Vector | None = None
-    around: Neighbourhood | None = None
-    residual: float = math.nan
-    noise: float = 0.0  # rounding in a measured slope
-    failures: tuple[str, ...] = ()
-
-    def fail(self, name: str, sentence: str) -> None:
-        self.failures += (f"{name}: {sentence}",)
-
-
-def _directions(problem: Problem, count: int, generator: torch.Generator) -> list[Vector]:
-    size = sum(h.numel() for h in problem.hparams)
+def _directions(hparams: Vector, count: int, generator: torch.Generator) -> list[Vector]:
+    size = sum(h.numel() for h in hparams)
     if size <= count:
-        rows = torch.eye(size, dtype=problem.dtype)
+        rows = torch.eye(size, dtype=hparams[0].dtype)
     else:
         rows = torch.randn(count, size, generator=generator, dtype=torch.float64)
         rows = rows / rows.norm(dim=1, keepdim=True)
-    return [
-        tuple(d.to(h) for d, h in zip(unflatten(row, problem.hparams), problem.hparams, strict=True))
-        for row in rows
-    ]
+    return [tuple(d.to(h) for d, h in zip(unflatten(r, hparams), hparams, strict=True)) for r in rows]
 
 
-def _measure(
-    problem: Problem,
-    response: Response,
-    directions: list[Vector],
-    epsilon: float | None,
-    tolerance: float,
-    found: _Findings,
-) -> list[float]:
-    """Central differences of the outer loss at the re-trained parameters."""
-    for name, value_here in (("inner_loss", problem.inner()), ("outer_loss", problem.outer())):
-        if not torch.isfinite(value_here).item():
-            raise FloatingPointError(f"{name} must be finite at params and hparams. Got {value_here.item()}.")
-    home = tuple(h.detach() for h in problem.hparams)
-    move = epsilon if epsilon is not None else problem.eps ** (1 / 3) * (1 + float(norm(home)))
-    # Both sides begin in the same basin.
-    start = response.start(problem.inner_loss, tuple(p.detach() for p in problem.params), home)
-    distance = 0.0
+class _Check:
+    """A check in progress: the parts of its report, as far as they are known."""
 
-    def value(direction: Vector, sign: float) -> float:
-        nonlocal distance
-        moved = tuple(h + sign * move * d for h, d in zip(home, direction, strict=True))
-        trained = response.train(problem.inner_loss, start, moved)
-        distance = max(distance, trained.distance)
-        return problem.outer_loss(trained.params, moved).detach().item()
+    def __init__(self, problem: Problem, tolerance: float) -> None:
+        self.problem, self.tolerance = problem, tolerance
+        self.hypergradient: Vector | None = None
+        self.around: Neighbourhood | None = None
+        self.residual = math.nan
+        self.noise = 0.0  # rounding in a measured slope
+        self.failures: list[str] = []
 
-    measured = []
-    for direction in directions:
-        ahead, behind = value(direction, 1.0), value(direction, -1.0)
-        measured.append((ahead - behind) / (2 * move))
-        found.noise = max(found.noise, problem.eps * max(abs(ahead), abs(behind)) / move)
-    if not all(math.isfinite(m) for m in measured):
-        found.fail(
-            "no response",
-            f"training again must give a finite outer loss. Got slopes {measured}: lower the rates of "
-            "`retrain`, or give a smaller epsilon.",
+    def measure(self, response: Response, directions: list[Vector], epsilon: float | None) -> list[float]:
+        """Central differences of the outer loss at the re-trained parameters."""
+        problem = self.problem
+        for name, loss in (("inner_loss", problem.inner()), ("outer_loss", problem.outer())):
+            if not torch.isfinite(loss).item():
+                raise FloatingPointError(f"{name} must be finite at params and hparams. Got {loss.item()}.")
+        home = tuple(h.detach() for h in problem.hparams)
+        move = epsilon if epsilon is not None else problem.eps ** (1 / 3) * (1 + float(norm(home)))
+        # Both sides begin in the same basin.
+        start = response.start(problem.inner_loss, tuple(p.detach() for p in problem.params), home)
+        measured, distance = [], 0.0
+        for direction in directions:
+            values = []
+            for sign in (1.0, -1.0):
+                moved = tuple(h + sign * move * d for h, d in zip(home, direction, strict=True))
+                trained = response.train(problem.inner_loss, start, moved)
+                distance = max(distance, trained.distance)
+                values.append(problem.outer_loss(trained.params, moved).detach().item())
+            measured.append((values[0] - values[1]) / (2 * move))
+            self.noise = max(self.noise, problem.eps * max(abs(v) for v in values) / move)
+        if not all(math.isfinite(m) for m in measured):
+            self.failures.append(
+                f"no response: training again must give a finite outer loss. Got slopes {measured}: lower the rates of "
+                "`retrain`, or give a smaller epsilon."
+            )
+        elif distance > 0.1 * self.tolerance * move:
+            self.failures.append(
+                "no optimum: training again must end at a minimum, or the measured slopes are not exact. Got a "
+                f"relative distance of {distance:.1e} to one: the inner loss has no minimum nearby, or is too badly "
+                "conditioned. Regularize it, raise epsilon, or give `retrain`."
+            )
+        return measured
+
+    def differentiate(self, solver: AnySolver, curvature: AnyCurvature) -> None:
+        """Find the implicit hypergradient, unless the solver fails."""
+        p, options = self.problem, {"solver": solver, "curvature": curvature}
+        try:
+            result = implicit_result(p.inner, p.outer(), p.params, p.hparams, allow_unused=True, **options)
+        except FloatingPointError as error:
+            self.failures.append(f"solver failed: {error}")
+        else:
+            self.hypergradient, self.residual = result.hypergradient, result.solution.residual
+
+    def report(self, directions: list[Vector], measured: list[float]) -> HypergradientReport:
+        """Compare the slopes and conclude."""
+        predicted, error, cosine, tolerance = [math.nan] * len(measured), math.nan, math.nan, self.tolerance
+        if self.hypergradient is not None:
+            predicted = [float(dot(self.hypergradient, d)) for d in directions]
+            p, m = torch.tensor(predicted, dtype=torch.float64), torch.tensor(measured, dtype=torch.float64)
+            # Below this size a slope is its own rounding: two zeros agree.
+            floor = max(10 * self.noise / tolerance, torch.finfo(torch.float64).tiny)
+            error = float((p - m).norm()) / max(float(m.norm()), floor)
+            if min(float(p.norm()), float(m.norm())) > 0:
+                cosine = float(p @ m / (p.norm() * m.norm()))
+            if not error <= tolerance:
+                self.failures.append(
+                    f"wrong hypergradient: it must agree with the measured slopes to {tolerance:g}. Got a relative "
+                    f"error of {error:.2g}; {self._cause()}."
+                )
+        return HypergradientReport(
+            relative_error=error,
+            cosine=cosine,
+            predicted=tuple(predicted),
+            measured=tuple(measured),
+            inner_gradient_norm=self.around.gradient_norm if self.around else math.nan,
+            curvature=self.around.smallest if self.around else math.nan,
+            asymmetry=self.around.asymmetry if self.around else math.nan,
+            residual=self.residual,
+            tolerance=tolerance,
+            dtype=self.problem.dtype,
+            failures=tuple(self.failures),
         )
-    elif distance > 0.1 * tolerance * move:
-        found.fail(
-            "no optimum",
-            "training again must end at a minimum, or the measured slopes are not exact. Got a relative "
-            f"distance of {distance:.1e} to one: the inner loss has no minimum nearby, or is too badly "
-            "conditioned. Regularize it, raise epsilon, or give `retrain`.",
-        )
-    return measured
 
-
-def _differentiate(problem: Problem, solver: AnySolver, curvature: AnyCurvature, found: _Findings) -> None:
-    try:
-        result = implicit_result(
-            problem.inner,
-            problem.outer(),
-            problem.params,
-            problem.hparams,
-            solver=solver,
-            curvature=curvature,
-            allow_unused=True,
-        )
-    except FloatingPointError as error:
-        found.fail("solver failed", str(error))
-        return
-    found.hypergradient, found.residual = result.hypergradient, result.solution.residual
-
-
-def _compare(
-    problem: Problem, found: _Findings, directions: list[Vector], slopes: list[float], tolerance: float
-) -> HypergradientReport:
-    predicted, error, cosine = [math.nan] * len(slopes), math.nan, math.nan
-    if found.hypergradient is not None:
-        predicted = [float(dot(found.hypergradient, d)) for d in directions]
-        p, m = torch.tensor(predicted, dtype=torch.float64), torch.tensor(slopes, dtype=torch.float64)
-        # Below this size a slope is its own rounding: two zeros agree.
-        floor = 10 * found.noise / tolerance
-        error = float((p - m).norm()) / max(float(m.norm()), floor, torch.finfo(torch.float64).tiny)
-        if min(float(p.norm()), float(m.norm())) > 0:
-            cosine = float(p @ m / (p.norm() * m.norm()))
-    if not error <= tolerance and found.hypergradient is not None:
-        cause = "see the other points" if found.failures else "its formula or a second derivative is wrong"
-        if found.residual > tolerance and not found.failures:
-            cause = (
-                f"the solver stopped at a residual of {found.residual:.2g}: more terms or iterations, or "
+    def _cause(self) -> str:
+        if self.failures:
+            return "see the other points"
+        if self.residual > self.tolerance:
+            return (
+                f"the solver stopped at a residual of {self.residual:.2g}: more terms or iterations, or "
                 "ConjugateGradient(), which needs the fewest products"
             )
-        found.fail(
-            "wrong hypergradient",
-            f"it must agree with the measured slopes to {tolerance:g}. Got a relative error of {error:.2g}; "
-            f"{cause}.",
-        )
-    return HypergradientReport(
-        relative_error=error,
-        cosine=cosine,
-        predicted=tuple(predicted),
-        measured=tuple(slopes),
-        inner_gradient_norm=found.around.gradient_norm if found.around else math.nan,
-        curvature=found.around.smallest if found.around else math.nan,
-        asymmetry=found.around.asymmetry if found.around else math.nan,
-        residual=found.residual,
-        tolerance=tolerance,
-        dtype=problem.dtype,
-        failures=found.failures,
-    )
+        return "its formula or a second derivative is wrong"
 
 
 def _check_arguments(

@@ -38,23 +38,13 @@ class Penalty(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImplicitResult:
-    """A hypergradient and how it was found.
+    """A hypergradient and how it was found."""
 
-    Attributes:
-        hypergradient: dL_V/dλ, one tensor per hyperparameter in the losses' graphs.
-        penalties: Hypergradients of each penalty's own tensors.
-        solution: Result of the inverse-vector product.
-        inner_gradient: ∂L_T/∂w without the penalties, averaged over processes; should be small.
-        outer_gradient: ∂L_V/∂w, averaged over processes.
-        identity_cosine: Cosine between this hypergradient and the one of ``Identity()``; NaN unless asked for.
-    """
-
-    hypergradient: Vector
-    penalties: tuple[Vector, ...]
-    solution: Solution
-    inner_gradient: Vector
-    outer_gradient: Vector
-    identity_cosine: float = math.nan
+    hypergradient: Vector  # dL_V/dλ, one tensor per hyperparameter in the losses' graphs
+    penalties: tuple[Vector, ...]  # hypergradients of each penalty's own tensors
+    solution: Solution  # of the inverse-vector product
+    inner_gradient: Vector  # ∂L_T/∂w without the penalties, averaged over processes; should be small
+    identity_cosine: float = math.nan  # to the hypergradient of Identity(); NaN unless asked for
 
     @property
     def gradients(self) -> Vector:
@@ -80,15 +70,15 @@ def implicit_result(
     """Run the engine behind :func:`implicit_hypergradient`, the callback and NestedModule.
 
     Args:
-        inner_loss: Scalar with its graph, or a function that returns it.
+        inner_loss: As in :func:`implicit_hypergradient`; so are the next five arguments and ``reduce``.
         outer_loss: Scalar with its graph, which is freed.
         params: Inner parameters w.
         hparams: Hyperparameters λ that appear in the graphs.
-        solver: Solver for H⁻¹v; default ``Neumann()``.
-        curvature: The curvature in place of H; default ``Hessian()``. Any object with ``A @ v`` on a flat vector.
+        solver: Solver for H⁻¹v.
+        curvature: The curvature in place of H.
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
-        reduce: Averages a tensor over processes: then the result is the hypergradient of the global batch.
+        reduce: Averages a tensor over processes.
         inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product; a
             given operator is the curvature without it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
@@ -109,7 +99,6 @@ def implicit_result(
         penalties=found[1],
         solution=solution,
         inner_gradient=average(_unscale(problem.gradient, inner_scale), reduce),
-        outer_gradient=b,
         identity_cosine=math.nan if plain is None else _cosine(_join(*found), _join(*plain)),
     )
 
@@ -236,16 +225,11 @@ def _check_inputs(
     if not hparams and not penalties:
         raise ValueError("hparams must hold at least one tensor. Got none.")
     for name, group in (("params", params), ("hparams", hparams)):
-        for i, tensor in enumerate(group):
-            if not tensor.requires_grad:
-                raise ValueError(
-                    f"{name}[{i}] must require gradients. Got shape {tuple(tensor.shape)} without."
-                )
-    overlap = {id(p) for p in params} & {id(h) for h in hparams}
-    if overlap:
-        raise ValueError(
-            f"params and hparams must be different tensors. Got {len(overlap)} tensor(s) in both."
-        )
+        for i, x in enumerate(group):
+            if not x.requires_grad:
+                raise ValueError(f"{name}[{i}] must require gradients. Got shape {tuple(x.shape)} without.")
+    if overlap := {id(p) for p in params} & {id(h) for h in hparams}:
+        raise ValueError(f"params and hparams must be different tensors. Got {len(overlap)} in both.")
     if not torch.isfinite(outer_loss.detach()).all():
         raise FloatingPointError(f"outer_loss must be finite. Got {float(outer_loss.detach())}.")
 

@@ -18,7 +18,7 @@ from lightning_nested.linalg.curvature import (
     difference_length,
     gradient_with_graph,
 )
-from lightning_nested.linalg.graph import explain_double_backward, refuse_sparse
+from lightning_nested.linalg.graph import explain_double_backward, refuse_sparse, vjp
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
 from lightning_nested.linalg.vectors import Vector
 
@@ -45,12 +45,8 @@ class _GraphLinearization(Linearization):
         self.gradient = tuple(g.detach() for g in graph)
 
     def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        live = [(g, a) for g, a in zip(self._graph, v, strict=True) if g.requires_grad]
-        if not live or not hparams:
-            return (None,) * len(hparams)
-        graph, vector = zip(*live, strict=True)
         with explain_double_backward():
-            return torch.autograd.grad(graph, hparams, vector, retain_graph=True, allow_unused=True)
+            return vjp(self._graph, hparams, v, retain_graph=True)
 
 
 class Curvature(ABC):

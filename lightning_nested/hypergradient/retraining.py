@@ -97,16 +97,10 @@ def _frozen(name: str, loss: LossFunction, params: Sequence[Tensor]) -> LossFunc
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trained:
-    """Trained parameters.
-
-    Attributes:
-        params: w*(λ), detached.
-        distance: Distance to the optimum, as the length of the next Newton step over 1 + ‖w‖; 0 where there is no
-            optimum to reach.
-    """
+    """Trained parameters w*(λ), detached, and how far they are from the optimum."""
 
     params: Vector
-    distance: float = 0.0
+    distance: float = 0.0  # length of the next Newton step over 1 + ‖w‖; 0 where there is no optimum to reach
 
 
 class Response(ABC):
@@ -148,8 +142,7 @@ class Minimize(Response):
         fixed = tuple(h.detach() for h in hparams)
 
         def gradient() -> Vector:
-            loss = inner_loss(w, fixed)
-            return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
+            return _gradient(inner_loss(w, fixed), w)
 
         # From a point moved by rounding Newton needs two steps; from afar it could end at another point.
         distance = _distance(_newton_step(gradient, gradient(), w), w)
@@ -159,19 +152,15 @@ class Minimize(Response):
         return Trained(params=tuple(p.detach() for p in w), distance=distance)
 
     def _lbfgs(self, loss: Callable[[], Tensor], w: Vector) -> None:
+        eps = torch.finfo(w[0].dtype).eps
+        tolerances = {"tolerance_grad": eps, "tolerance_change": eps}
         optimizer = torch.optim.LBFGS(
-            w,
-            max_iter=self.max_iterations,
-            tolerance_grad=torch.finfo(w[0].dtype).eps,
-            tolerance_change=torch.finfo(w[0].dtype).eps,
-            history_size=20,
-            line_search_fn="strong_wolfe",
+            w, max_iter=self.max_iterations, history_size=20, line_search_fn="strong_wolfe", **tolerances
         )
 
         def closure() -> float:
             value = loss()
-            grads = torch.autograd.grad(value, w, allow_unused=True, materialize_grads=True)
-            for p, g in zip(w, grads, strict=True):
+            for p, g in zip(w, _gradient(value, w), strict=True):
                 p.grad = g
             return value.item()
 
@@ -200,6 +189,10 @@ class Minimize(Response):
             else:
                 break  # down to rounding
         return _distance(_newton_step(gradient, g, w), w)
+
+
+def _gradient(loss: Tensor, w: Vector) -> Vector:
+    return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
 
 
 def _newton_step(gradient: Callable[[], Vector], g: Vector, w: Vector) -> Vector | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -88,17 +88,10 @@ def cheapest(length: int, *, graph: float, reruns: float) -> Schedule:
 
     It grows as √(2gT) for one re-run and more slowly for more.
     """
-    for memory in _growing(math.ceil(graph) + 1):
-        schedule = Schedule(memory=memory, graph=graph)
-        if schedule.reruns(length) <= reruns * length:
-            return schedule
-    raise AssertionError("unreachable: with room for every graph nothing is run again")
-
-
-def _growing(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += max(1, start // 32)  # a few per cent of memory are not worth a longer search
+    memory = math.ceil(graph) + 1
+    while (schedule := Schedule(memory=memory, graph=graph)).reruns(length) > reruns * length:
+        memory += max(1, memory // 32)  # a few per cent of memory are not worth a longer search
+    return schedule
 
 
 def graph_size(step: Callable[[], Sequence[Tensor]], state: Vector, shared: Vector) -> float:

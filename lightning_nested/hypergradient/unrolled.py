@@ -23,6 +23,7 @@ from lightning_nested.hypergradient.schedule import (
     equal_segments,
     graph_size,
 )
+from lightning_nested.linalg.graph import vjp
 from lightning_nested.linalg.vectors import Vector
 
 Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
@@ -113,10 +114,8 @@ class _Run:
     def apply(self, state: Vector, t: int) -> Vector:
         """Run one step, with its graph."""
         new = tuple(self.step(state, self.hparams, t))
-        if len(new) != len(state):
-            raise ValueError(
-                f"step must return {len(state)} tensors, as many as params. Got {len(new)} at t={t}."
-            )
+        if len(new) != (n := len(state)):
+            raise ValueError(f"step must return {n} tensors, as many as params. Got {len(new)} at t={t}.")
         for i, (a, b) in enumerate(zip(new, state, strict=True)):
             if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
                 got = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__
@@ -173,9 +172,7 @@ def _check_options(num_steps: int, truncate: int | None, mode: str, checkpoint: 
     if isinstance(checkpoint, str) and checkpoint != "sqrt":
         raise ValueError(f"checkpoint must be a bool, an integer >= 1 or 'sqrt'. Got {checkpoint!r}.")
     if not isinstance(checkpoint, bool | str) and checkpoint < 1:
-        raise ValueError(
-            f"checkpoint must be >= 1 copies of params. Got {checkpoint}; use False for the full graph."
-        )
+        raise ValueError(f"checkpoint must be >= 1. Got {checkpoint}; use False for the full graph.")
     if mode == "forward" and checkpoint is not False:
         raise ValueError(f"mode='forward' stores no steps, so checkpoint must be False. Got {checkpoint!r}.")
 
@@ -197,17 +194,6 @@ def _leaves(tensors: Sequence[Tensor]) -> Vector:
     return tuple(x.detach().requires_grad_() for x in tensors)
 
 
-def _grad(
-    outputs: Sequence[Tensor], inputs: Vector, cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Vector-Jacobian product that tolerates outputs and inputs off the graph."""
-    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
-    if not pairs:
-        return [None] * len(inputs)
-    ys, cs = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(ys, inputs, cs, allow_unused=True))
-
-
 def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
     """Run segments last to first; only the border states on the stack and one segment's graph live.
 
@@ -217,7 +203,7 @@ def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
     """
     totals = [torch.zeros_like(h) for h in run.hparams]
     reached = [False] * len(totals)
-    cotangents: list[Tensor | None] = []
+    cotangents: Sequence[Tensor | None] = ()
     final_rng: RandomState | None = None
     stack = [(state, RandomState(state), t, run.num_steps - t, schedule.memory)]
     del state
@@ -239,9 +225,9 @@ def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
         if final_rng is None:
             loss = run.loss(end)
             final_rng = RandomState(start)
-            end, cotangents = (loss,), [torch.ones_like(loss)]
+            end, cotangents = (loss,), (torch.ones_like(loss),)
             del loss
-        grads = _grad(end, inputs, cotangents)
+        grads = vjp(end, inputs, cotangents)
         cotangents = grads[: len(start)]
         for i, g in enumerate(grads[len(start) :]):
             if g is not None:
@@ -256,35 +242,27 @@ def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
 def _forward(run: _Run, state: Vector, t: int) -> Vector:
     """Push u = dw/dλ_k along for every element k: u ← (∂Φ/∂w) u + (∂Φ/∂λ) e_k."""
     n = len(state)
-    units = [(i, _unit(h, k)) for i, h in enumerate(run.hparams) for k in range(h.numel())]
+    rows = [torch.eye(h.numel(), dtype=h.dtype, device=h.device) for h in run.hparams]
+    units = [(i, e.reshape_as(run.hparams[i])) for i, row in enumerate(rows) for e in row]
     tangents: list[list[Tensor | None]] = [[None] * n for _ in units]
     reached = [False] * len(run.hparams)
     for s in range(t, run.num_steps):
         end = run.apply(state, s)
         push = _Pushforward(end, state + run.hparams)
-        reached = [r or v is not None for r, v in zip(reached, push.vjp[n:], strict=True)]
+        reached = [r or v is not None for r, v in zip(reached, push.pulled[n:], strict=True)]
         for d, (i, unit) in enumerate(units):
             tangents[d] = push(tangents[d] + [unit if j == i else None for j in range(len(reached))])
         state = _leaves(end)
     loss = run.loss(state)
-    grads = _grad((loss,), state + run.hparams, (torch.ones_like(loss),))
+    grads = vjp((loss,), state + run.hparams, (torch.ones_like(loss),))
     reached = [r or g is not None for r, g in zip(reached, grads[n:], strict=True)]
     values: list[list[Tensor]] = [[] for _ in run.hparams]
     for (i, unit), u in zip(units, tangents, strict=True):
-        total = unit.new_zeros(())
-        for g, v in zip([*grads[:n], grads[n + i]], [*u, unit], strict=True):
-            if g is not None and v is not None:
-                total = total + (g * v).sum().to(total)
-        values[i].append(total)
-    return run.finish(
-        [torch.stack(v).reshape_as(h) for v, h in zip(values, run.hparams, strict=True)], reached
-    )
-
-
-def _unit(x: Tensor, k: int) -> Tensor:
-    e = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-    e[k] = 1
-    return e.reshape(x.shape)
+        pairs = zip([*grads[:n], grads[n + i]], [*u, unit], strict=True)
+        parts = [(g * v).sum().to(unit) for g, v in pairs if g is not None and v is not None]
+        values[i].append(torch.stack([unit.new_zeros(()), *parts]).sum())
+    found = [torch.stack(v).reshape_as(h) for v, h in zip(values, run.hparams, strict=True)]
+    return run.finish(found, reached)
 
 
 class _Pushforward:
@@ -296,17 +274,10 @@ class _Pushforward:
 
     def __init__(self, outputs: Vector, inputs: Vector) -> None:
         self.active = [y.requires_grad for y in outputs]
-        self.dummies = [torch.zeros_like(y, requires_grad=True) for y in outputs if y.requires_grad]
-        ys = [y for y in outputs if y.requires_grad]
-        self.vjp: Sequence[Tensor | None] = [None] * len(inputs)
-        if ys:
-            self.vjp = torch.autograd.grad(ys, inputs, self.dummies, create_graph=True, allow_unused=True)
+        self.dummies = tuple(torch.zeros_like(y, requires_grad=True) for y in outputs if y.requires_grad)
+        ys = tuple(y for y in outputs if y.requires_grad)
+        self.pulled = vjp(ys, inputs, self.dummies, create_graph=True)
 
     def __call__(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        pairs = [(v, u) for v, u in zip(self.vjp, tangents, strict=True) if v is not None and u is not None]
-        pairs = [(v, u) for v, u in pairs if v.requires_grad]
-        if not pairs:
-            return [None] * len(self.active)
-        vs, us = zip(*pairs, strict=True)
-        pushed = iter(torch.autograd.grad(vs, self.dummies, us, retain_graph=True, allow_unused=True))
+        pushed = iter(vjp(self.pulled, self.dummies, tangents, retain_graph=True))
         return [next(pushed) if active else None for active in self.active]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,9 +45,10 @@ class Strength(Scalar):
         """Augment with ``strength`` of shape (1 or batch, 1, 1, 1)."""
 
 
-def _uniform(images: Tensor) -> Tensor:
-    """Draw one number in [−1, 1) for each image."""
-    return 2 * torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device) - 1
+def _stretch(images: Tensor, strength: Tensor, around: Tensor | float) -> Tensor:
+    """m + (x − m)·(1 + s·u), u uniform in [−1, 1) for each image."""
+    u = 2 * torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device) - 1
+    return around + (images - around) * (1 + strength * u)
 
 
 class Brightness(Strength):
@@ -58,7 +58,7 @@ class Brightness(Strength):
         super().__init__(init, upper, name)
 
     def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
-        return images * (1 + strength * _uniform(images))
+        return _stretch(images, strength, 0.0)
 
 
 class Contrast(Strength):
@@ -68,16 +68,11 @@ class Contrast(Strength):
         super().__init__(init, upper, name)
 
     def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
-        mean = images.mean(dim=(1, 2, 3), keepdim=True)
-        return mean + (images - mean) * (1 + strength * _uniform(images))
+        return _stretch(images, strength, images.mean(dim=(1, 2, 3), keepdim=True))
 
 
 class Saturation(Strength):
-    """x ← g + (x − g)·(1 + s·u) with g the grey image (mean over channels), u uniform in [−1, 1] for each image.
-
-    Raises:
-        ValueError: Images have one channel, which has no colour.
-    """
+    """x ← g + (x − g)·(1 + s·u) with g the grey image (mean over channels), u uniform in [−1, 1] for each image."""
 
     def __init__(self, init: float = 0.1, upper: float = 1.0, name: str = "saturation") -> None:
         super().__init__(init, upper, name)
@@ -85,8 +80,7 @@ class Saturation(Strength):
     def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
         if images.shape[1] == 1:
             raise ValueError("Saturation needs colour images. Got one channel; leave it out.")
-        grey = images.mean(dim=1, keepdim=True)
-        return grey + (images - grey) * (1 + strength * _uniform(images))
+        return _stretch(images, strength, images.mean(dim=1, keepdim=True))
 
 
 class InputNoise(Strength):
@@ -134,13 +128,11 @@ class Cutout(BoundHyperparameter):
         # For its bounds on raw values, which all intervals share.
         self.transform = Interval(lower=0.0, upper=1.0)
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Create two unconstrained tensors of shape ()."""
-        earlier, dtype, self.tensors = self.tensors, self._dtype(parameters), {}
-        for key, value in self.init.items():
-            raw = earlier.get(key)
-            start = self.unconstrained(key, torch.tensor(value, dtype=dtype)) if raw is None else raw.detach()
-            self.tensors[key] = start.to(device, dtype).requires_grad_(True)
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {key: torch.tensor(value, dtype=dtype) for key, value in self.init.items()}
+
+    def _start(self, key: str, value: Tensor) -> Tensor:
+        return self.unconstrained(key, value)
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
         """Return a whole number, as floating type."""

@@ -117,14 +117,11 @@ class DropoutRates(BoundHyperparameter):
             )
         return found
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Create one unconstrained tensor of shape (number of rates,)."""
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         start = self._start or ([self.init] if self.init is not None else [])
         if not start:
-            raise ValueError(
-                "DropoutRates must know its layers. Got none; call install(network) first, or give init=."
-            )
-        self._create({"rates": torch.tensor(start, dtype=self._dtype(parameters))}, device)
+            raise ValueError("DropoutRates needs its layers. Got none; call install(network), or give init=.")
+        return {"rates": torch.tensor(start, dtype=dtype)}
 
     def rate(self, index: int = 0) -> Tensor:
         """Return a rate in natural units: (), or (batch,)."""

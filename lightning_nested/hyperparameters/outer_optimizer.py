@@ -25,9 +25,6 @@ class OptimizerPair:
     """An optimizer and its scheduler, by functions that make them once the tensors are known.
 
     A copy holds their state only, until :meth:`resume` gives it tensors.
-
-    Raises:
-        TypeError: ``make_optimizer`` or ``make_scheduler`` is no function.
     """
 
     def __init__(self, make_optimizer: OuterOptimizer, make_scheduler: OuterScheduler | None) -> None:
@@ -43,26 +40,14 @@ class OptimizerPair:
         self._copied: dict[str, Any] | None = None  # state of a copy that has no tensors yet
 
     @property
-    def started(self) -> bool:
-        """True between :meth:`start` and :meth:`forget`."""
-        return self._optimizer is not None
-
-    @property
     def optimizer(self) -> Optimizer:
         """The optimizer; only available once :meth:`start` has run."""
         if self._optimizer is None:
-            raise AttributeError(
-                "The outer optimizer is only available after build. Got none; call build first."
-            )
+            raise AttributeError("optimizer is only available after build. Got none; call build first.")
         return self._optimizer
 
     def start(self, tensors: Sequence[Tensor]) -> None:
-        """Make both for ``tensors``.
-
-        Raises:
-            TypeError: The function returns no optimizer.
-            ValueError: The optimizer needs the loss again, or the scheduler needs a metric.
-        """
+        """Make both for ``tensors``; refuse what needs more than one gradient per step."""
         optimizer = self._make_optimizer(list(tensors))
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -128,7 +113,7 @@ class OptimizerPair:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of hyperparameters have tensors of their own, which a copied optimizer would not know.
-        copied = self.state_dict() if self.started else None
+        copied = self.state_dict() if self._optimizer is not None else None
         return {**self.__dict__, "_optimizer": None, "scheduler": None, "_copied": copied}
 
 

@@ -28,17 +28,15 @@ from lightning_nested.hyperparameters.vector import labelled
 from lightning_nested.hyperparameters.weight_decay import FixedDecay, WeightDecay
 from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator
-from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.processes import Reduce, agreed_number, average
 from lightning_nested.linalg.solvers.base import InverseSolver, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver
-from lightning_nested.linalg.vectors import Vector, add_, clone, norm, zeros_where_none
+from lightning_nested.linalg.vectors import Vector, clone, norm, zeros_where_none
 
 
 def _check_types(hyperparameters: object, solver: object, curvature: object) -> None:
     if isinstance(hyperparameters, str) or not isinstance(hyperparameters, Iterable):
-        raise TypeError(
-            f"hyperparameters must be a list of Hyperparameter objects. Got {described(hyperparameters)}."
-        )
+        raise TypeError(f"hyperparameters must be a list of objects. Got {described(hyperparameters)}.")
     for hyperparameter in hyperparameters:
         if not isinstance(hyperparameter, Hyperparameter):
             raise TypeError(
@@ -75,11 +73,8 @@ def _explain_changed_weights() -> Iterator[None]:
 
 def _finite_mean(outer_loss: Tensor, reduce: Reduce | None) -> float:
     if outer_loss.numel() != 1:
-        raise ValueError(
-            f"The outer loss must be a scalar. Got shape {tuple(outer_loss.shape)}; take its mean."
-        )
-    value = outer_loss.detach().reshape(1).clone()
-    mean = float(value if reduce is None else reduce(value))
+        raise ValueError(f"outer_loss must be a scalar. Got shape {tuple(outer_loss.shape)}; take its mean.")
+    mean = agreed_number(outer_loss.detach().clone(), reduce)
     if not math.isfinite(mean):
         raise FloatingPointError(f"The outer loss must be finite. Got {mean}.")
     return mean
@@ -117,9 +112,7 @@ class OuterStep:
         _check_types(hyperparameters, solver, curvature)
         names = [h.name for h in hyperparameters]
         if not names:
-            raise ValueError(
-                "hyperparameters must hold at least one. Got none; give WeightDecay(), for example."
-            )
+            raise ValueError("hyperparameters must hold at least one. Got none; give [WeightDecay()], say.")
         if len(set(names)) != len(names):
             raise ValueError(f"hyperparameters must have different names. Got {names}; set name=...")
         self.hyperparameters = tuple(hyperparameters)
@@ -150,10 +143,6 @@ class OuterStep:
         removed, hyperparameters of those that stay keep their values and the optimizer's state, the rest starts at
         its initial value, and the solver's state is dropped. Where none stays, or one has another shape, the
         parameters are those of another model: all of this object starts again, as after :meth:`reset`.
-
-        Args:
-            parameters: Inner parameters by name.
-            device: Where the tensors live.
         """
         inner = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
         shared = inner.keys() & self._inner.keys()
@@ -208,20 +197,19 @@ class OuterStep:
         inner_scale: float = 1.0,
         compare_identity: bool = False,
     ) -> OuterReport:
-        """Find the hypergradients and hold them for :meth:`apply`.
+        """Find the hypergradients and hold them for :meth:`apply`; see :func:`implicit_result`.
 
         Args:
             inner_loss: Training loss without the weight decays, or a function that returns it.
             outer_loss: Validation loss with its graph, which is freed.
             parameters: Inner parameters by the names they had in :meth:`build`.
-            curvature: In place of the one given at construction.
+            curvature: Curvature for this step in place of the one given at construction.
             fixed_decay: Weight decay that the inner optimizer adds itself, one number per parameter.
             reduce: Averages a tensor over processes.
             inner_scale: Factor that ``inner_loss`` carries.
             compare_identity: Also compare with the hypergradient of ``Identity()``.
 
         Raises:
-            ValueError: The outer loss is not a scalar.
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
         """
         self._pending = None
@@ -245,7 +233,7 @@ class OuterStep:
         )
         gradient, weights = clone(result.inner_gradient), tuple(p.detach() for p in parameters.values())
         for penalty in penalties:
-            add_(gradient, penalty.curvature() @ weights)
+            penalty.curvature().add_product_(gradient, weights)
         report = self._hold(
             result.gradients,
             outer_loss=mean,
@@ -264,13 +252,10 @@ class OuterStep:
     ) -> OuterReport:
         """Find the hypergradients by differentiating ``outer_loss`` itself, and hold them for :meth:`apply`.
 
-        Args:
-            outer_loss: Scalar whose graph leads back through training steps to the hyperparameters; it is freed.
-            reduce: Averages a tensor over processes.
-            inner_gradient_norm: Number for the report.
+        The graph of ``outer_loss`` leads back through training steps to the hyperparameters; it is freed.
 
         Raises:
-            ValueError: The outer loss is not a scalar, or its graph reaches no hyperparameter.
+            ValueError: The graph reaches no hyperparameter.
             FloatingPointError: The outer loss or a hypergradient is not finite. Nothing has changed then.
         """
         self._pending = None
@@ -292,10 +277,10 @@ class OuterStep:
         reduce: Reduce | None = None,
         inner_gradient_norm: float = math.nan,
     ) -> OuterReport:
-        """Hold hypergradients that were found elsewhere, one per tensor of :attr:`tensors`, for :meth:`apply`.
+        """Hold hypergradients that were found elsewhere for :meth:`apply`.
 
         Args:
-            gradients: Hypergradients of this process; None where the outer loss does not depend.
+            gradients: One per tensor of :attr:`tensors`, from this process; None where the outer loss does not depend.
             outer_loss: Mean over processes, for the report.
             reduce: Averages a tensor over processes.
             inner_gradient_norm: Number for the report.

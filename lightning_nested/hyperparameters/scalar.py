@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,13 +34,12 @@ class Scalar(BoundHyperparameter):
         if not math.isfinite(init):
             raise ValueError(f"init must be finite. Got {init} for {name!r}.")
         self.name, self.init = name, float(init)
-        self.transform = transform if transform is not None else Unconstrained()
+        self.transform = transform or Unconstrained()
         # Refused here, not in the middle of fit.
         self.transform.inverse(torch.tensor(self.init, dtype=torch.float64))
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Create one unconstrained tensor of shape ()."""
-        self._create({"value": torch.tensor(self.init, dtype=self._dtype(parameters))}, device)
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"value": torch.tensor(self.init, dtype=dtype)}
 
     def value(self) -> Tensor:
         """Return the value in natural units: (), or (batch,) where each example has its own."""
@@ -95,10 +94,8 @@ class Categorical(BoundHyperparameter):
         self.name, self.options, self.init = name, tuple(options), init
         self.transform = Unconstrained()
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Create one score per option."""
-        scores = functional.one_hot(torch.tensor(self.init), len(self.options)).to(self._dtype(parameters))
-        self._create({"index": scores}, device)
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"index": functional.one_hot(torch.tensor(self.init), len(self.options)).to(dtype)}
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
         """Return the index of the option, as floating type."""

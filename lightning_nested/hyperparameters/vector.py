@@ -75,9 +75,7 @@ class HyperparameterVector:
                 except ValueError as error:
                     raise ValueError(f"The value of {label!r} must lie in its interval: {error}") from error
                 if raw.numel() not in (1, leaf.numel()):
-                    raise ValueError(
-                        f"{label!r} must have shape {tuple(leaf.shape)}. Got {tuple(value.shape)}."
-                    )
+                    raise ValueError(f"{label!r} must be {tuple(leaf.shape)}. Got {tuple(value.shape)}.")
                 pieces.append(raw.expand(leaf.shape).reshape(-1))
         if given:
             known = ", ".join(h.name for h in self.hyperparameters)
@@ -94,16 +92,15 @@ class HyperparameterVector:
         Raises:
             ValueError: h has another length, or one row per example where a hyperparameter acts on the whole batch.
         """
-        if h.dim() not in (1, 2) or h.shape[-1] != len(self):
-            raise ValueError(
-                f"h must have shape ({len(self)},) or (batch, {len(self)}). Got {tuple(h.shape)}."
-            )
+        n = len(self)
+        if h.dim() not in (1, 2) or h.shape[-1] != n:
+            raise ValueError(f"h must have shape ({n},) or (batch, {n}). Got {tuple(h.shape)}.")
         if h.dim() == 2:
             batch = [x.name for x in self.hyperparameters if not x.per_example]
             if batch:
                 raise ValueError(
                     f"One h of each example needs hyperparameters that act on examples. Got {', '.join(batch)}, which "
-                    f"act on the whole batch; give one h of shape ({len(self)},)."
+                    f"act on the whole batch; give one h of shape ({n},)."
                 )
         pieces = iter(h.split(self.sizes, dim=-1))  # type: ignore[no-untyped-call]
         lead = h.shape[:-1]

@@ -53,11 +53,9 @@ class WeightDecay(Hyperparameter):
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
-        self.transform = (
-            transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init))
-        )
-        self.transform.start(torch.tensor(float(init), dtype=torch.float64))  # refuse it where it is given
+        self._use(transform or Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init)), init)
         self.parameter_names: tuple[str, ...] = ()
+        self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
         # Patterns that have matched a name: the parameters they match may be frozen later.
         self._matched: set[str] = set()
 
@@ -82,18 +80,22 @@ class WeightDecay(Hyperparameter):
             )
         self._matched = {*self.include, *self.exclude}
         before, self.parameter_names = self.parameter_names, tuple(chosen)
-        dtype = self._dtype(chosen)
-        if self.per == "parameter":
-            shapes = {name: p.shape for name, p in chosen.items()}
-        else:
-            shapes = {self.per: torch.Size([]) if self.per == "model" else torch.Size([len(chosen)])}
+        self._shapes = {name: p.shape for name, p in chosen.items()}
         # The entries of an earlier vector are the decays of others, even if it has the same size.
         earlier = self.tensors.pop("tensor", None) if before != self.parameter_names else None
-        self._create({key: torch.full(s, self.init, dtype=dtype) for key, s in shapes.items()}, device)
+        super().build(chosen, device)
         if earlier is not None:
             kept = carry_entries(earlier, self.tensors["tensor"], before, self.parameter_names)
             if kept is not None:
                 self.tensors["tensor"] = kept.requires_grad_(True)
+
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        shapes = {
+            "model": {"model": ()},
+            "tensor": {"tensor": (len(self._shapes),)},
+            "parameter": self._shapes,
+        }
+        return {key: torch.full(shape, self.init, dtype=dtype) for key, shape in shapes[self.per].items()}
 
     def reset(self) -> None:
         """Forget the decays and their parameters."""
@@ -141,17 +143,14 @@ class WeightDecay(Hyperparameter):
         return DecayPenalty(self, parameters)
 
     def _decays(self, name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in self.include) and not any(
-            fnmatchcase(name, p) for p in self.exclude
+        included, excluded = (
+            any(fnmatchcase(name, p) for p in patterns) for patterns in (self.include, self.exclude)
         )
+        return included and not excluded
 
 
 class FixedDecay:
-    """Penalty of a decay that is not tuned: curvature without a mixed derivative.
-
-    Args:
-        decay: One number per parameter.
-    """
+    """Penalty of a decay that is not tuned, one number per parameter: curvature without a mixed derivative."""
 
     def __init__(self, decay: Sequence[float]) -> None:
         self._operator = DiagonalOperator(list(decay))
@@ -186,17 +185,13 @@ class DecayPenalty:
             slopes = [(self._parameters[n] * by_name[n]).to(d.dtype) for n, d in self._values.items()]
         else:
             # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
-            slopes = [
-                torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in self._values.items()
-            ]
-        return torch.autograd.grad(
-            list(self._values.values()), tuple(self._decay.tensors.values()), slopes, retain_graph=True
-        )
+            values = self._values.items()
+            slopes = [torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in values]
+        tensors = tuple(self._decay.tensors.values())
+        return torch.autograd.grad(list(self._values.values()), tensors, slopes, retain_graph=True)
 
 
 def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
-        raise ValueError(
-            f"{name} must be a list of names. Got the string {patterns!r}; write [{patterns!r}]."
-        )
+        raise ValueError(f"{name} must be a list of names. Got string {patterns!r}; write [{patterns!r}].")
     return tuple(patterns)

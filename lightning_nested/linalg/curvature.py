@@ -15,9 +15,10 @@ from lightning_nested.linalg.graph import (
     graph_nodes,
     refuse_once_differentiable,
     refuse_sparse,
+    vjp,
 )
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector, norm, zeros_like, zeros_where_none
+from lightning_nested.linalg.vectors import Vector, norm, zeros_where_none
 
 
 def owned(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
@@ -84,18 +85,12 @@ class HessianOperator(LinearOperator):
     def __init__(self, loss: Tensor, params: Vector) -> None:
         self.like = params
         self.gradient = gradient_with_graph(loss, params)
-        self._live = [i for i, g in enumerate(self.gradient) if g.requires_grad]
 
     def matvec(self, v: Vector) -> Vector:
-        """One backward pass through the gradient's graph."""
+        """∂(gᵀv)/∂w, one backward pass through the gradient's graph."""
         assert self.like is not None
-        if not self._live:  # the loss is linear in the parameters
-            return zeros_like(self.like)
-        outputs = [self.gradient[i] for i in self._live]
         with explain_double_backward():
-            products = torch.autograd.grad(
-                outputs, self.like, [v[i] for i in self._live], retain_graph=True, allow_unused=True
-            )
+            products = vjp(self.gradient, self.like, v, retain_graph=True)
         return owned(products, self.like, v)
 
 
@@ -117,21 +112,15 @@ class GaussNewtonOperator(LinearOperator):
             (self._slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
             # The gradient is linear in a dummy cotangent u, so its derivative along v with respect to u is J v.
             self._dummy = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, params, self._dummy, create_graph=True, allow_unused=True)
-        self._live = [i for i, g in enumerate(pulled) if g is not None]
-        self._pulled = [g for g in pulled if g is not None]
+            self._pulled = vjp((outputs,), params, (self._dummy,), create_graph=True)
 
     def matvec(self, v: Vector) -> Vector:
-        """J v, then the loss's own Hessian, then Jᵀ."""
+        """Jᵀ (∂²L/∂o² (J v))."""
         assert self.like is not None
         with explain_double_backward():
-            (jv,) = torch.autograd.grad(
-                self._pulled, self._dummy, [v[i] for i in self._live], retain_graph=True
-            )
-            if not self._slope.requires_grad:  # linear in the outputs
-                return zeros_like(self.like)
-            (hjv,) = torch.autograd.grad(self._slope, self.outputs, jv, retain_graph=True)
-            products = torch.autograd.grad(self.outputs, self.like, hjv, retain_graph=True, allow_unused=True)
+            jv = vjp(self._pulled, (self._dummy,), v, retain_graph=True)
+            hjv = vjp((self._slope,), (self.outputs,), jv, retain_graph=True)
+            products = vjp((self.outputs,), self.like, hjv, retain_graph=True)
         return owned(products, self.like, v)
 
 
@@ -156,7 +145,7 @@ class FiniteDifferenceOperator(LinearOperator):
         self.length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))
 
     def matvec(self, v: Vector) -> Vector:
-        """Two gradients at w ± εv."""
+        """(g(w + εv) − g(w − εv)) / 2ε."""
         assert self.like is not None
         return central_difference(self.gradient, self.like, v, self.length)
 
@@ -166,16 +155,13 @@ def central_difference(function: Callable[[], Vector], params: Vector, v: Vector
     size = float(norm(v))
     if size == 0.0:
         return tuple(torch.zeros_like(a) for a in function())
-    epsilon = length / size
-    home = [p.data for p in params]
+    epsilon, home, values = length / size, [p.data for p in params], []
     try:
-        for p, here, direction in zip(params, home, v, strict=True):
-            p.data = here.add(direction, alpha=epsilon)
-        ahead = function()
-        for p, here, direction in zip(params, home, v, strict=True):
-            p.data = here.add(direction, alpha=-epsilon)
-        behind = function()
+        for move in (epsilon, -epsilon):
+            for p, here, direction in zip(params, home, v, strict=True):
+                p.data = here.add(direction, alpha=move)
+            values.append(function())
     finally:
         for p, here in zip(params, home, strict=True):
             p.data = here
-    return tuple((a - b) / (2 * epsilon) for a, b in zip(ahead, behind, strict=True))
+    return tuple((a - b) / (2 * epsilon) for a, b in zip(*values, strict=True))

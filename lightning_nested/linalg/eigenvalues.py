@@ -28,12 +28,7 @@ DENSE_LIMIT = 4096  # n: the dense matrix takes n² numbers and its eigenvalues 
 
 
 class SpectrumError(RuntimeError):
-    """The eigenvalues asked for did not converge.
-
-    Attributes:
-        eigenvalues: The eigenvalues that did, complex128.
-        num_products: Products that were spent.
-    """
+    """The eigenvalues asked for did not converge; ``eigenvalues`` (complex128) holds those that did."""
 
     def __init__(self, message: str, eigenvalues: Tensor, num_products: int) -> None:
         super().__init__(message)
@@ -42,19 +37,12 @@ class SpectrumError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spectrum:
-    """Eigenvalues, and how well they are known.
+    """Eigenvalues, and how well they are known."""
 
-    Attributes:
-        eigenvalues: Complex128 on CPU, shape (k,); first the one that was asked for most, +i before −i.
-        residuals: ‖Ax − λx‖/(‖x‖ max|λ|) of each, from products of their own; float64 of shape (k,).
-        num_products: Products with the operator, the ones for the residuals included.
-        size: N, of the space.
-    """
-
-    eigenvalues: Tensor
-    residuals: Tensor
-    num_products: int
-    size: int
+    eigenvalues: Tensor  # complex128 on CPU, shape (k,); first the one that was asked for most, +i before −i
+    residuals: Tensor  # ‖Ax − λx‖/(‖x‖ max|λ|) of each, from products of their own; float64 of shape (k,)
+    num_products: int  # products with the operator, including those for the residuals
+    size: int  # N, of the space
 
 
 def leading_eigenvalues(
@@ -72,11 +60,11 @@ def leading_eigenvalues(
     Lehoucq, Sorensen & Yang (1998), ARPACK Users' Guide, SIAM.
 
     Args:
-        operator: On tuples of real tensors, with ``like`` set.
+        operator: Operator on tuples of real tensors, with ``like`` set.
         k: Number of eigenvalues; None: all.
-        which: Which are wanted first; ``"largest_imaginary"`` needs an operator that is not symmetric.
+        which: Property of the wanted eigenvalues; ``"largest_imaginary"`` needs an operator that is not symmetric.
         tolerance: Relative accuracy at which ARPACK stops; None: ε^(2/3) of the operator's dtype.
-        max_products: At which ARPACK gives up.
+        max_products: Number of products at which ARPACK gives up.
 
     Raises:
         SpectrumError: No convergence; it holds the eigenvalues that did.
@@ -93,7 +81,7 @@ def leading_eigenvalues(
         ([1.0, 0.5], True)
     """
     if operator.like is None:
-        raise ValueError("The operator must know its space. Got like=None; set it to a tuple of tensors.")
+        raise ValueError("operator.like must be set. Got None; set it to a tuple of tensors of its space.")
     size = sum(p.numel() for p in operator.like)
     _check_arguments(operator, size, k, which, tolerance, max_products)
     counted = _Counted(operator)

@@ -114,10 +114,8 @@ class DiagonalOperator(LinearOperator):
 
     def matvec(self, v: Vector) -> Vector:
         """D ∘ v."""
-        return tuple(
-            a * (d.to(a.dtype) if isinstance(d, Tensor) else d)
-            for a, d in zip(v, self._entries(v), strict=True)
-        )
+        pairs = zip(v, self._entries(v), strict=True)
+        return tuple(a * (d.to(a.dtype) if isinstance(d, Tensor) else d) for a, d in pairs)
 
     def add_product_(self, out: Vector, v: Vector) -> Vector:
         """out ← out + d ∘ v in place, without a temporary of the size of the model; returns out."""

@@ -50,54 +50,37 @@ class SolverState:
 class Solution:
     """Result of a solve.
 
-    Attributes:
-        x: Approximate A⁻¹b, a tuple of tensors; the state may hold the same ones: read, do not write.
-        residual: ‖b − Ax‖/‖b‖; for a truncated series the residual before its last term, an upper bound while
-            the series converges; NaN where it is unknown (identity, a given inverse).
-        iterations: Products with A, including those of a power iteration.
-        curvature: Rayleigh quotient vᵀAv/vᵀv: the smallest met, for a series that of its last term, which leans to the
-            smallest eigenvalues; negative: A is indefinite. NaN when none was formed.
-        status: ``"converged"``, ``"truncated"`` (stopped at the number of terms asked for) or
-            ``"negative_curvature"`` (stopped where A is not positive).
-        state: State for the next solve.
+    ``status`` is ``"converged"``, ``"truncated"`` (stopped at the number of terms asked for) or
+    ``"negative_curvature"`` (stopped where A is not positive). The state may hold the tensors of x: read, do not write.
+    The residual of a truncated series is that before its last term, an upper bound while the series converges.
     """
 
-    x: Vector
-    residual: float
-    iterations: int
+    x: Vector  # approximate A⁻¹b
+    residual: float  # ‖b − Ax‖/‖b‖; NaN where it is unknown (identity, a given inverse)
+    iterations: int  # products with A, including those of a power iteration
+    # Rayleigh quotient vᵀAv/vᵀv: the smallest met, for a series that of its last term, which leans to the smallest
+    # eigenvalues; negative: A is indefinite. NaN when none was formed.
     curvature: float = math.nan
     status: str = "converged"
-    state: SolverState = field(default_factory=SolverState)
+    state: SolverState = field(default_factory=SolverState)  # for the next solve
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearSystem:
-    """A x = b with a finite b ≠ 0, on one or several processes.
+    """A x = b with a finite b ≠ 0, on one or several processes."""
 
-    Attributes:
-        operator: A.
-        b: Right-hand side.
-        size: ‖b‖ > 0.
-        state: State of the previous solve.
-        reduce: Averages a tensor over processes.
-    """
-
-    operator: LinearOperator
+    operator: LinearOperator  # A
     b: Vector
-    size: float
-    state: SolverState
-    reduce: Reduce | None
+    size: float  # ‖b‖ > 0
+    state: SolverState  # of the previous solve
+    reduce: Reduce | None  # averages a tensor over processes
 
     def number(self, value: Tensor) -> float:
         """Return a scalar that every process agrees on."""
         return agreed_number(value, self.reduce)
 
     def finite(self, value: Tensor, what: str) -> float:
-        """Return a finite scalar that every process agrees on.
-
-        Raises:
-            FloatingPointError: The value is not finite.
-        """
+        """Return a scalar that every process agrees on, or raise FloatingPointError if it is not finite."""
         return check_finite(self.number(value), what)
 
 
@@ -112,12 +95,12 @@ class InverseSolver(ABC):
         state: SolverState | None = None,
         reduce: Reduce | None = None,
     ) -> Solution:
-        """Solve A x = b.
+        """Solve A x = b for a symmetric A, unless the solver says otherwise.
 
         Args:
-            operator: A, symmetric unless the solver says otherwise.
+            operator: A.
             b: Right-hand side, a tuple of tensors.
-            state: The state of the previous solve, for warm starts.
+            state: State of the previous solve, for warm starts.
             reduce: Averages a tensor over processes; makes every decision the same everywhere.
 
         Raises:

@@ -59,7 +59,7 @@ class Neumann(InverseSolver):
             if system.number(norm(term)) >= system.size:  # the old solution is further away than zero
                 start, term = None, clone(system.b)
         for _ in range(_MAX_HALVINGS):
-            step_size = self.step_size if self.step_size is not None else _safe_step(state)
+            step_size = self.step_size if self.step_size is not None else 1.0 / (state.eigenvalue or 1.0)
             solution = self._series(system, term, step_size)
             products += solution.iterations
             if solution.status != "diverged":
@@ -70,8 +70,7 @@ class Neumann(InverseSolver):
                     f"Got step_size={step_size:g} and terms that grow with alternating sign; "
                     "lower it, or give step_size=None to have it measured."
                 )
-            assert state.eigenvalue is not None
-            state = replace(state, eigenvalue=2.0 * state.eigenvalue)
+            state = replace(state, eigenvalue=2.0 / step_size)
         else:
             raise FloatingPointError(
                 f"The Neumann series diverges even at step_size={step_size:g}, after {_MAX_HALVINGS} halvings. "
@@ -128,11 +127,6 @@ class Neumann(InverseSolver):
 _MAX_HALVINGS = 8
 _GROWTH = 1e-6  # relative; below it the growth of a term is rounding
 _NOISE = 4.0  # terms below this many machine epsilons of b are rounding
-
-
-def _safe_step(state: SolverState) -> float:
-    assert state.eigenvalue is not None
-    return 1.0 / state.eigenvalue
 
 
 def _power_iteration(system: LinearSystem) -> tuple[SolverState, int]:
