@@ -51,7 +51,7 @@ class TensorBatches(Dataset[Batch]):
         rows = torch.as_tensor(indices)
         return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
-    def loader(self, *, batch_size: int, num_workers: int = 0, **options: bool) -> DataLoader[Batch]:
+    def loader(self, *, batch_size: int, num_workers: int = 0, **options: Any) -> DataLoader[Batch]:
         """Return a ``DataLoader`` of this dataset, with its ``options`` ``shuffle`` and ``drop_last``."""
         persistent, collate = num_workers > 0, _already_collated
         return DataLoader(

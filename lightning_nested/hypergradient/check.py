@@ -191,9 +191,12 @@ class _Check:
 
     def differentiate(self, solver: AnySolver, curvature: AnyCurvature) -> None:
         """Find the implicit hypergradient, unless the solver fails."""
-        p, options = self.problem, {"solver": solver, "curvature": curvature}
+        losses, points = (
+            (self.problem.inner, self.problem.outer()),
+            (self.problem.params, self.problem.hparams),
+        )
         try:
-            result = implicit_result(p.inner, p.outer(), p.params, p.hparams, allow_unused=True, **options)
+            result = implicit_result(*losses, *points, solver=solver, curvature=curvature, allow_unused=True)
         except FloatingPointError as error:
             self.failures.append(f"solver failed: {error}")
         else:

@@ -153,9 +153,13 @@ class Minimize(Response):
 
     def _lbfgs(self, loss: Callable[[], Tensor], w: Vector) -> None:
         eps = torch.finfo(w[0].dtype).eps
-        tolerances = {"tolerance_grad": eps, "tolerance_change": eps}
         optimizer = torch.optim.LBFGS(
-            w, max_iter=self.max_iterations, history_size=20, line_search_fn="strong_wolfe", **tolerances
+            w,
+            max_iter=self.max_iterations,
+            tolerance_grad=eps,
+            tolerance_change=eps,
+            history_size=20,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> float:

@@ -131,7 +131,7 @@ class Cutout(BoundHyperparameter):
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {key: torch.tensor(value, dtype=dtype) for key, value in self.init.items()}
 
-    def _start(self, key: str, value: Tensor) -> Tensor:
+    def _raw_start(self, key: str, value: Tensor) -> Tensor:
         return self.unconstrained(key, value)
 
     def natural(self, key: str, raw: Tensor) -> Tensor:

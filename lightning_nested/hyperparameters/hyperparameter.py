@@ -126,13 +126,13 @@ class Hyperparameter(ABC):
         for key, value in values.items():
             old = earlier.get(key)
             if old is None or old.shape != value.shape:
-                self.tensors[key] = self._start(key, value).to(device).clone().requires_grad_(True)
+                self.tensors[key] = self._raw_start(key, value).to(device).clone().requires_grad_(True)
             elif old.dtype == value.dtype and old.device == torch.empty(0, device=device).device:
                 self.tensors[key] = old
             else:
                 self.tensors[key] = old.detach().to(device, value.dtype).requires_grad_(True)
 
-    def _start(self, key: str, value: Tensor) -> Tensor:
+    def _raw_start(self, key: str, value: Tensor) -> Tensor:
         return self.transform.start(value.detach())
 
     def __getstate__(self) -> dict[str, Any]:
