@@ -90,12 +90,10 @@ class WeightDecay(Hyperparameter):
                 self.tensors["tensor"] = kept.requires_grad_(True)
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        shapes = {
-            "model": {"model": ()},
-            "tensor": {"tensor": (len(self._shapes),)},
-            "parameter": self._shapes,
-        }
-        return {key: torch.full(shape, self.init, dtype=dtype) for key, shape in shapes[self.per].items()}
+        shapes: Mapping[str, Sequence[int]] = self._shapes
+        if self.per != "parameter":
+            shapes = {self.per: () if self.per == "model" else (len(shapes),)}
+        return {key: torch.full(tuple(shape), self.init, dtype=dtype) for key, shape in shapes.items()}
 
     def reset(self) -> None:
         """Forget the decays and their parameters."""
