@@ -17,7 +17,7 @@ class MixtureOfGaussiansDataModule(LightningDataModule):
     """A ring or a grid of Gaussians with equal weights: the usual test of whether a GAN finds every mode.
 
     Batches are ``(points, mode)`` of shapes ``(batch_size, 2)`` and ``(batch_size,)``. Every batch is new; batch t of
-    process r depends on ``seed``, t and r alone, so a run that is interrupted anywhere goes on with the batches it
+    process r depends on ``seed``, t and r alone, so a run that is interrupted anywhere continues with the batches it
     would have seen.
     Metz, Poole, Pfau & Sohl-Dickstein (2017), ICLR, "Unrolled Generative Adversarial Networks".
 

@@ -97,17 +97,12 @@ def check_hypergradient(
         solver: As in :func:`implicit_hypergradient`.
         curvature: As in :func:`implicit_hypergradient`.
         hypergradient: The hypergradient to check; None: the implicit one with ``solver`` and ``curvature``.
-        retrain: Strategy for w*(λ): ``Minimize()`` (default) from ``params``; a function of ``hparams``; or
-            ``Unroll(step=..., num_steps=...)``, after which a given ``hypergradient`` is not held to the
-            assumptions of implicit differentiation.
+        retrain: Strategy for w*(λ): ``Minimize()`` (default) from ``params``, a function of ``hparams``, or
+            ``Unroll(step=..., num_steps=...)``, which makes no assumption about a given ``hypergradient``.
         num_directions: Random directions; the coordinate axes where there are no more of them.
         epsilon: Length of the move in λ; None: ∛eps·(1 + ‖λ‖).
         tolerance: Relative error and relative inner gradient up to which the check passes.
         generator: Draws the directions; None: a fixed seed.
-
-    Raises:
-        ValueError: Arguments or shapes that do not fit.
-        FloatingPointError: A loss is not finite at the given point.
 
     Example:
         Inner ½(w−λ)² + ½w², outer ½(w−2)²; at λ = 3 and its optimum w = 1.5 the slope is −0.25.

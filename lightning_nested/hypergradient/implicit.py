@@ -70,12 +70,12 @@ def implicit_result(
     """Run the engine behind :func:`implicit_hypergradient`, the callback and NestedModule.
 
     Args:
-        inner_loss: As in :func:`implicit_hypergradient`; so are the next five arguments and ``reduce``.
-        outer_loss: Scalar with its graph, which is freed.
+        inner_loss: Training loss, a scalar with its graph, or a function without arguments that returns it.
+        outer_loss: Validation loss with its graph, which is freed.
         params: Inner parameters w.
         hparams: Hyperparameters λ that appear in the graphs.
-        solver: Solver for H⁻¹v.
-        curvature: The curvature in place of H.
+        solver: Solver for H⁻¹v; default ``Neumann()``.
+        curvature: Curvature in place of H; default ``Hessian()``.
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
         reduce: Averages a tensor over processes.

@@ -140,7 +140,7 @@ class RandomState:
         self._devices, self._states = get_device_states(*tensors)
 
     def restore(self) -> None:
-        """Go back to the state at construction."""
+        """Restore the state at construction."""
         torch.set_rng_state(self._cpu)
         if self._devices:
             set_device_states(self._devices, self._states)

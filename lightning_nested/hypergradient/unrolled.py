@@ -61,8 +61,8 @@ def unrolled_hypergradient(
             An inner ``torch.autograd.grad`` needs ``create_graph=True``; optimizer state travels inside ``params``.
             ``checkpoint`` calls it again with the same arguments and random numbers.
         outer_loss: ``outer_loss(params, hparams) -> scalar``.
-        params: Initial w_0, taken as independent of ``hparams``. Floating-point tensors, any shapes.
-        hparams: λ. Floating-point tensors, any shapes.
+        params: Floating-point tensors w_0 of any shapes, taken as independent of ``hparams``.
+        hparams: Floating-point tensors λ of any shapes.
         num_steps: T >= 1.
         truncate: Let only the last ``truncate`` steps carry a graph. The error decays
             geometrically in ``truncate`` where the inner loss is strongly convex.
@@ -74,7 +74,7 @@ def unrolled_hypergradient(
         One detached gradient per hyperparameter, of its shape and dtype; zeros for an unused one.
 
     Raises:
-        ValueError: Invalid options, shapes or dtypes; a non-scalar outer loss; no hyperparameter used.
+        ValueError: An invalid argument, or no hyperparameter is used.
         FloatingPointError: The outer loss or a gradient is not finite.
 
     Example:
@@ -83,9 +83,8 @@ def unrolled_hypergradient(
         ...     (g,) = torch.autograd.grad(0.5 * w**2, w, create_graph=True)
         ...     return (w - rate * g,)
         >>> w, rate = torch.tensor(1.0), torch.tensor(0.1)
-        >>> (g,) = unrolled_hypergradient(sgd, lambda p, h: 0.5 * p[0] ** 2, (w,), (rate,), num_steps=1)
-        >>> round(g.item(), 6)
-        -0.9
+        >>> unrolled_hypergradient(sgd, lambda p, h: 0.5 * p[0] ** 2, (w,), (rate,), num_steps=1)
+        (tensor(-0.9000),)
     """
     _check_options(num_steps, truncate, mode, checkpoint)
     check_tensors("params", params, hint=" Step counters need no place in params: step receives t.")
@@ -96,10 +95,7 @@ def unrolled_hypergradient(
         state = run.advance(_leaves(params), 0, first)
         if mode == "forward":
             return _forward(run, state, first)
-        schedule = _schedule(
-            checkpoint, num_steps - first, lambda: run.apply(state, first), state, run.hparams
-        )
-        return _reverse(run, state, first, schedule)
+        return _reverse(run, state, first, _schedule(checkpoint, run, state, first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,14 +173,13 @@ def _check_options(num_steps: int, truncate: int | None, mode: str, checkpoint: 
         raise ValueError(f"mode='forward' stores no steps, so checkpoint must be False. Got {checkpoint!r}.")
 
 
-def _schedule(
-    checkpoint: Checkpoint, length: int, one_step: Callable[[], Vector], state: Vector, hparams: Vector
-) -> Schedule:
+def _schedule(checkpoint: Checkpoint, run: _Run, state: Vector, t: int) -> Schedule:
+    length = run.num_steps - t
     if checkpoint is False:
         return equal_segments(length)
     if checkpoint == "sqrt":
         return equal_segments(math.isqrt(length - 1) + 1)
-    graph = graph_size(one_step, state, hparams)
+    graph = graph_size(lambda: run.apply(state, t), state, run.hparams)
     if checkpoint is True:
         return cheapest(length, graph=graph, reruns=_RERUNS)
     return Schedule(memory=int(checkpoint), graph=graph)

@@ -1,4 +1,4 @@
-"""What can be tuned: decay, dropout, augmentation, smoothing, weights, any tensor or submodule. torch only."""
+"""Hyperparameters: decay, dropout, augmentation, smoothing, weights, any tensor or submodule. torch only."""
 
 from lightning_nested.hyperparameters.augmentation import Brightness, Contrast, Cutout, InputNoise, Saturation
 from lightning_nested.hyperparameters.dropout import DropConnect, DropoutRates

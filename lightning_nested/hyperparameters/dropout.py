@@ -58,9 +58,6 @@ class DropoutRates(BoundHyperparameter):
         upper: Bound that rates stay below.
         temperature: Temperature of relaxed masks; None: hard masks.
         name: Attribute of the module that it becomes, and key in logs.
-
-    Raises:
-        ValueError: A number is out of range; in :meth:`install`, there is no dropout layer.
     """
 
     per_example = True

@@ -24,9 +24,6 @@ class LearningRate(Hyperparameter):
         init: Initial rate; None: the optimizer's own.
         transform: Map from the unconstrained tensor to the rate; default ``Exp`` within [1e-8, 10].
         name: Key in logs and checkpoints.
-
-    Raises:
-        ValueError: ``init`` is not positive; in :meth:`attach`, the optimizer's own rate is not.
     """
 
     def __init__(

@@ -20,9 +20,6 @@ class ModuleTensors(Hyperparameter):
 
     Args:
         path: Dotted name: ``"augmenter"``, ``"augmenter.conv.weight"``.
-
-    Raises:
-        ValueError: In :meth:`attach`: the name does not exist (close names are given), or holds nothing to tune.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""One outer step: the hypergradient of every hyperparameter, and the move of an optimizer along it."""
+"""An outer step: the hypergradient of every hyperparameter, and the move of an optimizer along it."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class OuterStep:
         inner_scale: float = 1.0,
         compare_identity: bool = False,
     ) -> OuterReport:
-        """Find the hypergradients and hold them for :meth:`apply`; see :func:`implicit_result`.
+        """Find the hypergradients by :func:`implicit_result`, and hold them for :meth:`apply`.
 
         Args:
             inner_loss: Training loss without the weight decays, or a function that returns it.
@@ -205,18 +205,15 @@ class OuterStep:
             parameters: Inner parameters by the names they had in :meth:`build`.
             curvature: Curvature for this step in place of the one given at construction.
             fixed_decay: Weight decay that the inner optimizer adds itself, one number per parameter.
-            reduce: Averages a tensor over processes.
-            inner_scale: Factor that ``inner_loss`` carries.
-            compare_identity: Also compare with the hypergradient of ``Identity()``.
+            reduce, inner_scale, compare_identity: As in :func:`implicit_result`.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
         """
         self._pending = None
         mean = _finite_mean(outer_loss, reduce)
-        penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
-        if any(fixed_decay):
-            penalties.append(FixedDecay(fixed_decay))
+        fixed = [FixedDecay(fixed_decay)] if any(fixed_decay) else []
+        penalties: list[Penalty] = [*(decay.linearize(parameters) for decay in self.decays), *fixed]
         result = implicit_result(
             inner_loss,
             outer_loss,
@@ -234,17 +231,18 @@ class OuterStep:
         gradient, weights = clone(result.inner_gradient), tuple(p.detach() for p in parameters.values())
         for penalty in penalties:
             penalty.curvature().add_product_(gradient, weights)
+        solution = result.solution
         report = self._hold(
             result.gradients,
             outer_loss=mean,
             inner_gradient_norm=float(norm(gradient)),
-            residual=result.solution.residual,
-            iterations=result.solution.iterations,
-            curvature=result.solution.curvature,
-            negative_curvature=result.solution.status == "negative_curvature",
+            residual=solution.residual,
+            iterations=solution.iterations,
+            curvature=solution.curvature,
+            negative_curvature=solution.status == "negative_curvature",
             identity_cosine=result.identity_cosine,
         )
-        self.solver_state = result.solution.state
+        self.solver_state = solution.state
         return report
 
     def compute_unrolled(
@@ -334,11 +332,7 @@ class OuterStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Restore; :meth:`build` must have run.
-
-        Raises:
-            ValueError: The state belongs to other hyperparameters.
-        """
+        """Restore; :meth:`build` must have run, with the hyperparameters of the state."""
         saved = state["hyperparameters"]
         if set(saved) != {h.name for h in self.hyperparameters}:
             raise ValueError(

@@ -21,9 +21,6 @@ class Scalar(BoundHyperparameter):
         name: Attribute of the module that it becomes, and key in logs.
         init: Initial value in natural units.
         transform: Map from the unconstrained tensor; default ``Unconstrained()``.
-
-    Raises:
-        ValueError: ``init`` lies outside the transform's range.
     """
 
     per_example = True
@@ -74,7 +71,7 @@ class Integer(Scalar):
 
 
 class Categorical(BoundHyperparameter):
-    """One of several options: the one of the largest score. Tuned by hypernetworks, whose perturbations try others.
+    """Choice of the option with the largest score. Tuned by hypernetworks, whose perturbations try others.
 
     Args:
         name: Attribute of the module that it becomes, and key in logs.

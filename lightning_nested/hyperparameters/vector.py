@@ -20,14 +20,7 @@ def labelled(name: str, values: Mapping[str, T]) -> dict[str, T]:
 
 
 class HyperparameterVector:
-    """The unconstrained tensors of built hyperparameters, end to end: h of shape (n,).
-
-    Args:
-        hyperparameters: Hyperparameters that are built.
-
-    Raises:
-        ValueError: One is not built.
-    """
+    """The unconstrained tensors of built hyperparameters, end to end: h of shape (n,)."""
 
     def __init__(self, hyperparameters: Sequence[Hyperparameter]) -> None:
         for hyperparameter in hyperparameters:

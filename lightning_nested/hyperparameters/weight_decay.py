@@ -32,9 +32,6 @@ class WeightDecay(Hyperparameter):
         transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges
             above about 2(1 + β)/rate.
         name: Key in logs and checkpoints.
-
-    Raises:
-        ValueError: ``per`` is unknown or ``init`` is not positive; in :meth:`build`, a pattern matches nothing.
     """
 
     def __init__(
@@ -123,9 +120,7 @@ class WeightDecay(Hyperparameter):
     def add_gradient_(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """grad ← grad + scale · d ∘ w for every chosen parameter that has a gradient.
 
-        Args:
-            parameters: Parameters by the names they had in :meth:`build`.
-            scale: Factor that the gradients carry (a GradScaler's, before a fused optimizer takes it off).
+        ``scale`` is the factor that gradients carry (a GradScaler's, before a fused optimizer takes it off).
         """
         for name, decay in self.decays().items():
             parameter = parameters[name]

@@ -50,13 +50,7 @@ class Nystrom(InverseSolver):
     def factor(
         self, operator: LinearOperator, like: Vector, *, reduce: Reduce | None = None
     ) -> NystromInverse:
-        """Return the factored approximation of (A + ρ)⁻¹, an operator that is also a preconditioner.
-
-        Args:
-            operator: A.
-            like: A tuple with the shapes of the space.
-            reduce: Averages a tensor over processes.
-        """
+        """Return (A + ρ)⁻¹ by factors of A, an operator on tuples shaped as ``like``; also a preconditioner."""
         flat = flatten(like)
         n = flat.numel()
         rank = min(self.rank, n)
