@@ -71,6 +71,14 @@ def _explain_changed_weights() -> Iterator[None]:
         ) from error
 
 
+def _penalized(gradient: Vector, penalties: Sequence[Penalty], parameters: Mapping[str, Tensor]) -> Vector:
+    """Return the gradient of the inner loss with its penalties."""
+    gradient, weights = clone(gradient), tuple(p.detach() for p in parameters.values())
+    for penalty in penalties:
+        penalty.curvature().add_product_(gradient, weights)
+    return gradient
+
+
 def _finite_mean(outer_loss: Tensor, reduce: Reduce | None) -> float:
     if outer_loss.numel() != 1:
         raise ValueError(f"outer_loss must be a scalar. Got shape {tuple(outer_loss.shape)}; take its mean.")
@@ -205,15 +213,17 @@ class OuterStep:
             parameters: Inner parameters by the names they had in :meth:`build`.
             curvature: Curvature for this step in place of the one given at construction.
             fixed_decay: Weight decay that the inner optimizer adds itself, one number per parameter.
-            reduce, inner_scale, compare_identity: As in :func:`implicit_result`.
+            reduce: Averages a tensor over processes.
+            inner_scale: Factor that ``inner_loss`` carries.
+            compare_identity: Fill ``identity_cosine`` of the report.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
         """
         self._pending = None
         mean = _finite_mean(outer_loss, reduce)
-        fixed = [FixedDecay(fixed_decay)] if any(fixed_decay) else []
-        penalties: list[Penalty] = [*(decay.linearize(parameters) for decay in self.decays), *fixed]
+        penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
+        penalties += [FixedDecay(fixed_decay)] if any(fixed_decay) else []
         result = implicit_result(
             inner_loss,
             outer_loss,
@@ -228,10 +238,7 @@ class OuterStep:
             allow_unused=True,
             compare_identity=compare_identity,
         )
-        gradient, weights = clone(result.inner_gradient), tuple(p.detach() for p in parameters.values())
-        for penalty in penalties:
-            penalty.curvature().add_product_(gradient, weights)
-        solution = result.solution
+        gradient, solution = _penalized(result.inner_gradient, penalties, parameters), result.solution
         report = self._hold(
             result.gradients,
             outer_loss=mean,
