@@ -68,7 +68,8 @@ def unrolled_hypergradient(
             geometrically in ``truncate`` where the inner loss is strongly convex.
         mode: ``"reverse"`` costs a few gradients a step for any number of hyperparameters. ``"forward"``
             pushes one tangent per hyperparameter *element*: memory independent of T, for a handful of them.
-        checkpoint: Memory of the reverse mode; see :data:`Checkpoint`.
+        checkpoint: Memory of the reverse mode: False, the graph of all steps; True or ``"sqrt"``, less by re-running
+            steps; an integer, that many copies of ``params``. See :data:`Checkpoint`.
 
     Returns:
         One detached gradient per hyperparameter, of its shape and dtype; zeros for an unused one.

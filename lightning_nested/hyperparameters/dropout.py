@@ -171,10 +171,8 @@ class DropConnect(Scalar):
 
     def __call__(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return w·mask/(1 − p) for each chosen tensor, the others as they are."""
-        keep = 1 - self.value().detach()
-        return {
-            name: w * (torch.rand(w.shape, device=w.device) < keep) / keep.to(w.dtype)
-            if w.dim() > 1 and any(fnmatchcase(name, pattern) for pattern in self.include)
-            else w
-            for name, w in weights.items()
-        }
+        keep, result = 1 - self.value().detach(), dict(weights)
+        for name, w in weights.items():
+            if w.dim() > 1 and any(fnmatchcase(name, pattern) for pattern in self.include):
+                result[name] = w * (torch.rand(w.shape, device=w.device) < keep) / keep.to(w.dtype)
+        return result

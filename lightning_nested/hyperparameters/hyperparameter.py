@@ -19,19 +19,14 @@ class Hyperparameter(ABC):
     ``tensors`` are unconstrained leaves; ``values()`` returns them in natural units. A hyperparameter is built once
     its sizes and device are known (:meth:`build`). It is no ``torch.nn.Module``, to stay out of the user's
     parameters, optimizers and data-parallel buckets.
-
-    Attributes:
-        name: Key of its values in logs and checkpoints.
-        tensors: Unconstrained leaves by name, empty until built.
-        per_example: True if each example of a batch can have its own value.
     """
 
-    name: str
+    name: str  # key of its values in logs and checkpoints
     transform: Transform
     per_example = False  # whether a tensor may get a leading dimension: one value of each example
 
     def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}  # unconstrained leaves by name, empty until built
 
     @property
     def built(self) -> bool:

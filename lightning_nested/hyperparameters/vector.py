@@ -58,7 +58,8 @@ class HyperparameterVector:
         given, pieces = dict(values), []
         for hyperparameter in self.hyperparameters:
             leaves = self._leaves[hyperparameter.name]
-            for (label, leaf), key in zip(labelled(hyperparameter.name, leaves).items(), leaves, strict=True):
+            labels = labelled(hyperparameter.name, leaves)
+            for label, (key, leaf) in zip(labels, leaves.items(), strict=True):
                 if label not in given:
                     pieces.append(leaf.detach().reshape(-1))
                     continue
