@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_nested.hypergradient.implicit import unseen_hyperparameter
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, FiniteDifference, Hessian
 from lightning_nested.hypergradient.retraining import Problem
 from lightning_nested.linalg.curvature import HessianOperator
@@ -42,25 +43,10 @@ def inspect(
         twice, curvature = False, FiniteDifference()
         around = explore(problem.inner, problem.params, curvature, generator)
     twice = twice and not isinstance(curvature, FiniteDifference)
-    failures += [*_unseen_failures(problem, twice), *_failures_around(around, tolerance, problem.eps)]
+    not_seen = unseen(problem.inner(), problem.outer(), problem.params, problem.hparams, twice=twice)
+    failures += [unseen_hyperparameter(i, outer_sees=sees) for i, sees in not_seen.items()]
+    failures += _failures_around(around, tolerance, problem.eps)
     return failures, around, curvature
-
-
-def _unseen_failures(problem: Problem, twice: bool) -> Iterator[str]:
-    found = unseen(problem.inner(), problem.outer(), problem.params, problem.hparams, twice=twice)
-    for i, outer_sees in found.items():
-        if outer_sees:
-            yield (
-                f"unseen hyperparameter: the gradient of inner_loss must depend on hparams[{i}]. Got a "
-                "dependence of outer_loss only: a hyperparameter of the update (a learning rate, a momentum) "
-                "needs unrolled_hypergradient, one of the outer loss alone torch.autograd.grad."
-            )
-        else:
-            yield (
-                f"unseen hyperparameter: a loss must depend on hparams[{i}]. Got none that does: if it acts "
-                "through the update (a learning rate, a momentum) use unrolled_hypergradient; otherwise it "
-                "was detached or never used."
-            )
 
 
 def _failures_around(around: Neighbourhood, tolerance: float, eps: float) -> Iterator[str]:

@@ -131,7 +131,7 @@ class _InnerProblem:
         size = (float(norm(v)) if self.scale != 1.0 else 1.0) or 1.0
         mixed = self.problem.mixed(_unscale(v, size), self.hparams)
         if not allow_unused:
-            _refuse_unseen(mixed, direct, self.hparams)
+            _refuse_unseen(mixed, direct)
         factor = size / self.scale
         total = tuple(
             (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
@@ -234,13 +234,17 @@ def _check_inputs(
         raise FloatingPointError(f"outer_loss must be finite. Got {float(outer_loss.detach())}.")
 
 
-def _refuse_unseen(mixed: Sequence[Tensor | None], direct: Sequence[Tensor | None], hparams: Vector) -> None:
+def _refuse_unseen(mixed: Sequence[Tensor | None], direct: Sequence[Tensor | None]) -> None:
     for i, (m, d) in enumerate(zip(mixed, direct, strict=True)):
         if m is None:
-            seen = "only the outer loss depends on it" if d is not None else "neither loss depends on it"
-            raise ValueError(
-                f"The gradient of inner_loss must depend on every hyperparameter. Got hparams[{i}] of shape "
-                f"{tuple(hparams[i].shape)}: {seen}. A hyperparameter of the update (a learning rate, a momentum) "
-                "has no mixed derivative of the loss: use unrolled_hypergradient. One of the outer loss alone needs "
-                "torch.autograd.grad only."
-            )
+            raise ValueError(unseen_hyperparameter(i, outer_sees=d is not None))
+
+
+def unseen_hyperparameter(index: int, *, outer_sees: bool) -> str:
+    """Describe a hyperparameter that the inner gradient does not depend on, and the cures."""
+    seen = "only the outer loss depends on it" if outer_sees else "neither loss depends on it"
+    return (
+        f"unseen hyperparameter: the gradient of inner_loss must depend on every hyperparameter. Got hparams[{index}]: "
+        f"{seen}. A hyperparameter of the update (a learning rate, a momentum) needs unrolled_hypergradient, one of "
+        "the outer loss alone torch.autograd.grad; otherwise it was detached or never used."
+    )
