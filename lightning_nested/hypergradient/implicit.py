@@ -242,9 +242,13 @@ def _refuse_unseen(mixed: Sequence[Tensor | None], direct: Sequence[Tensor | Non
 
 def unseen_hyperparameter(index: int, *, outer_sees: bool) -> str:
     """Describe a hyperparameter that the inner gradient does not depend on, and the cures."""
-    seen = "only the outer loss depends on it" if outer_sees else "neither loss depends on it"
+    if outer_sees:
+        found = "and only the outer loss depends on it"
+        cure = "one of outer_loss only needs torch.autograd.grad"
+    else:
+        found, cure = "and neither loss depends on it", "otherwise it was detached or never used"
     return (
-        f"unseen hyperparameter: the gradient of inner_loss must depend on every hyperparameter. Got hparams[{index}]: "
-        f"{seen}. A hyperparameter of the update (a learning rate, a momentum) needs unrolled_hypergradient, one of "
-        "the outer loss alone torch.autograd.grad; otherwise it was detached or never used."
+        "unseen hyperparameter: the gradient of inner_loss must depend on every hyperparameter. Got "
+        f"hparams[{index}], {found}. A hyperparameter of the update (a learning rate, a momentum) needs "
+        f"unrolled_hypergradient; {cure}."
     )
