@@ -127,7 +127,7 @@ class _DifferenceLinearization(Linearization):
     def __init__(self, loss: Callable[[], Tensor], params: Vector, epsilon: float | None) -> None:
         self._loss, self._params = loss, params
         value = loss()
-        length = epsilon if epsilon is not None else difference_length(value, params)
+        length = epsilon if epsilon is not None else difference_length(params, value)
         self.gradient = _gradient(value, params)
         operator = FiniteDifferenceOperator(lambda: _gradient(loss(), params), params, epsilon=length)
         self.curvature, self._length = operator, operator.length

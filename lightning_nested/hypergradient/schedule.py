@@ -78,11 +78,6 @@ def _capacity(memory: int, graph: float, repeats: int) -> int:
     return sum(_capacity(m, graph, repeats - 1) for m in range(math.ceil(graph), memory + 1))
 
 
-def equal_segments(steps: int) -> Schedule:
-    """Cut into segments of ``steps`` steps, all their first states stored at once."""
-    return Schedule(segment=steps)
-
-
 def cheapest(length: int, *, graph: float, reruns: float) -> Schedule:
     """Find the smallest memory in which ``length`` steps are re-run at most ``reruns`` times on average.
 

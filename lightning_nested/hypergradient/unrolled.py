@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.hypergradient.arguments import as_scalar, check_tensors
-from lightning_nested.hypergradient.schedule import (
-    RandomState,
-    Schedule,
-    cheapest,
-    equal_segments,
-    graph_size,
-)
+from lightning_nested.hypergradient.schedule import RandomState, Schedule, cheapest, graph_size
 from lightning_nested.linalg.graph import vjp
 from lightning_nested.linalg.vectors import Vector
 
@@ -177,9 +171,9 @@ def _check_options(num_steps: int, truncate: int | None, mode: str, checkpoint: 
 def _schedule(checkpoint: Checkpoint, run: _Run, state: Vector, t: int) -> Schedule:
     length = run.num_steps - t
     if checkpoint is False:
-        return equal_segments(length)
+        return Schedule(segment=length)
     if checkpoint == "sqrt":
-        return equal_segments(math.isqrt(length - 1) + 1)
+        return Schedule(segment=math.isqrt(length - 1) + 1)
     graph = graph_size(lambda: run.apply(state, t), state, run.hparams)
     if checkpoint is True:
         return cheapest(length, graph=graph, reruns=_RERUNS)

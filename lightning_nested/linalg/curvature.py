@@ -5,7 +5,7 @@ Damping and weight decay are operators that one *adds*. Solvers need only produc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,20 +33,17 @@ def owned(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
     return tuple(result)
 
 
-def difference_length(loss: Tensor, params: Vector) -> float:
-    """Relative length of the move for central differences: half the cube root of a loss's machine epsilon.
+def difference_length(params: Vector, loss: Tensor | None = None) -> float:
+    """Relative length of the move for central differences: half the cube root of the machine epsilon.
 
-    The epsilon is that of the coarsest dtype among its operations: under ``torch.autocast`` rounding is the narrow
-    dtype's, whatever the parameters are kept in. The half is measured: networks of bfloat16 and float16 have their
-    least error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths serve alike.
+    The epsilon is that of the coarsest dtype among the parameters and the operations of the loss: under
+    ``torch.autocast`` rounding is the narrow dtype's, whatever the parameters are kept in. The half is measured:
+    networks of bfloat16 and float16 have their least error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths
+    serve alike.
     """
     dtypes = {p.dtype for p in params}
     for node in graph_nodes([loss]):
         dtypes.update(meta.dtype for meta in node._input_metadata)
-    return _difference_length(dtypes)
-
-
-def _difference_length(dtypes: Iterable[torch.dtype]) -> float:
     coarsest: float = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     return float(coarsest ** (1 / 3)) / 2
 
@@ -141,7 +138,7 @@ class FiniteDifferenceOperator(LinearOperator):
         self, gradient: Callable[[], Vector], params: Vector, *, epsilon: float | None = None
     ) -> None:
         self.gradient, self.like = gradient, params
-        relative = epsilon if epsilon is not None else _difference_length([p.dtype for p in params])
+        relative = epsilon if epsilon is not None else difference_length(params)
         self.length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))
 
     def matvec(self, v: Vector) -> Vector:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,10 +40,6 @@ class SolverState:
 
         self.solution, self.eigenvector = placed(state["solution"]), placed(state["eigenvector"])
         self.eigenvalue = state["eigenvalue"]
-
-    def with_solution(self, x: Vector) -> SolverState:
-        """Return a copy with x as the start of the next solve."""
-        return SolverState(x, self.eigenvector, self.eigenvalue)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +106,7 @@ class InverseSolver(ABC):
         state = state if state is not None else SolverState()
         if size == 0.0:
             zero = zeros_like(b)
-            return Solution(x=zero, residual=0.0, iterations=0, state=state.with_solution(zero))
+            return Solution(x=zero, residual=0.0, iterations=0, state=replace(state, solution=zero))
         return self._solve(LinearSystem(operator=operator, b=b, size=size, state=state, reduce=reduce))
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator, as_operator
@@ -84,7 +84,7 @@ class ConjugateGradient(InverseSolver):
             iterations=products,
             curvature=curvature,
             status=status,
-            state=system.state.with_solution(x) if self.warm_start else system.state,
+            state=replace(system.state, solution=x) if self.warm_start else system.state,
         )
 
     def _start(self, system: LinearSystem, operator: LinearOperator) -> tuple[Vector, Vector, int]:

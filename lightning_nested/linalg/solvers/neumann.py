@@ -77,7 +77,7 @@ class Neumann(InverseSolver):
                 "Add damping to the curvature, or use GaussNewton()."
             )
         x = solution.x if start is None else add_(solution.x, start)
-        state = state.with_solution(x) if self.warm_start else state
+        state = replace(state, solution=x) if self.warm_start else state
         return replace(solution, x=x, iterations=products, state=state)
 
     def _series(self, system: LinearSystem, first: Vector, step_size: float) -> Solution:
