@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
-from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
 from lightning_nested.trainer.attributes import replace_placeholders
 from lightning_nested.trainer.inner_graph import InnerGraph

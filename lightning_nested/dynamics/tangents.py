@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_nested.dynamics.checks import require_at_least, require_window
 from lightning_nested.dynamics.frames import Product, krylov, orthonormalize, window_weights
-from lightning_nested.linalg.vectors import Reduce, Vector
+from lightning_nested.linalg.processes import Reduce
+from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.update_rules import Descent, LinearRule, SGDRule, UpdateRule, known_rule
 
 

@@ -13,10 +13,11 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_nested.linalg.curvature import HessianOperator, _own, gradient_with_graph
+from lightning_nested.linalg.curvature import HessianOperator, gradient_with_graph, owned
 from lightning_nested.linalg.graph import explain_double_backward
-from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, _materialize
-from lightning_nested.linalg.vectors import Reduce, Vector, average, flatten, unflatten
+from lightning_nested.linalg.operators import AveragedOperator, LinearOperator
+from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 
 Player: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """What one player holds: a tensor, or the parameters of a network."""
@@ -64,7 +65,7 @@ def joint_gradient(
             allow_unused=True,
         )
         _check_used(found, player)
-        gradient += _materialize(found, own)
+        gradient += zeros_where_none(found, own)
     return _structured(average(tuple(gradient), reduce), players)
 
 
@@ -161,13 +162,13 @@ class JacobianOperator(LinearOperator):
             own = self.tensors_of(player)
             live = [i for i, g in enumerate(gradient) if g.requires_grad]
             products += _derivative([gradient[i] for i in live], own, [v[i] for i in live])
-        return average(_own(products, self.like, v), self.reduce)
+        return average(owned(products, self.like, v), self.reduce)
 
     def rmatvec(self, v: Vector) -> Vector:
         """Jᵀ v, one backward pass."""
         outputs = [self.gradient[i] for i in self._live]
         products = _derivative(outputs, self.like, [v[i] for i in self._live])
-        return average(_own(products, self.like, v), self.reduce)
+        return average(owned(products, self.like, v), self.reduce)
 
     @property
     def T(self) -> TransposedOperator:  # noqa: N802

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_nested.linalg.processes import average_gradients
-from lightning_nested.linalg.vectors import Reduce, Vector, norm
+from lightning_nested.linalg.processes import Reduce, average_gradients
+from lightning_nested.linalg.vectors import Vector, norm
 from lightning_nested.modules.game.loop import GameLoop
 
 

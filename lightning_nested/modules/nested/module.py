@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
-from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.optim.step_dynamics import trainable
