@@ -1,4 +1,4 @@
-"""A fully connected network."""
+"""Fully connected network."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch."""
+        """Return the logits of a batch."""
         logits: Tensor = self.layers(x)
         return logits
