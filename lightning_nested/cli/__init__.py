@@ -2,6 +2,4 @@
 
 from lightning_nested.cli.main import main
 
-__all__ = [
-    "main",
-]
+__all__ = ["main"]

@@ -11,17 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Blue and orange come first: they stay apart for colour-blind readers and in grey print.
-COLOURS = (
-    "#2f6db3",
-    "#e1691e",
-    "#1b9e77",
-    "#6a3d9a",
-    "#b15928",
-    "#a6761d",
-    "#c51b7d",
-    "#525252",
-    "#1f78b4",
-)
+COLOURS = ("#2f6db3", "#e1691e", "#1b9e77", "#6a3d9a", "#b15928", "#a6761d", "#c51b7d", "#525252", "#1f78b4")
 BLUE, ORANGE, GREEN = COLOURS[:3]
 # Dark, to stand out on a field of red and blue.
 DARK_COLOURS = ("#111111", "#1b9e3f", "#e6a100", "#7b3fb5", "#00a6a6", "#d1499b")

@@ -86,10 +86,7 @@ class InceptionEvaluator(Evaluator):
 
     @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        from torch_fidelity.feature_extractor_inceptionv3 import (
-            URL_INCEPTION_V3,
-            FeatureExtractorInceptionV3,
-        )
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         cure = (
             f"Download {URL_INCEPTION_V3} on a machine with network and name the file in "
