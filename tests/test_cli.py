@@ -12,10 +12,9 @@ import torch
 import yaml
 
 import lightning_nested
-from lightning_nested.cli import main as cli
 from lightning_nested.cli.configs import resolve_config, resolve_configs, shipped_configs, shipped_rides
 from lightning_nested.cli.lightning import NestedCLI
-from lightning_nested.cli.main import main
+from lightning_nested.cli.main import COMMANDS, main, paused_collection
 from lightning_nested.datamodules import DigitsDataModule
 from lightning_nested.modules import ImageClassifier
 
@@ -65,14 +64,14 @@ def test_light_answers_load_neither_torch_nor_lightning_and_take_no_second(argum
 
 def test_collection_pauses_and_comes_back_after_an_error_or_stays_off_if_it_was() -> None:
     seen: list[bool] = []
-    with suppress(KeyError), cli.paused_collection():
+    with suppress(KeyError), paused_collection():
         seen.append(gc.isenabled())
         raise KeyError
     assert seen == [False]
     assert gc.isenabled()
     gc.disable()
     try:
-        with cli.paused_collection():
+        with paused_collection():
             pass
         assert not gc.isenabled()
     finally:
@@ -82,7 +81,7 @@ def test_collection_pauses_and_comes_back_after_an_error_or_stays_off_if_it_was(
 def test_help_lists_commands_and_configurations(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     text = capsys.readouterr().out
-    for name, command in cli.COMMANDS.items():
+    for name, command in COMMANDS.items():
         assert f"{name} " in text
         assert command.summary in text
     for name in shipped_configs():
@@ -228,7 +227,7 @@ def test_classes_go_by_short_name_and_a_module_may_bring_no_data(capsys: pytest.
     ("name", "options"),
     [
         ("ComplexSGD", ["lr=0.05", "phase=0.3927"]),
-        ("ComplexAdam", ["betas=[0, 0.999]", "debias=true", "compiled=false"]),
+        ("ComplexAdam", ["betas=[0, 0.999]", "debias=true"]),
         ("Extragradient", ["lr=0.1"]),
         ("OptimisticAdam", []),
     ],

@@ -66,12 +66,8 @@ class SampleGrid(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            every_n_updates=self.every_n_updates,
-            per_class=self.per_class,
-            batch_norm=self.batch_norm,
-            seed=self.seed,
-        )
+        options = ("every_n_updates", "per_class", "batch_norm", "seed")
+        return self._generate_state_key(**{name: getattr(self, name) for name in options})
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from lightning_nested.callbacks import (
     ModuleEvaluator,
     SampleGrid,
     ScoreOptions,
-    generative_metrics,
 )
 from lightning_nested.callbacks.generative_metrics.evaluators import content_hash, to_bytes
 from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
@@ -244,7 +243,9 @@ def test_every_real_image_counts_and_memory_is_bounded(
             made.append(len(labels))
             return super().sample_for_metrics(labels, **options)
 
-    monkeypatch.setattr(generative_metrics, "_NUMBERS_AT_ONCE", 10 * 3 * 32 * 32)
+    monkeypatch.setattr(
+        "lightning_nested.callbacks.generative_metrics.callback._NUMBERS_AT_ONCE", 10 * 3 * 32 * 32
+    )
     metrics = GenerativeMetrics(
         ModuleEvaluator(module=Pool(logits=True), label="pool"), num_samples=25, scores=("frechet", "inception_score")
     )  # fmt: skip
