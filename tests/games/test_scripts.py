@@ -1,4 +1,4 @@
-"""The two scripts: what they simulate is the game, and they write what they promise."""
+"""The scripts simulate the game itself, and write what they promise."""
 
 import importlib.util
 import json
@@ -17,6 +17,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    # Scripts import their shared parts from their own folder.
+    monkeypatch.syspath_prepend(SCRIPTS)
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
