@@ -101,6 +101,20 @@ def test_a_printed_configuration_is_the_same_configuration(
     assert printed(str(tmp_path / "again.yaml")) == first
 
 
+def test_the_rates_of_the_small_run_are_constant_and_then_fall_to_zero() -> None:
+    program = NestedCLI(args=["--config", "biggan_fashion_small", "--trainer.precision=32-true"], run=False)
+    for make in program.model._make_schedulers.values():
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
+        schedule = make(optimizer)
+        for update in range(2501):
+            # To a part in a million: the options of OneCycleLR place the corner within 2e-4 of update 1 250.
+            expected = 1e-3 * min(1.0, (2500 - update) / 1250)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-9)
+            if update < 2500:
+                optimizer.step()
+                schedule.step()
+
+
 @pytest.mark.parametrize(
     "script", ["scripts/verify_biggan.sh", "docs/launch/biggan_torchrun.sh", "docs/launch/biggan.slurm"]
 )
