@@ -37,7 +37,6 @@ class GeneratorEMA(Callback):
         module: Attribute of the LightningModule that is averaged.
 
     Raises:
-        ValueError: If the decay is not in [0, 1) or ``start`` is negative.
         MisconfigurationException: If the attribute is not a module, or not exactly one optimizer holds it.
     """
 
@@ -61,9 +60,8 @@ class GeneratorEMA(Callback):
         self._saved: dict[str, Tensor] | None = None
         # True once the average holds more than the network's initial values.
         self._begun = False
-        # The network that has the averaged values now.
-        self._host: nn.Module | None = None
-        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        # A copy of the network with its own values, while it has the averaged ones.
+        self._raw: nn.Module | None = None
         self._hook: RemovableHandle | None = None
 
     @property
@@ -74,7 +72,7 @@ class GeneratorEMA(Callback):
     @property
     def stands_in(self) -> bool:
         """Return True while the generator has the averaged values."""
-        return self._host is not None
+        return self._raw is not None
 
     def averaged(self) -> nn.Module:
         """Return a copy of the network with averaged weights and buffers, in evaluation mode, for export.
@@ -103,8 +101,6 @@ class GeneratorEMA(Callback):
             yield
         finally:
             self._step_back(pl_module)
-
-    # ---- lifecycle
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -177,13 +173,7 @@ class GeneratorEMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         average = self._saved
         if self._average is not None and average is None:
-            now = self._host or self._average
-            average = {name: value.detach().clone() for name, value in now.state_dict().items()}
-            if self._host is not None:
-                # Spectral vectors from before they were matched to the averaged weights.
-                for name, (u, v) in self._vectors.items():
-                    prefix = f"{name}." if name else ""
-                    average |= {f"{prefix}u": u.clone(), f"{prefix}v": v.clone()}
+            average = {name: value.clone() for name, value in self._average.state_dict().items()}
         return {"updates": self.updates, "average": average}
 
     @override
@@ -191,16 +181,14 @@ class GeneratorEMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the raw weights in the module's part of a checkpoint made during validation, as on SLURM's signal."""
-        if self._host is not None and self._average is not None:
-            for name, value in self._average.state_dict().items():
-                checkpoint["state_dict"][f"{self.module}.{name}"] = value.detach().clone()
+        if self._raw is not None:
+            for name, value in self._raw.state_dict().items():
+                checkpoint["state_dict"][f"{self.module}.{name}"] = value
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Kept until the network, its device and its precision are known.
         self.updates, self._saved = state_dict["updates"], state_dict["average"]
-
-    # ---- the exchange
 
     # Tensors made in validation are trained on afterwards.
     @torch.inference_mode(False)
@@ -228,20 +216,14 @@ class GeneratorEMA(Callback):
                 f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
                 "evaluated. Give module and decay as in training."
             )
-        _swap(network, average)
-        self._host, layers = network, spectral_norm_layers(network)
-        self._vectors = {name: (layer.u.clone(), layer.v.clone()) for name, layer in layers.items()}
+        self._raw = deepcopy(network)
+        _copy(average, network)
         _match_spectral_norm(network)
 
     def _step_back(self, pl_module: LightningModule) -> None:
-        network = self._network(pl_module)
-        assert self._average is not None
-        for name, layer in spectral_norm_layers(network).items():
-            u, v = self._vectors[name]
-            layer.u.copy_(u)
-            layer.v.copy_(v)
-        _swap(network, self._average)
-        self._host = None
+        assert self._raw is not None
+        _copy(self._raw, self._network(pl_module))
+        self._raw = None
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         network = getattr(pl_module, self.module, None)
@@ -257,11 +239,11 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _swap(network: nn.Module, average: nn.Module) -> None:
-    """Exchange storages, without a copy: the parameters stay those that the optimizer holds."""
-    other = _tensors(average)
-    for name, value in _tensors(network).items():
-        value.data, other[name].data = other[name].data, value.data
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    values = _tensors(source)
+    for name, value in _tensors(target).items():
+        # Not seen by autograd: a graph may hold the target's parameters, which get their values back before its use.
+        value.data.copy_(values[name])
 
 
 def _match_spectral_norm(network: nn.Module) -> None:

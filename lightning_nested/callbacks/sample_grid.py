@@ -29,7 +29,6 @@ class SampleGrid(Callback):
         seed: Seed of z.
 
     Raises:
-        ValueError: If a number is below 1, or ``batch_norm`` is none of these.
         MisconfigurationException: If the module cannot make samples of a class.
     """
 

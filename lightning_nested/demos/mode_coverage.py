@@ -36,7 +36,6 @@ class ModeCoverage(Callback):
         history: ``(game_updates, modes, share of high quality)`` of each count.
 
     Raises:
-        ValueError: A number below 1.
         MisconfigurationException: In ``setup``: no ``sample`` in the module, or no ``centres`` and ``std`` in the
             datamodule; two with one name.
     """

@@ -42,9 +42,6 @@ class ZooGame(GameModule):
         distances: ‖w − solution‖ at the start and after each game update of this run.
         path: The players' numbers at the same moments, one flat list each.
 
-    Raises:
-        ValueError: A start or a solution that does not fit the game.
-
     Example:
         >>> from lightning_nested.games import DiracGAN
         >>> module = ZooGame(DiracGAN(), start=[[3.0], [4.0]])

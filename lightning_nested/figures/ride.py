@@ -46,14 +46,6 @@ def ride_figure(
     With two parameters the axes are the parameters, and every run is drawn. With more, the field lies on the plane
     through one branching point along its two most separating directions: that point whose runs part most evenly between
     two solutions. Drawn are the runs that begin in this plane, projected onto it.
-
-    Args:
-        tree: A ride.
-        game: Its game.
-        starts: Its starts.
-        optimizer: Its optimizer.
-        branching: Horizon of the exponents.
-        resolution: Points a side.
     """
     like = tuple(starts[0])
     colours = _colours(tree)

@@ -97,9 +97,6 @@ _BY_NAME = {"hinge": Hinge(), "non_saturating": NonSaturating(), "wasserstein": 
 def adversarial_loss(loss: GANLoss | AdversarialLoss) -> AdversarialLoss:
     """Return the loss of that name; return a loss object unchanged.
 
-    Raises:
-        ValueError: An unknown name.
-
     Example:
         >>> adversarial_loss("hinge")
         Hinge()
@@ -194,9 +191,6 @@ class DiffAugment:
     Args:
         policy: Changes to make, in this order.
 
-    Raises:
-        ValueError: An unknown change.
-
     Example:
         >>> images = torch.rand(2, 3, 32, 32)
         >>> changed = DiffAugment(("cutout",))(images, torch.Generator().manual_seed(0))
@@ -212,11 +206,7 @@ class DiffAugment:
             raise ValueError(f"policy must hold {', '.join(get_args(Policy))}. Got {unknown}.")
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Change images ``(N, C, H, W)``; random numbers come from ``generator``.
-
-        Raises:
-            ValueError: Data of another shape.
-        """
+        """Change images ``(N, C, H, W)``; random numbers come from ``generator``."""
         if images.ndim != 4:
             raise ValueError(f"DiffAugment changes images (N, C, H, W). Got shape {tuple(images.shape)}.")
         steps = {"color": _color, "translation": _translation, "cutout": _cutout}

@@ -91,27 +91,17 @@ def _torchvision_network(
 
 
 def _match_channels(network: nn.Module, channels: int) -> None:
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
-            if module.in_channels == channels:
-                return
-            if module.groups != 1 or not isinstance(module.padding, tuple):
-                break
-            owner, _, attribute = name.rpartition(".")
-            first = nn.Conv2d(
-                channels,
-                module.out_channels,
-                **{name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")},
-                bias=module.bias is not None,
-            )
-            # He initialization by fan-out, torchvision's usual choice: its variance does not depend on the
-            # input channels, so the new layer starts at the scale of the old one.
-            nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
-            if first.bias is not None:
-                nn.init.zeros_(first.bias)
-            setattr(network.get_submodule(owner), attribute, first)
-            return
-    raise ValueError(
-        f"The first convolution of {type(network).__name__} must be an ordinary one to be given {channels} "
-        "input channels. Got another kind. Pass the network itself (an nn.Module) instead of its name."
-    )
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or (first.in_channels != channels and first.groups != 1):
+        raise ValueError(
+            f"The first convolution of {type(network).__name__} must be an ordinary one to be given {channels} "
+            "input channels. Got another kind. Pass the network itself (an nn.Module) instead of its name."
+        )
+    if first.in_channels != channels:
+        first.in_channels = channels
+        first.weight = nn.Parameter(torch.empty(first.out_channels, channels, *first.kernel_size))
+        # He initialization by fan-out, torchvision's usual choice: its variance does not depend on the input
+        # channels, so the new weights start at the scale of the old ones.
+        nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
+        if first.bias is not None:
+            nn.init.zeros_(first.bias)

@@ -23,9 +23,6 @@ class SmallCNN(nn.Module):
         Input ``(batch, in_channels, height, width)`` with sides of at least 8.
         Output ``(batch, num_classes)``.
 
-    Raises:
-        ValueError: if a size is below 1.
-
     Example:
         >>> import torch
         >>> tuple(SmallCNN(in_channels=3)(torch.zeros(2, 3, 32, 32)).shape)

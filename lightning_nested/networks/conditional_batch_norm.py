@@ -89,9 +89,6 @@ def standing_statistics(module: nn.Module, forward: Callable[[], object], *, num
         forward: One forward of the module with fresh inputs of the size that statistics should be taken over.
         num_batches: Calls of ``forward``; 16 are enough.
 
-    Raises:
-        ValueError: If ``num_batches`` is below 1.
-
     Example:
         >>> norm = nn.BatchNorm2d(1)
         >>> batches = iter([torch.full((2, 1, 2, 2), 1.0), torch.full((2, 1, 2, 2), 4.0)])

@@ -29,9 +29,6 @@ class MLP(nn.Module):
         Input ``(batch, in_features)``, or with ``flatten`` ``(batch, …)`` of ``in_features`` numbers each.
         Output ``(batch, num_classes)``.
 
-    Raises:
-        ValueError: for an unknown activation, a width below 1 or a dropout outside [0, 1).
-
     Example:
         >>> import torch
         >>> network = MLP(64, hidden=(32,), num_classes=10)

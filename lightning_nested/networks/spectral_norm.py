@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,9 @@ class SpectralNormLayer(nn.Module):
     weight: Tensor
     u: Tensor
     v: Tensor
-    eps: float
-    frozen: bool
 
-    def _start(self, eps: float) -> None:
+    def __init__(self, *args: Any, eps: float = 1e-8, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.eps, self.frozen = eps, False
         rows, columns = self.weight.flatten(1).shape
         self.register_buffer("u", functional.normalize(torch.randn(rows), dim=0, eps=eps))
@@ -54,23 +54,20 @@ class SpectralNormLayer(nn.Module):
         """Return W̄ in the weight's shape, differentiable in the weight; update u and v in train mode."""
         # In half precision the iteration would stall and σ be off by a per cent.
         with torch.autocast(self.weight.device.type, enabled=False):
-            return torch.div(self.weight, self._sigma(self.weight.flatten(1)))
+            if self.training and not self.frozen:
+                u, v = self.iterate()
+            else:
+                # Copies: a later iteration must not change what this graph holds.
+                u, v = self.u.clone(), self.v.clone()
+            return torch.div(self.weight, torch.dot(u, torch.mv(self.weight.flatten(1), v)))
 
     @torch.no_grad()
     def singular_value(self) -> Tensor:
         """Return the current estimate σ = uᵀ W v, a scalar, without side effects."""
         return torch.dot(self.u, torch.mv(self.weight.flatten(1), self.v))
 
-    def _sigma(self, matrix: Tensor) -> Tensor:
-        if self.training and not self.frozen:
-            u, v = self.iterate()
-        else:
-            # Copies: a later iteration must not change what this graph holds.
-            u, v = self.u.clone(), self.v.clone()
-        return torch.dot(u, torch.mv(matrix, v))
 
-
-class SpectralNormConv2d(nn.Conv2d, SpectralNormLayer):
+class SpectralNormConv2d(SpectralNormLayer, nn.Conv2d):
     """``nn.Conv2d`` with a spectrally normalized weight.
 
     Example:
@@ -82,43 +79,22 @@ class SpectralNormConv2d(nn.Conv2d, SpectralNormLayer):
         1.0
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        padding: int = 0,
-        bias: bool = True,
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
-        self._start(eps)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in, H, W)`` to ``(N, out, H', W')``."""
         y: Tensor = self._conv_forward(x, self.normalized_weight(), self.bias)
         return y
 
 
-class SpectralNormLinear(nn.Linear, SpectralNormLayer):
+class SpectralNormLinear(SpectralNormLayer, nn.Linear):
     """``nn.Linear`` with a spectrally normalized weight."""
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, eps: float = 1e-8) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self._start(eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in)`` to ``(N, out)``."""
         return functional.linear(x, self.normalized_weight(), self.bias)
 
 
-class SpectralNormEmbedding(nn.Embedding, SpectralNormLayer):
+class SpectralNormEmbedding(SpectralNormLayer, nn.Embedding):
     """``nn.Embedding`` with a spectrally normalized table."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, eps: float = 1e-8) -> None:
-        super().__init__(num_embeddings, embedding_dim)
-        self._start(eps)
 
     def forward(self, index: Tensor) -> Tensor:
         """Map ``(N,)`` indices to ``(N, embedding_dim)``."""

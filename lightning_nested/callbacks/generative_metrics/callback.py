@@ -94,7 +94,6 @@ class GenerativeMetrics(Callback):
         seed: Seed of the samples.
 
     Raises:
-        ValueError: If an argument is out of range.
         MisconfigurationException: If there are fewer samples than features, no datamodule, or the module cannot
             make samples of a class.
     """
@@ -167,8 +166,6 @@ class GenerativeMetrics(Callback):
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._score(trainer, pl_module)
-
-    # ---- one scoring
 
     # Stand-alone validation runs in inference mode, whose tensors could not train a classifier.
     @torch.inference_mode(False)

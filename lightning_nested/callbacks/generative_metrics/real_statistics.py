@@ -51,9 +51,6 @@ def real_statistics(
 
     The key is the content of the images, in any order, and the extractor's fingerprint. Processes share the
     work; process 0 writes the file.
-
-    Raises:
-        ValueError: If there are no images.
     """
     batches = list(batches)
     if not batches:

@@ -25,9 +25,6 @@ class ScoreOptions:
         kernel_subset_size: Images in each; at most the number of samples.
         inception_splits: Parts that the Inception Score is averaged over.
         neighborhood: k of precision and recall.
-
-    Raises:
-        ValueError: If a number is below 1.
     """
 
     kernel_subsets: int = 100

@@ -93,7 +93,6 @@ class BigGAN(GANModule):
         execution: Memory format, compilation, logging of details.
 
     Raises:
-        ValueError: Arguments out of range, or ``reuse_fakes`` without ``reuse_batch``.
         MisconfigurationException: In ``fit``: ``sync_batchnorm`` on CPU, or images that do not fit.
 
     Example:
@@ -157,8 +156,6 @@ class BigGAN(GANModule):
         # Real images since the last log, and when that was.
         self._shown, self._since = 0, 0.0
 
-    # ---- the game
-
     @override
     def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._network("generator")(latents, labels)
@@ -202,8 +199,6 @@ class BigGAN(GANModule):
         if self.execution.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
-
-    # ---- lifecycle
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -269,8 +264,6 @@ class BigGAN(GANModule):
     def _is_generator(self, optimizer: Optimizer) -> bool:
         first = next(self.generator.parameters())
         return any(p is first for group in optimizer.param_groups for p in group["params"])
-
-    # ---- images
 
     @override
     def sample(

@@ -67,9 +67,6 @@ class Sampling:
         standing_batches: Batches for standing statistics.
         batch_size: Images per forward.
         seed: Seed of z.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     truncation: float | None = None

@@ -50,9 +50,6 @@ class GANModule(GameModule):
     Attributes:
         scores: Means of D's logits on real and generated data in its last batch, on the device.
 
-    Raises:
-        ValueError: An unknown loss or a size below 1.
-
     Shape:
         ``forward(n)`` or ``sample(n)``: n generated examples.
     """
@@ -80,8 +77,6 @@ class GANModule(GameModule):
         self.latent_dim, self.loss, self.num_classes = latent_dim, adversarial_loss(loss), num_classes
         self.reuse_fakes, self.regularizers, self.augment = reuse_fakes, tuple(regularizers), augment
         self.scores: dict[str, Tensor] = {}
-
-    # ---- the game
 
     @override
     def players(self) -> dict[str, nn.Module]:
@@ -181,8 +176,6 @@ class GANModule(GameModule):
         """D of augmented data without another power iteration: the function a penalty differentiates."""
         with self.one_function():
             return self.discriminate(self._augmented(data), labels)
-
-    # ---- data
 
     @override
     def forward(self, count: int) -> Tensor:

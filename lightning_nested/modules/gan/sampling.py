@@ -120,9 +120,6 @@ def sample_images(
         sampling: Truncation, statistics, batch size.
         generator: Random numbers for z, on the network's device.
         z: ``(N, latent_dim)`` in place of random ones.
-
-    Raises:
-        ValueError: If a label is out of range.
     """
     device = next(network.parameters()).device
     # Labels on a GPU are checked too: sampling may wait.
@@ -159,11 +156,7 @@ def interpolate(
     *,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return images on the line from one (z, class) to another, ``(steps, C, side, side)``; classes are mixed linearly.
-
-    Raises:
-        ValueError: If ``steps`` is below 2 or a class is out of range.
-    """
+    """Return images on the line from one (z, class) to another, ``(steps, C, side, side)``, with mixed classes."""
     if steps < 2:
         raise ValueError(f"An interpolation needs at least 2 steps. Got {steps}.")
     classes = torch.tensor([start[1], end[1]])

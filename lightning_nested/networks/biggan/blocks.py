@@ -21,9 +21,6 @@ def attention_layers(sides: Sequence[int], known: Sequence[int], channels: Seque
         sides: Sides with attention.
         known: Side of each block's output.
         channels: Input channels of the first block, then the output of each.
-
-    Raises:
-        ValueError: A side that no block has.
     """
     unknown = [side for side in sides if side not in known]
     if unknown:

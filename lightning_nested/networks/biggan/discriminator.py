@@ -27,19 +27,10 @@ class Discriminator(nn.Module):
 
     Brock, Donahue & Simonyan (2019), ICLR, arXiv 1809.11096; Miyato & Koyama (2018), ICLR, arXiv 1802.05637.
 
-    Args:
-        width: Base number of channels.
-        num_classes: Number of classes.
-        resolution: Side of the image: 32, 64, 128 or 256.
-        image_channels: 3 for colour, 1 for grey.
-        attention: Sides after which :class:`SelfAttention` follows.
-        initialization: ``"normal"`` or ``"orthogonal"``, as in :class:`Generator`.
+    The arguments have the meaning that they have for :class:`Generator`.
 
     Shape:
         images ``(N, image_channels, resolution, resolution)``, labels ``(N,)``; output ``(N,)``.
-
-    Raises:
-        ValueError: If a size is not possible, an image has another shape, or a label is out of range.
 
     Example:
         >>> sum(p.numel() for p in Discriminator().parameters())

@@ -50,9 +50,6 @@ class Generator(nn.Module):
         z ``(N, latent_dim)``, labels ``(N,)`` of type long or mixtures of classes ``(N, num_classes)``;
         output ``(N, image_channels, resolution, resolution)``.
 
-    Raises:
-        ValueError: If a size is not possible, or a label is not in [0, num_classes).
-
     Example:
         >>> generator = Generator()
         >>> sum(p.numel() for p in generator.parameters())
