@@ -1,7 +1,11 @@
+import io
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from lightning_nested.demos import LabelNoiseReport
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
 from lightning_nested.modules import ImageClassifier
+from tests import trainers
 
 SIZE, EPOCHS = 60, 6
 
@@ -45,17 +50,9 @@ def tuner(rate: float = 0.3, size: int = SIZE) -> HypergradientCallback:
     return HypergradientCallback([ExampleWeights(size), WeightDecay()], optimizer=adam(rate))
 
 
-def trainer(folder: Path, *callbacks: Callback, **options: object) -> Trainer:
-    defaults: dict[str, object] = {
-        "accelerator": "cpu",
-        "max_epochs": EPOCHS,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(callbacks=list(callbacks), **{**defaults, **options})  # type: ignore[arg-type]
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    defaults = {"max_epochs": EPOCHS, "num_sanity_val_steps": 2}
+    return trainers.trainer(*callbacks, folder=folder, **{**defaults, **options})
 
 
 def parameters(module: LightningModule) -> dict[str, Tensor]:
@@ -70,12 +67,36 @@ def plain_accuracy(folder: Path, data: DigitsDataModule) -> float:
     return float(plain.test(module, data, verbose=False)[0]["test_accuracy"])
 
 
-def test_results_are_those_of_separate_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@dataclass
+class Fitted:
+    """One run with a report, its output, and what it left right after `fit`."""
+
+    folder: Path
+    report: LabelNoiseReport
+    tuning: HypergradientCallback
+    module: ImageClassifier
+    data: DigitsDataModule
+    run: Trainer
+    out: str
+    parameters: dict[str, Tensor]
+    stream: Tensor
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    folder = tmp_path_factory.mktemp("fitted")
     report, tuning, module, data = LabelNoiseReport("weights"), tuner(), classifier(), digits()
-    run = trainer(tmp_path, report, tuning)  # before the tuner: the order does not matter
+    run = trainer(folder, report, tuning)  # before the tuner: the order does not matter
     torch.manual_seed(5)
-    run.fit(module, data)
-    written = json.loads((tmp_path / "results.json").read_text())
+    with redirect_stdout(io.StringIO()) as out:
+        run.fit(module, data)
+    stream = torch.get_rng_state()
+    return Fitted(folder, report, tuning, module, data, run, out.getvalue(), parameters(module), stream)
+
+
+def test_results_are_those_of_separate_runs(fitted: Fitted, tmp_path: Path) -> None:
+    report, tuning, module, data, run = fitted.report, fitted.tuning, fitted.module, fitted.data, fitted.run
+    written = json.loads((fitted.folder / "results.json").read_text())
     assert written == report.results
 
     weights = tuning.values()["example_weights"]
@@ -90,17 +111,14 @@ def test_results_are_those_of_separate_runs(tmp_path: Path, capsys: pytest.Captu
     assert written["steps"] == written["outer_steps"] == 2 * EPOCHS
     assert written["seconds"] > sum(written["seconds_by_training"].values()) > 0
 
-    capsys.readouterr()
     assert written["test_accuracy"] == run.test(module, data, verbose=False)[0]["test_accuracy"]
     assert written["test_accuracy_untuned"] == plain_accuracy(tmp_path, digits())
     assert written["test_accuracy_clean_labels"] == plain_accuracy(tmp_path, digits(use_clean_labels=True))
     assert written["test_accuracy"] != written["test_accuracy_untuned"]
 
 
-def test_the_table_names_all_three_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = LabelNoiseReport()
-    trainer(tmp_path, tuner(), report).fit(classifier(), digits())
-    text = capsys.readouterr().out
+def test_the_table_names_all_three_trainings(fitted: Fitted) -> None:
+    report, text = fitted.report, fitted.out
     for key in ("test_accuracy", "test_accuracy_untuned", "test_accuracy_clean_labels"):
         assert f"{100 * report.results[key]:.2f} %" in text
     for words in ("given labels, untuned", "given labels, tuned", "right labels, untuned", "results.json"):
@@ -108,28 +126,43 @@ def test_the_table_names_all_three_trainings(tmp_path: Path, capsys: pytest.Capt
     assert f"{report.results['auroc']:.3f}" in text
 
 
-def test_it_does_not_disturb_the_run(tmp_path: Path) -> None:
-    runs = []
-    for extra in ([], [LabelNoiseReport()]):
-        module, data, tuning = classifier(), digits(), tuner()
-        run = trainer(tmp_path, tuning, *extra)
-        torch.manual_seed(5)
-        run.fit(module, data)
-        runs.append((parameters(module), tuning.values(), torch.get_rng_state()))
-        assert module.trainer is run
-        assert data.trainer is run
-        assert not data.use_clean_labels
-        assert module.example_weights is None  # taken back at the end of fit, by both
-    (weights, tuned, stream), (weights_with, tuned_with, stream_with) = runs
-    assert all(torch.equal(value, weights_with[name]) for name, value in weights.items())
-    assert all(torch.equal(value, tuned_with[name]) for name, value in tuned.items())
-    assert torch.equal(stream, stream_with)
+def test_it_does_not_disturb_the_run(fitted: Fitted, tmp_path: Path) -> None:
+    module, data, tuning = classifier(), digits(), tuner()
+    run = trainer(tmp_path, tuning)
+    torch.manual_seed(5)
+    run.fit(module, data)
+    stream = torch.get_rng_state()
+    for m, d, r in ((module, data, run), (fitted.module, fitted.data, fitted.run)):
+        assert m.trainer is r
+        assert d.trainer is r
+        assert not d.use_clean_labels
+        assert m.example_weights is None  # taken back at the end of fit, by both
+    assert all(torch.equal(value, fitted.parameters[name]) for name, value in parameters(module).items())
+    assert all(torch.equal(value, fitted.tuning.values()[name]) for name, value in tuning.values().items())
+    assert torch.equal(stream, fitted.stream)
 
 
-def test_the_figure_is_a_file_and_in_tensorboard(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path, name="logs")
-    run = trainer(tmp_path, tuner(), LabelNoiseReport("weights"), logger=logger, log_every_n_steps=1)
+def late_tuner() -> HypergradientCallback:
+    """Steps after batches 4, 6, 8 …"""
+    tuned = [ExampleWeights(SIZE), WeightDecay()]
+    return HypergradientCallback(tuned, optimizer=adam(0.3), warmup_steps=3, every_n_steps=2)
+
+
+@pytest.fixture(scope="module")
+def logged(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Trainer, LabelNoiseReport, HypergradientCallback]:
+    """A run with TensorBoard whose outer steps are fewer than its steps."""
+    folder = tmp_path_factory.mktemp("logged")
+    report, tuning, logger = LabelNoiseReport("weights"), late_tuner(), TensorBoardLogger(folder, name="logs")
+    torch.manual_seed(0)
+    run = trainer(folder, tuning, report, logger=logger, log_every_n_steps=1)
     run.fit(classifier(), digits())
+    return run, report, tuning
+
+
+def test_the_figure_is_a_file_and_in_tensorboard(logged: tuple[Trainer, Any, Any]) -> None:
+    run = logged[0]
     assert run.log_dir is not None
     picture = Path(run.log_dir, "weights.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
@@ -140,13 +173,10 @@ def test_the_figure_is_a_file_and_in_tensorboard(tmp_path: Path) -> None:
     assert (image.step, image.width) == (2 * EPOCHS, 1540)
 
 
-def test_the_trace_follows_the_outer_steps_and_survives_a_checkpoint(tmp_path: Path) -> None:
-    report = LabelNoiseReport()
-    tuning = HypergradientCallback(
-        [ExampleWeights(SIZE), WeightDecay()], optimizer=adam(0.3), warmup_steps=3, every_n_steps=2
-    )
-    run = trainer(tmp_path, tuning, report)
-    run.fit(classifier(), digits())
+def test_the_trace_follows_the_outer_steps_and_survives_a_checkpoint(
+    logged: tuple[Trainer, LabelNoiseReport, HypergradientCallback], tmp_path: Path
+) -> None:
+    run, report, tuning = logged
     trace = report.state_dict()
     assert trace["step"] == [4, 6, 8, 10, 12]
     assert trace["val_loss"][-1] == tuning.last_report.outer_loss  # type: ignore[union-attr]
@@ -159,10 +189,9 @@ def test_the_trace_follows_the_outer_steps_and_survives_a_checkpoint(tmp_path: P
     path = tmp_path / "run.ckpt"
     run.save_checkpoint(path)
     resumed = LabelNoiseReport()
-    further = HypergradientCallback(
-        [ExampleWeights(SIZE), WeightDecay()], optimizer=adam(0.3), warmup_steps=3, every_n_steps=2
+    trainer(tmp_path, late_tuner(), resumed, max_epochs=EPOCHS + 1).fit(
+        classifier(), digits(), ckpt_path=path
     )
-    trainer(tmp_path, further, resumed, max_epochs=EPOCHS + 1).fit(classifier(), digits(), ckpt_path=path)
     assert resumed.state_dict()["step"] == [4, 6, 8, 10, 12, 14]
     assert resumed.state_dict()["train_loss"][:5] == trace["train_loss"]
 

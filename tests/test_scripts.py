@@ -13,7 +13,7 @@ import torch
 
 from lightning_nested.games import DiracGAN, QuadraticGame, joint_gradient
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

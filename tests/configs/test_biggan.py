@@ -1,8 +1,5 @@
-import os
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +9,9 @@ import yaml
 from lightning_nested.cli.lightning import NestedCLI
 from lightning_nested.cli.main import main
 from lightning_nested.modules import BigGAN
+from tests.command import ROOT
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-nested"])
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    yield
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.mark.filterwarnings(
