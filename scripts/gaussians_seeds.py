@@ -38,7 +38,7 @@ METHODS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 
 
 class StackedMLP(nn.Module):
-    """One network for each seed, as slices of stacked weights; initialised as ``nn.Linear``, by the seed alone."""
+    """Network for each seed, as slices of stacked weights; initialized as ``nn.Linear``, by the seed alone."""
 
     def __init__(self, seeds: Sequence[int], widths: Sequence[int], stream: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class StackedMLP(nn.Module):
 
 
 class StackedGAN(GANModule):
-    """A GAN for each seed; the loss is the sum over seeds, so every gradient is that of a seed alone."""
+    """GAN for each seed; the loss is the sum over seeds, so each seed has its own gradient."""
 
     def __init__(self, seeds: Sequence[int], hidden: int, latent_dim: int, **options: Any) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""All eigenvalues of a GAN on the ring of eight Gaussians: at the start, in the middle and at the end of training.
+"""Eigenvalues of a GAN on the ring of eight Gaussians, at the start, in the middle and at the end of training.
 
 The networks are small enough for the dense matrix, so each eigenvalue can be coloured by the player to whom its
 eigenvector belongs.

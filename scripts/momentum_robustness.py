@@ -73,7 +73,7 @@ def suggested(eigenvalues: torch.Tensor, noise: float) -> tuple[Settings, dict[s
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One game and its start."""
+    """Game and its start."""
 
     share: float
     seed: int

@@ -1,4 +1,4 @@
-"""The ``lightning-nested`` command."""
+"""Command ``lightning-nested``."""
 
 from lightning_nested.cli.main import main
 

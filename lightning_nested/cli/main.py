@@ -1,4 +1,4 @@
-"""The ``lightning-nested`` command.
+"""Command ``lightning-nested``.
 
 This file imports nothing heavy: ``--help``, ``--version``, the list of configurations and errors about names come
 at once. Lightning is loaded by the commands that need it.
@@ -25,7 +25,7 @@ from lightning_nested.cli.configs import (
 
 
 class Command(NamedTuple):
-    """A subcommand: its line in ``--help``, and a function of the arguments from the command's own name on."""
+    """Subcommand: its line in ``--help``, and a function of the arguments from the command's own name on."""
 
     summary: str
     run: Callable[[list[str]], None]

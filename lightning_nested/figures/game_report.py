@@ -57,7 +57,7 @@ def game_figure(module: Any, results: dict[str, Any]) -> Figure:
 
 
 def _predicted(distances: list[float], rate: float) -> list[float]:
-    """A geometric sequence through the last distance up to the middle that has a logarithm."""
+    """Return a geometric sequence through the last distance in the first half that has a logarithm."""
     positive = (t for t, d in enumerate(distances[: len(distances) // 2 + 1]) if 0 < d < math.inf)
     anchor = max(positive, default=0)
     at = distances[anchor] if 0 < distances[anchor] < math.inf else 1e-300

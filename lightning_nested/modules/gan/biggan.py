@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -151,8 +150,6 @@ class BigGAN(GANModule):
                 network.to(memory_format=torch.channels_last)
         self._compiled: dict[str, Callable[..., Tensor]] = {}
         self._gradient_norms: dict[str, Tensor] = {}
-        # True while second derivatives are taken: compiled networks have none.
-        self._plain = False
         # Real images since the last log, and when that was.
         self._shown, self._since = 0, 0.0
 
@@ -164,20 +161,11 @@ class BigGAN(GANModule):
     def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._network("discriminator")(data, labels)
 
-    @contextmanager
-    @override
-    def one_function(self) -> Iterator[None]:
-        outside, self._plain = self._plain, True
-        try:
-            with super().one_function():
-                yield
-        finally:
-            self._plain = outside
-
     def _network(self, name: str) -> Callable[..., Tensor]:
         """Return the network, compiled if asked for where first derivatives are enough."""
-        network: nn.Module = self.get_submodule(name)
-        if not self.execution.compile or self._plain:
+        network: Generator | Discriminator = getattr(self, name)
+        # Compiled networks have no second derivatives, for which one_function freezes the spectral vectors.
+        if not self.execution.compile or network.linear.frozen:
             return network
         if name not in self._compiled:
             self._compiled[name] = torch.compile(network)
