@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from lightning_nested.cli.main import main
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,3 +29,11 @@ def run_command(*arguments: str, folder: Path) -> str:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
+
+
+def error_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the error that the command ends with on these arguments, run in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err

@@ -11,18 +11,12 @@ from lightning_nested.cli.lightning import NestedCLI
 from lightning_nested.cli.main import main
 from lightning_nested.datamodules import DigitsDataModule
 from lightning_nested.modules import ImageClassifier
+from tests.command import error_of
 
 DIGITS = str(shipped_configs()["digits"])
 QUICK = ("--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false")
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-
-
-def error_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 def parameters(path: Path) -> dict[str, torch.Tensor]:

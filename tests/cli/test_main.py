@@ -10,19 +10,12 @@ import pytest
 import lightning_nested
 from lightning_nested.cli.configs import resolve_config, resolve_configs, shipped_configs, shipped_rides
 from lightning_nested.cli.main import COMMANDS, main, paused_collection
-from tests.command import ROOT
+from tests.command import ROOT, error_of
 
 DIGITS = str(shipped_configs()["digits"])
 QUICK = ("--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false")
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-
-
-def error_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["configs"], ["fit", "--config", "digts"]])
