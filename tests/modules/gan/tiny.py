@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ def data(size: int = 40, batch_size: int = 4, **options: Any) -> SyntheticImages
     return SyntheticImagesDataModule(train_size=size, val_size=10, batch_size=batch_size, **options)
 
 
-def trainer(callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
+def trainer(
+    callbacks: Sequence[Callback] = (), default_root_dir: Path | None = None, **options: Any
+) -> Trainer:
     """Return a silent Trainer for as many epochs as its steps need, without validation."""
     defaults = {"limit_val_batches": 0, "max_epochs": None, "num_sanity_val_steps": 2}
-    return trainers.trainer(*callbacks, **{**defaults, **options})
+    return trainers.trainer(*callbacks, folder=default_root_dir, **{**defaults, **options})
 
 
 def module(**options: Any) -> BigGAN:
