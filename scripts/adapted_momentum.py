@@ -1,4 +1,4 @@
-"""What it is worth that every player has a momentum of its own: quadratic games whose players differ in curvature.
+"""Gain from a momentum of each player's own, on quadratic games whose players differ in curvature.
 
     python scripts/adapted_momentum.py
 
@@ -9,13 +9,11 @@ guess, at its end; all at the same learning rate. Deterministic. Beside it what 
 
 from __future__ import annotations
 
-import argparse
-import logging
 import math
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from _running import script_parser, silent_trainer
 from scipy.optimize import differential_evolution
 
 from lightning_nested.callbacks import GameSpectrumCallback
@@ -26,21 +24,16 @@ from lightning_nested.games.joint_step import JointStep
 from lightning_nested.optim import ComplexSGD
 
 # Curvature of the first player, coupling, curvature of the second; learning rate.
-GAMES = [
-    ((0.0, 1.0, 0.0), 0.1),
-    ((1.0, 0.1, 0.02), 1.0),
-    ((0.3, 0.4, 0.1), 1.0),
-    ((1.0, 0.5, 0.0), 1.0),
-]
+GAMES = [((0.0, 1.0, 0.0), 0.1), ((1.0, 0.1, 0.02), 1.0), ((0.3, 0.4, 0.1), 1.0), ((1.0, 0.5, 0.0), 1.0)]
 
 
 def game(values: tuple[float, float, float]) -> QuadraticGame:
-    """½ax² + bxy and ½cy² − bxy."""
+    """Return the game of ½ax² + bxy and ½cy² − bxy."""
     return QuadraticGame(*(torch.tensor([v], dtype=torch.float64) for v in values))
 
 
 def predicted(step: JointStep) -> tuple[float, float]:
-    """The rate of the first guess, and of the best common momentum."""
+    """Return the rate of the first guess, and of the best common momentum."""
 
     def rate(x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
         return step.where(dict.fromkeys(range(2), (float(x[0]), float(x[1])))).rate()
@@ -50,7 +43,7 @@ def predicted(step: JointStep) -> tuple[float, float]:
 
 
 def run(values: tuple[float, float, float], lr: float, update: str, updates: int) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     step = JointStep(
         matrix=lr * game(values).jacobian().numpy(),
         sizes=(1, 1),
@@ -63,17 +56,7 @@ def run(values: tuple[float, float, float], lr: float, update: str, updates: int
     module = ZooGame(
         game(values), start=[[1.0], [1.0]], update=update, optimizer=lambda p: ComplexSGD(p, lr=lr)
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=updates,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
-    trainer.fit(module)
+    silent_trainer(callback, max_epochs=-1, max_steps=updates).fit(module)
     last, measured = callback.history[-1], measured_rate(module.distances)
     momenta = [m for m in last.momenta.values() if m is not None]
     settings = " and ".join(f"{m.momentum:.2f} at {m.phase / math.pi:.2f}π" for m in momenta)
@@ -82,12 +65,9 @@ def run(values: tuple[float, float, float], lr: float, update: str, updates: int
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--updates", type=int, default=150)
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(
         "| curvature, coupling, curvature | order | 0.8 at π/8 | best common | adapted | measured | momenta |"
     )

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 
 def scores(path: Path) -> list[dict[str, Any]]:
-    """The records of one run's ``scores.jsonl``."""
+    """Return the records of one run's ``scores.jsonl``."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -1,8 +1,8 @@
-"""Which complex momenta make a Dirac-GAN converge, with simultaneous and with alternating updates?
+"""Map of the complex momenta with which a Dirac-GAN converges, with simultaneous and alternating updates.
 
     python scripts/dirac_gan_map.py --output docs/images
 
-For every |β| and phase the learning rate with the best predicted rate is taken, and the GAN itself (not linearised) is
+For every |β| and phase the learning rate with the best predicted rate is taken, and the GAN itself (not linearized) is
 played with it in float64 from near its solution. The colour is the measured number of steps in which the distance to
 the solution shrinks tenfold; grey does not converge, by the prediction from the Jacobian's eigenvalues ± i/2. Writes a
 PNG, a CSV with a row per point, and a JSON with the best points and how far measured and predicted rates differ.
@@ -10,7 +10,6 @@ PNG, a CSV with a row per point, and a JSON with the best points and how far mea
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -20,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from _running import script_parser
 from numpy.typing import NDArray
 
+from lightning_nested.figures.style import styled_figure
 from lightning_nested.games import DiracGAN, convergence_rate
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-_CONVERGES = 0.9999  # below: the slowest that the smallest learning rates tell from standing still
+# Rates below it converge: the slowest that the smallest learning rates tell from standing still.
+_CONVERGES = 0.9999
 ORDERS = {"simultaneous": False, "alternating": True}
 
 
@@ -44,7 +46,7 @@ class Map:
     measured: Array
 
     def best(self) -> dict[str, float]:
-        """The point with the smallest measured rate."""
+        """Return the point with the smallest measured rate."""
         row, column = np.unravel_index(np.argmin(self.measured), self.measured.shape)
         return {
             "momentum": float(self.momentum[row]),
@@ -55,14 +57,14 @@ class Map:
         }
 
     def difference(self) -> dict[str, float]:
-        """Measured minus predicted where both converge clearly, so that the run ends near the solution."""
+        """Compare measured and predicted rates where both converge clearly, so that the run ends near the solution."""
         clear = self.predicted < 0.98
         gap = np.abs(self.measured - self.predicted)[clear]
         return {"points": int(clear.sum()), "median": float(np.median(gap)), "largest": float(gap.max())}
 
 
 def play(lr: Array, beta: Array, alternating: bool, steps: int) -> Array:
-    """Distance to the solution after half the steps and after all: of shape (2, *lr.shape).
+    """Return the distance to the solution after half the steps and after all, of shape (2, *lr.shape).
 
     The gradients are θσ(ψθ) of the discriminator ψ and −ψσ(ψθ) of the generator θ.
     """
@@ -83,7 +85,7 @@ def play(lr: Array, beta: Array, alternating: bool, steps: int) -> Array:
 
 
 def measure(alternating: bool, size: int, steps: int) -> Map:
-    """The map of one order of updates."""
+    """Measure the map of one order of updates."""
     momentum, phase = np.linspace(0.0, 0.98, size), np.linspace(0.0, math.pi, size)
     m, p = (torch.from_numpy(g)[..., None] for g in np.meshgrid(momentum, phase, indexing="ij"))
     rates = torch.from_numpy(np.geomspace(0.01, 8.0, 48))
@@ -102,23 +104,15 @@ def measure(alternating: bool, size: int, steps: int) -> Map:
 
 
 def figure(maps: dict[str, Map], path: Path) -> None:
-    """Two panels that share axes and colours."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    style: Any = {"font.size": 10.5, "axes.titlelocation": "left", "axes.titleweight": "bold"}
-    with plt.rc_context(style):
-        whole, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), sharey=True, layout="constrained")
+    """Draw two panels that share axes and colours."""
+    with styled_figure(10.5, 4.2, dpi=110, layout="constrained") as whole:
+        axes = whole.subplots(1, 2, sharey=True)
         for axis, (name, found) in zip(axes, maps.items(), strict=True):
             image = _panel(axis, name, found)
         axes[0].set_ylabel("momentum |β|")
-        whole.colorbar(
-            image, ax=axes, label="measured steps per factor of ten, best learning rate", extend="max"
-        )
-        whole.savefig(path, dpi=110)
-        plt.close(whole)
+        label = "measured steps per factor of ten, best learning rate"
+        whole.colorbar(image, ax=axes, label=label, extend="max")
+        whole.savefig(path)
 
 
 def _panel(axis: Axes, name: str, found: Map) -> Any:
@@ -127,6 +121,7 @@ def _panel(axis: Axes, name: str, found: Map) -> Any:
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.where(found.measured < 1, math.log(0.1) / np.log(found.measured), np.inf)
     steps[found.predicted >= _CONVERGES] = np.inf
+    axis.set_title(name, fontweight="bold")
     axis.set_facecolor("#e9ebee")
     image = axis.pcolormesh(
         found.phase,
@@ -150,7 +145,6 @@ def _panel(axis: Axes, name: str, found: Map) -> Any:
     axis.plot(math.pi / 8, 0.8, "o", ms=7, mfc="none", mec="black", mew=1.5)
     axis.annotate("0.8 at π/8", (math.pi / 8, 0.8), textcoords="offset points", xytext=(8, -4))
     axis.set(
-        title=name,
         xlabel="phase φ",
         xticks=[0, math.pi / 4, math.pi / 2, 3 * math.pi / 4, math.pi],
         xticklabels=["0\npositive", "π/4", "π/2", "3π/4", "π\nnegative"],
@@ -159,7 +153,7 @@ def _panel(axis: Axes, name: str, found: Map) -> Any:
 
 
 def write(maps: dict[str, Map], folder: Path) -> None:
-    """A row per point as CSV; best points and agreement as JSON, which is printed too."""
+    """Write a row per point as CSV, and best points and agreement as JSON, which is printed too."""
     with (folder / "dirac_gan_map.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["order", "momentum", "phase", "lr", "predicted", "measured"])
@@ -181,10 +175,8 @@ def write(maps: dict[str, Map], folder: Path) -> None:
 
 
 def main() -> None:
-    """Both maps, the files and the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure both maps, write the files and draw the figure."""
+    parser = script_parser(__doc__)
     parser.add_argument("--size", type=int, default=81, help="points along |β| and along the phase")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path())

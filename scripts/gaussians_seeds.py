@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _running import script_parser, silent_trainer
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ METHODS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 
 
 class StackedMLP(nn.Module):
-    """One network for each seed, as slices of stacked weights; initialised as ``nn.Linear``, by the seed alone."""
+    """Network for each seed, as slices of stacked weights; initialized as ``nn.Linear``, by the seed alone."""
 
     def __init__(self, seeds: Sequence[int], widths: Sequence[int], stream: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class StackedMLP(nn.Module):
             self.biases.append(nn.Parameter(both[:, -1:].clone()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (n, seeds, in) to (n, seeds, out)."""
+        """Map (n, seeds, in) to (n, seeds, out)."""
         x = x.transpose(0, 1)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x, weight)
@@ -61,7 +61,7 @@ class StackedMLP(nn.Module):
 
 
 class StackedGAN(GANModule):
-    """A GAN for each seed; the loss is the sum over seeds, so every gradient is that of a seed alone."""
+    """GAN for each seed; the loss is the sum over seeds, so each seed has its own gradient."""
 
     def __init__(self, seeds: Sequence[int], hidden: int, latent_dim: int, **options: Any) -> None:
         super().__init__(
@@ -73,32 +73,32 @@ class StackedGAN(GANModule):
         self.num_seeds = len(seeds)
 
     def player_loss(self, name: str, batch: Any) -> Tensor:
-        """Sum over seeds."""
+        """Return the sum over seeds."""
         return self.num_seeds * super().player_loss(name, batch)
 
     def real_data(self, batch: Any) -> tuple[Tensor, None]:
-        """Different points for every seed."""
+        """Return different points for every seed."""
         return batch[0].view(-1, self.num_seeds, 2), None
 
     def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (n, seeds)."""
+        """Return logits (n, seeds)."""
         logits: Tensor = self.discriminator(data).squeeze(-1)
         return logits
 
     def sample_latents(self, count: int) -> Tensor:
-        """Different latents for every seed."""
+        """Draw different latents for every seed."""
         return torch.randn(count, self.num_seeds, self.latent_dim)
 
 
 class Snapshots(Callback):
-    """Modes and share of good samples of every seed, at each epoch's end."""
+    """Record modes and share of good samples of every seed, at each epoch's end."""
 
     def __init__(self, seeds: int) -> None:
         self.seeds = seeds
         self.found: dict[str, dict[str, list[float]]] = {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Count."""
+        """Count the modes and good samples of every seed."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         with RandomStream(1):
             samples = pl_module.sample(2500)
@@ -110,7 +110,7 @@ class Snapshots(Callback):
 
 
 def run(method: str, rate: float, seeds: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
-    """Train all seeds with one method and rate; what each covers after every thousand updates."""
+    """Train all seeds with one method and rate; return what each covers after every thousand updates."""
     seed_everything(min(seeds), verbose=False)
     module = StackedGAN(
         seeds,
@@ -121,25 +121,15 @@ def run(method: str, rate: float, seeds: Sequence[int], options: argparse.Namesp
     )
     snapshots = Snapshots(len(seeds))
     began = time.process_time()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=options.updates,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[snapshots],
-    )
     data = MixtureOfGaussiansDataModule(
         std=options.std, batch_size=options.batch_size * len(seeds), num_batches=min(1000, options.updates)
     )
-    trainer.fit(module, datamodule=data)
+    silent_trainer(snapshots, max_epochs=-1, max_steps=options.updates).fit(module, datamodule=data)
     return {"after": snapshots.found, "seconds": time.process_time() - began}
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]], seeds: int) -> str:
-    """Every method at every rate; the one that the tuning seeds choose, without them the same seeds, is marked."""
+    """Return a table of every method at every rate; it marks the rate that the tuning seeds choose, if any."""
     moments = list(next(iter(next(iter(results.values())).values()))["after"])
     lines = [
         f"| method | rate | 8 of 8 modes after {' / '.join(moments)} updates | modes at the end | % high quality |",
@@ -167,7 +157,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]], seeds: int) -> str:
 
 
 def crossed(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Every method with the rate that the other half of the seeds chooses, so that no seed chooses its own."""
+    """Return a table of every method with the rate that the other half of the seeds chooses for each half."""
     lines = [
         "| method | rates chosen | 8 of 8 modes at the end | modes | % high quality |",
         "| --- | --- | --- | --- | --- |",
@@ -199,7 +189,7 @@ def crossed(results: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _score(found: dict[str, Any], moment: str) -> tuple[int, float]:
-    """How many seeds cover everything, then their median share of good samples."""
+    """Return the number of seeds that cover everything, then their median share of good samples."""
     last = found["after"][moment]
     return sum(m == 8 for m in last["modes"]), _quartiles(last["quality"])[1]
 
@@ -211,9 +201,7 @@ def _quartiles(values: Sequence[float]) -> list[float]:
 
 def main() -> None:
     """Run the grid and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--tuning-seeds", type=int, default=0, help="more seeds, which choose the rate only")
     parser.add_argument("--updates", type=int, default=4000)
@@ -224,13 +212,9 @@ def main() -> None:
     parser.add_argument("--std", type=float, default=0.05)
     parser.add_argument("--output", type=Path, help="JSON; settings that are in it already are not run again")
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     done = options.output is not None and options.output.exists()
     results: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if done else {}
-    reported, tuning = (
-        range(options.seeds),
-        range(options.seeds, options.seeds + options.tuning_seeds),
-    )
+    reported, tuning = range(options.seeds), range(options.seeds, options.seeds + options.tuning_seeds)
     for rate in options.rates:
         for method in METHODS:
             found = results.setdefault(method, {}).setdefault(str(rate), {})

@@ -1,4 +1,4 @@
-"""All eigenvalues of a GAN on the ring of eight Gaussians: at the start, in the middle and at the end of training.
+"""Eigenvalues of a GAN on the ring of eight Gaussians, at the start, in the middle and at the end of training.
 
 The networks are small enough for the dense matrix, so each eigenvalue can be coloured by the player to whom its
 eigenvector belongs.
@@ -6,12 +6,11 @@ eigenvector belongs.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from dataclasses import replace
 from pathlib import Path
 
-from lightning.pytorch import Trainer, seed_everything
+from _running import script_parser, silent_trainer
+from lightning.pytorch import seed_everything
 from torch import Tensor
 
 from lightning_nested.callbacks import GameSpectrumCallback
@@ -24,7 +23,7 @@ from lightning_nested.optim import ComplexAdam
 
 
 def kinds(eigenvalues: Tensor) -> dict[str, float]:
-    """Shares among the eigenvalues above 1e-4 of the largest: single precision knows the angle of these."""
+    """Return shares among the eigenvalues above 1e-4 of the largest: single precision knows the angle of these."""
     z = eigenvalues[eigenvalues.abs() > 1e-4 * eigenvalues.abs().max()]
     turning = z.imag.abs() > 1e-3 * z.abs()
     conflict = z.imag.abs() > z.real.abs()
@@ -40,15 +39,12 @@ def kinds(eigenvalues: Tensor) -> dict[str, float]:
 
 def main() -> None:
     """Train, measure three times, draw, and print what kinds of eigenvalues there are."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--hidden", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/gaussians_spectrum"))
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(options.seed, verbose=False)
     hidden = (options.hidden, options.hidden)
     module = GANModule(
@@ -60,16 +56,8 @@ def main() -> None:
     )
     spectrum = GameSpectrumCallback(options.updates // 2, k=None)
     modes = ModeCoverage(options.updates // 2, name="gaussians_spectrum_modes")
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=options.updates,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=options.folder,
-        callbacks=[spectrum, modes],
+    trainer = silent_trainer(
+        spectrum, modes, max_epochs=-1, max_steps=options.updates, default_root_dir=options.folder
     )
     data = MixtureOfGaussiansDataModule(std=0.05)
     trainer.fit(module, datamodule=data)

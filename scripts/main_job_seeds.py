@@ -8,7 +8,6 @@ so that the seconds include imports. A seed decides training, data split and wro
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
+from _running import script_parser
 
 from lightning_nested.cli.configs import shipped_configs
 
@@ -34,12 +34,12 @@ COLUMNS = {
 
 
 def shipped_rate() -> float:
-    """The outer rate of the configuration."""
+    """Return the outer rate of the configuration."""
     return float(_outer_optimizer(_settings())["lr"])
 
 
 def run(seed: int, rate: float, folder: Path) -> dict[str, Any]:
-    """One run of the command in ``folder``; its ``results.json`` with the seconds that the user waited.
+    """Run the command in ``folder``; return its ``results.json`` with the seconds that the user waited.
 
     Raises:
         RuntimeError: The command failed.
@@ -48,15 +48,8 @@ def run(seed: int, rate: float, folder: Path) -> dict[str, Any]:
     _outer_optimizer(settings)["lr"] = rate
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_nested",
-        "fit",
-        "--config",
-        "config.yaml",
-        f"--seed_everything={seed}",
-    ]
+    program = [sys.executable, "-m", "lightning_nested"]
+    command = [*program, "fit", "--config", "config.yaml", f"--seed_everything={seed}"]
     began = time.perf_counter()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
@@ -70,7 +63,7 @@ def run(seed: int, rate: float, folder: Path) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Median, smallest and largest value of each column."""
+    """Return median, smallest and largest value of each column."""
     columns = {key: [float(r[key]) for r in runs] for key in COLUMNS}
     return {
         key: {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -96,9 +89,7 @@ def _row(head: str, values: dict[str, float]) -> str:
 
 def main() -> None:
     """Run, print a row per run and three per rate, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[shipped_rate()], help="outer learning rates"

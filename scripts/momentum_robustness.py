@@ -1,4 +1,4 @@
-"""Does momentum chosen from the spectrum beat tuned momentum on mixtures of cooperation and conflict?
+"""Momentum chosen from the spectrum against tuned momentum, on mixtures of cooperation and conflict.
 
     python scripts/momentum_robustness.py --output docs/images
 
@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from _quadratic_runs import Array, Settings, evaluations
+from _running import script_parser
 
+from lightning_nested.figures.style import COLOURS, GREY, open_axes, styled_figure
 from lightning_nested.games import (
     QuadraticGame,
     convergence_rate,
@@ -37,98 +39,16 @@ from lightning_nested.games import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Array = NDArray[Any]
-
 OURS, NOISY = "ours", "ours, 10 % noise"
 RATES = np.geomspace(0.03, 4.5, 24)
 MOMENTA = np.array([0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9])
 PHASES = {"positive": 0.0, "negative": math.pi, "complex π/8": math.pi / 8}
-COLOURS = {
-    "positive": "#8a8f98",
-    "negative": "#6a3d9a",
-    "complex π/8": "#2f6db3",
-    "optimistic": "#1b9e77",
-    "extragradient": "#a6761d",
-    OURS: "#e1691e",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings to run side by side, one row each."""
-
-    lr: Array
-    beta: Array  # complex; not used but by "momentum"
-    alternating: Array  # bool; likewise
-    method: str = "momentum"  # or "optimistic", "extragradient"
-
-    def take(self, rows: Array) -> Settings:
-        """Some of the settings."""
-        return Settings(
-            lr=self.lr[rows], beta=self.beta[rows], alternating=self.alternating[rows], method=self.method
-        )
-
-
-def evaluations(
-    own: Array, coupling: Array, start: tuple[Array, Array], settings: Settings, tolerance: float, limit: int
-) -> Array:
-    """Evaluations of the joint gradient (ax + by, ay − bx) until ‖(x, y)‖ falls to ``tolerance`` of its start.
-
-    Args:
-        own: a, of shape (n,).
-        coupling: b, of shape (n,).
-        start: x and y, each of shape (n,).
-        settings: s settings of one method.
-        tolerance: Relative distance.
-        limit: Evaluations after which a run is given up.
-
-    Returns:
-        Float64 of shape (s,), infinite where the tolerance was not reached.
-    """
-    cost = 2 if settings.method == "extragradient" else 1
-    found = np.full(len(settings.lr), np.inf)
-    rows = np.arange(len(settings.lr))
-    x, y = (np.tile(v, (len(rows), 1)) for v in start)
-    memory = [np.zeros_like(x, dtype=complex), np.zeros_like(y, dtype=complex)]
-    first = math.hypot(*(float(np.linalg.norm(v)) for v in start))
-    running = settings
-    for step in range(1, limit // cost + 1):
-        x, y = _step(x, y, own, coupling, running, memory, first_step=step == 1)
-        size = np.sqrt((x * x + y * y).sum(axis=1)) / first
-        arrived = size <= tolerance
-        found[rows[arrived]] = step * cost
-        if (keep := ~arrived & (size < 1e8)).all():
-            continue
-        rows, x, y, memory = rows[keep], x[keep], y[keep], [m[keep] for m in memory]
-        running = settings.take(rows)
-        if not len(rows):
-            break
-    return found
-
-
-def _step(
-    x: Array, y: Array, a: Array, b: Array, settings: Settings, memory: list[Array], *, first_step: bool
-) -> tuple[Array, Array]:
-    """One step of every setting; ``memory`` (momentum, or the last gradient) is written."""
-    lr = settings.lr[:, None]
-    gx, gy = a * x + b * y, a * y - b * x
-    if settings.method == "extragradient":
-        hx, hy = x - lr * gx, y - lr * gy
-        return x - lr * (a * hx + b * hy), y - lr * (a * hy - b * hx)
-    if settings.method == "optimistic":
-        last = (gx, gy) if first_step else (memory[0].real, memory[1].real)
-        memory[:] = [gx.astype(complex), gy.astype(complex)]
-        return x - lr * (2 * gx - last[0]), y - lr * (2 * gy - last[1])
-    beta = settings.beta[:, None]
-    memory[0] = beta * memory[0] - gx
-    moved = x + lr * memory[0].real
-    gy = a * y - b * np.where(settings.alternating[:, None], moved, x)
-    memory[1] = beta * memory[1] - gy
-    return moved, y + lr * memory[1].real
+_METHODS = ("complex π/8", OURS, "optimistic", "negative")
+METHOD_COLOURS = dict(zip(_METHODS, COLOURS, strict=False)) | {"positive": GREY, "extragradient": COLOURS[5]}
 
 
 def rivals() -> dict[str, Settings]:
-    """The grid of every rival, with learning rates for a largest eigenvalue of modulus 1."""
+    """Return the grid of every rival, with learning rates for a largest eigenvalue of modulus 1."""
     lr, momentum, order = (v.reshape(-1) for v in np.meshgrid(RATES, MOMENTA, [False, True], indexing="ij"))
     grids = {
         name: Settings(lr=lr, beta=momentum * np.exp(1j * phase), alternating=order.astype(bool))
@@ -141,7 +61,7 @@ def rivals() -> dict[str, Settings]:
 
 
 def suggested(eigenvalues: torch.Tensor, noise: float) -> tuple[Settings, dict[str, Any]]:
-    """Ours as settings, and what was suggested."""
+    """Return our settings, and the suggestion they come from."""
     advice = suggest_momentum(eigenvalues, alternating=True, noise=noise)
     settings = Settings(
         lr=np.array([advice.lr]),
@@ -153,7 +73,7 @@ def suggested(eigenvalues: torch.Tensor, noise: float) -> tuple[Settings, dict[s
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One game and where it begins."""
+    """Game and its start."""
 
     share: float
     seed: int
@@ -164,24 +84,22 @@ class Case:
 
     @classmethod
     def draw(cls, share: float, seed: int, size: int) -> Case:
-        """The game and its start, both of the seed."""
+        """Draw a game and its start from the seed."""
         generator = torch.Generator().manual_seed(seed)
         game = QuadraticGame.mixture(size, share, generator)
         x, y = (v.detach().numpy() for v in game.initial(generator))
         own, coupling = game.first.diagonal().numpy(), game.coupling.diagonal().numpy()
         values = game.eigenvalues()[:size]  # one of each pair
         scale = float(values.abs().max())
-        return cls(
-            share=share,
-            seed=seed,
-            own=own / scale,
-            coupling=coupling / scale,
-            start=(x, y),
-            eigenvalues=values / scale,
-        )
+        parts: dict[str, Any] = {
+            "own": own / scale,
+            "coupling": coupling / scale,
+            "eigenvalues": values / scale,
+        }
+        return cls(share=share, seed=seed, start=(x, y), **parts)
 
     def predicted(self, grid: Settings) -> Array:
-        """Worst rate per evaluation of every setting."""
+        """Return the worst rate per evaluation of every setting."""
         lr = torch.from_numpy(grid.lr)
         if grid.method == "extragradient":
             return np.asarray(extragradient_rate(self.eigenvalues, lr=lr)) ** 0.5
@@ -198,18 +116,18 @@ class Case:
         return rates
 
     def run(self, settings: Settings, tolerance: float, limit: int) -> Array:
-        """Evaluations that every setting needs."""
+        """Count the evaluations that every setting needs."""
         return evaluations(self.own, self.coupling, self.start, settings, tolerance, limit)
 
     def wrong_eigenvalues(self) -> torch.Tensor:
-        """Each off by up to 10 % in a random direction, but not to the left of the imaginary axis."""
+        """Return eigenvalues wrong by up to 10 % in random directions, but not left of the imaginary axis."""
         generator = torch.Generator().manual_seed(1000 + self.seed)
         wrong = self.eigenvalues * (1 + 0.1 * _disc(len(self.eigenvalues), generator))
         return torch.complex(wrong.real.clamp_min(0.0), wrong.imag)
 
 
 def needed(rates: Array, tolerance: float, limit: int) -> Array:
-    """Log of the evaluations that a rate predicts, twice the limit at most."""
+    """Return the log of the evaluations that a rate predicts, at most twice the limit."""
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.where(rates < 1, math.log(tolerance) / np.log(rates), np.inf)
     logarithms: Array = np.log(np.clip(steps, 1, 2 * limit))
@@ -217,13 +135,13 @@ def needed(rates: Array, tolerance: float, limit: int) -> Array:
 
 
 def _disc(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Uniform points of the unit disc."""
+    """Draw uniform points of the unit disc."""
     radius, angle = torch.rand(2, count, generator=generator, dtype=torch.float64)
     return torch.polar(radius.sqrt(), 2 * math.pi * angle)
 
 
 def play(cases: Sequence[Case], options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluations of all methods in all cases, and what was suggested to ours."""
+    """Count evaluations of all methods in all cases; return them and the suggestions to ours."""
     tolerance, limit = options.tolerance, options.limit
     grids = rivals()
     scores = {
@@ -262,7 +180,7 @@ def play(cases: Sequence[Case], options: argparse.Namespace) -> tuple[dict[str, 
 
 
 def _against(counts: Array, found: dict[str, Any]) -> dict[str, Any]:
-    """How often ours needs no more than its rivals, in the cases where it ran."""
+    """Compare ours with its rivals, in the cases where it ran."""
     ran = ~np.isnan(counts)
     best_fixed = np.stack(list(found["fixed"].values())).min(axis=0)
     best_hindsight = np.stack(list(found["hindsight"].values())).min(axis=0)
@@ -294,32 +212,17 @@ def _describe(name: str, row: int) -> dict[str, Any]:
 
 
 def figure(shares: Array, cases: Sequence[Case], found: dict[str, Any], path: Path) -> None:
-    """Median and quartiles of the evaluations over the share of conflict, by both readings."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    style: Any = {
-        "font.size": 10.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e3e6ea",
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-    }
+    """Draw median and quartiles of the evaluations over the share of conflict, by both readings."""
     where = np.array([case.share for case in cases])
-    with plt.rc_context(style):
-        whole, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), sharey=True, layout="constrained")
+    with styled_figure(10.5, 4.6, dpi=110, layout="constrained") as whole:
+        axes = whole.subplots(1, 2, sharey=True)
         titles = ("rivals: one setting for every game", "rivals: tuned for each game in hindsight")
         for axis, reading, title in zip(axes, ("fixed", "hindsight"), titles, strict=True):
             for name, counts in found[reading].items():
                 _band(axis, shares, where, counts, name)
             _band(axis, shares, where, found["ours"][OURS]["counts"], OURS)
-            axis.set(title=title, xlabel="largest share of conflict γ in the game", yscale="log")
+            open_axes(axis, title, "largest share of conflict γ in the game", "")
+            axis.set_yscale("log")
         axes[0].set_ylabel("gradient evaluations to 10⁻⁶")
         hidden = _same(found["fixed"])
         if hidden:
@@ -327,31 +230,24 @@ def figure(shares: Array, cases: Sequence[Case], found: dict[str, Any], path: Pa
             axes[0].text(0.98, 0.03, text, transform=axes[0].transAxes, ha="right", fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
         whole.legend(handles, labels, loc="outside lower center", ncols=6)
-        whole.savefig(path, dpi=110)
-        plt.close(whole)
+        whole.savefig(path)
 
 
 def _same(counts: dict[str, Array]) -> list[str]:
-    """Methods whose counts are those of another one, with it."""
+    """Return the methods whose counts equal those of another one."""
     return [n for n, c in counts.items() if sum(np.array_equal(c, other) for other in counts.values()) > 1]
 
 
 def _band(axis: Axes, shares: Array, where: Array, counts: Array, name: str) -> None:
-    """Median line and quartile band; infinite where that many runs did not arrive."""
+    """Draw a median line and quartile band, with gaps where too many runs did not arrive."""
     quartiles = np.array(
         [np.quantile(counts[where == s], [0.25, 0.5, 0.75], method="nearest") for s in shares]
     )
     quartiles[~np.isfinite(quartiles)] = np.nan
-    ours = name == OURS
-    axis.plot(
-        shares,
-        quartiles[:, 1],
-        color=COLOURS[name],
-        label=name,
-        lw=2.4 if ours else 1.4,
-        zorder=3 if ours else 2,
-    )
-    axis.fill_between(shares, quartiles[:, 0], quartiles[:, 2], color=COLOURS[name], alpha=0.12, lw=0)
+    colour = METHOD_COLOURS[name]
+    width, order = (2.4, 3) if name == OURS else (1.4, 2)
+    axis.plot(shares, quartiles[:, 1], color=colour, label=name, lw=width, zorder=order)
+    axis.fill_between(shares, quartiles[:, 0], quartiles[:, 2], color=colour, alpha=0.12, lw=0)
 
 
 def write(
@@ -360,19 +256,12 @@ def write(
     advices: Sequence[dict[str, Any]],
     found: dict[str, Any],
 ) -> None:
-    """JSON with everything, CSV with a row per case."""
+    """Write JSON with everything and CSV with a row per case."""
     names = [*found["fixed"], OURS, NOISY]
     with (options.output / "momentum_robustness.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                "share",
-                "seed",
-                *(f"{n} ({r})" for r in ("fixed", "hindsight") for n in found["fixed"]),
-                OURS,
-                NOISY,
-            ]
-        )
+        rivals_names = [f"{n} ({r})" for r in ("fixed", "hindsight") for n in found["fixed"]]
+        writer.writerow(["share", "seed", *rivals_names, OURS, NOISY])
         for i, case in enumerate(cases):
             rivals_of = [found[r][n][i] for r in ("fixed", "hindsight") for n in found["fixed"]]
             ours = [found["ours"][n]["counts"][i] for n in (OURS, NOISY)]
@@ -405,17 +294,11 @@ def _plain(value: float) -> float | None:
 
 def main() -> None:
     """Run every case, print the summary, write the files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--mixtures", type=int, default=20, help="shares of conflict from 0 to 1")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument(
-        "--noisy-seeds",
-        type=int,
-        default=3,
-        help="seeds in which ours also works from eigenvalues 10 %% wrong",
-    )
+    text = "seeds in which ours also works from eigenvalues 10 %% wrong"
+    parser.add_argument("--noisy-seeds", type=int, default=3, help=text)
     parser.add_argument("--size", type=int, default=10, help="numbers each player holds")
     parser.add_argument(
         "--candidates", type=int, default=24, help="settings tried for each game in hindsight"

@@ -20,7 +20,7 @@ from lightning_nested.modules import NestedModule, Unrolled
 
 
 class TunedDigits(NestedModule):
-    """Two layers; the two losses are all there is to write."""
+    """Network of two layers; only the two losses must be written."""
 
     def __init__(self, num_steps: int, rate: float, tune: bool) -> None:
         super().__init__(
@@ -32,15 +32,15 @@ class TunedDigits(NestedModule):
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10))
 
     def inner_loss(self, batch: Any) -> Tensor:
-        """Cross-entropy of a training batch."""
+        """Return the cross-entropy of a training batch."""
         return functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def outer_loss(self, batch: Any) -> Tensor:
-        """Cross-entropy of a validation batch."""
+        """Return the cross-entropy of a validation batch."""
         return functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Accuracy, for the closing table."""
+        """Log the accuracy, for the closing table."""
         right = (self.net(batch[0]).argmax(dim=1) == batch[1]).float().mean()
         self.log("test_accuracy", right, batch_size=len(batch[1]))
 

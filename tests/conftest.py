@@ -1,6 +1,7 @@
 """What every test shares: one thread, explicit generators, and data that may be missing."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +42,17 @@ def _global_state() -> Iterator[None]:
     torch.set_grad_enabled(True)
     assert dtype == torch.float32, f"the test left default dtype {dtype} behind: pass dtype= instead"
     assert grad, "the test left gradients disabled"
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in a folder of the test's own as the command does, and remove the variables that seeding leaves behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-nested"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own LightningCLI raises some
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

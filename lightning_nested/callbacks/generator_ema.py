@@ -1,4 +1,4 @@
-"""An exponential moving average of one network, counted in that network's own updates."""
+"""Exponential moving average of one network, counted in that network's own updates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_nested.networks.spectral_norm import spectral_norm_layers
 
 
 class GeneratorEMA(Callback):
-    """w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including update ``start``.
+    """Average w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including ``start``.
 
     An update is one step of the optimizer that holds the generator's parameters, so discriminator steps,
-    accumulated batches and epochs do not count. The average takes the generator's place during validation,
-    test and predict, and in :meth:`averaged`. It is in the callback's part of a checkpoint; the module's part
-    keeps the raw weights, from which training goes on.
+    accumulated batches and epochs do not count. The average replaces the generator's weights during validation,
+    test and predict. A checkpoint has it in the callback's state; the module's state keeps the raw weights, from
+    which training continues.
 
     Lightning's own ``EMAWeightAveraging`` averages the whole module on the Trainer's clock, which counts the
     steps of both players.
@@ -33,11 +33,10 @@ class GeneratorEMA(Callback):
         decay: d, per update of the generator.
         start: Updates during which the average is a plain copy.
         buffers: ``"average"`` running statistics like weights, as the reference does, or ``"copy"`` them.
-            The vectors of spectral norm are brought to unit length and matched to the averaged weights.
+            Vectors of spectral norm are normalized and matched to the averaged weights.
         module: Attribute of the LightningModule that is averaged.
 
     Raises:
-        ValueError: If the decay is not in [0, 1) or ``start`` is negative.
         MisconfigurationException: If the attribute is not a module, or not exactly one optimizer holds it.
     """
 
@@ -59,9 +58,10 @@ class GeneratorEMA(Callback):
         self.updates = 0
         self._average: nn.Module | None = None
         self._saved: dict[str, Tensor] | None = None
-        self._begun = False  # whether the average is of anything but the network's first values
-        self._host: nn.Module | None = None  # the network whose place the average has now
-        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        # True once the average holds more than the network's initial values.
+        self._begun = False
+        # A copy of the network with its own values, while it has the averaged ones.
+        self._raw: nn.Module | None = None
         self._hook: RemovableHandle | None = None
 
     @property
@@ -71,11 +71,11 @@ class GeneratorEMA(Callback):
 
     @property
     def stands_in(self) -> bool:
-        """Whether the generator has the averaged values now."""
-        return self._host is not None
+        """Return True while the generator has the averaged values."""
+        return self._raw is not None
 
     def averaged(self) -> nn.Module:
-        """A copy of the network with averaged weights and buffers, in evaluation mode: for export.
+        """Return a copy of the network with averaged weights and buffers, in evaluation mode, for export.
 
         Raises:
             RuntimeError: Before ``fit`` or the loading of a checkpoint.
@@ -95,14 +95,12 @@ class GeneratorEMA(Callback):
 
     @contextmanager
     def swapped(self, pl_module: LightningModule) -> Iterator[None]:
-        """Inside, the generator has the averaged values."""
+        """Give the generator the averaged values, and restore its own on exit."""
         self._stand_in(None, pl_module)
         try:
             yield
         finally:
             self._step_back(pl_module)
-
-    # ---- lifecycle
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -120,9 +118,7 @@ class GeneratorEMA(Callback):
             )
         wanted = {id(p) for p in network.parameters() if p.requires_grad}
         owners = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if any(id(p) in wanted for group in optimizer.param_groups for p in group["params"])
+            o for o in trainer.optimizers if any(id(p) in wanted for g in o.param_groups for p in g["params"])
         ]
         if len(owners) != 1:
             raise MisconfigurationException(
@@ -138,19 +134,18 @@ class GeneratorEMA(Callback):
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """One step of the recurrence; called after each step of the generator's optimizer."""
+        """Do one step of the recurrence; called after each step of the generator's optimizer."""
         averages = _tensors(self._matched(network))
         self._begun = True
         weight = 1.0 if self.updates <= self.start else 1.0 - self.decay
         for name, value in _tensors(network).items():
-            average = averages[name]
-            copied = not average.is_floating_point() or (
-                self.buffers == "copy" and not isinstance(value, nn.Parameter)
+            averaged = value.is_floating_point() and (
+                self.buffers == "average" or isinstance(value, nn.Parameter)
             )
-            if copied or weight == 1.0:
-                average.copy_(value)
+            if averaged and weight < 1.0:
+                averages[name].lerp_(value, weight)
             else:
-                average.lerp_(value, weight)
+                averages[name].copy_(value)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,21 +155,8 @@ class GeneratorEMA(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step_back(pl_module)
 
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stand_in(trainer, pl_module)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step_back(pl_module)
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stand_in(trainer, pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step_back(pl_module)
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -191,34 +173,28 @@ class GeneratorEMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         average = self._saved
         if self._average is not None and average is None:
-            now = self._average if self._host is None else self._host
-            average = {name: value.detach().clone() for name, value in now.state_dict().items()}
-            if self._host is not None:
-                for name, (u, v) in self._vectors.items():  # as they were before they were matched
-                    prefix = f"{name}." if name else ""
-                    average |= {f"{prefix}u": u.clone(), f"{prefix}v": v.clone()}
+            average = {name: value.clone() for name, value in self._average.state_dict().items()}
         return {"updates": self.updates, "average": average}
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """In a checkpoint made during validation, as SLURM's signal may ask for, raw weights are the module's."""
-        if self._host is not None and self._average is not None:
-            for name, value in self._average.state_dict().items():
-                checkpoint["state_dict"][f"{self.module}.{name}"] = value.detach().clone()
+        """Keep the raw weights in the module's part of a checkpoint made during validation, as on SLURM's signal."""
+        if self._raw is not None:
+            for name, value in self._raw.state_dict().items():
+                checkpoint["state_dict"][f"{self.module}.{name}"] = value
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Until the network is known, and where and how precise it is.
+        # Kept until the network, its device and its precision are known.
         self.updates, self._saved = state_dict["updates"], state_dict["average"]
 
-    # ---- the exchange
-
-    @torch.inference_mode(False)  # what is made in validation is trained on afterwards
+    # Tensors made in validation are trained on afterwards.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _matched(self, network: nn.Module) -> nn.Module:
-        """The average, on the network's device and as precise; before any update the network's own values."""
+        """Return the average, on the network's device and in its precision; before any update the network's values."""
         if self._average is None:
             raise RuntimeError(
                 "GeneratorEMA needs setup before it is used. Got a callback without an average."
@@ -227,7 +203,8 @@ class GeneratorEMA(Callback):
         if self._saved is not None:
             self._average.load_state_dict(self._saved)
             self._saved, self._begun = None, True
-        elif not self._begun:  # setup came before a checkpoint was loaded into the network
+        elif not self._begun:
+            # setup came before a checkpoint was loaded into the network.
             self._average.load_state_dict(network.state_dict())
         return self._average
 
@@ -239,28 +216,14 @@ class GeneratorEMA(Callback):
                 f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
                 "evaluated. Give module and decay as in training."
             )
-        self._swap(network, average)
-        self._host = network
-        self._vectors = {
-            name: (layer.u.clone(), layer.v.clone()) for name, layer in spectral_norm_layers(network).items()
-        }
+        self._raw = deepcopy(network)
+        _copy(average, network)
         _match_spectral_norm(network)
 
     def _step_back(self, pl_module: LightningModule) -> None:
-        network, average = self._network(pl_module), self._average
-        assert average is not None
-        for name, layer in spectral_norm_layers(network).items():
-            u, v = self._vectors[name]
-            layer.u.copy_(u)
-            layer.v.copy_(v)
-        self._swap(network, average)
-        self._host = None
-
-    def _swap(self, network: nn.Module, average: nn.Module) -> None:
-        here, there = _tensors(network), _tensors(average)
-        for name, value in here.items():
-            # The storages change places: no copy, and parameters stay those that the optimizer holds.
-            value.data, there[name].data = there[name].data, value.data
+        assert self._raw is not None
+        _copy(self._raw, self._network(pl_module))
+        self._raw = None
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         network = getattr(pl_module, self.module, None)
@@ -276,7 +239,14 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    values = _tensors(source)
+    for name, value in _tensors(target).items():
+        # Not seen by autograd: a graph may hold the target's parameters, which get their values back before its use.
+        value.data.copy_(values[name])
+
+
 def _match_spectral_norm(network: nn.Module) -> None:
-    """Averages of unit vectors are shorter than one: σ would be too small, and the network too large."""
+    """Iterate once: averaged unit vectors are shorter than one, so σ would be too small."""
     for layer in spectral_norm_layers(network).values():
         layer.iterate()

@@ -1,4 +1,4 @@
-"""A grid of samples of each class at the same z throughout a run."""
+"""Grids of samples of each class at the same z throughout a run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.callbacks.generative_metrics.callback import ClassConditionalSampler
+from lightning_nested.callbacks.generative_metrics.callback import ClassConditionalSampler, require_sampler
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 
 
 class SampleGrid(Callback):
-    """One row per class, each image from the same z at every time, to TensorBoard and to PNG files.
+    """Grid with one row per class, each image from the same z at every time, for TensorBoard and as PNG files.
 
     Files are ``grids/<game updates>.png`` under ``default_root_dir``. If :class:`GeneratorEMA` is among the callbacks,
     its average makes the images.
@@ -27,10 +26,9 @@ class SampleGrid(Callback):
             there is one more at the end of training.
         per_class: Images in a row.
         batch_norm: ``"running"``, ``"batch"`` or ``"standing"`` statistics.
-        seed: Of z.
+        seed: Seed of z.
 
     Raises:
-        ValueError: If a number is below 1, or ``batch_norm`` is none of these.
         MisconfigurationException: If the module cannot make samples of a class.
     """
 
@@ -49,11 +47,7 @@ class SampleGrid(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not hasattr(pl_module, "sample_for_metrics"):
-            raise MisconfigurationException(
-                "SampleGrid needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
-                f"Got {type(pl_module).__name__}."
-            )
+        require_sampler(self, pl_module)
 
     @override
     def on_train_batch_end(
@@ -71,12 +65,8 @@ class SampleGrid(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            every_n_updates=self.every_n_updates,
-            per_class=self.per_class,
-            batch_norm=self.batch_norm,
-            seed=self.seed,
-        )
+        options = ("every_n_updates", "per_class", "batch_norm", "seed")
+        return self._generate_state_key(**{name: getattr(self, name) for name in options})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -87,7 +77,7 @@ class SampleGrid(Callback):
         self._last = state_dict["last"]
 
     def grid(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        """The grid, ``(C, H, W)`` in [0, 1]."""
+        """Return the grid, ``(C, H, W)`` in [0, 1]."""
         from torchvision.utils import make_grid  # here, because it costs a second
 
         source = cast(ClassConditionalSampler, pl_module)

@@ -1,7 +1,5 @@
-"""The ``lightning-nested`` command."""
+"""Command ``lightning-nested``."""
 
 from lightning_nested.cli.main import main
 
-__all__ = [
-    "main",
-]
+__all__ = ["main"]

@@ -12,23 +12,23 @@ PROGRAM = "lightning-nested"
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configurations that come with the package, by name."""
+    """Return the configurations that come with the package, by name."""
     return {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
 
 
 def shipped_rides() -> dict[str, Path]:
-    """The configurations of ``ride``, by name."""
+    """Return the configurations of ``ride``, by name."""
     return {path.stem: path for path in sorted((CONFIG_FOLDER / "ride").glob("*.yaml"))}
 
 
 def resolve_config(value: str, shipped: dict[str, Path] | None = None) -> str:
-    """The file that ``--config value`` means.
+    """Return the file that ``--config value`` means.
 
-    An existing file is taken as it is, else a shipped configuration of that name, with or without ``.yaml``.
-    What cannot be such a name (an address, a folder's file, YAML text) is left to the parser.
+    An existing file comes first, then a shipped configuration of that name, with or without ``.yaml``. A value
+    that cannot be such a name (an address, a file in a folder, YAML text) is left to the parser.
 
     Raises:
-        ValueError: for a name that is neither (with close matches and all names).
+        ValueError: Another name; the message has close matches and all names.
 
     Example:
         >>> Path(resolve_config("digits")).name
@@ -41,9 +41,8 @@ def resolve_config(value: str, shipped: dict[str, Path] | None = None) -> str:
     if name not in shipped:
         for command, names in (("ride", shipped_rides()), ("fit", shipped_configs())):
             if name in names:
-                raise ValueError(
-                    f"`--config {name}` belongs to another command: {PROGRAM} {command} --config {name}"
-                )
+                cure = f"{PROGRAM} {command} --config {name}"
+                raise ValueError(f"`--config {name}` belongs to another command: {cure}")
         raise ValueError(
             f"`--config` must be a file or a configuration of the package ({', '.join(shipped)}). "
             f"Got {value!r}{close_matches(name, shipped)}"
@@ -52,11 +51,7 @@ def resolve_config(value: str, shipped: dict[str, Path] | None = None) -> str:
 
 
 def resolve_configs(arguments: Iterable[str], shipped: dict[str, Path] | None = None) -> list[str]:
-    """The arguments with the value of each ``--config`` resolved, in any of the forms argparse accepts.
-
-    Raises:
-        ValueError: as ``resolve_config``.
-    """
+    """Resolve the value of each ``--config``, in any of the forms argparse accepts, as :func:`resolve_config`."""
     resolved: list[str] = []
     expects_value = False
     for argument in arguments:
@@ -72,13 +67,13 @@ def resolve_configs(arguments: Iterable[str], shipped: dict[str, Path] | None = 
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:
-    """A question to end an error with, or nothing if no known word is close or begins with this one.
+    """Return a question to end an error with, or nothing if no known word is close or begins with this one.
 
     Example:
         >>> close_matches("digit", ["digits", "cifar10"])
         '. Did you mean digits?'
     """
-    # Compared without case: `imageclassifier` is one slip away from `ImageClassifier`, not two.
+    # Compared without case: `imageclassifer` is one slip away from `ImageClassifier`, not three.
     by_lower = {name.lower(): name for name in known}
     begins = [name for name in by_lower if len(word) > 2 and name.startswith(word.lower())]
     close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)

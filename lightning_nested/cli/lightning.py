@@ -1,4 +1,4 @@
-"""LightningCLI with our classes known by short name, our configurations by name, and errors that help."""
+"""LightningCLI with classes by short name, configurations by name, and errors with close matches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _BASES = (
 
 
 def import_classes() -> None:
-    """Make the classes of this package known to parsers."""
+    """Import the classes of this package, which makes their short names known to parsers."""
     for package in _PACKAGES:
         import_module(f"lightning_nested.{package}")
 
@@ -64,29 +64,28 @@ class NestedArgumentParser(LightningArgumentParser):
 
     @override
     def print_usage(self, file: Any = None) -> None:
-        # Called before an error is printed: the full usage, of over a hundred lines, would bury it.
+        # Called before an error is printed: the full usage of over a hundred lines would bury it.
         print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file or sys.stdout)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        hints = dict.fromkeys(_hints(message, parser))  # without repetitions, in order
-        super().error("\n".join([message, *hints]), ex)
+        super().error("\n".join([message, *dict.fromkeys(_hints(message, parser))]), ex)
 
 
 class NestedCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` of any LightningModule on any LightningDataModule.
+    """Command line for ``fit``, ``validate``, ``test`` and ``predict`` of any LightningModule on any data.
 
-    Classes of this package, of Lightning and of ``torch.optim`` go by their short names
-    (``--model ImageClassifier``), others by their import path. ``--config`` takes a file or the name of a
-    configuration of the package. Data may be left out for modules that bring their own.
+    Classes of this package, of Lightning and of ``torch.optim`` have short names (``--model ImageClassifier``),
+    others need their import path. ``--config`` takes a file or the name of a configuration of the package. Data
+    may be left out for modules that bring their own.
 
-    There are no options ``--optimizer`` and ``--lr_scheduler``: a module here can have several, and takes
-    each as an argument of its own (``--model.optimizer Adam``).
+    There are no options ``--optimizer`` and ``--lr_scheduler``: a module can have several, and takes each as an
+    argument of its own (``--model.optimizer Adam``).
 
     Args:
-        args: as LightningCLI's; ``None`` for the arguments of the process.
-        **kwargs: further arguments of LightningCLI.
+        args: Arguments of LightningCLI; None: those of the process.
+        **kwargs: Further arguments of LightningCLI.
     """
 
     def __init__(self, *, args: ArgsType = None, **kwargs: Any) -> None:
@@ -94,7 +93,7 @@ class NestedCLI(LightningCLI):
         defaults: dict[str, Any] = {
             "model_class": LightningModule,
             "subclass_mode_model": True,
-            "subclass_mode_data": True,  # with no datamodule_class: any, and not required
+            "subclass_mode_data": True,
             "auto_configure_optimizers": False,
             "parser_class": NestedArgumentParser,
             "parser_kwargs": {"prog": "lightning-nested"},
@@ -109,8 +108,8 @@ class NestedCLI(LightningCLI):
             "--num_threads",
             type=PositiveInt | None,
             default=None,
-            help="Threads of one torch operation. Small networks want 1: on a busy machine two threads "
-            "that wait for each other made a run ten times slower. (default: torch's own choice)",
+            help="Threads of one torch operation. Set 1 for small networks: on a busy machine two threads "
+            "that waited for each other made a run ten times slower. (default: torch's own choice)",
         )
 
     @override
@@ -137,68 +136,75 @@ class NestedCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             ours = _raised_here(error)
-            if ours is None:  # a bug, or a class of the user's: the traceback is wanted
+            # Otherwise it is a bug, or from a class of the user's, and the traceback is needed.
+            if ours is None:
                 raise
             subcommand_parser(self).error(str(ours), ours)
 
     @override
     def after_instantiate_classes(self) -> None:
         if isinstance(self.datamodule, InMemoryDataModule):
-            # Good advice for data that is decoded; here a worker process only adds its own cost.
+            # Data in memory needs no worker processes: they would only cost time.
             warnings.filterwarnings("ignore", message=".*does not have many workers")
 
 
 def _raised_here(error: BaseException | None) -> ValueError | None:
-    """The innermost argument error in the chain that was raised by a class of this package."""
+    """Return the innermost argument error in the chain that was raised by a class of this package."""
     if error is None:
         return None
     inner = _raised_here(error.__cause__ or error.__context__)
     if inner is not None or not isinstance(error, ValueError):
         return inner
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return (
-        error if frames and frames[-1].f_globals.get("__name__", "").startswith("lightning_nested.") else None
-    )
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return error if module.startswith("lightning_nested.") else None
 
 
 def _hints(message: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Close matches for the unknown options, classes and arguments that an error of jsonargparse names."""
-    found = re.search(r"unrecognized arguments: (.*)", message)
-    options = [word.partition("=")[0] for word in found[1].split() if word.startswith("--")] if found else []
-    for option in options:
-        yield from _hint(option, _option_strings(parser))
-    for key in re.findall(r"does not accept option '([^']+)'", message):
-        yield from _hint(key, (option.removeprefix("--") for option in _option_strings(parser)))
-    for name in re.findall(r"Expected a dot import path string: (\S+)", message):
-        yield from _hint(name, _class_names())
-    for module, name in re.findall(r"module '([^']+)' has no attribute '([^']+)'", message):
-        yield from _hint(name, dir(import_module(module)))
-    refused = [
-        *re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message),
-        # A class that a callable stands for, as an optimizer, comes in the other order.
+    """Yield close matches for the unknown options, classes and arguments that an error of jsonargparse names."""
+    options = list(_option_strings(parser))
+    unrecognized = " ".join(re.findall(r"unrecognized arguments: (.*)", message))
+    unknown: list[tuple[str, Iterable[str]]] = [
+        *((option, options) for option in re.findall(r"(?:^|\s)(--[^\s=]+)", unrecognized)),
         *(
-            (class_path, option)
+            (key, [option.removeprefix("--") for option in options])
+            for key in re.findall(r"does not accept option '([^']+)'", message)
+        ),
+        *(
+            (name, _class_names())
+            for name in re.findall(r"Expected a dot import path string: (\S+)", message)
+        ),
+        *(
+            (name, dir(import_module(module)))
+            for module, name in re.findall(r"module '([^']+)' has no attribute '([^']+)'", message)
+        ),
+        *(
+            (option, _parameter_names(class_path))
+            for class_path, option in re.findall(
+                r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message
+            )
+        ),
+        # For a class behind a callable, as an optimizer, the message has the other order.
+        *(
+            (option, _parameter_names(class_path))
             for option, class_path in re.findall(
                 r"Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'", message
             )
         ),
     ]
-    for class_path, option in refused:
-        yield from _hint(option, _parameter_names(class_path))
+    for word, known in unknown:
+        question = close_matches(word, known)
+        if question:
+            yield f"{word}{question.replace('. Did', ': did')}"
     if "arguments are required" in message and "model" in message:
         yield "Give a configuration (--config NAME, see `lightning-nested configs`) or --model CLASS."
-
-
-def _hint(word: str, known: Iterable[str]) -> Iterator[str]:
-    question = close_matches(word, known)
-    if question:
-        yield f"{word}{question.replace('. Did', ': did')}"
 
 
 def _option_strings(parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         yield from action.option_strings
-        if isinstance(action.choices, dict):  # subcommands
+        # Subcommands.
+        if isinstance(action.choices, dict):
             for subparser in action.choices.values():
                 yield from _option_strings(subparser)
 
@@ -218,10 +224,6 @@ def _subclasses(base: type) -> Iterator[type]:
 
 def _parameter_names(class_path: str) -> set[str]:
     module, _, name = class_path.rpartition(".")
-    cls = getattr(import_module(module), name)
-    return {
-        parameter
-        for owner in inspect.getmro(cls)
-        if "__init__" in vars(owner)
-        for parameter in inspect.signature(vars(owner)["__init__"]).parameters
-    } - {"self", "args", "kwargs"}
+    constructors = (vars(owner).get("__init__") for owner in getattr(import_module(module), name).__mro__)
+    names = {p for init in constructors if init for p in inspect.signature(init).parameters}
+    return names - {"self", "args", "kwargs"}

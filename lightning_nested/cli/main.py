@@ -1,7 +1,7 @@
-"""The ``lightning-nested`` command.
+"""Command ``lightning-nested``.
 
-This file imports nothing heavy: ``--help``, ``--version``, the list of configurations and a misspelt name
-answer at once. Lightning is loaded when a command runs that needs it.
+This file imports nothing heavy: ``--help``, ``--version``, the list of configurations and errors about names come
+at once. Lightning is loaded by the commands that need it.
 """
 
 from __future__ import annotations
@@ -25,25 +25,17 @@ from lightning_nested.cli.configs import (
 
 
 class Command(NamedTuple):
-    """A subcommand.
-
-    Attributes:
-        summary: its line in ``--help``.
-        run: called with the arguments from the command's own name on.
-    """
+    """Subcommand: its line in ``--help``, and a function of the arguments from the command's own name on."""
 
     summary: str
     run: Callable[[list[str]], None]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
+    """Run the command line; exit with status 2 if the arguments are wrong.
 
     Args:
-        args: arguments after the program's name; ``None`` for those of the process.
-
-    Raises:
-        SystemExit: with status 2 if the arguments are wrong.
+        args: Arguments after the program's name; None: those of the process.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments:
@@ -63,10 +55,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def paused_collection() -> Iterator[None]:
-    """For imports: no garbage is looked for meanwhile.
+    """Pause garbage collection, for imports.
 
-    Importing Lightning makes a million objects that stay. Looking for garbage among them, time and again, took a
-    fifth of the time and found none.
+    Importing Lightning makes a million objects that stay; searching them for garbage took a fifth of the time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -77,11 +68,18 @@ def paused_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _run_lightning(arguments: list[str]) -> None:
-    try:  # before the seconds that importing Lightning takes
-        resolved = resolve_configs(arguments)
-    except ValueError as error:
+@contextmanager
+def _errors_in_short() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
         _fail(str(error))
+
+
+def _run_lightning(arguments: list[str]) -> None:
+    # Before the seconds that importing Lightning takes.
+    with _errors_in_short():
+        resolved = resolve_configs(arguments)
     with paused_collection():
         from lightning_nested.cli.lightning import NestedCLI, import_classes
 
@@ -90,10 +88,8 @@ def _run_lightning(arguments: list[str]) -> None:
 
 
 def _run_ride(arguments: list[str]) -> None:
-    try:
+    with _errors_in_short():
         resolved = resolve_configs(arguments[1:], shipped_rides())
-    except ValueError as error:
-        _fail(str(error))
     with paused_collection():
         from lightning_nested.cli.ride import run_ride
     run_ride(resolved)
@@ -102,14 +98,12 @@ def _run_ride(arguments: list[str]) -> None:
 def _show_configs(arguments: list[str]) -> None:
     if len(arguments) > 2 or "-h" in arguments or "--help" in arguments:
         print(f"usage: {PROGRAM} configs [NAME]\n\nList the configurations of the package, or print one.")
-    elif len(arguments) == 2:
-        try:
-            known = shipped_configs() | shipped_rides()
-            print(Path(resolve_config(arguments[1], known)).read_text(encoding="utf-8"), end="")
-        except (OSError, ValueError) as error:
-            _fail(str(error))
+        return
+    shipped = shipped_configs() | shipped_rides()
+    if len(arguments) == 2:
+        with _errors_in_short():
+            print(Path(resolve_config(arguments[1], shipped)).read_text(encoding="utf-8"), end="")
     else:
-        shipped = shipped_configs() | shipped_rides()
         width = max(map(len, shipped), default=0)
         for name, path in shipped.items():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -118,11 +112,11 @@ def _show_configs(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Command] = {
-    "fit": Command("train, tuning hyperparameters on the way", _run_lightning),
+    "fit": Command("train a model; its hyperparameters can be tuned in the same run", _run_lightning),
     "validate": Command("evaluate on the validation data", _run_lightning),
     "test": Command("evaluate on the test data", _run_lightning),
     "predict": Command("run the model on the prediction data", _run_lightning),
-    "ride": Command("branch a game's training and write down its different solutions", _run_ride),
+    "ride": Command("branch the training of a game and write its different solutions to files", _run_ride),
     "configs": Command("list the configurations that come with the package, or print one", _show_configs),
 }
 

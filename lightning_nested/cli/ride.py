@@ -1,4 +1,4 @@
-"""``lightning-nested ride``: branch a small game's training, and write down the different solutions."""
+"""``lightning-nested ride``: branch the training of a small game, and write its solutions to files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import csv
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -22,15 +23,17 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from typing_extensions import override
 
+# Short names of classes resolve once they are imported.
 import lightning_nested.games
-import lightning_nested.optim  # short names of classes resolve once they are imported
+import lightning_nested.optim
 from lightning_nested.cli.configs import shipped_rides
 from lightning_nested.dynamics import GeneralizedRidgeRider, InProcess, Processes, RideTree
 from lightning_nested.dynamics.riders.executors import Executor
 from lightning_nested.games import Game
 from lightning_nested.linalg.vectors import Vector
 
-_SHOWN = 4  # solutions on a branching point's line
+# Solutions on a branching point's line.
+_SHOWN = 4
 
 
 def _games() -> list[str]:
@@ -39,7 +42,7 @@ def _games() -> list[str]:
 
 
 class _Parser(ArgumentParser):
-    """Errors without the usage of fifty lines."""
+    """Parser that prints errors without the usage of fifty lines."""
 
     @override
     def print_usage(self, file: Any = None) -> None:
@@ -55,44 +58,37 @@ class _Parser(ArgumentParser):
 
 
 def ride_parser() -> ArgumentParser:
-    """The options of the command."""
+    """Return the parser of the command's options."""
     parser = _Parser(
         prog="lightning-nested ride",
-        description="Find branching points of a game's training and the solutions on either side.",
+        description="Find points where the training of a game branches, and the solutions on either side.",
     )
-    parser.add_argument("--config", action="config", help="A file, or the name of a shipped ride.")
-    parser.add_argument(
-        "--seed_everything", type=NonNegativeInt, default=0, help="Of the first start; the next follow."
+    option = parser.add_argument
+    option("--config", action="config", help="A file, or the name of a ride of the package.")
+    option("--seed_everything", type=NonNegativeInt, default=0, help="Seed of the first start.")
+    option("--starts", type=PositiveInt, default=10, help="Number of start points, one seed each.")
+    option(
+        "--output", type=Path, default=Path("ride"), help="Folder of results; an interrupted ride continues."
     )
-    parser.add_argument("--starts", type=PositiveInt, default=10, help="Start points, one seed each.")
-    parser.add_argument(
-        "--output", type=Path, default=Path("ride"), help="Folder of results; a ride goes on in it."
-    )
-    parser.add_argument(
-        "--workers", type=PositiveInt, default=1, help="Short for an executor of so many Processes."
-    )
-    parser.add_subclass_arguments(
-        Executor,
-        "executor",
-        required=False,
-        default={"class_path": "InProcess"},
-        help="Where branches run: InProcess, Processes or Ray.",
-    )
-    parser.add_argument("--num_threads", type=PositiveInt, default=1, help="Threads of one torch operation.")
-    parser.add_argument("--figure", type=bool, default=True, help="Draw ride.png.")
+    option("--workers", type=PositiveInt, default=1, help="Processes; short for --executor Processes.")
+    text = "Executor of branches: InProcess, Processes or Ray."
+    default = {"class_path": "InProcess"}
+    parser.add_subclass_arguments(Executor, "executor", required=False, default=default, help=text)
+    option("--num_threads", type=PositiveInt, default=1, help="Threads of one torch operation.")
+    option("--figure", type=bool, default=True, help="Draw ride.png.")
     parser.add_subclass_arguments(Game, "game", required=True)
-    parser.add_argument(
+    option(
         "--optimizer",
         type=Callable[[list[Tensor]], Optimizer],
         default={"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
-        help="What rides: an optimizer that update_map knows.",
+        help="Optimizer of the training; one that update_map knows.",
     )
     parser.add_class_arguments(GeneralizedRidgeRider, "rider", skip={"executor"}, as_group=True)
     return parser
 
 
 def run_ride(arguments: Sequence[str]) -> RideTree:
-    """Parse, ride, and write ``solutions.json``, ``branches.csv`` and ``ride.png`` into the output folder."""
+    """Parse the arguments, ride, and write ``solutions.json``, ``branches.csv`` and ``ride.png``."""
     parser = ride_parser()
     _check_files(parser, arguments)
     config = parser.parse_args(list(arguments))
@@ -102,9 +98,9 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
         game, rider = _objects(parser, config)
         seeds = range(config.seed_everything, config.seed_everything + config.starts)
         starts = [tuple(p.detach() for p in game.initial(torch.Generator().manual_seed(s))) for s in seeds]
-        with _Bar() as bar:
+        with _progress() as progress:
             tree: RideTree = rider.ride(
-                game.losses, starts, optimizer, folder=config.output, progress=bar.update
+                game.losses, starts, optimizer, folder=config.output, progress=progress
             )
     except OSError as error:
         parser.error(f"--output must be a folder that can be written. Got {config.output}: {error}.", error)
@@ -122,7 +118,7 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
 
 
 def _check_files(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """The parser's own error does not say which file cannot be read."""
+    """Name the file that cannot be read, which the parser's own error does not."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name = argument if before == "--config" else argument.partition("--config=")[2]
         if name and Path(name).is_file():
@@ -133,7 +129,7 @@ def _check_files(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _objects(parser: ArgumentParser, config: Namespace) -> tuple[Game, GeneralizedRidgeRider]:
-    # The method was called otherwise before jsonargparse 4.49.
+    # The method had another name before jsonargparse 4.49.
     objects = getattr(parser, "instantiate", parser.instantiate_classes)(config)
     executor: Executor = objects.executor
     if config.workers > 1:
@@ -146,31 +142,24 @@ def _objects(parser: ArgumentParser, config: Namespace) -> tuple[Game, Generaliz
     return game, replace(objects.rider, executor=executor)
 
 
-class _Bar:
-    """One progress bar for each kind of work."""
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that shows one progress bar for each kind of work."""
+    with ExitStack() as bars:
+        shown: dict[str, tqdm[Any]] = {}
 
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._what = ""
+        def update(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                bars.close()
+                shown.clear()
+                shown[what] = bars.enter_context(tqdm(total=total, desc=what, unit="branch"))
+            shown[what].update(done - shown[what].n)
 
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, what: str, done: int, total: int) -> None:
-        """A chunk was finished."""
-        if what != self._what or self._bar is None:
-            if self._bar is not None:
-                self._bar.close()
-            self._bar, self._what = tqdm(total=total, desc=what, unit="branch"), what
-        self._bar.update(done - self._bar.n)
+        yield update
 
 
 def write_results(tree: RideTree, game: Game, like: Vector, folder: Path) -> None:
-    """``solutions.json``: a list, best first. ``branches.csv``: a row per node of the tree."""
+    """Write ``solutions.json``, a list with the best first, and ``branches.csv``, a row per node of the tree."""
     solutions = []
     for s in tree.solutions():
         end = tree.branches[s.branches[0]]
@@ -193,7 +182,7 @@ def write_results(tree: RideTree, game: Game, like: Vector, folder: Path) -> Non
 
 
 def print_tree(tree: RideTree) -> None:
-    """A line for each branching point and its solutions, then all solutions ranked."""
+    """Print a line for each branching point and its solutions, then all solutions ranked."""
     print("\nbranching point  top exponent  solutions below it (losses × branches)")
     for root in tree.roots:
         solutions = tree.solutions(tree.below(root.name))
@@ -220,7 +209,7 @@ def _losses(values: Sequence[float]) -> str:
 
 
 def _optimizer(config: Namespace | dict[str, Any]) -> Callable[[list[Tensor]], Optimizer]:
-    """The class with its options: unlike a parser's closure it can be sent to another process."""
+    """Return the class with its options; unlike a parser's closure it can be sent to another process."""
     options = config if isinstance(config, dict) else config.as_dict()
     module, _, name = options["class_path"].rpartition(".")
     cls = getattr(import_module(module), name)

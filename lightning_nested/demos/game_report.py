@@ -1,4 +1,4 @@
-"""How fast a zoo game came to its solution, against what its spectrum predicts."""
+"""Report on how fast a zoo game came to its solution, against the prediction of its spectrum."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_nested.trainer.run_folder import run_folder, write_report
 
 
 class GameReport(Callback):
-    """At the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png`` of a :class:`ZooGame`.
+    """Report of a :class:`ZooGame` at the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png``.
 
     The measured rate is the mean factor of the distance per game update over the second half of the run, down to the
-    point where rounding takes over. Beside it stands the prediction of the last measurement of a
+    point where rounding takes over. It is reported with the prediction of the last measurement of a
     :class:`GameSpectrumCallback`, if the Trainer has one.
 
     Args:
-        name: Of the figure's file.
+        name: Name of the figure's file.
 
     Attributes:
-        results: What was written; empty before the end of ``fit``.
+        results: Content of ``results.json``; empty before the end of ``fit``.
     """
 
     def __init__(self, name: str = "game") -> None:
@@ -60,15 +60,12 @@ class GameReport(Callback):
         figure = game_figure(pl_module, self.results)
         write_report(trainer, folder, self.name, self.results, figure, pl_module.game_updates)
         print(
-            summary_line(self.results),
-            f"{folder / self.name}.png and results.json beside it",
-            sep="\n",
-            flush=True,
+            f"{summary_line(self.results)}\n{folder / self.name}.png and results.json beside it", flush=True
         )
 
 
 def measured_rate(distances: list[float]) -> float | None:
-    """Mean factor per step over the second half of the positive, unrounded part; None where that is too short.
+    """Return the mean factor per step over the second half of the unrounded part; None where that is too short.
 
     >>> round(measured_rate([0.9**t for t in range(100)]), 12)
     0.9

@@ -1,16 +1,13 @@
-"""What tuning example weights was worth, where the wrong labels are known: a table, a figure, numbers."""
+"""Report on the value of tuned example weights where the wrong labels are known: a table, a figure, numbers."""
 
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,19 +19,19 @@ from lightning_nested.demos.reference_runs import fit_like, test_like
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
 from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.run_folder import run_folder, write_report
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _METRIC = "test_accuracy"
 
 
 class LabelNoiseReport(Callback):
-    """Measures, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
+    """Measure, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
 
-    The module as it was before training is trained twice more, untuned: on the same noisy labels, and on the
+    A copy of the untrained module is trained twice more without tuning: on the same noisy labels, and on the
     right labels of the same images; as many steps, with the same optimizer, batches and random numbers. The
-    three models are then tested. That is the only use of the test set, and nothing in the run depends on it.
-    How well the weights tell right from wrong labels is their area under the ROC curve: the probability that
-    a right label weighs more than a wrong one.
+    three models are then tested, which is the only use of the test set. The area under the ROC curve of the
+    weights is the probability that a right label weighs more than a wrong one.
 
     Prints a table; writes ``results.json`` and the figure ``<name>.png`` into the folder of the run's logger
     (without a logger into ``default_root_dir``), and the figure to TensorBoard.
@@ -43,10 +40,10 @@ class LabelNoiseReport(Callback):
     ``wrong_label_fraction``; the module must log ``test_accuracy`` in ``test_step``.
 
     Args:
-        name: Of the figure's file.
+        name: Name of the figure's file.
 
     Attributes:
-        results: What was written into ``results.json``; empty before the end of ``fit``.
+        results: Content of ``results.json``; empty before the end of ``fit``.
 
     Raises:
         MisconfigurationException: In ``setup``: more than one process, a datamodule without known wrong
@@ -61,9 +58,8 @@ class LabelNoiseReport(Callback):
         self._tuner: HypergradientCallback | None = None
         self._stream: RandomStream | None = None
         self._began = 0.0
-        self._traced = 0  # outer steps that the trace has seen
-
-    # ---- lifecycle
+        # Outer steps in the trace.
+        self._traced = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,11 +80,12 @@ class LabelNoiseReport(Callback):
         self._initial = copy.deepcopy(pl_module)
         for hyperparameter in self._tuner.outer.hyperparameters:
             if isinstance(hyperparameter, BoundHyperparameter):
-                setattr(self._initial, hyperparameter.name, None)  # the references are untuned
+                # The references are untuned.
+                setattr(self._initial, hyperparameter.name, None)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The tuning callback leaves the global stream alone: from here the references see the same batches.
+        # The references start from this random state: the tuning callback does not draw from it, so batches agree.
         self._stream = RandomStream.snapshot(trainer.strategy.root_device)
         self._began = time.perf_counter()
 
@@ -118,13 +115,18 @@ class LabelNoiseReport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._tuner is not None
         assert self._initial is not None
+        assert self._stream is not None
         seconds = {"tuned": time.perf_counter() - self._began}
-        tuned = copy.deepcopy(self._initial)  # pl_module itself stays with its own Trainer
+        # A copy, because pl_module belongs to its own Trainer.
+        tuned = copy.deepcopy(self._initial)
         tuned.load_state_dict(pl_module.state_dict())
         accuracy = {"tuned": self._accuracy(trainer, tuned)}
         for row, clean in (("untuned", False), ("clean_labels", True)):
             began = time.perf_counter()
-            accuracy[row] = self._accuracy(trainer, self._train_reference(trainer, use_clean_labels=clean))
+            reference = copy.deepcopy(self._initial)
+            with self._stream.replay():
+                fit_like(trainer, reference, use_clean_labels=clean)
+            accuracy[row] = self._accuracy(trainer, reference)
             seconds[row] = time.perf_counter() - began
         weights, wrong = _example_weights(self._tuner).cpu(), _known_wrong_labels(trainer)
         count = int(wrong.sum())
@@ -142,14 +144,20 @@ class LabelNoiseReport(Callback):
             "skipped_outer_steps": self._tuner.skipped_steps,
             "seconds_by_training": seconds,
         }
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._draw(trainer, weights, folder / f"{self.name}.png")
-        self.results["seconds"] = time.perf_counter() - self._began
-        (folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
-        print(
-            _table(self.results), f"{folder / self.name}.png and results.json beside it", sep="\n", flush=True
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        figure = label_noise_figure(
+            weights=weights,
+            wrong=wrong,
+            images=data.train_images,
+            given=data.train_labels,
+            clean=data.train_labels_clean,
+            trace=self._trace,
+            summary=_summary(self.results),
         )
+        self.results["seconds"] = time.perf_counter() - self._began
+        folder = run_folder(trainer)
+        write_report(trainer, folder, self.name, self.results, figure, trainer.global_step)
+        print(f"{_table(self.results)}\n{folder / self.name}.png and results.json beside it", flush=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -159,19 +167,10 @@ class LabelNoiseReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._trace = Trace(**state_dict)
 
-    # ---- the references and the figure
-
-    def _train_reference(self, trainer: Trainer, *, use_clean_labels: bool) -> LightningModule:
-        assert self._initial is not None
-        assert self._stream is not None
-        module = copy.deepcopy(self._initial)
-        with self._stream.replay():
-            fit_like(trainer, module, use_clean_labels=use_clean_labels)
-        return module
-
     def _accuracy(self, trainer: Trainer, module: LightningModule) -> float:
         assert self._stream is not None
-        with self._stream.replay():  # a pass over a loader draws random numbers
+        # A pass over a loader draws random numbers.
+        with self._stream.replay():
             metrics = test_like(trainer, module)
         if _METRIC not in metrics:
             raise MisconfigurationException(
@@ -179,23 +178,6 @@ class LabelNoiseReport(Callback):
                 f"{type(module).__name__}.test_step; add self.log({_METRIC!r}, ...)."
             )
         return float(metrics[_METRIC])
-
-    def _draw(self, trainer: Trainer, weights: Tensor, path: Path) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        figure = label_noise_figure(
-            weights=weights,
-            wrong=data.wrong,
-            images=data.train_images,
-            given=data.train_labels,
-            clean=data.train_labels_clean,
-            trace=self._trace,
-            summary=_summary(self.results),
-        )
-        figure.savefig(path)
-        for logger in trainer.loggers:
-            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-            if add_figure is not None:
-                add_figure(self.name, figure, trainer.global_step)
 
 
 def _known_wrong_labels(trainer: Trainer) -> Tensor:
@@ -219,7 +201,7 @@ def _known_wrong_labels(trainer: Trainer) -> Tensor:
 
 
 def _tuner(trainer: Trainer, num_examples: int) -> HypergradientCallback:
-    """The callback whose example weights are judged."""
+    """Return the callback that tunes the weights of all examples."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, HypergradientCallback):
             for hyperparameter in callback.outer.hyperparameters:
@@ -232,25 +214,20 @@ def _tuner(trainer: Trainer, num_examples: int) -> HypergradientCallback:
 
 
 def _example_weights(tuner: HypergradientCallback) -> Tensor:
-    (weights,) = (
-        next(h for h in tuner.outer.hyperparameters if isinstance(h, ExampleWeights)).values().values()
-    )
+    found = next(h for h in tuner.outer.hyperparameters if isinstance(h, ExampleWeights))
+    (weights,) = found.values().values()
     return weights
 
 
 def _quantiles(values: Tensor) -> list[float]:
-    return [
-        float(q) for q in values.quantile(torch.tensor(_QUANTILES, dtype=values.dtype, device=values.device))
-    ]
+    levels: list[float] = values.quantile(values.new_tensor(_QUANTILES)).tolist()
+    return levels
 
 
 def _auroc(weights: Tensor, wrong: Tensor) -> float:
     from sklearn.metrics import roc_auc_score  # here, because it costs most of a second
 
     return float(roc_auc_score((~wrong).numpy(), weights.double().numpy()))
-
-
-# ---- words
 
 
 def _summary(results: Mapping[str, Any]) -> str:

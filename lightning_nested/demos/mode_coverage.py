@@ -1,4 +1,4 @@
-"""Which modes of a mixture of Gaussians does a generator cover?"""
+"""Report on the modes of a mixture of Gaussians that a generator covers."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from lightning_nested.trainer.run_folder import run_folder, write_report
 
 
 class ModeCoverage(Callback):
-    """Counts covered modes and good samples of a :class:`GANModule` while it trains.
+    """Count the covered modes and good samples of a :class:`GANModule` while it trains.
 
     A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
     at least ``at_least`` such samples are nearest to it. Samples are drawn in evaluation mode with random
-    numbers of their own: training does not notice. Logs ``modes_covered`` and ``high_quality`` against game
-    updates; at the end prints a line and writes ``results.json`` and the figure ``<name>.png``. Of several in one
-    Trainer each logs ``<name>/modes_covered`` and ``<name>/high_quality``, and writes ``<name>.json``.
+    numbers of their own, without side effects on training. Logs ``modes_covered`` and ``high_quality`` against
+    game updates; at the end prints a line and writes ``results.json`` and the figure ``<name>.png``. With several
+    in one Trainer each logs ``<name>/modes_covered`` and ``<name>/high_quality``, and writes ``<name>.json``.
     Metz et al. (2017), ICLR; Srivastava et al. (2017), NeurIPS 30.
 
     Args:
         every_n_updates: Game updates between counts.
         num_samples: Samples drawn for a count.
         at_least: Samples that make a mode covered.
-        seed: Of the samples' latents.
-        name: Of the figure's file; several in one Trainer must differ in it.
+        seed: Seed of the samples' latents.
+        name: Name of the figure's file; several in one Trainer must differ in it.
 
     Attributes:
         history: ``(game_updates, modes, share of high quality)`` of each count.
 
     Raises:
-        ValueError: A number below 1.
         MisconfigurationException: In ``setup``: no ``sample`` in the module, or no ``centres`` and ``std`` in the
             datamodule; two with one name.
     """
@@ -58,7 +57,8 @@ class ModeCoverage(Callback):
         self.every_n_updates, self.num_samples, self.at_least = every_n_updates, num_samples, at_least
         self.seed, self.name = seed, name
         self.history: list[tuple[int, int, float]] = []
-        self._pictures: list[tuple[int, Tensor]] = []  # samples at each count, on CPU
+        # Samples at each count, on CPU.
+        self._pictures: list[tuple[int, Tensor]] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,10 +71,11 @@ class ModeCoverage(Callback):
                 f"{type(pl_module).__name__} on {type(data).__name__}; use GANModule on "
                 "MixtureOfGaussiansDataModule."
             )
-        if len({callback.name for callback in _of(trainer)}) < len(_of(trainer)):
+        names = [callback.name for callback in _of(trainer)]
+        if len(set(names)) < len(names):
             raise MisconfigurationException(
-                "Several ModeCoverage in one Trainer must have names of their own, of which their files are called. "
-                f"Got {[callback.name for callback in _of(trainer)]}; give name=..."
+                "Several ModeCoverage in one Trainer must have names of their own, which name their files. "
+                f"Got {names}; give name=..."
             )
 
     @override
@@ -93,7 +94,8 @@ class ModeCoverage(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         folder = run_folder(trainer)
-        if not trainer.is_global_zero or not self.history:  # none of a fit without a step
+        # A fit without a step has no history.
+        if not trainer.is_global_zero or not self.history:
             return
         if self.history[-1][0] != pl_module.game_updates:
             self._measure(trainer, pl_module)
@@ -112,22 +114,16 @@ class ModeCoverage(Callback):
         write_report(trainer, folder, self.name, results, figure, updates, file=file)
         print(
             f"\n{modes} of {len(data.centres)} modes covered (by at least {self.at_least} of {self.num_samples} "
-            f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates",
+            f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates\n"
             f"{folder / self.name}.png and {file} beside it",
-            sep="\n",
             flush=True,
         )
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            every_n_updates=self.every_n_updates,
-            num_samples=self.num_samples,
-            at_least=self.at_least,
-            seed=self.seed,
-            name=self.name,
-        )
+        options = ("every_n_updates", "num_samples", "at_least", "seed", "name")
+        return self._generate_state_key(**{name: getattr(self, name) for name in options})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -156,5 +152,5 @@ class ModeCoverage(Callback):
 
 
 def _of(trainer: Trainer) -> list[ModeCoverage]:
-    """All of this kind that the Trainer has."""
+    """Return every ModeCoverage of the Trainer."""
     return [c for c in trainer.callbacks if isinstance(c, ModeCoverage)]  # type: ignore[attr-defined]

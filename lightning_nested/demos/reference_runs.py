@@ -1,4 +1,4 @@
-"""Training and testing beside a run, from one of its callbacks: same data, same settings, nothing logged."""
+"""Training and testing of further models from a callback: same data and settings as its run, nothing logged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
@@ -16,9 +17,9 @@ def fit_like(trainer: Trainer, module: LightningModule, **data_options: object) 
     """Train ``module`` for as many steps as ``trainer`` has made, on a copy of its datamodule.
 
     Args:
-        trainer: The run's own, on one device.
-        module: Trained in place; not the run's own module.
-        **data_options: Attributes of the datamodule that differ in the copy.
+        trainer: Trainer of the run, on one device.
+        module: Module to train in place; not the run's own.
+        **data_options: Attributes of the datamodule to replace in the copy.
     """
     data = _same_data(trainer)
     for name, value in data_options.items():
@@ -28,7 +29,7 @@ def fit_like(trainer: Trainer, module: LightningModule, **data_options: object) 
 
 
 def test_like(trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
-    """Metrics of ``module``, which is not the run's own, on the test data of ``trainer``."""
+    """Return metrics of ``module``, which is not the run's own, on the test data of ``trainer``."""
     with _quiet():
         (metrics,) = _plain_trainer(trainer).test(module, datamodule=_same_data(trainer), verbose=False)
     return metrics
@@ -41,6 +42,8 @@ def _same_data(trainer: Trainer) -> LightningDataModule:
 
 def _plain_trainer(trainer: Trainer) -> Trainer:
     device = trainer.strategy.root_device
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options: dict[str, Any] = dict.fromkeys(silent, False)
     return Trainer(
         accelerator=device.type,
         devices=[device.index] if device.type == "cuda" and device.index is not None else 1,
@@ -55,19 +58,17 @@ def _plain_trainer(trainer: Trainer) -> Trainer:
         limit_val_batches=trainer.limit_val_batches,
         val_check_interval=trainer.val_check_interval,
         check_val_every_n_epoch=trainer.check_val_every_n_epoch,
-        num_sanity_val_steps=0,  # Lightning gives the stream back after those
+        # Left out without effect on the random numbers: Lightning restores their state after these.
+        num_sanity_val_steps=0,
         limit_test_batches=trainer.limit_test_batches,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=trainer.default_root_dir,
+        **options,
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning says nothing of devices and step limits; its advice was already given to the run itself."""
+    """Silence Lightning on devices and step limits; the run itself had its advice."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -75,9 +76,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # of torch to Lightning, once more for every Trainer
+            # From torch to Lightning, repeated for every Trainer.
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,4 +1,4 @@
-"""A game of the zoo as a LightningModule: to watch an optimizer on a game whose solution is known."""
+"""Game of the zoo as a LightningModule, to watch an optimizer on a game with a known solution."""
 
 from __future__ import annotations
 
@@ -14,40 +14,33 @@ from lightning_nested.modules.game.module import GameModule
 
 
 class Strategy(nn.Module):
-    """What one player of a zoo game holds.
-
-    Args:
-        value: Its start, of shape ``(n,)``.
-    """
+    """Parameters of one player of a zoo game, a vector that starts at ``value``."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.value = nn.Parameter(value.detach().clone())
 
     def forward(self) -> Tensor:
-        """The player's tensor."""
+        """Return the player's tensor."""
         return self.value
 
 
 class ZooGame(GameModule):
-    """Trains a :class:`Game`, and logs how far its players are from a solution as ``distance``.
+    """Module that trains a :class:`Game` and logs its players' distance from a solution as ``distance``.
 
-    The module brings its own data: batches that say nothing. Training is in float64.
+    It brings its own data, batches without content. Training is in float64.
 
     Args:
-        game: Such as ``DiracGAN()`` or ``Bilinear()``.
-        start: Where the players begin, a list of numbers each; None: standard normal.
-        solution: A point ``distance`` is measured from, a list of numbers for each player; None: 0.
-        seed: Of a random start.
-        batches_per_epoch: Of the empty batches.
+        game: Game to train, such as ``DiracGAN()`` or ``Bilinear()``.
+        start: Start of each player, a list of numbers; None: standard normal.
+        solution: Point that ``distance`` is measured from, a list of numbers for each player; None: 0.
+        seed: Seed of a random start.
+        batches_per_epoch: Number of empty batches.
         **game_options: Arguments of :class:`GameModule`.
 
     Attributes:
         distances: ‖w − solution‖ at the start and after each game update of this run.
         path: The players' numbers at the same moments, one flat list each.
-
-    Raises:
-        ValueError: A start or a solution that does not fit the game.
 
     Example:
         >>> from lightning_nested.games import DiracGAN
@@ -70,12 +63,10 @@ class ZooGame(GameModule):
         if batches_per_epoch < 1:
             raise ValueError(f"batches_per_epoch must be at least 1. Got {batches_per_epoch}.")
         self.game, self.batches_per_epoch = game, batches_per_epoch
-        values = (
-            game.initial(torch.Generator().manual_seed(seed)) if start is None else self._fit("start", start)
-        )
-        self.strategies = nn.ModuleDict(
-            {name: Strategy(value) for name, value in zip(game.names, values, strict=True)}
-        )
+        random = torch.Generator().manual_seed(seed)
+        values = game.initial(random) if start is None else self._fit("start", start)
+        players = {name: Strategy(value) for name, value in zip(game.names, values, strict=True)}
+        self.strategies = nn.ModuleDict(players)
         at = [[0.0] * n for n in game.sizes] if solution is None else solution
         self.solution: Tensor
         self.register_buffer("solution", torch.cat(self._fit("solution", at)))
@@ -97,7 +88,7 @@ class ZooGame(GameModule):
         return self.player_losses([name], batch)[name]
 
     def distance(self) -> Tensor:
-        """‖w − solution‖ over all players."""
+        """Return ‖w − solution‖ over all players."""
         w = torch.cat([strategy() for strategy in self.strategies.values()]).detach()
         return torch.linalg.vector_norm(w - self.solution)  # type: ignore[no-any-return]
 
@@ -136,9 +127,9 @@ class ZooGame(GameModule):
 
     def _fit(self, what: str, values: Sequence[Sequence[float]]) -> list[Tensor]:
         tensors = [torch.tensor(value, dtype=torch.float64) for value in values]
-        if [t.numel() for t in tensors] != list(self.game.sizes):
+        sizes = [t.numel() for t in tensors]
+        if sizes != list(self.game.sizes):
             raise ValueError(
-                f"{what} must have {list(self.game.sizes)} numbers for the players {list(self.game.names)}. "
-                f"Got {[t.numel() for t in tensors]}."
+                f"{what} must have {list(self.game.sizes)} numbers for {list(self.game.names)}. Got {sizes}."
             )
         return tensors

@@ -1,1 +1,1 @@
-"""Figures: numbers in, a matplotlib ``Figure`` out. Never imports Lightning."""
+"""Figures: numbers in, a matplotlib ``Figure`` without a window out. No Lightning."""

@@ -1,14 +1,15 @@
-"""The log-polar picture of a game's spectrum, with the contours of the rate that its momentum gives."""
+"""Log-polar figure of a game's spectrum, with contours of the rate that its momentum gives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lightning_nested.figures.style import COLOURS, FAINT, TEXT, styled_figure
 from lightning_nested.games.rates import eigenvalue_rates
 
 if TYPE_CHECKING:
@@ -16,20 +17,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_nested.games.measured_spectrum import MeasuredSpectrum
-from lightning_nested.figures.style import STYLE
 
-_COLOURS = ("#2f6db3", "#e1691e", "#1b9e77", "#6a3d9a")  # of players; blue and orange stay apart in grey too
-_CONTRACTS, _FAINT = "#e8f1e4", "#d8dce1"
+# The region where the momentum contracts, its contours of equal rate, and its border.
+_CONTRACTS, _CONTOUR, _BORDER = "#e8f1e4", "#9ebf90", "#4c8a37"
 _LEVELS = (0.9, 0.97, 0.99, 0.997)
-_DECADES = 5  # below the largest eigenvalue; of what is smaller, single precision does not know the angle
+# Below the largest eigenvalue; single precision does not know the angle of smaller ones.
+_DECADES = 5
+_SQUARE: dict[str, Any] = {"s": 22, "marker": "s", "facecolors": "none"}
 
 
 def spectrum_figure(
     spectra: Sequence[MeasuredSpectrum], players: Sequence[str], titles: Sequence[str] | None = None
 ) -> Figure:
-    """Eigenvalues of DJ: the logarithm of the modulus against the angle, a panel for each moment.
+    """Draw the eigenvalues of DJ, logarithm of the modulus against angle, in a panel per measurement.
 
-    0 is cooperation, ± π/2 conflict, ± π repulsion. In the green region the present momentum contracts; its contours
+    0 is cooperation, ± π/2 conflict, ± π repulsion. In the green region the current momentum contracts; its contours
     assume equal curvatures where players alternate, see :func:`lightning_nested.games.convergence_rate`. A full circle
     is an eigenvalue of the game, coloured by the player to whom its eigenvector belongs where that is known; an open
     square is one of a player's own block.
@@ -38,19 +40,11 @@ def spectrum_figure(
         spectra: One per panel.
         players: Names, in the game's order.
         titles: One per panel; None: the game updates.
-
-    Returns:
-        A figure without a window.
     """
-    import matplotlib as mpl  # here, because it costs half a second
-    from matplotlib.figure import Figure
-
     sizes = [abs(z) for s in spectra for z in s.eigenvalues.tolist() if abs(z) > 0]
     top = math.ceil(2 * math.log10(max(sizes, default=1.0)) + 0.3) / 2
     bottom = max(math.floor(math.log10(min(sizes, default=0.1)) - 0.2), top - _DECADES)
-    with mpl.rc_context(STYLE):
-        width = 4.3 * len(spectra) + 0.9
-        figure = Figure(figsize=(width, 4.6), dpi=100, facecolor="white", layout="constrained")
+    with styled_figure(4.3 * len(spectra) + 0.9, 4.6, layout="constrained") as figure:
         axes = figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0]
         for index, (panel, spectrum) in enumerate(zip(axes, spectra, strict=True)):
             _draw(panel, spectrum, players, bottom, top)
@@ -67,13 +61,14 @@ def _draw(axes: Axes, spectrum: MeasuredSpectrum, players: Sequence[str], bottom
     ticks = {-1.0: "−π", -0.5: "−π/2", 0.0: "0", 0.5: "π/2", 1.0: "π"}
     axes.set_yticks([math.pi * t for t in ticks], list(ticks.values()))
     for t in ticks:
-        axes.axhline(math.pi * t, color=_FAINT, linewidth=0.7, zorder=0.5)
+        axes.axhline(math.pi * t, color=FAINT, linewidth=0.7, zorder=0.5)
     _contours(axes, spectrum, bottom, top)
-    values = spectrum.eigenvalues.numpy() + 0.0  # −0.0 + 0.0 = 0.0: negative real numbers go to π, not to −π
+    # −0.0 + 0.0 = 0.0: negative real numbers go to π, not to −π.
+    values = spectrum.eigenvalues.numpy() + 0.0
     visible = np.abs(values) > 10.0**bottom
-    colours = np.full(len(values), "#24292f", dtype=object)
+    colours = np.full(len(values), TEXT, dtype=object)
     if spectrum.shares is not None:
-        colours = np.array([_COLOURS[i % len(_COLOURS)] for i in spectrum.shares.argmax(dim=1)], dtype=object)
+        colours = np.array([COLOURS[i % len(COLOURS)] for i in spectrum.shares.argmax(dim=1)], dtype=object)
     values, colours = values[visible], colours[visible]
     x = np.log10(np.abs(values))
     left_out = int((~visible).sum())
@@ -88,15 +83,7 @@ def _draw(axes: Axes, spectrum: MeasuredSpectrum, players: Sequence[str], bottom
             x = np.log10(np.abs(real))
             # Beside the lines 0 and π, or the eigenvalues of the game would hide them.
             y = np.where(real >= 0, 0.0, math.pi) + 0.16 * (index + 1) * np.where(real >= 0, 1, -1)
-            axes.scatter(
-                x,
-                y,
-                s=22,
-                marker="s",
-                facecolors="none",
-                edgecolors=_COLOURS[index % len(_COLOURS)],
-                zorder=3,
-            )
+            axes.scatter(x, y, edgecolors=COLOURS[index % len(COLOURS)], zorder=3, **_SQUARE)
 
 
 def _contours(axes: Axes, spectrum: MeasuredSpectrum, bottom: float, top: float) -> None:
@@ -108,10 +95,11 @@ def _contours(axes: Axes, spectrum: MeasuredSpectrum, bottom: float, top: float)
     rates = eigenvalue_rates(
         plane, lr=1.0, momentum=momentum.momentum, phase=momentum.phase, alternating=spectrum.alternating
     ).numpy()
-    for side in (angle, -angle):  # λ and its conjugate have one rate
+    # λ and its conjugate have one rate.
+    for side in (angle, -angle):
         axes.contourf(radius, side, rates, levels=[0.0, 1.0], colors=[_CONTRACTS], zorder=0)
-        axes.contour(radius, side, rates, levels=_LEVELS, colors="#9ebf90", linewidths=0.7, zorder=1)
-        axes.contour(radius, side, rates, levels=[1.0], colors="#4c8a37", linewidths=1.4, zorder=1)
+        axes.contour(radius, side, rates, levels=_LEVELS, colors=_CONTOUR, linewidths=0.7, zorder=1)
+        axes.contour(radius, side, rates, levels=[1.0], colors=_BORDER, linewidths=1.4, zorder=1)
 
 
 def _caption(spectrum: MeasuredSpectrum) -> str:
@@ -130,15 +118,13 @@ def _caption(spectrum: MeasuredSpectrum) -> str:
 def _legend(axes: Axes, spectra: Sequence[MeasuredSpectrum], players: Sequence[str]) -> None:
     shared, own = spectra[0].shares is not None, bool(spectra[0].own)
     for index, name in enumerate(players):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         if shared:
             axes.scatter([], [], s=26, c=colour, linewidths=0, label=f"mostly {name}")
         if own:
-            axes.scatter(
-                [], [], s=22, marker="s", facecolors="none", edgecolors=colour, label=f"{name} alone"
-            )
+            axes.scatter([], [], edgecolors=colour, label=f"{name} alone", **_SQUARE)
     if not shared:
-        axes.scatter([], [], s=26, c="#24292f", linewidths=0, label="game")
+        axes.scatter([], [], s=26, c=TEXT, linewidths=0, label="game")
     contracted = any(s.momentum is not None and s.momentum.kind == "momentum" for s in spectra)
     if contracted:
         axes.fill_between([], [], color=_CONTRACTS, label="this momentum contracts")

@@ -1,48 +1,40 @@
-"""The figure of a run that found wrong labels: weights, losses and the images it trusts least."""
+"""Figure of a run that found wrong labels: weights, losses and the images it trusts least."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_nested.figures.style import (
+    BLUE,
+    COLOURS,
+    FAINT,
+    GREEN,
+    GREY,
+    MUTED,
+    ORANGE,
+    open_axes,
+    styled_figure,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 
-RIGHT, WRONG = "#2f6db3", "#e1691e"  # blue and orange stay apart for colour-blind readers and in grey print
-_TRAIN, _VALIDATION, _TEXT, _FAINT = "#8a8f98", "#1b9e77", "#24292f", "#d8dce1"
-_DECAYS = ("#6a3d9a", "#b15928", "#a6761d", "#c51b7d", "#525252", "#1f78b4")
-_GRID = 5  # images a side
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10.5,
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": "#9aa0a8",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "legend.fontsize": 9.5,
-    "legend.frameon": False,
-    "text.color": _TEXT,
-}
+RIGHT, WRONG = BLUE, ORANGE
+_DECAYS = COLOURS[3:]
+# Images a side.
+_GRID = 5
 
 
 @dataclass(kw_only=True)
 class Trace:
-    """What happened at each outer step, as plain numbers.
+    """History of a run: one entry per outer step, as plain numbers.
 
     Attributes:
         step: Inner step at which the outer step was made.
@@ -59,11 +51,6 @@ class Trace:
     right: list[list[float]] = field(default_factory=list)
     wrong: list[list[float]] = field(default_factory=list)
     decays: dict[str, list[float]] = field(default_factory=dict)
-
-
-def lowest_first(weights: Tensor) -> Tensor:
-    """Indices of the examples by weight, the least trusted first; ties in the order of the examples."""
-    return torch.argsort(weights, stable=True)
 
 
 def label_noise_figure(
@@ -86,36 +73,14 @@ def label_noise_figure(
         clean: ``(n,)`` right labels.
         trace: The history.
         summary: A line below the title.
-
-    Returns:
-        A figure without a window; ``figure.savefig(path)`` writes it.
     """
-    import matplotlib as mpl  # here, because it costs half a second that only a report should pay
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(14, 8), dpi=110, facecolor="white")
-        figure.text(
-            0.02,
-            0.955,
-            f"{int(wrong.sum())} of {len(wrong)} training labels are wrong: "
-            "their weights fall as the model trains",
-            fontsize=17,
-            fontweight="bold",
-        )
-        figure.text(0.02, 0.916, summary, fontsize=12, color="#57606a")
+    with styled_figure(14, 8, dpi=110) as figure:
+        title = f"{int(wrong.sum())} of {len(wrong)} training labels are wrong: their weights fall as the model trains"
+        figure.text(0.02, 0.955, title, fontsize=17, fontweight="bold")
+        figure.text(0.02, 0.916, summary, fontsize=12, color=MUTED)
         # Two grids side by side, because pictures and axes want different spacing.
-        plots = figure.add_gridspec(
-            2,
-            3,
-            left=0.055,
-            right=0.615,
-            top=0.845,
-            bottom=0.075,
-            hspace=0.42,
-            wspace=0.42,
-            height_ratios=(1.05, 1),
-        )
+        edges = {"left": 0.055, "right": 0.615, "top": 0.845, "bottom": 0.075}
+        plots = figure.add_gridspec(2, 3, **edges, hspace=0.42, wspace=0.42, height_ratios=(1.05, 1))
         _histograms(figure.add_subplot(plots[0, :]), weights, wrong)
         _losses(figure.add_subplot(plots[1, 0]), trace)
         _weights(figure.add_subplot(plots[1, 1]), trace)
@@ -134,23 +99,20 @@ def _histograms(axes: Axes, weights: Tensor, wrong: Tensor) -> None:
         label=[f"wrong label ({int(wrong.sum())} images)", f"right label ({int((~wrong).sum())} images)"],
         rwidth=0.92,
     )
-    axes.set_title("Learned weight of each training image")
-    axes.set_xlabel("weight of the image in the training loss")
-    axes.set_ylabel("number of images")
+    title = "Learned weight of each training image"
+    open_axes(axes, title, "weight of the image in the training loss", "number of images")
     axes.set_xlim(0.0, top)
     axes.grid(visible=False, axis="x")
     axes.legend(loc="upper center")
 
 
 def _losses(axes: Axes, trace: Trace) -> None:
-    axes.plot(trace.step, trace.train_loss, color=_TRAIN, lw=1.6, label="training, weighted")
-    axes.plot(trace.step, trace.val_loss, color=_VALIDATION, lw=1.9, label="validation")
-    axes.set_title("Losses")
-    axes.set_ylabel("cross-entropy (nats)")
+    axes.plot(trace.step, trace.train_loss, color=GREY, lw=1.6, label="training, weighted")
+    axes.plot(trace.step, trace.val_loss, color=GREEN, lw=1.9, label="validation")
+    open_axes(axes, "Losses", "training step", "cross-entropy (nats)")
     if trace.step:
         axes.set_yscale("log")
         _plain_log_ticks(axes)
-    axes.set_xlabel("training step")
     axes.legend(loc="best", handlelength=1.3)
 
 
@@ -159,33 +121,30 @@ def _weights(axes: Axes, trace: Trace) -> None:
         low, middle, high = zip(*rows, strict=True) if rows else ((), (), ())
         axes.fill_between(trace.step, low, high, color=colour, alpha=0.2, lw=0)
         axes.plot(trace.step, middle, color=colour, lw=1.9, label=name)
-    axes.set_title("Weights")
-    axes.set_ylabel("weight (median, 10–90 %)")
-    axes.set_xlabel("training step")
+    open_axes(axes, "Weights", "training step", "weight (median, 10–90 %)")
     axes.set_ylim(bottom=0.0)
     axes.legend(loc="center right", title="label", handlelength=1.3)
 
 
 def _decays(axes: Axes, trace: Trace) -> None:
-    axes.set_title("Weight decays")
-    axes.set_xlabel("training step")
+    open_axes(axes, "Weight decays", "training step", "decay (L2 coefficient)" if trace.decays else "")
     if not trace.decays:
-        axes.text(0.5, 0.5, "none tuned", transform=axes.transAxes, ha="center", color="#57606a")
+        axes.text(0.5, 0.5, "none tuned", transform=axes.transAxes, ha="center", color=MUTED)
         return
     for i, (name, values) in enumerate(trace.decays.items()):
         dashes = (0, (4, 1.5)) if name.endswith("bias") else "-"
         label = _layer_names(trace.decays)[name]
         axes.plot(trace.step, values, color=_DECAYS[i % len(_DECAYS)], lw=1.7, ls=dashes, label=label)
-    axes.set_ylabel("decay (L2 coefficient)")
     axes.set_yscale("log")
     if len(trace.decays) <= 6:
         low, high = axes.get_ylim()
-        axes.set_ylim(low * (low / high) ** 0.45, high)  # room for the legend
+        # Room for the legend.
+        axes.set_ylim(low * (low / high) ** 0.45, high)
         axes.legend(loc="lower left", handlelength=1.9, labelspacing=0.3)
 
 
 def _layer_names(names: Iterable[str]) -> dict[str, str]:
-    """Short names of parameters: layers are numbered in their order, ``a.0.weight`` is ``layer 1 weight``."""
+    """Number the layers in their order: ``a.0.weight`` is ``layer 1 weight``."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     return {
         name: f"layer {layers.index(layer) + 1} {kind}" if layer else kind
@@ -202,47 +161,28 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 
 def _pictures(
-    figure: Figure | SubFigure, weights: Tensor, wrong: Tensor, images: Tensor, given: Tensor, clean: Tensor
+    figure: Figure, weights: Tensor, wrong: Tensor, images: Tensor, given: Tensor, clean: Tensor
 ) -> None:
-    chosen = lowest_first(weights)[: _GRID**2].tolist()
+    chosen = torch.argsort(weights, stable=True)[: _GRID**2].tolist()
     caught = int(wrong[chosen].sum())
     left, right = 0.665, 0.985
-    figure.text(
-        left,
-        0.858,
-        f"The lowest weights: {caught} of {len(chosen)} labels are wrong",
-        fontsize=12,
-        fontweight="bold",
-    )
+    title = f"The lowest weights: {caught} of {len(chosen)} labels are wrong"
+    figure.text(left, 0.858, title, fontsize=12, fontweight="bold")
     figure.text(left, 0.03, "label as given", fontsize=10, color=WRONG, fontweight="bold")
-    figure.text(left + 0.083, 0.03, "(right label)", fontsize=10, color="#57606a")
+    figure.text(left + 0.083, 0.03, "(right label)", fontsize=10, color=MUTED)
     if caught < len(chosen):
         figure.text(left + 0.16, 0.03, "framed: the given label was right", fontsize=10, color=RIGHT)
-    grid = figure.add_gridspec(
-        _GRID, _GRID, left=left, right=right, top=0.815, bottom=0.065, hspace=0.42, wspace=0.12
-    )
+    edges = {"left": left, "right": right, "top": 0.815, "bottom": 0.065}
+    grid = figure.add_gridspec(_GRID, _GRID, **edges, hspace=0.42, wspace=0.12)
     for place, index in enumerate(chosen):
-        axes = figure.add_subplot(grid[place // _GRID, place % _GRID])
-        axes.grid(visible=False)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes = figure.add_subplot(grid[place // _GRID, place % _GRID], xticks=[], yticks=[])
         picture = images[index].squeeze(0) if images.shape[1] == 1 else images[index].movedim(0, -1)
         axes.imshow(picture.tolist(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
         is_wrong = bool(wrong[index])
         for spine in axes.spines.values():
-            spine.set_visible(True)
-            spine.set_color(_FAINT if is_wrong else RIGHT)
+            spine.set_color(FAINT if is_wrong else RIGHT)
             spine.set_linewidth(0.8 if is_wrong else 2.6)
         colour = WRONG if is_wrong else RIGHT
-        axes.set_title(
-            str(int(given[index])), color=colour, fontsize=14, pad=3, loc="left", fontweight="bold"
-        )
+        axes.set_title(str(int(given[index])), color=colour, fontsize=14, pad=3, fontweight="bold")
         if is_wrong:
-            axes.set_title(
-                f"({int(clean[index])})",
-                color="#57606a",
-                fontsize=10,
-                pad=4,
-                loc="right",
-                fontweight="normal",
-            )
+            axes.set_title(f"({int(clean[index])})", color=MUTED, fontsize=10, pad=4, loc="right")

@@ -1,4 +1,4 @@
-"""Draw generated samples around the modes of a mixture, and how many were covered over time."""
+"""Figure of generated samples around the modes of a mixture, and of how many were covered over time."""
 
 from __future__ import annotations
 
@@ -6,39 +6,27 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_nested.figures.style import STYLE
+from lightning_nested.figures.style import BLUE, GREEN, ORANGE, styled_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-_SAMPLE, _CENTRE, _MODES, _QUALITY = "#2f6db3", "#e1691e", "#2f6db3", "#1b9e77"
-
-
 def mode_figure(
     history: list[tuple[int, int, float]], pictures: list[tuple[int, Tensor]], centres: Tensor, std: float
 ) -> Figure:
-    """Samples at the start, twice on the way and at the end, and the counts over the run.
+    """Draw samples at the start, twice on the way and at the end, and the counts over the run.
 
     Args:
         history: ``(game_updates, modes, share of high quality)``.
         pictures: ``(game_updates, samples)``.
         centres: ``(modes, 2)``.
-        std: Of each mode.
-
-    Returns:
-        A figure without a window.
+        std: Standard deviation of each mode.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     last = len(pictures) - 1
     chosen = sorted({0, max(last // 8, min(last, 1)), last // 2, last})
-    with mpl.rc_context(STYLE):
-        figure = Figure(
-            figsize=(3.1 * (len(chosen) + 1) + 0.6, 3.4), dpi=100, facecolor="white", layout="constrained"
-        )
+    with styled_figure(3.1 * (len(chosen) + 1) + 0.6, 3.4, layout="constrained") as figure:
         *panels, counts = figure.subplots(1, len(chosen) + 1, width_ratios=[1.0] * len(chosen) + [1.25])
         for panel, index in zip(panels, chosen, strict=True):
             updates, samples = pictures[index]
@@ -53,25 +41,21 @@ def _samples(axes: Axes, samples: Tensor, centres: Tensor, std: float) -> None:
     from matplotlib.patches import Circle
 
     for x, y in centres.tolist():
-        axes.add_patch(Circle((x, y), max(3 * std, 0.03), facecolor="none", edgecolor=_CENTRE, linewidth=1.2))
+        axes.add_patch(Circle((x, y), max(3 * std, 0.03), facecolor="none", edgecolor=ORANGE, linewidth=1.2))
     x, y = samples.mT.tolist()
-    axes.scatter(x, y, s=3, color=_SAMPLE, alpha=0.35, linewidths=0)
+    axes.scatter(x, y, s=3, color=BLUE, alpha=0.35, linewidths=0)
     reach = 1.35 * float(centres.abs().max())
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-reach, reach)
-    axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
 
 
 def _counts(axes: Axes, history: list[tuple[int, int, float]], num_modes: int) -> None:
     updates, modes, quality = zip(*history, strict=True)
-    axes.plot(updates, modes, color=_MODES, linewidth=1.8)
+    axes.plot(updates, modes, color=BLUE, linewidth=1.8)
     axes.set_ylim(-0.02 * num_modes, 1.06 * num_modes)
-    axes.set_ylabel("modes covered", color=_MODES)
+    axes.set_ylabel("modes covered", color=BLUE)
     axes.set_xlabel("game updates")
     share = axes.twinx()
-    share.plot(updates, [100 * q for q in quality], color=_QUALITY, linewidth=1.8)
+    share.plot(updates, [100 * q for q in quality], color=GREEN, linewidth=1.8)
     share.set_ylim(-2, 106)
-    share.set_ylabel("% of high quality", color=_QUALITY)
+    share.set_ylabel("% of high quality", color=GREEN)
     axes.set_title(f"{int(modes[-1])} of {num_modes} modes\nat the end")

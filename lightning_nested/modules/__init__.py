@@ -22,7 +22,6 @@ from lightning_nested.networks.adversarial import (
     NonSaturating,
     Wasserstein,
 )
-from lightning_nested.optim.linear_decay import LinearDecay
 
 __all__ = [
     "AdversarialLoss",
@@ -43,7 +42,6 @@ __all__ = [
     "HypernetworkModule",
     "ImageClassifier",
     "Implicit",
-    "LinearDecay",
     "Local",
     "LoopOptions",
     "NestedModule",

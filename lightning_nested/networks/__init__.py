@@ -1,4 +1,4 @@
-"""Networks that the modules train. PyTorch only."""
+"""Networks for the modules to train. PyTorch only."""
 
 from lightning_nested.networks.biggan.discriminator import Discriminator
 from lightning_nested.networks.biggan.generator import Generator

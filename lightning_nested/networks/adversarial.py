@@ -1,4 +1,4 @@
-"""Losses of the two players of a GAN, penalties on the discriminator's gradient, and augmentation of what it sees."""
+"""Losses of the two players of a GAN, penalties on the discriminator's gradient, and image augmentation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 Score = Callable[[Tensor], Tensor]
 """From images to one number each, at labels that are fixed."""
@@ -20,20 +21,20 @@ GANLoss = Literal["hinge", "non_saturating", "wasserstein"]
 
 @dataclass(frozen=True)
 class AdversarialLoss(ABC):
-    """What each player minimises, given the discriminator's scores ``(N,)``; means over the batch."""
+    """Losses of both players from the discriminator's scores ``(N,)``; means over the batch."""
 
     @abstractmethod
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The discriminator's loss, a scalar."""
+        """Return the discriminator's loss, a scalar."""
 
     @abstractmethod
     def generator(self, fake: Tensor) -> Tensor:
-        """The generator's loss, a scalar."""
+        """Return the generator's loss, a scalar."""
 
 
 @dataclass(frozen=True)
 class Hinge(AdversarialLoss):
-    """L_D = E max(0, 1 − D(x)) + E max(0, 1 + D(G(z))), L_G = −E D(G(z)).
+    """Hinge loss L_D = E max(0, 1 − D(x)) + E max(0, 1 + D(G(z))), L_G = −E D(G(z)).
 
     Lim & Ye (2017), arXiv 1705.02894; the loss of BigGAN.
 
@@ -41,18 +42,18 @@ class Hinge(AdversarialLoss):
     1.5
     """
 
+    @override
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """See class."""
         return functional.relu(1.0 - real).mean() + functional.relu(1.0 + fake).mean()
 
+    @override
     def generator(self, fake: Tensor) -> Tensor:
-        """See class."""
         return -fake.mean()
 
 
 @dataclass(frozen=True)
 class NonSaturating(AdversarialLoss):
-    """L_D = E softplus(−D(x)) + E softplus(D(G(z))), L_G = E softplus(−D(G(z))).
+    """Original loss L_D = E softplus(−D(x)) + E softplus(D(G(z))), L_G = E softplus(−D(G(z))).
 
     Goodfellow et al. (2014), NeurIPS, section 3.
 
@@ -60,18 +61,20 @@ class NonSaturating(AdversarialLoss):
     0.6931
     """
 
+    @override
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """See class."""
         return functional.softplus(-real).mean() + functional.softplus(fake).mean()
 
+    @override
     def generator(self, fake: Tensor) -> Tensor:
-        """See class."""
         return functional.softplus(-fake).mean()
 
 
 @dataclass(frozen=True)
 class Wasserstein(AdversarialLoss):
-    """L_D = E D(G(z)) − E D(x), L_G = −E D(G(z)); take :class:`GradientPenalty` with it.
+    """Wasserstein loss L_D = E D(G(z)) − E D(x), L_G = −E D(G(z)); D must bound its slope.
+
+    Add :class:`GradientPenalty`.
 
     Arjovsky, Chintala & Bottou (2017), ICML, PMLR 70:214-223.
 
@@ -79,27 +82,20 @@ class Wasserstein(AdversarialLoss):
     -3.0
     """
 
+    @override
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """See class."""
         return fake.mean() - real.mean()
 
+    @override
     def generator(self, fake: Tensor) -> Tensor:
-        """See class."""
         return -fake.mean()
 
 
-_BY_NAME: dict[str, AdversarialLoss] = {
-    "hinge": Hinge(),
-    "non_saturating": NonSaturating(),
-    "wasserstein": Wasserstein(),
-}
+_BY_NAME = {"hinge": Hinge(), "non_saturating": NonSaturating(), "wasserstein": Wasserstein()}
 
 
 def adversarial_loss(loss: GANLoss | AdversarialLoss) -> AdversarialLoss:
-    """The loss of that name; one that is an object already stays as it is.
-
-    Raises:
-        ValueError: An unknown name.
+    """Return the loss of that name; return a loss object unchanged.
 
     Example:
         >>> adversarial_loss("hinge")
@@ -114,12 +110,12 @@ def adversarial_loss(loss: GANLoss | AdversarialLoss) -> AdversarialLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientRegularizer(ABC):
-    """A penalty on ∂D/∂x, added to the discriminator's loss; differentiates twice.
+    """Penalty on ∂D/∂x, added to the discriminator's loss; differentiable twice.
 
     Args:
-        weight: Its factor.
+        weight: Factor of the penalty.
         every: Batches of the discriminator from one penalty to the next; each is then ``every`` times as
-            large (lazy regularisation, Karras et al. 2020).
+            large (lazy regularization, Karras et al. 2020).
     """
 
     weight: float = 10.0
@@ -135,34 +131,34 @@ class GradientRegularizer(ABC):
     def penalty(
         self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The penalty of a batch, a scalar with its graph, without ``every``."""
+        """Return the penalty of a batch, a scalar with its graph, without the factor ``every``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class R1(GradientRegularizer):
-    """(weight/2) E ‖∂D/∂x‖² at real images x.
+    """R1 penalty (weight/2) E ‖∂D/∂x‖² at real images x.
 
     Mescheder, Geiger & Nowozin (2018), ICML, PMLR 80:3481-3490.
     """
 
+    @override
     def penalty(
         self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """See class."""
         return 0.5 * self.weight * _squared_gradient_norm(score, real).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientPenalty(GradientRegularizer):
-    """weight · E (‖∂D/∂x‖ − 1)² at x = ε·real + (1 − ε)·fake, ε uniform per example.
+    """Gradient penalty weight · E (‖∂D/∂x‖ − 1)² at x = ε·real + (1 − ε)·fake, ε uniform per example.
 
     Gulrajani et al. (2017), NeurIPS, arXiv 1704.00028.
     """
 
+    @override
     def penalty(
         self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """See class."""
         shape = len(real), *[1] * (real.ndim - 1)
         mix = torch.rand(shape, generator=generator, device=real.device, dtype=real.dtype)
         norm = (_squared_gradient_norm(score, torch.lerp(fake.to(real.dtype), real, mix)) + 1e-12).sqrt()
@@ -170,14 +166,15 @@ class GradientPenalty(GradientRegularizer):
 
 
 def _squared_gradient_norm(score: Score, images: Tensor) -> Tensor:
-    if not images.requires_grad:  # else they depend on the generator, as a spectrum wants to see
+    # Where a spectrum is taken they depend on the generator, and stay in its graph.
+    if not images.requires_grad:
         images = images.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(score(images).sum(), images, create_graph=True)
     return widened(gradient).square().flatten(1).sum(dim=1)
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half precision as float32, in which sums and means are taken; anything else as it is."""
+    """Convert half precision to float32, for sums and means; return anything else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -186,16 +183,13 @@ Policy = Literal["color", "translation", "cutout"]
 
 @dataclass(frozen=True)
 class DiffAugment:
-    """Random changes of every image the discriminator sees, real and made, that gradients pass through.
+    """Differentiable random changes of every image the discriminator sees, real or generated.
 
     Colour: brightness ± 0.5, saturation × [0, 2], contrast × [0.5, 1.5]; translation by up to an eighth of the
     side; cutout of a square of half the side. Zhao et al. (2020), NeurIPS, arXiv 2006.10738.
 
     Args:
-        policy: Which of the three, in this order.
-
-    Raises:
-        ValueError: For an unknown one.
+        policy: Changes to make, in this order.
 
     Example:
         >>> images = torch.rand(2, 3, 32, 32)
@@ -212,11 +206,7 @@ class DiffAugment:
             raise ValueError(f"policy must hold {', '.join(get_args(Policy))}. Got {unknown}.")
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """``(N, C, H, W)`` to the same shape; random numbers come from ``generator``.
-
-        Raises:
-            ValueError: If these are no images.
-        """
+        """Change images ``(N, C, H, W)``; random numbers come from ``generator``."""
         if images.ndim != 4:
             raise ValueError(f"DiffAugment changes images (N, C, H, W). Got shape {tuple(images.shape)}.")
         steps = {"color": _color, "translation": _translation, "cutout": _cutout}
@@ -225,12 +215,12 @@ class DiffAugment:
         return images
 
 
-def _uniform(images: Tensor, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
+def _uniform(images: Tensor, low: float, high: float, generator: torch.Generator | None) -> Tensor:
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device, dtype=images.dtype)
     return low + (high - low) * draw
 
 
-def _color(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def _color(images: Tensor, generator: torch.Generator | None) -> Tensor:
     images = images + _uniform(images, -0.5, 0.5, generator)
     grey = images.mean(dim=1, keepdim=True)
     images = grey + (images - grey) * _uniform(images, 0.0, 2.0, generator)
@@ -238,30 +228,33 @@ def _color(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return mean + (images - mean) * _uniform(images, 0.5, 1.5, generator)
 
 
-def _shifts(images: Tensor, low: int, high: int, generator: torch.Generator | None = None) -> Tensor:
+def _positions(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of rows ``(1, H, 1)`` and columns ``(1, 1, W)``."""
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device).view(1, -1, 1)
+    return rows, torch.arange(width, device=images.device).view(1, 1, -1)
+
+
+def _shifts(images: Tensor, low: int, high: int, generator: torch.Generator | None) -> Tensor:
     return torch.randint(low, high + 1, (len(images), 1, 1), generator=generator, device=images.device)
 
 
-def _translation(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def _translation(images: Tensor, generator: torch.Generator | None) -> Tensor:
     n, _, height, width = images.shape
-    rows = torch.arange(height, device=images.device).view(1, -1, 1) + _shifts(
-        images, -(height // 8), height // 8, generator
-    )
-    columns = torch.arange(width, device=images.device).view(1, 1, -1) + _shifts(
-        images, -(width // 8), width // 8, generator
-    )
-    # A border of zeros on every side; what a shift brings in from outside is read from it.
+    rows, columns = _positions(images)
+    rows = rows + _shifts(images, -(height // 8), height // 8, generator)
+    columns = columns + _shifts(images, -(width // 8), width // 8, generator)
+    # A border of zeros on every side, read wherever a shift brings in pixels from outside.
     padded = functional.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     example = torch.arange(n, device=images.device).view(-1, 1, 1)
     moved = padded[example, (rows + 1).clamp(0, height + 1), (columns + 1).clamp(0, width + 1)]
     return moved.permute(0, 3, 1, 2)
 
 
-def _cutout(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    _, _, height, width = images.shape
+def _cutout(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    height, width = images.shape[2:]
     top = _shifts(images, -(height // 4), height - height // 4, generator)
     left = _shifts(images, -(width // 4), width - width // 4, generator)
-    rows = torch.arange(height, device=images.device).view(1, -1, 1)
-    columns = torch.arange(width, device=images.device).view(1, 1, -1)
+    rows, columns = _positions(images)
     hole = (rows >= top) & (rows < top + height // 2) & (columns >= left) & (columns < left + width // 2)
     return images.masked_fill(hole.unsqueeze(1), 0.0)

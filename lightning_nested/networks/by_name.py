@@ -1,4 +1,4 @@
-"""A classification network from its name: our small ones, or any of torchvision's."""
+"""Classification networks by name: our small ones, or any of torchvision's."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ import torch
 from torch import nn
 
 from lightning_nested.networks.cnn import SmallCNN
+from lightning_nested.networks.conditional_batch_norm import restored_modes
 from lightning_nested.networks.mlp import MLP
 
-# These two return a tuple in train mode unless told not to; and their initialisation takes a minute.
+# Without these options both return a tuple in train mode, and their initialization takes a minute.
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": False}
-_DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
-    "googlenet": _NO_AUXILIARY_HEADS,
-    "inception_v3": _NO_AUXILIARY_HEADS,
-}
 
 
 def build_network(
@@ -28,7 +25,7 @@ def build_network(
     input_shape: tuple[int, int, int],
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A freshly initialised classifier.
+    """Return a newly initialized classifier.
 
     Args:
         name: ``"mlp"``, ``"cnn"`` or a classification network of torchvision, such as ``"resnet18"``.
@@ -56,10 +53,10 @@ def build_network(
             return MLP(math.prod(input_shape), num_classes=num_classes, **chosen)
         if key == "cnn":
             return SmallCNN(input_shape[0], num_classes=num_classes, **chosen)
-        return _torchvision_network(
-            key, num_classes, input_shape, {**_DEFAULT_OPTIONS.get(key, {}), **chosen}
-        )
-    except TypeError as error:  # an option the constructor does not have; Python's message names it
+        defaults = _NO_AUXILIARY_HEADS if key in ("googlenet", "inception_v3") else {}
+        return _torchvision_network(key, num_classes, input_shape, {**defaults, **chosen})
+    except TypeError as error:
+        # An option the constructor does not have; Python's message names it.
         raise ValueError(
             f"The options of network {name!r} must be its constructor's. Got {chosen}: {error}."
         ) from error
@@ -72,55 +69,39 @@ def _torchvision_network(
 
     known = torchvision.models.list_models(module=torchvision.models)  # classification only
     if name not in known:
-        close = difflib.get_close_matches(name, ["mlp", "cnn", *known], n=5, cutoff=0.5)
-        hint = (
-            f"Close matches: {', '.join(close)}." if close else "For all: torchvision.models.list_models()."
-        )
+        close = ", ".join(difflib.get_close_matches(name, ["mlp", "cnn", *known], n=5, cutoff=0.5))
+        hint = f"Close matches: {close}." if close else "For all: torchvision.models.list_models()."
         raise ValueError(
             "`network` must be 'mlp', 'cnn', a classification network of torchvision, or an nn.Module. "
             f"Got {name!r}. {hint}"
         )
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     _match_channels(network, input_shape[0])
-    training = network.training
-    network.eval()  # neither BatchNorm's statistics nor the RNG may notice the trial
     try:
-        with torch.no_grad():
-            network(torch.zeros(1, *input_shape))
+        # In evaluation mode, so that the trial changes neither batch-norm statistics nor the random state.
+        with torch.no_grad(), restored_modes(network):
+            network.eval()(torch.zeros(1, *input_shape))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"Network {name!r} must accept images of `input_shape`. Got {tuple(input_shape)}: {error}. "
             "Take larger images, a smaller network (such as 'cnn' or 'resnet18'), or give its own option for "
             "the size of images (`image_size` for vision transformers)."
         ) from error
-    return network.train(training)
+    return network
 
 
 def _match_channels(network: nn.Module, channels: int) -> None:
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
-            if module.in_channels == channels:
-                return
-            if module.groups != 1 or not isinstance(module.padding, tuple):
-                break
-            owner, _, attribute = name.rpartition(".")
-            first = nn.Conv2d(
-                channels,
-                module.out_channels,
-                kernel_size=(module.kernel_size[0], module.kernel_size[1]),
-                stride=(module.stride[0], module.stride[1]),
-                padding=(module.padding[0], module.padding[1]),
-                dilation=(module.dilation[0], module.dilation[1]),
-                bias=module.bias is not None,
-            )
-            # He initialisation by fan-out, torchvision's usual choice: its variance does not depend on the
-            # input channels, so the new layer starts at the scale of the old one.
-            nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
-            if first.bias is not None:
-                nn.init.zeros_(first.bias)
-            setattr(network.get_submodule(owner), attribute, first)
-            return
-    raise ValueError(
-        f"The first convolution of {type(network).__name__} must be an ordinary one to be given {channels} "
-        "input channels. Got another kind. Pass the network itself (an nn.Module) instead of its name."
-    )
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or (first.in_channels != channels and first.groups != 1):
+        raise ValueError(
+            f"The first convolution of {type(network).__name__} must be an ordinary one to be given {channels} "
+            "input channels. Got another kind. Pass the network itself (an nn.Module) instead of its name."
+        )
+    if first.in_channels != channels:
+        first.in_channels = channels
+        first.weight = nn.Parameter(torch.empty(first.out_channels, channels, *first.kernel_size))
+        # He initialization by fan-out, torchvision's usual choice: its variance does not depend on the input
+        # channels, so the new weights start at the scale of the old ones.
+        nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
+        if first.bias is not None:
+            nn.init.zeros_(first.bias)

@@ -1,14 +1,15 @@
-"""A small convolutional network."""
+"""Small convolutional network for images."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-_POOLED = 4  # side of the last feature map: keeps positions, and any input of 8×8 or more fits
+# Side of the last feature map: keeps positions, and any input of 8×8 or more fits.
+_POOLED = 4
 
 
 class SmallCNN(nn.Module):
-    """Two 3×3 convolutions, a 4×4 average pool and a linear layer: 10 k parameters at the defaults.
+    """Network of two 3×3 convolutions, a 4×4 average pool and a linear layer; 10 k parameters by default.
 
     Every operation has a double backward, so Hessian products and hypergradients go through it.
 
@@ -16,14 +17,11 @@ class SmallCNN(nn.Module):
         in_channels: 1 for grey images, 3 for colour.
         num_classes: width of the output.
         width: channels of the first convolution; the second has twice as many.
-        batch_norm: normalise after each convolution (the convolution then has no bias).
+        batch_norm: normalize after each convolution (the convolution then has no bias).
 
     Shape:
         Input ``(batch, in_channels, height, width)`` with sides of at least 8.
         Output ``(batch, num_classes)``.
-
-    Raises:
-        ValueError: if a size is below 1.
 
     Example:
         >>> import torch
@@ -49,7 +47,7 @@ class SmallCNN(nn.Module):
         self.classifier = nn.Linear(2 * width * _POOLED**2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch."""
+        """Return the logits of a batch."""
         logits: Tensor = self.classifier(self.features(x).flatten(1))
         return logits
 

@@ -1,8 +1,9 @@
-"""Batch normalisation whose gain and bias depend on a condition, and its statistics of many batches."""
+"""Batch normalization whose gain and bias depend on a condition, and standing statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +22,22 @@ class ClassEmbedding(nn.Embedding):
     """
 
     def forward(self, labels: Tensor) -> Tensor:
-        """``(N,)`` indices or ``(N, num_classes)`` weights to ``(N, embedding_dim)``."""
+        """Map ``(N,)`` indices or ``(N, num_classes)`` weights to ``(N, embedding_dim)``."""
         if labels.is_floating_point():
             return labels.to(self.weight.dtype) @ self.weight
         return super().forward(labels)
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    """h = (1 + gain(y)) ⊙ (x − μ)/√(σ² + ε) + bias(y), one gain and bias per example and channel.
+    """Conditional batch norm h = (1 + gain(y)) ⊙ (x − μ)/√(σ² + ε) + bias(y), per example and channel.
 
-    The normalisation is a ``BatchNorm2d(affine=False)``, so that ``SyncBatchNorm.convert_sync_batchnorm`` (the
+    The normalization is a ``BatchNorm2d(affine=False)``, so that ``SyncBatchNorm.convert_sync_batchnorm`` (the
     Trainer's ``sync_batchnorm=True``) finds and converts it. De Vries et al. (2017), arXiv 1707.00683.
 
     Args:
         num_features: Channels C.
         gain: Module from a condition ``(N, …)`` to ``(N, C)``.
-        bias: The same for the bias.
+        bias: Module from a condition ``(N, …)`` to ``(N, C)``.
         eps: ε.
 
     Example:
@@ -51,14 +52,13 @@ class ConditionalBatchNorm2d(nn.Module):
         self.gain, self.bias = gain, bias
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """``(N, C, H, W)`` and the condition to ``(N, C, H, W)``."""
-        gain = 1.0 + self.gain(condition)
-        bias = self.bias(condition)
+        """Map ``(N, C, H, W)`` and the condition to ``(N, C, H, W)``."""
+        gain, bias = 1.0 + self.gain(condition), self.bias(condition)
         return torch.addcmul(bias[:, :, None, None], self.norm(x), gain[:, :, None, None])
 
 
 def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Every batch normalisation inside that keeps running statistics."""
+    """Return every batch normalization inside that keeps running statistics."""
     return [
         layer
         for layer in module.modules()
@@ -66,20 +66,28 @@ def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     ]
 
 
+@contextmanager
+def restored_modes(module: nn.Module) -> Iterator[None]:
+    """Restore the train or evaluation mode of every submodule on exit."""
+    modes = {layer: layer.training for layer in module.modules()}
+    try:
+        yield
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+
+
 @torch.no_grad()
 def standing_statistics(module: nn.Module, forward: Callable[[], object], *, num_batches: int) -> None:
     """Replace running statistics by the plain mean over ``num_batches`` calls of ``forward``.
 
-    Running averages trail the weights that made them; standing statistics belong to the present weights.
+    Running averages trail the weights that made them; standing statistics belong to the current weights.
     Brock, Donahue & Simonyan (2019), ICLR, arXiv 1809.11096, section 4.1.
 
     Args:
-        module: Its batch normalisations get new statistics; its mode comes back.
+        module: Network whose batch normalizations get new statistics; its modes are restored.
         forward: One forward of the module with fresh inputs of the size that statistics should be taken over.
-        num_batches: How many; 16 are enough.
-
-    Raises:
-        ValueError: If ``num_batches`` is below 1.
+        num_batches: Calls of ``forward``; 16 are enough.
 
     Example:
         >>> norm = nn.BatchNorm2d(1)
@@ -90,19 +98,11 @@ def standing_statistics(module: nn.Module, forward: Callable[[], object], *, num
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1. Got {num_batches}.")
-    norms = batch_norms(module)
-    momenta = [norm.momentum for norm in norms]
-    modes = {layer: layer.training for layer in module.modules()}
-    try:
-        for norm in norms:
+    with restored_modes(module), frozen_power_iteration(module), ExitStack() as momenta:
+        for norm in batch_norms(module):
+            momenta.callback(setattr, norm, "momentum", norm.momentum)
             norm.reset_running_stats()
             norm.momentum = None  # torch's name for the cumulative mean
         module.train()
-        with frozen_power_iteration(module):
-            for _ in range(num_batches):
-                forward()
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for layer, mode in modes.items():
-            layer.training = mode
+        for _ in range(num_batches):
+            forward()

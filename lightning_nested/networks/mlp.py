@@ -1,4 +1,4 @@
-"""A fully connected network."""
+"""Fully connected network."""
 
 from __future__ import annotations
 
@@ -28,9 +28,6 @@ class MLP(nn.Module):
     Shape:
         Input ``(batch, in_features)``, or with ``flatten`` ``(batch, …)`` of ``in_features`` numbers each.
         Output ``(batch, num_classes)``.
-
-    Raises:
-        ValueError: for an unknown activation, a width below 1 or a dropout outside [0, 1).
 
     Example:
         >>> import torch
@@ -70,6 +67,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch."""
+        """Return the logits of a batch."""
         logits: Tensor = self.layers(x)
         return logits

@@ -1,9 +1,10 @@
-"""Layers whose weight is divided by an estimate of its largest singular value."""
+"""Layers with a weight divided by an estimate of its largest singular value."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from torch.nn import functional
 
 
 class SpectralNormLayer(nn.Module):
-    """W̄ = W / σ with σ = uᵀ W v, where u and v are constants and W is a ``(out, …)`` weight seen as a matrix.
+    """Weight W̄ = W / σ with σ = uᵀ W v, where u and v are constants and W, ``(out, …)``, is seen as a matrix.
 
-    A forward in train mode first improves the two vectors by one power iteration on the present weight,
+    A forward in train mode first improves the two vectors by one power iteration on the current weight,
     v ← Wᵀu / ‖Wᵀu‖, u ← Wv / ‖Wv‖. In evaluation mode, and inside :func:`frozen_power_iteration`, they stay:
     W̄ is then one fixed function of W, so derivatives taken over several forwards belong to one function.
 
@@ -25,10 +26,9 @@ class SpectralNormLayer(nn.Module):
     weight: Tensor
     u: Tensor
     v: Tensor
-    eps: float
-    frozen: bool
 
-    def _start(self, eps: float) -> None:
+    def __init__(self, *args: Any, eps: float = 1e-8, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.eps, self.frozen = eps, False
         rows, columns = self.weight.flatten(1).shape
         self.register_buffer("u", functional.normalize(torch.randn(rows), dim=0, eps=eps))
@@ -36,42 +36,39 @@ class SpectralNormLayer(nn.Module):
         self.match_vectors()
 
     @torch.no_grad()
-    def match_vectors(self) -> None:
-        """Set v for the present u and weight: call it after weights were initialised anew."""
-        matrix = self.weight.flatten(1)
-        self.v.copy_(functional.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.eps))
+    def match_vectors(self) -> Tensor:
+        """Set v for the current u and weight, and return it; call this after weights were initialized again."""
+        v = functional.normalize(torch.mv(self.weight.flatten(1).T, self.u), dim=0, eps=self.eps)
+        self.v.copy_(v)
+        return v
 
     @torch.no_grad()
     def iterate(self) -> tuple[Tensor, Tensor]:
-        """One power iteration on the present weight, whatever the mode; returns the new u and v."""
-        matrix = self.weight.flatten(1)
-        v = functional.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.eps)
-        u = functional.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
+        """Do one power iteration on the current weight, in any mode; return the new u and v."""
+        v = self.match_vectors()
+        u = functional.normalize(torch.mv(self.weight.flatten(1), v), dim=0, eps=self.eps)
         self.u.copy_(u)
-        self.v.copy_(v)
         return u, v
 
     def normalized_weight(self) -> Tensor:
-        """W̄ of the weight's shape, differentiable in the weight; moves u and v in train mode."""
+        """Return W̄ in the weight's shape, differentiable in the weight; update u and v in train mode."""
         # In half precision the iteration would stall and σ be off by a per cent.
         with torch.autocast(self.weight.device.type, enabled=False):
-            return torch.div(self.weight, self._sigma(self.weight.flatten(1)))
+            if self.training and not self.frozen:
+                u, v = self.iterate()
+            else:
+                # Copies: a later iteration must not change what this graph holds.
+                u, v = self.u.clone(), self.v.clone()
+            return torch.div(self.weight, torch.dot(u, torch.mv(self.weight.flatten(1), v)))
 
     @torch.no_grad()
     def singular_value(self) -> Tensor:
-        """The present estimate σ = uᵀ W v, a scalar; changes nothing."""
+        """Return the current estimate σ = uᵀ W v, a scalar, without side effects."""
         return torch.dot(self.u, torch.mv(self.weight.flatten(1), self.v))
 
-    def _sigma(self, matrix: Tensor) -> Tensor:
-        if self.training and not self.frozen:
-            u, v = self.iterate()
-        else:
-            u, v = self.u.clone(), self.v.clone()  # a later iteration must not change what this graph holds
-        return torch.dot(u, torch.mv(matrix, v))
 
-
-class SpectralNormConv2d(nn.Conv2d, SpectralNormLayer):
-    """``nn.Conv2d`` with a spectrally normalised weight.
+class SpectralNormConv2d(SpectralNormLayer, nn.Conv2d):
+    """``nn.Conv2d`` with a spectrally normalized weight.
 
     Example:
         >>> layer = SpectralNormConv2d(3, 8, 3, padding=1)
@@ -82,52 +79,31 @@ class SpectralNormConv2d(nn.Conv2d, SpectralNormLayer):
         1.0
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        padding: int = 0,
-        bias: bool = True,
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
-        self._start(eps)
-
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in, H, W)`` to ``(N, out, H', W')``."""
+        """Map ``(N, in, H, W)`` to ``(N, out, H', W')``."""
         y: Tensor = self._conv_forward(x, self.normalized_weight(), self.bias)
         return y
 
 
-class SpectralNormLinear(nn.Linear, SpectralNormLayer):
-    """``nn.Linear`` with a spectrally normalised weight."""
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, eps: float = 1e-8) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self._start(eps)
+class SpectralNormLinear(SpectralNormLayer, nn.Linear):
+    """``nn.Linear`` with a spectrally normalized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in)`` to ``(N, out)``."""
+        """Map ``(N, in)`` to ``(N, out)``."""
         return functional.linear(x, self.normalized_weight(), self.bias)
 
 
-class SpectralNormEmbedding(nn.Embedding, SpectralNormLayer):
-    """``nn.Embedding`` with a spectrally normalised table."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, eps: float = 1e-8) -> None:
-        super().__init__(num_embeddings, embedding_dim)
-        self._start(eps)
+class SpectralNormEmbedding(SpectralNormLayer, nn.Embedding):
+    """``nn.Embedding`` with a spectrally normalized table."""
 
     def forward(self, index: Tensor) -> Tensor:
-        """``(N,)`` indices to ``(N, embedding_dim)``."""
+        """Map ``(N,)`` indices to ``(N, embedding_dim)``."""
         return functional.embedding(index, self.normalized_weight())
 
 
 @contextmanager
 def frozen_power_iteration(*modules: nn.Module) -> Iterator[None]:
-    """Inside, every spectrally normalised layer is a function of its parameters alone, in train mode too.
+    """Make every spectrally normalized layer a function of its parameters alone, in train mode too.
 
     Use it around Jacobian and Hessian products that take more than one forward.
 
@@ -138,19 +114,20 @@ def frozen_power_iteration(*modules: nn.Module) -> Iterator[None]:
         True
     """
     with ExitStack() as stack:
-        for layer in (layer for module in modules for layer in spectral_norm_layers(module).values()):
-            stack.callback(setattr, layer, "frozen", layer.frozen)
-            layer.frozen = True
+        for module in modules:
+            for layer in spectral_norm_layers(module).values():
+                stack.callback(setattr, layer, "frozen", layer.frozen)
+                layer.frozen = True
         yield
 
 
 def spectral_norm_layers(module: nn.Module) -> dict[str, SpectralNormLayer]:
-    """The spectrally normalised layers inside, by dotted name."""
+    """Return the spectrally normalized layers inside, by dotted name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, SpectralNormLayer)}
 
 
 def singular_values(module: nn.Module) -> dict[str, Tensor]:
-    """σ of every spectrally normalised layer by dotted name, each a scalar; a sign of collapse when it jumps.
+    """Return σ of every spectrally normalized layer by dotted name, a scalar each; a jump is a sign of collapse.
 
     Example:
         >>> list(singular_values(nn.Sequential(SpectralNormLinear(3, 2))))

@@ -22,7 +22,7 @@ from lightning_nested.modules import (
 )
 from lightning_nested.networks import frozen_power_iteration
 from lightning_nested.optim import ComplexAdam
-from tests.modules.test_biggan import data, module, same, tensors, trainer
+from tests.modules.gan.tiny import data, module, same, tensors, trainer
 
 # ε is large so that entries without a gradient so far do not have the largest eigenvalues.
 OPTIMIZERS = {

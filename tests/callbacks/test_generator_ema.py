@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_nested.callbacks import GeneratorEMA
-from tests.modules.test_biggan import data, module, same, tensors, trainer
+from tests.modules.gan.tiny import data, module, same, tensors, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory", "ignore:You defined a `validation_step`", "ignore:.*callback states"

@@ -1,4 +1,4 @@
-"""FID, KID, Inception Score, precision and recall of a generator, each score with what it depends on."""
+"""FID, KID, Inception Score, precision and recall of a generator, each logged with its settings."""
 
 from __future__ import annotations
 
@@ -41,17 +41,27 @@ from lightning_nested.callbacks.generative_metrics.scores import (
 )
 from lightning_nested.trainer.random_stream import RandomStream
 
-_NUMBERS_AT_ONCE = 2**28  # of generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px
+# Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
+_NUMBERS_AT_ONCE = 2**28
 
 
 class ClassConditionalSampler(Protocol):
-    """What :class:`GenerativeMetrics` asks of a LightningModule."""
+    """LightningModule whose samples :class:`GenerativeMetrics` and :class:`SampleGrid` can score and draw."""
 
     num_classes: int
 
     def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
-        """Images of the classes, ``(N, C, H, W)`` in [−1, 1]."""
+        """Return images of the classes, ``(N, C, H, W)`` in [−1, 1]."""
         ...
+
+
+def require_sampler(callback: Callback, module: LightningModule) -> None:
+    """Raise MisconfigurationException unless the module is a :class:`ClassConditionalSampler`."""
+    if not hasattr(module, "sample_for_metrics"):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
+            f"Got {type(module).__name__}."
+        )
 
 
 class GenerativeMetrics(Callback):
@@ -60,14 +70,14 @@ class GenerativeMetrics(Callback):
     Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are
     extracted once. With Inception the scores are called ``fid``, ``kid``, ``inception_score``; with any other
     evaluator ``frechet_distance``, ``kernel_distance``, ``classifier_score``: they are not FID. ``agreement``
-    is the share of samples that the evaluator's classifier labels as asked for.
+    is the share of samples that the evaluator's classifier gives their class.
 
-    Every score is logged as ``<score>/<evaluator>/<split>/<samples>/<batch norm>``, and appended with all of this
+    Every score is logged as ``<score>/<evaluator>/<split>/<samples>/<batch norm>``, and appended with these settings
     and the module's ``game_updates`` to ``scores.jsonl`` under ``default_root_dir``. Published scores of one and
     the same checkpoint differ by 40 % between evaluators, reference splits and batch-norm modes.
 
-    Where :class:`GeneratorEMA` is among the callbacks, its average is what is scored. All processes make
-    samples. Statistics of the real images are kept on disk by the content of the images.
+    If :class:`GeneratorEMA` is among the callbacks, its average is scored. All processes make samples. Statistics
+    of the real images are kept on disk by the content of the images.
 
     Heusel et al. (2017), NeurIPS (FID); Bińkowski et al. (2018), ICLR (KID); Salimans et al. (2016), NeurIPS (IS);
     Kynkäänniemi et al. (2019), NeurIPS (precision and recall).
@@ -77,14 +87,13 @@ class GenerativeMetrics(Callback):
         num_samples: Generated images, equally many of each class.
         split: Real images to compare with.
         batch_norm: Modes of the generator's batch norm; each is scored.
-        scores: Which scores.
-        options: Their details.
+        scores: Scores to compute.
+        options: Details of the scores.
         every_n_validations: Validations within ``fit`` from one scoring to the next.
         cache: Folder for real statistics and trained classifiers; None: ``default_root_dir/metrics_cache``.
-        seed: Of the samples.
+        seed: Seed of the samples.
 
     Raises:
-        ValueError: If an argument is out of range.
         MisconfigurationException: If there are fewer samples than features, no datamodule, or the module cannot
             make samples of a class.
     """
@@ -124,11 +133,7 @@ class GenerativeMetrics(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict":
             return
-        if not hasattr(pl_module, "sample_for_metrics"):
-            raise MisconfigurationException(
-                "GenerativeMetrics needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
-                f"Got {type(pl_module).__name__}."
-            )
+        require_sampler(self, pl_module)
         if getattr(trainer, "datamodule", None) is None:
             raise MisconfigurationException(
                 "GenerativeMetrics takes the real images from a LightningDataModule. Got none; pass datamodule=."
@@ -162,8 +167,6 @@ class GenerativeMetrics(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._score(trainer, pl_module)
 
-    # ---- one scoring
-
     # Stand-alone validation runs in inference mode, whose tensors could not train a classifier.
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -187,19 +190,18 @@ class GenerativeMetrics(Callback):
             logits = None if parts[0][1] is None else interleave([part[1] for part in parts])
             found: dict[str, float] = {}
             if trainer.is_global_zero:
+                asked = labels if extractor.judges_classes else None
                 with RandomStream(self.seed):
-                    found = self._scores(
-                        real, features, logits, labels, extractor.judges_classes, pl_module.device
-                    )
-            found = trainer.strategy.broadcast(found)
-            self._report(trainer, pl_module, mode, found)
+                    found = self._scores(real, features, logits, asked, pl_module.device)
+            self._report(trainer, pl_module, mode, trainer.strategy.broadcast(found))
         extractor.cpu()
 
     def _prepare(self, trainer: Trainer) -> tuple[FeatureExtractor, RealStatistics]:
         if self._extractor is None or self._real is None:
             cache = Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "metrics_cache"
             train = self._batches(trainer, "train")
-            for rank in range(trainer.world_size):  # process 0 trains and downloads, the others read
+            # Process 0 trains and downloads, the others read.
+            for rank in range(trainer.world_size):
                 if rank == trainer.global_rank and (rank == 0 or self._extractor is None):
                     self._extractor = self.evaluator.build(train, cache).requires_grad_(False)
                 if rank == 0:
@@ -210,15 +212,11 @@ class GenerativeMetrics(Callback):
             images = list(self._batches(trainer, self.split)())
             self._numbers_per_image = max((batch[0][0].numel() for batch in images), default=1)
             self._real = real_statistics(
-                trainer,
-                self._extractor,
-                images,
-                num_features_kept=self.num_samples,
-                cache=cache,
+                trainer, self._extractor, images, num_features_kept=self.num_samples, cache=cache
             )
             self._check_count(f"the real images of split={self.split!r}", self._real.count, self._extractor)
             if self._extractor.judges_classes:
-                self._judge_the_judge(trainer, self._extractor, cache)
+                self._test_evaluator(trainer, self._extractor, cache)
         return self._extractor, self._real
 
     def _check_count(self, what: str, count: int, extractor: FeatureExtractor) -> None:
@@ -234,7 +232,7 @@ class GenerativeMetrics(Callback):
                 f"({what}). Raise num_samples, lower ScoreOptions(neighborhood=...), or leave them out of scores."
             )
 
-    def _judge_the_judge(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path) -> None:
+    def _test_evaluator(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path) -> None:
         test = real_statistics(
             trainer, extractor, self._batches(trainer, "test")(), num_features_kept=1, cache=cache
         )
@@ -252,7 +250,8 @@ class GenerativeMetrics(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
 
         def batches() -> Iterable[Any]:
-            with RandomStream(self.seed):  # a shuffling loader draws from the global stream
+            # A shuffling loader draws from the global stream.
+            with RandomStream(self.seed):
                 return list(_whole(getattr(datamodule, f"{split}_dataloader")()))
 
         return batches
@@ -262,8 +261,7 @@ class GenerativeMetrics(Callback):
         real: RealStatistics,
         features: Tensor,
         logits: Tensor | None,
-        labels: Tensor,
-        judges_classes: bool,
+        labels: Tensor | None,
         device: torch.device,
     ) -> dict[str, float]:
         inception = self.evaluator.is_inception
@@ -271,15 +269,15 @@ class GenerativeMetrics(Callback):
         if "frechet" in self.scores:
             found["fid" if inception else "frechet_distance"] = frechet_distance(real, features)
         if "kernel" in self.scores:
-            name = "kid" if inception else "kernel_distance"
-            found[name] = kernel_distance(real.features, features, self.options)
+            distance = kernel_distance(real.features, features, self.options)
+            found["kid" if inception else "kernel_distance"] = distance
         if "inception_score" in self.scores and logits is not None:
             name = "inception_score" if inception else "classifier_score"
             found[name] = inception_score(logits, self.options)
         if "precision_recall" in self.scores:
-            # All pairs of samples, which is most of the work: the other processes wait, and not for ever.
+            # On the device, because all pairs of samples are most of the work while the other processes wait.
             found |= precision_recall(real.features.to(device), features.to(device), self.options)
-        if "agreement" in self.scores and judges_classes and logits is not None:
+        if "agreement" in self.scores and labels is not None and logits is not None:
             right = (logits.argmax(dim=1) == labels).float()
             found["agreement"] = float(right.mean())
             for k in range(int(labels.max()) + 1):
@@ -320,18 +318,19 @@ def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _whole(loader: Iterable[Any]) -> Iterable[Any]:
-    """A loader of all its images: one for training leaves out those that fill no batch."""
-    if not (isinstance(loader, DataLoader) and loader.drop_last) or isinstance(
-        loader.dataset, IterableDataset
+    """Return a loader of all images: one for training may drop its last, smaller batch."""
+    if (
+        not isinstance(loader, DataLoader)
+        or not loader.drop_last
+        or isinstance(loader.dataset, IterableDataset)
     ):
         return loader
     sampler: Any = loader.sampler
     dataset: Any = loader.dataset
-    if len(sampler) != len(dataset):  # one that chooses, or repeats
+    # A sampler of another length chooses examples, or repeats them.
+    if len(sampler) != len(dataset):
         return loader
-    return DataLoader(
-        dataset,
-        batch_size=loader.batch_size,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-    )
+    options: dict[str, Any] = {
+        name: getattr(loader, name) for name in ("batch_size", "collate_fn", "num_workers")
+    }
+    return DataLoader(dataset, **options)

@@ -1,4 +1,4 @@
-"""What turns images into features that scores of generators are computed from."""
+"""Feature extractors for scores of generators."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from lightning_nested.trainer.random_stream import RandomStream
 
@@ -23,12 +24,12 @@ Batches = Callable[[], Iterable[Any]]
 
 
 class FeatureExtractor(nn.Module):
-    """Images ``(N, C, H, W)`` in [−1, 1] to features ``(N, F)`` and class logits ``(N, K)`` or None.
+    """Network from images ``(N, C, H, W)`` in [−1, 1] to features ``(N, F)`` and class logits ``(N, K)`` or None.
 
     Attributes:
         num_features: F.
-        fingerprint: Names the function: equal fingerprints mean equal features.
-        judges_classes: Whether the logits are about the classes of the data set.
+        fingerprint: Name of the function: equal fingerprints mean equal features.
+        judges_classes: True if the logits are about the classes of the data set.
     """
 
     num_features: int
@@ -38,31 +39,31 @@ class FeatureExtractor(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator(ABC):
-    """How features are come by. ``name`` goes into the name of every score."""
+    """Strategy that builds a feature extractor. ``name`` goes into the name of every score."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Short, for the name of scores."""
+        """Return a short name for scores."""
 
     @property
     def is_inception(self) -> bool:
-        """Whether a Fréchet distance in these features may be called FID."""
+        """Return True if a Fréchet distance in these features may be called FID."""
         return False
 
     @abstractmethod
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        """The extractor, on CPU, in evaluation mode.
+        """Build the extractor, on CPU, in evaluation mode.
 
         Args:
-            train: The training data, for extractors that are trained on the spot.
-            cache: A folder where such may be kept.
+            train: The training data, for extractors that need training.
+            cache: A folder for trained extractors.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class InceptionEvaluator(Evaluator):
-    """torch-fidelity's Inception v3 of the original FID: 2 048 features, scores named FID, KID, IS.
+    """Evaluator with torch-fidelity's Inception v3 of the original FID: 2 048 features, scores named FID, KID, IS.
 
     Args:
         weights: File ``weights-inception-2015-12-05-6726825d.pth``; None: torch-fidelity's download.
@@ -74,21 +75,18 @@ class InceptionEvaluator(Evaluator):
     weights: str | None = None
 
     @property
+    @override
     def name(self) -> str:
-        """See :class:`Evaluator`."""
         return "inception"
 
     @property
+    @override
     def is_inception(self) -> bool:
-        """See :class:`Evaluator`."""
         return True
 
+    @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        """See :class:`Evaluator`."""
-        from torch_fidelity.feature_extractor_inceptionv3 import (
-            URL_INCEPTION_V3,
-            FeatureExtractorInceptionV3,
-        )
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         cure = (
             f"Download {URL_INCEPTION_V3} on a machine with network and name the file in "
@@ -105,7 +103,8 @@ class InceptionEvaluator(Evaluator):
                     ["2048", "logits_unbiased"],
                     feature_extractor_weights_path=self.weights,
                 )
-        except OSError as error:  # URLError is one
+        # URLError is an OSError.
+        except OSError as error:
             raise FileNotFoundError(
                 f"FID needs the weights of Inception v3. Got no network: {error}. {cure}"
             ) from error
@@ -114,12 +113,12 @@ class InceptionEvaluator(Evaluator):
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleEvaluator(Evaluator):
-    """Any module from images in [−1, 1] to features ``(N, F)``, or to a pair of features and class logits.
+    """Evaluator with any module from images in [−1, 1] to features ``(N, F)``, or to features and class logits.
 
     Args:
         module: The module; put into evaluation mode.
         label: Name of the scores.
-        judges_classes: Whether its logits, if any, are about the classes of the data.
+        judges_classes: True if its logits are about the classes of the data.
     """
 
     module: nn.Module
@@ -127,23 +126,23 @@ class ModuleEvaluator(Evaluator):
     judges_classes: bool = False
 
     @property
+    @override
     def name(self) -> str:
-        """See :class:`Evaluator`."""
         return self.label
 
+    @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        """See :class:`Evaluator`."""
         images = next(iter(train()))[0][:1]
         return _Wrapped(self.module.eval(), images, self.judges_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierEvaluator(Evaluator):
-    """A small convolutional classifier trained on the training images: for machines without network.
+    """Evaluator with a small convolutional classifier trained on the training images; needs no download.
 
     Its Fréchet distance is *not* FID and is comparable only to distances of the same evaluator and data; scores
-    are named ``frechet_distance``, not ``fid``. Its logits tell whether a sample is of the class asked for.
-    A trained one is kept in the cache, by the content of the data and these options.
+    are named ``frechet_distance``, not ``fid``. Its logits give the agreement of samples with their class.
+    A trained classifier is kept in the cache, by the content of the data and these options.
 
     Args:
         epochs: Passes over the training data.
@@ -160,13 +159,13 @@ class ClassifierEvaluator(Evaluator):
     seed: int = 0
 
     @property
+    @override
     def name(self) -> str:
-        """See :class:`Evaluator`."""
         return "classifier"
 
+    @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        """See :class:`Evaluator`."""
-        images, labels = _gather(train())
+        images, labels = gather_batches(train())
         content = content_hash(images, labels)
         key = hashlib.sha256(f"{self!r} {content}".encode()).hexdigest()[:16]
         with RandomStream(self.seed):
@@ -185,7 +184,7 @@ class ClassifierEvaluator(Evaluator):
 
 
 class SmallFeatureNetwork(FeatureExtractor):
-    """Three 3×3 convolutions with batch norm and pooling, then F rectified features and a linear classifier."""
+    """Network of three 3×3 convolutions with batch norm and pooling, F rectified features, a linear classifier."""
 
     judges_classes = True
 
@@ -202,8 +201,8 @@ class SmallFeatureNetwork(FeatureExtractor):
         )
         self.head = nn.Linear(num_features, num_classes)
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`FeatureExtractor`."""
         features = self.body(images)
         return features, self.head(features)
 
@@ -244,7 +243,7 @@ class _Wrapped(FeatureExtractor):
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """[−1, 1] to 0 … 255, rounded.
+    """Convert [−1, 1] to 0 … 255, rounded.
 
     Example:
         >>> to_bytes(torch.tensor([-1.0, 0.0, 1.0])).tolist()
@@ -254,7 +253,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def content_hash(images: Tensor, labels: Tensor) -> str:
-    """A name for a set of labelled images that does not depend on their order.
+    """Return a name for a set of labelled images that does not depend on their order.
 
     Example:
         >>> images, labels = torch.rand(3, 1, 2, 2), torch.arange(3)
@@ -276,14 +275,15 @@ def _state_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _gather(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def gather_batches(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Join the images and the labels of batches ``(images, labels, …)``."""
     images, labels = zip(*((batch[0], batch[1]) for batch in batches), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
 def _train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int) -> None:
-    """Adam with a rate that falls to zero; 91 % on Fashion-MNIST after 4 epochs."""
-    # In an order that the loader's shuffling has no part in, so that the result depends on the content alone.
+    """Train with Adam and a rate that falls to zero; 91 % on Fashion-MNIST after 4 epochs."""
+    # Sorted, so that the result depends on the content alone, not on the loader's shuffling.
     order = torch.tensor(sorted(range(len(images)), key=lambda i: images[i].numpy().tobytes()))
     images, labels = images[order], labels[order]
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)

@@ -13,19 +13,23 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_nested.callbacks.generative_metrics.evaluators import FeatureExtractor, content_hash
+from lightning_nested.callbacks.generative_metrics.evaluators import (
+    FeatureExtractor,
+    content_hash,
+    gather_batches,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealStatistics:
-    """What scores need to know of the real images.
+    """Statistics of the real images, for scores.
 
     Args:
         count: Number of images n.
         total: Σ f, ``(F,)``, float64.
         products: Σ f fᵀ, ``(F, F)``, float64.
-        features: ``(m, F)`` of m of them, spread over the set.
-        accuracy: Share that the extractor's classifier labels right; NaN if it has none.
+        features: ``(m, F)``, features of m of the images, spread over the set.
+        accuracy: Share of images that the extractor's classifier labels right; NaN without one.
     """
 
     count: int
@@ -43,18 +47,15 @@ def real_statistics(
     num_features_kept: int,
     cache: Path,
 ) -> RealStatistics:
-    """The statistics of a pass over real images, from the cache if it has them.
+    """Return the statistics of real images, from the cache if it has them.
 
-    The key is the content of the images, in whatever order, and the extractor's fingerprint. Processes share
-    the work; process 0 writes the file.
-
-    Raises:
-        ValueError: If there are no images.
+    The key is the content of the images, in any order, and the extractor's fingerprint. Processes share the
+    work; process 0 writes the file.
     """
-    pairs = [(batch[0], batch[1]) for batch in batches]
-    if not pairs:
+    batches = list(batches)
+    if not batches:
         raise ValueError("The split of real images must not be empty. Got none; choose another split.")
-    images, labels = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+    images, labels = gather_batches(batches)
     name = f"{content_hash(images, labels)} {extractor.fingerprint} {num_features_kept}"
     path = cache / f"real_{hashlib.sha256(name.encode()).hexdigest()[:16]}.pt"
     if trainer.strategy.broadcast(path.is_file()):
@@ -79,7 +80,8 @@ def real_statistics(
     }
     if trainer.is_global_zero:
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")  # another run may be writing the same file
+        # Under another name first: another run may be writing the same file.
+        partial = path.with_suffix(f".{os.getpid()}")
         torch.save(found, partial)
         partial.replace(path)
     return RealStatistics(**found)
@@ -89,7 +91,7 @@ def real_statistics(
 def extract(
     extractor: FeatureExtractor, images: Tensor, device: torch.device, *, batch_size: int = 250
 ) -> tuple[Tensor, Tensor | None]:
-    """Features and logits of many images, float32 on the CPU."""
+    """Return features and logits of many images, float32 on the CPU."""
     features, logits = [], []
     for part in torch.split(images, batch_size):
         f, y = extractor(part.to(device))
@@ -101,7 +103,7 @@ def extract(
 
 
 def gather(trainer: Trainer, value: Any) -> list[Any]:
-    """The value of every process, on every process."""
+    """Return the values of all processes, on every process."""
     if trainer.world_size == 1:
         return [value]
     values: list[Any] = [None] * trainer.world_size
@@ -110,7 +112,7 @@ def gather(trainer: Trainer, value: Any) -> list[Any]:
 
 
 def interleave(parts: list[Tensor]) -> Tensor:
-    """The inverse of ``x[rank::world_size]``.
+    """Invert ``x[rank::world_size]``.
 
     Example:
         >>> x = torch.arange(5)

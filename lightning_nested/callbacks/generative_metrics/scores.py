@@ -9,9 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.callbacks.generative_metrics.real_statistics import (
-    RealStatistics,
-)
+from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
 
 Split = Literal["train", "val", "test"]
 Score = Literal["frechet", "kernel", "inception_score", "precision_recall", "agreement"]
@@ -27,9 +25,6 @@ class ScoreOptions:
         kernel_subset_size: Images in each; at most the number of samples.
         inception_splits: Parts that the Inception Score is averaged over.
         neighborhood: k of precision and recall.
-
-    Raises:
-        ValueError: If a number is below 1.
     """
 
     kernel_subsets: int = 100
@@ -43,12 +38,12 @@ class ScoreOptions:
             raise ValueError(f"Options of scores must be at least 1. Got {wrong}.")
 
 
-# ---- the libraries' scores, from the features of all processes: process 0 alone computes them, so no metric may
-# synchronise, which would wait for the others for ever
+# ---- the libraries' scores, from the features of all processes. Process 0 alone computes them, so no metric may
+# synchronize: it would wait for the others forever.
 
 
 class _Given(nn.Module):
-    """Stands where the libraries have their extractor: what comes in are features already."""
+    """Extractor for the libraries that returns its input: it is given features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -59,7 +54,7 @@ class _Given(nn.Module):
 
 
 def frechet_distance(real: RealStatistics, features: Tensor) -> float:
-    """‖μ_r − μ_f‖² + tr(Σ_r + Σ_f − 2(Σ_r Σ_f)^½) by torchmetrics, in float64.
+    """Return ‖μ_r − μ_f‖² + tr(Σ_r + Σ_f − 2(Σ_r Σ_f)^½) by torchmetrics, in float64.
 
     Args:
         real: Sums over the real images.
@@ -75,7 +70,7 @@ def frechet_distance(real: RealStatistics, features: Tensor) -> float:
 
 
 def kernel_distance(real: Tensor, features: Tensor, options: ScoreOptions) -> float:
-    """The squared maximum mean discrepancy of a cubic kernel by torchmetrics, mean over random subsets."""
+    """Return the squared maximum mean discrepancy of a cubic kernel by torchmetrics, mean over random subsets."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings():
@@ -83,11 +78,9 @@ def kernel_distance(real: Tensor, features: Tensor, options: ScoreOptions) -> fl
             "ignore", "Metric `Kernel Inception Distance` will save all extracted features"
         )
         size = min(options.kernel_subset_size, len(real), len(features))
+        extractor = _Given(features.shape[1])
         metric = KernelInceptionDistance(
-            feature=_Given(features.shape[1]),
-            subsets=options.kernel_subsets,
-            subset_size=size,
-            sync_on_compute=False,
+            feature=extractor, subsets=options.kernel_subsets, subset_size=size, sync_on_compute=False
         )
     metric.update(real, real=True)
     metric.update(features, real=False)
@@ -95,7 +88,7 @@ def kernel_distance(real: Tensor, features: Tensor, options: ScoreOptions) -> fl
 
 
 def inception_score(logits: Tensor, options: ScoreOptions) -> float:
-    """exp E KL(p(y|x) ‖ p(y)) by torchmetrics, mean over splits."""
+    """Return exp E KL(p(y|x) ‖ p(y)) by torchmetrics, mean over splits."""
     from torchmetrics.image.inception import InceptionScore
 
     with warnings.catch_warnings():
@@ -104,12 +97,13 @@ def inception_score(logits: Tensor, options: ScoreOptions) -> float:
             feature=_Given(logits.shape[1]), splits=options.inception_splits, sync_on_compute=False
         )
         metric.update(logits)
-        warnings.filterwarnings("ignore", "std")  # of one split, which nobody asked for
+        # The standard deviation over splits, which is not used, is not defined for one split.
+        warnings.filterwarnings("ignore", "std")
         return float(metric.compute()[0])
 
 
 def precision_recall(real: Tensor, features: Tensor, options: ScoreOptions) -> dict[str, float]:
-    """Share of samples inside the real manifold and of real images inside the samples', by torch-fidelity."""
+    """Return the share of samples inside the real manifold, and the reverse, by torch-fidelity."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     found = prc_features_to_metric(

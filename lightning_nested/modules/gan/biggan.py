@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,85 +27,72 @@ from lightning_nested.modules.gan.biggan_options import (
     Sampling,
 )
 from lightning_nested.modules.gan.module import GANModule
-from lightning_nested.modules.gan.sampling import interpolate, sample_images, seeded
+from lightning_nested.modules.gan.sampling import interpolate, sample_images, save_images, seeded
 from lightning_nested.networks import Discriminator, Generator, singular_values
 from lightning_nested.networks.adversarial import widened
 from lightning_nested.networks.biggan.tables import check_labels
 from lightning_nested.networks.conditional_batch_norm import batch_norms
-from lightning_nested.trainer.lightning import has_trainer, synchronizes_batch_norm
+from lightning_nested.trainer.lightning import synchronizes_batch_norm
 
 
 def float_betas(make: OptimizerCallable) -> OptimizerCallable:
-    """The same optimizer with ``betas`` made floats: YAML's ``[0, 0.999]`` has an int, which Adam refuses."""
-
-    def build(params: Any) -> Optimizer:
-        keywords = getattr(make, "keywords", {})
-        betas = keywords.get("betas")
-        if betas is None:
-            return make(params)
-        return partial(cast(Any, make), betas=tuple(float(beta) for beta in betas))(params)  # type: ignore[no-any-return]
-
-    return build
+    """Return the optimizer with float ``betas``: YAML's ``[0, 0.999]`` has an int, which Adam refuses."""
+    betas = getattr(make, "keywords", {}).get("betas")
+    if betas is None:
+        return make
+    return partial(cast(Any, make), betas=tuple(float(beta) for beta in betas))
 
 
-_ADAM = partial(torch.optim.Adam, lr=2e-4, betas=(0.0, 0.999), eps=1e-8)
+_ADAM = cast(OptimizerCallable, partial(torch.optim.Adam, lr=2e-4, betas=(0.0, 0.999), eps=1e-8))
 
 
 def build_networks(sizes: BigGANNetworks) -> tuple[Generator, Discriminator]:
-    """Generator and discriminator of these sizes, drawn from the global stream in this order."""
-    generator = Generator(
-        sizes.width,
-        sizes.latent_dim,
-        sizes.num_classes,
-        sizes.resolution,
-        image_channels=sizes.image_channels,
-        attention=sizes.attention,
-        shared_dim=sizes.shared_dim,
-        hierarchical=sizes.hierarchical,
-        initialization=sizes.initialization,
-    )
-    discriminator = Discriminator(
-        sizes.width,
-        sizes.num_classes,
-        sizes.resolution,
-        image_channels=sizes.image_channels,
-        attention=sizes.attention,
-        initialization=sizes.initialization,
-    )
-    return generator, discriminator
+    """Return a generator and a discriminator, drawn from the global random stream in this order."""
+    options: dict[str, Any] = dict(vars(sizes))
+    generator = Generator(**options)
+    for own in ("latent_dim", "shared_dim", "hierarchical"):
+        del options[own]
+    return generator, Discriminator(**options)
+
+
+@torch.no_grad()
+def average_running_statistics(network: nn.Module, strategy: Strategy) -> None:
+    """Replace running statistics by their mean over processes, in one message."""
+    statistics = [
+        cast(Tensor, t) for norm in batch_norms(network) for t in (norm.running_mean, norm.running_var)
+    ]
+    flat = strategy.reduce(torch.cat([t.flatten() for t in statistics]), reduce_op="mean")
+    for tensor, mean in zip(statistics, flat.split([t.numel() for t in statistics]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 class BigGAN(GANModule):
-    """Brock, Donahue & Simonyan's class-conditional GAN, by default in the usual configuration for CIFAR-10.
+    """Class-conditional GAN for images, by default in the usual configuration for CIFAR-10.
 
-    A round is 4 discriminator steps, each with a batch of fresh real images, z and labels, real and generated
-    images in one forward of the discriminator, and then a generator step: four batches of the Trainer. Hinge
-    loss, Adam of rate 2e-4 and betas (0, 0.999) for both. ``ComplexAdam`` for the discriminator is the setting
-    of Lorraine et al. (2022), AISTATS, PMLR 151:7742-7765. Brock, Donahue & Simonyan (2019), ICLR,
-    arXiv 1809.11096.
+    A round is 4 discriminator steps, each with fresh real images, z and labels and one forward for real and
+    generated images together, and then a generator step: four batches of the Trainer. Hinge loss, Adam with
+    rate 2e-4 and betas (0, 0.999) for both. Brock, Donahue & Simonyan (2019), ICLR, arXiv 1809.11096.
+    ``ComplexAdam`` for the discriminator is the setting of Lorraine et al. (2022), AISTATS, PMLR 151:7742-7765.
 
-    A batch is ``(images, labels, …)`` with images ``(N, C, side, side)`` in [−1, 1]. For an average of the
-    generator add :class:`~lightning_nested.callbacks.GeneratorEMA`, for grids
-    :class:`~lightning_nested.callbacks.SampleGrid`, for scores
-    :class:`~lightning_nested.callbacks.GenerativeMetrics`. In data-parallel runs each process takes batch
-    statistics of its own, and running statistics are averaged before each generator step, so that all
-    processes hold the same numbers.
+    A batch is ``(images, labels, …)`` with images ``(N, C, side, side)`` in [−1, 1]. Add the callbacks
+    ``GeneratorEMA`` for an average of the generator, ``SampleGrid`` for grids and ``GenerativeMetrics`` for
+    scores. In data-parallel runs each process takes batch statistics of its own; running statistics are
+    averaged before each generator step, so that all processes hold the same numbers.
 
     Args:
-        networks: Sizes.
+        networks: Sizes of both networks.
         objective: Loss, penalties, augmentation.
         generator_optimizer: From parameters to optimizer; default Adam(2e-4, betas=(0, 0.999)).
-        discriminator_optimizer: The same.
+        discriminator_optimizer: From parameters to optimizer; the same default.
         generator_scheduler: From optimizer to scheduler, stepped once per round.
-        discriminator_scheduler: The same.
-        discriminator_steps: Per round.
-        loop: Accumulation and clipping of :class:`GameModule`. ``reuse_batch`` is taken as True without
-            accumulation: the generator's step needs no real images of its own.
-        sampling: How validation, test and predict make images.
-        execution: Memory format, compilation.
+        discriminator_scheduler: From optimizer to scheduler, stepped once per round.
+        discriminator_steps: Discriminator steps per round.
+        loop: Accumulation and clipping of :class:`GameModule`; None: ``GameLoop(reuse_batch=True)``, because the
+            generator's step needs no real images of its own.
+        sampling: Sampling options of validation, test and predict.
+        execution: Memory format, compilation, logging of details.
 
     Raises:
-        ValueError: Arguments out of range, or ``reuse_fakes`` without ``reuse_batch``.
         MisconfigurationException: In ``fit``: ``sync_batchnorm`` on CPU, or images that do not fit.
 
     Example:
@@ -123,8 +110,8 @@ class BigGAN(GANModule):
         networks: BigGANNetworks = BigGANNetworks(),  # noqa: B008 - frozen
         *,
         objective: BigGANObjective = BigGANObjective(),  # noqa: B008 - frozen
-        generator_optimizer: OptimizerCallable = cast(OptimizerCallable, _ADAM),  # noqa: B008
-        discriminator_optimizer: OptimizerCallable = cast(OptimizerCallable, _ADAM),  # noqa: B008
+        generator_optimizer: OptimizerCallable = _ADAM,
+        discriminator_optimizer: OptimizerCallable = _ADAM,
         generator_scheduler: LRSchedulerCallable | None = None,
         discriminator_scheduler: LRSchedulerCallable | None = None,
         discriminator_steps: int = 4,
@@ -164,10 +151,8 @@ class BigGAN(GANModule):
                 network.to(memory_format=torch.channels_last)
         self._compiled: dict[str, Callable[..., Tensor]] = {}
         self._gradient_norms: dict[str, Tensor] = {}
-        self._plain = False  # compiled networks differentiate once only
+        # Real images since the last log, and when that was.
         self._shown, self._since = 0, 0.0
-
-    # ---- the game
 
     @override
     def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -177,20 +162,11 @@ class BigGAN(GANModule):
     def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._network("discriminator")(data, labels)
 
-    @contextmanager
-    @override
-    def one_function(self) -> Iterator[None]:
-        outside, self._plain = self._plain, True
-        try:
-            with super().one_function():
-                yield
-        finally:
-            self._plain = outside
-
     def _network(self, name: str) -> Callable[..., Tensor]:
-        """The network, compiled if asked for where first derivatives are enough."""
-        network: nn.Module = self.get_submodule(name)
-        if not self.execution.compile or self._plain:
+        """Return the network, compiled if asked for where first derivatives are enough."""
+        network: Generator | Discriminator = getattr(self, name)
+        # Compiled networks have no second derivatives, for which one_function freezes the spectral vectors.
+        if not self.execution.compile or network.linear.frozen:
             return network
         if name not in self._compiled:
             self._compiled[name] = torch.compile(network)
@@ -200,7 +176,7 @@ class BigGAN(GANModule):
     def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         images, labels = super().real_data(batch)
         if labels is not None and self.game_updates == 0:
-            # On a GPU a class too many ends in an assertion of a kernel, and every look is a wait: so only here.
+            # Once only: on a GPU every look waits, and without one a wrong class ends in an assertion of a kernel.
             check_labels(labels.cpu(), self.networks.num_classes)
         shape = (self.networks.image_channels, self.networks.resolution, self.networks.resolution)
         if images.shape[1:] != shape:
@@ -213,23 +189,10 @@ class BigGAN(GANModule):
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
 
-    @torch.no_grad()
-    def _average_running_statistics(self) -> None:
-        """The mean over processes, in one message: every process goes on with the same numbers."""
-        if not has_trainer(self) or self.trainer.world_size == 1:
-            return
-        tensors = [t for norm in batch_norms(self.generator) for t in (norm.running_mean, norm.running_var)]
-        present = [t for t in tensors if t is not None]
-        flat = self.trainer.strategy.reduce(torch.cat([t.flatten() for t in present]), reduce_op="mean")
-        for tensor, mean in zip(present, flat.split([t.numel() for t in present]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
-
-    # ---- lifecycle
-
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        # Scores of a stand-alone validation name the updates of the weights they judge.
+        # So that a stand-alone validation reports its scores at the right number of updates.
         self.game_updates = checkpoint.get("game", {}).get("game_updates", self.game_updates)
 
     @override
@@ -256,14 +219,14 @@ class BigGAN(GANModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self._is_generator(optimizer):
-            self._average_running_statistics()  # not sooner: a graph still holds them
-        if self._logs_now():
-            gradients = [
-                p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
-            name = "generator" if self._is_generator(optimizer) else "discriminator"
-            self._gradient_norms[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
+        player = "generator" if self._is_generator(optimizer) else "discriminator"
+        if player == "generator" and self.trainer.world_size > 1:
+            # Not sooner: a graph still holds them.
+            average_running_statistics(self.generator, self.trainer.strategy)
+        if self._logs_at(self.game_updates + 1):
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self._gradient_norms[f"{player}_gradient_norm"] = norm
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -271,28 +234,24 @@ class BigGAN(GANModule):
 
     @override
     def on_game_update(self) -> None:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not self.execution.log_details or every == 0 or self.game_updates % every:
+        if not self._logs_at(self.game_updates):
             return
-        seconds = time.perf_counter() - self._since
         metrics = {name: float(value) for name, value in (self.scores | self._gradient_norms).items()}
-        metrics["images_per_second"] = self._shown / seconds
-        for player in ("generator", "discriminator"):
-            for layer, value in singular_values(self.get_submodule(player)).items():
+        metrics["images_per_second"] = self._shown / (time.perf_counter() - self._since)
+        for player, network in self.players().items():
+            for layer, value in singular_values(network).items():
                 metrics[f"singular_value/{player}.{layer}"] = float(value)
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.game_updates)
         self._shown, self._since = 0, time.perf_counter()
 
-    def _logs_now(self) -> bool:
+    def _logs_at(self, update: int) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.execution.log_details and every > 0 and (self.game_updates + 1) % every == 0
+        return self.execution.log_details and every > 0 and update % every == 0
 
     def _is_generator(self, optimizer: Optimizer) -> bool:
         first = next(self.generator.parameters())
         return any(p is first for group in optimizer.param_groups for p in group["params"])
-
-    # ---- images
 
     @override
     def sample(
@@ -303,37 +262,36 @@ class BigGAN(GANModule):
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Images of the given classes, ``(N, C, side, side)`` in [−1, 1].
+        """Return images of the given classes, ``(N, C, side, side)`` in [−1, 1].
 
         Args:
             labels: ``(N,)`` classes, ``(N, num_classes)`` mixtures, or N: classes are then drawn.
             z: ``(N, latent_dim)``; None: drawn.
-            sampling: Instead of the module's own.
-            generator: Where z comes from, on the module's device; None: a stream from ``sampling.seed``.
+            sampling: Options in place of the module's own.
+            generator: Random numbers for z, on the module's device; None: a stream from ``sampling.seed``.
         """
         sampling = sampling or self.sampling
         generator = generator or seeded(self.device, sampling.seed, "sample")
         if isinstance(labels, int):
-            shape = (labels,)
-            labels = torch.randint(self.networks.num_classes, shape, generator=generator, device=self.device)
+            classes = self.networks.num_classes
+            labels = torch.randint(classes, (labels,), generator=generator, device=self.device)
         return sample_images(self.generator, labels, sampling, generator=generator, z=z)
 
     def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
-        """What :class:`GenerativeMetrics` and :class:`SampleGrid` ask for."""
+        """Return images for :class:`GenerativeMetrics` and :class:`SampleGrid`."""
         sampling = replace(self.sampling, batch_norm=cast(BatchNormMode, batch_norm))
         return self.sample(labels, sampling=sampling, generator=generator)
 
     def interpolate(self, start: int, end: int, steps: int = 8, *, seed: int | None = None) -> Tensor:
-        """Images on a line in z and class from one image to another, ``(steps, C, side, side)``."""
+        """Return images on a line in z and class from one image to another, ``(steps, C, side, side)``."""
         generator = seeded(self.device, self.sampling.seed if seed is None else seed, "interpolate")
         z = torch.randn(2, self.networks.latent_dim, generator=generator, device=self.device)
-        return interpolate(
-            self.generator, (z[0], start), (z[1], end), steps, self.sampling, generator=generator
-        )
+        ends = (z[0], start), (z[1], end)
+        return interpolate(self.generator, *ends, steps, self.sampling, generator=generator)
 
     @override
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Both losses on held-out images, as ``val_…``: a discriminator that overfits tells them from train."""
+        """Log both losses on held-out images as ``val_…``; an overfitted discriminator has a lower one in training."""
         self._evaluate(batch, batch_idx, "val")
 
     @override
@@ -357,7 +315,7 @@ class BigGAN(GANModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[Tensor]:
-        """Without a datamodule: 10 images of each class."""
+        """Return 10 labels of each class, for runs without a datamodule."""
         labels = torch.arange(self.networks.num_classes).repeat_interleave(10)
         return DataLoader(cast(Any, labels), batch_size=self.sampling.batch_size)
 
@@ -365,29 +323,18 @@ class BigGAN(GANModule):
     def predict_step(
         self, batch: Tensor | Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        """Images of the classes of the batch, also written as PNG files.
+        """Return images of the classes of the batch, and write them as PNG files.
 
         A batch is labels, or ``(images, labels, …)`` of a datamodule; mixtures ``(N, num_classes)`` go to the
         folder ``mixtures``. Files go to
         ``<default_root_dir>/samples/class_<label>/<process>_<batch>_<position>.png``, of a second and further
         dataloaders to ``…/<dataloader>_<process>_<batch>_<position>.png``.
         """
-        from torchvision.utils import save_image  # here, because it costs a second
-
         labels = batch if isinstance(batch, Tensor) else batch[1]
         loader = [dataloader_idx] if dataloader_idx else []
         generator = seeded(self.device, self.sampling.seed, "predict", self.global_rank, batch_idx, *loader)
         images = self.sample(labels, generator=generator)
-        folder = Path(self.trainer.default_root_dir) / "samples"
-        names = ["mixtures"] * len(labels) if labels.ndim > 1 else [f"class_{y}" for y in labels.tolist()]
         process = "_".join(map(str, [*loader, self.global_rank]))
-        for position, (name, image) in enumerate(zip(names, images, strict=True)):
-            place = folder / name
-            place.mkdir(parents=True, exist_ok=True)
-            save_image(
-                image,
-                place / f"{process}_{batch_idx:05d}_{position:04d}.png",
-                normalize=True,
-                value_range=(-1, 1),
-            )
+        folder = Path(self.trainer.default_root_dir) / "samples"
+        save_images(images, labels, folder, f"{process}_{batch_idx:05d}")
         return images

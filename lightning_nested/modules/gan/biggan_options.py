@@ -18,7 +18,7 @@ class BigGANNetworks:
     Args:
         width: Base number of channels of both networks.
         latent_dim: Numbers in z.
-        num_classes: Of the data.
+        num_classes: Classes of the data.
         resolution: 32, 64, 128 or 256.
         image_channels: 3, or 1 for grey images.
         attention: Sides with self-attention, in both networks.
@@ -40,14 +40,14 @@ class BigGANNetworks:
 
 @dataclass(frozen=True, kw_only=True)
 class BigGANObjective:
-    """What the players minimise.
+    """Losses that the players minimize.
 
     Args:
         loss: ``Hinge()``, ``NonSaturating()`` or ``Wasserstein()``.
         regularizers: ``R1(...)``, ``GradientPenalty(...)``, added to the discriminator's loss.
-        augment: Changes of all images that the discriminator sees, or None.
-        reuse_fakes: The generator's step takes the images of the last discriminator step of the round,
-            and saves a forward; the reference draws new ones.
+        augment: Random changes of all images that the discriminator sees, or None.
+        reuse_fakes: Let the generator's step take the images of the round's last discriminator step, which saves
+            a forward; the reference draws new ones.
     """
 
     loss: AdversarialLoss = Hinge()  # noqa: RUF009 - frozen
@@ -58,18 +58,15 @@ class BigGANObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How images are made outside training.
+    """Options of images made outside training.
 
     Args:
         truncation: z is normal given that every entry lies within ± this; None: plain normal.
         batch_norm: Statistics of the generator: ``"running"`` averages, those of the ``"batch"``, or
-            ``"standing"`` ones, the mean over ``standing_batches`` batches with the present weights.
+            ``"standing"`` ones, the mean over ``standing_batches`` batches with the current weights.
         standing_batches: Batches for standing statistics.
         batch_size: Images per forward.
-        seed: Of z.
-
-    Raises:
-        ValueError: If a value is out of range.
+        seed: Seed of z.
     """
 
     truncation: float | None = None
@@ -92,7 +89,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the same numbers are computed faster or with less memory.
+    """Options of speed, memory and logging; they do not change the game.
 
     Args:
         channels_last: Keep images and weights with the channel as the last index in memory: +30 % on CPU,

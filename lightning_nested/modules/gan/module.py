@@ -1,4 +1,4 @@
-"""A generative adversarial network: a game of a discriminator and a generator."""
+"""Generative adversarial network: a game of a discriminator and a generator."""
 
 from __future__ import annotations
 
@@ -25,39 +25,30 @@ from lightning_nested.trainer.isolation import evaluation_mode
 
 
 class GANModule(GameModule):
-    """A generator G and a discriminator D that tells its samples G(z), z ~ N(0, 1), from the data x.
-
-    The losses are those of an :class:`AdversarialLoss`, or by name:
-
-    - ``"non_saturating"``: L_D = E log(1+e^{−D(x)}) + E log(1+e^{D(G(z))}), L_G = E log(1+e^{−D(G(z))});
-    - ``"hinge"``: L_D = E max(0, 1−D(x)) + E max(0, 1+D(G(z))), L_G = −E D(G(z));
-    - ``"wasserstein"``: L_D = E D(G(z)) − E D(x), L_G = −E D(G(z)); D must bound its own slope.
+    """Game of a generator G and a discriminator D that tells its samples G(z), z ~ N(0, 1), from the data x.
 
     A batch is the real data, or a sequence of data and class numbers, of which the latter are used if
     ``num_classes`` is given: then the networks are called as ``generator(z, y)`` and ``discriminator(x, y)``.
     Real and generated data go through the discriminator in one forward. As in every :class:`GameModule` each
-    step has its own batch and latents, the discriminator steps first, and options of the game are passed on.
+    step has its own batch and latents, and the discriminator steps first.
     To extend it, override ``real_data``, ``fakes``, ``generate``, ``discriminate`` or one of the losses.
-    Goodfellow et al. (2014), NeurIPS 27; Lim & Ye (2017), arXiv 1705.02894; Arjovsky, Chintala & Bottou (2017),
-    ICML, PMLR 70:214-223.
+    Goodfellow et al. (2014), NeurIPS 27.
 
     Args:
         generator: From latents ``(n, latent_dim)`` to data.
         discriminator: From data to one logit per example, ``(n,)`` or ``(n, 1)``.
         latent_dim: Width of z.
-        loss: Which losses.
+        loss: ``"non_saturating"``, ``"hinge"``, ``"wasserstein"``, or an
+            :class:`~lightning_nested.networks.adversarial.AdversarialLoss`; their classes have the formulas.
         num_classes: Classes of a conditional model; None: unconditional.
         reuse_fakes: Where the generator steps on the same batch as the discriminator (simultaneous updates, or
             ``GameLoop(reuse_batch=True)``), it steps on the same fakes, which saves its forward.
         regularizers: Penalties on the discriminator's gradient, added to its loss.
-        augment: Changes of all images that the discriminator sees, or None.
+        augment: Random changes of all images that the discriminator sees, or None.
         **game: Arguments of :class:`GameModule`.
 
     Attributes:
-        scores: Means of D's logits on real and on generated data in its last batch, on the device.
-
-    Raises:
-        ValueError: An unknown loss or a size below 1.
+        scores: Means of D's logits on real and generated data in its last batch, on the device.
 
     Shape:
         ``forward(n)`` or ``sample(n)``: n generated examples.
@@ -87,8 +78,6 @@ class GANModule(GameModule):
         self.reuse_fakes, self.regularizers, self.augment = reuse_fakes, tuple(regularizers), augment
         self.scores: dict[str, Tensor] = {}
 
-    # ---- the game
-
     @override
     def players(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator, "generator": self.generator}
@@ -101,14 +90,15 @@ class GANModule(GameModule):
             return self.generator_loss(batch)
 
     def discriminator_loss(self, batch: Any) -> Tensor:
-        """L_D of a batch, penalties included."""
+        """Return L_D of a batch, penalties included."""
         real, labels = self.real_data(batch)
         shared = self.reuse_fakes and "generator" in self.batch_players
         with torch.set_grad_enabled(shared or self.joint_graph):
             fake, fake_labels = self.fakes(len(real))
         if shared:
             self.step_cache["fakes"] = fake, fake_labels
-        if not self.joint_graph:  # a spectrum needs the discriminator's dependence on the generator
+        # A spectrum needs the discriminator's dependence on the generator.
+        if not self.joint_graph:
             fake = fake.detach()
         both = torch.cat((real, fake.to(real.dtype)))
         both_labels = None if labels is None or fake_labels is None else torch.cat((labels, fake_labels))
@@ -117,7 +107,7 @@ class GANModule(GameModule):
         self.scores.update(real_score=of_real.detach().mean(), fake_score=of_fake.detach().mean())
         loss = self.loss.discriminator(of_real, of_fake)
         for regularizer in self.regularizers:
-            # A spectrum is that of the game on average; a lazy penalty is all of it in one batch of several.
+            # A spectrum is of the average game, which has the penalty at 1/every of its lazy size in every batch.
             every = 1 if self.joint_graph else regularizer.every
             if self.player_batches["discriminator"] % every == 0:
                 score = partial(self._penalized_score, labels=labels)
@@ -125,16 +115,16 @@ class GANModule(GameModule):
         return loss
 
     def generator_loss(self, batch: Any) -> Tensor:
-        """L_G on as many fakes as the batch has examples."""
+        """Return L_G on as many fakes as the batch has examples."""
         real = self.real_data(batch)[0]
         fakes = self.step_cache.pop("fakes", None)
         fake, labels = self.fakes(len(real)) if fakes is None else fakes
-        # In the precision of the data, as the discriminator's step has them: autocast made them in half of it.
+        # Back to the precision of the data, as in the discriminator's step: autocast halved it.
         fake = self._augmented(fake.to(real.dtype))
         return self.loss.generator(widened(self.discriminate(fake, labels)))
 
     def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Data and, in a conditional model, labels of a batch."""
+        """Return data and, in a conditional model, labels of a batch."""
         if isinstance(batch, Tensor):
             batch = (batch,)
         data: Tensor = batch[0]
@@ -148,34 +138,34 @@ class GANModule(GameModule):
         return data, batch[1]
 
     def fakes(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Generated data, and labels in a conditional model."""
+        """Generate data, and labels in a conditional model."""
         latents, labels = self.sample_latents(count), self.sample_labels(count)
         return self.generate(latents, labels), labels
 
     def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The generator's output."""
+        """Return the generator's output."""
         data: Tensor = self.generator(latents) if labels is None else self.generator(latents, labels)
         return data
 
     def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits ``(n,)``, positive for what is taken for real."""
+        """Return logits ``(n,)``, positive for data taken for real."""
         logits: Tensor = self.discriminator(data) if labels is None else self.discriminator(data, labels)
         return logits.flatten()
 
     def sample_latents(self, count: int) -> Tensor:
-        """Z ~ N(0, 1), ``(count, latent_dim)``, in the generator's precision and on its device."""
+        """Draw z ~ N(0, 1), ``(count, latent_dim)``, in the generator's precision and on its device."""
         like = next(self.generator.parameters())
         return torch.randn(count, self.latent_dim, dtype=like.dtype, device=like.device)
 
     def sample_labels(self, count: int) -> Tensor | None:
-        """Class numbers, uniform; None in an unconditional model."""
+        """Draw uniform class numbers; None in an unconditional model."""
         if self.num_classes is None:
             return None
         return torch.randint(self.num_classes, (count,), device=next(self.generator.parameters()).device)
 
     @contextmanager
     def one_function(self) -> Iterator[None]:
-        """Inside, spectral vectors stay: several forwards are of one function that differentiates twice."""
+        """Keep spectral vectors fixed, so that several forwards are of one function that differentiates twice."""
         with frozen_power_iteration(self.generator, self.discriminator):
             yield
 
@@ -183,17 +173,15 @@ class GANModule(GameModule):
         return data if self.augment is None else self.augment(data)
 
     def _penalized_score(self, data: Tensor, labels: Tensor | None) -> Tensor:
-        """What a penalty differentiates: D as it sees data, without another power iteration."""
+        """D of augmented data without another power iteration: the function a penalty differentiates."""
         with self.one_function():
             return self.discriminate(self._augmented(data), labels)
-
-    # ---- data
 
     @override
     def forward(self, count: int) -> Tensor:
         return self.fakes(count)[0]
 
     def sample(self, count: int) -> Tensor:
-        """Generated data in evaluation mode, without a graph; each part's own mode comes back."""
+        """Generate data in evaluation mode, without a graph; restore each part's own mode."""
         with evaluation_mode(self.generator), torch.no_grad():
             return self.fakes(count)[0]

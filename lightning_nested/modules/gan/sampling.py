@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,13 @@ from lightning_nested.modules.gan.biggan_options import Sampling
 from lightning_nested.networks import Generator, frozen_power_iteration, standing_statistics
 from lightning_nested.networks.adversarial import widened
 from lightning_nested.networks.biggan.tables import check_labels
+from lightning_nested.networks.conditional_batch_norm import restored_modes
 from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.stand_ins import StandIns
 
 
 def seeded(device: torch.device | str, *place: int | str) -> torch.Generator:
-    """A stream of random numbers of its own for a place such as ``(seed, "grid", rank)``.
+    """Return a generator with random numbers of its own for a place such as ``(seed, "grid", rank)``.
 
     Example:
         >>> first, again = (torch.randn(2, generator=seeded("cpu", 0, "z")) for _ in range(2))
@@ -29,16 +31,16 @@ def seeded(device: torch.device | str, *place: int | str) -> torch.Generator:
         True
     """
     digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
-    # torch's CPU generator looks at the low 32 bits of a seed only: hence a hash, and no arithmetic.
+    # A hash, not arithmetic: torch's CPU generator uses only the low 32 bits of a seed.
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def truncated_normal(
     *shape: int, bound: float | None, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal float32 numbers given that each lies within ± ``bound``; None: plain normal.
+    """Draw standard normal float32 numbers given that each lies within ± ``bound``; None: plain normal.
 
-    Drawn by the inverse distribution function, so their number does not depend on luck.
+    Drawn by the inverse distribution function: the count of random numbers used does not depend on their values.
 
     Example:
         >>> z = truncated_normal(1000, bound=0.5, generator=torch.Generator().manual_seed(0))
@@ -55,31 +57,34 @@ def truncated_normal(
 
 @contextmanager
 def sampling_mode(network: Generator, sampling: Sampling, generator: torch.Generator) -> Iterator[None]:
-    """Inside, the network makes images as ``sampling.batch_norm`` says; it comes back as it was.
+    """Let the network make images as ``sampling.batch_norm`` says; restore it on exit.
 
-    A batch's statistics are those of this process's own batch, of synchronised batch norm too: processes may make
-    different numbers of batches, and would wait for each other for ever.
+    Synchronized batch norm too uses this process's own batch alone: processes may make different numbers of
+    batches, and would wait for each other forever.
     """
-    modes = {layer: layer.training for layer in network.modules()}
 
     def batch() -> Tensor:
-        images: Tensor = network(*draw(network, sampling.batch_size, sampling, generator))
+        z = latents(network, sampling.batch_size, sampling, generator)
+        labels = torch.randint(network.num_classes, (len(z),), generator=generator, device=z.device)
+        images: Tensor = network(z, labels)
         return images
 
-    try:
-        with torch.no_grad(), untouched_buffers(network), frozen_power_iteration(network), _alone(network):
-            if sampling.batch_norm == "standing":
-                standing_statistics(network, batch, num_batches=sampling.standing_batches)
-            network.train(sampling.batch_norm == "batch")
-            yield
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode
+    with (
+        torch.no_grad(),
+        restored_modes(network),
+        untouched_buffers(network),
+        frozen_power_iteration(network),
+        _alone(network),
+    ):
+        if sampling.batch_norm == "standing":
+            standing_statistics(network, batch, num_batches=sampling.standing_batches)
+        network.train(sampling.batch_norm == "batch")
+        yield
 
 
 @contextmanager
 def _alone(network: nn.Module) -> Iterator[None]:
-    """Inside, synchronised batch norms compute as plain ones do, without a message."""
+    """Let synchronized batch norms compute as plain ones do, without messages."""
     stand_ins = StandIns()
     for layer in network.modules():
         if isinstance(layer, nn.SyncBatchNorm):
@@ -90,21 +95,13 @@ def _alone(network: nn.Module) -> Iterator[None]:
         stand_ins.put_back()
 
 
-def draw(
-    network: Generator, count: int, sampling: Sampling, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """z ``(count, latent_dim)`` and uniform labels ``(count,)``, where and as precise as the network is."""
-    z = latents(network, count, sampling, generator)
-    return z, torch.randint(network.num_classes, (count,), generator=generator, device=z.device)
-
-
 def latents(network: Generator, count: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """z ``(count, latent_dim)``."""
+    """Draw z ``(count, latent_dim)`` in the network's precision and on its device."""
     like = next(network.parameters())
-    z = truncated_normal(
-        count, network.latent_dim, bound=sampling.truncation, generator=generator, device=like.device
+    shape = count, network.latent_dim
+    return truncated_normal(*shape, bound=sampling.truncation, generator=generator, device=like.device).to(
+        like.dtype
     )
-    return z.to(like.dtype)
 
 
 def sample_images(
@@ -115,22 +112,21 @@ def sample_images(
     generator: torch.Generator,
     z: Tensor | None = None,
 ) -> Tensor:
-    """Images of the classes ``labels``, ``(N, C, side, side)`` in [−1, 1], without a graph, at least float32.
+    """Return images of the classes ``labels``, ``(N, C, side, side)`` in [−1, 1], without a graph, at least float32.
 
     Args:
-        network: The generator; its mode, buffers and spectral vectors are as before afterwards.
+        network: The generator; its modes, buffers and spectral vectors are restored.
         labels: ``(N,)`` classes or ``(N, num_classes)`` mixtures of them.
         sampling: Truncation, statistics, batch size.
-        generator: Where z comes from, on the network's device.
-        z: ``(N, latent_dim)`` to be used instead.
-
-    Raises:
-        ValueError: If a label is out of range.
+        generator: Random numbers for z, on the network's device.
+        z: ``(N, latent_dim)`` in place of random ones.
     """
     device = next(network.parameters()).device
-    check_labels(labels.cpu(), network.num_classes)  # here also of another device: sampling may wait
+    # Labels on a GPU are checked too: sampling may wait.
+    check_labels(labels.cpu(), network.num_classes)
     labels = labels.to(device)
-    if not len(labels):  # the share of a process when there are more of them than images
+    # With more processes than images some have none to make.
+    if not len(labels):
         return torch.empty(0, network.image_channels, *2 * (network.resolution,), device=device)
     with sampling_mode(network, sampling, generator):
         if z is None:
@@ -138,6 +134,17 @@ def sample_images(
         size = sampling.batch_size
         parts = [network(*part) for part in zip(torch.split(z, size), torch.split(labels, size), strict=True)]
     return widened(torch.cat(parts))
+
+
+def save_images(images: Tensor, labels: Tensor, folder: Path, prefix: str) -> None:
+    """Write ``<folder>/class_<label>/<prefix>_<position>.png`` for each image; of mixtures ``<folder>/mixtures/…``."""
+    from torchvision.utils import save_image  # here, because it costs a second
+
+    names = ["mixtures"] * len(labels) if labels.ndim > 1 else [f"class_{y}" for y in labels.tolist()]
+    for position, (name, image) in enumerate(zip(names, images, strict=True)):
+        path = folder / name / f"{prefix}_{position:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(image, path, normalize=True, value_range=(-1, 1))
 
 
 def interpolate(
@@ -149,11 +156,7 @@ def interpolate(
     *,
     generator: torch.Generator,
 ) -> Tensor:
-    """Images on the line from one (z, class) to another, ``(steps, C, side, side)``; classes are mixed linearly.
-
-    Raises:
-        ValueError: If ``steps`` is below 2 or a class is out of range.
-    """
+    """Return images on the line from one (z, class) to another, ``(steps, C, side, side)``, with mixed classes."""
     if steps < 2:
         raise ValueError(f"An interpolation needs at least 2 steps. Got {steps}.")
     classes = torch.tensor([start[1], end[1]])

@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.networks.biggan.blocks import DiscriminatorBlock, SelfAttention
+from lightning_nested.networks.biggan.blocks import DiscriminatorBlock, attention_layers
 from lightning_nested.networks.biggan.tables import (
     DISCRIMINATORS,
     Initialization,
-    check_attention,
     check_labels,
-    check_resolution,
     check_sizes,
     initialize,
 )
-from lightning_nested.networks.spectral_norm import (
-    SpectralNormEmbedding,
-    SpectralNormLinear,
-)
+from lightning_nested.networks.spectral_norm import SpectralNormEmbedding, SpectralNormLinear
 
 
 class Discriminator(nn.Module):
-    """An image and a class to one number, by residual blocks without normalisation of activations.
+    """Discriminator from an image and a class to one number, by residual blocks without activation norms.
 
     D(x, y) = w·φ(x) + b + e(y)·φ(x), φ the sum over positions of the last block's ReLU: the projection
-    discriminator. Every layer is spectrally normalised, the embedding e too.
+    discriminator. Every layer is spectrally normalized, the embedding e too.
 
     Brock, Donahue & Simonyan (2019), ICLR, arXiv 1809.11096; Miyato & Koyama (2018), ICLR, arXiv 1802.05637.
 
-    Args:
-        width: Base number of channels.
-        num_classes: Of the labels.
-        resolution: Side of the image: 32, 64, 128 or 256.
-        image_channels: 3 for colour, 1 for grey.
-        attention: Sides after which :class:`SelfAttention` follows.
-        initialization: As of :class:`Generator`.
+    The arguments have the meaning that they have for :class:`Generator`.
 
     Shape:
         images ``(N, image_channels, resolution, resolution)``, labels ``(N,)``; output ``(N,)``.
-
-    Raises:
-        ValueError: If a size is not possible, an image has another shape, or a label is out of range.
 
     Example:
         >>> sum(p.numel() for p in Discriminator().parameters())
@@ -61,30 +48,22 @@ class Discriminator(nn.Module):
         initialization: Initialization = "normal",
     ) -> None:
         super().__init__()
-        check_resolution(resolution)
-        check_sizes(width=width, num_classes=num_classes, image_channels=image_channels)
+        check_sizes(resolution, width=width, num_classes=num_classes, image_channels=image_channels)
         table = DISCRIMINATORS[resolution]
-        sides = table.sides(resolution)
-        check_attention(attention, sides)
         self.num_classes = num_classes
         self.image_shape = (image_channels, resolution, resolution)
         channels = [image_channels, *(width * multiple for multiple in table.widths)]
         self.blocks = nn.ModuleList(
-            DiscriminatorBlock(
-                channels[block], channels[block + 1], preactivate=block > 0, downsample=downsample
-            )
-            for block, downsample in enumerate(table.downsample)
+            DiscriminatorBlock(fan_in, fan_out, preactivate=block > 0, downsample=table.downsample[block])
+            for block, (fan_in, fan_out) in enumerate(pairwise(channels))
         )
-        first = {side: block for block, side in reversed(list(enumerate(sides)))}
-        self.attention = nn.ModuleDict(
-            {str(first[side]): SelfAttention(channels[first[side] + 1]) for side in attention}
-        )
+        self.attention = attention_layers(attention, table.sides(resolution), channels)
         self.linear = SpectralNormLinear(channels[-1], 1)
         self.embedding = SpectralNormEmbedding(num_classes, channels[-1])
         initialize(self, initialization)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One number per image; larger is more real."""
+        """Return one number per image; larger is more real."""
         if images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"images must have shape (N, {', '.join(map(str, self.image_shape))}). "

@@ -1,4 +1,4 @@
-"""BigGAN's generator and discriminator: the layers of the widely used PyTorch configuration for CIFAR-10."""
+"""Generator of BigGAN, with the layers of the widely used PyTorch configuration for CIFAR-10."""
 
 from __future__ import annotations
 
@@ -9,31 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.networks.biggan.blocks import GeneratorBlock, SelfAttention
+from lightning_nested.networks.biggan.blocks import GeneratorBlock, attention_layers
 from lightning_nested.networks.biggan.tables import (
     FIRST_SIDE,
     GENERATORS,
     Initialization,
-    check_attention,
     check_labels,
-    check_resolution,
     check_sizes,
     initialize,
     is_channels_last,
 )
 from lightning_nested.networks.conditional_batch_norm import ClassEmbedding, ConditionalBatchNorm2d
-from lightning_nested.networks.spectral_norm import (
-    SpectralNormConv2d,
-    SpectralNormLinear,
-)
+from lightning_nested.networks.spectral_norm import SpectralNormConv2d, SpectralNormLinear
 
 
 class Generator(nn.Module):
-    """z and a class to an image in [−1, 1], by residual blocks that each double the side.
+    """Generator from z and a class to an image in [−1, 1], by residual blocks that each double the side.
 
     At 32 px: a linear layer to 4·width channels of 4×4, three blocks, then batch norm, ReLU, 3×3, tanh.
-    Convolutions and linear layers are spectrally normalised. Gain and bias of each conditional batch norm are
-    an ``nn.Embedding`` of the class of its own, not normalised; or with ``shared_dim`` a normalised linear
+    Convolutions and linear layers are spectrally normalized. Gain and bias of each conditional batch norm are
+    an ``nn.Embedding`` of the class of its own, not normalized; or with ``shared_dim`` a normalized linear
     function of one embedding that all share, and with ``hierarchical`` of a slice of z beside it.
 
     Brock, Donahue & Simonyan (2019), ICLR, arXiv 1809.11096.
@@ -41,7 +36,7 @@ class Generator(nn.Module):
     Args:
         width: Base number of channels.
         latent_dim: Numbers in z.
-        num_classes: Of the labels.
+        num_classes: Number of classes.
         resolution: Side of the image: 32, 64, 128 or 256.
         image_channels: 3 for colour, 1 for grey.
         attention: Sides after which :class:`SelfAttention` follows, such as ``(64,)``.
@@ -54,9 +49,6 @@ class Generator(nn.Module):
     Shape:
         z ``(N, latent_dim)``, labels ``(N,)`` of type long or mixtures of classes ``(N, num_classes)``;
         output ``(N, image_channels, resolution, resolution)``.
-
-    Raises:
-        ValueError: If a size is not possible, or a label is not in [0, num_classes).
 
     Example:
         >>> generator = Generator()
@@ -80,12 +72,14 @@ class Generator(nn.Module):
         initialization: Initialization = "normal",
     ) -> None:
         super().__init__()
-        check_resolution(resolution)
         check_sizes(
-            width=width, latent_dim=latent_dim, num_classes=num_classes, image_channels=image_channels
+            resolution,
+            width=width,
+            latent_dim=latent_dim,
+            num_classes=num_classes,
+            image_channels=image_channels,
         )
         table = GENERATORS[resolution]
-        check_attention(attention, table.sides)
         slices = len(table.sides) + 1 if hierarchical else 1
         if hierarchical and (shared_dim < 1 or latent_dim % slices):
             raise ValueError(
@@ -113,19 +107,13 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(
             GeneratorBlock(fan_in, fan_out, norm) for fan_in, fan_out in pairwise(channels)
         )
-        self.attention = nn.ModuleDict(
-            {
-                str(block): SelfAttention(channels[block + 1])
-                for block, side in enumerate(table.sides)
-                if side in attention
-            }
-        )
+        self.attention = attention_layers(sorted(attention), table.sides, channels)
         self.norm = nn.BatchNorm2d(channels[-1])
         self.conv = SpectralNormConv2d(channels[-1], image_channels, 3, padding=1)
         initialize(self, initialization)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Images of the classes ``labels``."""
+        """Return images of the classes ``labels``."""
         check_labels(labels, self.num_classes)
         condition = labels if self.shared is None else self.shared(labels)
         if self.hierarchical:

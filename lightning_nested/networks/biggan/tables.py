@@ -1,24 +1,21 @@
-"""Which blocks a BigGAN has at each resolution. Widths are multiples of the base width."""
+"""Tables of BigGAN's blocks at each resolution, checks of its sizes and labels, and its initialization."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.networks.spectral_norm import (
-    SpectralNormLayer,
-)
+from lightning_nested.networks.spectral_norm import SpectralNormLayer
 
 Initialization = Literal["normal", "orthogonal"]
 FIRST_SIDE = 4
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise ValueError for a class that does not exist; on CPU only, since elsewhere it would wait."""
+    """Raise ValueError for a class that does not exist. Labels on a GPU are not checked: reading them would wait."""
     if torch.compiler.is_compiling() or labels.device.type != "cpu" or not len(labels):
         return
     if labels.is_floating_point():
@@ -34,23 +31,21 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 def is_channels_last(weight: Tensor) -> bool:
-    """Whether a network was moved by ``module.to(memory_format=torch.channels_last)``."""
+    """Return True if a network was moved by ``module.to(memory_format=torch.channels_last)``."""
     # A single channel or a 1×1 kernel has both formats at once; this is asked of a 3×3 with many channels.
     return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError for sizes below 1."""
+def check_sizes(resolution: int, **sizes: int) -> None:
+    """Raise ValueError for a resolution without a table, or another size below 1."""
+    if resolution not in GENERATORS:
+        raise ValueError(
+            f"resolution must be one of {', '.join(map(str, GENERATORS))}. Got {resolution}. "
+            "Resize or pad the images to the next of them."
+        )
     wrong = {name: size for name, size in sizes.items() if size < 1}
     if wrong:
         raise ValueError(f"{', '.join(sizes)} must be at least 1. Got {wrong}.")
-
-
-def check_attention(attention: Sequence[int], sides: Sequence[int]) -> None:
-    """Raise ValueError for attention at sides that the network does not have."""
-    unknown = [side for side in attention if side not in sides]
-    if unknown:
-        raise ValueError(f"attention must name sides of block outputs, {sorted(set(sides))}. Got {unknown}.")
 
 
 def initialize(module: nn.Module, initialization: Initialization) -> None:
@@ -64,7 +59,8 @@ def initialize(module: nn.Module, initialization: Initialization) -> None:
                 nn.init.orthogonal_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-            else:  # biases keep torch's own
+            else:
+                # Biases keep torch's own initialization.
                 nn.init.normal_(layer.weight, std=0.02)
         elif isinstance(layer, nn.Embedding):
             # Orthogonal rows would be as large as z's share of a channel: images of a class came out alike.
@@ -75,25 +71,26 @@ def initialize(module: nn.Module, initialization: Initialization) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorTable:
-    """Input and output width of each block; every block doubles the side, which starts at 4."""
+    """Widths of the generator as multiples of the base width; every block doubles the side, which starts at 4."""
 
-    widths: tuple[int, ...]  # one more than there are blocks
+    # The input of the first block, then the output of each.
+    widths: tuple[int, ...]
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Side of each block's output."""
+        """Return the side of each block's output."""
         return tuple(4 * 2 ** (block + 1) for block in range(len(self.widths) - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorTable:
-    """Output width of each block, and which of them halve the side."""
+    """Output width of each discriminator block, in multiples of the base width, and the blocks that halve the side."""
 
     widths: tuple[int, ...]
     downsample: tuple[bool, ...]
 
     def sides(self, resolution: int) -> tuple[int, ...]:
-        """Side of each block's output."""
+        """Return the side of each block's output."""
         sides, side = [], resolution
         for down in self.downsample:
             side //= 1 + down
@@ -113,12 +110,3 @@ DISCRIMINATORS: dict[int, DiscriminatorTable] = {
     128: DiscriminatorTable(widths=(1, 2, 4, 8, 16, 16), downsample=(True,) * 5 + (False,)),
     256: DiscriminatorTable(widths=(1, 2, 4, 8, 8, 16, 16), downsample=(True,) * 6 + (False,)),
 }
-
-
-def check_resolution(resolution: int) -> None:
-    """Raise ValueError for a resolution without a table."""
-    if resolution not in GENERATORS:
-        raise ValueError(
-            f"resolution must be one of {', '.join(map(str, GENERATORS))}. Got {resolution}. "
-            "Resize or pad the images to the next of them."
-        )

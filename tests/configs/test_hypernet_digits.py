@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,7 @@ import torch
 import yaml
 
 from lightning_nested.cli.main import main
-
-ROOT = Path(__file__).parents[1]
+from tests.command import run_command
 
 
 def test_a_short_run(tmp_path: Path) -> None:
@@ -25,15 +21,7 @@ def test_a_short_run(tmp_path: Path) -> None:
         "--trainer.enable_progress_bar=false",
     ]
     options += ["--model.loop.warmup_steps=2", "--model.network_options.width=2", "--trainer.logger=false"]
-    run = subprocess.run(
-        [sys.executable, "-m", "lightning_nested", "fit", "--config", "hypernet_digits", *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_command("fit", "--config", "hypernet_digits", *options, folder=tmp_path)
     (path,) = tmp_path.rglob("*.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     state = checkpoint["hypernetwork"]
@@ -43,13 +31,8 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert set(tuned) == {"brightness", "contrast", "input_noise", "cutout", "label_smoothing"}
 
 
-def test_the_settings_round_trip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-nested"])
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own LightningCLI raises some
-
+@pytest.mark.usefixtures("own_folder")
+def test_the_settings_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def printed(*options: str) -> str:
         with pytest.raises(SystemExit) as end:
             main(["fit", *options, "--print_config"])

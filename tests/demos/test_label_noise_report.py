@@ -21,6 +21,7 @@ from lightning_nested.demos import LabelNoiseReport
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
 from lightning_nested.modules import ImageClassifier
+from tests import trainers
 
 SIZE, EPOCHS = 60, 6
 
@@ -49,17 +50,9 @@ def tuner(rate: float = 0.3, size: int = SIZE) -> HypergradientCallback:
     return HypergradientCallback([ExampleWeights(size), WeightDecay()], optimizer=adam(rate))
 
 
-def trainer(folder: Path, *callbacks: Callback, **options: object) -> Trainer:
-    defaults: dict[str, object] = {
-        "accelerator": "cpu",
-        "max_epochs": EPOCHS,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(callbacks=list(callbacks), **{**defaults, **options})  # type: ignore[arg-type]
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    defaults = {"max_epochs": EPOCHS, "num_sanity_val_steps": 2}
+    return trainers.trainer(*callbacks, folder=folder, **{**defaults, **options})
 
 
 def parameters(module: LightningModule) -> dict[str, Tensor]:

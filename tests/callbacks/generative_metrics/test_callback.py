@@ -3,34 +3,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_nested.callbacks import (
-    ClassifierEvaluator,
     GenerativeMetrics,
     GeneratorEMA,
-    InceptionEvaluator,
     ModuleEvaluator,
     SampleGrid,
     ScoreOptions,
-    generative_metrics,
 )
 from lightning_nested.callbacks.generative_metrics.evaluators import content_hash, to_bytes
-from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
-from lightning_nested.callbacks.generative_metrics.scores import (
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
 from lightning_nested.modules import BigGAN, BigGANNetworks
 from lightning_nested.modules.gan.sampling import seeded
-from tests.modules.test_biggan import data, module, trainer
+from tests.modules.gan.tiny import data, module, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory", "ignore:You defined a `validation_step`", "ignore:.*sync_dist"
@@ -48,50 +36,6 @@ class Pool(nn.Module):
         self.calls += 1
         features = torch.cat((images.mean(dim=(2, 3)), images.std(dim=(2, 3))), dim=1)
         return (features, features.repeat(1, 2)[:, :10]) if self.logits else features
-
-
-def statistics(features: Tensor) -> RealStatistics:
-    wide = features.double()
-    return RealStatistics(
-        count=len(wide), total=wide.sum(0), products=wide.T @ wide, features=features, accuracy=float("nan")
-    )
-
-
-def test_frechet_distance_against_the_formula() -> None:
-    real, fake = torch.randn(400, 5), 1.3 * torch.randn(300, 5) + 0.2
-    a, b = real.double().numpy(), fake.double().numpy()
-    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-    assert frechet_distance(statistics(real), fake) == pytest.approx(expected, rel=1e-5)
-    assert frechet_distance(statistics(real), real) == pytest.approx(0, abs=1e-5)
-
-
-def test_kernel_distance_against_the_formula() -> None:
-    real, fake = torch.randn(40, 3), torch.randn(40, 3) + 1
-    found = kernel_distance(real, fake, ScoreOptions(kernel_subsets=2, kernel_subset_size=40))
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / 3 + 1) ** 3
-
-    within = [kernel(t, t).sum() - kernel(t, t).diagonal().sum() for t in (real, fake)]
-    expected = (within[0] + within[1]) / (40 * 39) - 2 * kernel(real, fake).mean()
-    assert found == pytest.approx(expected.item(), rel=1e-4)  # every subset is the whole set
-
-
-def test_inception_score_of_certain_and_of_constant_predictions() -> None:
-    certain = 100.0 * nn.functional.one_hot(torch.arange(1000) % 10, 10).float()
-    assert inception_score(certain, ScoreOptions(inception_splits=2)) == pytest.approx(
-        10, rel=0.05
-    )  # a split is no exact tenth of each
-    assert inception_score(torch.ones(100, 10), ScoreOptions()) == pytest.approx(1, rel=1e-5)
-
-
-def test_precision_and_recall_tell_which_side_is_missing() -> None:
-    real = torch.cat((torch.randn(100, 2), torch.randn(100, 2) + 50))
-    half = torch.randn(200, 2)
-    found = precision_recall(real, half, ScoreOptions())
-    assert found["precision"] > 0.8  # every sample is like a real one
-    assert 0.4 < found["recall"] < 0.55  # but half of the real ones are not made
 
 
 def scored(tmp_path: Path, metrics: GenerativeMetrics, **options: Any) -> dict[str, float]:
@@ -244,7 +188,9 @@ def test_every_real_image_counts_and_memory_is_bounded(
             made.append(len(labels))
             return super().sample_for_metrics(labels, **options)
 
-    monkeypatch.setattr(generative_metrics, "_NUMBERS_AT_ONCE", 10 * 3 * 32 * 32)
+    monkeypatch.setattr(
+        "lightning_nested.callbacks.generative_metrics.callback._NUMBERS_AT_ONCE", 10 * 3 * 32 * 32
+    )
     metrics = GenerativeMetrics(
         ModuleEvaluator(module=Pool(logits=True), label="pool"), num_samples=25, scores=("frechet", "inception_score")
     )  # fmt: skip
@@ -291,27 +237,6 @@ def test_two_processes_find_the_scores_of_one(tmp_path: Path) -> None:
     assert one["evaluator_accuracy"] == two["evaluator_accuracy"]
 
 
-def test_a_classifier_trained_on_the_spot(tmp_path: Path) -> None:
-    evaluator = ClassifierEvaluator(epochs=4, width=2, num_features=16, batch_size=20)
-    metrics = GenerativeMetrics(evaluator, num_samples=40, scores=("frechet", "agreement"), split="train")
-    source = data(400)
-    fit = trainer(callbacks=[metrics], limit_val_batches=1, default_root_dir=tmp_path)
-    fit.validate(module(), source, verbose=False)
-    assert metrics.evaluator_accuracy >= 0.9
-    assert not evaluator.is_inception
-    assert len(list((tmp_path / "metrics_cache").glob("classifier_*.pt"))) == 1
-    assert "frechet_distance/classifier/train/40/running" in metrics.last
-    # The second run reads it.
-    (path,) = (tmp_path / "metrics_cache").glob("classifier_*.pt")
-    written = path.stat().st_mtime_ns
-    again = GenerativeMetrics(evaluator, num_samples=40, scores=("frechet", "agreement"))
-    trainer(callbacks=[again], limit_val_batches=1, default_root_dir=tmp_path).validate(
-        module(), data(400), verbose=False
-    )
-    assert path.stat().st_mtime_ns == written
-    assert again.last == metrics.last
-
-
 def test_fewer_samples_than_features(tmp_path: Path) -> None:
     metrics = GenerativeMetrics(ModuleEvaluator(module=Pool(), label="pool"), num_samples=6)
     with pytest.raises(MisconfigurationException, match=r"more images than features. Got 6 \(num_samples\)"):
@@ -354,41 +279,6 @@ def test_every_other_validation_also_of_a_resumed_run(tmp_path: Path) -> None:
     assert [(line["game_updates"], line["samples"]) for line in lines] == [(3, 20), (3, 30)]
 
 
-def test_inception_without_network_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"must be a file. Got 'no.pth'. Download https://"):
-        InceptionEvaluator(weights="no.pth").build(list, tmp_path)
-    from torch_fidelity import feature_extractor_inceptionv3
-
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", offline)
-    with pytest.raises(FileNotFoundError, match=r"no route to host.*ClassifierEvaluator\(\)"):
-        InceptionEvaluator().build(list, tmp_path)
-
-
-@pytest.mark.slow
-def test_inception_from_a_weights_file(tmp_path: Path) -> None:
-    """Random weights: the shapes, the grey images and the names of the scores are what is tested."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Random(FeatureExtractorInceptionV3):  # type: ignore[misc]
-        def load_state_dict(self, *_: object, **__: object) -> None:
-            return None
-
-    torch.save({}, tmp_path / "empty.pth")
-    network = Random(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "empty.pth")
-    )
-    torch.save(network.state_dict(), tmp_path / "weights.pth")
-    extractor = InceptionEvaluator(weights=str(tmp_path / "weights.pth")).build(list, tmp_path)
-    features, logits = extractor(torch.rand(2, 1, 32, 32) * 2 - 1)
-    assert features.shape == (2, 2048)
-    assert logits is not None
-    assert logits.shape == (2, 1008)
-    assert InceptionEvaluator().is_inception
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -418,36 +308,3 @@ def test_modules_and_data_that_do_not_fit(tmp_path: Path) -> None:
             trainer(callbacks=[callback], max_steps=1).fit(ImageClassifier(input_shape=(3, 32, 32)), data(8))
     with pytest.raises(MisconfigurationException, match="takes the real images from a LightningDataModule"):
         trainer(callbacks=[GenerativeMetrics()], max_steps=1).fit(module(), [data(8)])
-
-
-def test_grids_have_the_same_z_and_move_nothing(tmp_path: Path) -> None:
-    def run(grid: bool) -> dict[str, Tensor]:
-        gan = module()
-        ema = GeneratorEMA(decay=0.9, start=0)
-        callbacks = [ema, SampleGrid(2, per_class=3)] if grid else [ema]
-        torch.manual_seed(3)
-        trainer(max_steps=5, max_epochs=-1, callbacks=callbacks, default_root_dir=tmp_path).fit(gan, data())
-        return gan.state_dict()
-
-    plain, shown = run(False), run(True)
-    for name, value in plain.items():
-        assert torch.equal(value, shown[name]), name
-    files = sorted((tmp_path / "grids").glob("*.png"))
-    assert [path.stem for path in files] == ["000002", "000004", "000005"]
-    from PIL import Image
-
-    with Image.open(files[0]) as image:
-        assert image.size == (3 * 33 + 1, 10 * 33 + 1)
-
-
-def test_the_grid_goes_to_tensorboard(tmp_path: Path) -> None:
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logger = TensorBoardLogger(tmp_path)
-    trainer(
-        max_steps=2, callbacks=[SampleGrid(1, per_class=2)], logger=logger, default_root_dir=tmp_path
-    ).fit(module(), data())
-    events = EventAccumulator(logger.log_dir)
-    events.Reload()
-    assert [event.step for event in events.Images("samples")] == [1, 2]

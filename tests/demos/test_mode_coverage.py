@@ -17,20 +17,11 @@ from lightning_nested.datamodules import MixtureOfGaussiansDataModule
 from lightning_nested.demos import ModeCoverage
 from lightning_nested.modules import GANModule
 from lightning_nested.optim import ComplexAdam
+from tests import trainers
 
 
 def trainer(folder: Path, *callbacks: Callback, steps: int = 4) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=steps,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    return trainers.trainer(*callbacks, folder=folder, max_epochs=-1, max_steps=steps)
 
 
 def gan(**options: Any) -> GANModule:
@@ -97,16 +88,7 @@ def test_it_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
 
 def test_a_fit_without_a_step_has_no_report(tmp_path: Path) -> None:
     callback = ModeCoverage()
-    fit = Trainer(
-        accelerator="cpu",
-        max_epochs=0,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    fit = trainers.trainer(callback, folder=tmp_path, max_epochs=0)
     fit.fit(gan(), datamodule=MixtureOfGaussiansDataModule(num_batches=5))
     assert (callback.history, list(tmp_path.iterdir())) == ([], [])
 

@@ -1,4 +1,4 @@
-"""The two scripts: what they simulate is the game, and they write what they promise."""
+"""The scripts simulate the game itself, and write what they promise."""
 
 import importlib.util
 import json
@@ -13,10 +13,12 @@ import torch
 
 from lightning_nested.games import DiracGAN, QuadraticGame, joint_gradient
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    # Scripts import their shared parts from their own folder.
+    monkeypatch.syspath_prepend(SCRIPTS)
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import GeneratorEMA
-from lightning_nested.datamodules import SyntheticImagesDataModule
 from lightning_nested.games import joint_gradient
 from lightning_nested.modules import (
     R1,
@@ -31,42 +30,11 @@ from lightning_nested.modules import (
     Wasserstein,
 )
 from lightning_nested.optim import ComplexAdam
+from tests.modules.gan.tiny import data, module, same, tensors, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*sync_dist", "ignore:Checkpoint directory", "ignore:You defined a `validation_step`"
 )
-TINY = BigGANNetworks(width=2, latent_dim=8)
-
-
-def data(size: int = 40, batch_size: int = 4, **options: Any) -> SyntheticImagesDataModule:
-    return SyntheticImagesDataModule(train_size=size, val_size=10, batch_size=batch_size, **options)
-
-
-def trainer(**options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-    }
-    return Trainer(**{**defaults, **options})
-
-
-def module(**options: Any) -> BigGAN:
-    torch.manual_seed(1)
-    return BigGAN(options.pop("networks", TINY), **options)
-
-
-def tensors(of: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in of.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 class Steps(Callback):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +13,18 @@ from lightning_nested.cli.configs import shipped_configs
 from lightning_nested.cli.main import main
 from lightning_nested.demos import ZooGame
 from lightning_nested.modules import GANModule
+from tests.command import run_command
 
-ROOT = Path(__file__).parents[1]
 GAMES = ("bilinear", "dirac_gan", "gaussians_gan")
 
 
-@pytest.fixture(autouse=True)
-def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder of its own, and the variables that seeding leaves behind taken away."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-nested"])
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own LightningCLI raises some
-    yield
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def command(name: str, folder: Path, *options: str) -> str:
-    """The output of a real run of the command."""
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "lightning_nested", "fit", "--config", name),
-            f"--trainer.logger.init_args.save_dir={folder}",
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    """Return the output of a real run."""
+    place = f"--trainer.logger.init_args.save_dir={folder}"
+    return run_command("fit", "--config", name, place, *options, folder=folder)
 
 
 def results(folder: Path) -> dict[str, Any]:

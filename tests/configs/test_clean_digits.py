@@ -1,8 +1,5 @@
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ import pytest
 import yaml
 
 from lightning_nested.cli.configs import shipped_configs
+from tests.command import run_command
 
 SETTINGS = yaml.safe_load(shipped_configs()["clean_digits"].read_text(encoding="utf-8"))
 
@@ -24,22 +22,11 @@ def run(folder: Path, *, seed: int, rate: float | None = None) -> dict[str, Any]
         tuner["init_args"]["optimizer"]["init_args"]["lr"] = rate
         config = "changed.yaml"
         (folder / config).write_text(yaml.safe_dump(settings))
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_nested",
-        "fit",
-        "--config",
-        config,
-        f"--seed_everything={seed}",
-    ]
     began = time.perf_counter()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run_command("fit", "--config", config, f"--seed_everything={seed}", folder=folder)
     (path,) = folder.glob("runs/clean_digits/version_*/results.json")
     assert (path.parent / "clean_digits.png").stat().st_size > 30_000
-    assert "given labels, tuned" in done.stdout
+    assert "given labels, tuned" in printed
     return {**json.loads(path.read_text()), "wall_seconds": time.perf_counter() - began}
 
 

@@ -24,6 +24,7 @@ from lightning_nested.modules import (
     Hinge,
 )
 from lightning_nested.optim import ComplexSGD, Extragradient
+from tests.trainers import trainer
 
 
 class First(nn.Module):
@@ -141,20 +142,11 @@ def test_a_zoo_game_is_trained_by_its_own_losses() -> None:
             (player.grad,) = torch.autograd.grad(loss, player, retain_graph=True)
         optimizer.step()
         distances.append(math.hypot(*(p.item() for p in players)))
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=30,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=10,
-    )
-    trainer.fit(module)
+    fit = trainer(max_epochs=-1, max_steps=30, log_every_n_steps=10)
+    fit.fit(module)
     assert module.path[-1] == [p.item() for p in players]
     assert module.distances == pytest.approx(distances, rel=1e-14)
-    assert float(trainer.callback_metrics["distance"]) == pytest.approx(distances[-1])
+    assert float(fit.callback_metrics["distance"]) == pytest.approx(distances[-1])
 
 
 def test_a_solution_elsewhere() -> None:
@@ -203,15 +195,7 @@ class Noted(GradientRegularizer):
 
 
 def fit(module: GANModule, data: Tensor, **options: Any) -> None:
-    Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    ).fit(module, torch.utils.data.DataLoader(data, batch_size=1))
+    trainer(**options).fit(module, torch.utils.data.DataLoader(data, batch_size=1))
 
 
 @pytest.mark.parametrize(
@@ -321,11 +305,7 @@ def test_resuming_keeps_the_penaltys_turn(tmp_path: Path) -> None:
             steps_per_player={"discriminator": 4}, optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         )  # fmt: skip
         data = torch.arange(10.0).repeat_interleave(2).view(10, 2)
-        trainer = Trainer(
-            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_epochs=2,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[Stop()],
-        )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=1), **options)
+        trainer(Stop(), max_epochs=2).fit(module, torch.utils.data.DataLoader(data, batch_size=1), **options)
         return noted, module
 
     whole, module = run()
