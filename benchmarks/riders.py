@@ -22,7 +22,7 @@ from _measuring import load, parser, print_table, report, start
 from torch import Tensor
 from torch.optim import SGD, Adam
 
-from lightning_nested.cli.configs import shipped_rides
+from lightning_nested.cli.find_configs import shipped_rides
 from lightning_nested.dynamics import Branching, GeneralizedRidgeRider, RideTree, RidgeRider
 from lightning_nested.dynamics.maps import recorded
 from lightning_nested.games import (

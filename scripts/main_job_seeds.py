@@ -21,7 +21,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from _running import script_parser
 
-from lightning_nested.cli.configs import shipped_configs
+from lightning_nested.cli.find_configs import shipped_configs
 
 CONFIG = "clean_digits"
 COLUMNS = {

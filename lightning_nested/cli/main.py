@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import lightning_nested
-from lightning_nested.cli.configs import (
+from lightning_nested.cli.find_configs import (
     PROGRAM,
     close_matches,
     resolve_config,
@@ -81,7 +81,7 @@ def _run_lightning(arguments: list[str]) -> None:
     with _errors_in_short():
         resolved = resolve_configs(arguments)
     with paused_collection():
-        from lightning_nested.cli.lightning import NestedCLI, import_classes
+        from lightning_nested.cli.nested_cli import NestedCLI, import_classes
 
         import_classes()
     NestedCLI(args=resolved)

@@ -26,7 +26,7 @@ from typing_extensions import override
 # Short names of classes resolve once they are imported.
 import lightning_nested.games
 import lightning_nested.optim
-from lightning_nested.cli.configs import shipped_rides
+from lightning_nested.cli.find_configs import shipped_rides
 from lightning_nested.dynamics import GeneralizedRidgeRider, InProcess, Processes, RideTree
 from lightning_nested.dynamics.riders.executors import Executor
 from lightning_nested.games import Game

@@ -150,7 +150,7 @@ class OuterLoop:
                 optimizer.state.clear()
 
     def _log(self, module: LightningModule, report: OuterReport) -> None:
-        """Log an outer step: a number to log at each of them belongs into ``metrics``.
+        """Log an outer step. To log another number, add it to ``metrics`` here, or as a field to ``OuterReport``.
 
         Loggers get it here, once, at the step that it belongs to: ``self.log(..., on_step=True)`` would repeat the
         last value at every later step, and drop those that fall between two of the Trainer's ``log_every_n_steps``.

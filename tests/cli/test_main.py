@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_nested
-from lightning_nested.cli.configs import resolve_config, resolve_configs, shipped_configs, shipped_rides
+from lightning_nested.cli.find_configs import resolve_config, resolve_configs, shipped_configs, shipped_rides
 from lightning_nested.cli.main import COMMANDS, main, paused_collection
 from tests.command import ROOT, error_of
 

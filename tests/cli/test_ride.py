@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_nested.cli.configs import resolve_config, shipped_configs, shipped_rides
+from lightning_nested.cli.find_configs import resolve_config, shipped_configs, shipped_rides
 from lightning_nested.cli.main import main
 
 QUICK = (

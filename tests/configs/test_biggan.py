@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 
-from lightning_nested.cli.configs import shipped_configs
-from lightning_nested.cli.lightning import NestedCLI
+from lightning_nested.cli.find_configs import shipped_configs
 from lightning_nested.cli.main import main
+from lightning_nested.cli.nested_cli import NestedCLI
 from lightning_nested.modules import BigGAN
 from tests.command import ROOT
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_nested.cli.configs import shipped_configs
+from lightning_nested.cli.find_configs import shipped_configs
 from tests.command import run_command
 
 SETTINGS = yaml.safe_load(shipped_configs()["clean_digits"].read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_nested.cli.configs import shipped_configs
+from lightning_nested.cli.find_configs import shipped_configs
 from lightning_nested.cli.main import main
 from lightning_nested.demos import ZooGame
 from lightning_nested.modules import GANModule

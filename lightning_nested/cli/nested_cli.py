@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
-from lightning_nested.cli.configs import close_matches, resolve_configs
+from lightning_nested.cli.find_configs import close_matches, resolve_configs
 from lightning_nested.datamodules import InMemoryDataModule
 from lightning_nested.trainer.lightning import config_value, subcommand_parser
 
