@@ -1,1 +1,1 @@
-"""Figures: numbers in, a matplotlib ``Figure`` without a window out, drawn under ``style.styled_figure``. No Lightning."""
+"""Figures: numbers in, a matplotlib ``Figure`` without a window out, under ``style.styled_figure``. No Lightning."""
