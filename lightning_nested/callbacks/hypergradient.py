@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -33,7 +32,7 @@ from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
 from lightning_nested.trainer.isolation import untouched_buffers, without_trace
-from lightning_nested.trainer.lightning import reduction, step_arguments
+from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loop import log_outer_step, reinitialize
 from lightning_nested.trainer.outer_loss import evaluate_outer
@@ -152,14 +151,7 @@ class HypergradientCallback(Callback):
     def outer_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
         """The outer loss of a batch, a scalar with its graph."""
         own = getattr(pl_module, "outer_loss", None)
-        if callable(own):
-            loss = own(batch)
-        else:
-            arguments = step_arguments(pl_module.validation_step, batch, 0)
-            loss = call._call_lightning_module_hook(
-                trainer, "validation_step", *arguments, pl_module=pl_module
-            )
-            loss = loss.get("loss") if isinstance(loss, Mapping) else loss
+        loss = own(batch) if callable(own) else step_loss(trainer, pl_module, "validation_step", batch, 0)
         if not isinstance(loss, Tensor):
             raise MisconfigurationException(
                 f"The outer loss must be a tensor. Got {type(loss).__name__} from {type(pl_module).__name__}; "
@@ -270,7 +262,7 @@ class HypergradientCallback(Callback):
         self._losses.append(loss)
         if self._again is not None:
             self._evaluations.append(self._again)
-        if self._window_goes_on(trainer):
+        if accumulates(trainer):
             # The graph is needed once more at the window's last batch.
             self._methods.put(pl_module, "backward", partial(pl_module.backward, retain_graph=True))
             return
@@ -296,7 +288,7 @@ class HypergradientCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._window_goes_on(trainer):
+        if accumulates(trainer):
             return
         self.inner_steps += 1
         pending = self.outer.pending
@@ -398,13 +390,7 @@ class HypergradientCallback(Callback):
     ) -> Tensor:
         """The training loss of a batch once more, with the masks of its first evaluation and without trace."""
         with start.replay(), without_trace(pl_module, trainer), trainer.precision_plugin.train_step_context():
-            output = call._call_lightning_module_hook(
-                trainer,
-                "training_step",
-                *step_arguments(pl_module.training_step, batch, batch_idx),
-                pl_module=pl_module,
-            )
-        loss = output["loss"] if isinstance(output, Mapping) else output
+            loss = step_loss(trainer, pl_module, "training_step", batch, batch_idx)
         assert isinstance(loss, Tensor)
         return loss * (_loss_scale(trainer) / trainer.accumulate_grad_batches)
 
@@ -477,9 +463,6 @@ class HypergradientCallback(Callback):
         self._again, self._attempted = None, False
         self.outer.discard()
         self._methods.put_back()
-
-    def _window_goes_on(self, trainer: Trainer) -> bool:
-        return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
     # ---- the module
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -27,7 +25,7 @@ from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.game_follower import GameFollower
 from lightning_nested.trainer.isolation import untouched_buffers, without_trace
 from lightning_nested.trainer.joint_losses import is_game, refuse_other_modules
-from lightning_nested.trainer.lightning import reduction, step_arguments
+from lightning_nested.trainer.lightning import accumulates, logger_step, reduction, step_loss
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.shared_backward import SharedBackward
@@ -269,7 +267,7 @@ class LyapunovCallback(Callback):
             return
         group = trainer.optimizers[0].param_groups[0]
         lr = -float(group["lr"]) if group.get("maximize", False) else float(group["lr"])
-        if self._fixed is not None and trainer.fit_loop.epoch_loop._should_accumulate():
+        if self._fixed is not None and accumulates(trainer):
             return
         # torch.utils.checkpoint runs the forward again in every product.
         unmoved = RandomStream.snapshot(trainer.strategy.root_device).replay()
@@ -309,7 +307,7 @@ class LyapunovCallback(Callback):
                 with self._stopping():
                     if self._game.end_round():
                         self._end_window(trainer, pl_module)
-        elif not trainer.fit_loop.epoch_loop._should_accumulate():
+        elif not accumulates(trainer):
             self.steps += 1
 
     @override
@@ -393,9 +391,7 @@ class LyapunovCallback(Callback):
         """The training loss of the fixed batch, with the same masks every time and without trace."""
         batch, stream = fixed.get(0, None)
         with stream, without_trace(pl_module, trainer), trainer.precision_plugin.train_step_context():
-            hook = partial(call._call_lightning_module_hook, trainer, "training_step", pl_module=pl_module)
-            output = hook(*step_arguments(pl_module.training_step, batch, 0))
-        loss = output["loss"] if isinstance(output, Mapping) else output
+            loss = step_loss(trainer, pl_module, "training_step", batch, 0)
         assert isinstance(loss, Tensor)
         return loss
 
@@ -429,7 +425,7 @@ class LyapunovCallback(Callback):
 
     def _logs_now(self, trainer: Trainer) -> bool:
         """At the last window before each of the Trainer's log steps: ``self.log`` takes longer than a small step."""
-        done = self.steps if self._game is not None else trainer.fit_loop.epoch_loop._batches_that_stepped
+        done = self.steps if self._game is not None else logger_step(trainer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         following = done + self.orthonormalize_every * self.every_n_steps
         return every > 0 and ((done + 1) % every == 0 or (done + 1) // every != following // every)

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_nested.cli.configs import close_matches, resolve_configs
 from lightning_nested.datamodules import InMemoryDataModule
+from lightning_nested.trainer.lightning import config_value, subcommand_parser
 
 # A class can be given by its short name once it has been imported.
 _PACKAGES = (
@@ -114,7 +115,7 @@ class NestedCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        threads = self._get(self.config, "num_threads")
+        threads = config_value(self, "num_threads")
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -138,7 +139,7 @@ class NestedCLI(LightningCLI):
             ours = _raised_here(error)
             if ours is None:  # a bug, or a class of the user's: the traceback is wanted
                 raise
-            self._parser(self.subcommand).error(str(ours), ours)
+            subcommand_parser(self).error(str(ours), ours)
 
     @override
     def after_instantiate_classes(self) -> None:

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_nested.trainer.lightning import is_sequential, request_validation_loader, shard, with_loaders
 from lightning_nested.trainer.random_stream import RandomStream
 
 _NO_LOADER = (
@@ -43,9 +40,11 @@ class OuterBatches:
         self.seed, self._rank = seed, trainer.global_rank
         self._device = trainer.strategy.root_device
         with RandomStream(seed, self._device):
-            self._loader = _prepare(
-                trainer, _given(loader) if loader is not None else _validation_loader(trainer)
-            )
+            if loader is None:
+                loader = request_validation_loader(trainer)
+            elif callable(loader) and not isinstance(loader, Iterable):
+                loader = loader()
+            self._loader = _prepare(trainer, loader)
         self.round, self.position = 0, 0
         self.last: Any = None
         self._iterator: Iterator[Any] | None = None
@@ -120,24 +119,13 @@ class LastBatch(OuterBatches):
 _END = object()
 
 
-def _given(loader: Any) -> Any:
-    return loader() if callable(loader) and not isinstance(loader, Iterable) else loader
-
-
-def _validation_loader(trainer: Trainer) -> Any:
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    if source.instance is None or not source.is_defined():
-        raise MisconfigurationException(_NO_LOADER)
-    return _request_dataloader(source)
-
-
 def _prepare(trainer: Trainer, loader: Any) -> Any:
     """The first loader of a collection, as an instance of our own, sharded over processes."""
     if loader is None or (isinstance(loader, (list, tuple, dict)) and not loader):
         raise MisconfigurationException(_NO_LOADER)
-    if isinstance(loader, CombinedLoader) and loader._mode != "sequential":
-        return _Joined(trainer, loader)
     if isinstance(loader, CombinedLoader):
+        if not is_sequential(loader):
+            return _Joined(with_loaders(loader, [_prepare(trainer, single) for single in loader.flattened]))
         loader = loader.flattened[0]
     elif not isinstance(loader, DataLoader):
         flattened = CombinedLoader(loader, "sequential").flattened
@@ -151,13 +139,7 @@ def _prepare(trainer: Trainer, loader: Any) -> Any:
             "The outer dataloader must be iterable more than once. Got a one-pass generator "
             f"({type(loader).__name__}), whose batches the Trainer's validation would miss; give a DataLoader."
         )
-    if not isinstance(loader, DataLoader):
-        return loader
-    connector = trainer._data_connector
-    if connector._requires_distributed_sampler(loader):
-        sampler = connector._resolve_sampler(loader, shuffle=False, mode=RunningStage.VALIDATING)
-        loader = _update_dataloader(loader, sampler, mode=RunningStage.VALIDATING)
-    return _own_copy(loader)
+    return _own_copy(shard(trainer, loader)) if isinstance(loader, DataLoader) else loader
 
 
 def _own_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -189,9 +171,8 @@ def _own_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
 class _Joined:
     """Batches of several loaders at a time, as ``validation_step`` gets them from a CombinedLoader."""
 
-    def __init__(self, trainer: Trainer, loader: CombinedLoader) -> None:
-        loaders = [_prepare(trainer, single) for single in loader.flattened]
-        self._loader = CombinedLoader(tree_unflatten(loaders, loader._spec), loader._mode)
+    def __init__(self, loader: CombinedLoader) -> None:
+        self._loader = loader
 
     def __iter__(self) -> Iterator[Any]:
         for batch, _, _ in self._loader:

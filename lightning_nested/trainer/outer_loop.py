@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_nested.hyperparameters import OuterReport
+from lightning_nested.trainer.lightning import logger_step
 from lightning_nested.trainer.random_stream import RandomStream
 
 
@@ -50,9 +51,7 @@ def log_outer_step(
     ``self.log`` gives them to the progress bar, checkpoints and early stopping.
     """
     trainer = module.trainer
-    step = (
-        trainer.fit_loop.epoch_loop._batches_that_stepped
-    )  # the Trainer's own axis, also in manual optimization
+    step = logger_step(trainer)
     metrics = {f"hypergradient/{key}": value for key, value in report.metrics().items()}
     metrics["hypergradient/skipped_steps"] = float(skipped)
     for name, value in values.items():

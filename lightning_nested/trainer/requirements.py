@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_nested.hypergradient import GaussNewton
+from lightning_nested.trainer.lightning import has_static_graph
 
 
 def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) -> None:
@@ -29,7 +30,7 @@ def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) ->
             f"{who} needs whole parameters on every process: a single device or DDP. "
             f"Got {type(strategy).__name__}; use Trainer(strategy='ddp')."
         )
-    if not static_graph and getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
+    if not static_graph and has_static_graph(trainer):
         # DDP queues its first all-reduce in the first derivative that passes, which here is not its own.
         raise MisconfigurationException(
             f"{who} differentiates the training loss before DDP does, so DDP must not take the graph to be static. "

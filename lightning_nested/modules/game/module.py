@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -32,7 +30,7 @@ from lightning_nested.modules.game.players import (
     player_gradients,
 )
 from lightning_nested.trainer.isolation import silent_logging, untouched_buffers, untouched_metrics
-from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.lightning import built_by_command_line, counted, reduction
 from lightning_nested.trainer.random_stream import (
     RandomStream,
     base_seed,
@@ -132,7 +130,7 @@ class GameModule(LightningModule):
         loop: GameLoop = GameLoop(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
-        if _given_hyperparameters.get() is not None:
+        if built_by_command_line():
             # Built by LightningCLI, which saves the configuration instead of the values: all plain data.
             self.save_hyperparameters()
         self.automatic_optimization = False
@@ -387,7 +385,7 @@ class GameModule(LightningModule):
         if not full:
             return
         for k, player in enumerate(players):
-            with _counted(player.optimizer, counts and k + 1 == len(players)):
+            with counted(player.optimizer, counts and k + 1 == len(players)):
                 player.optimizer.step()
             player.clear_gradient()
             self.on_player_step(player.name)
@@ -476,19 +474,3 @@ def _begin_next_epoch(trainer: Trainer) -> None:
             epochs.increment_completed()
         fit_loop.reset_restart_stage()
         fit_loop.epoch_loop.restarting = False
-
-
-@contextmanager
-def _counted(optimizer: LightningOptimizer, counts: bool) -> Iterator[None]:
-    """Whether ``global_step`` counts the step inside: the last one of a game update does."""
-    hooks = optimizer._on_before_step, optimizer._on_after_step
-    if not counts:
-        optimizer._on_before_step = optimizer._on_after_step = _nothing
-    try:
-        yield
-    finally:
-        optimizer._on_before_step, optimizer._on_after_step = hooks
-
-
-def _nothing() -> None:
-    return

@@ -32,6 +32,7 @@ from lightning_nested.networks import Discriminator, Generator, singular_values
 from lightning_nested.networks.adversarial import widened
 from lightning_nested.networks.biggan.tables import check_labels
 from lightning_nested.networks.conditional_batch_norm import batch_norms
+from lightning_nested.trainer.lightning import has_trainer, synchronizes_batch_norm
 
 
 def float_betas(make: OptimizerCallable) -> OptimizerCallable:
@@ -215,7 +216,7 @@ class BigGAN(GANModule):
     @torch.no_grad()
     def _average_running_statistics(self) -> None:
         """The mean over processes, in one message: every process goes on with the same numbers."""
-        if self._trainer is None or self.trainer.world_size == 1:
+        if not has_trainer(self) or self.trainer.world_size == 1:
             return
         tensors = [t for norm in batch_norms(self.generator) for t in (norm.running_mean, norm.running_var)]
         present = [t for t in tensors if t is not None]
@@ -235,8 +236,7 @@ class BigGAN(GANModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # The Trainer converts later, and DDP's own error then says neither which option nor what to do.
-        synchronises = getattr(self.trainer.strategy, "_layer_sync", None) is not None
-        if synchronises and self.trainer.strategy.root_device.type == "cpu":
+        if synchronizes_batch_norm(self.trainer) and self.trainer.strategy.root_device.type == "cpu":
             raise MisconfigurationException(
                 "sync_batchnorm needs GPUs: torch's SyncBatchNorm has no CPU implementation. "
                 "Got Trainer(sync_batchnorm=True) on CPU; leave it out."

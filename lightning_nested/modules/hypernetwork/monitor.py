@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_nested.hypergradient import implicit_hypergradient
 from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
 from lightning_nested.trainer.isolation import untouched_buffers, without_trace
+from lightning_nested.trainer.lightning import has_trainer
 from lightning_nested.trainer.outer_batches import LastBatch
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def another_look(module: HypernetworkModule) -> Iterator[None]:
     """For further evaluations on a batch: buffers, metrics and logs stay as they are."""
     with (
         untouched_buffers(module)
-        if module._trainer is None
+        if not has_trainer(module)
         else without_trace(module, module.trainer, attributes=False)
     ):
         yield
