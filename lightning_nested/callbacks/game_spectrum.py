@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -17,31 +15,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.figures.game_spectrum import spectrum_figure
-from lightning_nested.games import JacobianOperator, leading_eigenvalues
-from lightning_nested.games.adaptation import adapted_momenta, optimizers_of
-from lightning_nested.games.joint_step import (
-    ADAPT_LIMIT,
-    JointStep,
-    adapts_each_player,
-    joint_step,
-    predicted_rate,
-    single_steps,
-)
-from lightning_nested.games.step_jacobian import OwnStepJacobian, StepJacobian
+from lightning_nested.games.adaptation import adapt_momenta
+from lightning_nested.games.joint_step import ADAPT_LIMIT
+from lightning_nested.games.measured_spectrum import MeasuredSpectrum, measure_spectrum
 from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
-from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.optim.step_dynamics import (
-    set_momentum,
-    step_dynamics,
-)
-from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.linalg.vectors import Vector
+from lightning_nested.optim.step_dynamics import step_dynamics
+from lightning_nested.trainer.joint_losses import RunningGame, is_game, joint_losses, warn_if_detached
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
-
-if TYPE_CHECKING:
-    from lightning_nested.games.measured_spectrum import MeasuredSpectrum
-from lightning_nested.games.measured_spectrum import MeasuredSpectrum
-from lightning_nested.trainer.joint_losses import warn_if_detached
 
 
 class GameSpectrumCallback(Callback):
@@ -133,7 +115,7 @@ class GameSpectrumCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not all(hasattr(pl_module, name) for name in ("player_losses", "game_updates")):
+        if stage == "fit" and not is_game(pl_module):
             raise MisconfigurationException(
                 "GameSpectrumCallback measures the game of a GameModule. "
                 f"Got {type(pl_module).__name__}; extend lightning_nested.modules.GameModule."
@@ -151,11 +133,9 @@ class GameSpectrumCallback(Callback):
         if self._seed is None:
             self._seed = seed
         if self.k is None:
-            _check_dense(
-                sum(p.numel() for each in pl_module.running_players.values() for p in each.parameters)
-            )
+            _check_dense([player.parameters for player in pl_module.running_players.values()])
         if self.adapt:
-            others = without_complex_momentum(optimizers_of(pl_module))
+            others = _without_complex_momentum(_optimizers(pl_module))
             if others:
                 self._tell(
                     f"adapt=True sets momentum and phase of ComplexSGD and ComplexAdam. Others keep theirs: {others}."
@@ -177,14 +157,14 @@ class GameSpectrumCallback(Callback):
             return
         self._measured = updates
         try:
-            measured, step = self._measure(trainer, pl_module)
+            measured = self.measure(trainer, pl_module)
         except (SpectrumError, FloatingPointError) as error:
             rank_zero_warn(f"GameSpectrumCallback measured nothing after {updates} game updates: {error}")
             return
         self.history.append(measured)
-        self._log(trainer, pl_module, measured, step)
+        self._log(trainer, pl_module, measured)
         if self.adapt:
-            self._adapt(pl_module, measured, step)
+            self._adapt(pl_module, measured)
 
     @property
     @override
@@ -206,90 +186,38 @@ class GameSpectrumCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None
 
-    # ---- the measurement
-
     def measure(self, trainer: Trainer, pl_module: Any) -> MeasuredSpectrum:
-        """The spectrum at the present weights; leaves no trace.
+        """Measure the spectrum at the current weights, without side effects.
 
         Raises:
             SpectrumError: The eigenvalues did not converge.
             FloatingPointError: A loss or a product is not finite.
             ValueError: Parameters of one player ascend and others descend.
         """
-        return self._measure(trainer, pl_module)[0]
-
-    def _measure(self, trainer: Trainer, pl_module: Any) -> tuple[MeasuredSpectrum, JointStep | None]:
-        """The spectrum, and the joint step if it is known."""
-        players = pl_module.running_players
-        tensors = tuple(player.parameters for player in players.values())
-        dynamics = {
-            name: step_dynamics(player.optimizer.optimizer, player.parameters)
-            for name, player in players.items()
-        }
-        losses = self._losses(trainer, pl_module, list(players))
-        if not self.history:
-            warn_if_detached(list(players), losses, tensors)
-        descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
-        jacobian = JacobianOperator(descended, tensors, reduce=reduction(trainer))
-        operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
-        eigenvalues, shares, products = self._eigenvalues(operator)
-        own = {}
-        for index, (name, each) in enumerate(dynamics.items() if self.per_player else ()):
-            found, _, used = self._eigenvalues(OwnStepJacobian(jacobian.block(index), each.scale))
-            own[name], products = found.real, products + used
-        step = joint_step(pl_module, dynamics, operator)
-        if step is not None and self.k is not None:
-            products += len(step.matrix)
-        measured = MeasuredSpectrum(
-            game_updates=pl_module.game_updates,
-            eigenvalues=eigenvalues,
-            shares=shares,
-            own=own,
-            momenta={name: each.momentum for name, each in dynamics.items()},
-            alternating=pl_module.update == "alternating",
-            rate=None if step is None else step.rate(),
-            num_products=products,
-            exact=step is not None,
-        )
-        if step is None and single_steps(pl_module):
-            momentum, turns = measured.momentum, measured.alternating
-            rate = predicted_rate(eigenvalues, momentum, turns)
-            measured = replace(measured, rate=rate, equal_curvatures=turns and rate is not None)
-        return measured, step
-
-    def _losses(self, trainer: Trainer, module: Any, names: list[str]) -> list[Tensor]:
-        """All players' losses at one point, on the fixed batch, with the same random numbers every time."""
         assert self._seed is not None
-        stream = RandomStream(self._seed + 7_368_787 * trainer.global_rank, module.device)
-        with stream, without_trace(module, trainer), module.joint_evaluation(names), torch.enable_grad():
-            losses = module.player_losses(names, self._batch)
-        return [losses[name] for name in names]
-
-    def _eigenvalues(self, operator: LinearOperator) -> tuple[Tensor, Tensor | None, int]:
-        """The leading ones, the players' shares of them, and the number of products."""
-        assert operator.like is not None
-        size = sum(p.numel() for p in operator.like)
-        if self.k is not None or not isinstance(operator, StepJacobian):
-            k = None if self.k is None else min(self.k, size)
-            which = "largest_magnitude" if operator.symmetric else self.which
-            found = leading_eigenvalues(operator, k, which, max_products=self.max_products)
-            return found.eigenvalues, None, found.num_products
-        _check_dense(size)
-        values, vectors = np.linalg.eig(operator.dense().detach().cpu().double().numpy())
-        mass = np.abs(vectors) ** 2
-        owner = np.repeat(operator.jacobian.owners, [p.numel() for p in operator.like])
-        shares = [mass[owner == player].sum(axis=0) for player in range(operator.jacobian.num_players)]
-        order = np.argsort(-np.abs(values), kind="stable")
-        total = np.stack(shares, axis=1)[order]
-        return (
-            torch.from_numpy(values.astype(np.complex128)[order]),
-            torch.from_numpy(total / total.sum(axis=1, keepdims=True)),
-            size,
+        players = {name: player.parameters for name, player in pl_module.running_players.items()}
+        names, tensors = list(players), list(players.values())
+        if self.k is None:
+            _check_dense(tensors)
+        stream = RandomStream(self._seed + 7_368_787 * trainer.global_rank, pl_module.device)
+        losses = joint_losses(pl_module, names, self._batch, stream)
+        if not self.history:
+            warn_if_detached(names, losses, tensors)
+        steps = tuple(pl_module.steps_per_player.get(name, 1) for name in names)
+        return measure_spectrum(
+            losses,
+            tensors,
+            {name: step_dynamics(each, players[name]) for name, each in _optimizers(pl_module).items()},
+            k=self.k,
+            which=self.which,
+            steps=steps if pl_module.update == "alternating" else None,
+            per_player=self.per_player,
+            max_products=self.max_products,
+            reduce=reduction(trainer),
+            game_updates=pl_module.game_updates,
         )
 
-    # ---- what follows from it
-
-    def _log(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum, step: JointStep | None) -> None:
+    def _log(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum) -> None:
         values = measured.eigenvalues
         metrics = {
             "max_modulus": float(values.abs().max()),
@@ -306,7 +234,7 @@ class GameSpectrumCallback(Callback):
             if momentum is not None and momentum.kind == "momentum":
                 metrics |= {f"momentum/{name}": momentum.momentum, f"phase/{name}": momentum.phase}
         if self.adapt:
-            metrics["adapts_each_player"] = float(adapts_each_player(step))
+            metrics["adapts_each_player"] = float(measured.adapts_each_player)
         metrics |= {f"own/{name}": float(own.max()) for name, own in measured.own.items()}
         named = {f"spectrum/{name}": value for name, value in metrics.items()}
         module.log_dict(named, logger=False)
@@ -317,20 +245,17 @@ class GameSpectrumCallback(Callback):
                 figure = spectrum_figure([measured], list(module.running_players))
                 add_figure("spectrum", figure, measured.game_updates)
 
-    def _adapt(self, module: Any, measured: MeasuredSpectrum, step: JointStep | None) -> None:
+    def _adapt(self, module: RunningGame, measured: MeasuredSpectrum) -> None:
+        limits = {"max_momentum": self.max_momentum, "max_change": self.max_change}
         try:
-            better = adapted_momenta(
-                module, measured, step, max_momentum=self.max_momentum, max_change=self.max_change
-            )
+            adapt_momenta(measured, _optimizers(module), **limits)
         except ValueError as error:
             self._tell(
                 "adapt=True needs a predicted rate, and momenta that it can set. Momentum and phase stay as they are: "
                 f"{error}."
             )
             return
-        for name, momentum in better.items():
-            set_momentum(optimizers_of(module)[name], momentum.momentum, momentum.phase)
-        if not adapts_each_player(step):
+        if not measured.adapts_each_player:
             self._tell(
                 "GameSpectrumCallback adapts one momentum for all players: this game has more than "
                 f"{ADAPT_LIMIT} numbers, too many to give each player its own by the rate of their joint step.",
@@ -343,8 +268,14 @@ class GameSpectrumCallback(Callback):
             how(text)
 
 
-def _check_dense(size: int) -> None:
+def _optimizers(module: RunningGame) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizer of each player."""
+    return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
+
+
+def _check_dense(players: Sequence[Vector]) -> None:
     """Refuse the dense Jacobian of a large game before it is computed."""
+    size = sum(p.numel() for held in players for p in held)
     if size > DENSE_LIMIT:
         raise MisconfigurationException(
             f"GameSpectrumCallback(k=None) needs the dense Jacobian, of at most {DENSE_LIMIT} numbers. Got players of "
@@ -352,12 +283,8 @@ def _check_dense(size: int) -> None:
         )
 
 
-def without_complex_momentum(optimizers: Mapping[str, torch.optim.Optimizer]) -> str:
-    """The players that cannot be adapted, for a warning; empty if all can.
-
-    Raises:
-        MisconfigurationException: No player can.
-    """
+def _without_complex_momentum(optimizers: Mapping[str, torch.optim.Optimizer]) -> str:
+    """Name the players that cannot be adapted, for a warning; refuse a game without any that can."""
     without = [
         f"{type(optimizer).__name__} for {name!r}"
         for name, optimizer in optimizers.items()

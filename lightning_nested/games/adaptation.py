@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
+from torch.optim import Optimizer
 
 from lightning_nested.games.joint_step import ADAPT_LIMIT, JointStep
+from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
-from lightning_nested.optim.step_dynamics import Momentum, has_complex_momentum
-
-if TYPE_CHECKING:
-    from lightning_nested.games.measured_spectrum import MeasuredSpectrum
-from lightning_nested.games.joint_step import adapts_each_player, single_steps
+from lightning_nested.optim.step_dynamics import Momentum, has_complex_momentum, set_momentum
 
 
 def better_momentum(
@@ -165,48 +162,43 @@ def _contracted(eigenvalues: Array, alternating: bool, max_momentum: float) -> A
     return np.array(each) < 1
 
 
-def optimizers_of(module: Any) -> dict[str, torch.optim.Optimizer]:
-    """The optimizer of each player of a running :class:`GameModule`."""
-    return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
-
-
-def adapted_momenta(
-    module: Any, measured: MeasuredSpectrum, step: JointStep | None, **limits: Any
-) -> dict[str, Momentum]:
-    """The next momentum of every player that may have another one.
+def adapt_momenta(measured: MeasuredSpectrum, optimizers: Mapping[str, Optimizer], **limits: Any) -> None:
+    """Set the next momentum and phase of every player whose optimizer has complex momentum.
 
     Args:
-        module: The running :class:`GameModule`.
-        measured: Its spectrum.
-        step: Its joint step if that is known.
+        measured: Spectrum of the game.
+        optimizers: Optimizer of each player, in the order of the spectrum's players.
         **limits: ``max_momentum`` and ``max_change`` of :func:`better_momenta`.
 
     Raises:
         ValueError: There is no predicted rate to go by, or no player's momentum can be set; it says why.
     """
-    optimizers = optimizers_of(module)
     movable = {
         name: momentum
         for name, momentum in measured.momenta.items()
         if momentum is not None and momentum.kind == "momentum" and has_complex_momentum(optimizers[name])
     }
-    if movable and step is not None and adapts_each_player(step):
-        places = {name: i for i, name in enumerate(optimizers)}
-        better = better_momenta(step, {places[name]: m for name, m in movable.items()}, **limits)
-        return {name: better[places[name]] for name in movable}
-    common = measured.momentum
-    if common is None or len(movable) < len(optimizers) or not single_steps(module):
-        raise ValueError(_why_not(module, measured, movable))
-    one = better_momentum(measured.eigenvalues, common, alternating=measured.alternating, **limits)
-    return dict.fromkeys(movable, one)
+    common, step = measured.momentum, measured.joint_step
+    if movable and step is not None and measured.adapts_each_player:
+        places = {i: name for i, name in enumerate(optimizers) if name in movable}
+        found = better_momenta(step, {i: movable[name] for i, name in places.items()}, **limits)
+        better = {name: found[i] for i, name in places.items()}
+    elif common is not None and len(movable) == len(optimizers) and max(measured.steps or (1,)) == 1:
+        one = better_momentum(measured.eigenvalues, common, alternating=measured.alternating, **limits)
+        better = dict.fromkeys(movable, one)
+    else:
+        raise ValueError(_why_not(measured, movable))
+    for name, momentum in better.items():
+        set_momentum(optimizers[name], momentum.momentum, momentum.phase)
 
 
-def _why_not(module: Any, measured: MeasuredSpectrum, movable: Mapping[str, Momentum]) -> str:
+def _why_not(measured: MeasuredSpectrum, movable: Mapping[str, Momentum]) -> str:
     if any(momentum is not None and momentum.kind != "momentum" for momentum in measured.momenta.values()):
         return "an optimizer's update is another one, as that of ComplexAdam with debias=True and a phase is"
     if not movable:
         return "no player has one momentum that may change; its groups must agree, and ComplexAdam have debias=False"
     small = f"which only the joint step of up to {ADAPT_LIMIT} numbers knows"
-    if not single_steps(module):
-        return f"players take several steps in an update (steps_per_player={dict(module.steps_per_player)}), {small}"
+    if max(measured.steps or (1,)) > 1:
+        steps = dict(zip(measured.momenta, measured.steps or (), strict=True))
+        return f"players take several steps in an update (steps_per_player={steps}), {small}"
     return f"the players, or groups of one, differ in momentum, phase or kind of optimizer, {small}; give all the same"

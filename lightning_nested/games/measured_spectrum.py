@@ -1,32 +1,38 @@
-"""Spectrum of a game, measured at one moment of its training."""
+"""Spectrum of a game at one moment of its training, and the convergence rate that it predicts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from lightning_nested.optim.step_dynamics import Momentum
+from lightning_nested.games.jacobian import JacobianOperator
+from lightning_nested.games.joint_step import JointStep, joint_step
+from lightning_nested.games.rates import Eigenvalues, convergence_rate, extragradient_rate, optimistic_rate
+from lightning_nested.games.step_jacobian import OwnStepJacobian, StepJacobian
+from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
+from lightning_nested.linalg.vectors import Reduce, Vector
+from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeasuredSpectrum:
-    """The spectrum of a game at one moment of its training.
+    """Spectrum of a game at one moment of its training.
 
     Attributes:
-        game_updates: When.
-        eigenvalues: Of DJ, complex128 of shape (k,), the largest first.
-        shares: How much of each eigenvector of √D J √D, which is similar, belongs to each player, shape
-            (k, players), rows of sum 1; None where eigenvectors were not computed.
+        game_updates: Complete rounds before it was measured.
+        eigenvalues: Eigenvalues of DJ, complex128 of shape (k,), the largest first.
+        shares: Share of each player in each eigenvector of √D J √D, which is similar to DJ, shape (k, players), rows
+            of sum 1; None where eigenvectors were not computed.
         own: Real eigenvalues of each player's own block D_i ∂²L_i/∂w_i², by player.
-        momenta: Of each player; None where its parameter groups differ.
-        alternating: Whether the players step one after the other.
+        momenta: Momentum of each player; None where its parameter groups differ.
+        steps: Steps of each player in its turn; None: all players step together.
+        joint_step: Joint step of all players; None where the game is large, or an update is no momentum.
         rate: Predicted factor of the distance to the solution per game update; None where it cannot be predicted.
-        exact: Whether the rate is the spectral radius of the players' joint step, and no worst case of a formula over
-            the eigenvalues measured.
         num_products: Products with Jacobians it took.
-        equal_curvatures: Whether the rate assumes that coupled coordinates have the same own curvature, as
-            :func:`lightning_nested.games.convergence_rate` does for alternating players.
     """
 
     game_updates: int
@@ -34,14 +40,143 @@ class MeasuredSpectrum:
     shares: Tensor | None
     own: dict[str, Tensor]
     momenta: dict[str, Momentum | None]
-    alternating: bool
+    steps: tuple[int, ...] | None
+    joint_step: JointStep | None
     rate: float | None
     num_products: int
-    exact: bool = False
-    equal_curvatures: bool = False
 
     @property
     def momentum(self) -> Momentum | None:
-        """Common to all players; None where they differ."""
+        """Momentum common to all players; None where they differ."""
         found = set(self.momenta.values())
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def alternating(self) -> bool:
+        """True if the players take turns."""
+        return self.steps is not None
+
+    @property
+    def exact(self) -> bool:
+        """True if the rate is the spectral radius of the joint step, not a worst case over the eigenvalues measured."""
+        return self.joint_step is not None
+
+    @property
+    def adapts_each_player(self) -> bool:
+        """True if adaptation gives each player its own momentum, by the rate of the joint step."""
+        return self.joint_step is not None and self.joint_step.is_small
+
+    @property
+    def equal_curvatures(self) -> bool:
+        """True if the rate assumes equal own curvatures of coupled coordinates, see :func:`convergence_rate`."""
+        return self.alternating and self.rate is not None and not self.exact
+
+
+def measure_spectrum(
+    losses: Sequence[Tensor],
+    players: Sequence[Vector],
+    dynamics: Mapping[str, StepDynamics],
+    *,
+    k: int | None = None,
+    which: Which = "largest_magnitude",
+    steps: tuple[int, ...] | None = None,
+    per_player: bool = True,
+    max_products: int = 2000,
+    reduce: Reduce | None = None,
+    game_updates: int = 0,
+) -> MeasuredSpectrum:
+    """Measure the eigenvalues of DJ, with J the Jacobian of the joint gradient and D the scale of the optimizers' steps.
+
+    Args:
+        losses: Losses L_i of the players, scalars with graphs to all players.
+        players: Parameters w_i of each player.
+        dynamics: Momentum and scale of each player's next step, by its name.
+        k: Eigenvalues to find by products; None: all, with the players' shares, from the dense matrix.
+        which: The ones that lead, see :func:`game_spectrum`.
+        steps: Steps of each player in its turn; None: all players step together.
+        per_player: Also measure every player's own block.
+        max_products: Products at which each search for eigenvalues gives up.
+        reduce: Function that averages a tensor over processes.
+        game_updates: Recorded in the result.
+
+    Raises:
+        SpectrumError: The eigenvalues did not converge.
+        FloatingPointError: A loss or a product is not finite.
+
+    Example:
+        >>> from lightning_nested.games import Bilinear
+        >>> from lightning_nested.optim.step_dynamics import step_dynamics
+        >>> x, y = Bilinear().initial()
+        >>> names = {"x": x, "y": y}
+        >>> dynamics = {n: step_dynamics(torch.optim.SGD([p], lr=0.1), [p]) for n, p in names.items()}
+        >>> found = measure_spectrum(Bilinear().losses((x, y)), [(x,), (y,)], dynamics)
+        >>> found.eigenvalues.tolist(), round(found.rate, 6), found.shares[0].tolist()
+        ([0.1j, -0.1j], 1.004988, [0.5, 0.5])
+    """
+    descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
+    jacobian = JacobianOperator(descended, tuple(players), reduce=reduce)
+    operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
+
+    if k is None:
+        (eigenvalues, shares), products = _all_eigenvalues(operator), jacobian.size
+    else:
+        leading = leading_eigenvalues(operator, min(k, jacobian.size), which, max_products=max_products)
+        eigenvalues, shares, products = leading.eigenvalues, None, leading.num_products
+    own = {}
+    for index, (name, each) in enumerate(dynamics.items() if per_player else ()):
+        block = OwnStepJacobian(jacobian.block(index), each.scale)
+        count = None if k is None else min(k, operator.sizes[index])
+        leading = leading_eigenvalues(block, count, max_products=max_products)
+        own[name], products = leading.eigenvalues.real, products + leading.num_products
+
+    momenta = {name: each.momentum for name, each in dynamics.items()}
+    whole = joint_step(operator, list(dynamics.values()), steps)
+    if whole is not None:
+        rate: float | None = whole.rate()
+        products += 0 if k is None else jacobian.size
+    else:
+        common = set(momenta.values())
+        known = len(common) == 1 and max(steps or (1,)) == 1
+        rate = predicted_rate(eigenvalues, common.pop() if known else None, steps is not None)
+    return MeasuredSpectrum(
+        game_updates=game_updates,
+        eigenvalues=eigenvalues,
+        shares=shares,
+        own=own,
+        momenta=momenta,
+        steps=steps,
+        joint_step=whole,
+        rate=rate,
+        num_products=products,
+    )
+
+
+def predicted_rate(eigenvalues: Eigenvalues, momentum: Momentum | None, alternating: bool) -> float | None:
+    """Predict the worst rate over eigenvalues of DJ, so at a learning rate of 1; None where there is no prediction.
+
+    For alternating momentum it assumes equal curvatures, see :func:`convergence_rate`; :class:`JointStep` does not.
+
+    >>> import math
+    >>> round(predicted_rate([0.1j], Momentum("momentum", 0.8, math.pi / 8), False), 6)
+    0.97743
+    """
+    if momentum is None or momentum.kind == "unknown":
+        return None
+    if momentum.kind == "momentum":
+        return convergence_rate(
+            eigenvalues, lr=1.0, momentum=momentum.momentum, phase=momentum.phase, alternating=alternating
+        )
+    if alternating:
+        return None
+    rate = extragradient_rate if momentum.kind == "extragradient" else optimistic_rate
+    return float(rate(eigenvalues, lr=1.0))
+
+
+def _all_eigenvalues(operator: StepJacobian) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues, the largest first, and the players' shares of each."""
+    values, vectors = np.linalg.eig(operator.dense().detach().cpu().double().numpy())
+    first = np.concatenate([[0], np.cumsum(operator.sizes)[:-1]])
+    mass = np.add.reduceat(np.abs(vectors) ** 2, first, axis=0).T
+    order = np.argsort(-np.abs(values), kind="stable")
+    shares = (mass / mass.sum(axis=1, keepdims=True))[order]
+    return torch.from_numpy(values.astype(np.complex128)[order]), torch.from_numpy(shares)
