@@ -13,7 +13,7 @@ from lightning_nested.games.jacobian import JacobianOperator
 from lightning_nested.games.joint_step import JointStep, joint_step
 from lightning_nested.games.rates import Eigenvalues, convergence_rate, extragradient_rate, optimistic_rate
 from lightning_nested.games.step_jacobian import OwnStepJacobian, StepJacobian
-from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
+from lightning_nested.linalg.eigenvalues import Spectrum, Which, leading_eigenvalues
 from lightning_nested.linalg.vectors import Reduce, Vector
 from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
 
@@ -85,7 +85,7 @@ def measure_spectrum(
     reduce: Reduce | None = None,
     game_updates: int = 0,
 ) -> MeasuredSpectrum:
-    """Measure the eigenvalues of DJ, with J the Jacobian of the joint gradient and D the scale of the optimizers' steps.
+    """Measure the eigenvalues of DJ: J is the Jacobian of the joint gradient, D the scale of the optimizers' steps.
 
     Args:
         losses: Losses L_i of the players, scalars with graphs to all players.
@@ -97,7 +97,7 @@ def measure_spectrum(
         per_player: Also measure every player's own block.
         max_products: Products at which each search for eigenvalues gives up.
         reduce: Function that averages a tensor over processes.
-        game_updates: Recorded in the result.
+        game_updates: Game updates so far, for the result.
 
     Raises:
         SpectrumError: The eigenvalues did not converge.
@@ -107,76 +107,79 @@ def measure_spectrum(
         >>> from lightning_nested.games import Bilinear
         >>> from lightning_nested.optim.step_dynamics import step_dynamics
         >>> x, y = Bilinear().initial()
-        >>> names = {"x": x, "y": y}
-        >>> dynamics = {n: step_dynamics(torch.optim.SGD([p], lr=0.1), [p]) for n, p in names.items()}
-        >>> found = measure_spectrum(Bilinear().losses((x, y)), [(x,), (y,)], dynamics)
+        >>> dynamics = [step_dynamics(torch.optim.SGD([p], lr=0.1), [p]) for p in (x, y)]
+        >>> found = measure_spectrum(Bilinear().losses((x, y)), [(x,), (y,)], dict(zip("xy", dynamics)))
         >>> found.eigenvalues.tolist(), round(found.rate, 6), found.shares[0].tolist()
         ([0.1j, -0.1j], 1.004988, [0.5, 0.5])
     """
     descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
     jacobian = JacobianOperator(descended, tuple(players), reduce=reduce)
     operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
-
-    if k is None:
-        (eigenvalues, shares), products = _all_eigenvalues(operator), jacobian.size
-    else:
-        leading = leading_eigenvalues(operator, min(k, jacobian.size), which, max_products=max_products)
-        eigenvalues, shares, products = leading.eigenvalues, None, leading.num_products
-    own = {}
-    for index, (name, each) in enumerate(dynamics.items() if per_player else ()):
-        block = OwnStepJacobian(jacobian.block(index), each.scale)
-        count = None if k is None else min(k, operator.sizes[index])
-        leading = leading_eigenvalues(block, count, max_products=max_products)
-        own[name], products = leading.eigenvalues.real, products + leading.num_products
-
+    eigenvalues, shares, products = _eigenvalues(operator, k, which, max_products)
+    own = _own_blocks(jacobian, dynamics, k, max_products) if per_player else {}
     momenta = {name: each.momentum for name, each in dynamics.items()}
     whole = joint_step(operator, list(dynamics.values()), steps)
-    if whole is not None:
-        rate: float | None = whole.rate()
-        products += 0 if k is None else jacobian.size
-    else:
-        common = set(momenta.values())
-        known = len(common) == 1 and max(steps or (1,)) == 1
-        rate = predicted_rate(eigenvalues, common.pop() if known else None, steps is not None)
+    dense = jacobian.size if whole is not None and k is not None else 0
     return MeasuredSpectrum(
         game_updates=game_updates,
         eigenvalues=eigenvalues,
         shares=shares,
-        own=own,
+        own={name: found.eigenvalues.real for name, found in own.items()},
         momenta=momenta,
         steps=steps,
         joint_step=whole,
-        rate=rate,
-        num_products=products,
+        rate=predicted_rate(eigenvalues, list(momenta.values()), steps) if whole is None else whole.rate(),
+        num_products=products + dense + sum(found.num_products for found in own.values()),
     )
 
 
-def predicted_rate(eigenvalues: Eigenvalues, momentum: Momentum | None, alternating: bool) -> float | None:
-    """Predict the worst rate over eigenvalues of DJ, so at a learning rate of 1; None where there is no prediction.
+def predicted_rate(
+    eigenvalues: Eigenvalues, momenta: Sequence[Momentum | None], steps: tuple[int, ...] | None
+) -> float | None:
+    """Predict the worst rate over eigenvalues of DJ, so at a learning rate of 1.
 
-    For alternating momentum it assumes equal curvatures, see :func:`convergence_rate`; :class:`JointStep` does not.
+    It needs one momentum for all players, and one step each; None where there is no prediction. For alternating
+    momentum it assumes equal curvatures, see :func:`convergence_rate`; :class:`JointStep` does not.
 
     >>> import math
-    >>> round(predicted_rate([0.1j], Momentum("momentum", 0.8, math.pi / 8), False), 6)
+    >>> round(predicted_rate([0.1j], [Momentum("momentum", 0.8, math.pi / 8)], None), 6)
     0.97743
     """
-    if momentum is None or momentum.kind == "unknown":
+    momentum = momenta[0]
+    if momentum is None or len(set(momenta)) > 1 or momentum.kind == "unknown" or max(steps or (1,)) > 1:
         return None
     if momentum.kind == "momentum":
-        return convergence_rate(
-            eigenvalues, lr=1.0, momentum=momentum.momentum, phase=momentum.phase, alternating=alternating
-        )
-    if alternating:
+        beta = {"momentum": momentum.momentum, "phase": momentum.phase}
+        return convergence_rate(eigenvalues, lr=1.0, alternating=steps is not None, **beta)
+    if steps is not None:
         return None
     rate = extragradient_rate if momentum.kind == "extragradient" else optimistic_rate
     return float(rate(eigenvalues, lr=1.0))
 
 
-def _all_eigenvalues(operator: StepJacobian) -> tuple[Tensor, Tensor]:
-    """Return all eigenvalues, the largest first, and the players' shares of each."""
+def _own_blocks(
+    jacobian: JacobianOperator, dynamics: Mapping[str, StepDynamics], k: int | None, max_products: int
+) -> dict[str, Spectrum]:
+    """Return the leading eigenvalues of each player's own block."""
+    found = {}
+    for index, (name, each) in enumerate(dynamics.items()):
+        count = None if k is None else min(k, sum(d.numel() for d in each.scale))
+        block = OwnStepJacobian(jacobian.block(index), each.scale)
+        found[name] = leading_eigenvalues(block, count, max_products=max_products)
+    return found
+
+
+def _eigenvalues(
+    operator: StepJacobian, k: int | None, which: Which, max_products: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Return the leading eigenvalues, the players' shares of each if all are asked for, and the number of products."""
+    size = sum(operator.sizes)
+    if k is not None:
+        found = leading_eigenvalues(operator, min(k, size), which, max_products=max_products)
+        return found.eigenvalues, None, found.num_products
     values, vectors = np.linalg.eig(operator.dense().detach().cpu().double().numpy())
     first = np.concatenate([[0], np.cumsum(operator.sizes)[:-1]])
     mass = np.add.reduceat(np.abs(vectors) ** 2, first, axis=0).T
     order = np.argsort(-np.abs(values), kind="stable")
     shares = (mass / mass.sum(axis=1, keepdims=True))[order]
-    return torch.from_numpy(values.astype(np.complex128)[order]), torch.from_numpy(shares)
+    return torch.from_numpy(values.astype(np.complex128)[order]), torch.from_numpy(shares), size

@@ -312,7 +312,7 @@ def test_accumulated_batches_are_one_large_batch() -> None:
 
     def run(size: int, **kw: Any) -> GAN:
         module = GAN(steps_per_player=None, update="simultaneous", **kw)
-        module.on_game_update = lambda: losses.append(dict(module._losses))  # type: ignore[method-assign]
+        module.on_game_update = lambda: losses.append(dict(module._steps.losses))  # type: ignore[method-assign]
         trainer(max_epochs=2).fit(module, DataLoader(points(15), size))
         return module
 

@@ -124,7 +124,7 @@ def test_a_plateau_scheduler_of_the_interval_step_follows_game_updates() -> None
     assert fit.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**3
     assert (x.last_epoch, y.last_epoch) == (4, 2)
     assert min(x.best, 1.0) == 0.0
-    assert y.best <= float(module._losses["y"]) + 1e-6
+    assert y.best <= float(module._steps.losses["y"]) + 1e-6
 
 
 def test_a_plateau_scheduler_without_monitor_is_refused() -> None:
@@ -145,7 +145,7 @@ def test_losses_can_be_monitored_in_epochs_shorter_than_log_every_n_steps() -> N
         max_epochs=3, callbacks=[EarlyStopping("x_loss", patience=5, check_on_train_epoch_end=True)]
     )
     fit.fit(module, BATCHES)
-    assert fit.callback_metrics["x_loss"] == pytest.approx(module._losses["x"].item())
+    assert fit.callback_metrics["x_loss"] == pytest.approx(module._steps.losses["x"].item())
     assert fit.callback_metrics["game_updates"] == 6
 
 

@@ -1,0 +1,101 @@
+"""Steps of players that step together, on gradients from one batch or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_nested.modules.game.checks import check_losses
+from lightning_nested.modules.game.gradients import GradientSums, player_gradients
+from lightning_nested.modules.game.players import Player
+from lightning_nested.trainer.isolation import silent_logging, untouched_buffers, untouched_metrics
+from lightning_nested.trainer.lightning import counted, reduction
+from lightning_nested.trainer.random_stream import RandomStream
+
+if TYPE_CHECKING:
+    from lightning_nested.modules.game.module import GameModule
+
+
+class PlayerSteps:
+    """Evaluates losses of players of a running game, and steps on their gradients.
+
+    Attributes:
+        sums: Losses and gradients of the batches of an open step.
+        losses: Last loss of each player.
+    """
+
+    def __init__(self) -> None:
+        self.sums = GradientSums()
+        self.losses: dict[str, Tensor] = {}
+
+    def play(
+        self, module: GameModule, players: Sequence[Player], batch: Any, *, full: bool, last: bool
+    ) -> None:
+        """Add the gradients of a batch, and let the players step if it is their step's last.
+
+        Args:
+            module: The game.
+            players: Players that step together.
+            batch: The batch.
+            full: True for the last batch of the step.
+            last: True in the last step of a game update, which ``global_step`` counts.
+        """
+        if players[0].num_gradients == 1:
+            self._evaluate(module, players, batch)
+            if full:
+                self._set_gradients(module, players)
+        else:
+            self._look_ahead(module, players, batch)
+        module.player_batches.update(player.name for player in players)
+        if not full:
+            return
+        for k, player in enumerate(players):
+            with counted(player.optimizer, last and k + 1 == len(players)):
+                player.optimizer.step()
+            player.clear_gradient()
+            module.on_player_step(player.name)
+
+    def _look_ahead(self, module: GameModule, players: Sequence[Player], batch: Any) -> None:
+        """Set the gradients at the extrapolated point, and leave the players there."""
+        start = RandomStream.snapshot(module.device)
+        silent = silent_logging(module, module.trainer)
+        with start.replay(), untouched_buffers(module), untouched_metrics(module), silent:
+            self._evaluate(module, players, batch)
+        self._set_gradients(module, players)
+        module.step_cache.clear()  # what it holds was computed before the extrapolation
+        try:
+            for player in players:
+                player.extrapolate()
+            self._evaluate(module, players, batch)
+            self._set_gradients(module, players)
+        except BaseException:
+            for player in players:
+                player.retreat()
+            raise
+
+    def _evaluate(self, module: GameModule, players: Sequence[Player], batch: Any) -> None:
+        """Add the players' losses and gradients to the sums."""
+        names, where = [player.name for player in players], type(module).__name__
+        losses = check_losses(where, names, module.player_losses(names, batch))
+        with torch.autocast(module.device.type, enabled=False):  # derivatives are taken outside, as always
+            self.sums.add(*player_gradients(f"{where}.player_loss", players, losses))
+        module.gradient_evaluations += len(players)
+
+    def _set_gradients(self, module: GameModule, players: Sequence[Player]) -> None:
+        """Hand the averaged gradients over, if they are finite: decided from what all processes know."""
+        losses, gradients = self.sums.take(players, reduction(module.trainer))
+        for player, loss, gradient in zip(players, losses, gradients, strict=True):
+            if not player.is_finite(loss, gradient):
+                raise FloatingPointError(
+                    f"The loss of {player.name!r} and its gradient must be finite. Got loss {float(loss)} after "
+                    f"{module.game_updates} game updates; no player has stepped on it. Lower the learning rate or "
+                    "momentum, or clip gradients with GameLoop(gradient_clip_val=...)."
+                )
+            # A copy: in a distributed run it is a slice of the message with all gradients, which Lightning's
+            # launcher would send along with callback_metrics, and wait for ever on a full pipe.
+            self.losses[player.name] = loss.clone()
+        for player, gradient in zip(players, gradients, strict=True):
+            player.set_gradient(gradient)
