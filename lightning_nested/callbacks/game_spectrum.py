@@ -1,9 +1,10 @@
-"""The spectrum of a running game: what its players do to each other, and which momentum suits it."""
+"""Callback that measures the spectrum of a running game, and adapts its momentum."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -32,14 +33,12 @@ class GameSpectrumCallback(Callback):
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before
     it (its learning rate, for Adam times 1/(√v̂+ε)), the eigenvalues are those of DJ: what one step multiplies.
     So the learning rate of the predictions is 1, and a spectrum of plain gradient steps is α times that of J.
-    The loss of a player that ascends (``maximize=True``) counts with a minus sign.
-    Real positive eigenvalues are cooperation, imaginary parts conflict, negative real parts repel. The second
-    moments v̂ are held still, weight decay is left out.
+    Real positive eigenvalues are cooperation, imaginary parts conflict, negative real parts repel. The loss of a
+    player that ascends (``maximize=True``) counts with a minus sign; v̂ is held still, weight decay is left out.
 
-    All products see one batch, the first of the run, and the same random numbers; batch norm, spectral norm,
-    metrics, logs and the global random stream are as before afterwards: without ``adapt`` training is the same
-    to the last bit. In a data-parallel run every product is averaged, so the spectrum is that of the global
-    batch, and the same on every process.
+    All products see one batch, the first of the run, and the same random numbers, without side effects: without
+    ``adapt`` training is the same to the last bit. In a data-parallel run the spectrum is that of the global batch, and
+    the same on every process.
 
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
     ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``own/<player>``, ``momentum/<player>``,
@@ -50,7 +49,7 @@ class GameSpectrumCallback(Callback):
     alternate, see :func:`convergence_rate`.
 
     ``adapt=True`` sets |β| and arg β of the players whose optimizer is a :class:`ComplexSGD` or a :class:`ComplexAdam`
-    without ``debias``, never further from the present ones than ``max_change``; the others keep theirs. In games of up
+    without ``debias``, never further from the current ones than ``max_change``; the others keep theirs. In games of up
     to 60 numbers each player gets its own, by the rate of the joint step (``adapts_each_player`` is 1); in larger ones
     all get the same, by the rate over the eigenvalues measured. Directions that no momentum contracts are left out.
     Where nothing better is found, nothing is changed, nor where no rate can be predicted: a warning says why.
@@ -58,15 +57,15 @@ class GameSpectrumCallback(Callback):
     Args:
         every_n_updates: Game updates between measurements; the first is after the first update.
         k: Eigenvalues to find by products; None: all, with the players' shares, from the dense matrix.
-        which: Which ones lead, see :func:`game_spectrum`.
+        which: Eigenvalues that lead, see :func:`game_spectrum`.
         per_player: Also measure every player's own block.
         adapt: Set momentum and phase.
         max_momentum: Bound of |β| in ``adapt``.
         max_change: Bounds of one change of |β| and of arg β.
-        max_products: Where a measurement gives up.
+        max_products: Products at which a measurement gives up.
 
     Attributes:
-        history: What was measured.
+        history: Measured spectra.
 
     Raises:
         ValueError: An argument out of range.
@@ -104,11 +103,11 @@ class GameSpectrumCallback(Callback):
         self._batch: Any = None
         self._seed: int | None = None
         self._measured = 0  # game updates at the last measurement
-        self._told: set[str] = set()  # what was said once
-        self._saved: Mapping[str, Any] | None = None
+        self._told: set[str] = set()  # messages that appear once
+        self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
 
     def should_measure(self, game_updates: int) -> bool:
-        """Whether to measure after this update; to be overridden."""
+        """Return True to measure after this update; to be overridden."""
         return game_updates == 1 or game_updates % self.every_n_updates == 0
 
     # ---- lifecycle
@@ -123,15 +122,13 @@ class GameSpectrumCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        seed = base_seed(trainer)  # on every process
+        seed = base_seed(trainer)  # every process takes part in agreeing on it
         saved, self._saved = self._saved, None
         if saved is not None:
             self._seed, self._measured = saved["seed"], saved["measured"]
-            batches = saved["batches"]
-            if trainer.global_rank < len(batches):
-                self._batch = trainer.strategy.batch_to_device(batches[trainer.global_rank])
-        if self._seed is None:
-            self._seed = seed
+            if trainer.global_rank < len(saved["batches"]):
+                self._batch = trainer.strategy.batch_to_device(saved["batches"][trainer.global_rank])
+        self._seed = seed if self._seed is None else self._seed
         if self.k is None:
             _check_dense([player.parameters for player in pl_module.running_players.values()])
         if self.adapt:
@@ -204,7 +201,7 @@ class GameSpectrumCallback(Callback):
         if not self.history:
             warn_if_detached(names, losses, tensors)
         steps = tuple(pl_module.steps_per_player.get(name, 1) for name in names)
-        return measure_spectrum(
+        measured = measure_spectrum(
             losses,
             tensors,
             {name: step_dynamics(each, players[name]) for name, each in _optimizers(pl_module).items()},
@@ -214,8 +211,8 @@ class GameSpectrumCallback(Callback):
             per_player=self.per_player,
             max_products=self.max_products,
             reduce=reduction(trainer),
-            game_updates=pl_module.game_updates,
         )
+        return replace(measured, game_updates=pl_module.game_updates)
 
     def _log(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum) -> None:
         values = measured.eigenvalues

@@ -1,9 +1,9 @@
-"""What a measured spectrum says about a game's momentum: the rate of the present one, and a better one nearby."""
+"""Adaptation of momentum to a measured spectrum: a better one near the current one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -25,15 +25,14 @@ def better_momentum(
     max_momentum: float = 0.95,
     max_change: tuple[float, float] = (0.1, math.pi / 8),
 ) -> Momentum:
-    """The momentum of all players near the present one whose worst rate over the eigenvalues of DJ is smallest.
+    """Find a momentum of all players near ``now`` whose worst rate over the eigenvalues is smaller, else ``now``.
 
-    Eigenvalues that no momentum up to ``max_momentum`` contracts are left out; if all are, or nothing is better, the
-    present one stays.
+    Eigenvalues that no momentum up to ``max_momentum`` contracts are left out.
 
     Args:
-        eigenvalues: Of DJ: the learning rate is in them.
+        eigenvalues: Eigenvalues of DJ: the learning rate is in them.
         now: β of the next step.
-        alternating: See :func:`lightning_nested.games.convergence_rate`.
+        alternating: True for players that step one after the other, see :func:`convergence_rate`.
         max_momentum: Bound of |β|; a larger one comes down as fast as ``max_change`` allows.
         max_change: Bounds of the changes of |β| and arg β.
 
@@ -64,19 +63,16 @@ def better_momenta(
     max_momentum: float = 0.95,
     max_change: tuple[float, float] = (0.1, math.pi / 8),
 ) -> dict[int, Momentum]:
-    """Momenta of each player near the present ones at which the joint step has a smaller spectral radius.
+    """Find momenta near the current ones, one of each player, with a smaller spectral radius of the joint step.
 
     As in :func:`better_momentum` directions that no momentum contracts are left out: the growing modes of the step that
     lie for the most part in the span of their eigenvectors.
 
     Args:
-        step: With the present momenta.
+        step: Joint step with the current momenta.
         now: Momentum of each player that may change, by its index.
-        max_momentum: As in :func:`better_momentum`, of each player.
-        max_change: Likewise.
-
-    Returns:
-        For the same players; equal to ``now`` where nothing is better.
+        max_momentum: Bound of |β| of each player, as in :func:`better_momentum`.
+        max_change: Bounds of the changes of each player's |β| and arg β.
 
     Example:
         One player has curvature 1, the other 0.01: the second one wants more momentum.
@@ -98,18 +94,21 @@ def better_momenta(
 
 
 def _nearby(
-    rate: Callable[[Array], float], now: list[Momentum], max_momentum: float, max_change: tuple[float, float]
+    rate: Callable[[Array], float],
+    now: Sequence[Momentum],
+    max_momentum: float,
+    max_change: tuple[float, float],
 ) -> list[Momentum]:
-    """Momenta within reach of which the rate is smaller, else the same; it takes |β| and arg β, shape (players, 2)."""
+    """Minimise a rate of |β| and arg β, shape (players, 2), over the momenta within reach."""
     # The opposite phase gives the same iterates.
     start = np.array([(m.momentum, min(abs(m.phase), math.pi)) for m in now])
     low, high = np.maximum(start - max_change, 0.0), start + max_change
     # One above the bound comes down by max_change.
     bound = np.minimum(np.maximum(max_momentum, low[:, 0]), 1 - 1e-9)
     high = np.minimum(high, np.stack([bound, np.full_like(bound, math.pi)], axis=1))
-    scale = np.tile(max_change, len(now))
     # Both coordinates of each player, and of all together.
-    groups = [*np.eye(len(now)), *([np.ones(len(now))] if len(now) > 1 else [])]
+    groups = np.vstack([np.eye(len(now)), np.ones((int(len(now) > 1), len(now)))])
+    scale = np.tile(max_change, len(now))
     moves = [
         length * scale * np.outer(group, way).reshape(-1)
         for length, group, way in product((1.0, 0.4), groups, product((0, 1, -1), repeat=2))
@@ -129,13 +128,11 @@ def _nearby(
 
 
 def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], float] | None:
-    """The largest modulus of a mode that some momentum contracts; None where there is none."""
+    """Return the function to minimise: the largest modulus of a mode that some momentum contracts; None without any."""
     values, vectors = np.linalg.eig(step.matrix)
     good = _contracted(values.astype(np.complex128), step.alternating, max_momentum)
-    if not good.any():
-        return None
-    if good.all():
-        return JointStep.rate
+    if good.all() or not good.any():
+        return JointStep.rate if good.any() else None
     onto_bad = (vectors[:, ~good] @ np.linalg.inv(vectors)[~good]).real
     bad = int((~good).sum())
 
@@ -154,12 +151,10 @@ def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], floa
 
 
 def _contracted(eigenvalues: Array, alternating: bool, max_momentum: float) -> Array:
-    """Which of them some momentum up to ``max_momentum`` contracts."""
+    """Return a mask of those that some momentum up to ``max_momentum`` contracts."""
     size, phase = np.meshgrid(np.linspace(0, max_momentum, 21), np.linspace(0, math.pi, 21))
-    each = [
-        momentum_radii(z, np.ones_like(size), size, phase, alternating).min() for z in eigenvalues[:, None]
-    ]
-    return np.array(each) < 1
+    rates = [momentum_radii(z, np.ones_like(size), size, phase, alternating) for z in eigenvalues[:, None]]
+    return np.array([each.min() < 1 for each in rates], dtype=bool)
 
 
 def adapt_momenta(measured: MeasuredSpectrum, optimizers: Mapping[str, Optimizer], **limits: Any) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
+from lightning_nested.games.jacobian import JacobianOperator
 from lightning_nested.games.rates import Array, momentum_matrix
-from lightning_nested.games.step_jacobian import StepJacobian
+from lightning_nested.games.step_jacobian import step_matrix
 from lightning_nested.optim.step_dynamics import StepDynamics
 
 # Numbers of all players: the eigenvalues of a step of 3n numbers take about half a second.
@@ -73,18 +73,13 @@ class JointStep:
 
 
 def joint_step(
-    operator: StepJacobian, dynamics: Sequence[StepDynamics], steps: tuple[int, ...] | None
+    jacobian: JacobianOperator, dynamics: Sequence[StepDynamics], steps: tuple[int, ...] | None
 ) -> JointStep | None:
     """Return the players' joint step; None where the game is large, or an update is no momentum."""
     momenta = [momentum for each in dynamics for momentum in each.momenta]
-    if sum(operator.sizes) > EXACT_LIMIT or any(m.kind != "momentum" for m in momenta):
+    if jacobian.size > EXACT_LIMIT or any(m.kind != "momentum" for m in momenta):
         return None
-    counts = [p.numel() for p in operator.like]
+    counts = [p.numel() for p in jacobian.like]
     momentum, phase = np.repeat([(m.momentum, m.phase) for m in momenta], counts, axis=0).T
-    return JointStep(
-        matrix=operator.dense().detach().to("cpu", torch.float64).numpy(),
-        sizes=operator.sizes,
-        steps=steps,
-        momentum=momentum,
-        phase=phase,
-    )
+    matrix = step_matrix(jacobian, tuple(d for each in dynamics for d in each.scale))
+    return JointStep(matrix=matrix, sizes=jacobian.sizes, steps=steps, momentum=momentum, phase=phase)

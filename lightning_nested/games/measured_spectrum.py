@@ -11,9 +11,16 @@ from torch import Tensor
 
 from lightning_nested.games.jacobian import JacobianOperator
 from lightning_nested.games.joint_step import JointStep, joint_step
-from lightning_nested.games.rates import Eigenvalues, convergence_rate, extragradient_rate, optimistic_rate
-from lightning_nested.games.step_jacobian import OwnStepJacobian, StepJacobian
+from lightning_nested.games.rates import (
+    Array,
+    Eigenvalues,
+    convergence_rate,
+    extragradient_rate,
+    optimistic_rate,
+)
+from lightning_nested.games.step_jacobian import StepJacobian, step_matrix
 from lightning_nested.linalg.eigenvalues import Spectrum, Which, leading_eigenvalues
+from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.vectors import Reduce, Vector
 from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
 
@@ -23,7 +30,6 @@ class MeasuredSpectrum:
     """Spectrum of a game at one moment of its training.
 
     Attributes:
-        game_updates: Complete rounds before it was measured.
         eigenvalues: Eigenvalues of DJ, complex128 of shape (k,), the largest first.
         shares: Share of each player in each eigenvector of √D J √D, which is similar to DJ, shape (k, players), rows
             of sum 1; None where eigenvectors were not computed.
@@ -33,9 +39,17 @@ class MeasuredSpectrum:
         joint_step: Joint step of all players; None where the game is large, or an update is no momentum.
         rate: Predicted factor of the distance to the solution per game update; None where it cannot be predicted.
         num_products: Products with Jacobians it took.
+        game_updates: Complete rounds before it was measured, in a running game.
+
+    Example:
+        >>> from lightning_nested.games import Bilinear
+        >>> x, y = Bilinear().initial()
+        >>> same = StepDynamics(scale=(torch.full((1,), 0.5),), momenta=(Momentum("momentum"),))
+        >>> found = measure_spectrum(Bilinear().losses((x, y)), [(x,), (y,)], {"x": same, "y": same})
+        >>> found.eigenvalues.tolist(), round(found.rate, 6), found.shares[0].tolist()
+        ([0.5j, -0.5j], 1.118034, [0.5, 0.5])
     """
 
-    game_updates: int
     eigenvalues: Tensor
     shares: Tensor | None
     own: dict[str, Tensor]
@@ -44,6 +58,7 @@ class MeasuredSpectrum:
     joint_step: JointStep | None
     rate: float | None
     num_products: int
+    game_updates: int = 0
 
     @property
     def momentum(self) -> Momentum | None:
@@ -83,7 +98,6 @@ def measure_spectrum(
     per_player: bool = True,
     max_products: int = 2000,
     reduce: Reduce | None = None,
-    game_updates: int = 0,
 ) -> MeasuredSpectrum:
     """Measure the eigenvalues of DJ: J is the Jacobian of the joint gradient, D the scale of the optimizers' steps.
 
@@ -97,39 +111,36 @@ def measure_spectrum(
         per_player: Also measure every player's own block.
         max_products: Products at which each search for eigenvalues gives up.
         reduce: Function that averages a tensor over processes.
-        game_updates: Game updates so far, for the result.
 
     Raises:
         SpectrumError: The eigenvalues did not converge.
         FloatingPointError: A loss or a product is not finite.
-
-    Example:
-        >>> from lightning_nested.games import Bilinear
-        >>> from lightning_nested.optim.step_dynamics import step_dynamics
-        >>> x, y = Bilinear().initial()
-        >>> dynamics = [step_dynamics(torch.optim.SGD([p], lr=0.1), [p]) for p in (x, y)]
-        >>> found = measure_spectrum(Bilinear().losses((x, y)), [(x,), (y,)], dict(zip("xy", dynamics)))
-        >>> found.eigenvalues.tolist(), round(found.rate, 6), found.shares[0].tolist()
-        ([0.1j, -0.1j], 1.004988, [0.5, 0.5])
     """
     descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
     jacobian = JacobianOperator(descended, tuple(players), reduce=reduce)
-    operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
-    eigenvalues, shares, products = _eigenvalues(operator, k, which, max_products)
-    own = _own_blocks(jacobian, dynamics, k, max_products) if per_player else {}
+    scale = tuple(d for each in dynamics.values() for d in each.scale)
+    step = joint_step(jacobian, list(dynamics.values()), steps)
+    if k is None:
+        matrix = step_matrix(jacobian, scale) if step is None else step.matrix
+        (eigenvalues, shares), products = _all_eigenvalues(matrix, jacobian.sizes), jacobian.size
+    else:
+        found = _leading(StepJacobian(jacobian.T, scale), k, which, max_products)
+        eigenvalues, shares = found.eigenvalues, None
+        products = found.num_products + (0 if step is None else jacobian.size)
+    own = {}
+    for i, (name, each) in enumerate(dynamics.items() if per_player else ()):
+        block = StepJacobian(jacobian.block(i), each.scale)
+        own[name] = _leading(block, k, "largest_magnitude", max_products)
     momenta = {name: each.momentum for name, each in dynamics.items()}
-    whole = joint_step(operator, list(dynamics.values()), steps)
-    dense = jacobian.size if whole is not None and k is not None else 0
     return MeasuredSpectrum(
-        game_updates=game_updates,
         eigenvalues=eigenvalues,
         shares=shares,
         own={name: found.eigenvalues.real for name, found in own.items()},
         momenta=momenta,
         steps=steps,
-        joint_step=whole,
-        rate=predicted_rate(eigenvalues, list(momenta.values()), steps) if whole is None else whole.rate(),
-        num_products=products + dense + sum(found.num_products for found in own.values()),
+        joint_step=step,
+        rate=predicted_rate(eigenvalues, list(momenta.values()), steps) if step is None else step.rate(),
+        num_products=products + sum(found.num_products for found in own.values()),
     )
 
 
@@ -157,29 +168,17 @@ def predicted_rate(
     return float(rate(eigenvalues, lr=1.0))
 
 
-def _own_blocks(
-    jacobian: JacobianOperator, dynamics: Mapping[str, StepDynamics], k: int | None, max_products: int
-) -> dict[str, Spectrum]:
-    """Return the leading eigenvalues of each player's own block."""
-    found = {}
-    for index, (name, each) in enumerate(dynamics.items()):
-        count = None if k is None else min(k, sum(d.numel() for d in each.scale))
-        block = OwnStepJacobian(jacobian.block(index), each.scale)
-        found[name] = leading_eigenvalues(block, count, max_products=max_products)
-    return found
+def _leading(operator: LinearOperator, k: int | None, which: Which, max_products: int) -> Spectrum:
+    """Return up to k leading eigenvalues."""
+    assert operator.like is not None
+    k = None if k is None else min(k, sum(p.numel() for p in operator.like))
+    return leading_eigenvalues(operator, k, which, max_products=max_products)
 
 
-def _eigenvalues(
-    operator: StepJacobian, k: int | None, which: Which, max_products: int
-) -> tuple[Tensor, Tensor | None, int]:
-    """Return the leading eigenvalues, the players' shares of each if all are asked for, and the number of products."""
-    size = sum(operator.sizes)
-    if k is not None:
-        found = leading_eigenvalues(operator, min(k, size), which, max_products=max_products)
-        return found.eigenvalues, None, found.num_products
-    values, vectors = np.linalg.eig(operator.dense().detach().cpu().double().numpy())
-    first = np.concatenate([[0], np.cumsum(operator.sizes)[:-1]])
-    mass = np.add.reduceat(np.abs(vectors) ** 2, first, axis=0).T
+def _all_eigenvalues(matrix: Array, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues, the largest first, and the players' shares of each."""
+    values, vectors = np.linalg.eig(matrix)
+    mass = np.add.reduceat(np.abs(vectors) ** 2, np.cumsum((0, *sizes[:-1])), axis=0).T
     order = np.argsort(-np.abs(values), kind="stable")
     shares = (mass / mass.sum(axis=1, keepdims=True))[order]
-    return torch.from_numpy(values.astype(np.complex128)[order]), torch.from_numpy(shares), size
+    return torch.from_numpy(values.astype(np.complex128)[order]), torch.from_numpy(shares)

@@ -1,71 +1,46 @@
-"""Jacobians of optimizer steps, as operators."""
+"""Jacobians of optimizer steps, as operators and as matrices."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from lightning_nested.games.jacobian import JacobianOperator
+from lightning_nested.games.rates import Array
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.vectors import Vector, flatten
 
 
 class StepJacobian(LinearOperator):
-    """(DJ)ᵀ of a game whose players step by w ← w − D·(momentum of g): v ↦ Jᵀ(D v), with the eigenvalues of DJ.
+    """√D A √D of a step w ← w − D·(momentum of g): similar to DA, and symmetric where A is.
+
+    No player's eigenvectors are larger only by its scale.
 
     Args:
-        jacobian: J of the joint gradient.
-        scale: D for each tensor of ``jacobian.like``.
+        operator: A, the Jacobian of a game (or Jᵀ, with the same eigenvalues) or a player's own block of it.
+        scale: D for each tensor of ``operator.like``, positive.
     """
 
-    symmetric = False
-    like: Vector
-
-    def __init__(self, jacobian: JacobianOperator, scale: Vector) -> None:
-        self.jacobian, self.scale, self.like = jacobian, scale, jacobian.like
-        self._dense: Tensor | None = None
+    def __init__(self, operator: LinearOperator, scale: Vector) -> None:
+        self.operator, self.like, self.symmetric = operator, operator.like, operator.symmetric
+        self.roots = tuple(d.sqrt() for d in scale)
 
     def matvec(self, v: Vector) -> Vector:
-        """Jᵀ(D v)."""
-        return self.jacobian.rmatvec(tuple(a * d for a, d in zip(v, self.scale, strict=True)))
+        """Return √D(A(√D v))."""
+        product = self.operator.matvec(tuple(a * d for a, d in zip(v, self.roots, strict=True)))
+        return tuple(a * d for a, d in zip(product, self.roots, strict=True))
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Numbers that each player holds."""
-        return tuple(
-            sum(p.numel() for p in self.jacobian.tensors_of(i)) for i in range(self.jacobian.num_players)
+
+def step_matrix(jacobian: JacobianOperator, scale: Vector) -> Array:
+    """Compute √D J √D of shape (n, n), in float64.
+
+    Raises:
+        FloatingPointError: An entry is not finite.
+    """
+    root = flatten(scale).sqrt()
+    matrix = root[:, None] * jacobian.dense() * root
+    if not bool(torch.isfinite(matrix).all()):
+        raise FloatingPointError(
+            "The Jacobian must be finite. Got an entry that is not: second derivatives overflowed."
         )
-
-    def dense(self) -> Tensor:
-        """√D J √D of shape (n, n): similar to DJ, and no player's eigenvectors are larger only by its scale.
-
-        Raises:
-            FloatingPointError: An entry is not finite.
-        """
-        if self._dense is None:  # n products, so once
-            root = flatten(self.scale).sqrt()
-            found = root[:, None] * self.jacobian.dense() * root
-            if not bool(torch.isfinite(found).all()):
-                raise FloatingPointError(
-                    "The Jacobian must be finite. Got an entry that is not: second derivatives overflowed."
-                )
-            self._dense = found
-        return self._dense
-
-
-class OwnStepJacobian(LinearOperator):
-    """√D H √D of one player, which is symmetric and has the eigenvalues of D H, with H = ∂²L_i/∂w_i².
-
-    Args:
-        hessian: H.
-        scale: D for each tensor of ``hessian.like``.
-    """
-
-    def __init__(self, hessian: LinearOperator, scale: Vector) -> None:
-        self.hessian, self.like = hessian, hessian.like
-        self._roots = tuple(d.sqrt() for d in scale)
-
-    def matvec(self, v: Vector) -> Vector:
-        """√D(H(√D v))."""
-        product = self.hessian.matvec(tuple(a * d for a, d in zip(v, self._roots, strict=True)))
-        return tuple(a * d for a, d in zip(product, self._roots, strict=True))
+    found: Array = matrix.detach().to("cpu", torch.float64).numpy()
+    return found

@@ -19,15 +19,10 @@ from lightning_nested.trainer.random_stream import RandomStream
 
 
 class RunningPlayer(Protocol):
-    """Protocol of a player in ``fit``."""
+    """Protocol of a player in ``fit``: Lightning's wrapper of its optimizer, and the parameters that it trains."""
 
-    @property
-    def optimizer(self) -> LightningOptimizer:
-        """Lightning's wrapper of the player's optimizer."""
-
-    @property
-    def parameters(self) -> Vector:
-        """Parameters that the optimizer trains."""
+    optimizer: LightningOptimizer
+    parameters: Vector
 
 
 @runtime_checkable
@@ -35,15 +30,9 @@ class RunningGame(Protocol):
     """Protocol of a GameModule in ``fit``, for packages that modules import."""
 
     game_updates: int
+    update: str
     steps_per_player: dict[str, int]
-
-    @property
-    def update(self) -> str:
-        """``"alternating"`` or ``"simultaneous"``."""
-
-    @property
-    def running_players(self) -> Mapping[str, RunningPlayer]:
-        """Players by name, in the order in which they step."""
+    running_players: dict[str, RunningPlayer]
 
     def joint_evaluation(self, players: Sequence[str]) -> AbstractContextManager[None]:
         """Let losses keep their graphs to every player inside, and share nothing with training."""
@@ -62,15 +51,8 @@ def joint_losses(
 ) -> list[Tensor]:
     """Evaluate the losses of these players with graphs to every player, without side effects.
 
-    Args:
-        module: The game.
-        names: Players whose losses are asked for.
-        batch: The batch.
-        stream: Random numbers; it stays at its position, so that a second call repeats the evaluation.
-        prepare: Called before the evaluation; what it changes is restored like everything else.
-
-    Returns:
-        A scalar for each name.
+    The stream stays at its position, so that a second call repeats the evaluation. ``prepare`` is called first,
+    and its changes are undone too.
     """
     assert isinstance(module, LightningModule)
     with (
@@ -97,7 +79,7 @@ def warn_if_detached(names: Sequence[str], losses: Sequence[Tensor], tensors: Se
 
 
 def is_game(module: object) -> bool:
-    """Return True if ``module`` follows the protocol of a GameModule."""
+    """Return True if ``module`` follows the GameModule protocol."""
     return isinstance(module, RunningGame)
 
 
