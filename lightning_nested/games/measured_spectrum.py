@@ -44,10 +44,10 @@ class MeasuredSpectrum:
     Example:
         >>> from lightning_nested.games import Bilinear
         >>> x, y = Bilinear().initial()
-        >>> same = StepDynamics(scale=(torch.full((1,), 0.5),), momenta=(Momentum("momentum"),))
+        >>> same = StepDynamics(scale=(torch.full((1,), 0.25),), momenta=(Momentum("momentum"),))
         >>> found = measure_spectrum(Bilinear().losses((x, y)), [(x,), (y,)], {"x": same, "y": same})
         >>> found.eigenvalues.tolist(), round(found.rate, 6), found.shares[0].tolist()
-        ([0.5j, -0.5j], 1.118034, [0.5, 0.5])
+        ([0.25j, -0.25j], 1.030776, [0.5, 0.5])
     """
 
     eigenvalues: Tensor

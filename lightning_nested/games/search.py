@@ -37,9 +37,13 @@ def search(
         >>> search(objective, bounds[:, 1], bounds, (0.5, 0.05, 0.005), evaluations=50).round(6)[1]
         np.float64(0.5)
     """
+
+    def inside(x: Array) -> Array:
+        return np.clip(x, *bounds.T)
+
     point, best, count = start, objective(start), len(start)
     for move in moves:
-        trial = np.clip(point + move, *bounds.T)
+        trial = inside(point + move)
         if (trial != point).any() and (rate := objective(trial)) < best - _LEAST_GAIN:
             point, best = trial, rate
     # Off the axes, which are often symmetric.
@@ -51,7 +55,8 @@ def search(
             "fatol": 1e-10,
             "initial_simplex": point + np.vstack([np.zeros(count), tilt * size]),
         }
-        end = minimize(objective, point, method="Nelder-Mead", bounds=bounds, options=options)
+        # Not by SciPy's bounds, which flatten a simplex at the box's side for good.
+        end = minimize(lambda x: objective(inside(x)), point, method="Nelder-Mead", options=options)
         if end.fun < best - _LEAST_GAIN:
-            point, best = end.x, float(end.fun)
+            point, best = inside(end.x), float(end.fun)
     return point

@@ -1,9 +1,9 @@
-"""Gradients of the players of a game: computed, summed over batches, averaged over processes."""
+"""Losses and gradients of the players of a game: computed, summed over batches, averaged over processes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -13,20 +13,19 @@ from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.linalg.vectors import Reduce
 from lightning_nested.modules.game.players import Player
 
-Gradient = list[Tensor | None]
+Row: TypeAlias = list[Tensor | None]
+"""Loss of one player, then the entries of its gradient; None for a parameter that the loss does not depend on."""
 
 
-def player_gradients(
-    where: str, players: Sequence[Player], losses: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Gradient]]:
-    """Return each player's loss, and its gradient with respect to that player's parameters alone.
+def player_gradients(where: str, players: Sequence[Player], losses: Sequence[Tensor]) -> list[Row]:
+    """Differentiate each player's loss with respect to that player's parameters alone.
 
     Nothing is accumulated into ``.grad`` and no hook of ``DistributedDataParallel`` fires.
 
     Raises:
         MisconfigurationException: A loss does not depend on its player's parameters.
     """
-    gradients: list[Gradient] = []
+    rows: list[Row] = []
     for k, (player, loss) in enumerate(zip(players, losses, strict=True)):
         # Losses may share a graph; the last one frees its memory on the way.
         retain = k + 1 < len(losses)
@@ -36,8 +35,8 @@ def player_gradients(
                 f"The loss of {player.name!r} must depend on its parameters. Got one from {where} that depends "
                 "on none of them; check that its path is not detached and that names are not exchanged."
             )
-        gradients.append(list(gradient))
-    return [loss.detach() for loss in losses], gradients
+        rows.append([loss.detach(), *gradient])
+    return rows
 
 
 class GradientSums:
@@ -53,51 +52,46 @@ class GradientSums:
     def clear(self) -> None:
         """Forget the batches so far."""
         self.count = 0
-        self._losses: list[Tensor] = []
-        self._gradients: list[Gradient] = []
+        self._rows: list[Row] = []
 
-    def add(self, losses: list[Tensor], gradients: list[Gradient]) -> None:
-        """Add the losses and gradients of another batch."""
-        self.count += 1
-        if self.count == 1:
-            self._losses, self._gradients = losses, gradients
-            return
-        self._losses = [a + b for a, b in zip(self._losses, losses, strict=True)]
-        self._gradients = [
-            [b if a is None else a if b is None else a + b for a, b in zip(mine, new, strict=True)]
-            for mine, new in zip(self._gradients, gradients, strict=True)
-        ]
+    def add(self, rows: list[Row]) -> None:
+        """Add another batch."""
+        if self.count:
+            rows = [
+                [b if a is None else a if b is None else a + b for a, b in zip(mine, new, strict=True)]
+                for mine, new in zip(self._rows, rows, strict=True)
+            ]
+        self.count, self._rows = self.count + 1, rows
 
-    def take(self, players: Sequence[Player], reduce: Reduce | None) -> tuple[list[Tensor], list[Gradient]]:
+    def take(self, players: Sequence[Player], reduce: Reduce | None) -> list[Row]:
         """Return means over batches and processes, and clear the sums."""
-        losses, gradients, count = self._losses, self._gradients, self.count
+        rows, count = self._averaged(players, reduce), self.count
         self.clear()
-        if count > 1:
-            losses = [loss / count for loss in losses]
-            gradients = [[None if g is None else g / count for g in each] for each in gradients]
-        return _averaged(players, losses, gradients, reduce)
+        return rows if count == 1 else [[None if a is None else a / count for a in row] for row in rows]
 
     def state_dict(self, players: Sequence[Player], reduce: Reduce | None) -> dict[str, Any]:
         """Return the open sums, averaged, so that every process may continue them."""
-        losses, gradients = _averaged(players, self._losses, self._gradients, reduce)
-        return {"count": self.count, "losses": losses, "gradients": gradients}
+        rows = self._averaged(players, reduce)
+        return {
+            "count": self.count,
+            "losses": [row[0] for row in rows],
+            "gradients": [row[1:] for row in rows],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue saved sums."""
         self.count = state["count"]
-        self._losses = [loss.to(device) for loss in state["losses"]]
-        self._gradients = [[None if g is None else g.to(device) for g in each] for each in state["gradients"]]
+        saved = zip(state["losses"], state["gradients"], strict=True)
+        self._rows = [
+            [None if a is None else a.to(device) for a in (loss, *gradient)] for loss, gradient in saved
+        ]
 
-
-def _averaged(
-    players: Sequence[Player], losses: list[Tensor], gradients: list[Gradient], reduce: Reduce | None
-) -> tuple[list[Tensor], list[Gradient]]:
-    """Average losses and gradients over processes, in one message."""
-    if reduce is None or not losses:
-        return losses, gradients
-    like = [p for player in players for p in player.parameters] + losses
-    with torch.no_grad():
-        sent: Gradient = [*(g for each in gradients for g in each), *losses]
-        means = iter(average_gradients(sent, like, reduce))
-        averaged = [[next(means) for _ in each] for each in gradients]
-    return [loss for loss in means if loss is not None], averaged
+    def _averaged(self, players: Sequence[Player], reduce: Reduce | None) -> list[Row]:
+        """Return the sums averaged over processes, in one message."""
+        if reduce is None or not self._rows:
+            return self._rows
+        pairs = zip(players, self._rows, strict=True)
+        like = [t for player, row in pairs for t in (row[0], *player.parameters) if t is not None]
+        with torch.no_grad():
+            means = iter(average_gradients([a for row in self._rows for a in row], like, reduce))
+            return [[next(means) for _ in row] for row in self._rows]

@@ -81,13 +81,14 @@ class PlayerSteps:
         names, where = [player.name for player in players], type(module).__name__
         losses = check_losses(where, names, module.player_losses(names, batch))
         with torch.autocast(module.device.type, enabled=False):  # derivatives are taken outside, as always
-            self.sums.add(*player_gradients(f"{where}.player_loss", players, losses))
+            self.sums.add(player_gradients(f"{where}.player_loss", players, losses))
         module.gradient_evaluations += len(players)
 
     def _set_gradients(self, module: GameModule, players: Sequence[Player]) -> None:
         """Hand the averaged gradients over, if they are finite: decided from what all processes know."""
-        losses, gradients = self.sums.take(players, reduction(module.trainer))
-        for player, loss, gradient in zip(players, losses, gradients, strict=True):
+        rows = self.sums.take(players, reduction(module.trainer))
+        for player, (loss, *gradient) in zip(players, rows, strict=True):
+            assert loss is not None
             if not player.is_finite(loss, gradient):
                 raise FloatingPointError(
                     f"The loss of {player.name!r} and its gradient must be finite. Got loss {float(loss)} after "
@@ -97,5 +98,5 @@ class PlayerSteps:
             # A copy: in a distributed run it is a slice of the message with all gradients, which Lightning's
             # launcher would send along with callback_metrics, and wait for ever on a full pipe.
             self.losses[player.name] = loss.clone()
-        for player, gradient in zip(players, gradients, strict=True):
+        for player, (_, *gradient) in zip(players, rows, strict=True):
             player.set_gradient(gradient)
