@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -20,9 +20,14 @@ from lightning_nested.games.adaptation import adapt_momenta
 from lightning_nested.games.joint_step import ADAPT_LIMIT
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum, measure_spectrum
 from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
-from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.step_dynamics import step_dynamics
-from lightning_nested.trainer.joint_losses import RunningGame, is_game, joint_losses, warn_if_detached
+from lightning_nested.trainer.joint_losses import (
+    RunningGame,
+    RunningPlayer,
+    is_game,
+    joint_losses,
+    warn_if_detached,
+)
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
@@ -130,7 +135,7 @@ class GameSpectrumCallback(Callback):
                 self._batch = trainer.strategy.batch_to_device(saved["batches"][trainer.global_rank])
         self._seed = seed if self._seed is None else self._seed
         if self.k is None:
-            _check_dense([player.parameters for player in pl_module.running_players.values()])
+            _check_dense(pl_module)
         if self.adapt:
             others = _without_complex_momentum(_optimizers(pl_module))
             if others:
@@ -192,10 +197,13 @@ class GameSpectrumCallback(Callback):
             ValueError: Parameters of one player ascend and others descend.
         """
         assert self._seed is not None
-        players = {name: player.parameters for name, player in pl_module.running_players.items()}
-        names, tensors = list(players), list(players.values())
         if self.k is None:
-            _check_dense(tensors)
+            _check_dense(pl_module)
+        players: Mapping[str, RunningPlayer] = pl_module.running_players
+        dynamics = {
+            name: step_dynamics(each.optimizer.optimizer, each.parameters) for name, each in players.items()
+        }
+        names, tensors = list(players), [each.parameters for each in players.values()]
         stream = RandomStream(self._seed + 7_368_787 * trainer.global_rank, pl_module.device)
         losses = joint_losses(pl_module, names, self._batch, stream)
         if not self.history:
@@ -204,7 +212,7 @@ class GameSpectrumCallback(Callback):
         measured = measure_spectrum(
             losses,
             tensors,
-            {name: step_dynamics(each, players[name]) for name, each in _optimizers(pl_module).items()},
+            dynamics,
             k=self.k,
             which=self.which,
             steps=steps if pl_module.update == "alternating" else None,
@@ -243,9 +251,9 @@ class GameSpectrumCallback(Callback):
                 add_figure("spectrum", figure, measured.game_updates)
 
     def _adapt(self, module: RunningGame, measured: MeasuredSpectrum) -> None:
-        limits = {"max_momentum": self.max_momentum, "max_change": self.max_change}
+        optimizers = _optimizers(module)
         try:
-            adapt_momenta(measured, _optimizers(module), **limits)
+            adapt_momenta(measured, optimizers, max_momentum=self.max_momentum, max_change=self.max_change)
         except ValueError as error:
             self._tell(
                 "adapt=True needs a predicted rate, and momenta that it can set. Momentum and phase stay as they are: "
@@ -270,9 +278,9 @@ def _optimizers(module: RunningGame) -> dict[str, torch.optim.Optimizer]:
     return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
 
 
-def _check_dense(players: Sequence[Vector]) -> None:
+def _check_dense(module: RunningGame) -> None:
     """Refuse the dense Jacobian of a large game before it is computed."""
-    size = sum(p.numel() for held in players for p in held)
+    size = sum(p.numel() for player in module.running_players.values() for p in player.parameters)
     if size > DENSE_LIMIT:
         raise MisconfigurationException(
             f"GameSpectrumCallback(k=None) needs the dense Jacobian, of at most {DENSE_LIMIT} numbers. Got players of "

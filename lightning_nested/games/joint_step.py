@@ -1,4 +1,4 @@
-"""Joint step of all players as one matrix."""
+"""Joint step of all players: its Jacobian, as an operator and as a matrix, and the map that it is with momentum."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from lightning_nested.games.jacobian import JacobianOperator
 from lightning_nested.games.rates import Array, momentum_matrix
-from lightning_nested.games.step_jacobian import step_matrix
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.vectors import Vector, flatten
 from lightning_nested.optim.step_dynamics import StepDynamics
 
 # Numbers of all players: the eigenvalues of a step of 3n numbers take about half a second.
@@ -83,3 +85,39 @@ def joint_step(
     momentum, phase = np.repeat([(m.momentum, m.phase) for m in momenta], counts, axis=0).T
     matrix = step_matrix(jacobian, tuple(d for each in dynamics for d in each.scale))
     return JointStep(matrix=matrix, sizes=jacobian.sizes, steps=steps, momentum=momentum, phase=phase)
+
+
+class StepJacobian(LinearOperator):
+    """√D A √D of a step w ← w − D·(momentum of g): similar to DA, and symmetric where A is.
+
+    No player's eigenvectors are larger only by its scale.
+
+    Args:
+        operator: A, the Jacobian of a game (or Jᵀ, with the same eigenvalues) or a player's own block of it.
+        scale: D for each tensor of ``operator.like``, positive.
+    """
+
+    def __init__(self, operator: LinearOperator, scale: Vector) -> None:
+        self.operator, self.like, self.symmetric = operator, operator.like, operator.symmetric
+        self.roots = tuple(d.sqrt() for d in scale)
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return √D(A(√D v))."""
+        product = self.operator.matvec(tuple(a * d for a, d in zip(v, self.roots, strict=True)))
+        return tuple(a * d for a, d in zip(product, self.roots, strict=True))
+
+
+def step_matrix(jacobian: JacobianOperator, scale: Vector) -> Array:
+    """Compute √D J √D of shape (n, n), in float64.
+
+    Raises:
+        FloatingPointError: An entry is not finite.
+    """
+    root = flatten(scale).sqrt()
+    matrix = root[:, None] * jacobian.dense() * root
+    if not bool(torch.isfinite(matrix).all()):
+        raise FloatingPointError(
+            "The Jacobian must be finite. Got an entry that is not: second derivatives overflowed."
+        )
+    found: Array = matrix.detach().to("cpu", torch.float64).numpy()
+    return found

@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_nested.games.jacobian import JacobianOperator
-from lightning_nested.games.joint_step import JointStep, joint_step
-from lightning_nested.games.rates import (
-    Array,
-    Eigenvalues,
-    convergence_rate,
-    extragradient_rate,
-    optimistic_rate,
-)
-from lightning_nested.games.step_jacobian import StepJacobian, step_matrix
-from lightning_nested.linalg.eigenvalues import Spectrum, Which, leading_eigenvalues
-from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.games.joint_step import JointStep, StepJacobian, joint_step, step_matrix
+from lightning_nested.games.rates import Array, predicted_rate
+from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
 from lightning_nested.linalg.vectors import Reduce, Vector
 from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
 
@@ -119,18 +111,23 @@ def measure_spectrum(
     descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
     jacobian = JacobianOperator(descended, tuple(players), reduce=reduce)
     scale = tuple(d for each in dynamics.values() for d in each.scale)
+    blocks = {
+        name: (StepJacobian(jacobian.block(i), each.scale), jacobian.sizes[i])
+        for i, (name, each) in enumerate(dynamics.items() if per_player else ())
+    }
     step = joint_step(jacobian, list(dynamics.values()), steps)
     if k is None:
         matrix = step_matrix(jacobian, scale) if step is None else step.matrix
         (eigenvalues, shares), products = _all_eigenvalues(matrix, jacobian.sizes), jacobian.size
     else:
-        found = _leading(StepJacobian(jacobian.T, scale), k, which, max_products)
+        operator, count = StepJacobian(jacobian.T, scale), min(k, jacobian.size)
+        found = leading_eigenvalues(operator, count, which, max_products=max_products)
         eigenvalues, shares = found.eigenvalues, None
         products = found.num_products + (0 if step is None else jacobian.size)
-    own = {}
-    for i, (name, each) in enumerate(dynamics.items() if per_player else ()):
-        block = StepJacobian(jacobian.block(i), each.scale)
-        own[name] = _leading(block, k, "largest_magnitude", max_products)
+    own = {
+        name: leading_eigenvalues(block, k and min(k, size), max_products=max_products)
+        for name, (block, size) in blocks.items()
+    }
     momenta = {name: each.momentum for name, each in dynamics.items()}
     return MeasuredSpectrum(
         eigenvalues=eigenvalues,
@@ -142,37 +139,6 @@ def measure_spectrum(
         rate=predicted_rate(eigenvalues, list(momenta.values()), steps) if step is None else step.rate(),
         num_products=products + sum(found.num_products for found in own.values()),
     )
-
-
-def predicted_rate(
-    eigenvalues: Eigenvalues, momenta: Sequence[Momentum | None], steps: tuple[int, ...] | None
-) -> float | None:
-    """Predict the worst rate over eigenvalues of DJ, so at a learning rate of 1.
-
-    It needs one momentum for all players, and one step each; None where there is no prediction. For alternating
-    momentum it assumes equal curvatures, see :func:`convergence_rate`; :class:`JointStep` does not.
-
-    >>> import math
-    >>> round(predicted_rate([0.1j], [Momentum("momentum", 0.8, math.pi / 8)], None), 6)
-    0.97743
-    """
-    momentum = momenta[0]
-    if momentum is None or len(set(momenta)) > 1 or momentum.kind == "unknown" or max(steps or (1,)) > 1:
-        return None
-    if momentum.kind == "momentum":
-        beta = {"momentum": momentum.momentum, "phase": momentum.phase}
-        return convergence_rate(eigenvalues, lr=1.0, alternating=steps is not None, **beta)
-    if steps is not None:
-        return None
-    rate = extragradient_rate if momentum.kind == "extragradient" else optimistic_rate
-    return float(rate(eigenvalues, lr=1.0))
-
-
-def _leading(operator: LinearOperator, k: int | None, which: Which, max_products: int) -> Spectrum:
-    """Return up to k leading eigenvalues."""
-    assert operator.like is not None
-    k = None if k is None else min(k, sum(p.numel() for p in operator.like))
-    return leading_eigenvalues(operator, k, which, max_products=max_products)
 
 
 def _all_eigenvalues(matrix: Array, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nested.optim.options import ROUNDED_PI
+from lightning_nested.optim.step_dynamics import Momentum
 
 Eigenvalues: TypeAlias = "Tensor | Sequence[complex]"
 Array: TypeAlias = "NDArray[Any]"
@@ -130,6 +131,29 @@ def proximal_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Te
     0.707107
     """
     return _worst(lambda x: 1 / np.abs(1 + x), eigenvalues, lr)
+
+
+def predicted_rate(
+    eigenvalues: Eigenvalues, momenta: Sequence[Momentum | None], steps: tuple[int, ...] | None
+) -> float | None:
+    """Predict the worst rate over eigenvalues of DJ, so at a learning rate of 1.
+
+    It needs one momentum for all players, and one step each; None where there is no prediction. For alternating
+    momentum it assumes equal curvatures, see :func:`convergence_rate`; :class:`JointStep` does not.
+
+    >>> round(predicted_rate([0.1j], [Momentum("momentum", 0.8, math.pi / 8)], None), 6)
+    0.97743
+    """
+    momentum = momenta[0]
+    if momentum is None or len(set(momenta)) > 1 or momentum.kind == "unknown" or max(steps or (1,)) > 1:
+        return None
+    if momentum.kind == "momentum":
+        beta = {"momentum": momentum.momentum, "phase": momentum.phase}
+        return convergence_rate(eigenvalues, lr=1.0, alternating=steps is not None, **beta)
+    if steps is not None:
+        return None
+    rate = extragradient_rate if momentum.kind == "extragradient" else optimistic_rate
+    return float(rate(eigenvalues, lr=1.0))
 
 
 def momentum_map(
