@@ -27,6 +27,8 @@ def pytest_configure() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # NumPy's threads are OpenBLAS's own: on a machine that others use, eigenvalues of 180 × 180 took 50 times as long.
     threadpool_limits(1, user_api="blas")
+    # If a process takes its first derivative inside torch.func, its forks cannot take any (strategy="ddp_fork").
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
+from lightning_nested.datamodules.downloaded import DownloadedDataModule
+from lightning_nested.datamodules.in_memory import LabelledImages
 
 _FOLDER = "cifar-10-batches-py"
 _TRAIN = tuple(f"data_batch_{k}" for k in range(1, 6))
@@ -19,7 +20,7 @@ _TEST = "test_batch"
 _PIXELS = 3 * 32 * 32
 
 
-class CIFAR10DataModule(InMemoryDataModule):
+class CIFAR10DataModule(DownloadedDataModule):
     """CIFAR-10: 60 000 colour 32×32 images of ten classes, shape ``(n, 3, 32, 32)``.
 
     The six files of ``cifar-10-batches-py`` are read from ``root``, from ``root/cifar-10-batches-py``, or
@@ -29,66 +30,25 @@ class CIFAR10DataModule(InMemoryDataModule):
     needs a loader. Krizhevsky (2009), "Learning multiple layers of features from tiny images".
 
     Args:
-        root: Folder with the files, or to download to; None: ``data``.
-        symmetric: Pixels in [−1, 1], as generators with tanh make them, instead of [0, 1].
-        drop_last: Leave out a short last training batch.
-
-    The other options are those of :class:`InMemoryDataModule`.
+        options: Options of :class:`DownloadedDataModule` and :class:`InMemoryDataModule`.
 
     Raises:
-        FileNotFoundError: If the files are nowhere and cannot be downloaded.
-        ValueError: If a file is not a batch of CIFAR-10.
+        FileNotFoundError: The files are nowhere and cannot be downloaded.
+        ValueError: A file is not a batch of CIFAR-10.
     """
 
     def __init__(
         self,
         *,
-        root: str | None = None,
         train_size: int = 50_000,
         val_size: int = 0,
-        wrong_label_fraction: float = 0.0,
-        use_clean_labels: bool = False,
-        with_index: bool = False,
         batch_size: int = 50,
-        val_batch_size: int | None = None,
-        seed: int | None = 0,
-        num_workers: int = 0,
         symmetric: bool = True,
-        drop_last: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(
-            train_size=train_size,
-            val_size=val_size,
-            wrong_label_fraction=wrong_label_fraction,
-            use_clean_labels=use_clean_labels,
-            with_index=with_index,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            seed=seed,
-            num_workers=num_workers,
+            train_size=train_size, val_size=val_size, batch_size=batch_size, symmetric=symmetric, **options
         )
-        self.root = root
-        self.symmetric, self.drop_last = symmetric, drop_last
-
-    @override
-    def prepare_data(self) -> None:
-        if self._folder() is not None:
-            return
-        from torchvision.datasets import CIFAR10
-
-        try:
-            CIFAR10(self.root or "data", download=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torchvision's, for a damaged file
-            raise FileNotFoundError(self._not_found(f"the download failed: {error}")) from error
-
-    @override
-    def load(self) -> tuple[LabelledImages, LabelledImages | None]:
-        folder = self._folder()
-        if folder is None:
-            raise FileNotFoundError(self._not_found("`prepare_data` was not called before `setup`"))
-        parts = [read_batch(folder / name) for name in _TRAIN]
-        train = LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
-        return train, read_batch(folder / _TEST)
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -96,6 +56,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         if self.val_size == 0:
             self.val_images, self.val_labels = self.test_images, self.test_labels
 
+    @override
     def _folder(self) -> Path | None:
         root = Path(self.root or "data")
         for folder in (root, root / _FOLDER):
@@ -103,6 +64,19 @@ class CIFAR10DataModule(InMemoryDataModule):
                 return folder
         return None
 
+    @override
+    def _download(self, root: str) -> None:
+        from torchvision.datasets import CIFAR10
+
+        CIFAR10(root, download=True)
+
+    @override
+    def _read(self, folder: Path) -> tuple[LabelledImages, LabelledImages]:
+        parts = [read_batch(folder / name) for name in _TRAIN]
+        train = LabelledImages(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+        return train, read_batch(folder / _TEST)
+
+    @override
     def _not_found(self, reason: str) -> str:
         return (
             f"CIFAR-10 needs the files {_TRAIN[0]} … {_TRAIN[-1]} and {_TEST}. "
@@ -123,10 +97,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_batch(path: Path) -> LabelledImages:
-    """One file of CIFAR-10: a pickled dictionary of ``data``, ``(n, 3072)`` bytes, and ``labels``.
+    """Read one file of CIFAR-10: a pickled dictionary of ``data``, ``(n, 3072)`` bytes, and ``labels``.
 
     Raises:
-        ValueError: If the file is something else.
+        ValueError: The file is something else.
     """
     try:
         with path.open("rb") as file:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from typing_extensions import override
 
@@ -15,8 +17,6 @@ class DigitsDataModule(InMemoryDataModule):
     Kaynak, 1998). The split is plain random under ``seed``; what is in neither the training nor the
     validation images is the test set (797 images at the defaults).
 
-    All options are those of :class:`InMemoryDataModule`; only the defaults of the sizes differ.
-
     Example:
         >>> data = DigitsDataModule(wrong_label_fraction=0.4)
         >>> data.setup()
@@ -27,29 +27,9 @@ class DigitsDataModule(InMemoryDataModule):
     max_pixel = 16.0  # counts of set pixels in 4×4 blocks of a bitmap
 
     def __init__(
-        self,
-        *,
-        train_size: int = 700,
-        val_size: int = 300,
-        wrong_label_fraction: float = 0.0,
-        use_clean_labels: bool = False,
-        with_index: bool = False,
-        batch_size: int = 100,
-        val_batch_size: int | None = None,
-        seed: int | None = 0,
-        num_workers: int = 0,
+        self, *, train_size: int = 700, val_size: int = 300, batch_size: int = 100, **options: Any
     ) -> None:
-        super().__init__(
-            train_size=train_size,
-            val_size=val_size,
-            wrong_label_fraction=wrong_label_fraction,
-            use_clean_labels=use_clean_labels,
-            with_index=with_index,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            seed=seed,
-            num_workers=num_workers,
-        )
+        super().__init__(train_size=train_size, val_size=val_size, batch_size=batch_size, **options)
 
     @override
     def load(self) -> tuple[LabelledImages, LabelledImages | None]:

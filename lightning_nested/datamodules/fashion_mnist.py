@@ -7,18 +7,20 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
+from lightning_nested.datamodules.downloaded import DownloadedDataModule
+from lightning_nested.datamodules.in_memory import LabelledImages
 
 _SIDE, _PADDED = 28, 32
 _UNSIGNED_BYTE = 0x08  # idx type code; the only one the MNIST family uses
 
 
-class FashionMNISTDataModule(InMemoryDataModule):
+class FashionMNISTDataModule(DownloadedDataModule):
     """Fashion-MNIST: 70 000 grey 28×28 images of clothes, shape ``(n, 1, 28, 28)``, pixels in [0, 1].
 
     The four idx files, plain or gzipped, are looked for in this order and read in place:
@@ -31,84 +33,44 @@ class FashionMNISTDataModule(InMemoryDataModule):
     10 000 test images are the source's. Xiao, Rasul & Vollgraf (2017), arXiv 1708.07747.
 
     Args:
-        root: folder with the files, or to download to.
         resolution: 28, or 32 for images with a black border of two pixels.
-        symmetric: pixels in [−1, 1], as generators with tanh make them, instead of [0, 1].
-        drop_last: leave out a short last training batch.
-
-    The other options are those of :class:`InMemoryDataModule`.
+        options: Options of :class:`DownloadedDataModule` and :class:`InMemoryDataModule`.
 
     Raises:
-        FileNotFoundError: if the files are nowhere and cannot be downloaded.
-        ValueError: if a file is not an idx file of bytes, or ``resolution`` is neither.
+        FileNotFoundError: The files are nowhere and cannot be downloaded.
+        ValueError: A file is not an idx file of bytes, or ``resolution`` is neither.
     """
 
     system_folder: Path = Path("/usr/share/datasets/fashion-mnist")
 
     def __init__(
-        self,
-        *,
-        root: str | None = None,
-        train_size: int = 50_000,
-        val_size: int = 10_000,
-        wrong_label_fraction: float = 0.0,
-        use_clean_labels: bool = False,
-        with_index: bool = False,
-        batch_size: int = 128,
-        val_batch_size: int | None = None,
-        seed: int | None = 0,
-        num_workers: int = 0,
-        resolution: int = _SIDE,
-        symmetric: bool = False,
-        drop_last: bool = False,
+        self, *, train_size: int = 50_000, val_size: int = 10_000, resolution: int = _SIDE, **options: Any
     ) -> None:
         if resolution not in (_SIDE, _PADDED):
             raise ValueError(f"`resolution` must be {_SIDE} or {_PADDED}. Got {resolution}.")
-        super().__init__(
-            train_size=train_size,
-            val_size=val_size,
-            wrong_label_fraction=wrong_label_fraction,
-            use_clean_labels=use_clean_labels,
-            with_index=with_index,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            seed=seed,
-            num_workers=num_workers,
-        )
-        self.root = root
+        super().__init__(train_size=train_size, val_size=val_size, **options)
         self.pad_to = resolution if resolution != _SIDE else None
-        self.symmetric, self.drop_last = symmetric, drop_last
-
-    @property
-    def _download_folder(self) -> Path:
-        return Path(self.root or "data")
 
     @override
-    def prepare_data(self) -> None:
-        if self._folder() is not None:
-            return
-        from torchvision.datasets import FashionMNIST
-
-        try:
-            FashionMNIST(str(self._download_folder), download=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torchvision's, when every mirror failed
-            raise FileNotFoundError(self._not_found(f"the download failed: {error}")) from error
-
-    @override
-    def load(self) -> tuple[LabelledImages, LabelledImages | None]:
-        folder = self._folder()
-        if folder is None:
-            raise FileNotFoundError(self._not_found("`prepare_data` was not called before `setup`"))
-        return _read_split(folder, "train"), _read_split(folder, "t10k")
-
     def _folder(self) -> Path | None:
-        downloaded = self._download_folder / "FashionMNIST" / "raw"
+        downloaded = Path(self.root or "data") / "FashionMNIST" / "raw"
         named = [] if self.root is None else [Path(self.root), downloaded]
         for folder in (*named, self.system_folder, downloaded):
             if all(_find(folder, name) for split in ("train", "t10k") for name in _file_names(split)):
                 return folder
         return None
 
+    @override
+    def _download(self, root: str) -> None:
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(root, download=True)
+
+    @override
+    def _read(self, folder: Path) -> tuple[LabelledImages, LabelledImages]:
+        return _read_split(folder, "train"), _read_split(folder, "t10k")
+
+    @override
     def _not_found(self, reason: str) -> str:
         return (
             "Fashion-MNIST needs its four idx files. "
@@ -119,13 +81,13 @@ class FashionMNISTDataModule(InMemoryDataModule):
 
 
 def read_idx(path: Path) -> Tensor:
-    """The array of an idx file of unsigned bytes, gzipped or not.
+    """Read the array of an idx file of unsigned bytes, gzipped or not.
 
     Layout: two zero bytes, a type code, the number of dimensions, each size as a big-endian 32-bit integer,
     then the data, last index fastest. See the MNIST page of LeCun, Cortes & Burges.
 
     Raises:
-        ValueError: if the file is not one, or is cut short.
+        ValueError: The file is not one, or is cut short.
     """
     data = path.read_bytes()
     if path.suffix == ".gz":
@@ -142,7 +104,7 @@ def read_idx(path: Path) -> Tensor:
     sizes = struct.unpack(f">{data[3]}I", data[4:header])
     if len(data) - header != math.prod(sizes):
         raise ValueError(
-            f"{path} must hold {math.prod(sizes)} bytes of data. Got {len(data) - header}. Fetch it again."
+            f"{path} must hold {math.prod(sizes)} bytes of data. Got {len(data) - header}; fetch it."
         )
     numbers = torch.frombuffer(bytearray(data), dtype=torch.uint8)[header:]
     return numbers.reshape(sizes)

@@ -1,4 +1,4 @@
-"""Points from a mixture of Gaussians in the plane, drawn afresh for every batch."""
+"""Points from a mixture of Gaussians in the plane, new ones in every batch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class MixtureOfGaussiansDataModule(LightningDataModule):
     """A ring or a grid of Gaussians with equal weights: the usual test of whether a GAN finds every mode.
 
     Batches are ``(points, mode)`` of shapes ``(batch_size, 2)`` and ``(batch_size,)``. Every batch is new; batch t of
-    process r depends on ``seed``, t and r alone, so a run that is interrupted anywhere goes on with the batches it
+    process r depends on ``seed``, t and r alone, so a run that is interrupted anywhere continues with the batches it
     would have seen.
     Metz, Poole, Pfau & Sohl-Dickstein (2017), ICLR, "Unrolled Generative Adversarial Networks".
 
     Args:
-        num_modes: Gaussians; of a grid a square number.
-        radius: Of the ring; half the side of the grid.
+        num_modes: Number of Gaussians; for a grid a square number.
+        radius: Radius of the ring; half the side of the grid.
         std: Standard deviation of each Gaussian.
         layout: ``"ring"`` or ``"grid"``.
         batch_size: Points per batch and process.
         num_batches: Batches per epoch.
-        seed: Of the points.
+        seed: Seed of the points.
 
     Attributes:
         centres: ``(num_modes, 2)``.
@@ -57,7 +57,7 @@ class MixtureOfGaussiansDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1 or num_batches < 1:
             raise ValueError(
-                f"batch_size and num_batches must be at least 1. Got {batch_size} and {num_batches}."
+                f"batch_size, num_batches must be at least 1. Got {batch_size} and {num_batches}."
             )
         if not std > 0:
             raise ValueError(f"std must be positive. Got {std}.")
@@ -72,27 +72,12 @@ class MixtureOfGaussiansDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> GaussianBatches:
         rank = self.trainer.global_rank if self.trainer is not None else 0
-        return GaussianBatches(
-            self.centres,
-            self.std,
-            batch_size=self.batch_size,
-            num_batches=self.num_batches,
-            seed=self.seed,
-            rank=rank,
-        )
+        sizes = {"batch_size": self.batch_size, "num_batches": self.num_batches}
+        return GaussianBatches(self.centres, self.std, **sizes, seed=self.seed, rank=rank)
 
 
 class GaussianBatches:
-    """The loader: sized, endless over epochs, and resumable at every batch.
-
-    Args:
-        centres: ``(num_modes, 2)``.
-        std: Of each Gaussian.
-        batch_size: Points in a batch.
-        num_batches: Batches in a pass.
-        seed: Of all points.
-        rank: Of the process; each has points of its own.
-    """
+    """Loader of a sized pass over endless points, resumable at every batch; each ``rank`` has points of its own."""
 
     def __init__(
         self, centres: Tensor, std: float, *, batch_size: int, num_batches: int, seed: int, rank: int = 0
@@ -100,7 +85,7 @@ class GaussianBatches:
         self.centres, self.std, self.batch_size, self.num_batches = centres, std, batch_size, num_batches
         self._seed, self._rank = seed, rank
         self._drawn = 0  # batches so far, over all passes
-        self._position = 0  # in the present pass
+        self._position = 0  # in the current pass
         self._resumes = False
 
     def __len__(self) -> int:
@@ -113,7 +98,7 @@ class GaussianBatches:
         return self._batches()
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Batch number ``index`` of the run."""
+        """Return batch number ``index`` of the run."""
         # Large odd factors keep (seed, index, rank) apart without hashing.
         seed = (self._seed + 1_000_003 * index + 7_368_787 * self._rank) % 2**63
         generator = torch.Generator().manual_seed(seed)
@@ -122,11 +107,11 @@ class GaussianBatches:
         return self.centres[mode] + self.std * noise, mode
 
     def state_dict(self) -> dict[str, int]:
-        """Where the run is."""
+        """Return the position of the run."""
         return {"drawn": self._drawn, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go there."""
+        """Continue from a saved position."""
         self._drawn, self._position, self._resumes = state["drawn"], state["position"], True
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,17 +24,11 @@ class LabelledImages(NamedTuple):
 
 
 class TensorBatches(Dataset[Batch]):
-    """A dataset of tensors with one row per example that is read a batch at a time.
+    """A dataset of tensors of equal length with one row per example that is read a batch at a time.
 
     ``DataLoader`` asks a dataset that has ``__getitems__`` for a whole batch, so that one indexing operation
     per tensor replaces ``batch_size`` single reads and their collation. The sampler stays an ordinary one:
     Lightning can replace it by a distributed sampler, and the order under a seed is the usual order.
-
-    Args:
-        *tensors: tensors of equal length.
-
-    Raises:
-        ValueError: if there is no tensor or the lengths differ.
 
     Example:
         >>> data = TensorBatches(torch.arange(10), torch.arange(10) ** 2)
@@ -44,9 +38,7 @@ class TensorBatches(Dataset[Batch]):
 
     def __init__(self, *tensors: Tensor) -> None:
         if len({len(tensor) for tensor in tensors}) != 1:
-            raise ValueError(
-                f"One or more tensors of equal length are needed. Got lengths {[len(t) for t in tensors]}."
-            )
+            raise ValueError(f"Tensors of equal length are needed. Got lengths {[len(t) for t in tensors]}.")
         self.tensors = tensors
 
     def __len__(self) -> int:
@@ -59,18 +51,16 @@ class TensorBatches(Dataset[Batch]):
         rows = torch.as_tensor(indices)
         return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
-    def loader(
-        self, *, batch_size: int, shuffle: bool = False, num_workers: int = 0, drop_last: bool = False
-    ) -> DataLoader[Batch]:
-        """A loader over this dataset; its last batch is kept even if short, unless ``drop_last``."""
+    def loader(self, *, batch_size: int, num_workers: int = 0, **options: Any) -> DataLoader[Batch]:
+        """Return a ``DataLoader`` of this dataset, with its ``options`` ``shuffle`` and ``drop_last``."""
+        persistent, collate = num_workers > 0, _already_collated
         return DataLoader(
             self,
-            batch_size=batch_size,
-            shuffle=shuffle,
+            batch_size,
             num_workers=num_workers,
-            drop_last=drop_last,
-            collate_fn=_already_collated,
-            persistent_workers=num_workers > 0,
+            collate_fn=collate,
+            persistent_workers=persistent,
+            **options,
         )
 
 
@@ -82,9 +72,6 @@ def _already_collated(batch: Any) -> Any:
 class InMemoryDataModule(LightningDataModule):
     """Train, validation and test images as float tensors, batched without per-example work.
 
-    Pixels lie in [0, 1]; a subclass may ask for [−1, 1] (``symmetric``), for a border of the lowest value
-    (``pad_to``) and for training batches of equal size only (``drop_last``), which is what GANs want.
-
     A subclass says where images come from by ``load``. The split is *plain random* (not stratified): the
     first ``train_size`` positions of a seeded permutation of the pool are training images, the next
     ``val_size`` validation images; the test images are the source's own, or what remains of the pool. The
@@ -94,40 +81,31 @@ class InMemoryDataModule(LightningDataModule):
     from the *other* classes. Validation and test labels are always the right ones.
 
     Args:
-        train_size: number of training images.
-        val_size: number of validation images.
-        wrong_label_fraction: share of training images with a wrong label, in [0, 1].
-        use_clean_labels: train on the right labels of the same images: the reference a cleaner can reach.
-        with_index: training batches are ``(image, label, index)``, where ``index`` numbers the training
+        train_size: Number of training images.
+        val_size: Number of validation images.
+        wrong_label_fraction: Share of training images with a wrong label, in [0, 1].
+        use_clean_labels: Train on the right labels of the same images: the reference a cleaner can reach.
+        with_index: Training batches are ``(image, label, index)``, where ``index`` numbers the training
             images from 0; needed by one weight per example.
-        batch_size: images per training batch.
-        val_batch_size: images per validation or test batch; ``None`` for ``batch_size``.
-        seed: of the split and of the wrong labels; ``None``: the seed of the run (``seed_everything``), so
+        batch_size: Images per training batch.
+        val_batch_size: Images per validation or test batch; None: ``batch_size``.
+        seed: Seed of the split and of the wrong labels; None: the seed of the run (``seed_everything``), so
             that runs over seeds vary the data as well as the training. Known after ``setup``.
-        num_workers: loader processes. 0 is fastest for most uses, since nothing is decoded.
+        num_workers: Loader processes. 0 is fastest for most uses, since nothing is decoded.
+        symmetric: Pixels in [−1, 1], as generators with tanh make them, instead of [0, 1].
+        drop_last: Leave out a short last training batch.
 
-    Attributes (after ``setup``):
-        train_images: ``(train_size, channels, height, width)``.
-        train_labels: ``(train_size,)``, as given, so with the wrong ones.
-        train_labels_clean: ``(train_size,)``, the right ones.
-        wrong: ``(train_size,)`` boolean, where the two differ.
-        val_images, val_labels, test_images, test_labels: the same for the other splits.
-
-    Raises:
-        ValueError: if a size, the fraction or a batch size is out of range; in ``setup``, if ``seed`` is
-            ``None`` and the run has none.
     """
 
     num_classes: int = 10
     max_pixel: float = 255.0  # of the source's images, which are scaled by it
-    symmetric: bool = False  # pixels in [−1, 1]
-    pad_to: int | None = None  # side after padding
-    drop_last: bool = False  # of the training loader
+    pad_to: int | None = None  # side after padding with the lowest value
 
-    train_images: Tensor
-    train_labels: Tensor
-    train_labels_clean: Tensor
-    wrong: Tensor
+    # Set by `setup`.
+    train_images: Tensor  # (train_size, channels, height, width)
+    train_labels: Tensor  # (train_size,), as given, so with the wrong ones
+    train_labels_clean: Tensor  # (train_size,), the right ones
+    wrong: Tensor  # (train_size,) boolean, where the two differ
     val_images: Tensor
     val_labels: Tensor
     test_images: Tensor
@@ -145,6 +123,8 @@ class InMemoryDataModule(LightningDataModule):
         val_batch_size: int | None = None,
         seed: int | None = 0,
         num_workers: int = 0,
+        symmetric: bool = False,
+        drop_last: bool = False,
     ) -> None:
         super().__init__()
         if train_size < 1 or val_size < 0:
@@ -155,23 +135,18 @@ class InMemoryDataModule(LightningDataModule):
             raise ValueError(f"`wrong_label_fraction` must lie in [0, 1]. Got {wrong_label_fraction}.")
         if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
             raise ValueError(
-                "`batch_size` and `val_batch_size` must be at least 1. "
-                f"Got {batch_size} and {val_batch_size}."
+                f"`batch_size` and `val_batch_size` must be at least 1. Got {batch_size} and {val_batch_size}."
             )
-        self.train_size = train_size
-        self.val_size = val_size
-        self.wrong_label_fraction = wrong_label_fraction
-        self.use_clean_labels = use_clean_labels
-        self.with_index = with_index
-        self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
-        self.seed = seed
+        self.train_size, self.val_size, self.seed = train_size, val_size, seed
+        self.wrong_label_fraction, self.use_clean_labels = wrong_label_fraction, use_clean_labels
+        self.with_index, self.symmetric, self.drop_last = with_index, symmetric, drop_last
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers = num_workers
         self._ready = False
 
     @abstractmethod
     def load(self) -> tuple[LabelledImages, LabelledImages | None]:
-        """The pool that is split, and the test set of the source if it has one."""
+        """Return the pool that is split, and the test set of the source if it has one."""
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -204,27 +179,24 @@ class InMemoryDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         labels = self.train_labels_clean if self.use_clean_labels else self.train_labels
         index = (torch.arange(self.train_size),) if self.with_index else ()
-        data = TensorBatches(self.train_images, labels, *index)
-        return data.loader(
-            batch_size=self.batch_size,
-            shuffle=True,
-            num_workers=self.num_workers,
-            drop_last=self.drop_last,
+        return TensorBatches(self.train_images, labels, *index).loader(
+            batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers, drop_last=self.drop_last
         )
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
-        data = TensorBatches(self.val_images, self.val_labels)
-        return data.loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
+        return self._evaluation(self.val_images, self.val_labels)
 
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
-        data = TensorBatches(self.test_images, self.test_labels)
-        return data.loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
+        return self._evaluation(self.test_images, self.test_labels)
 
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self.test_dataloader()
+
+    def _evaluation(self, *tensors: Tensor) -> DataLoader[Batch]:
+        return TensorBatches(*tensors).loader(batch_size=self.val_batch_size, num_workers=self.num_workers)
 
     def _scaled(self, source: LabelledImages, rows: Tensor) -> tuple[Tensor, Tensor]:
         # Rows first, floats second: a small subset of a large source never becomes floats as a whole.
@@ -252,16 +224,13 @@ def _seed_of_the_run() -> int:
 def with_wrong_labels(
     labels: Tensor, fraction: float, num_classes: int, generator: torch.Generator
 ) -> Tensor:
-    """A copy of ``labels`` where ``round(fraction · n)`` random entries are uniform over the other classes.
+    """Return a copy of ``labels`` where ``round(fraction · n)`` random entries are uniform over the other classes.
 
     Args:
-        labels: ``(n,)`` class numbers.
-        fraction: share of wrong labels, in [0, 1].
-        num_classes: number of classes, at least 2 if any label is to be wrong.
-        generator: source of randomness.
-
-    Returns:
-        ``(n,)`` class numbers.
+        labels: ``(n,)`` class numbers; so is the result.
+        fraction: Share of wrong labels, in [0, 1].
+        num_classes: Number of classes, at least 2 if any label is to be wrong.
+        generator: Source of randomness.
 
     Example:
         >>> labels = torch.arange(1000) % 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -13,16 +14,14 @@ from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledI
 class SyntheticImagesDataModule(InMemoryDataModule):
     """A coloured disc on a dark ground; the class is where it sits on a circle and its hue.
 
-    The same format as CIFAR-10 and padded Fashion-MNIST: ``(n, C, side, side)`` in [−1, 1], ten classes.
+    The format is that of CIFAR-10 and padded Fashion-MNIST: ``(n, C, side, side)`` in [−1, 1], ten classes.
     Position, radius and ground vary within a class.
 
     Args:
         channels: 3, or 1 for grey.
         resolution: Side in pixels.
-        data_seed: Of the images themselves; ``seed`` is of their split.
-        drop_last: Leave out a short last training batch.
-
-    The other options are those of :class:`InMemoryDataModule`.
+        data_seed: Seed of the images themselves; ``seed`` is that of their split.
+        options: Options of :class:`InMemoryDataModule`.
 
     Example:
         >>> data = SyntheticImagesDataModule(train_size=20, val_size=10)
@@ -39,28 +38,17 @@ class SyntheticImagesDataModule(InMemoryDataModule):
         data_seed: int = 0,
         train_size: int = 2000,
         val_size: int = 200,
-        with_index: bool = False,
         batch_size: int = 50,
-        val_batch_size: int | None = None,
-        seed: int | None = 0,
-        num_workers: int = 0,
-        drop_last: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(
-            train_size=train_size,
-            val_size=val_size,
-            with_index=with_index,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            seed=seed,
-            num_workers=num_workers,
+            train_size=train_size, val_size=val_size, batch_size=batch_size, symmetric=True, **options
         )
         if channels not in (1, 3) or resolution < 8:
             raise ValueError(
-                f"channels must be 1 or 3 and resolution at least 8. Got {channels} and {resolution}."
+                f"channels must be 1 or 3, resolution at least 8. Got {channels} and {resolution}."
             )
         self.channels, self.resolution, self.data_seed = channels, resolution, data_seed
-        self.symmetric, self.drop_last = True, drop_last
 
     @override
     def load(self) -> tuple[LabelledImages, LabelledImages | None]:
@@ -75,10 +63,8 @@ class SyntheticImagesDataModule(InMemoryDataModule):
         x, y = 0.5 * torch.cos(angle) + jitter[0], 0.5 * torch.sin(angle) + jitter[1]
         radius = 0.22 + 0.06 * torch.rand(count, generator=generator)
         line = torch.linspace(-1, 1, self.resolution)
-        squared = (line.view(1, 1, -1) - x.view(-1, 1, 1)) ** 2 + (
-            line.view(1, -1, 1) - y.view(-1, 1, 1)
-        ) ** 2
-        inside = torch.sigmoid((radius.view(-1, 1, 1) - squared.sqrt()) * self.resolution)
+        dx, dy = line.view(1, 1, -1) - x.view(-1, 1, 1), line.view(1, -1, 1) - y.view(-1, 1, 1)
+        inside = torch.sigmoid((radius.view(-1, 1, 1) - (dx**2 + dy**2).sqrt()) * self.resolution)
         hue = angle.view(-1, 1) + torch.tensor([0.0, 2.0, 4.0]) * math.pi / 3
         colour = (0.5 + 0.5 * torch.cos(hue)) if self.channels == 3 else torch.ones(count, 1)
         ground = 0.1 * torch.rand(count, 1, 1, 1, generator=generator)

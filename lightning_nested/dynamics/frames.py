@@ -1,4 +1,4 @@
-"""Frames of tangents: orthonormalisation, covariant directions, and how they sit in memory.
+"""Frames of tangents: orthonormalisation, Krylov subspaces, covariant directions, and their layout in memory.
 
 A frame of k tangents is a matrix Y of shape (..., k, n), one tangent per row: rows are contiguous, so that a
 tangent of a large model is a plain flat vector.
@@ -7,38 +7,41 @@ tangent of a large model is a plain flat vector.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_nested.linalg.vectors import Vector
 
+Product: TypeAlias = Callable[[Tensor], Tensor]  # of an operator with a flat vector (n,)
 _TALL = 4096  # from this many coordinates on, two Gram matrices are cheaper than Householder reflections
 
 
 def to_rows(frame: Vector, *, batch_dims: int = 0) -> Tensor:
-    """One matrix (..., k, n) from tensors (..., k, *shape)."""
+    """Join tensors (..., k, *shape) into one matrix (..., k, n)."""
     lead = batch_dims + 1
     return torch.cat([a.reshape(*a.shape[:lead], -1) for a in frame], dim=-1)
 
 
 def from_rows(rows: Tensor, like: Vector, *, batch_dims: int = 0) -> Vector:
-    """Tensors (..., k, *shape) from a matrix (..., k, n); ``like`` are unbatched or batched coordinates."""
+    """Split a matrix (..., k, n) into tensors (..., k, *shape); ``like`` are unbatched or batched coordinates."""
     shapes = [a.shape[batch_dims:] for a in like]
     pieces = torch.split(rows, [math.prod(s) for s in shapes], dim=-1)
     return tuple(p.reshape(*rows.shape[:-1], *s) for p, s in zip(pieces, shapes, strict=True))
 
 
 def random_frame(
-    k: int, n: int, like: Tensor, generator: torch.Generator | None, batch: tuple[int, ...]
+    k: int, n: int, like: Tensor, generator: torch.Generator | None, batch: Sequence[int]
 ) -> Tensor:
-    """Orthonormal rows (..., k, n), Haar-distributed, drawn on the CPU so that devices agree."""
+    """Draw orthonormal rows (..., k, n), Haar-distributed, on the CPU so that devices agree."""
     draw = torch.randn(*batch, k, n, generator=generator, dtype=torch.float64)
     return orthonormalize(draw)[0].to(like)
 
 
 def orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Y = L Q with orthonormal rows Q and lower-triangular L of non-negative diagonal.
+    """Factor Y = L Q, with orthonormal rows Q and lower-triangular L of non-negative diagonal.
 
     Householder QR for short rows. Tall frames (n ≥ 4096) by Cholesky-QR twice, which is two Gram matrices; it squares
     the condition number, so a frame worse conditioned than eps^(-1/4) falls back to Householder.
@@ -55,12 +58,8 @@ def orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
     >>> L.diagonal().tolist()
     [5.0, 3.0]
     """
-    if rows.shape[-1] >= _TALL and rows.ndim == 2 and len(rows) == 1:
-        size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        if float(size) > 0.0:
-            return rows / size, size
-    elif rows.shape[-1] >= _TALL and rows.ndim == 2:
-        found = _cholesky_twice(rows)
+    if rows.shape[-1] >= _TALL and rows.ndim == 2:
+        found = _cholesky_twice(rows) if len(rows) > 1 else _normalized(rows)
         if found is not None:
             return found
     q, r = torch.linalg.qr(rows.mT)
@@ -74,10 +73,15 @@ def orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (q * sign.unsqueeze(-2)).mT, lower
 
 
+def _normalized(row: Tensor) -> tuple[Tensor, Tensor] | None:
+    size = torch.linalg.vector_norm(row, dim=1, keepdim=True)
+    return (row / size, size) if float(size) > 0.0 else None
+
+
 def _cholesky_twice(rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Cholesky-QR2, or None where the Gram matrix is too close to singular for it."""
-    total: Tensor | None = None
-    q = rows
+    """Factor by Cholesky-QR2; return None where the Gram matrix is too close to singular."""
+    eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    q, total = rows, eye
     for sweep in range(2):
         gram = q @ q.mT
         lower, info = torch.linalg.cholesky_ex(gram)
@@ -87,23 +91,41 @@ def _cholesky_twice(rows: Tensor) -> tuple[Tensor, Tensor] | None:
         if sweep == 0 and float(diagonal.min() / diagonal.max()) < torch.finfo(rows.dtype).eps ** 0.25:
             return None
         # One product with a small inverse streams the frame once; a triangular solve does it row by row.
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         q = torch.linalg.solve_triangular(lower, eye, upper=False) @ q
-        total = lower if total is None else total @ lower
-    assert total is not None
+        total = total @ lower
     return q, total
 
 
-def window_weights(window: str, growth: Tensor) -> Tensor:
-    """The weights of T windows in an average: equal, or the bump exp(−1/(s(1−s))) over the run.
+def krylov(product: Product, start: Tensor, count: int, *, tolerance: float = 1e-8) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis (m, n) of a Krylov subspace from ``start`` (n,), and its images, m ≤ ``count``.
 
-    Args:
-        window: ``"uniform"`` or ``"bump"``.
-        growth: (T, ...); decides number, dtype and device.
-
-    Returns:
-        (T,), of sum 1.
+    Orthogonalizes fully, and twice, because rounding destroys a Lanczos recurrence. Ends early where what is left of
+    an image is below ``tolerance`` times its length: the subspace is invariant.
     """
+    basis, images = start.new_zeros(2, count, len(start))
+    v, m = start / start.norm(), 0
+    while m < count:
+        basis[m], images[m] = v, product(v)
+        v, length = images[m].clone(), float(images[m].norm())
+        m += 1
+        for _ in range(2):
+            v -= basis[:m].mT @ (basis[:m] @ v)
+        rest = v.norm()
+        if float(rest) <= tolerance * length + torch.finfo(v.dtype).tiny:
+            break
+        v = v / rest
+    return basis[:m], images[:m]
+
+
+def symmetric_ritz(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ritz values (m,), ascending, and the rows (m, m) of their coordinates in ``basis``."""
+    small = basis @ images.mT
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    return values, vectors.mT
+
+
+def window_weights(window: str, growth: Tensor) -> Tensor:
+    """Return weights (T,) of sum 1 for windows (T, ...): equal, or the bump exp(−1/(s(1−s))) over the run."""
     count = len(growth)
     if window == "uniform":
         return torch.full((count,), 1 / count, dtype=growth.dtype, device=growth.device)
@@ -113,18 +135,12 @@ def window_weights(window: str, growth: Tensor) -> Tensor:
 
 
 def covariant_directions(frames: Tensor, factors: Tensor, discard: int) -> Tensor:
-    """Covariant Lyapunov vectors: directions that the dynamics maps onto one another, one for each exponent.
+    """Return covariant Lyapunov vectors: directions that the dynamics maps onto one another, one for each exponent.
 
     Backward through the triangular factors: C_{t−1} ∝ R_t⁻¹ C_t, and v_t = Q_t C_t. Any upper-triangular start
-    converges; ``discard`` steps at the end are for that. Ginelli et al. (2007), PRL 99:130601.
+    converges; the last ``discard`` times are for that. Ginelli et al. (2007), PRL 99:130601.
 
-    Args:
-        frames: Q_t, (T, ..., k, n).
-        factors: L_t with Y_t = L_t Q_t, (T, ..., k, k).
-        discard: Trailing times that only serve the convergence.
-
-    Returns:
-        Unit rows (T − discard, ..., k, n).
+    Takes Q_t, (T, ..., k, n), and L_t with Y_t = L_t Q_t, (T, ..., k, k); returns unit rows (T − discard, ..., k, n).
     """
     eye = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
     c = eye.expand(factors.shape[1:]).clone()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics.frames import orthonormalize
 from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.games.jacobian import JacobianOperator, _derivative
 from lightning_nested.linalg.curvature import gradient_with_graph
@@ -20,16 +18,16 @@ from lightning_nested.optim.update_rules import UpdateRule
 
 
 class GameTracker(Tangents):
-    """Pushes k tangents of all players through the rounds of a game that somebody else plays.
+    """Pushes k tangents of all players through the rounds of a game.
 
-    For players that step together, :meth:`observe` with their losses at the point where they are (a graph to *every*
-    player), then :meth:`advance` for each just before its ``optimizer.step()``; :meth:`end_step` after a round.
-    Players in turns, or several steps of one, are simply observed one after the other. A tangent costs one backward
-    pass through each stepping player's gradient: the rows ∂²L_i/∂w_i∂w of the game's Jacobian times the tangent.
+    For players that step together, call :meth:`observe` with their losses at the current point (a graph to *every*
+    player), then :meth:`advance` for each just before its ``optimizer.step()``, and :meth:`end_step` after a round.
+    Players in turns, or several steps of one, are observed one after the other. A tangent costs one backward pass
+    through each stepping player's gradient: the rows ∂²L_i/∂w_i∂w of the game's Jacobian times the tangent.
 
     Args:
-        players: The parameters of each player that require gradients, in its optimizer's order.
-        **options: Of :class:`TrainingTracker`.
+        players: Parameters of each player that require gradients, in its optimizer's order.
+        **options: Arguments of :class:`Tangents`.
 
     Attributes:
         growth: (T, k), the logarithmic growth in each window.
@@ -64,21 +62,20 @@ class GameTracker(Tangents):
         else:
             super().__init__(flat, **options)
         self.players = [tuple(held) for held in players]
-        starts = [0]
-        for held in self.players:
-            starts.append(starts[-1] + sum(p.numel() for p in held))
+        starts = accumulate((sum(p.numel() for p in held) for held in self.players), initial=0)
         self._blocks = [slice(a, b) for a, b in pairwise(starts)]
         self._products: Tensor | None = None  # (k, n)
         self._sums: Tensor | None = None  # (n,), of gradients before clipping
         self._counts = [0] * len(self.players)
 
     def observe(self, losses: Mapping[int, Tensor]) -> None:
-        """Add what these players' gradients do along every tangent; several batches of one step are averaged.
+        """Add the derivatives of the stepping players' gradients along every tangent, averaged over batches of a step.
 
-        Args:
-            losses: By player, scalars with graphs to all parameters; of players that step together.
+        ``losses`` are scalars with graphs to all parameters, by the indices of players that step together.
         """
-        frame = self._begin()
+        if self.frame is None:
+            self.frame = self.random_frame()
+        frame = self.frame
         if self._products is None or self._sums is None:
             self._products, self._sums = torch.zeros_like(frame), torch.zeros_like(frame[0])
         for player, loss in losses.items():
@@ -93,12 +90,11 @@ class GameTracker(Tangents):
             for row, tangent in zip(self._products, frame, strict=True):
                 v = unflatten(tangent, self.params)
                 found = _derivative([gradient[i] for i in live], own, [v[i] for i in live])
-                row[block] += flatten(
-                    torch.zeros_like(p) if a is None else a for a, p in zip(found, own, strict=True)
-                )
+                pairs = zip(found, own, strict=True)
+                row[block] += flatten(torch.zeros_like(p) if a is None else a for a, p in pairs)
 
     def has_observed(self, player: int) -> bool:
-        """Whether there is a loss for this player to advance by."""
+        """Return True if there is a loss for this player to advance by."""
         return self._counts[player] > 0
 
     def advance(
@@ -110,17 +106,10 @@ class GameTracker(Tangents):
         clip: Clip | None = None,
         ahead: bool | None = None,
     ) -> bool:
-        """Push the tangents through a player's coming step.
+        """Push the tangents through the coming step of ``player``; return True if it is a whole one.
 
-        Args:
-            player: Whose step.
-            optimizer: The player's, before its step, gradients in ``.grad``.
-            rule: A re-statement of an optimizer that is not known.
-            clip: How the player's gradient was clipped.
-            ahead: Of :class:`Extragradient`, whether this is the first half; None: unless it is extrapolated.
-
-        Returns:
-            Whether it was a whole step: not at the first call for :class:`Extragradient`, which looks ahead.
+        Call it before the optimizer's step, with gradients in ``.grad``. ``ahead`` is True for the first half of an
+        :class:`Extragradient` step; None: unless it is extrapolated.
         """
         if not self._counts[player] or self._products is None or self._sums is None:
             raise RuntimeError(
@@ -138,62 +127,33 @@ class GameTracker(Tangents):
                 gradient[block] = mean if self.reduce is None else self.reduce(mean)
         return self.push(optimizer, self._products, gradient=gradient, rule=rule, clip=clip, ahead=ahead)
 
-    # ---- the first frame
-
-    def _begin(self) -> Tensor:
-        if self.frame is None:
-            self.frame = self._random()
-        return self.frame
-
-    def _random(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        random = torch.randn(self.k, self.n, generator=generator, dtype=torch.float32)
-        return orthonormalize(random.to(dtype=self.dtype, device=self.params[0].device))[0].contiguous()
-
     def align_to(self, losses: Sequence[Tensor], scale: Vector) -> None:
         """Begin with the subspace that a joint gradient step w ← w − D·ξ(w) stretches most: Arnoldi's Ritz vectors.
 
-        Args:
-            losses: Of all players, to be descended, with graphs to all parameters.
-            scale: D for each parameter, of its shape.
+        ``losses`` of all players are to be descended, with graphs to all parameters; ``scale`` is D for each parameter.
         """
         operator = JacobianOperator(list(losses), tuple(self.players), reduce=self.reduce)
-        random, m = self._random(), min(max(self.align, self.k), self.n)
-        basis = torch.zeros(m, self.n, dtype=self.dtype, device=random.device)
-        images = torch.zeros_like(basis)
-        v, count = random[0], 0
-        for i in range(m):
-            product = operator.matvec(unflatten(v, self.params))
-            basis[i] = v
-            images[i] = flatten(a * d for a, d in zip(product, scale, strict=True))
-            count = i + 1
-            w = images[i].clone()
-            for _ in range(2):
-                w -= basis[:count].mT @ (basis[:count] @ w)
-            size = w.norm()
-            if float(size) <= 1e-6 * float(images[i].norm()) + torch.finfo(w.dtype).tiny:
-                break  # an invariant subspace
-            v = w / size
-        basis, images = basis[:count], images[:count]
-        values, vectors = torch.linalg.eig((basis @ images.mT).double())
-        chosen: list[Tensor] = []
-        for i in (1 - values).abs().argsort(descending=True).tolist():
-            if values[i].imag >= 0:  # of a conjugate pair both parts of one
-                chosen.append(vectors[:, i].real)
-                if values[i].imag > 0:
-                    chosen.append(vectors[:, i].imag)
-        coordinates = orthonormalize(torch.stack(chosen[: self.k]))[0].to(basis)
-        frame, pushed = coordinates @ basis, coordinates @ images
-        inside = (pushed @ frame.mT).norm(dim=1) / pushed.norm(dim=1).clamp_min(torch.finfo(frame.dtype).tiny)
-        self.alignment = float(inside.min()) if bool(pushed.any()) else math.nan
-        if len(frame) < self.k:
-            frame = torch.cat([frame, random[len(frame) :]])
-        self.frame = orthonormalize(frame)[0].contiguous()
+
+        def product(v: Tensor) -> Tensor:
+            found = operator.matvec(unflatten(v, self.params))
+            return flatten(a * d for a, d in zip(found, scale, strict=True))
+
+        def choose(basis: Tensor, images: Tensor) -> Tensor:
+            values, vectors = torch.linalg.eig((basis @ images.mT).double())
+            chosen: list[Tensor] = []
+            for i in (1 - values).abs().argsort(descending=True).tolist():
+                if values[i].imag >= 0:  # of a conjugate pair both parts of one
+                    chosen.append(vectors[:, i].real)
+                    if values[i].imag > 0:
+                        chosen.append(vectors[:, i].imag)
+            return torch.stack(chosen[: self.k])
+
+        self.begin(product, choose)
 
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every tracker, and the sums of a step that is not complete."""
+        """Return all that an exact resume needs, the sums of an incomplete step included."""
         pending = None
         if self._products is not None and self._sums is not None and any(self._counts):
             products, sums = self._products, self._sums

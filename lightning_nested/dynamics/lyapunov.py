@@ -7,12 +7,14 @@ orthonormalise it again, and average the logarithms of the diagonal of the trian
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_nested.dynamics.checks import require_at_least, require_memory, require_window
 from lightning_nested.dynamics.frames import (
     covariant_directions,
     from_rows,
@@ -30,7 +32,7 @@ _SELF_CHECK = 32  # coordinates up to which the determinant is computed beside t
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LyapunovSpectrum:
-    """What :func:`lyapunov_spectrum` measured. Shapes lead with (batch,) where start points came in a batch.
+    """Result of :func:`lyapunov_spectrum`. Shapes lead with (batch,) where start points came in a batch.
 
     Attributes:
         exponents: (..., k), largest first, nats per unit time.
@@ -67,10 +69,10 @@ class LyapunovSpectrum:
 
     @property
     def standard_error(self) -> Tensor:
-        """(..., k), of the plain average over time, from the spread of up to 20 successive blocks of it.
+        """(..., k), the standard error of the plain average, from the spread of up to 20 successive blocks.
 
-        It needs blocks that are long against the correlation time; NaN for fewer than four windows. Along an orbit
-        that repeats it does not see that the error falls as 1/T, and is then too large.
+        Blocks must be long against the correlation time; NaN for fewer than four windows. Too large along a periodic
+        orbit, where the error falls as 1/T.
         """
         blocks = min(20, len(self.growth) // 2)
         if blocks < 2:
@@ -87,13 +89,11 @@ class LyapunovSpectrum:
 
 
 def kaplan_yorke_dimension(exponents: Tensor) -> Tensor:
-    """D = j + Σ_{i≤j} λ_i / |λ_{j+1}|, with j the largest number of leading exponents whose sum is not negative.
+    """Compute D = j + Σ_{i≤j} λ_i / |λ_{j+1}|, j the largest number of leading exponents with a sum ≥ 0.
 
-    With fewer exponents than dimensions whose sum is still not negative, the answer is their number: a lower bound.
+    If the sum of all k given exponents is not negative, D = k, which is a lower bound.
     Kaplan & Yorke (1979), Lecture Notes in Mathematics 730:204-227.
-
-    Args:
-        exponents: (..., k), largest first.
+    Exponents (..., k) come largest first.
 
     >>> float(kaplan_yorke_dimension(torch.tensor([0.5, 0.0, -1.0])))
     2.5
@@ -105,6 +105,28 @@ def kaplan_yorke_dimension(exponents: Tensor) -> Tensor:
     return j + before / following.gather(-1, j.unsqueeze(-1)).squeeze(-1).abs()
 
 
+class SpectrumOptions(TypedDict, total=False):
+    """Optional arguments of :func:`lyapunov_exponents` and :func:`lyapunov_spectrum`.
+
+    Attributes:
+        orthonormalize_every: Steps between orthonormalisations, by default 1; more is right while the tangents stay
+            independent: eps · exp((λ_1 − λ_k) · steps · dt) must be small.
+        batched: Give x0 a leading batch dimension, over which everything runs at once.
+        window: ``"uniform"``, the default, or ``"bump"``, the weights exp(−1/(s(1−s))) over the run: where the motion
+            is periodic or quasi-periodic (linear maps with complex eigenvalues, limit cycles) the error then falls
+            faster than any power of 1/T; for chaotic motion it makes the variance about 1.5 times larger.
+            Das, Saiki, Sander & Yorke (2017), Nonlinearity 30:4111.
+        frame: (k, n) or (batch, k, n), the first tangents, as rows; random by default.
+        generator: Generator of the random frame.
+    """
+
+    orthonormalize_every: int
+    batched: bool
+    window: str
+    frame: Tensor | None
+    generator: torch.Generator | None
+
+
 def lyapunov_exponents(
     step: Step | DifferentiableMap,
     x0: State,
@@ -113,13 +135,9 @@ def lyapunov_exponents(
     num_steps: int,
     burn_in: int = 0,
     dt: float = 1.0,
-    orthonormalize_every: int = 1,
-    batched: bool = False,
-    window: str = "uniform",
-    frame: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    **options: Unpack[SpectrumOptions],
 ) -> Tensor:
-    """The k largest Lyapunov exponents λ_i = lim (1/T) Σ_t log R_ii(t) of a map, in nats per unit time.
+    """Compute the k largest Lyapunov exponents λ_i = lim (1/T) Σ_t log R_ii(t) of a map, in nats per unit time.
 
     k Jacobian-vector products a step; memory of k tangents. The average converges as 1/T, for chaotic maps as 1/√T.
 
@@ -127,20 +145,12 @@ def lyapunov_exponents(
         step: The map: from a state to the next one, a tensor or a tuple of tensors, by operations that
             ``torch.func`` differentiates; or a :class:`DifferentiableMap` such as :func:`update_map` gives. For a
             flow an integrator's step: ``rk4_step(field, dt)``.
-        x0: The start.
-        k: How many exponents, at most the number n of coordinates.
+        x0: The initial state.
+        k: Number of exponents, at most the number n of coordinates.
         num_steps: Steps that are averaged.
         burn_in: Steps before those, in which the state reaches its attractor and the frame its directions.
         dt: Time of one step.
-        orthonormalize_every: Steps between orthonormalisations; more than one is right while the tangents stay
-            independent: eps · exp((λ_1 − λ_k) · steps · dt) must be small.
-        batched: x0 has a leading batch dimension, over which everything runs at once.
-        window: ``"uniform"``, or ``"bump"``, the weights exp(−1/(s(1−s))) over the run: where the motion is periodic
-            or quasi-periodic (linear maps with complex eigenvalues, limit cycles) the error then falls faster
-            than any power of 1/T; for chaotic motion it makes the variance about 1.5 times larger.
-            Das, Saiki, Sander & Yorke (2017), Nonlinearity 30:4111.
-        frame: (k, n) or (batch, k, n), the first tangents, as rows; default random.
-        generator: For the random frame.
+        **options: Further options, see :class:`SpectrumOptions`.
 
     Returns:
         (k,) or (batch, k), largest first. A direction that a singular map collapses has exponent −∞: a growth below
@@ -156,19 +166,7 @@ def lyapunov_exponents(
     >>> [f"{value:.6f}" for value in found.exp().tolist()]
     ['2.000000', '0.500000']
     """
-    return lyapunov_spectrum(
-        step,
-        x0,
-        k=k,
-        num_steps=num_steps,
-        burn_in=burn_in,
-        dt=dt,
-        orthonormalize_every=orthonormalize_every,
-        batched=batched,
-        window=window,
-        frame=frame,
-        generator=generator,
-    ).exponents
+    return lyapunov_spectrum(step, x0, k=k, num_steps=num_steps, burn_in=burn_in, dt=dt, **options).exponents
 
 
 @torch.no_grad()
@@ -180,91 +178,54 @@ def lyapunov_spectrum(
     num_steps: int,
     burn_in: int = 0,
     dt: float = 1.0,
-    orthonormalize_every: int = 1,
-    batched: bool = False,
-    window: str = "uniform",
-    frame: Tensor | None = None,
-    generator: torch.Generator | None = None,
     covariant: bool = False,
     burn_out: int | None = None,
+    **options: Unpack[SpectrumOptions],
 ) -> LyapunovSpectrum:
-    """Like :func:`lyapunov_exponents`, with everything that was measured on the way.
+    """Compute Lyapunov exponents with their growth, frames and, if wanted, covariant directions.
 
-    Args:
-        step: As there.
-        x0: As there.
-        k: As there; None: the full spectrum.
-        num_steps: As there.
-        burn_in: As there.
-        dt: As there.
-        orthonormalize_every: As there.
-        batched: As there.
-        window: As there.
-        frame: As there.
-        generator: As there.
-        covariant: Also return covariant directions, which the dynamics maps onto one another. All frames of
-            the run are kept for that.
-        burn_out: Steps after the run in which the covariant directions converge, backward in time; default num_steps.
+    Arguments and errors of :func:`lyapunov_exponents`, with ``k=None`` for the full spectrum. ``covariant=True`` also
+    returns covariant directions, which the dynamics maps onto one another. It keeps all frames of the run, and adds
+    ``burn_out`` steps (default ``num_steps``) in which these directions converge, backward in time.
 
     Raises:
         MemoryError: The frames that ``covariant=True`` keeps would not fit into memory.
-        ValueError: As there.
-        FloatingPointError: As there; also if a full spectrum's sum is not the mean log-determinant.
+        FloatingPointError: The sum of a full spectrum is not the mean log-determinant, too.
     """
-    state: Vector = (x0,) if isinstance(x0, Tensor) else tuple(x0)
-    differentiable = as_map(step, x0)
-    run = _Run(differentiable, state, batched=batched, every=orthonormalize_every, steps=num_steps + burn_in)
+    every, window = options.get("orthonormalize_every", 1), options.get("window", "uniform")
+    require_window(window)
+    run = _Run(as_map(step, x0), x0, batched=options.get("batched", False), every=every)
     k = run.n if k is None else k
-    _check_counts(k, run.n, num_steps, burn_in, orthonormalize_every, dt, window)
-    run.check_function(state)
-    rows = _first_frame(frame, run, k, generator)
-    burn_out = num_steps if burn_out is None else burn_out
-    windows = -(-num_steps // orthonormalize_every)
-    extra = -(-burn_out // orthonormalize_every) if covariant else 0
+    _check_counts(k, run.n, num_steps, burn_in, every, dt)
+    run.check_function()
+    run.begin(k, options.get("frame"), options.get("generator"), num_steps + burn_in >= _RECORD)
+    windows, extra = num_steps // every, -(-(num_steps if burn_out is None else burn_out) // every)
     if covariant:
-        _check_memory((windows + extra) * rows.numel() * rows.element_size())
-    state = tuple(a.detach() for a in state)
-    for _ in range(-(-burn_in // orthonormalize_every)):
-        state, rows, _ = run.window(state, rows)
-    factors: list[Tensor] = []
-    frames: list[Tensor] = []
-    determinants: list[Tensor] = []
-    for _ in range(windows):
-        state, rows, factor = run.window(state, rows)
-        factors.append(factor if covariant else factor.diagonal(dim1=-2, dim2=-1))
-        if run.determinant is not None and k == run.n:
-            determinants.append(run.determinant)
-        if covariant:
-            frames.append(rows)
-    end, last = state, rows
-    directions = None
-    diagonals = factors
+        needed = (windows + extra) * run.rows.numel() * run.rows.element_size()
+        cure = "take fewer steps, fewer exponents, or a larger orthonormalize_every"
+        require_memory(needed, "covariant=True keeps every frame of the run:", cure)
+    for _ in range(burn_in // every):
+        run.advance()
+    growth = torch.stack(run.measure(windows, keep=covariant)).log()
+    state, rows, directions = run.state, run.rows, None
     if covariant:
-        for _ in range(extra):
-            state, rows, factor = run.window(state, rows)
-            factors.append(factor)
-            frames.append(rows)
-        directions = covariant_directions(torch.stack(frames), torch.stack(factors), extra)
-        diagonals = [f.diagonal(dim1=-2, dim2=-1) for f in factors[:windows]]
-    growth = torch.stack(diagonals).log()
-    weights = window_weights(window, growth)
-    time = dt * orthonormalize_every
+        run.measure(extra, keep=True)
+        directions = covariant_directions(torch.stack(run.frames), torch.stack(run.factors), extra)
+    weights, time = window_weights(window, growth), dt * every
     exponents = torch.einsum("t,t...->...", weights, growth) / time
     log_determinant = None
-    if determinants:
-        log_determinant = torch.einsum("t,t...->...", weights, torch.stack(determinants)) / time
-        _check_sum(exponents.sum(-1), log_determinant, growth.dtype)
-    order = exponents.argsort(dim=-1, descending=True, stable=True)
-    if not bool((order == torch.arange(k, device=order.device)).all()):
-        # Equal ones come in any order, and a short run may find a later one larger.
-        exponents = exponents.gather(-1, order)
-        growth = growth.gather(-1, order.expand_as(growth))
+    if run.determinants:
+        determinants = torch.stack(run.determinants[:windows])
+        log_determinant = torch.einsum("t,t...->...", weights, determinants) / time
+        _check_sum(exponents.sum(-1), log_determinant)
+    # Equal exponents come in any order, and a short run may find a later one larger.
+    exponents, order = exponents.sort(dim=-1, descending=True, stable=True)
     return LyapunovSpectrum(
         exponents=exponents,
-        growth=growth,
+        growth=growth.gather(-1, order.expand_as(growth)),
         window_time=time,
-        state=end[0] if isinstance(x0, Tensor) else end,
-        frame=last,
+        state=state[0] if isinstance(x0, Tensor) else state,
+        frame=rows,
         covariant=directions,
         log_determinant=log_determinant,
         weights=weights,
@@ -272,29 +233,45 @@ def lyapunov_spectrum(
 
 
 class _Run:
-    """A state and its frame on their way, over one start point or a batch of them."""
+    """Current state and frame of one run, or of a batch of them."""
 
-    def __init__(
-        self, differentiable: DifferentiableMap, x0: Vector, *, batched: bool, every: int, steps: int
-    ) -> None:
-        self._map, self._every, self._batch_dims = differentiable, every, int(batched)
-        coordinates = differentiable.coordinates(x0)
-        if not coordinates or any(not a.is_floating_point() for a in coordinates):
+    rows: Tensor  # (..., k, n)
+
+    def __init__(self, differentiable: DifferentiableMap, x0: State, *, batched: bool, every: int) -> None:
+        self.state: Vector = tuple(a.detach() for a in ((x0,) if isinstance(x0, Tensor) else x0))
+        self.like = differentiable.coordinates(self.state)
+        if not self.like or any(not a.is_floating_point() for a in self.like):
             raise ValueError(
-                f"The state must be tensors of real floating-point numbers. Got {[a.dtype for a in x0]}; view "
+                f"The state must be tensors of real floating-point numbers. Got {[a.dtype for a in self.state]}; view "
                 "complex ones as real (torch.view_as_real)."
             )
-        self.like = coordinates
-        self.batch = tuple(coordinates[0].shape[: self._batch_dims])
-        self.n = sum(a.numel() for a in coordinates) // max(1, math.prod(self.batch))
-        self.determinant: Tensor | None = None
+        self._every, self._batch_dims = every, int(batched)
+        self.batch = tuple(self.like[0].shape[: self._batch_dims])
+        self.n = sum(a.numel() for a in self.like) // max(1, math.prod(self.batch))
+        self.determinant: Tensor | None = None  # log |det| of the last window, of a small full spectrum
+        self.determinants: list[Tensor] = []
+        self.frames: list[Tensor] = []
+        self.factors: list[Tensor] = []
         self._steps_done = 0
-        self._records = steps >= _RECORD
         self._push = differentiable.push_batch if batched else differentiable.push
         self._step = torch.vmap(differentiable.step) if batched else differentiable.step
 
-    def check_function(self, x: Vector) -> None:
-        """Two evaluations must agree, and leave their input alone."""
+    def begin(self, k: int, frame: Tensor | None, generator: torch.Generator | None, records: bool) -> None:
+        """Set the first frame, and record the map's operations if that pays."""
+        shape = (*self.batch, k, self.n)
+        if frame is None:
+            self.rows = random_frame(k, self.n, self.like[0], generator, self.batch)
+        elif frame.shape == shape:
+            self.rows = orthonormalize(frame.to(self.like[0]))[0]
+        else:
+            raise ValueError(f"frame must have shape {shape}, one tangent per row. Got {tuple(frame.shape)}.")
+        if records:
+            tangents = from_rows(self.rows, self.like, batch_dims=self._batch_dims)
+            self._push = recorded(self._push, self.state, tangents)
+
+    def check_function(self) -> None:
+        """Raise ValueError unless two evaluations agree and leave their input unchanged."""
+        x = self.state
         before = tuple(a.clone() for a in x)
         try:
             first, second = (tuple(a.clone() for a in self._step(before)) for _ in range(2))
@@ -302,9 +279,7 @@ class _Run:
             if "randomness" in str(error):
                 raise ValueError(_NOT_A_FUNCTION.format("it draws random numbers")) from error
             raise
-        if any(
-            not torch.equal(a, b) and bool(torch.isfinite(a).all()) for a, b in zip(x, before, strict=True)
-        ):
+        if any(bool(a.isfinite().all()) and not torch.equal(a, b) for a, b in zip(x, before, strict=True)):
             raise ValueError(_NOT_A_FUNCTION.format("it writes to its input"))
         if [a.shape for a in first] != [a.shape for a in x]:
             raise ValueError(
@@ -314,14 +289,25 @@ class _Run:
         if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)):
             raise ValueError(_NOT_A_FUNCTION.format("two evaluations at the same state differ"))
 
-    def window(self, x: Vector, rows: Tensor) -> tuple[Vector, Tensor, Tensor]:
-        """``every`` steps, then an orthonormalisation."""
-        frame = from_rows(rows, self.like, batch_dims=self._batch_dims)
-        if self._records and self._steps_done == 0:
-            self._push = recorded(self._push, x, frame)
+    def measure(self, windows: int, *, keep: bool) -> list[Tensor]:
+        """Return the growth factors (..., k) in each window; also store frames and triangular factors if asked to."""
+        growth = []
+        for _ in range(windows):
+            factor = self.advance()
+            growth.append(factor.diagonal(dim1=-2, dim2=-1))
+            if self.determinant is not None:
+                self.determinants.append(self.determinant)
+            if keep:
+                self.frames.append(self.rows)
+                self.factors.append(factor)
+        return growth
+
+    def advance(self) -> Tensor:
+        """Take ``every`` steps, orthonormalise, and return the triangular factor of the frame."""
+        x, frame = self.state, from_rows(self.rows, self.like, batch_dims=self._batch_dims)
         for _ in range(self._every):
             x, frame = self._push(x, frame)
-            self._steps_done += 1
+        self._steps_done += self._every
         pushed = to_rows(frame, batch_dims=self._batch_dims)
         # One test for both: a number that is not finite spoils the sum.
         if not math.isfinite(float(pushed.sum())) or not all(bool(torch.isfinite(a).all()) for a in x):
@@ -331,8 +317,8 @@ class _Run:
             )
         if pushed.shape[-2] == self.n <= _SELF_CHECK:
             self.determinant = torch.linalg.slogdet(pushed).logabsdet  # |det Q| = 1
-        rows, factor = orthonormalize(pushed)
-        return x, rows, factor
+        self.state, (self.rows, factor) = tuple(x), orthonormalize(pushed)
+        return factor
 
 
 _NOT_A_FUNCTION = (
@@ -341,49 +327,22 @@ _NOT_A_FUNCTION = (
 )
 
 
-def _check_counts(k: int, n: int, num_steps: int, burn_in: int, every: int, dt: float, window: str) -> None:
+def _check_counts(k: int, n: int, num_steps: int, burn_in: int, every: int, dt: float) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..n, the number of coordinates of the state. Got k={k} and n={n}.")
-    for name, value, least in (
-        ("num_steps", num_steps, 1),
-        ("burn_in", burn_in, 0),
-        ("orthonormalize_every", every, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}. Got {value}.")
+    require_at_least(1, num_steps=num_steps, orthonormalize_every=every)
+    require_at_least(0, burn_in=burn_in)
     if num_steps % every or burn_in % every:
-        raise ValueError(
-            f"num_steps and burn_in must be multiples of orthonormalize_every. Got {num_steps}, {burn_in} and {every}."
-        )
+        got = f"Got {num_steps}, {burn_in} and {every}."
+        raise ValueError(f"num_steps and burn_in must be multiples of orthonormalize_every. {got}")
     if not dt > 0:
         raise ValueError(f"dt must be positive. Got {dt}.")
-    if window not in ("uniform", "bump"):
-        raise ValueError(f"window must be 'uniform' or 'bump'. Got {window!r}.")
 
 
-def _first_frame(frame: Tensor | None, run: _Run, k: int, generator: torch.Generator | None) -> Tensor:
-    if frame is None:
-        return random_frame(k, run.n, run.like[0], generator, run.batch)
-    if frame.shape != (*run.batch, k, run.n):
-        raise ValueError(
-            f"frame must have shape {(*run.batch, k, run.n)}, one tangent per row. Got {tuple(frame.shape)}."
-        )
-    return orthonormalize(frame.to(run.like[0]))[0]
-
-
-def _check_memory(needed: int) -> None:
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise MemoryError(
-            f"covariant=True keeps every frame of the run: {needed / 2**30:.1f} GiB. Got a machine of "
-            f"{available / 2**30:.1f} GiB; take fewer steps, fewer exponents, or a larger orthonormalize_every."
-        )
-
-
-def _check_sum(total: Tensor, log_determinant: Tensor, dtype: torch.dtype) -> None:
+def _check_sum(total: Tensor, log_determinant: Tensor) -> None:
     finite = torch.isfinite(total) & torch.isfinite(log_determinant)
     scale = 1 + log_determinant.abs()
-    wrong = finite & ((total - log_determinant).abs() > torch.finfo(dtype).eps ** 0.5 * scale)
+    wrong = finite & ((total - log_determinant).abs() > torch.finfo(total.dtype).eps ** 0.5 * scale)
     if bool(wrong.any()):
         raise FloatingPointError(
             "The exponents must add up to the mean log-determinant. Got "

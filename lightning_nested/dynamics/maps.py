@@ -1,4 +1,4 @@
-"""Maps x ↦ F(x) that push a frame of tangents along with the point: what Lyapunov exponents are computed from."""
+"""Maps x ↦ F(x) that push a frame of tangents along with the point, for Lyapunov exponents."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
+from typing_extensions import override
 
 from lightning_nested.linalg.vectors import Vector
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 Step: TypeAlias = Callable[[Any], Any]
-"""From a state to the next one, in the same form: a tensor, or a tuple of tensors."""
+"""Function from a state to the next one, in the same form: a tensor, or a tuple of tensors."""
 
 
 class DifferentiableMap(ABC):
-    """A map of tuples of tensors with its derivative along a frame.
+    """Map of tuples of tensors with its derivative along a frame.
 
     A state may carry tensors that are no coordinates, such as a step count: they come after the first
     ``num_coordinates`` ones, and frames have no entry for them.
@@ -30,64 +31,59 @@ class DifferentiableMap(ABC):
 
     @abstractmethod
     def step(self, x: Vector) -> Vector:
-        """The next state F(x)."""
+        """Return the next state F(x)."""
 
     @abstractmethod
     def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
-        """F(x) and the derivative J(x)·v along one tangent, a tensor per coordinate tensor."""
+        """Return F(x) and the derivative J(x)·v along one tangent, a tensor per coordinate tensor."""
 
     def push(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
-        """F(x) and the frame of derivatives, one tensor (k, *shape) per coordinate tensor in and out."""
+        """Return F(x) and the frame of derivatives, one tensor (k, *shape) per coordinate tensor in and out."""
         # Dual numbers carry the value with every tangent: k equal copies of it come out.
         values, pushed = torch.vmap(lambda v: self.jvp(x, v))(frame)
         return tuple(a[0] for a in values), pushed
 
     def push_batch(self, x: Vector, frame: Vector) -> tuple[Vector, Vector]:
-        """:meth:`push` for a batch of states (batch, *shape) and their frames (batch, k, *shape).
-
-        One ``vmap`` over all pairs of state and tangent: through two nested ones torch 2.14 derives
-        ``torch.linalg.solve`` wrongly, and says nothing.
-        """
+        """Apply :meth:`push` to a batch of states (batch, *shape) and their frames (batch, k, *shape)."""
+        # One vmap over all pairs: through two nested ones torch 2.14 silently derives torch.linalg.solve wrongly.
         batch, k = frame[0].shape[:2]
         states = tuple(a.repeat_interleave(k, dim=0) for a in x)
         values, pushed = torch.vmap(self.jvp)(states, tuple(a.flatten(0, 1) for a in frame))
         return tuple(a[::k] for a in values), tuple(a.view(batch, k, *a.shape[1:]) for a in pushed)
 
     def coordinates(self, x: Vector) -> Vector:
-        """The part of a state that has tangents."""
+        """Return the part of a state that has tangents."""
         return x if self.num_coordinates is None else x[: self.num_coordinates]
 
 
 class FunctionMap(DifferentiableMap):
-    """Any differentiable function, by forward-mode derivatives, all k tangents at once.
+    """Map of any function that ``torch.func`` differentiates, by forward mode, all k tangents at once.
 
-    Args:
-        step: From a state to the next one, made of operations that ``torch.func`` can differentiate. Inside,
-            gradients are taken by ``torch.func.grad``, not ``torch.autograd.grad``.
-        single: The function takes and returns one tensor instead of a tuple.
+    Inside the function, take gradients by ``torch.func.grad``, not ``torch.autograd.grad``. ``single`` is True if it
+    takes and returns one tensor instead of a tuple.
     """
 
     def __init__(self, step: Step, *, single: bool) -> None:
         self._function, self._single = step, single
 
+    @override
     def step(self, x: Vector) -> Vector:
-        """One evaluation."""
-        return self._tuple(*x)
-
-    def _tuple(self, *x: Tensor) -> Vector:
         out = self._function(x[0] if self._single else x)
         return (out,) if self._single else tuple(out)
 
+    @override
     def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
-        """Forward mode."""
-        value: Vector
-        derivative: Vector
-        value, derivative = torch.func.jvp(self._tuple, x, v)  # type: ignore[misc]  # two without has_aux
-        return value, derivative
+        return forward_derivative(lambda *x: self.step(x), x, v)
+
+
+def forward_derivative(function: Callable[..., Vector], x: Vector, v: Vector) -> tuple[Vector, Vector]:
+    """Return ``function(*x)`` and its derivative along v, by forward mode."""
+    value, derivative = torch.func.jvp(function, x, v)  # type: ignore[misc]  # two without has_aux
+    return value, derivative
 
 
 def as_map(step: Step | DifferentiableMap, x0: State) -> DifferentiableMap:
-    """``step`` itself if it has a derivative of its own, else a :class:`FunctionMap`."""
+    """Return ``step`` itself if it has a derivative of its own, else a :class:`FunctionMap`."""
     if isinstance(step, DifferentiableMap):
         return step
     if not callable(step):
@@ -96,13 +92,11 @@ def as_map(step: Step | DifferentiableMap, x0: State) -> DifferentiableMap:
 
 
 def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
-    """``function`` as the list of its tensor operations, for inputs of the example's shapes.
+    """Record ``function`` as the list of its tensor operations, for inputs of the example's shapes.
 
     Nested transforms (a batch of forward derivatives of gradients) cost ten times the arithmetic of a small problem,
-    and half of what they do is never used. Replaying the operations that matter costs neither.
-
-    A function whose operations depend on values (Python branches on a tensor) cannot be recorded, and is returned as
-    it is: PyTorch refuses such a recording, it does not specialise in silence.
+    and half of their results are never used; replaying the operations that matter avoids both. A function whose
+    operations depend on values (Python branches on a tensor) is returned as it is: PyTorch refuses to record it.
     """
 
     def call(*inputs: Any) -> Any:
@@ -113,7 +107,7 @@ def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
         if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.graph.nodes):
             # Only without in-place operations can what nothing reads be left out.
             graph = make_fx(functionalize(call, remove="mutations"))(*example)
-    except Exception:  # of any kind: what cannot be recorded still runs as it did
+    except Exception:  # of any kind: a function that cannot be recorded still runs as it is
         return function
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._linalg_check_errors.default:
@@ -133,7 +127,7 @@ def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tenso
 
 
 def _solve(matrix: Tensor, right: Tensor, *, left: bool = True, check_errors: bool = False) -> Vector:
-    """As ``aten._linalg_solve_ex``, with the matrix itself in the place of its factors."""
+    """Replace ``aten._linalg_solve_ex``, with the matrix itself in place of its factors."""
     vector = right.ndim == 1 or (right.ndim == matrix.ndim - 1 and right.shape == matrix.shape[:-1])
     b = right.unsqueeze(-1) if vector else right
     inverse = torch.linalg.inv(matrix)
@@ -145,7 +139,7 @@ def _solve(matrix: Tensor, right: Tensor, *, left: bool = True, check_errors: bo
 def _solve_again(
     matrix: Tensor, pivots: Tensor, right: Tensor, *, left: bool = True, adjoint: bool = False
 ) -> Tensor:
-    """As ``aten.linalg_lu_solve``, with what :func:`_solve` gives for factors."""
+    """Replace ``aten.linalg_lu_solve``, with the factors that :func:`_solve` returns."""
     inverse = torch.linalg.inv(matrix)
     inverse = inverse.mH if adjoint else inverse
     product: Tensor = inverse @ right if left else right @ inverse
@@ -156,19 +150,19 @@ def _solve_again(
 _REPLACED: dict[Any, Any] = {
     torch.ops.aten.copy.default: _copied,  # has no derivative
     torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default,  # holds no memory to be read
-    # The factors of a solve count as constants: a derivative of a derivative would miss what they depend on.
+    # The factors of a solve count as constants: a second derivative would miss their dependence on the matrix.
     torch.ops.aten._linalg_solve_ex.default: _solve,
     torch.ops.aten.linalg_lu_solve.default: _solve_again,
 }
 
 
 def rk4_step(field: Step, dt: float) -> Step:
-    """One step of the classical Runge-Kutta method for the flow ẋ = field(x).
+    """Return a step of the classical Runge-Kutta method for the flow ẋ = field(x).
 
     x ← x + dt/6 (k₁ + 2k₂ + 2k₃ + k₄); local error O(dt⁵).
 
     Args:
-        field: From a state (a tensor or a tuple of tensors) to its velocity.
+        field: Function from a state (a tensor or a tuple of tensors) to its velocity.
         dt: Time of a step. Give the same to :func:`lyapunov_exponents`, for exponents per unit time.
 
     >>> step = rk4_step(lambda x: -x, 0.1)
@@ -176,21 +170,14 @@ def rk4_step(field: Step, dt: float) -> Step:
     '0.904837'
     """
 
-    def moved(x: State, velocity: State, time: float) -> State:
-        if isinstance(x, Tensor):
-            return x + time * velocity  # type: ignore[operator]  # the velocity has the form of the state
-        return tuple(a + time * b for a, b in zip(x, velocity, strict=True))
+    def moved(x: State, velocity: State, time: float) -> Any:
+        return tree_map(lambda a, b: a + time * b, x, velocity)
 
-    def step(x: State) -> State:
+    def step(x: State) -> Any:
         k1 = field(x)
         k2 = field(moved(x, k1, dt / 2))
         k3 = field(moved(x, k2, dt / 2))
         k4 = field(moved(x, k3, dt))
-        if isinstance(x, Tensor):
-            moved_on: Tensor = x + dt / 6 * (k1 + 2 * (k2 + k3) + k4)
-            return moved_on
-        return tuple(
-            a + dt / 6 * (p + 2 * (q + r) + s) for a, p, q, r, s in zip(x, k1, k2, k3, k4, strict=True)
-        )
+        return moved(x, tree_map(lambda p, q, r, s: p + 2 * (q + r) + s, k1, k2, k3, k4), dt / 6)
 
     return step

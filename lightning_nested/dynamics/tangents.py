@@ -1,31 +1,33 @@
-"""Tangents of parameters and optimizer buffers, carried beside a run that somebody else makes."""
+"""Tangents of parameters and optimizer buffers, pushed through the optimizer steps of a training loop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics.frames import orthonormalize, window_weights
-from lightning_nested.linalg.vectors import Reduce, Vector
+from lightning_nested.dynamics.checks import require_at_least, require_window
+from lightning_nested.dynamics.frames import Product, krylov, orthonormalize, window_weights
+from lightning_nested.linalg.processes import Reduce
+from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.update_rules import Descent, LinearRule, SGDRule, UpdateRule, known_rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """Clipping of an optimizer's gradient, a part of the map that is differentiated with it.
+    """Clipping of an optimizer's gradient, differentiated as a part of its step.
 
     By norm g ↦ g·c, c = min(1, limit/(‖g‖ + 1e-6)), whose derivative is c·dg − g·(gᵀdg)·c²/(limit·‖g‖) where c < 1;
     by value each entry, with derivative 0 where it is cut.
 
     Args:
-        limit: Of the norm over all of the optimizer's gradients, or of each entry.
+        limit: Bound on the norm over all of the optimizer's gradients, or on each entry.
         algorithm: ``"norm"`` or ``"value"``.
 
     >>> g, dg = torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 0.0]])
@@ -37,16 +39,16 @@ class Clip:
     algorithm: Literal["norm", "value"] = "norm"
 
     def factor(self, g: Tensor) -> Tensor:
-        """C for a flat gradient, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+        """Compute c for a flat gradient as ``torch.nn.utils.clip_grad_norm_`` does."""
         factor: Tensor = (self.limit / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1.0)
         return factor
 
     def value(self, g: Tensor) -> Tensor:
-        """The clipped gradient, flat."""
+        """Clip a flat gradient."""
         return g.clamp(-self.limit, self.limit) if self.algorithm == "value" else g * self.factor(g)
 
     def tangent(self, g: Tensor, dg: Tensor) -> Tensor:
-        """Its derivative along each row of ``dg`` (k, n), at the unclipped flat gradient ``g``."""
+        """Differentiate the clipping at the flat gradient ``g``, along each row of ``dg`` (k, n)."""
         if self.algorithm == "value":
             return torch.where(g.abs() <= self.limit, dg, 0.0)
         factor = self.factor(g)
@@ -57,18 +59,16 @@ class Clip:
 
 
 class Tangents:
-    """K tangents of parameters and optimizer buffers, pushed through optimizer steps, and how fast they grow.
-
-    What is common to :class:`TrainingTracker` and :class:`GameTracker`, which know where products come from.
+    """Base of :class:`TrainingTracker` and :class:`GameTracker`, which add where products with tangents come from.
 
     Args:
-        params: The optimizers' parameters that require gradients, in their order.
+        params: Parameters of the optimizers that require gradients, in their order.
         k: Number of exponents.
-        align: Iterations that align the first frame, each one product; 0: random directions.
+        align: Krylov iterations that align the first frame, each one product; 0: random directions.
         orthonormalize_every: Steps between orthonormalisations.
-        window: How :meth:`running` averages: ``"uniform"`` or ``"bump"``, see :func:`lyapunov_exponents`.
-        seed: Of the first direction.
-        reduce: Averages a tensor over processes.
+        window: Weights by which :meth:`running` averages: ``"uniform"`` or ``"bump"``, see :class:`SpectrumOptions`.
+        seed: Seed of the random frame.
+        reduce: Function that averages a tensor over processes.
 
     Raises:
         ValueError: k is not in 1..n, or an option is out of range.
@@ -85,18 +85,14 @@ class Tangents:
         seed: int = 0,
         reduce: Reduce | None = None,
     ) -> None:
-        for name, value, least in (("align", align, 0), ("orthonormalize_every", orthonormalize_every, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}. Got {value}.")
-        if window not in ("uniform", "bump"):
-            raise ValueError(f"window must be 'uniform' or 'bump'. Got {window!r}.")
+        require_at_least(0, align=align)
+        require_at_least(1, orthonormalize_every=orthonormalize_every)
+        require_window(window)
         self.k, self.align, self.every, self.seed, self.reduce = k, align, orthonormalize_every, seed, reduce
         self.window = window
-        self.alignment = math.nan
-        self.steps = 0
+        self.alignment, self.steps = math.nan, 0
         self._history = torch.empty(0, k, dtype=torch.float64)  # twice as long whenever it is full
         self._windows = 0
-        self._total = torch.zeros(k, dtype=torch.float64)
         self.follow(params)
 
     def follow(self, params: Sequence[Tensor]) -> None:
@@ -105,19 +101,20 @@ class Tangents:
         self.n = sum(p.numel() for p in self.params)
         if not 1 <= self.k <= self.n:
             raise ValueError(f"k must be in 1..n, the number of parameters. Got k={self.k} and n={self.n}.")
-        self._columns: dict[int, slice] = {}
-        at = 0
-        for p in self.params:
-            self._columns[id(p)] = slice(at, at + p.numel())
-            at += p.numel()
+        ends = accumulate(p.numel() for p in self.params)
+        self._columns = {id(p): slice(e - p.numel(), e) for p, e in zip(self.params, ends, strict=True)}
         self.frame: Tensor | None = None  # (k, n), tangents of the parameters
         self.slots: list[Tensor] = []  # (k, n) each, tangents of the optimizer's buffers
         self._anchor: Tensor | None = None  # tangents before an extrapolation
         self._since = self.steps  # where the windows of this frame began
 
+    def holds(self, params: Iterable[Tensor]) -> bool:
+        """Return True if these are the parameters that are followed, in this order."""
+        return [id(p) for p in params] == [id(p) for p in self.params]
+
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tangents: single precision at least."""
+        """The dtype of the tangents: single precision at least."""
         found = self.params[0].dtype
         return torch.float32 if found in (torch.float16, torch.bfloat16) else found
 
@@ -125,6 +122,36 @@ class Tangents:
     def growth(self) -> Tensor:
         """(T, k), the logarithmic growth in each window."""
         return self._history[: self._windows]
+
+    # ---- the first frame
+
+    def random_frame(self) -> Tensor:
+        """Return (k, n) orthonormal random tangents, the same on every device and process."""
+        generator = torch.Generator().manual_seed(self.seed)
+        random = torch.randn(self.k, self.n, generator=generator, dtype=torch.float32)
+        return orthonormalize(random.to(dtype=self.dtype, device=self.params[0].device))[0].contiguous()
+
+    def begin(self, product: Product, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Set the first frame from ``align`` Krylov vectors of a step's derivative, filled up with random tangents.
+
+        ``product`` is averaged over processes; ``choose`` takes the basis (m, n) and its images to the coordinates
+        (≤ k, m) of the directions to begin with. Raises FloatingPointError if a product is not finite.
+        """
+        frame = random = self.random_frame()
+        if self.align:
+            basis, images = krylov(product, random[0], min(max(self.align, self.k), self.n), tolerance=1e-6)
+            if not math.isfinite(float(images.sum())):
+                raise FloatingPointError(
+                    "The first products must be finite. Got a number that is not: the run diverges."
+                )
+            coordinates = orthonormalize(choose(basis, images))[0].to(basis)
+            frame, pushed = coordinates @ basis, coordinates @ images
+            tiny = torch.finfo(frame.dtype).tiny
+            inside = (pushed @ frame.mT).norm(dim=1) / pushed.norm(dim=1).clamp_min(tiny)
+            self.alignment = float(inside.min()) if bool(pushed.any()) else math.nan
+            frame = orthonormalize(torch.cat([frame, random[len(frame) :]]))[0].contiguous()
+        self.frame = frame
+        return frame
 
     # ---- through a step
 
@@ -139,18 +166,12 @@ class Tangents:
         clip: Clip | None = None,
         ahead: bool | None = None,
     ) -> bool:
-        """Push the tangents through the optimizer's coming step, or through the first half of one that looks ahead.
+        """Push the tangents through the optimizer's coming step, and return True if it is a whole one.
 
-        Args:
-            optimizer: Before its step: gradients in ``.grad``, options and buffers as the step will use them.
-            dg: (k, n), derivatives of the gradient along each tangent; only this optimizer's columns are read.
-            gradient: (n,), the gradient before clipping; only needed with ``clip``.
-            rule: A re-statement of an optimizer that is not known.
-            clip: What happens to the gradient before the step.
-            ahead: Of :class:`Extragradient`, whether this is the first half; None: unless it is extrapolated.
-
-        Returns:
-            Whether it was a whole step.
+        Before the step, gradients are in ``.grad``, options and buffers as the step will use them. ``dg`` (k, n) holds
+        derivatives of the gradient along each tangent, of which this optimizer's columns are read; ``gradient`` (n,) is
+        the gradient before clipping, only needed with ``clip``. ``ahead`` is True for the first half of an
+        :class:`Extragradient` step; None: unless it is extrapolated.
         """
         assert self.frame is not None
         entries = [
@@ -189,7 +210,7 @@ class Tangents:
         return True
 
     def _clip(self, params: Sequence[Tensor], gradient: Tensor, dg: Tensor, clip: Clip) -> list[Tensor]:
-        """The clipped gradients of one optimizer; ``dg`` becomes their derivative, in place."""
+        """Return the clipped gradients of one optimizer, and turn ``dg`` into their derivative, in place."""
         columns, sizes = [self._columns[id(p)] for p in params], [p.numel() for p in params]
         mine = torch.cat([gradient[c] for c in columns])
         pushed = clip.tangent(mine, torch.cat([dg[:, c] for c in columns], dim=1))
@@ -198,14 +219,14 @@ class Tangents:
         return [g.view(p.shape) for g, p in zip(torch.split(clip.value(mine), sizes), params, strict=True)]
 
     def _block(self, params: Sequence[Tensor]) -> slice | None:
-        """The columns of these parameters, if they lie side by side."""
+        """Return the columns of these parameters if they lie side by side."""
         columns = [self._columns[id(p)] for p in params]
         if any(a.stop != b.start for a, b in pairwise(columns)):
             return None
         return slice(columns[0].start, columns[-1].stop)
 
     def _push_one(self, p: Tensor, r: UpdateRule, g: Tensor, state: Mapping[str, Any], dg: Tensor) -> None:
-        """One parameter's columns, by its rule's derivative."""
+        """Push one parameter's columns by its rule's derivative."""
         assert self.frame is not None
         while len(self.slots) < len(r.slots):
             self.slots.append(torch.zeros_like(self.frame))
@@ -220,11 +241,8 @@ class Tangents:
         begun = any(s is not None for s in kept)
         dw = rows(self.frame)
         # A buffer that begins as a linear function of the parameter begins with that function's tangent.
-        dslots = (
-            r.start(dw)
-            if isinstance(r, LinearRule) and not begun
-            else tuple(rows(s) for s in self.slots[: len(slots)])
-        )
+        linear = isinstance(r, LinearRule) and not begun
+        dslots = r.start(dw) if linear else tuple(rows(s) for s in self.slots[: len(slots)])
         t = torch.tensor(float(state.get("step", float(begun))) + 1, dtype=self.dtype, device=p.device)
         if isinstance(r, Descent):  # closed forms broadcast over the frame
             after, buffers = r.tangent(w, g, slots, t, dw, rows(dg), dslots)
@@ -235,7 +253,7 @@ class Tangents:
             target[:, columns] = new.reshape(self.k, -1)
 
     def _extrapolate(self, entries: Sequence[tuple[Tensor, UpdateRule]], dg: Tensor, ahead: bool) -> None:
-        """Either half of extragradient: ahead from here, or from where the first half began."""
+        """Push through half an extragradient step: ahead from here, or from where the first half began."""
         assert self.frame is not None
         if self._anchor is None:
             self._anchor = torch.empty_like(self.frame)
@@ -248,7 +266,7 @@ class Tangents:
             torch.sub(self._anchor[:, columns], e, alpha=r.lr, out=self.frame[:, columns])
 
     def end_step(self) -> bool:
-        """Count a step; True if a window ended, with its growth recorded.
+        """Count a step; if that ends a window, record its growth and return True.
 
         Raises:
             FloatingPointError: A tangent is not finite.
@@ -280,7 +298,6 @@ class Tangents:
             self._history = longer
         self._history[self._windows] = growth
         self._windows += 1
-        self._total += growth
 
     # ---- results, state
 
@@ -288,10 +305,7 @@ class Tangents:
         """(k,), the mean exponents per step so far, largest first; NaN before the first window."""
         if not self._windows:
             return torch.full((self.k,), math.nan)
-        if self.window == "uniform":
-            mean = self._total / self._windows
-        else:
-            mean = window_weights(self.window, self.growth) @ self.growth
+        mean = window_weights(self.window, self.growth) @ self.growth
         return (mean / self.every).sort(descending=True).values
 
     def local(self) -> Tensor:
@@ -299,7 +313,7 @@ class Tangents:
         return self.growth[-1] / self.every if self._windows else torch.full((self.k,), math.nan)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers, for an exact resume."""
+        """Return all that an exact resume needs."""
         return {
             "frame": self.frame,
             "slots": self.slots,
@@ -310,10 +324,10 @@ class Tangents:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore on the devices of the parameters.
+        """Restore on the device of the parameters.
 
         Raises:
-            ValueError: The tangents are of other parameters, or of another number.
+            ValueError: k or the number of parameters is another.
         """
         frame, growth = state["frame"], state["growth"]
         if growth.shape[1] != self.k or (frame is not None and frame.shape != (self.k, self.n)):
@@ -326,9 +340,6 @@ class Tangents:
         self.frame = None if frame is None else frame.to(**like, copy=True)
         self.slots = [s.to(**like, copy=True) for s in state["slots"]]
         self._history, self._windows = growth.double().cpu().clone(), len(growth)
-        self._total = torch.zeros(self.k, dtype=torch.float64)
-        for one in self._history:  # in the order in which they were added
-            self._total += one
         self.alignment, self.steps = state["alignment"], state["steps"]
         self._since = state.get("since", 0)
 
@@ -336,7 +347,7 @@ class Tangents:
 def _one_by_one(
     rule: UpdateRule, w: Tensor, g: Tensor, slots: Vector, t: Tensor, dw: Tensor, dg: Tensor, dslots: Vector
 ) -> tuple[Tensor, Vector]:
-    """A user's rule along each tangent."""
+    """Apply a user's rule along each tangent."""
     found = [rule.tangent(w, g, slots, t, dw[i], dg[i], tuple(s[i] for s in dslots)) for i in range(len(dw))]
     return torch.stack([f[0] for f in found]), tuple(
         torch.stack(s) for s in zip(*(f[1] for f in found), strict=True)

@@ -1,4 +1,4 @@
-"""The optimizer as a map: parameters *and* optimizer state at one step, from those at the step before."""
+"""The optimizer as a map from parameters *and* optimizer state to those after one step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics.maps import DifferentiableMap
+from lightning_nested.dynamics.maps import DifferentiableMap, forward_derivative
 from lightning_nested.linalg.vectors import Vector, clone
 from lightning_nested.optim.update_rules import (
     Descent,
@@ -17,8 +17,9 @@ from lightning_nested.optim.update_rules import (
     known_rule,
 )
 
+Params: TypeAlias = Sequence[Tensor]
 Losses: TypeAlias = Callable[..., Any]
-"""From a tuple of parameters to a scalar, or from a tuple of players to a tuple of scalars."""
+"""Function from a tuple of parameters to a scalar, or from a tuple of players to a tuple of scalars."""
 
 
 def update_map(
@@ -28,23 +29,23 @@ def update_map(
     alternating: bool = False,
     rule: UpdateRule | None = None,
 ) -> UpdateMap:
-    """The exact map (w, optimizer state) ↦ (w′, optimizer state′) of one ``optimizer.step()``.
+    """Return the exact map (w, optimizer state) ↦ (w′, optimizer state′) of one ``optimizer.step()``.
 
-    Its derivative along a tangent is in closed form over one product with the Hessian (of a game: with the Jacobian
+    Its derivative along a tangent is in closed form over one product with the Hessian (for a game: with the Jacobian
     of its gradient); nothing differentiates through the optimizer itself.
 
-    Known: ``torch.optim.SGD`` (momentum, dampening, Nesterov), ``Adam``, ``AdamW``; ``ComplexSGD``, ``ComplexAdam``,
-    ``Extragradient``, ``ExtrapolationFromThePast``, ``OptimisticSGD``, ``OptimisticAdam``. Options are read once, here:
-    a scheduler's changes are not part of the map.
+    Known optimizers: ``torch.optim.SGD`` (momentum, dampening, Nesterov), ``Adam``, ``AdamW``; ``ComplexSGD``,
+    ``ComplexAdam``, ``Extragradient``, ``ExtrapolationFromThePast``, ``OptimisticSGD``, ``OptimisticAdam``. Options
+    are read once, here: a scheduler's changes are not part of the map.
 
     Args:
-        optimizer: One, or one for each player. Only its options and present state are read; it is never stepped.
+        optimizer: One, or one for each player. Only its options and current state are read; it is never stepped.
         loss: ``loss(params) -> scalar``, with ``params`` the tuple of the optimizer's parameters in their order; or the
             game ``losses(players) -> tuple of scalars``. A player is the tensor of its optimizer, or the tuple of its
             tensors if there are several; with a single optimizer every parameter is a player. Made of operations that
             ``torch.func`` differentiates, and a function of its argument alone: fix batches and noise.
-        alternating: Players step one after the other, each seeing the others' new parameters.
-        rule: For an optimizer that is not known: its re-statement, used for every parameter.
+        alternating: Let players step one after the other, each seeing the others' new parameters.
+        rule: Update rule of an optimizer that is not known, used for every parameter.
 
     Returns:
         A :class:`DifferentiableMap` for :func:`lyapunov_exponents`; ``initial()`` gives its first state.
@@ -60,37 +61,30 @@ def update_map(
     >>> f"{float(found.sum()):.6f}"  # det J = momentum
     '-0.105361'
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     entries = [
-        [
-            (p, rule if rule is not None else known_rule(o, group))
-            for group in o.param_groups
-            for p in group["params"]
-        ]
-        for o in optimizers
+        (player, o, group, p)
+        for player, o in enumerate(optimizers)
+        for group in o.param_groups
+        for p in group["params"]
     ]
-    params = tuple(p.detach() for player in entries for p, _ in player)
-    rules = [r for player in entries for _, r in player]
-    buffers = [
-        dict(o.state.get(p, {})) for o, player in zip(optimizers, entries, strict=True) for p, _ in player
-    ]
-    owners = [i for i, player in enumerate(entries) for _ in player]
     return UpdateMap(
-        params,
-        rules,
+        tuple(p.detach() for *_, p in entries),
+        [known_rule(o, group) if rule is None else rule for _, o, group, _ in entries],
         loss,
-        owners=owners,
-        several=not isinstance(optimizer, Optimizer),
+        owners=None if isinstance(optimizer, Optimizer) else [player for player, *_ in entries],
         alternating=alternating,
-        buffers=buffers,
+        buffers=[dict(o.state.get(p, {})) for _, o, _, p in entries],
     )
 
 
 class UpdateMap(DifferentiableMap):
-    """What :func:`update_map` returns. A state is (parameters…, buffers of the first parameter…, …, step count).
+    """Map of one optimizer step, made by :func:`update_map`.
+
+    A state is (parameters…, buffers of the first parameter…, …, step count).
 
     Attributes:
-        rules: One for each parameter.
+        rules: Update rules, one for each parameter.
     """
 
     def __init__(
@@ -99,25 +93,23 @@ class UpdateMap(DifferentiableMap):
         rules: Sequence[UpdateRule],
         loss: Losses,
         *,
-        owners: Sequence[int],
-        several: bool,
-        alternating: bool = False,
-        buffers: Sequence[Mapping[str, Any]] = (),
+        owners: Sequence[int] | None,
+        alternating: bool,
+        buffers: Sequence[Mapping[str, Any]],
     ) -> None:
         self.rules, self._loss = list(rules), loss
         self._params, self._buffers = params, buffers
-        self._num = len(params)
-        sample = loss(params if not several else _grouped(params, owners))
+        self._num, self._alternating = len(params), alternating
+        self._grouped = owners is not None
+        sample = loss(params if owners is None else _grouped(params, owners))
         self._game = not isinstance(sample, Tensor)
-        # One optimizer and several losses: every parameter is a player.
-        self._owners = list(range(self._num)) if self._game and not several else list(owners)
-        self._grouped = several
-        self._alternating = alternating
+        if owners is None:  # one optimizer: a single loss, or every parameter is a player
+            owners = range(self._num) if self._game else [0] * self._num
+        self._owners = list(owners)
         players = max(self._owners) + 1
         if self._game and len(sample) != players:
-            raise ValueError(
-                f"There must be one loss for each player. Got {len(sample)} losses and {players} players."
-            )
+            got = f"Got {len(sample)} losses and {players} players."
+            raise ValueError(f"There must be one loss for each player. {got}")
         if alternating and not self._game:
             raise ValueError("alternating=True is for games. Got a single loss.")
         gradients = {r.num_gradients for r in self.rules}
@@ -133,7 +125,7 @@ class UpdateMap(DifferentiableMap):
     # ---- states
 
     def initial(self) -> Vector:
-        """The state that the optimizer is in: its parameters, its buffers (fresh where it has none), its step count."""
+        """Return the optimizer's current state: parameters, buffers (fresh where it has none), step count."""
         buffers: list[Tensor] = []
         counts = set()
         for p, r, kept in zip(self._params, self.rules, self._buffers, strict=True):
@@ -142,68 +134,58 @@ class UpdateMap(DifferentiableMap):
             buffers += [f if k is None else k for f, k in zip(fresh, found, strict=True)]
             counts.add(float(kept.get("step", 1.0 if any(k is not None for k in found) else 0.0)))
         if len(counts) > 1:
-            raise ValueError(
-                f"All parameters must have taken the same number of steps. Got {sorted(counts)}."
-            )
+            raise ValueError(f"All parameters must have the same step count. Got {sorted(counts)}.")
         clock = torch.tensor(counts.pop(), dtype=self._params[0].dtype, device=self._params[0].device)
         return clone((*self._params, *buffers, clock))
 
-    def start(self, params: Sequence[Tensor]) -> Vector:
-        """The state with these parameters and fresh buffers, before the first step."""
+    def start(self, params: Params) -> Vector:
+        """Return the state with these parameters and fresh buffers, before the first step."""
         buffers = [b for p, r in zip(params, self.rules, strict=True) for b in r.start(p)]
         return (*params, *buffers, torch.zeros((), dtype=params[0].dtype, device=params[0].device))
 
     def parameters(self, state: Vector) -> Vector:
-        """The parameters in a state."""
+        """Return the parameters in a state."""
         return state[: self._num]
 
     def losses(self, params: Vector) -> Vector:
-        """All losses at these parameters, a tuple of scalars."""
+        """Evaluate all losses at these parameters, a tuple of scalars."""
         found = self._loss(_grouped(params, self._owners) if self._grouped else params)
         return tuple(found) if self._game else (found,)
 
     # ---- the map
 
     def step(self, x: Vector) -> Vector:
-        """One step of every player."""
+        """Take one step with every player."""
         params, slots, t = self._split(x)
-        for players in self._turns():
-            mine = [i for i, owner in enumerate(self._owners) if owner in players]
-            g = self.gradient(params, players)
-            before = params
+        for players, mine in self._turns():
+            g = self.gradient(tuple(params), players)
             if self._extrapolates:
-                e = self._ascents(params, g)
-                ahead = self._moved(params, e, params)
+                ahead = self._moved(params, self._ascents(params, g))
                 g = self._ascents(ahead, self.gradient(ahead, players))
-            after, done = list(params), list(slots)
             for i in mine:
-                after[i], done[i] = self.rules[i].step(before[i], g[i], slots[i], t)
-            params, slots = tuple(after), done
+                params[i], slots[i] = self.rules[i].step(params[i], g[i], slots[i], t)
         return (*params, *(b for s in slots for b in s), t)
 
     def jvp(self, x: Vector, v: Vector) -> tuple[Vector, Vector]:
-        """One step, and its derivative along a tangent."""
+        """Take one step, and differentiate it along a tangent."""
         params, slots, t = self._split(x)
         dparams, dslots, _ = self._split(v)
-        for players in self._turns():
-            mine = [i for i, owner in enumerate(self._owners) if owner in players]
+        for players, mine in self._turns():
             g, dg = self._product(params, dparams, players)
             if self._extrapolates:
-                e, de = self._ascents(params, g), self._ascents(dparams, dg)
-                ahead, dahead = self._moved(params, e, params), self._moved(dparams, de, dparams)
+                ahead = self._moved(params, self._ascents(params, g))
+                dahead = self._moved(dparams, self._ascents(dparams, dg))
                 g, dg = self._product(ahead, dahead, players)
                 g, dg = self._ascents(ahead, g), self._ascents(dahead, dg)
-            after, done, dafter, ddone = list(params), list(slots), list(dparams), list(dslots)
             for i in mine:
-                r = self.rules[i]
-                after[i], done[i] = r.step(params[i], g[i], slots[i], t)
-                dafter[i], ddone[i] = r.tangent(params[i], g[i], slots[i], t, dparams[i], dg[i], dslots[i])
-            params, slots, dparams, dslots = tuple(after), done, tuple(dafter), ddone
-        flat = (*params, *(b for s in slots for b in s), t)
-        return flat, (*dparams, *(b for s in dslots for b in s))
+                r, w, s = self.rules[i], params[i], slots[i]
+                dparams[i], dslots[i] = r.tangent(w, g[i], s, t, dparams[i], dg[i], dslots[i])
+                params[i], slots[i] = r.step(w, g[i], s, t)
+        tangent = (*dparams, *(b for s in dslots for b in s))
+        return (*params, *(b for s in slots for b in s), t), tangent
 
     def gradient(self, params: Vector, players: Sequence[int] | None = None) -> Vector:
-        """∂Lᵢ/∂wᵢ for each parameter's own player i, zeros for those who are not among ``players``."""
+        """Return ∂Lᵢ/∂wᵢ for each parameter's own player i, zeros for those that are not among ``players``."""
         if not self._game:
             only: Vector = torch.func.grad(lambda p: self.losses(p)[0])(params)
             return only
@@ -217,40 +199,35 @@ class UpdateMap(DifferentiableMap):
                     result[i] = pulled[i]
         return tuple(result)
 
-    def _product(self, params: Vector, dparams: Vector, players: Sequence[int]) -> tuple[Vector, Vector]:
-        """The gradient and its derivative along a tangent: forward-mode over reverse-mode."""
-        value: Vector
-        derivative: Vector
-        value, derivative = torch.func.jvp(  # type: ignore[misc]  # two without has_aux
-            lambda *p: self.gradient(p, players), params, dparams
-        )
-        return value, derivative
+    def _product(self, params: Params, dparams: Params, players: Sequence[int]) -> tuple[Vector, Vector]:
+        """Return the gradient and its derivative along a tangent: forward-mode over reverse-mode."""
+        return forward_derivative(lambda *p: self.gradient(p, players), tuple(params), tuple(dparams))
 
-    def _turns(self) -> list[list[int]]:
+    def _turns(self) -> list[tuple[list[int], list[int]]]:
+        """Return groups of players that step together, with the indices of their parameters."""
         players = list(range(max(self._owners) + 1))
-        return [[p] for p in players] if self._alternating else [players]
+        turns = [[p] for p in players] if self._alternating else [players]
+        return [(turn, [i for i, owner in enumerate(self._owners) if owner in turn]) for turn in turns]
 
-    def _ascents(self, params: Vector, g: Vector) -> Vector:
-        return tuple(
-            r.ascent(w, a) if isinstance(r, Descent) else a
-            for r, w, a in zip(self.rules, params, g, strict=True)
-        )
+    def _ascents(self, params: Params, g: Vector) -> Vector:
+        found = zip(self.rules, params, g, strict=True)
+        return tuple(r.ascent(w, a) if isinstance(r, Descent) else a for r, w, a in found)
 
-    def _moved(self, params: Vector, e: Vector, anchors: Vector) -> Vector:
+    def _moved(self, params: Params, e: Vector) -> Vector:
         one = torch.ones(())
-        return tuple(r.step(w, a, (), one)[0] for r, w, a in zip(self.rules, anchors, e, strict=True))
+        return tuple(r.step(w, a, (), one)[0] for r, w, a in zip(self.rules, params, e, strict=True))
 
-    def _split(self, x: Vector) -> tuple[Vector, list[Vector], Tensor]:
-        """Parameters, buffers of each, and the number of the step to come."""
+    def _split(self, x: Vector) -> tuple[list[Tensor], list[Vector], Tensor]:
+        """Split a state into parameters, the buffers of each, and the number of the coming step."""
         slots, at = [], self._num
         for size in self._sizes:
             slots.append(tuple(x[at : at + size]))
             at += size
-        return tuple(x[: self._num]), slots, x[at] + 1 if len(x) > at else x[0].new_ones(())
+        return list(x[: self._num]), slots, x[at] + 1 if len(x) > at else x[0].new_ones(())
 
 
 def _grouped(params: Vector, owners: Sequence[int]) -> tuple[Tensor | Vector, ...]:
-    """Players: a tensor each, or the tuple of its tensors."""
+    """Return the players, each its tensor, or the tuple of its tensors."""
     players: list[Tensor | Vector] = []
     for player in range(max(owners) + 1):
         own = tuple(p for p, owner in zip(params, owners, strict=True) if owner == player)

@@ -13,10 +13,11 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_nested.linalg.curvature import HessianOperator, _own, gradient_with_graph
+from lightning_nested.linalg.curvature import HessianOperator, gradient_with_graph, owned
 from lightning_nested.linalg.graph import explain_double_backward
-from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, _materialize
-from lightning_nested.linalg.vectors import Reduce, Vector, average, flatten, unflatten
+from lightning_nested.linalg.operators import AveragedOperator, LinearOperator
+from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 
 Player: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """A tensor, or the parameters of a network, that one player holds."""
@@ -61,7 +62,7 @@ def joint_gradient(
             loss, own, create_graph=create_graph, retain_graph=keep, allow_unused=True
         )
         _check_used(found, player)
-        gradient += _materialize(found, own)
+        gradient += zeros_where_none(found, own)
     return _structured(average(tuple(gradient), reduce), players)
 
 
@@ -142,11 +143,11 @@ class JacobianOperator(LinearOperator):
         products: list[Tensor | None] = []
         for player, gradient in enumerate(self._full):
             products += _derivative(gradient, self.tensors_of(player), v)
-        return average(_own(products, self.like, v), self.reduce)
+        return average(owned(products, self.like, v), self.reduce)
 
     def rmatvec(self, v: Vector) -> Vector:
         """Return Jᵀ v, by one backward pass."""
-        return average(_own(_derivative(self.gradient, self.like, v), self.like, v), self.reduce)
+        return average(owned(_derivative(self.gradient, self.like, v), self.like, v), self.reduce)
 
     @property
     def T(self) -> TransposedOperator:  # noqa: N802

@@ -13,7 +13,8 @@ from lightning_nested.games.jacobian import JacobianOperator
 from lightning_nested.games.joint_step import JointStep, StepJacobian, joint_step, step_matrix
 from lightning_nested.games.rates import Array, predicted_rate
 from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
-from lightning_nested.linalg.vectors import Reduce, Vector
+from lightning_nested.linalg.processes import Reduce
+from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_nested.games.jacobian import JacobianOperator, Losses, PlayersT
 from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Reduce
+from lightning_nested.linalg.processes import Reduce
 
 
 def game_spectrum(

@@ -1,15 +1,8 @@
 """Gradients of an outer loss with respect to hyperparameters, through the inner optimization. torch only."""
 
 from lightning_nested.hypergradient.check import HypergradientReport, check_hypergradient
-from lightning_nested.hypergradient.implicit import (
-    Curvature,
-    FiniteDifference,
-    GaussNewton,
-    Hessian,
-    ImplicitResult,
-    implicit_hypergradient,
-    implicit_result,
-)
+from lightning_nested.hypergradient.implicit import ImplicitResult, implicit_hypergradient, implicit_result
+from lightning_nested.hypergradient.inner_curvature import Curvature, FiniteDifference, GaussNewton, Hessian
 from lightning_nested.hypergradient.retraining import Minimize, Unroll
 from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator

@@ -1,47 +1,37 @@
-"""What implicit differentiation assumes of the inner loss, looked at around given parameters."""
+"""Assumptions of implicit differentiation about the inner loss, tested around given parameters."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.implicit import Curvature, FiniteDifference, Hessian
+from lightning_nested.hypergradient.implicit import unseen_hyperparameter
+from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, FiniteDifference, Hessian
 from lightning_nested.hypergradient.retraining import Problem
 from lightning_nested.linalg.curvature import HessianOperator
 from lightning_nested.linalg.graph import DoubleBackwardError, graph_nodes
-from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
+from lightning_nested.linalg.operators import LinearOperator, as_operator
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten
 
 _PRODUCTS = 30  # enough for the end of a spectrum; a stronger search is a matter of more products
 
-AnyCurvature: TypeAlias = Curvature | LinearOperator | FlatOperator | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """Which assumptions fail, one sentence each, and a curvature that works."""
-
-    failures: tuple[str, ...]
-    around: Neighbourhood
-    curvature: AnyCurvature
-
 
 def inspect(
-    problem: Problem,
-    curvature: AnyCurvature,
-    tolerance: float,
-    generator: torch.Generator,
-) -> Inspection:
-    """Hold the inner loss to every assumption; none stops the others from being looked at."""
-    params, hparams, failures, twice = problem.params, problem.hparams, [], True
+    problem: Problem, curvature: AnyCurvature, tolerance: float, generator: torch.Generator
+) -> tuple[list[str], Neighbourhood, AnyCurvature]:
+    """Test every assumption about the inner loss, also after one has failed.
+
+    Returns:
+        One sentence per assumption that fails, the inner loss around the parameters, and a curvature that works.
+    """
+    failures, twice = [], True
     try:
-        around = explore(problem.inner, params, curvature, generator)
+        around = explore(problem.inner, problem.params, curvature, generator)
     except DoubleBackwardError as error:
         failures.append(
             "no double backward: every operation of inner_loss must have a second derivative. Got "
@@ -51,72 +41,56 @@ def inspect(
             "for the figures here."
         )
         twice, curvature = False, FiniteDifference()
-        around = explore(problem.inner, params, curvature, generator)
+        around = explore(problem.inner, problem.params, curvature, generator)
     twice = twice and not isinstance(curvature, FiniteDifference)
-    for i, outer_sees in unseen(problem.inner(), problem.outer(), params, hparams, twice=twice).items():
-        if outer_sees:
-            failures.append(
-                f"unseen hyperparameter: the gradient of inner_loss must depend on hparams[{i}]. Got a "
-                "dependence of outer_loss only: a hyperparameter of the update (a learning rate, a momentum) "
-                "needs unrolled_hypergradient, one of the outer loss alone torch.autograd.grad."
-            )
-        else:
-            failures.append(
-                f"unseen hyperparameter: a loss must depend on hparams[{i}]. Got none that does: if it acts "
-                "through the update (a learning rate, a momentum) use unrolled_hypergradient; otherwise it "
-                "was detached or never used."
-            )
+    not_seen = unseen(problem.inner(), problem.outer(), problem.params, problem.hparams, twice=twice)
+    failures += [unseen_hyperparameter(i, outer_sees=sees) for i, sees in not_seen.items()]
+    failures += _failures_around(around, tolerance, problem.eps)
+    return failures, around, curvature
+
+
+def _failures_around(around: Neighbourhood, tolerance: float, eps: float) -> Iterator[str]:
     if around.gradient_norm > tolerance:
-        failures.append(
+        yield (
             "not stationary: params must be a stationary point of inner_loss. Got a gradient of relative "
             f"norm {around.gradient_norm:.2g}, more than {tolerance:g}: train further (lower rate, full "
             "batch), or use unrolled_hypergradient, which needs no stationary point."
         )
     # Products by differences are exact to about ∛eps² only; a wrong second derivative is off by per cents.
-    rounding = problem.eps ** (1 / 3)
+    rounding = eps ** (1 / 3)
     if around.smallest < -rounding * around.largest:
-        failures.append(
+        yield (
             "indefinite Hessian: the inner curvature must be positive definite. Got a Rayleigh quotient of "
             f"{around.smallest:.3g} beside {around.largest:.3g}: params are at a saddle or a maximum; train "
             "further, add damping or weight decay, or use curvature=GaussNewton(outputs=...)."
         )
     if around.asymmetry > 10 * rounding:
-        failures.append(
+        yield (
             "asymmetric Hessian: products must satisfy uᵀHv = vᵀHu. Got a relative asymmetry of "
             f"{around.asymmetry:.2g}: a second derivative is wrong. In torch 2.14 grad(jvp(f)) is, through "
             "LayerNorm, BatchNorm and InstanceNorm; a custom autograd.Function may be. Use the default "
             "curvature=Hessian(), or FiniteDifference()."
         )
-    return Inspection(failures=tuple(failures), around=around, curvature=curvature)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbourhood:
     """The inner loss around w, from products with its curvature H.
 
-    Attributes:
-        gradient_norm: ‖g‖/(ρ(1 + ‖w‖)), ρ = |gᵀHg|/gᵀg: the relative length of the step along the gradient
-            that reaches its zero.
-        smallest: Smallest Rayleigh quotient of H on a Krylov space; H is indefinite if it is negative.
-        largest: Largest absolute value of one.
-        asymmetry: ‖T − Tᵀ‖/‖T‖ with T = QᵀHQ on the Krylov space; 0 to rounding for a Hessian.
+    ``gradient_norm`` is ‖g‖/(ρ(1 + ‖w‖)) with ρ = |gᵀHg|/gᵀg: the relative length of the step along the gradient
+    that reaches its zero. ``asymmetry`` is ‖T − Tᵀ‖/‖T‖ with T = QᵀHQ on the Krylov space.
     """
 
     gradient_norm: float
-    smallest: float
-    largest: float
-    asymmetry: float
+    smallest: float  # Rayleigh quotient of H on a Krylov space; H is indefinite if it is negative
+    largest: float  # absolute value of one
+    asymmetry: float  # 0 to rounding for a Hessian
 
 
 def explore(
-    inner_loss: Callable[[], Tensor],
-    params: Vector,
-    curvature: AnyCurvature,
-    generator: torch.Generator,
+    inner_loss: Callable[[], Tensor], params: Vector, curvature: AnyCurvature, generator: torch.Generator
 ) -> Neighbourhood:
     """Look around ``params`` by at most 30 products from a random start, and one along the gradient.
-
-    Lanczos (1950), J. Res. Natl. Bur. Stand. 45:255-282, with full orthogonalization.
 
     Raises:
         DoubleBackwardError: An operation of the inner loss has no second derivative.
@@ -126,7 +100,7 @@ def explore(
     if isinstance(strategy, Curvature):
         problem = strategy.linearize(inner_loss, params)
         operator, gradient = problem.curvature, problem.gradient
-    else:
+    else:  # first derivatives only: the loss of a given curvature may have no second ones
         operator = as_operator(strategy, params)
         gradient = FiniteDifference().linearize(inner_loss, params).gradient
 
@@ -138,22 +112,11 @@ def explore(
     if size > 0:
         u = g / size
         rho = abs(float(u @ product(u)))
-
     start = torch.randn(g.numel(), generator=generator, dtype=torch.float64).to(g)
-    basis, images = [start / start.norm()], []
+    start = start / start.norm()
     if isinstance(operator, HessianOperator):
-        _refuse_wrong_product(inner_loss, params, basis[0], product(basis[0]))
-    for _ in range(min(_PRODUCTS, g.numel())):
-        image = product(basis[-1])
-        images.append(image)
-        rest = image
-        for _ in range(2):  # once is not enough where the space is nearly exhausted
-            for q in basis:
-                rest = rest - (q @ rest) * q
-        if float(rest.norm()) <= torch.finfo(g.dtype).eps ** 0.5 * float(image.norm()):
-            break
-        basis.append(rest / rest.norm())
-    projected = torch.stack(basis[: len(images)]) @ torch.stack(images, dim=1)
+        _refuse_wrong_product(inner_loss, params, start, product(start))
+    projected = _project(product, start)
     ritz = torch.linalg.eigvalsh((projected + projected.T) / 2)
     scale = float(torch.linalg.matrix_norm(projected))
     largest = float(ritz.abs().max())
@@ -167,6 +130,25 @@ def explore(
     )
 
 
+def _project(product: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """T = QᵀHQ on the Krylov space of ``start``.
+
+    Lanczos (1950), J. Res. Natl. Bur. Stand. 45:255-282, with full orthogonalization.
+    """
+    basis, images = [start], []
+    for _ in range(min(_PRODUCTS, start.numel())):
+        image = product(basis[-1])
+        images.append(image)
+        rest = image
+        for _ in range(2):  # once is not enough where the space is nearly exhausted
+            for q in basis:
+                rest = rest - (q @ rest) * q
+        if float(rest.norm()) <= torch.finfo(start.dtype).eps ** 0.5 * float(image.norm()):
+            break
+        basis.append(rest / rest.norm())
+    return torch.stack(basis[: len(images)]) @ torch.stack(images, dim=1)
+
+
 def _refuse_wrong_product(
     inner_loss: Callable[[], Tensor], params: Vector, v: Tensor, product: Tensor
 ) -> None:
@@ -175,10 +157,9 @@ def _refuse_wrong_product(
     Behind @once_differentiable a gradient can come back as a constant, and its part of the Hessian as zero.
     """
     eps = torch.finfo(v.dtype).eps
-    gradient = (
-        FiniteDifference(epsilon=eps**0.5).linearize(inner_loss, params).curvature
-    )  # short: ReLU has kinks
-    truth = flatten(gradient.matvec(unflatten(v, params)))
+    # A short move: ReLU has kinks.
+    differences = FiniteDifference(epsilon=eps**0.5).linearize(inner_loss, params).curvature
+    truth = flatten(differences.matvec(unflatten(v, params)))
     error = float((product - truth).norm()) / max(float(truth.norm()), torch.finfo(v.dtype).tiny)
     if error > 10 * eps ** (1 / 3):
         raise DoubleBackwardError(f"Hessian products differ from differences of gradients by {error:.2g}")
@@ -187,7 +168,7 @@ def _refuse_wrong_product(
 def unseen(
     inner_loss: Tensor, outer_loss: Tensor, params: Vector, hparams: Vector, *, twice: bool
 ) -> dict[int, bool]:
-    """Hyperparameters that the inner gradient does not depend on: index → whether the outer loss does.
+    """Find hyperparameters that the inner gradient does not depend on: index → whether the outer loss does.
 
     Without second derivatives (``twice=False``) the dependence of the inner loss itself tells nearly as much.
     """
@@ -204,12 +185,9 @@ def unseen(
 
 
 def blocking_operations(loss: Tensor, message: str) -> str:
-    """The operation without a second derivative: autograd's message names it, or it is a custom one."""
+    """Name the operation without a second derivative, from autograd's message or as a custom one in the graph."""
     if found := re.search(r"derivative for (\S+) is not implemented", message):
         return found[1]
-    custom = [
-        type(n).__name__
-        for n in graph_nodes([loss])
-        if isinstance(n, torch.autograd.function.BackwardCFunction)
-    ]
-    return ", ".join(sorted({name.removesuffix("Backward") for name in custom})) or "an unnamed operation"
+    kind = torch.autograd.function.BackwardCFunction
+    custom = {type(n).__name__.removesuffix("Backward") for n in graph_nodes([loss]) if isinstance(n, kind)}
+    return ", ".join(sorted(custom)) or "an unnamed operation"

@@ -1,4 +1,4 @@
-"""Is this hypergradient right, and if not, which assumption fails?
+"""Check of a hypergradient against the re-trained response, which says which assumption fails.
 
 The truth is a central difference of the outer loss at the re-trained parameters, along random directions d:
 
@@ -8,61 +8,46 @@ The truth is a central difference of the outer loss at the re-trained parameters
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.assumptions import AnyCurvature, Neighbourhood, inspect
+from lightning_nested.hypergradient.arguments import check_tensors
+from lightning_nested.hypergradient.assumptions import Neighbourhood, inspect
 from lightning_nested.hypergradient.implicit import implicit_result
+from lightning_nested.hypergradient.inner_curvature import AnyCurvature
 from lightning_nested.hypergradient.retraining import (
-    GivenResponse,
+    AnyResponse,
     LossFunction,
-    Minimize,
     Problem,
     Response,
-    Unroll,
+    as_response,
 )
-from lightning_nested.linalg.operators import FlatOperator, LinearOperator
-from lightning_nested.linalg.solvers.base import InverseSolver
+from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, dot, norm, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
 class HypergradientReport:
-    """What :func:`check_hypergradient` found; ``print`` it.
+    """Result of :func:`check_hypergradient`; ``print`` it. Numbers that are unknown are NaN."""
 
-    Attributes:
-        relative_error: ‖predicted − measured‖/‖measured‖ over the directions; NaN if there is no prediction.
-        cosine: Between predicted and measured slopes, as vectors over the directions.
-        predicted: Hypergradient times direction, one per direction.
-        measured: Central differences of the response, one per direction.
-        inner_gradient_norm: ‖g‖/(ρ(1 + ‖w‖)) with g = ∂L_T/∂w and ρ its Rayleigh quotient |gᵀHg|/gᵀg: about
-            the relative distance to a stationary point.
-        curvature: Smallest Rayleigh quotient of the curvature that was seen; negative: indefinite.
-        asymmetry: ‖T − Tᵀ‖/‖T‖ of the curvature T on a Krylov space; 0 for a true Hessian.
-        residual: Of the solver, ‖b − Ax‖/‖b‖.
-        tolerance: On the relative error and on the inner gradient.
-        dtype: In which the check was computed.
-        failures: One sentence per failed assumption, with its cure; each begins with the assumption's name.
-    """
-
-    relative_error: float
-    cosine: float
-    predicted: tuple[float, ...]
-    measured: tuple[float, ...]
-    inner_gradient_norm: float
-    curvature: float
-    asymmetry: float
-    residual: float
-    tolerance: float
-    dtype: torch.dtype
-    failures: tuple[str, ...]
+    relative_error: float  # ‖predicted − measured‖/‖measured‖ over the directions
+    cosine: float  # between predicted and measured slopes, as vectors over the directions
+    predicted: tuple[float, ...]  # hypergradient times direction, one per direction
+    measured: tuple[float, ...]  # central differences of the response, one per direction
+    inner_gradient_norm: float  # relative distance to a stationary point, see Neighbourhood
+    curvature: float  # smallest Rayleigh quotient met of the curvature; negative: indefinite
+    asymmetry: float  # ‖T − Tᵀ‖/‖T‖ of the curvature T on a Krylov space; 0 for a true Hessian
+    residual: float  # ‖b − Ax‖/‖b‖ of the solver
+    tolerance: float  # bound on the relative error and on the inner gradient
+    dtype: torch.dtype  # floating type of the check
+    failures: tuple[str, ...]  # a sentence per failed assumption: its name, what was found, the cure
 
     @property
     def passed(self) -> bool:
-        """No assumption failed, and the slopes agree within the tolerance."""
+        """True if no assumption failed and the slopes agree within the tolerance."""
         return not self.failures
 
     def __str__(self) -> str:
@@ -89,10 +74,10 @@ def check_hypergradient(
     params: Sequence[Tensor],
     hparams: Sequence[Tensor],
     *,
-    solver: InverseSolver | LinearOperator | FlatOperator | None = None,
+    solver: AnySolver = None,
     curvature: AnyCurvature = None,
     hypergradient: Sequence[Tensor] | None = None,
-    retrain: Response | Callable[[Vector], Sequence[Tensor]] | None = None,
+    retrain: AnyResponse = None,
     num_directions: int = 3,
     epsilon: float | None = None,
     tolerance: float = 1e-2,
@@ -100,206 +85,157 @@ def check_hypergradient(
 ) -> HypergradientReport:
     """Compare a hypergradient with the re-trained response, and say which assumption fails.
 
-    For small problems: every direction trains twice. Computed in float64 where the losses accept it (give
-    float64 data), otherwise in the dtype of ``params``, with a wider ε. Random numbers are the same in every
-    call of a loss, so that dropout is one fixed mask. Nothing given is changed, but for buffers that the
-    losses themselves update.
+    For small problems: every direction trains twice. Computed in float64 where the losses accept it, otherwise in the
+    dtype of ``params`` with a wider ε. Random numbers are the same in every call of a loss. Nothing given is changed,
+    but for buffers that the losses themselves update.
 
     Args:
         inner_loss: ``inner_loss(params, hparams) -> scalar``.
         outer_loss: ``outer_loss(params, hparams) -> scalar``.
         params: Trained parameters w, where the hypergradient is to be taken.
         hparams: Hyperparameters λ.
-        solver: As in :func:`implicit_hypergradient`; default ``Neumann()``.
-        curvature: As in :func:`implicit_hypergradient`; default ``Hessian()``.
+        solver: As in :func:`implicit_hypergradient`.
+        curvature: As in :func:`implicit_hypergradient`.
         hypergradient: The hypergradient to check; None: the implicit one with ``solver`` and ``curvature``.
-        retrain: How w*(λ) is found: ``Minimize()`` (default) from ``params``; a function
-            ``retrain(hparams) -> params``; or ``Unroll(step=..., num_steps=...)``, the response of an
-            optimizer from ``params``. A given ``hypergradient`` is then not held to the assumptions of
-            implicit differentiation.
+        retrain: Strategy for w*(λ): ``Minimize()`` (default) from ``params``, a function of ``hparams``, or
+            ``Unroll(step=..., num_steps=...)``, which makes no assumption about a given ``hypergradient``.
         num_directions: Random directions; the coordinate axes where there are no more of them.
         epsilon: Length of the move in λ; None: ∛eps·(1 + ‖λ‖).
         tolerance: Relative error and relative inner gradient up to which the check passes.
         generator: Draws the directions; None: a fixed seed.
 
-    Raises:
-        ValueError: Arguments or shapes that do not fit.
-        FloatingPointError: A loss is not finite at the given point.
-
     Example:
-        Inner ½(w−λ)² + ½w², outer ½(w−2)², checked at λ = 3 and its optimum w = 1.5.
+        Inner ½(w−λ)² + ½w², outer ½(w−2)²; at λ = 3 and its optimum w = 1.5 the slope is −0.25.
 
-        >>> from lightning_nested.hypergradient import ConjugateGradient
-        >>> report = check_hypergradient(
-        ...     lambda w, h: ((w[0] - h[0]) ** 2 / 2 + w[0] ** 2 / 2).sum(),
-        ...     lambda w, h: ((w[0] - 2) ** 2 / 2).sum(),
-        ...     [torch.tensor([1.5])],
-        ...     [torch.tensor([3.0])],
-        ...     solver=ConjugateGradient(),
-        ... )
-        >>> report.passed, round(report.measured[0], 6)
-        (True, -0.25)
+        >>> inner = lambda w, h: ((w[0] - h[0]) ** 2 / 2 + w[0] ** 2 / 2).sum()
+        >>> outer = lambda w, h: ((w[0] - 2) ** 2 / 2).sum()
+        >>> check_hypergradient(inner, outer, [torch.tensor([1.5])], [torch.tensor([3.0])]).passed
+        True
     """
     _check_arguments(params, hparams, hypergradient, num_directions, epsilon, tolerance)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        problem = Problem.build(inner_loss, outer_loss, params, hparams)
-        for name, value in (("inner_loss", problem.inner()), ("outer_loss", problem.outer())):
-            if not torch.isfinite(value).item():
-                raise FloatingPointError(f"{name} must be finite at params and hparams. Got {value.item()}.")
-        response = _as_response(retrain)
-        generator = generator if generator is not None else torch.Generator().manual_seed(0)
-        found = _Findings()
-        measured, directions = _measure(
-            problem, response, num_directions, epsilon, tolerance, generator, found
-        )
-        if hypergradient is None or not isinstance(response, Unroll):
-            seen = inspect(problem, curvature, tolerance, generator)
-            found.failures += seen.failures
-            found.around, curvature = seen.around, seen.curvature
+        check = _Check(Problem.build(inner_loss, outer_loss, params, hparams), tolerance)
+        response = as_response(retrain)
+        directions = _directions(check.problem.hparams, num_directions, generator)
+        measured = check.measure(response, directions, epsilon)
+        if hypergradient is None or response.stationary:
+            failures, check.around, curvature = inspect(check.problem, curvature, tolerance, generator)
+            check.failures += failures
         if hypergradient is None:
-            _differentiate(problem, solver, curvature, found)
+            check.differentiate(solver, curvature)
         else:
-            given = zip(hypergradient, problem.hparams, strict=True)
-            found.hypergradient = tuple(g.detach().to(h) for g, h in given)
-        return _compare(problem, found, directions, measured, tolerance)
+            given = zip(hypergradient, check.problem.hparams, strict=True)
+            check.hypergradient = tuple(g.detach().to(h) for g, h in given)
+        return check.report(directions, measured)
 
 
-@dataclass
-class _Findings:
-    """What has been found so far."""
-
-    hypergradient: Vector | None = None
-    around: Neighbourhood | None = None
-    residual: float = math.nan
-    noise: float = 0.0  # rounding in a measured slope
-    failures: tuple[str, ...] = ()
-
-    def fail(self, name: str, sentence: str) -> None:
-        self.failures += (f"{name}: {sentence}",)
-
-
-def _measure(
-    problem: Problem,
-    response: Response,
-    num_directions: int,
-    epsilon: float | None,
-    tolerance: float,
-    generator: torch.Generator,
-    found: _Findings,
-) -> tuple[list[float], list[Vector]]:
-    """Central differences of the outer loss at the re-trained parameters."""
-    size = sum(h.numel() for h in problem.hparams)
-    if size <= num_directions:
-        rows = torch.eye(size, dtype=problem.dtype)
+def _directions(hparams: Vector, count: int, generator: torch.Generator) -> list[Vector]:
+    size = sum(h.numel() for h in hparams)
+    if size <= count:
+        rows = torch.eye(size, dtype=hparams[0].dtype)
     else:
-        rows = torch.randn(num_directions, size, generator=generator, dtype=torch.float64)
+        rows = torch.randn(count, size, generator=generator, dtype=torch.float64)
         rows = rows / rows.norm(dim=1, keepdim=True)
-    directions = [
-        tuple(d.to(h) for d, h in zip(unflatten(row, problem.hparams), problem.hparams, strict=True))
-        for row in rows
-    ]
-    home = tuple(h.detach() for h in problem.hparams)
-    move = epsilon if epsilon is not None else problem.eps ** (1 / 3) * (1 + float(norm(home)))
+    return [tuple(d.to(h) for d, h in zip(unflatten(r, hparams), hparams, strict=True)) for r in rows]
 
-    start = tuple(p.detach() for p in problem.params)
-    if isinstance(response, Minimize):  # both sides begin in the same basin
-        start = response.train(problem.inner_loss, start, home).params
-    distance = 0.0
 
-    def value(direction: Vector, sign: float) -> float:
-        nonlocal distance
-        moved = tuple(h + sign * move * d for h, d in zip(home, direction, strict=True))
-        trained = response.train(problem.inner_loss, start, moved)
-        distance = max(distance, trained.distance)
-        return problem.outer_loss(trained.params, moved).detach().item()
+class _Check:
+    """A check in progress: the parts of its report, as far as they are known."""
 
-    measured = []
-    for direction in directions:
-        ahead, behind = value(direction, 1.0), value(direction, -1.0)
-        measured.append((ahead - behind) / (2 * move))
-        found.noise = max(found.noise, problem.eps * max(abs(ahead), abs(behind)) / move)
-    if not all(math.isfinite(m) for m in measured):
-        found.fail(
-            "no response",
-            f"training again must give a finite outer loss. Got slopes {measured}: lower the rates of "
-            "`retrain`, or give a smaller epsilon.",
+    def __init__(self, problem: Problem, tolerance: float) -> None:
+        self.problem, self.tolerance = problem, tolerance
+        self.hypergradient: Vector | None = None
+        self.around: Neighbourhood | None = None
+        self.residual = math.nan
+        self.noise = 0.0  # rounding in a measured slope
+        self.failures: list[str] = []
+
+    def measure(self, response: Response, directions: list[Vector], epsilon: float | None) -> list[float]:
+        """Central differences of the outer loss at the re-trained parameters."""
+        problem = self.problem
+        for name, loss in (("inner_loss", problem.inner()), ("outer_loss", problem.outer())):
+            if not torch.isfinite(loss).item():
+                raise FloatingPointError(f"{name} must be finite at params and hparams. Got {loss.item()}.")
+        home = tuple(h.detach() for h in problem.hparams)
+        move = epsilon if epsilon is not None else problem.eps ** (1 / 3) * (1 + float(norm(home)))
+        # Both sides begin in the same basin.
+        start = response.start(problem.inner_loss, tuple(p.detach() for p in problem.params), home)
+        measured, distance = [], 0.0
+        for direction in directions:
+            values = []
+            for sign in (1.0, -1.0):
+                moved = tuple(h + sign * move * d for h, d in zip(home, direction, strict=True))
+                trained = response.train(problem.inner_loss, start, moved)
+                distance = max(distance, trained.distance)
+                values.append(problem.outer_loss(trained.params, moved).detach().item())
+            measured.append((values[0] - values[1]) / (2 * move))
+            self.noise = max(self.noise, problem.eps * max(abs(v) for v in values) / move)
+        if not all(math.isfinite(m) for m in measured):
+            self.failures.append(
+                f"no response: training again must give a finite outer loss. Got slopes {measured}: lower the rates of "
+                "`retrain`, or give a smaller epsilon."
+            )
+        elif distance > 0.1 * self.tolerance * move:
+            self.failures.append(
+                "no optimum: training again must end at a minimum, or the measured slopes are not exact. Got a "
+                f"relative distance of {distance:.1e} to one: the inner loss has no minimum nearby, or is too badly "
+                "conditioned. Regularize it, raise epsilon, or give `retrain`."
+            )
+        return measured
+
+    def differentiate(self, solver: AnySolver, curvature: AnyCurvature) -> None:
+        """Find the implicit hypergradient, unless the solver fails."""
+        losses, points = (
+            (self.problem.inner, self.problem.outer()),
+            (self.problem.params, self.problem.hparams),
         )
-    elif distance > 0.1 * tolerance * move:
-        found.fail(
-            "no optimum",
-            "training again must end at a minimum, or the measured slopes are not exact. Got a relative "
-            f"distance of {distance:.1e} to one: the inner loss has no minimum nearby, or is too badly "
-            "conditioned. Regularize it, raise epsilon, or give `retrain`.",
+        try:
+            result = implicit_result(*losses, *points, solver=solver, curvature=curvature, allow_unused=True)
+        except FloatingPointError as error:
+            self.failures.append(f"solver failed: {error}")
+        else:
+            self.hypergradient, self.residual = result.hypergradient, result.solution.residual
+
+    def report(self, directions: list[Vector], measured: list[float]) -> HypergradientReport:
+        """Compare the slopes and conclude."""
+        predicted, error, cosine, tolerance = [math.nan] * len(measured), math.nan, math.nan, self.tolerance
+        if self.hypergradient is not None:
+            predicted = [float(dot(self.hypergradient, d)) for d in directions]
+            p, m = torch.tensor(predicted, dtype=torch.float64), torch.tensor(measured, dtype=torch.float64)
+            # Below this size a slope is its own rounding: two zeros agree.
+            floor = max(10 * self.noise / tolerance, torch.finfo(torch.float64).tiny)
+            error = float((p - m).norm()) / max(float(m.norm()), floor)
+            if min(float(p.norm()), float(m.norm())) > 0:
+                cosine = float(p @ m / (p.norm() * m.norm()))
+            if not error <= tolerance:
+                self.failures.append(
+                    f"wrong hypergradient: it must agree with the measured slopes to {tolerance:g}. Got a relative "
+                    f"error of {error:.2g}; {self._cause()}."
+                )
+        return HypergradientReport(
+            relative_error=error,
+            cosine=cosine,
+            predicted=tuple(predicted),
+            measured=tuple(measured),
+            inner_gradient_norm=self.around.gradient_norm if self.around else math.nan,
+            curvature=self.around.smallest if self.around else math.nan,
+            asymmetry=self.around.asymmetry if self.around else math.nan,
+            residual=self.residual,
+            tolerance=tolerance,
+            dtype=self.problem.dtype,
+            failures=tuple(self.failures),
         )
-    return measured, directions
 
-
-def _differentiate(
-    problem: Problem,
-    solver: InverseSolver | LinearOperator | FlatOperator | None,
-    curvature: AnyCurvature,
-    found: _Findings,
-) -> None:
-    """The implicit hypergradient."""
-    try:
-        result = implicit_result(
-            problem.inner,
-            problem.outer(),
-            problem.params,
-            problem.hparams,
-            solver=solver,
-            curvature=curvature,
-            allow_unused=True,
-        )
-    except FloatingPointError as error:
-        found.fail("solver failed", str(error))
-        return
-    found.hypergradient, found.residual = result.hypergradient, result.solution.residual
-
-
-def _compare(
-    problem: Problem, found: _Findings, directions: list[Vector], slopes: list[float], tolerance: float
-) -> HypergradientReport:
-    predicted, error, cosine = [math.nan] * len(slopes), math.nan, math.nan
-    if found.hypergradient is not None:
-        predicted = [float(dot(found.hypergradient, d)) for d in directions]
-        p, m = torch.tensor(predicted, dtype=torch.float64), torch.tensor(slopes, dtype=torch.float64)
-        # Below this size a slope is its own rounding: two zeros agree.
-        floor = 10 * found.noise / tolerance
-        error = float((p - m).norm()) / max(float(m.norm()), floor, torch.finfo(torch.float64).tiny)
-        if min(float(p.norm()), float(m.norm())) > 0:
-            cosine = float(p @ m / (p.norm() * m.norm()))
-    if not error <= tolerance and found.hypergradient is not None:
-        cause = "see the other points" if found.failures else "its formula or a second derivative is wrong"
-        if found.residual > tolerance and not found.failures:
-            cause = (
-                f"the solver stopped at a residual of {found.residual:.2g}: more terms or iterations, or "
+    def _cause(self) -> str:
+        if self.failures:
+            return "see the other points"
+        if self.residual > self.tolerance:
+            return (
+                f"the solver stopped at a residual of {self.residual:.2g}: more terms or iterations, or "
                 "ConjugateGradient(), which needs the fewest products"
             )
-        found.fail(
-            "wrong hypergradient",
-            f"it must agree with the measured slopes to {tolerance:g}. Got a relative error of {error:.2g}; "
-            f"{cause}.",
-        )
-    return HypergradientReport(
-        relative_error=error,
-        cosine=cosine,
-        predicted=tuple(predicted),
-        measured=tuple(slopes),
-        inner_gradient_norm=found.around.gradient_norm if found.around else math.nan,
-        curvature=found.around.smallest if found.around else math.nan,
-        asymmetry=found.around.asymmetry if found.around else math.nan,
-        residual=found.residual,
-        tolerance=tolerance,
-        dtype=problem.dtype,
-        failures=found.failures,
-    )
-
-
-def _as_response(retrain: Response | Callable[[Vector], Sequence[Tensor]] | None) -> Response:
-    if retrain is None:
-        return Minimize()
-    return retrain if isinstance(retrain, Response) else GivenResponse(retrain=retrain)
+        return "its formula or a second derivative is wrong"
 
 
 def _check_arguments(
@@ -310,12 +246,8 @@ def _check_arguments(
     epsilon: float | None,
     tolerance: float,
 ) -> None:
-    for name, group in (("params", params), ("hparams", hparams)):
-        if isinstance(group, Tensor) or len(group) == 0:
-            raise ValueError(f"{name} must be a sequence of at least one tensor. Got {type(group).__name__}.")
-        for i, x in enumerate(group):
-            if not x.is_floating_point():
-                raise ValueError(f"{name}[{i}] must be a floating-point tensor. Got {x.dtype}.")
+    check_tensors("params", params)
+    check_tensors("hparams", hparams)
     if hypergradient is not None and [g.shape for g in hypergradient] != [h.shape for h in hparams]:
         raise ValueError(
             f"hypergradient must be shaped as hparams, {[tuple(h.shape) for h in hparams]}. "

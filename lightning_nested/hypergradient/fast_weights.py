@@ -49,13 +49,13 @@ class FastWeights:
         self._state = {name: _copy(optimizer.state.get(p, {})) for name, p in parameters.items()}
 
     def evaluate(self, loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
-        """``loss(batch)`` with the module's parameters replaced by these."""
+        """Evaluate ``loss(batch)`` with the module's parameters replaced by these."""
         named = {f"module.{name}": value for name, value in self.values.items()}
         result: Tensor = torch.func.functional_call(self._caller, named, (loss, batch))
         return result
 
     def gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of a loss from :meth:`evaluate`, with their graph; None where it does not depend."""
+        """Return gradients of a loss from :meth:`evaluate`, with their graph; None where it does not depend."""
         values = tuple(self.values.values())
         with explain_double_backward():
             # With a gradient of one that requires gradients, each operation leaves its mark in the graph.
@@ -118,7 +118,7 @@ class FastWeights:
 
 
 class _Caller(nn.Module):
-    """Lets ``functional_call`` run any method of a module."""
+    """Wrapper by which ``functional_call`` runs any method of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Caller(nn.Module):
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Optimizer state of one parameter, as a start without a graph."""
+    """Copy the optimizer state of one parameter, as a start without a graph."""
     copied = {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in state.items()}
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
         if key in copied:
@@ -138,7 +138,7 @@ def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _floor(moment: Tensor) -> float:
-    """Added to Adam's second moment: √v has no derivative at 0, where a weight has had no gradient yet.
+    """Number added to Adam's second moment: √v has no derivative at 0, where a weight has had no gradient yet.
 
     Its root is far below the rounding error of any ε in use.
     """
@@ -153,7 +153,7 @@ def _clone(state: Mapping[str, Any]) -> dict[str, Any]:
 def _sgd_state(
     state: Mapping[str, Any], group: Mapping[str, Any], gradient: Tensor, value: Tensor
 ) -> dict[str, Any]:
-    """SGD begins its momentum with the gradient, detached; here it begins so that the graph stays."""
+    """Begin the momentum so that the graph stays; SGD itself begins with the detached gradient."""
     state = _clone(state)
     if group["momentum"] != 0 and state.get("momentum_buffer") is None:
         direction = -gradient if group["maximize"] else gradient

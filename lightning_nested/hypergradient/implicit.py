@@ -10,210 +10,46 @@ Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_nested.linalg.curvature import (
-    FiniteDifferenceOperator,
-    GaussNewtonOperator,
-    HessianOperator,
-    central_difference,
-    difference_length,
-    gradient_with_graph,
-)
-from lightning_nested.linalg.graph import explain_double_backward, refuse_sparse
-from lightning_nested.linalg.operators import (
-    AveragedOperator,
-    FlatOperator,
-    LinearOperator,
-    UnitProducts,
-    as_operator,
-)
-from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
-from lightning_nested.linalg.solvers.given import as_solver
-from lightning_nested.linalg.solvers.neumann import Neumann
-from lightning_nested.linalg.vectors import Reduce, Vector, average, dot, norm, scale_
-
-Loss: TypeAlias = Tensor | Callable[[], Tensor]
-
-
-class Linearization(ABC):
-    """The inner problem around its present parameters: a curvature, and products with the mixed derivative."""
-
-    curvature: LinearOperator
-    gradient: Vector  # ∂L_T/∂w, detached
-
-    @abstractmethod
-    def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        """vᵀ ∂²L_T/∂w∂λ for each hyperparameter; None where the inner gradient does not depend on it."""
-
-
-class _GraphLinearization(Linearization):
-    """Mixed derivatives by one more pass through the kept graph of the gradient."""
-
-    def __init__(self, curvature: LinearOperator, graph: Vector) -> None:
-        self.curvature, self._graph = curvature, graph
-        self.gradient = tuple(g.detach() for g in graph)
-
-    def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        live = [i for i, g in enumerate(self._graph) if g.requires_grad]
-        if not live or not hparams:
-            return (None,) * len(hparams)
-        with explain_double_backward():
-            return torch.autograd.grad(
-                [self._graph[i] for i in live],
-                hparams,
-                [v[i] for i in live],
-                retain_graph=True,
-                allow_unused=True,
-            )
-
-
-class Curvature(ABC):
-    """Strategy: which matrix stands for the inner Hessian, and how its products are made."""
-
-    @abstractmethod
-    def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
-        """Prepare products around the parameters' present values."""
-
-
-def _tensor(inner_loss: Loss) -> Tensor:
-    return inner_loss if isinstance(inner_loss, Tensor) else inner_loss()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hessian(Curvature):
-    """The exact Hessian through the kept graph of the gradient; see :class:`HessianOperator`."""
-
-    def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
-        """One gradient with its graph."""
-        operator = HessianOperator(_tensor(inner_loss), params)
-        return _GraphLinearization(operator, operator.gradient)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GaussNewton(Curvature):
-    """The generalised Gauss-Newton matrix; see :class:`GaussNewtonOperator`.
-
-    Args:
-        outputs: The tensor the inner loss is convex in, usually the logits; in a callback the dotted name of the
-            submodule that returns it.
-    """
-
-    outputs: Tensor | str
-
-    def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
-        """One gradient with its graph for the mixed derivative, one pull-back with its graph for J."""
-        if isinstance(self.outputs, str):
-            raise TypeError(
-                f"GaussNewton(outputs=...) needs the tensor itself here. Got the name {self.outputs!r}: names are "
-                "resolved by HypergradientCallback."
-            )
-        loss = _tensor(inner_loss)
-        operator = GaussNewtonOperator(loss, self.outputs, params)
-        graph = gradient_with_graph(loss, params)
-        return _GraphLinearization(operator, graph)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FiniteDifference(Curvature):
-    """The Hessian and the mixed derivative by central differences of gradients: no second derivative is taken.
-
-    Two gradients a product. The inner loss must be given as a function, with its noise and statistics frozen.
-
-    Args:
-        epsilon: Length of the move relative to ``1 + ‖w‖``; None: half the cube root of the machine epsilon of the
-            coarsest dtype that the loss is computed in: 0.0025 in float32, 0.1 under bfloat16 autocast.
-    """
-
-    epsilon: float | None = None
-
-    def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
-        """One gradient."""
-        if isinstance(inner_loss, Tensor):
-            raise TypeError(
-                "FiniteDifference() evaluates the inner loss again: inner_loss must be a function without arguments "
-                f"that returns it. Got a {type(inner_loss).__name__}."
-            )
-        return _DifferenceLinearization(inner_loss, params, self.epsilon)
-
-
-def _gradient(loss: Tensor, inputs: Vector) -> Vector:
-    gradient = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    refuse_sparse(gradient)
-    return gradient
-
-
-class _DifferenceLinearization(Linearization):
-    def __init__(self, loss: Callable[[], Tensor], params: Vector, epsilon: float | None) -> None:
-        self._loss, self._params = loss, params
-        value = loss()
-        length = epsilon if epsilon is not None else difference_length(value, params)
-        self.gradient = _gradient(value, params)
-        operator = FiniteDifferenceOperator(lambda: _gradient(loss(), params), params, epsilon=length)
-        self.curvature, self._length = operator, operator._length
-
-    def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        if not hparams:
-            return ()
-        seen = torch.autograd.grad(self._loss(), hparams, allow_unused=True)
-        reached = [i for i, g in enumerate(seen) if g is not None]
-        if not reached:
-            return (None,) * len(hparams)
-        live = tuple(hparams[i] for i in reached)
-        products = central_difference(lambda: _gradient(self._loss(), live), self._params, v, self._length)
-        result: list[Tensor | None] = [None] * len(hparams)
-        for i, product in zip(reached, products, strict=True):
-            result[i] = product
-        return tuple(result)
-
-
-class _GivenCurvature(Linearization):
-    """A curvature the user brings, with mixed derivatives of the real loss."""
-
-    def __init__(self, operator: LinearOperator, inner_loss: Loss, params: Vector) -> None:
-        graph = gradient_with_graph(_tensor(inner_loss), params)
-        self._graph = _GraphLinearization(operator, graph)
-        self.curvature, self.gradient = operator, self._graph.gradient
-
-    def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        return self._graph.mixed(v, hparams)
+from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Linearization, Loss, as_curvature
+from lightning_nested.linalg.graph import refuse_sparse
+from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, UnitProducts
+from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.solvers.base import Solution, SolverState
+from lightning_nested.linalg.solvers.given import AnySolver, as_solver
+from lightning_nested.linalg.vectors import Vector, dot, norm, scale_, zeros_where_none
 
 
 class Penalty(Protocol):
     """A regularizer of the inner loss whose derivatives are known in closed form, so that it needs no graph."""
 
     def curvature(self) -> LinearOperator:
-        """∂²P/∂w², identical on every process."""
+        """Return ∂²P/∂w², identical on every process."""
 
     def mixed(self, v: Vector) -> Vector:
-        """vᵀ ∂²P/∂w∂λ, one fresh tensor per unconstrained tensor of the penalty."""
+        """Return vᵀ ∂²P/∂w∂λ, one fresh tensor per unconstrained tensor of the penalty."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImplicitResult:
-    """A hypergradient and how it was found.
+    """A hypergradient and how it was found."""
 
-    Attributes:
-        hypergradient: dL_V/dλ, one tensor per hyperparameter in the losses' graphs.
-        penalties: The same for each penalty's own tensors.
-        solution: Of the inverse-vector product.
-        inner_gradient: ∂L_T/∂w without the penalties, averaged over processes; should be small.
-        outer_gradient: ∂L_V/∂w, averaged over processes.
-        identity_cosine: Cosine between this hypergradient and the one of ``Identity()``; NaN unless asked for.
-    """
+    hypergradient: Vector  # dL_V/dλ, one tensor per hyperparameter in the losses' graphs
+    penalties: tuple[Vector, ...]  # hypergradients of each penalty's own tensors
+    solution: Solution  # of the inverse-vector product
+    inner_gradient: Vector  # ∂L_T/∂w without the penalties, averaged over processes; should be small
+    identity_cosine: float = math.nan  # to the hypergradient of Identity(); NaN unless asked for
 
-    hypergradient: Vector
-    penalties: tuple[Vector, ...]
-    solution: Solution
-    inner_gradient: Vector
-    outer_gradient: Vector
-    identity_cosine: float = math.nan
+    @property
+    def gradients(self) -> Vector:
+        """All hypergradients: of the hyperparameters in the graphs, then of the penalties' tensors."""
+        return _join(self.hypergradient, self.penalties)
 
 
 def implicit_result(
@@ -222,8 +58,8 @@ def implicit_result(
     params: Sequence[Tensor],
     hparams: Sequence[Tensor],
     *,
-    solver: InverseSolver | LinearOperator | FlatOperator | None = None,
-    curvature: Curvature | LinearOperator | FlatOperator | None = None,
+    solver: AnySolver = None,
+    curvature: AnyCurvature = None,
     penalties: Sequence[Penalty] = (),
     state: SolverState | None = None,
     reduce: Reduce | None = None,
@@ -231,18 +67,18 @@ def implicit_result(
     allow_unused: bool = False,
     compare_identity: bool = False,
 ) -> ImplicitResult:
-    """The engine behind :func:`implicit_hypergradient`, the callback and NestedModule; see there.
+    """Run the engine behind :func:`implicit_hypergradient`, the callback and NestedModule.
 
     Args:
-        inner_loss: Scalar with its graph, or a function that returns it.
-        outer_loss: Scalar with its graph, which is freed.
+        inner_loss: Training loss, a scalar with its graph, or a function without arguments that returns it.
+        outer_loss: Validation loss with its graph, which is freed.
         params: Inner parameters w.
         hparams: Hyperparameters λ that appear in the graphs.
-        solver: How H⁻¹v is found; default ``Neumann()``.
-        curvature: What stands for H; default ``Hessian()``. Any object with ``A @ v`` on a flat vector.
+        solver: Solver for H⁻¹v; default ``Neumann()``.
+        curvature: Curvature in place of H; default ``Hessian()``.
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
-        reduce: Averages a tensor over processes: then the result is the hypergradient of the global batch.
+        reduce: Averages a tensor over processes.
         inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product; a
             given operator is the curvature without it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
@@ -250,55 +86,58 @@ def implicit_result(
     """
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
-    grads = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
-    refuse_sparse(grads)
-    b = average(_zeros_where_none(grads[: len(w)], w), reduce)
-    direct = grads[len(w) :]
-
-    if curvature is None:
-        curvature = Hessian()
-    if isinstance(curvature, Curvature):
-        problem = curvature.linearize(inner_loss, w)
-        operator = problem.curvature
-        if inner_scale != 1.0:  # fp16: its range is short
-            operator = UnitProducts(operator) * (1.0 / inner_scale)
-    else:
-        problem = _GivenCurvature(as_operator(curvature, w), inner_loss, w)
-        operator = problem.curvature  # its owner knows nothing of the scale
-    if reduce is not None:
-        operator = AveragedOperator(operator, reduce)
-    for penalty in penalties:
-        operator = operator + penalty.curvature()
-    solution = as_solver(solver if solver is not None else Neumann()).solve(
-        operator, b, state=state, reduce=reduce
-    )
-
-    def indirect(v: Vector) -> tuple[Vector, tuple[Vector, ...]]:
-        size = float(norm(v)) if inner_scale != 1.0 else 1.0  # as in UnitProducts
-        factor = size / inner_scale if size > 0 else 1.0
-        mixed = problem.mixed(v if inner_scale == 1.0 else tuple(a / (size or 1.0) for a in v), hyper)
-        if not allow_unused:
-            _refuse_unseen(mixed, direct, hyper)
-        total = tuple(
-            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
-            for h, d, m in zip(hyper, direct, mixed, strict=True)
-        )
-        closed = tuple(scale_(penalty.mixed(v), -1.0) for penalty in penalties)
-        return (average(total, reduce) if total else total), closed
-
-    hypergradient, closed = indirect(solution.x)
-    cosine = math.nan
-    if compare_identity:
-        plain, plain_closed = indirect(b)
-        cosine = _cosine(_join(hypergradient, closed), _join(plain, plain_closed))
+    outer = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
+    refuse_sparse(outer)
+    b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
+    problem = as_curvature(curvature).linearize(inner_loss, w)
+    inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
+    solution = as_solver(solver).solve(inner.operator(), b, state=state, reduce=reduce)
+    found = inner.hypergradient(solution.x, direct, allow_unused)
+    plain = inner.hypergradient(b, direct, allow_unused) if compare_identity else None
     return ImplicitResult(
-        hypergradient=hypergradient,
-        penalties=closed,
+        hypergradient=found[0],
+        penalties=found[1],
         solution=solution,
         inner_gradient=average(_unscale(problem.gradient, inner_scale), reduce),
-        outer_gradient=b,
-        identity_cosine=cosine,
+        identity_cosine=math.nan if plain is None else _cosine(_join(*found), _join(*plain)),
     )
+
+
+@dataclass(frozen=True)
+class _InnerProblem:
+    """The linearized inner loss with its penalties, on the global batch and without the loss's factor."""
+
+    problem: Linearization
+    hparams: Vector
+    penalties: Sequence[Penalty]
+    reduce: Reduce | None
+    scale: float
+
+    def operator(self) -> LinearOperator:
+        operator = self.problem.curvature
+        if self.scale != 1.0 and self.problem.scaled:  # fp16: its range is short
+            operator = UnitProducts(operator) * (1.0 / self.scale)
+        if self.reduce is not None:
+            operator = AveragedOperator(operator, self.reduce)
+        for penalty in self.penalties:
+            operator = operator + penalty.curvature()
+        return operator
+
+    def hypergradient(
+        self, v: Vector, direct: Sequence[Tensor | None], allow_unused: bool
+    ) -> tuple[Vector, tuple[Vector, ...]]:
+        """∂L_V/∂λ − vᵀ ∂²L_T/∂w∂λ, and −vᵀ ∂²P/∂w∂λ of each penalty."""
+        # At unit length where the loss carries a factor, as in UnitProducts.
+        size = (float(norm(v)) if self.scale != 1.0 else 1.0) or 1.0
+        mixed = self.problem.mixed(_unscale(v, size), self.hparams)
+        if not allow_unused:
+            _refuse_unseen(mixed, direct)
+        factor = size / self.scale
+        total = tuple(
+            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
+            for h, d, m in zip(self.hparams, direct, mixed, strict=True)
+        )
+        return average(total, self.reduce), tuple(scale_(p.mixed(v), -1.0) for p in self.penalties)
 
 
 def implicit_hypergradient(
@@ -307,8 +146,8 @@ def implicit_hypergradient(
     params: Sequence[Tensor],
     hparams: Sequence[Tensor],
     *,
-    solver: InverseSolver | LinearOperator | FlatOperator | None = None,
-    curvature: Curvature | LinearOperator | FlatOperator | None = None,
+    solver: AnySolver = None,
+    curvature: AnyCurvature = None,
     reduce: Reduce | None = None,
 ) -> Vector:
     """Gradient of the outer loss with respect to the hyperparameters, through the inner optimum.
@@ -323,10 +162,10 @@ def implicit_hypergradient(
         outer_loss: Validation loss at the same parameters, a scalar with its graph.
         params: Inner parameters w, tensors that require gradients.
         hparams: Hyperparameters λ, tensors that require gradients.
-        solver: How H⁻¹v is found: ``Neumann()`` (default), ``ConjugateGradient()``, ``Nystrom()``, ``Identity()``,
+        solver: Solver for H⁻¹v: ``Neumann()`` (default), ``ConjugateGradient()``, ``Nystrom()``, ``Identity()``,
             ``DenseSolve()``, or any object with ``A @ v`` on a flat vector as an approximate inverse.
-        curvature: What stands for H: ``Hessian()`` (default), ``GaussNewton(outputs=...)``, ``FiniteDifference()``,
-            or any object with ``A @ v`` on a flat vector.
+        curvature: The curvature in place of H: ``Hessian()`` (default), ``GaussNewton(outputs=...)``,
+            ``FiniteDifference()``, or any object with ``A @ v`` on a flat vector.
         reduce: Averages a tensor over processes; the result is then that of the global batch on every process.
 
     Returns:
@@ -355,10 +194,6 @@ def implicit_hypergradient(
         inner_loss, outer_loss, params, hparams, solver=solver, curvature=curvature, reduce=reduce
     )
     return result.hypergradient
-
-
-def _zeros_where_none(grads: Sequence[Tensor | None], like: Vector) -> Vector:
-    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, like, strict=True))
 
 
 def _unscale(v: Vector, scale: float) -> Vector:
@@ -390,27 +225,30 @@ def _check_inputs(
     if not hparams and not penalties:
         raise ValueError("hparams must hold at least one tensor. Got none.")
     for name, group in (("params", params), ("hparams", hparams)):
-        for i, tensor in enumerate(group):
-            if not tensor.requires_grad:
-                raise ValueError(
-                    f"{name}[{i}] must require gradients. Got shape {tuple(tensor.shape)} without."
-                )
-    overlap = {id(p) for p in params} & {id(h) for h in hparams}
-    if overlap:
-        raise ValueError(
-            f"params and hparams must be different tensors. Got {len(overlap)} tensor(s) in both."
-        )
+        for i, x in enumerate(group):
+            if not x.requires_grad:
+                raise ValueError(f"{name}[{i}] must require gradients. Got shape {tuple(x.shape)} without.")
+    if overlap := {id(p) for p in params} & {id(h) for h in hparams}:
+        raise ValueError(f"params and hparams must be different tensors. Got {len(overlap)} in both.")
     if not torch.isfinite(outer_loss.detach()).all():
         raise FloatingPointError(f"outer_loss must be finite. Got {float(outer_loss.detach())}.")
 
 
-def _refuse_unseen(mixed: Sequence[Tensor | None], direct: Sequence[Tensor | None], hparams: Vector) -> None:
+def _refuse_unseen(mixed: Sequence[Tensor | None], direct: Sequence[Tensor | None]) -> None:
     for i, (m, d) in enumerate(zip(mixed, direct, strict=True)):
         if m is None:
-            seen = "only the outer loss depends on it" if d is not None else "neither loss depends on it"
-            raise ValueError(
-                f"The gradient of inner_loss must depend on every hyperparameter. Got hparams[{i}] of shape "
-                f"{tuple(hparams[i].shape)}: {seen}. A hyperparameter of the update (a learning rate, a momentum) "
-                "has no mixed derivative of the loss: use unrolled_hypergradient. One of the outer loss alone needs "
-                "torch.autograd.grad only."
-            )
+            raise ValueError(unseen_hyperparameter(i, outer_sees=d is not None))
+
+
+def unseen_hyperparameter(index: int, *, outer_sees: bool) -> str:
+    """Describe a hyperparameter that the inner gradient does not depend on, and the cures."""
+    if outer_sees:
+        found = "and only the outer loss depends on it"
+        cure = "one of outer_loss only needs torch.autograd.grad"
+    else:
+        found, cure = "and neither loss depends on it", "otherwise it was detached or never used"
+    return (
+        "unseen hyperparameter: the gradient of inner_loss must depend on every hyperparameter. Got "
+        f"hparams[{index}], {found}. A hyperparameter of the update (a learning rate, a momentum) needs "
+        f"unrolled_hypergradient; {cure}."
+    )

@@ -1,4 +1,4 @@
-"""How the inner parameters answer to hyperparameters, w*(λ), found by training again.
+"""The inner parameters as a function of the hyperparameters, w*(λ), found by training again.
 
 First derivatives only: what checks second derivatives must not rely on them.
 """
@@ -9,11 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_nested.hypergradient.arguments import as_scalar
 from lightning_nested.hypergradient.schedule import RandomState
 from lightning_nested.hypergradient.unrolled import Step
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator
@@ -39,7 +40,7 @@ class Problem:
     def build(
         cls, inner: LossFunction, outer: LossFunction, params: Sequence[Tensor], hparams: Sequence[Tensor]
     ) -> Problem:
-        """In float64 if the losses go along, otherwise in the tensors' own dtype."""
+        """Use float64 if the losses accept it, otherwise the tensors' own dtype."""
         frozen = _frozen("inner_loss", inner, params), _frozen("outer_loss", outer, params)
         exact = cls(*frozen, _leaves(params, torch.float64), _leaves(hparams, torch.float64))
         if all(x.dtype == torch.float64 for x in (*params, *hparams)):
@@ -52,16 +53,16 @@ class Problem:
         return cls(*frozen, _leaves(params, None), _leaves(hparams, None))
 
     def inner(self) -> Tensor:
-        """L_T at the given point, with its graph."""
+        """Return L_T at the given point, with its graph."""
         return self.inner_loss(self.params, self.hparams)
 
     def outer(self) -> Tensor:
-        """L_V at the given point, with its graph."""
+        """Return L_V at the given point, with its graph."""
         return self.outer_loss(self.params, self.hparams)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every tensor."""
+        """Floating type of every tensor."""
         return self.params[0].dtype
 
     @property
@@ -81,69 +82,67 @@ def _frozen(name: str, loss: LossFunction, params: Sequence[Tensor]) -> LossFunc
         before = RandomState(w)
         fixed.restore()
         try:
-            value = loss(w, h)
+            value = as_scalar(name, loss(w, h))
         finally:
             before.restore()
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{name} must return a tensor with one element. Got {got}; take its mean or sum."
-            )
         if not value.requires_grad and any(x.requires_grad for x in (*w, *h)):
             raise ValueError(
                 f"{name} must depend on params or hparams. Got a value without a graph: compute it from its "
                 "arguments, without detach() or torch.no_grad()."
             )
-        return value.reshape(())
+        return value
 
     return call
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trained:
-    """Parameters that training gave.
-
-    Attributes:
-        params: w*(λ), detached.
-        distance: Length of the next Newton step over 1 + ‖w‖, how far training stopped from the optimum;
-            0 where there is no optimum to reach.
-    """
+    """Trained parameters w*(λ), detached, and how far they are from the optimum."""
 
     params: Vector
-    distance: float = 0.0
+    distance: float = 0.0  # length of the next Newton step over 1 + ‖w‖; 0 where there is no optimum to reach
 
 
 class Response(ABC):
     """Strategy for w*(λ)."""
 
+    stationary: ClassVar[bool] = True  # whether it ends where implicit differentiation holds
+
+    def start(self, inner_loss: LossFunction, params: Vector, hparams: Vector) -> Vector:
+        """Return the parameters to train from; by default those given."""
+        return params
+
     @abstractmethod
     def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
-        """The parameters at ``hparams``, from ``start`` where the strategy has no start of its own."""
+        """Train at ``hparams``, from ``start`` where the strategy has no start of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Minimize(Response):
-    """Minimizes the inner loss: L-BFGS, then Newton steps that bring the gradient down to rounding.
+    """Minimize the inner loss: L-BFGS, then Newton steps that bring the gradient down to rounding.
 
     Liu & Nocedal (1989), Math. Program. 45:503-528. Newton systems are solved by conjugate gradient with
     products by central differences of gradients.
 
     Args:
-        max_iterations: Of L-BFGS.
-        newton_steps: At most, after it; they stop by themselves where the gradient no longer falls.
+        max_iterations: Largest number of iterations of L-BFGS.
+        newton_steps: Largest number after it; they stop by themselves where the gradient no longer falls.
     """
 
     max_iterations: int = 1000
     newton_steps: int = 20
 
+    def start(self, inner_loss: LossFunction, params: Vector, hparams: Vector) -> Vector:
+        """Return the minimum next to ``params``."""
+        return self.train(inner_loss, params, hparams).params
+
     def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
-        """The minimum next to ``start``."""
+        """Find the minimum next to ``start``."""
         w = tuple(p.requires_grad_() for p in clone(start))
         fixed = tuple(h.detach() for h in hparams)
 
         def gradient() -> Vector:
-            loss = inner_loss(w, fixed)
-            return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
+            return _gradient(inner_loss(w, fixed), w)
 
         # From a point moved by rounding Newton needs two steps; from afar it could end at another point.
         distance = _distance(_newton_step(gradient, gradient(), w), w)
@@ -153,19 +152,19 @@ class Minimize(Response):
         return Trained(params=tuple(p.detach() for p in w), distance=distance)
 
     def _lbfgs(self, loss: Callable[[], Tensor], w: Vector) -> None:
+        eps = torch.finfo(w[0].dtype).eps
         optimizer = torch.optim.LBFGS(
             w,
             max_iter=self.max_iterations,
-            tolerance_grad=torch.finfo(w[0].dtype).eps,
-            tolerance_change=torch.finfo(w[0].dtype).eps,
+            tolerance_grad=eps,
+            tolerance_change=eps,
             history_size=20,
             line_search_fn="strong_wolfe",
         )
 
         def closure() -> float:
             value = loss()
-            grads = torch.autograd.grad(value, w, allow_unused=True, materialize_grads=True)
-            for p, g in zip(w, grads, strict=True):
+            for p, g in zip(w, _gradient(value, w), strict=True):
                 p.grad = g
             return value.item()
 
@@ -174,7 +173,7 @@ class Minimize(Response):
             p.grad = None
 
     def _newton(self, gradient: Callable[[], Vector], w: Vector) -> float:
-        """Accepts a step where the gradient falls; the loss itself is flat to rounding long before that."""
+        """Accept a step where the gradient falls; the loss itself is flat to rounding long before that."""
         g = gradient()
         for _ in range(self.newton_steps):
             step = _newton_step(gradient, g, w)
@@ -196,6 +195,10 @@ class Minimize(Response):
         return _distance(_newton_step(gradient, g, w), w)
 
 
+def _gradient(loss: Tensor, w: Vector) -> Vector:
+    return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
+
+
 def _newton_step(gradient: Callable[[], Vector], g: Vector, w: Vector) -> Vector | None:
     """H⁻¹g; None where the curvature is not positive or the loss overflows."""
     solver = ConjugateGradient(max_iterations=500, tolerance=1e-5)
@@ -213,7 +216,7 @@ def _distance(step: Vector | None, w: Vector) -> float:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unroll(Response):
-    """Runs ``num_steps`` optimizer steps from the start: what ``unrolled_hypergradient`` differentiates.
+    """Run ``num_steps`` optimizer steps from the start, those that ``unrolled_hypergradient`` differentiates.
 
     Args:
         step: ``step(params, hparams, t) -> params``.
@@ -222,9 +225,10 @@ class Unroll(Response):
 
     step: Step
     num_steps: int
+    stationary: ClassVar[bool] = False
 
     def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
-        """The parameters after the last step."""
+        """Return the parameters after the last step."""
         w, fixed = clone(start), tuple(h.detach() for h in hparams)
         for t in range(self.num_steps):
             w = tuple(p.detach() for p in self.step(tuple(p.requires_grad_() for p in w), fixed, t))
@@ -238,7 +242,7 @@ class GivenResponse(Response):
     retrain: Callable[[Vector], Sequence[Tensor]]
 
     def train(self, inner_loss: LossFunction, start: Vector, hparams: Vector) -> Trained:
-        """What ``retrain`` returns, in the dtype of ``start``."""
+        """Call ``retrain``; the parameters get the dtype of ``start``."""
         w = tuple(self.retrain(tuple(h.detach() for h in hparams)))
         if len(w) != len(start) or any(a.shape != b.shape for a, b in zip(w, start, strict=True)):
             raise ValueError(
@@ -246,3 +250,14 @@ class GivenResponse(Response):
                 f"Got {[tuple(p.shape) for p in w]}."
             )
         return Trained(params=tuple(a.detach().to(b) for a, b in zip(w, start, strict=True)))
+
+
+AnyResponse: TypeAlias = Response | Callable[[Vector], Sequence[Tensor]] | None
+"""A strategy, a function ``retrain(hparams) -> params``, or None for ``Minimize()``."""
+
+
+def as_response(retrain: AnyResponse) -> Response:
+    """Return a strategy itself, ``Minimize()`` for None, a function as :class:`GivenResponse`."""
+    if retrain is None:
+        return Minimize()
+    return retrain if isinstance(retrain, Response) else GivenResponse(retrain=retrain)

@@ -1,4 +1,4 @@
-"""Which optimizer states to store when differentiating through many steps in little memory.
+"""Choice of the optimizer states to store when differentiating through many steps in little memory.
 
 A step's graph is a few times larger than its state, so a schedule stores some states, recomputes the graphs
 behind them, and frees both on its way back. Sizes are in copies of the state.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,7 +24,7 @@ _ASSUMED_GRAPH = 4.0  # where it cannot be measured: a step built on torch.func 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Cuts a run of steps so that stored states and kept graphs fit a memory.
+    """Cut a run of steps so that stored states and kept graphs fit a memory.
 
     Args:
         memory: Room for stored states and graphs, in copies of the state; at least one state and one graph.
@@ -44,7 +44,7 @@ class Schedule:
         object.__setattr__(self, "memory", max(self.memory, math.ceil(self.graph) + 1))
 
     def first_segment(self, length: int, memory: int) -> int:
-        """Steps to the next state to store; 0: keep the graph of all ``length`` steps."""
+        """Return the steps to the next state to store; 0: keep the graph of all ``length`` steps."""
         if self.segment is not None:
             return self.segment if length > self.segment else 0
         repeats = 0
@@ -57,7 +57,7 @@ class Schedule:
         return min(head, length - _capacity(memory - 1, self.graph, repeats - 1))
 
     def reruns(self, length: int) -> int:
-        """Steps run without a graph, in total; each of the ``length`` steps is run once more with it."""
+        """Count the steps run without a graph; each of the ``length`` steps is run once more with it."""
         total, stack = 0, [(length, self.memory)]
         while stack:
             steps, memory = stack.pop()
@@ -69,7 +69,7 @@ class Schedule:
 
 @lru_cache(maxsize=65536)
 def _capacity(memory: int, graph: float, repeats: int) -> int:
-    """Steps that fit when each is re-run at most ``repeats`` times.
+    """Count the steps that fit when each is re-run at most ``repeats`` times.
 
     C(m, 0) = ⌊m/g⌋,  C(m, r) = Σ_{i≥0} C(m−i, r−1): behind i stored states there is room m − i.
     """
@@ -78,36 +78,21 @@ def _capacity(memory: int, graph: float, repeats: int) -> int:
     return sum(_capacity(m, graph, repeats - 1) for m in range(math.ceil(graph), memory + 1))
 
 
-def equal_segments(steps: int) -> Schedule:
-    """Segments of ``steps`` steps, all their first states stored at once."""
-    return Schedule(segment=steps)
-
-
 def cheapest(length: int, *, graph: float, reruns: float) -> Schedule:
-    """The smallest memory in which ``length`` steps are re-run at most ``reruns`` times on average.
+    """Find the smallest memory in which ``length`` steps are re-run at most ``reruns`` times on average.
 
     It grows as √(2gT) for one re-run and more slowly for more.
     """
-    for memory in _growing(math.ceil(graph) + 1):
-        schedule = Schedule(memory=memory, graph=graph)
-        if schedule.reruns(length) <= reruns * length:
-            return schedule
-    raise AssertionError("unreachable: with room for every graph nothing is run again")
-
-
-def _growing(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += max(1, start // 32)  # a few per cent of memory are not worth a longer search
+    memory = math.ceil(graph) + 1
+    while (schedule := Schedule(memory=memory, graph=graph)).reruns(length) > reruns * length:
+        memory += max(1, memory // 32)  # a few per cent of memory are not worth a longer search
+    return schedule
 
 
 def graph_size(step: Callable[[], Sequence[Tensor]], state: Vector, shared: Vector) -> float:
-    """What the graph of one step keeps alive, in copies of ``state``, at least 1. Runs the step once.
+    """Measure what the graph of one step keeps alive, in copies of ``state``, at least 1. Runs the step once.
 
-    Args:
-        step: Returns the next state.
-        state: The state before it.
-        shared: Tensors that every step shares, not counted.
+    Tensors in ``shared`` are not counted.
     """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -134,7 +119,7 @@ def graph_size(step: Callable[[], Sequence[Tensor]], state: Vector, shared: Vect
 
 
 class _Saved:
-    """Lives exactly as long as the graph node that saved ``tensor``."""
+    """Holder that lives exactly as long as the graph node that saved ``tensor``."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -143,14 +128,14 @@ class _Saved:
 
 
 class RandomState:
-    """torch's random state, on the CPU and on the devices of ``tensors``, so that a step can be run again."""
+    """Random state of torch on the CPU and on the devices of ``tensors``, so that a step can be run again."""
 
     def __init__(self, tensors: Vector) -> None:
         self._cpu = torch.get_rng_state()
         self._devices, self._states = get_device_states(*tensors)
 
     def restore(self) -> None:
-        """Go back to the state at construction."""
+        """Restore the state at construction."""
         torch.set_rng_state(self._cpu)
         if self._devices:
             set_device_states(self._devices, self._states)

@@ -15,18 +15,18 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.schedule import (
-    RandomState,
-    Schedule,
-    cheapest,
-    equal_segments,
-    graph_size,
-)
+from lightning_nested.hypergradient.arguments import as_scalar, check_tensors
+from lightning_nested.hypergradient.schedule import RandomState, Schedule, cheapest, graph_size
+from lightning_nested.linalg.graph import vjp
 from lightning_nested.linalg.vectors import Vector
 
 Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
 OuterLoss: TypeAlias = Callable[[Vector, Vector], Tensor]
 Checkpoint: TypeAlias = bool | int | Literal["sqrt"]
+"""False keeps the graph of all steps. True stores some states and recomputes graphs from them, in the least memory
+that re-runs a step 1.25 times on average: about 1.5 times the time. An integer n bounds states and graphs together to
+n copies of ``params`` (never less than one state beside one step's graph), re-running steps the more often the
+smaller it is. ``"sqrt"`` uses √T equal segments, each re-run once."""
 
 # Re-runs of a step that checkpoint=True accepts. A plain step costs about 0.4 of a step with its backward.
 _RERUNS = 1.25
@@ -52,30 +52,24 @@ def unrolled_hypergradient(
 
     Args:
         step: ``step(params, hparams, t) -> params``, one differentiable update for t = 0, 1, ...
-            An inner ``torch.autograd.grad`` needs ``create_graph=True``. Optimizer state (momentum)
-            travels inside ``params``. Apart from torch's random numbers, which are replayed, the
-            step must give the same result when called again with the same arguments, as ``checkpoint`` does.
+            An inner ``torch.autograd.grad`` needs ``create_graph=True``; optimizer state travels inside ``params``.
+            ``checkpoint`` calls it again with the same arguments and random numbers.
         outer_loss: ``outer_loss(params, hparams) -> scalar``.
-        params: Initial w_0, taken as independent of ``hparams``. Floating-point tensors, any shapes.
-        hparams: λ. Floating-point tensors, any shapes.
+        params: Floating-point tensors w_0 of any shapes, taken as independent of ``hparams``.
+        hparams: Floating-point tensors λ of any shapes.
         num_steps: T >= 1.
         truncate: Let only the last ``truncate`` steps carry a graph. The error decays
             geometrically in ``truncate`` where the inner loss is strongly convex.
-        mode: ``"reverse"`` costs a few gradients a step for any number of hyperparameters.
-            ``"forward"`` pushes one tangent per hyperparameter *element*: memory independent of T,
-            time proportional to the elements; for a handful of them.
-        checkpoint: Memory of the reverse mode. ``False`` keeps the graph of all T steps. ``True`` stores
-            some states and recomputes graphs from them, in the least memory that re-runs a step 1.25
-            times on average: about 1.5 times the time. An integer n bounds states and graphs together
-            to n copies of ``params`` (never less than one state beside one step's graph), re-running
-            steps the more often the smaller it is. ``"sqrt"`` uses √T equal segments, each re-run once.
+        mode: ``"reverse"`` costs a few gradients a step for any number of hyperparameters. ``"forward"``
+            pushes one tangent per hyperparameter *element*: memory independent of T, for a handful of them.
+        checkpoint: Memory of the reverse mode: False, the graph of all steps; True or ``"sqrt"``, less by re-running
+            steps; an integer, that many copies of ``params``. See :data:`Checkpoint`.
 
     Returns:
-        One gradient per hyperparameter, of its shape and dtype, detached; zeros for a
-        hyperparameter that is not used.
+        One detached gradient per hyperparameter, of its shape and dtype; zeros for an unused one.
 
     Raises:
-        ValueError: Invalid options, shapes or dtypes; a non-scalar outer loss; no hyperparameter used.
+        ValueError: An invalid argument, or no hyperparameter is used.
         FloatingPointError: The outer loss or a gradient is not finite.
 
     Example:
@@ -84,23 +78,19 @@ def unrolled_hypergradient(
         ...     (g,) = torch.autograd.grad(0.5 * w**2, w, create_graph=True)
         ...     return (w - rate * g,)
         >>> w, rate = torch.tensor(1.0), torch.tensor(0.1)
-        >>> (g,) = unrolled_hypergradient(sgd, lambda p, h: 0.5 * p[0] ** 2, (w,), (rate,), num_steps=1)
-        >>> round(g.item(), 6)
-        -0.9
+        >>> unrolled_hypergradient(sgd, lambda p, h: 0.5 * p[0] ** 2, (w,), (rate,), num_steps=1)
+        (tensor(-0.9000),)
     """
     _check_options(num_steps, truncate, mode, checkpoint)
-    _check_tensors("params", params)
-    _check_tensors("hparams", hparams)
+    check_tensors("params", params, hint=" Step counters need no place in params: step receives t.")
+    check_tensors("hparams", hparams)
     run = _Run(step, outer_loss, _leaves(hparams), num_steps)
     first = 0 if truncate is None else max(0, num_steps - truncate)
     with torch.enable_grad():
         state = run.advance(_leaves(params), 0, first)
         if mode == "forward":
             return _forward(run, state, first)
-        schedule = _schedule(
-            checkpoint, num_steps - first, lambda: run.apply(state, first), state, run.hparams
-        )
-        return _reverse(run, state, first, schedule)
+        return _reverse(run, state, first, _schedule(checkpoint, run, state, first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +103,10 @@ class _Run:
     num_steps: int
 
     def apply(self, state: Vector, t: int) -> Vector:
-        """One step, with its graph."""
+        """Run one step, with its graph."""
         new = tuple(self.step(state, self.hparams, t))
-        if len(new) != len(state):
-            raise ValueError(
-                f"step must return {len(state)} tensors, as many as params. Got {len(new)} at t={t}."
-            )
+        if len(new) != (n := len(state)):
+            raise ValueError(f"step must return {n} tensors, as many as params. Got {len(new)} at t={t}.")
         for i, (a, b) in enumerate(zip(new, state, strict=True)):
             if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
                 got = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__
@@ -130,18 +118,13 @@ class _Run:
         return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in new)
 
     def advance(self, state: Vector, t: int, count: int) -> Vector:
-        """``count`` steps without a graph between them."""
+        """Run ``count`` steps without a graph between them."""
         for s in range(t, t + count):
             state = _leaves(self.apply(state, s))
         return state
 
     def loss(self, state: Vector) -> Tensor:
-        value = self.outer_loss(state, self.hparams)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"outer_loss must return a tensor with one element. Got {got}; take its mean or sum."
-            )
+        value = as_scalar("outer_loss", self.outer_loss(state, self.hparams))
         if not torch.isfinite(value).item():
             raise FloatingPointError(
                 f"outer_loss is not finite after {self.num_steps} steps. Got {value.item()}. "
@@ -152,7 +135,7 @@ class _Run:
                 "outer_loss depends on neither params nor hparams. Got a value without a graph; "
                 "compute it from its arguments, without detach() or torch.no_grad()."
             )
-        return value.reshape(())
+        return value
 
     def finish(self, grads: Sequence[Tensor], reached: Sequence[bool]) -> Vector:
         if not any(reached):
@@ -180,33 +163,18 @@ def _check_options(num_steps: int, truncate: int | None, mode: str, checkpoint: 
     if isinstance(checkpoint, str) and checkpoint != "sqrt":
         raise ValueError(f"checkpoint must be a bool, an integer >= 1 or 'sqrt'. Got {checkpoint!r}.")
     if not isinstance(checkpoint, bool | str) and checkpoint < 1:
-        raise ValueError(
-            f"checkpoint must be >= 1 copies of params. Got {checkpoint}; use False for the full graph."
-        )
+        raise ValueError(f"checkpoint must be >= 1. Got {checkpoint}; use False for the full graph.")
     if mode == "forward" and checkpoint is not False:
         raise ValueError(f"mode='forward' stores no steps, so checkpoint must be False. Got {checkpoint!r}.")
 
 
-def _check_tensors(name: str, tensors: Sequence[Tensor]) -> None:
-    if len(tensors) == 0 or isinstance(tensors, Tensor):
-        raise ValueError(f"{name} must be a sequence of at least one tensor. Got {type(tensors).__name__}.")
-    for i, x in enumerate(tensors):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"{name}[{i}] must be a floating-point tensor. Got {got}. "
-                "Step counters need no place in params: step receives t."
-            )
-
-
-def _schedule(
-    checkpoint: Checkpoint, length: int, one_step: Callable[[], Vector], state: Vector, hparams: Vector
-) -> Schedule:
+def _schedule(checkpoint: Checkpoint, run: _Run, state: Vector, t: int) -> Schedule:
+    length = run.num_steps - t
     if checkpoint is False:
-        return equal_segments(length)
+        return Schedule(segment=length)
     if checkpoint == "sqrt":
-        return equal_segments(math.isqrt(length - 1) + 1)
-    graph = graph_size(one_step, state, hparams)
+        return Schedule(segment=math.isqrt(length - 1) + 1)
+    graph = graph_size(lambda: run.apply(state, t), state, run.hparams)
     if checkpoint is True:
         return cheapest(length, graph=graph, reruns=_RERUNS)
     return Schedule(memory=int(checkpoint), graph=graph)
@@ -214,17 +182,6 @@ def _schedule(
 
 def _leaves(tensors: Sequence[Tensor]) -> Vector:
     return tuple(x.detach().requires_grad_() for x in tensors)
-
-
-def _grad(
-    outputs: Sequence[Tensor], inputs: Vector, cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Vector-Jacobian product that tolerates outputs and inputs off the graph."""
-    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
-    if not pairs:
-        return [None] * len(inputs)
-    ys, cs = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(ys, inputs, cs, allow_unused=True))
 
 
 def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
@@ -236,7 +193,7 @@ def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
     """
     totals = [torch.zeros_like(h) for h in run.hparams]
     reached = [False] * len(totals)
-    cotangents: list[Tensor | None] = []
+    cotangents: Sequence[Tensor | None] = ()
     final_rng: RandomState | None = None
     stack = [(state, RandomState(state), t, run.num_steps - t, schedule.memory)]
     del state
@@ -258,9 +215,9 @@ def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
         if final_rng is None:
             loss = run.loss(end)
             final_rng = RandomState(start)
-            end, cotangents = (loss,), [torch.ones_like(loss)]
+            end, cotangents = (loss,), (torch.ones_like(loss),)
             del loss
-        grads = _grad(end, inputs, cotangents)
+        grads = vjp(end, inputs, cotangents)
         cotangents = grads[: len(start)]
         for i, g in enumerate(grads[len(start) :]):
             if g is not None:
@@ -275,35 +232,27 @@ def _reverse(run: _Run, state: Vector, t: int, schedule: Schedule) -> Vector:
 def _forward(run: _Run, state: Vector, t: int) -> Vector:
     """Push u = dw/dλ_k along for every element k: u ← (∂Φ/∂w) u + (∂Φ/∂λ) e_k."""
     n = len(state)
-    units = [(i, _unit(h, k)) for i, h in enumerate(run.hparams) for k in range(h.numel())]
+    rows = [torch.eye(h.numel(), dtype=h.dtype, device=h.device) for h in run.hparams]
+    units = [(i, e.reshape_as(run.hparams[i])) for i, row in enumerate(rows) for e in row]
     tangents: list[list[Tensor | None]] = [[None] * n for _ in units]
     reached = [False] * len(run.hparams)
     for s in range(t, run.num_steps):
         end = run.apply(state, s)
         push = _Pushforward(end, state + run.hparams)
-        reached = [r or v is not None for r, v in zip(reached, push.vjp[n:], strict=True)]
+        reached = [r or v is not None for r, v in zip(reached, push.pulled[n:], strict=True)]
         for d, (i, unit) in enumerate(units):
             tangents[d] = push(tangents[d] + [unit if j == i else None for j in range(len(reached))])
         state = _leaves(end)
     loss = run.loss(state)
-    grads = _grad((loss,), state + run.hparams, (torch.ones_like(loss),))
+    grads = vjp((loss,), state + run.hparams, (torch.ones_like(loss),))
     reached = [r or g is not None for r, g in zip(reached, grads[n:], strict=True)]
     values: list[list[Tensor]] = [[] for _ in run.hparams]
     for (i, unit), u in zip(units, tangents, strict=True):
-        total = unit.new_zeros(())
-        for g, v in zip([*grads[:n], grads[n + i]], [*u, unit], strict=True):
-            if g is not None and v is not None:
-                total = total + (g * v).sum().to(total)
-        values[i].append(total)
-    return run.finish(
-        [torch.stack(v).reshape_as(h) for v, h in zip(values, run.hparams, strict=True)], reached
-    )
-
-
-def _unit(x: Tensor, k: int) -> Tensor:
-    e = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-    e[k] = 1
-    return e.reshape(x.shape)
+        pairs = zip([*grads[:n], grads[n + i]], [*u, unit], strict=True)
+        parts = [(g * v).sum().to(unit) for g, v in pairs if g is not None and v is not None]
+        values[i].append(torch.stack([unit.new_zeros(()), *parts]).sum())
+    found = [torch.stack(v).reshape_as(h) for v, h in zip(values, run.hparams, strict=True)]
+    return run.finish(found, reached)
 
 
 class _Pushforward:
@@ -315,17 +264,10 @@ class _Pushforward:
 
     def __init__(self, outputs: Vector, inputs: Vector) -> None:
         self.active = [y.requires_grad for y in outputs]
-        self.dummies = [torch.zeros_like(y, requires_grad=True) for y in outputs if y.requires_grad]
-        ys = [y for y in outputs if y.requires_grad]
-        self.vjp: Sequence[Tensor | None] = [None] * len(inputs)
-        if ys:
-            self.vjp = torch.autograd.grad(ys, inputs, self.dummies, create_graph=True, allow_unused=True)
+        self.dummies = tuple(torch.zeros_like(y, requires_grad=True) for y in outputs if y.requires_grad)
+        ys = tuple(y for y in outputs if y.requires_grad)
+        self.pulled = vjp(ys, inputs, self.dummies, create_graph=True)
 
     def __call__(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        pairs = [(v, u) for v, u in zip(self.vjp, tangents, strict=True) if v is not None and u is not None]
-        pairs = [(v, u) for v, u in pairs if v.requires_grad]
-        if not pairs:
-            return [None] * len(self.active)
-        vs, us = zip(*pairs, strict=True)
-        pushed = iter(torch.autograd.grad(vs, self.dummies, us, retain_graph=True, allow_unused=True))
+        pushed = iter(vjp(self.pulled, self.dummies, tangents, retain_graph=True))
         return [next(pushed) if active else None for active in self.active]

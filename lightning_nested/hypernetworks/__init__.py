@@ -1,13 +1,17 @@
-"""Learned best responses: how the trained weights answer to the hyperparameters. PyTorch only."""
+"""Learned best responses: the trained weights as a function of the hyperparameters. PyTorch only."""
 
 from lightning_nested.hypernetworks.convert import BestResponse, LowRankResponse, best_response
 from lightning_nested.hypernetworks.dense import DenseResponse, FactorisedResponse
 from lightning_nested.hypernetworks.diagonal import DiagonalResponse
-from lightning_nested.hypernetworks.layers.base import HyperLayer, RowResponse
-from lightning_nested.hypernetworks.layers.conv import HyperConv1d, HyperConv2d
-from lightning_nested.hypernetworks.layers.embedding import HyperEmbedding
-from lightning_nested.hypernetworks.layers.linear import HyperLinear
-from lightning_nested.hypernetworks.layers.lstm import HyperLSTM
+from lightning_nested.hypernetworks.layers import (
+    HyperConv1d,
+    HyperConv2d,
+    HyperEmbedding,
+    HyperLayer,
+    HyperLinear,
+    HyperLSTM,
+    RowResponse,
+)
 from lightning_nested.hypernetworks.perturbation import (
     FixedScale,
     GlobalNormal,

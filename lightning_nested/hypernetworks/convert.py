@@ -1,46 +1,34 @@
-"""Any module into one whose weights answer to hyperparameters."""
+"""Convert any module into one whose weights respond to hyperparameters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.hypernetworks import layers
 from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, RowResponse
-from lightning_nested.hypernetworks.layers.conv import HyperConv1d, HyperConv2d
-from lightning_nested.hypernetworks.layers.embedding import HyperEmbedding
-from lightning_nested.hypernetworks.layers.linear import HyperLinear
-from lightning_nested.hypernetworks.layers.lstm import HyperLSTM
-from lightning_nested.hypernetworks.layers.norm import (
-    HyperBatchNorm1d,
-    HyperBatchNorm2d,
-    HyperGroupNorm,
-    HyperLayerNorm,
-)
-from lightning_nested.hypernetworks.response import Place, Response, Weights, dual_change, lacks_forward_mode
+from lightning_nested.hypernetworks.linearized import ForwardModeError, Weights, dual_change
+from lightning_nested.hypernetworks.response import Place, Response, Run
 
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: HyperLinear,
-    nn.Conv1d: HyperConv1d,
-    nn.Conv2d: HyperConv2d,
-    nn.Embedding: HyperEmbedding,
-    nn.LSTM: HyperLSTM,
-    nn.LayerNorm: HyperLayerNorm,
-    nn.GroupNorm: HyperGroupNorm,
-    nn.BatchNorm1d: HyperBatchNorm1d,
-    nn.BatchNorm2d: HyperBatchNorm2d,
-}
+_LAYERS: dict[type[nn.Module], type[HyperLayer]] = {
+    layer.plain: layer
+    for layer in (
+        layers.HyperLinear, layers.HyperConv1d, layers.HyperConv2d, layers.HyperEmbedding, layers.HyperLSTM,
+        layers.HyperLayerNorm, layers.HyperGroupNorm, layers.HyperBatchNorm1d, layers.HyperBatchNorm2d,
+    )
+}  # fmt: skip
 
 
 class LowRankResponse(nn.Module):
     """Δ(h) = Σ_k (vₖ·h) qₖ for a parameter of any shape: ``rank · (numel + n)`` parameters.
 
     Args:
-        like: The parameter.
+        like: Parameter that responds.
         num_hyperparameters: n.
-        rank: Terms; n suffices for every linear response.
+        rank: Number of terms; n suffices for every linear response.
     """
 
     def __init__(self, like: Tensor, num_hyperparameters: int, rank: int) -> None:
@@ -48,14 +36,17 @@ class LowRankResponse(nn.Module):
         like = like.detach()
         size = float(like.square().mean().sqrt()) or 1.0
         self.scale = nn.Parameter(like.new_zeros(rank, num_hyperparameters))  # v
-        self.directions = nn.Parameter(
-            size * torch.randn_like(like.expand(rank, *like.shape).contiguous())
-        )  # q
+        like = like.expand(rank, *like.shape).contiguous()
+        self.directions = nn.Parameter(size * torch.randn_like(like))  # q
 
     def forward(self, delta: Tensor) -> Tensor:
         """Δ(h) of the parameter's shape, for h (n,)."""
         change: Tensor = torch.tensordot(self.scale @ delta.to(self.scale.dtype), self.directions, dims=1)
         return change
+
+    def added_to(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """weight + Δ(h)."""
+        return weight + self.forward(delta)
 
     def inner(self, delta: Tensor, gradient: Tensor) -> Tensor:
         """⟨Δ(h), gradient⟩, scalar."""
@@ -64,15 +55,10 @@ class LowRankResponse(nn.Module):
 
 
 class BestResponse(Response):
-    """What :func:`best_response` makes."""
+    """Response of any module, layer by layer; see :func:`best_response` for the arguments."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        num_hyperparameters: int,
-        *,
-        rank: int | None = None,
-        batch_dim: int = 0,
+        self, module: nn.Module, num_hyperparameters: int, *, rank: int | None = None, batch_dim: int = 0
     ) -> None:
         super().__init__(module, num_hyperparameters, batch_dim)
         rank = min(2, num_hyperparameters) if rank is None else rank
@@ -88,70 +74,61 @@ class BestResponse(Response):
                 continue
             # The class changes under the layer: its names, hooks and whoever else holds it stay as they are.
             layer.__class__ = kind
-            cast("HyperLayer", layer).respond(num_hyperparameters, self.layers, by_layers)
+            assert isinstance(layer, HyperLayer)
+            layer.respond(num_hyperparameters, self.layers, by_layers)
         self._layers_suffice = True  # until one of them cannot
-        # Paths, not the responses: a deep copy must find its own.
-        self._at = {n: self._path_to(n, by_layers.get(id(p))) for n, p in general.items()}
-        self.rest = nn.ModuleList(
-            LowRankResponse(p, num_hyperparameters, rank) for n, p in general.items() if self._at[n] is None
-        )
-        self._one_point = tuple(n for n, p in general.items() if self._at[n] is None or id(p) in elsewhere)
+        others = {n: p for n, p in general.items() if id(p) not in by_layers}
+        rest = {n: LowRankResponse(p, num_hyperparameters, rank) for n, p in others.items()}
+        self.rest = nn.ModuleList(rest.values())
+        # a plain dict: the modules have their keys in the checkpoint already
+        self._responses: dict[str, RowResponse | LowRankResponse] = {
+            n: rest[n] if n in rest else by_layers[id(p)] for n, p in general.items()
+        }
+        self._one_point = tuple(n for n, p in general.items() if n in rest or id(p) in elsewhere)
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter."""
-        rest = iter(self.rest)
-        return {name: (self._response(name) or next(rest))(delta) for name in self._at}
+        return {name: response(delta) for name, response in self._responses.items()}
 
     def moved(self, delta: Tensor) -> dict[str, Tensor]:
         """w₀ + Δ of each parameter, in one pass where there is a layer."""
-        rest, result = iter(self.rest), {}
-        for name, p in self.general_parameters().items():
-            response = self._response(name)
-            result[name] = p + next(rest)(delta) if response is None else response.added_to(p, delta)
-        return result
+        general = self.general_parameters()
+        return {name: response.added_to(general[name], delta) for name, response in self._responses.items()}
 
     def first_order(self, delta: Tensor, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """⟨Δ(delta), gradients⟩; where there is a layer, Δ is not formed."""
-        rest, terms = iter(self.rest), []
         with torch.autocast(delta.device.type, enabled=False):
-            for name in self._at:
-                response = self._response(name) or cast("LowRankResponse", next(rest))
-                gradient = gradients.get(name)
-                if gradient is not None:
-                    terms.append(response.inner(delta, gradient))
+            pairs = [(response, gradients.get(name)) for name, response in self._responses.items()]
+            terms = [response.inner(delta, g) for response, g in pairs if g is not None]
         return torch.stack(terms).sum() if terms else delta.new_zeros(())
 
     def one_point_only(self) -> tuple[str, ...]:
-        """Parameters without a layer of ours."""
+        """Name the parameters without a layer of ours."""
         return self._one_point
 
-    def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """By the layers, which need no second set of weights; by weights at h where a layer cannot.
+    def _linearized(self, place: Place, run: Run) -> Any:
+        """Linearize by the layers, which need no second set of weights; by weights at h where a layer cannot.
 
-        Then the output is computed again, from the same random numbers and buffers.
+        In that case the output is computed again, from the same random numbers and buffers.
         """
-        without = {name for name, path in self._at.items() if path is None}
-        suffice = self._layers_suffice and not self._double_vjp and set(self._one_point) == without
+        without = {n: r for n, r in self._responses.items() if not isinstance(r, RowResponse)}
+        suffice = self._layers_suffice and not self._double_vjp and self._one_point == tuple(without)
         if not suffice or place.change is not None:
-            return super()._linearized(place, inputs, options)
+            return super()._linearized(place, run)
         delta, general = place.h - self.center, self.general_parameters()
         buffers = [b.clone() for b in self.module.buffers()]
 
         def rest() -> Weights:
-            responses = zip((n for n in self._at if n in without), self.rest, strict=True)
-            return {n: dual_change(general[n], response(delta)) for n, response in responses}
+            return {n: dual_change(general[n], r(delta)) for n, r in without.items()}
 
         devices = {p.device for p in general.values() if p.is_cuda}
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
         try:
-            result = self._by_layers(delta, True, rest, inputs, options)
+            result = self._by_layers(delta, True, rest, run)
             if not self.layers.read:
                 return result
-        except OnePointError:
+        except (OnePointError, ForwardModeError):
             pass
-        except (NotImplementedError, RuntimeError) as error:
-            if not lacks_forward_mode(error):
-                raise
         self._layers_suffice = False
         with torch.no_grad():
             for buffer, before in zip(self.module.buffers(), buffers, strict=True):
@@ -159,27 +136,11 @@ class BestResponse(Response):
         torch.set_rng_state(states[0])
         for device, state in zip(devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
-        return super()._linearized(place, inputs, options)
-
-    def _path_to(self, name: str, response: RowResponse | None) -> str | None:
-        """A parameter's name in the layer that has its response; its first may be that of another module."""
-        for path in self._aliases[name] if response is not None else ():
-            owner, _, attribute = path.rpartition(".")
-            layer = self.module.get_submodule(owner)
-            if isinstance(layer, HyperLayer) and layer.response_of(attribute) is response:
-                return path
-        return None
-
-    def _response(self, name: str) -> RowResponse | None:
-        path = self._at[name]
-        if path is None:
-            return None
-        owner, _, attribute = path.rpartition(".")
-        return cast("HyperLayer", self.module.get_submodule(owner)).response_of(attribute)
+        return super()._linearized(place, run)
 
 
-def _kind(layer: nn.Module) -> type[nn.Module] | None:
-    """Our class for a layer; None for subclasses, whose forward may read the weights in any way."""
+def _kind(layer: nn.Module) -> type[HyperLayer] | None:
+    """Return our class for a layer; None for subclasses, whose forward may read the weights in any way."""
     if isinstance(layer, nn.Embedding) and (
         layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
     ):
@@ -196,29 +157,22 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def best_response(
-    module: nn.Module,
-    num_hyperparameters: int,
-    *,
-    rank: int | None = None,
-    batch_dim: int = 0,
+    module: nn.Module, num_hyperparameters: int, *, rank: int | None = None, batch_dim: int = 0
 ) -> BestResponse:
-    """Convert any module: ``response(x, h)`` is its output with weights that answer to h.
+    """Convert any module: ``response(x, h)`` is its output with weights that respond to h.
 
-    Linear layers, convolutions (1d, 2d), embeddings, LSTMs and normalisation layers get W(h) = W₀ + diag(V h) W₁;
+    Linear layers, convolutions (1d, 2d), embeddings, LSTMs and normalization layers get W(h) = W₀ + diag(V h) W₁;
     each other parameter a low-rank response, which needs one h for the batch. At first the response is zero. Shared
-    weights are converted once and stay shared; buffers stay; the module given is not touched.
+    weights are converted once and stay shared.
 
     A parameter of r rows and m entries gets ``m + r·n`` more, one without a layer ``rank · (m + n)``.
 
     Args:
-        module: To be copied and converted.
+        module: Any module; a copy is converted.
         num_hyperparameters: n.
-        rank: Of the low-rank responses; default ``min(2, n)``.
+        rank: Rank of the low-rank responses; default ``min(2, n)``.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings: 1 for networks over
             (time, batch, …).
-
-    Raises:
-        ValueError: There is no parameter that could respond, or n or the rank is below 1.
 
     >>> response = best_response(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), 5)
     >>> response.num_parameters()  # 5 rows of 5 numbers each beside a second set of weights

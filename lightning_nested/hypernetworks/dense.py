@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.hypernetworks.response import Response
+from lightning_nested.linalg.vectors import unflatten
 
 
 class _WholeResponse(Response):
-    """Responses that give all weights as one vector."""
+    """Base class of responses that compute all weights as one vector."""
 
     def _split(self, vector: Tensor) -> dict[str, Tensor]:
         general = self.general_parameters()
-        pieces = torch.split(vector, [p.numel() for p in general.values()])
-        return {n: piece.view_as(p) for piece, (n, p) in zip(pieces, general.items(), strict=True)}
+        return dict(zip(general, unflatten(vector, list(general.values())), strict=True))
 
     def _size(self) -> int:
         return sum(p.numel() for p in self.general_parameters().values())
@@ -29,7 +29,7 @@ class _WholeResponse(Response):
 class DenseResponse(_WholeResponse):
     """w(h) = w₀ + g(h) − g(0) with g an MLP from h to all N weights; h is h − center.
 
-    ``Σ (inᵢ + 1)·outᵢ`` over the hidden layers, and ``last hidden · N``, parameters beside w₀, which stands for the
+    ``Σ (inᵢ + 1)·outᵢ`` over the hidden layers, and ``last hidden · N``, parameters beside w₀, which serves as the
     last bias. One h for the batch.
 
     Args:
@@ -73,9 +73,8 @@ class FactorisedResponse(_WholeResponse):
         if rank < 1:
             raise ValueError(f"rank must be at least 1. Got {rank}.")
         example = next(iter(self.general_parameters().values())).detach()
-        self.encoder = nn.Parameter(
-            torch.randn(rank, num_hyperparameters).to(example) / num_hyperparameters**0.5
-        )
+        encoder = torch.randn(rank, num_hyperparameters).to(example)
+        self.encoder = nn.Parameter(encoder / num_hyperparameters**0.5)
         self.decoder = nn.Parameter(example.new_zeros(self._size(), rank))
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:

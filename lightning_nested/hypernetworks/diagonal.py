@@ -1,4 +1,4 @@
-"""The hypernetwork of hyperparameters that act on one weight each, such as a decay per weight."""
+"""Hypernetwork for hyperparameters that act on one weight each, such as a decay per weight."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.hypernetworks.response import Response
+from lightning_nested.linalg.vectors import unflatten
 
 
 class DiagonalResponse(Response):
-    """wᵢ(h) = w₀ᵢ + dᵢ hᵢ: each weight answers to the hyperparameter of its own, with N parameters beside w₀.
+    """wᵢ(h) = w₀ᵢ + dᵢ hᵢ: each weight responds to a hyperparameter of its own, with N parameters beside w₀.
 
     For ``WeightDecay(per="parameter")`` over all parameters. A response of low rank gives every decay a share in few
     common directions, and cannot say that the i-th moves the i-th weight first. This one can, and no more: trained
@@ -21,9 +22,6 @@ class DiagonalResponse(Response):
         module: Any module of N parameters that require gradients.
         num_hyperparameters: n; must be N. The i-th belongs to the i-th weight in the order of
             ``module.named_parameters()``.
-
-    Raises:
-        ValueError: n is not N.
 
     >>> response = DiagonalResponse(nn.Linear(2, 1), 3)
     >>> _ = nn.init.constant_(response.slopes[0], 0.5)  # of the two weights; the bias keeps zero
@@ -44,6 +42,6 @@ class DiagonalResponse(Response):
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """d ∘ ``delta``, by parameter."""
-        pieces = delta.split([d.numel() for d in self.slopes])  # type: ignore[no-untyped-call]
+        pieces = unflatten(delta, list(self.slopes))
         named = zip(self.general_parameters(), self.slopes, pieces, strict=True)
-        return {name: d * piece.view_as(d) for name, d, piece in named}
+        return {name: d * piece for name, d, piece in named}

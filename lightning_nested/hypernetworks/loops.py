@@ -1,65 +1,60 @@
-"""How a hypernetwork is trained beside its hyperparameters: global, local, simplified, STN, Delta-STN."""
+"""Training loops of a hypernetwork beside its hyperparameters: global, local, simplified, STN, Delta-STN."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_nested.hypernetworks import (
+from lightning_nested.hypernetworks.perturbation import (
     FixedScale,
     GlobalNormal,
     LearnedScale,
     NoPerturbation,
     Perturbation,
-    Response,
 )
-from lightning_nested.hypernetworks.response import Mode
+from lightning_nested.hypernetworks.response import Mode, Response
 
+Leaves = Sequence[Tensor]
 Gradients = tuple[Tensor | None, ...]
 
 
 class TrainingLoss(Protocol):
-    """The inner loss with its penalties.
+    """Inner loss with its penalties."""
 
-    Attributes:
-        response: What is trained.
-        inner_steps: Training steps made before this one.
-    """
+    @property
+    def response(self) -> Response:
+        """Response under training."""
 
-    response: Response
-    inner_steps: int
+    @property
+    def inner_steps(self) -> int:
+        """Training steps made before this one."""
 
     def __call__(self, batch: Any, h: Tensor, mode: Mode = "response", *, repeated: bool = False) -> Tensor:
-        """Scalar with its graph at the perturbed or present h; ``repeated``: running statistics stay."""
+        """Return a scalar with its graph at h; if ``repeated``, running statistics do not move."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseLoop(ABC):
-    """Which steps follow each other, where h is tried, and which gradients train w₀ and φ.
+    """Order of the steps, distribution of h in training, and the gradients that train w₀ and φ.
 
     Args:
+        perturbation: Distribution of h in training.
         train_steps: Steps on training data, then
         valid_steps: steps of the hyperparameters on validation data.
         warmup_steps: Steps on training data before the first of these rounds.
-
-    Raises:
-        ValueError: A number is too small.
     """
 
+    perturbation: Perturbation
     train_steps: int = 1
     valid_steps: int = 1
     warmup_steps: int = 0
 
     centred: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def distribution(self) -> Perturbation:
-        """Of h in training."""
 
     def __post_init__(self) -> None:
         if self.train_steps < 1 or self.valid_steps < 1 or self.warmup_steps < 0:
@@ -69,24 +64,18 @@ class ResponseLoop(ABC):
             )
 
     def trains(self, inner_steps: int) -> bool:
-        """Whether the next batch is used for a training step, after ``inner_steps`` of them."""
+        """Return True if the next batch is used for a training step, after ``inner_steps`` of them."""
         return True
 
     def outer_steps(self, inner_steps: int) -> int:
-        """Steps of the hyperparameters that follow the training step of number ``inner_steps``."""
+        """Count the steps of the hyperparameters that follow the training step of number ``inner_steps``."""
         rounds = inner_steps - self.warmup_steps
         return self.valid_steps if rounds > 0 and rounds % self.train_steps == 0 else 0
 
     def gradients(
-        self,
-        loss: TrainingLoss,
-        batch: Any,
-        center: Tensor,
-        h: Tensor,
-        general: list[Tensor],
-        phi: list[Tensor],
+        self, loss: TrainingLoss, batch: Any, center: Tensor, h: Tensor, general: Leaves, phi: Leaves
     ) -> tuple[Tensor, Gradients, Gradients]:
-        """The loss, its gradients for w₀ and those for φ. Here: all of the loss at the perturbed h."""
+        """Return the loss, its gradients for w₀ and those for φ: all of the loss at the perturbed h."""
         value = loss(batch, h)
         found = torch.autograd.grad(value, [*general, *phi], allow_unused=True)
         return value.detach(), found[: len(general)], found[len(general) :]
@@ -107,80 +96,54 @@ class Global(ResponseLoop):
     response_steps: int
     perturbation: Perturbation = GlobalNormal()  # noqa: RUF009 - frozen
 
-    @property
-    def distribution(self) -> Perturbation:
-        """p(λ)."""
-        return self.perturbation
-
     def trains(self, inner_steps: int) -> bool:
-        """In the first phase."""
+        """Return True in the first phase."""
         return inner_steps < self.response_steps
 
     def outer_steps(self, inner_steps: int) -> int:
-        """None in the first phase, ``valid_steps`` per batch in the second."""
+        """Return 0 in the first phase, ``valid_steps`` for each batch in the second."""
         return 0 if self.trains(inner_steps) else self.valid_steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Local(ResponseLoop):
-    """Alternating, h ~ N(λ, σ²) of fixed scale. Lorraine & Duvenaud (2018), algorithm 3.
-
-    Args:
-        perturbation: The distribution.
-    """
+    """Alternating steps, h ~ N(λ, σ²) of fixed scale. Lorraine & Duvenaud (2018), algorithm 3."""
 
     perturbation: Perturbation = FixedScale()  # noqa: RUF009 - frozen
-
-    @property
-    def distribution(self) -> Perturbation:
-        """N(λ, σ²)."""
-        return self.perturbation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simplified(ResponseLoop):
-    """Alternating, at h = λ. The response's slope is learned only from λ's own movement: while λ rests, it is not."""
+    """Alternating steps at h = λ. The response learns its slope only from λ's own movement."""
 
-    @property
-    def distribution(self) -> Perturbation:
-        """λ."""
-        return NoPerturbation()
+    perturbation: Perturbation = field(default=NoPerturbation(), init=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class STN(ResponseLoop):
-    """Self-Tuning Networks: alternating, h ~ N(λ, σ²) with σ learned against an entropy bonus.
+    """Self-Tuning Networks: alternating steps, h ~ N(λ, σ²) with σ learned against an entropy bonus.
 
     MacKay, Vicol, Lorraine, Duvenaud & Grosse (2019), ICLR, arXiv 1903.03088.
-
-    Args:
-        perturbation: The distribution.
     """
 
     train_steps: int = 2
     perturbation: Perturbation = LearnedScale()  # noqa: RUF009 - frozen
 
-    @property
-    def distribution(self) -> Perturbation:
-        """N(λ, σ²)."""
-        return self.perturbation
-
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaSTN(STN):
-    """Delta-STN: w(h) = w₀ + Δ(h − λ); w₀ is trained at the unperturbed λ, Δ on the output linearised in it.
+    """Delta-STN: w(h) = w₀ + Δ(h − λ); w₀ is trained at the unperturbed λ, Δ on the output linearized in it.
 
-    The two no longer pull at each other, which makes the problem better conditioned. With one h for the batch, what the
-    perturbation does to first order through w₀'s gradient, which is noise, is taken off the response's. When λ moves,
-    w₀ moves along the response, so that w(·) stays the same function. The response's curvature is σ² times that of the
-    weights: give ``response_optimizer`` a rate of about the weights' over σ², or Adam. Bae & Grosse (2020), NeurIPS,
-    arXiv 2010.13514.
+    The two no longer disturb each other, which makes the problem better conditioned. With one h for the batch, the
+    first-order effect of the perturbation through w₀'s gradient, which is noise, is subtracted from the response's
+    loss. When λ moves, w₀ moves along the response, so that w(·) stays the same function. The response's curvature is
+    σ² times that of the weights: give ``response_optimizer`` a rate of about the weights' over σ², or Adam. Bae &
+    Grosse (2020), NeurIPS, arXiv 2010.13514.
 
     Args:
-        perturbation: The distribution.
         response_every: The response is trained in every n-th training step, w₀ in each: the response's loss costs twice
             as much as that of w₀. 1: in each, as in the paper.
-        linearized: Whether the response is trained on f(w₀) + J·Δ, or on f(w₀ + Δ), which needs no forward mode.
+        linearized: Train the response on f(w₀) + J·Δ; False: on f(w₀ + Δ), which needs no forward mode.
     """
 
     train_steps: int = 5
@@ -195,31 +158,19 @@ class DeltaSTN(STN):
             raise ValueError(f"response_every must be at least 1. Got {self.response_every}.")
 
     def gradients(
-        self,
-        loss: TrainingLoss,
-        batch: Any,
-        center: Tensor,
-        h: Tensor,
-        general: list[Tensor],
-        phi: list[Tensor],
+        self, loss: TrainingLoss, batch: Any, center: Tensor, h: Tensor, general: Leaves, phi: Leaves
     ) -> tuple[Tensor, Gradients, Gradients]:
-        """The loss at λ, its gradients for w₀, and those of the linearised loss at h for φ."""
+        """Return the loss at λ, its gradients for w₀, and those of the linearized loss at h for φ."""
         value = loss(batch, center, "general")
         for_general = torch.autograd.grad(value, general, allow_unused=True)
         if loss.inner_steps % self.response_every:
             return value.detach(), for_general, (None,) * len(phi)
         moved = loss(batch, h, "linearized" if self.linearized else "response", repeated=True)
         if h.dim() == 1:
-            moved = moved - _first_order(loss.response, h, for_general)
+            # ⟨Δ(h), ∂L/∂w₀⟩, a control variate. Its derivative for φ has mean zero over perturbations, as w₀'s gradient
+            # does not know of them, and vanishes at w₀'s optimum. Without it, noise of size σ·|∂L/∂w₀| hides what is
+            # to be learned, of size σ².
+            gradients = dict(zip(loss.response.general_parameters(), for_general, strict=True))
+            moved = moved - loss.response.first_order(h - loss.response.center, gradients)
         for_phi = torch.autograd.grad(moved, phi, allow_unused=True)
         return value.detach(), for_general, for_phi
-
-
-def _first_order(response: Response, h: Tensor, for_general: Gradients) -> Tensor:
-    """⟨Δ(h), ∂L/∂w₀⟩, a control variate.
-
-    Its derivative for φ has mean zero over perturbations, as w₀'s gradient does not know of them, and at w₀'s optimum
-    it vanishes. Without it noise of size σ·|∂L/∂w₀| hides what is to be learned, of size σ².
-    """
-    gradients = dict(zip(response.general_parameters(), for_general, strict=True))
-    return response.first_order(h - response.center, gradients)

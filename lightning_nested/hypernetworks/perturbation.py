@@ -1,10 +1,11 @@
-"""Where the hyperparameters are tried: around the present ones with a learned or fixed scale, or everywhere."""
+"""Distributions of the tried hyperparameters: around λ with a learned or fixed scale, or everywhere."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,30 +13,26 @@ from torch.nn import functional
 
 
 class Perturbation(ABC):
-    """Strategy: the distribution of h during training. All in unconstrained units."""
+    """Strategy for the distribution of h during training, in unconstrained units."""
 
     entropy_weight: float = 0.0  # τ
     antithetic: bool = False
     signs: bool = False
 
     def initial(self, center: Tensor) -> Tensor | None:
-        """The unconstrained learned scales s, (n,); None where nothing is learned."""
+        """Return the unconstrained scales s to learn, (n,); None where nothing is learned."""
         return None
 
     @abstractmethod
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
-        """h for standard normal ``noise`` of shape (n,) or (batch, n), with its graph to center and scale."""
+        """Return h for standard normal ``noise``, (n,) or (batch, n), with its graph to center and scale."""
 
     def bonus(self, scale: Tensor | None) -> Tensor | None:
-        """What is subtracted from the outer loss; None: nothing."""
+        """Return a number to subtract from the outer loss; None: nothing."""
         return None
 
     def draw(self, center: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
-        """Noise of mean 0 and variance 1: (n,), or (size, n).
-
-        Raises:
-            ValueError: Antithetic pairs of a batch of one example.
-        """
+        """Draw noise of mean 0 and variance 1: (n,), or (size, n)."""
         if self.antithetic and size is not None:
             if size < 2:
                 raise ValueError(f"antithetic=True needs a batch of at least 2 examples. Got {size}.")
@@ -60,9 +57,6 @@ class LearnedScale(Perturbation):
         entropy_weight: τ.
         antithetic: With one h of each example, the second half of the batch gets the negative noise of the first.
         signs: ε is ±1 instead of normal: the same mean and variance, and less noise in the response's slope.
-
-    Raises:
-        ValueError: A number is out of range.
     """
 
     init: float = 0.5
@@ -99,8 +93,8 @@ class FixedScale(Perturbation):
 
     Args:
         scale: σ, in unconstrained units.
-        antithetic: As in :class:`LearnedScale`.
-        signs: As there.
+        antithetic: See :class:`LearnedScale`.
+        signs: See :class:`LearnedScale`.
     """
 
     scale: float = 0.1
@@ -125,7 +119,7 @@ class GlobalNormal(Perturbation):
     Args:
         mean: In unconstrained units: one for all, or one of each.
         scale: Standard deviation.
-        signs: As in :class:`LearnedScale`.
+        signs: See :class:`LearnedScale`.
     """
 
     mean: float | tuple[float, ...] = 0.0
@@ -149,8 +143,8 @@ class GlobalUniform(Perturbation):
     """h uniform in [low, high] wherever λ is.
 
     Args:
-        low: In unconstrained units (log decay for a decay).
-        high: Likewise.
+        low: Lower end in unconstrained units (log decay for a decay).
+        high: Upper end.
     """
 
     low: float
@@ -162,8 +156,7 @@ class GlobalUniform(Perturbation):
 
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
         """low + (high − low) Φ(ε)."""
-        share: Tensor = torch.special.ndtr(noise)
-        return self.low + (self.high - self.low) * share
+        return self.low + (self.high - self.low) * cast("Tensor", torch.special.ndtr(noise))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,5 +164,5 @@ class NoPerturbation(Perturbation):
     """h = λ: the simplified algorithm, where λ's own movement is all that the response learns from."""
 
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
-        """λ, or λ for each example."""
+        """λ, once for each example if ``noise`` is."""
         return center if noise.dim() == 1 else center.expand(noise.shape)

@@ -1,10 +1,9 @@
-"""A module whose weights are a function of hyperparameters, w(h) = w₀ + Δ(h − center)."""
+"""Module whose weights are a function of hyperparameters, w(h) = w₀ + Δ(h − center)."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,17 +11,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_nested.hypernetworks.layers.arithmetic import carry, make_dual, unpack_dual
-from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, Point, check_hyperparameters
-from lightning_nested.linalg.graph import graph_nodes
+from lightning_nested.hypernetworks.layers.base import Point, check_hyperparameters
+from lightning_nested.hypernetworks.layers.reads import check_reads
+from lightning_nested.hypernetworks.linearized import (
+    ForwardModeError,
+    Weights,
+    add_own_tangents,
+    by_reverse_mode,
+    dual_change,
+    forward_mode,
+)
 
-Weights = Mapping[str, Tensor]
 Mode = Literal["response", "general", "linearized"]
-
+# calls the module with some of its weights replaced
+Run = Callable[[Weights], Any]
 
 _CHECKPOINT = (
     "A network with substituted weights must keep what its backward pass needs. Got torch.utils.checkpoint, or another "
@@ -32,7 +35,7 @@ _CHECKPOINT = (
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where the module is evaluated."""
+    """Hyperparameters at which the module is evaluated, and how; see :meth:`Response.at`."""
 
     h: Tensor
     mode: Mode = "response"
@@ -41,7 +44,7 @@ class Place:
 
 
 class Response(nn.Module):
-    """The base of all learned best responses.
+    """Base class of all learned best responses.
 
     ``response(x, h)`` is the module's output with the weights w(h). h holds n unconstrained numbers: (n,) for one
     point, or (batch, n) for one of each example where the module's layers allow it. Inside ``with response.at(h):``
@@ -50,16 +53,13 @@ class Response(nn.Module):
     The weights w₀ keep their names; Δ(0) = 0, so that the network at ``center`` is the plain one with w₀.
 
     Args:
-        module: Any module; a copy is kept.
+        module: Any module that has a parameter to train.
         num_hyperparameters: n.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings.
 
     Attributes:
-        module: The copy.
+        module: Copy of the given module.
         center: Subtracted from h, (n,); zero unless moved by :meth:`recenter`.
-
-    Raises:
-        ValueError: n is below 1, or there is no parameter that could respond.
     """
 
     center: Tensor
@@ -80,7 +80,6 @@ class Response(nn.Module):
                 "The module must have a parameter that requires gradients. "
                 f"Got {type(module).__name__} with none; there is nothing that could respond."
             )
-        self._names = tuple(named)
         self.num_hyperparameters = num_hyperparameters
         some = next(iter(named.values()))
         dtype = torch.promote_types(some.dtype, torch.float32)
@@ -90,7 +89,7 @@ class Response(nn.Module):
         self._place: Place | None = None
         self._bound = False
         self._double_vjp = False  # once forward mode has met an operation it does not know
-        self._aliases: dict[str, list[str]] = {name: [] for name in self._names}
+        self._aliases: dict[str, list[str]] = {name: [] for name in named}
         first = {id(p): name for name, p in named.items()}
         for path, owner in self.module.named_modules():  # each once, under its first name
             for attribute, p in owner.named_parameters(recurse=False):
@@ -98,7 +97,7 @@ class Response(nn.Module):
                     self._aliases[first[id(p)]].append(f"{path}.{attribute}".lstrip("."))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # In half precision hyperparameters would stand still: their steps are too small for it.
+        # Hyperparameters stay in full precision: half precision would round their small steps away.
         kept = {name: getattr(self, name) for name in ("center", "point")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, full in kept.items():
@@ -121,25 +120,22 @@ class Response(nn.Module):
     def first_order(self, delta: Tensor, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """⟨Δ(delta), gradients⟩ over all parameters, scalar; None counts as zero."""
         changes = self.changes(delta)
-        terms = [
-            torch.dot(changes[name].flatten(), g.flatten().to(changes[name]))
-            for name, g in gradients.items()
-            if g is not None
-        ]
+        given = [(changes[name], g) for name, g in gradients.items() if g is not None]
+        terms = [torch.dot(change.flatten(), g.flatten().to(change)) for change, g in given]
         return torch.stack(terms).sum() if terms else delta.new_zeros(())
 
     def one_point_only(self) -> tuple[str, ...]:
-        """Parameters for which each example cannot have an h of its own."""
-        return self._names
+        """Name the parameters for which each example cannot have an h of its own."""
+        return tuple(self._aliases)
 
     # ---- parameters
 
     def general_parameters(self) -> dict[str, nn.Parameter]:
         """w₀ by name, as in the module that was given."""
-        return {name: self._parameter(name) for name in self._names}
+        return {name: self.module.get_parameter(name) for name in self._aliases}
 
     def response_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters φ of Δ by name, those that require gradients."""
+        """φ by name: the parameters of Δ that require gradients."""
         general = {id(p) for p in self.general_parameters().values()}
         return {n: p for n, p in self.named_parameters() if p.requires_grad and id(p) not in general}
 
@@ -152,12 +148,12 @@ class Response(nn.Module):
 
     @torch.no_grad()
     def recenter(self, h: Tensor) -> None:
-        """Make h the center. The general weights become w(h), so that w(·) stays the same function.
+        """Move the center to h and w₀ to w(h), so that w(·) stays the same function.
 
-        Exact for responses that are linear in h; for others the value at h is kept.
+        Exact for responses that are linear in h; others keep their value at h.
         """
         for name, value in self.weights(h).items():
-            self._parameter(name).copy_(value)
+            self.module.get_parameter(name).copy_(value)
         self.center.copy_(h)
 
     # ---- evaluation
@@ -171,7 +167,7 @@ class Response(nn.Module):
         weights: Weights | None = None,
         change: Callable[[dict[str, Tensor]], Weights] | None = None,
     ) -> Iterator[None]:
-        """Inside, the response is called like the plain module.
+        """Evaluate at h inside, where the response is called like the plain module.
 
         Args:
             h: (n,), or (batch, n).
@@ -198,13 +194,13 @@ class Response(nn.Module):
             self._place = before
 
     def bind(self, h: Tensor) -> None:
-        """From now on ``response(x)`` is evaluated at h (n,), outside :meth:`at`."""
+        """Evaluate ``response(x)`` at h (n,) from now on, outside :meth:`at`."""
         check_hyperparameters(h, self.num_hyperparameters)
         self.point.copy_(h.detach())
         self._bound = True
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """The module's output. The last positional argument is h unless h is given by ``at`` or ``bind``."""
+        """Return the module's output. The last argument is h unless ``at`` or ``bind`` gives it."""
         place = self._place
         if place is None and self._bound:
             place = Place(self.point)
@@ -216,122 +212,61 @@ class Response(nn.Module):
                 )
             with self.at(inputs[-1]):
                 return self.forward(*inputs[:-1], **options)
+
+        def run(weights: Weights) -> Any:
+            if not weights:
+                return self.module(*inputs, **options)
+            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+                # By all its names, each module once: torch's own tying leaves a module of two names without parameters.
+                tied = {alias: w for name, w in weights.items() for alias in self._aliases.get(name, [name])}
+                return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
+
         if place.mode == "general":
-            weights = place.change(dict(self.general_parameters())) if place.change is not None else {}
-            return self._run(weights, inputs, options)
+            return run({} if place.change is None else place.change(dict(self.general_parameters())))
         if place.h.dim() == 2:
-            return self._each(place, inputs, options)
+            return self._each(place, run)
         if place.mode == "linearized":
-            return self._linearized(place, inputs, options)
+            return self._linearized(place, run)
         weights = dict(place.weights) if place.weights is not None else self.weights(place.h)
-        return self._run(place.change(weights) if place.change is not None else weights, inputs, options)
+        return run(weights if place.change is None else place.change(weights))
 
-    def _run(self, weights: Weights, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if not weights:
-            return self.module(*inputs, **options)
-        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
-            # Under all its names, each module once: torch's own tying leaves a module of two names without parameters.
-            tied = {alias: w for name, w in weights.items() for alias in self._aliases.get(name, [name])}
-            return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
-
-    def _each(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """One h of each example, by the layers themselves."""
-        linearized = place.mode == "linearized"
+    def _each(self, place: Place, run: Run) -> Any:
         try:
-            return self._by_layers(place.h - self.center, linearized, dict, inputs, options)
-        except (NotImplementedError, RuntimeError) as error:
-            if not (linearized and lacks_forward_mode(error)):
-                raise
+            return self._by_layers(place.h - self.center, place.mode == "linearized", dict, run)
+        except ForwardModeError as error:
             raise RuntimeError(
-                "The linearised output for one h of each example needs operations with forward-mode derivatives. "
+                "The linearized output for one h of each example needs operations with forward-mode derivatives. "
                 f"Got: {error} Give one h of shape (n,), or DeltaSTN(linearized=False)."
             ) from error
 
-    def _by_layers(
-        self,
-        delta: Tensor,
-        linearized: bool,
-        rest: Callable[[], Weights],
-        inputs: tuple[Any, ...],
-        options: dict[str, Any],
-    ) -> Any:
-        """The layers by their own rule at ``delta``, (batch, n) or (n,); other parameters replaced by ``rest``."""
-        layers = self.layers
-        layers.delta, layers.linearized = delta, linearized
-        layers.visited.clear()
-        layers.read.clear()
-        try:
-            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
-                if not linearized:
-                    result = self.module(*inputs, **options)
-                else:
-                    with _forward_mode():
-                        result = self._run(rest(), inputs, options)
-                        result = tree_map(_plus_tangent, result)
-        finally:
-            layers.delta, layers.linearized = None, False
-        self._check_reads(result, linearized)
+    def _by_layers(self, delta: Tensor, linearized: bool, rest: Callable[[], Weights], run: Run) -> Any:
+        """Evaluate the layers by their own rule at ``delta``, (batch, n) or (n,); ``rest`` gives other weights."""
+        with self.layers.at(delta, linearized), torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+            if linearized:
+                with forward_mode():
+                    result = add_own_tangents(run(rest()))
+            else:
+                result = run({})
+        check_reads(self.module, self.layers.visited, result, linearized)
         return result
 
-    def _check_reads(self, result: Any, linearized: bool) -> None:
-        """Each layer must have been called, and no weight read past it: there the response would be missing."""
-        layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, HyperLayer)}
-        visited = self.layers.visited
-        missed = [name for name, layer in layers.items() if id(layer) not in visited]
-        if missed:
-            raise OnePointError(
-                "One h of each example needs every layer to be called. "
-                f"Got {', '.join(missed[:4])} that are not: unused, or their weights are read from outside; give "
-                "one h of shape (n,) for the batch."
-            )
-        if torch._C._are_functorch_transforms_active():
-            return  # no graph to look at
-        uses = _uses(result)
-        expected: Counter[int] = Counter()
-        names: dict[int, str] = {}
-        for name, layer in layers.items():
-            for attribute, parameter in layer.named_parameters(recurse=False):
-                expected[id(parameter)] += 0 if linearized else visited[id(layer)]
-                names[id(parameter)] = f"{name}.{attribute}".lstrip(".")
-        for key, name in names.items():
-            if uses[key] > expected[key]:
-                raise OnePointError(
-                    "One h of each example needs weights that only their own layers read. "
-                    f"Got {name}, which is read elsewhere too; give one h of shape (n,) for the batch."
-                )
-
-    def _linearized(self, place: Place, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """f(w₀) + J·Δ: the tangent by forward mode, φ's derivatives by an ordinary backward pass of f.
-
-        φ sees w₀ + Δ − stop(Δ), see :func:`carry`. Then the vector-Jacobian product of the output is that of J·Δ(φ),
-        and no derivative of a tangent is taken, which torch gets wrong through normalisation layers.
-        """
-        changes = self.changes(place.h - self.center)
+    def _linearized(self, place: Place, run: Run) -> Any:
+        """f(w₀) + J·Δ for one h, by forward mode where the operations have it."""
+        changes, general = self.changes(place.h - self.center), self.general_parameters()
         change = place.change if place.change is not None else dict
         if not self._double_vjp:
             try:
-                with _forward_mode():
-                    duals = {n: dual_change(p, changes[n]) for n, p in self.general_parameters().items()}
-                    return tree_map(_plus_tangent, self._run(change(duals), inputs, options))
-            except (NotImplementedError, RuntimeError) as error:
-                if not lacks_forward_mode(error):
-                    raise
+                with forward_mode():
+                    duals = {n: dual_change(p, changes[n]) for n, p in general.items()}
+                    return add_own_tangents(run(change(duals)))
+            except ForwardModeError:
                 self._double_vjp = True
-        values = {n: carry(p.detach(), changes[n]) for n, p in self.general_parameters().items()}
-        tangents = {n: changes[n].detach() for n in values}
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-            names = list(values)
-            leaves = {n: v if v.requires_grad else v.requires_grad_() for n, v in values.items()}
-            outputs, tree = tree_flatten(self._run(change(dict(leaves)), inputs, options))
-            return tree_unflatten(_add_tangents(outputs, leaves, tangents, names), tree)
+        return by_reverse_mode(lambda weights: run(change(weights)), general, changes)
 
     # ---- the plain network
 
     def export(self, h: Tensor) -> nn.Module:
-        """The plain module with the weights w(h): a copy, no hypernetwork left.
-
-        Args:
-            h: (n,).
+        """Return a copy of the plain module with the weights w(h), h (n,): no hypernetwork left.
 
         >>> from lightning_nested.hypernetworks import best_response
         >>> response = best_response(nn.Linear(3, 2), num_hyperparameters=4)
@@ -342,7 +277,7 @@ class Response(nn.Module):
             weights = self.weights(h)
             plain = copy.deepcopy(self.module)
             for layer in list(plain.modules()):
-                revert = getattr(layer, "revert", None)
+                revert = getattr(layer, "revert", None)  # tuned dropout layers have one too
                 if callable(revert):
                     revert()
             for name, parameter in plain.named_parameters():
@@ -351,66 +286,6 @@ class Response(nn.Module):
         return plain
 
     def num_parameters(self) -> dict[str, int]:
-        """How many are ``"general"`` (w₀) and ``"response"`` (φ)."""
-        return {
-            "general": sum(p.numel() for p in self.general_parameters().values()),
-            "response": sum(p.numel() for p in self.response_parameters().values()),
-        }
-
-    def _parameter(self, name: str) -> nn.Parameter:
-        return self.module.get_parameter(name)
-
-
-@contextmanager
-def _forward_mode() -> Iterator[None]:
-    """Dual numbers, by kernels that know them."""
-    with (
-        forward_ad.dual_level(),
-        sdpa_kernel(SDPBackend.MATH),
-        torch.backends.cudnn.flags(enabled=False),
-    ):
-        yield
-
-
-def dual_change(weight: Tensor, change: Tensor) -> Tensor:
-    """The weight's value with ``change`` as its tangent, and with the derivatives of w₀ + Δ − stop(Δ)."""
-    return make_dual(carry(weight.detach(), change), change.detach())
-
-
-def lacks_forward_mode(error: Exception) -> bool:
-    """Whether this is torch's error about an operation without forward-mode derivatives."""
-    text = str(error).lower()
-    return "forward ad" in text or "forward mode" in text
-
-
-def _uses(result: Any) -> Counter[int]:
-    """How often each leaf is used in the graph of a result, by its id."""
-    outputs = [y for y in tree_flatten(result)[0] if isinstance(y, Tensor)]
-    parents = (parent for node in graph_nodes(outputs) for parent, _ in node.next_functions)
-    leaves = (getattr(parent, "variable", None) for parent in parents)
-    return Counter(id(leaf) for leaf in leaves if leaf is not None)
-
-
-def _plus_tangent(output: Any) -> Any:
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        return output
-    value, tangent = unpack_dual(output)
-    return value if tangent is None else value + tangent.detach()
-
-
-def _add_tangents(outputs: list[Any], weights: Weights, tangents: Weights, names: list[str]) -> list[Any]:
-    """J·Δ by two reverse passes: the derivative with respect to v of Jᵀv, applied to Δ."""
-    live = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
-    cotangents = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]
-    inputs = [weights[n] for n in names]
-    pulled = torch.autograd.grad(
-        [outputs[i] for i in live], inputs, cotangents, create_graph=True, allow_unused=True
-    )
-    used = [(g, tangents[n]) for g, n in zip(pulled, names, strict=True) if g is not None and g.requires_grad]
-    moved = torch.autograd.grad(
-        [g for g, _ in used], cotangents, [t for _, t in used], retain_graph=True, allow_unused=True
-    )
-    result = list(outputs)
-    for i, tangent in zip(live, moved, strict=True):
-        result[i] = outputs[i] if tangent is None else outputs[i] + tangent.detach()
-    return result
+        """Count the numbers in ``"general"`` (w₀) and ``"response"`` (φ) parameters."""
+        groups = {"general": self.general_parameters(), "response": self.response_parameters()}
+        return {kind: sum(p.numel() for p in group.values()) for kind, group in groups.items()}

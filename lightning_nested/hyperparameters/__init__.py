@@ -1,11 +1,12 @@
-"""What can be tuned: decay, dropout, augmentation, smoothing, weights, any tensor or submodule. torch only."""
+"""Hyperparameters: decay, dropout, augmentation, smoothing, weights, any tensor or submodule. torch only."""
 
 from lightning_nested.hyperparameters.augmentation import Brightness, Contrast, Cutout, InputNoise, Saturation
 from lightning_nested.hyperparameters.dropout import DropConnect, DropoutRates
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.learning_rate import LearningRate
 from lightning_nested.hyperparameters.module_tensors import ModuleTensors
-from lightning_nested.hyperparameters.outer_step import OuterReport, OuterStep
+from lightning_nested.hyperparameters.outer_report import OuterReport
+from lightning_nested.hyperparameters.outer_step import OuterStep
 from lightning_nested.hyperparameters.scalar import Categorical, Integer, LabelSmoothing, Scalar
 from lightning_nested.hyperparameters.transforms import (
     Exp,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ class Strength(Scalar):
     The random part is drawn apart from s, so that the images have a derivative with respect to it.
 
     Args:
-        init: s at the start.
-        upper: s stays below.
-        name: Attribute of the module it is bound to, and key in logs.
+        init: Initial s.
+        upper: Bound that s stays below.
+        name: Attribute of the module that it becomes, and key in logs.
     """
 
     usage = (
@@ -34,21 +33,22 @@ class Strength(Scalar):
         super().__init__(name, init, Interval(lower=0.0, upper=upper))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """New images of the same shape."""
+        """Return augmented images of the same shape."""
         if images.dim() != 4:
             raise ValueError(
                 f"{type(self).__name__} needs images (batch, channels, height, width). Got {tuple(images.shape)}."
             )
-        return self.augment(images, self.value().to(images.dtype).reshape(-1, 1, 1, 1))
+        return self._augment(images, self.value().to(images.dtype).reshape(-1, 1, 1, 1))
 
     @abstractmethod
-    def augment(self, images: Tensor, strength: Tensor) -> Tensor:
-        """With ``strength`` of shape (1 or batch, 1, 1, 1)."""
+    def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
+        """Augment with ``strength`` of shape (1 or batch, 1, 1, 1)."""
 
 
-def _uniform(images: Tensor) -> Tensor:
-    """In [−1, 1), one for each image."""
-    return 2 * torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device) - 1
+def _stretch(images: Tensor, strength: Tensor, around: Tensor | float) -> Tensor:
+    """m + (x − m)·(1 + s·u), u uniform in [−1, 1) for each image."""
+    u = 2 * torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device) - 1
+    return around + (images - around) * (1 + strength * u)
 
 
 class Brightness(Strength):
@@ -57,9 +57,8 @@ class Brightness(Strength):
     def __init__(self, init: float = 0.1, upper: float = 1.0, name: str = "brightness") -> None:
         super().__init__(init, upper, name)
 
-    def augment(self, images: Tensor, strength: Tensor) -> Tensor:
-        """x·(1 + s·u)."""
-        return images * (1 + strength * _uniform(images))
+    def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
+        return _stretch(images, strength, 0.0)
 
 
 class Contrast(Strength):
@@ -68,28 +67,20 @@ class Contrast(Strength):
     def __init__(self, init: float = 0.1, upper: float = 1.0, name: str = "contrast") -> None:
         super().__init__(init, upper, name)
 
-    def augment(self, images: Tensor, strength: Tensor) -> Tensor:
-        """m + (x − m)·(1 + s·u)."""
-        mean = images.mean(dim=(1, 2, 3), keepdim=True)
-        return mean + (images - mean) * (1 + strength * _uniform(images))
+    def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
+        return _stretch(images, strength, images.mean(dim=(1, 2, 3), keepdim=True))
 
 
 class Saturation(Strength):
-    """x ← g + (x − g)·(1 + s·u) with g the grey image (mean over channels), u uniform in [−1, 1] for each image.
-
-    Raises:
-        ValueError: Images have one channel, which has no colour.
-    """
+    """x ← g + (x − g)·(1 + s·u) with g the grey image (mean over channels), u uniform in [−1, 1] for each image."""
 
     def __init__(self, init: float = 0.1, upper: float = 1.0, name: str = "saturation") -> None:
         super().__init__(init, upper, name)
 
-    def augment(self, images: Tensor, strength: Tensor) -> Tensor:
-        """g + (x − g)·(1 + s·u)."""
+    def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
         if images.shape[1] == 1:
             raise ValueError("Saturation needs colour images. Got one channel; leave it out.")
-        grey = images.mean(dim=1, keepdim=True)
-        return grey + (images - grey) * (1 + strength * _uniform(images))
+        return _stretch(images, strength, images.mean(dim=1, keepdim=True))
 
 
 class InputNoise(Strength):
@@ -98,8 +89,7 @@ class InputNoise(Strength):
     def __init__(self, init: float = 0.05, upper: float = 1.0, name: str = "input_noise") -> None:
         super().__init__(init, upper, name)
 
-    def augment(self, images: Tensor, strength: Tensor) -> Tensor:
-        """x + s·ε."""
+    def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
         return images + strength * torch.randn_like(images)
 
 
@@ -109,11 +99,11 @@ class Cutout(BoundHyperparameter):
     No derivative: tuned by hypernetworks. DeVries & Taylor (2017), arXiv 1708.04552.
 
     Args:
-        length: Side at the start, in pixels.
-        holes: Number at the start.
+        length: Initial side in pixels.
+        holes: Initial number of holes.
         max_length: Largest side.
-        max_holes: Largest number.
-        name: Attribute of the module it is bound to, and key in logs.
+        max_holes: Largest number of holes.
+        name: Attribute of the module that it becomes, and key in logs.
     """
 
     per_example = True
@@ -135,32 +125,25 @@ class Cutout(BoundHyperparameter):
         self.name, self.init = name, {"length": length, "holes": holes}
         self.upper = {"length": max_length, "holes": max_holes}
         self._transforms = {key: Interval(lower=0, upper=upper + 1) for key, upper in self.upper.items()}
-        self.transform = Interval(lower=0.0, upper=1.0)  # its bounds on raw values, which all intervals share
+        # For its bounds on raw values, which all intervals share.
+        self.transform = Interval(lower=0.0, upper=1.0)
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Two unconstrained tensors of shape ()."""
-        earlier, dtype = self.tensors, self._dtype(parameters)
-        self.tensors = {
-            key: (
-                earlier[key].detach()
-                if key in earlier
-                else self.unconstrained(key, torch.tensor(value, dtype=dtype))
-            )
-            .to(device, dtype)
-            .requires_grad_(True)
-            for key, value in self.init.items()
-        }
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {key: torch.tensor(value, dtype=dtype) for key, value in self.init.items()}
+
+    def _raw_start(self, key: str, value: Tensor) -> Tensor:
+        return self.unconstrained(key, value)
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
-        """A whole number, as floating type."""
+        """Return a whole number, as floating type."""
         return whole(self._transforms[key].forward(raw), self.upper[key])
 
     def unconstrained(self, key: str, value: Tensor) -> Tensor:
-        """Of the middle of the interval that becomes ``value``."""
+        """Return the middle of the interval that becomes ``value``."""
         return self._transforms[key].inverse(value + 0.5)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images with holes; a hole may reach over the border."""
+        """Return images with holes; a hole may reach over the border."""
         length, holes = (self.natural(k, self.tensors[k]).reshape(-1, 1, 1) for k in ("length", "holes"))
         n, _, height, width = images.shape
         rows = torch.arange(height, device=images.device).view(1, -1, 1)

@@ -1,29 +1,29 @@
-"""What stays of tensors and of their optimizer's memory when the inner parameters change: a layer was unfrozen."""
+"""Values and optimizer state that stay when the inner parameters change: a layer was unfrozen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Names = Sequence[str] | None
-"""Of the entries of a vector; None: a tensor that is kept as a whole."""
+Names: TypeAlias = Sequence[str] | None
+"""Names of the entries of a vector; None: a tensor that is kept as a whole."""
+Origins: TypeAlias = Mapping[Tensor, tuple[Tensor, Names, Names]]
+"""For each new tensor that has one, the earlier tensor and the names of the entries before and now."""
 
 
 @torch.no_grad()
 def carry_entries(old: Tensor, new: Tensor, before: Names, now: Names) -> Tensor | None:
-    """``new`` with the values of ``old`` where an entry stays.
+    """Return a copy of ``new`` with the values of ``old`` where an entry stays; None where none does.
 
     Args:
         old: The earlier tensor.
-        new: What a tensor begins with.
+        new: Tensor of initial values.
         before: Names of the entries of ``old``.
         now: Names of the entries of ``new``.
-
-    Returns:
-        A fresh tensor; None where nothing stays.
 
     >>> carry_entries(torch.tensor([1.0, 2.0]), torch.zeros(2), ["a", "b"], ["b", "c"])
     tensor([2., 0.])
@@ -40,18 +40,11 @@ def carry_entries(old: Tensor, new: Tensor, before: Names, now: Names) -> Tensor
     return result
 
 
-def carry_optimizer_(
-    new: Optimizer, old: Optimizer, origins: Mapping[Tensor, tuple[Tensor, Names, Names]]
-) -> None:
-    """Give ``new`` what ``old`` remembers: the options of its groups and the state of tensors that stay.
+def carry_optimizer_(new: Optimizer, old: Optimizer, origins: Origins) -> None:
+    """Give ``new`` the options of ``old``'s groups and the state of tensors that have an origin.
 
     State of a tensor's shape (a momentum) follows the tensor's entries, and is zero for the new ones; other state
     (a count of steps) is copied.
-
-    Args:
-        new: Over the new tensors, without state.
-        old: Over the earlier ones.
-        origins: For each new tensor that has one, the earlier tensor and the names of the entries before and now.
     """
     if len(new.param_groups) == len(old.param_groups):
         for group, earlier in zip(new.param_groups, old.param_groups, strict=True):
@@ -60,10 +53,7 @@ def carry_optimizer_(
         state = {}
         for key, value in old.state.get(origin, {}).items():
             follows = isinstance(value, Tensor) and value.shape == origin.shape and value.dim() > 0
-            state[key] = (
-                carry_entries(value, torch.zeros_like(tensor, dtype=value.dtype), before, now)
-                if follows
-                else value
-            )
+            start = torch.zeros_like(tensor, dtype=value.dtype) if follows else None
+            state[key] = value if start is None else carry_entries(value, start, before, now)
         if state and all(value is not None for value in state.values()):
             new.state[tensor] = state

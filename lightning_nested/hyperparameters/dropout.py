@@ -15,7 +15,7 @@ from lightning_nested.hyperparameters.weights import BoundHyperparameter
 
 
 class TunedDropout(nn.Module):
-    """A dropout layer that reads its rate from :class:`DropoutRates`; made by :meth:`DropoutRates.install`."""
+    """Dropout layer that reads its rate from :class:`DropoutRates`; made by :meth:`DropoutRates.install`."""
 
     rates: DropoutRates
     index: int
@@ -24,13 +24,13 @@ class TunedDropout(nn.Module):
     whole_channels = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x with units dropped in training, x itself in evaluation."""
+        """Return x with units dropped in training, x itself in evaluation."""
         if not self.training:
             return x
         return self.rates.drop(x, self.index, self.whole_channels, self.batch_dim)
 
     def revert(self) -> None:
-        """Become the plain layer again, with the present rate."""
+        """Become the plain layer again, with the current rate."""
         self.p = float(self.rates.rate(self.index).detach())
         for name in ("rates", "index", "batch_dim"):
             del self.__dict__[name]
@@ -38,7 +38,7 @@ class TunedDropout(nn.Module):
 
 
 class TunedDropout2d(TunedDropout):
-    """The same for whole channels."""
+    """Tuned dropout of whole channels."""
 
     whole_channels = True
 
@@ -53,14 +53,11 @@ class DropoutRates(BoundHyperparameter):
     (Gal, Hron & Kendall 2017, arXiv 1705.07832), and every other engine can tune the rates too.
 
     Args:
-        per: ``"layer"``: one rate of each layer; ``"model"``: one for all.
-        init: At the start; None: the layers' own.
-        upper: Rates stay below.
-        temperature: Of the relaxed masks; None: hard masks.
-        name: Attribute of the module it is bound to, and key in logs.
-
-    Raises:
-        ValueError: A number is out of range; in :meth:`install`, there is no dropout layer.
+        per: ``"layer"``: one rate per layer; ``"model"``: one for all.
+        init: Initial rate; None: the layers' own.
+        upper: Bound that rates stay below.
+        temperature: Temperature of relaxed masks; None: hard masks.
+        name: Attribute of the module that it becomes, and key in logs.
     """
 
     per_example = True
@@ -86,11 +83,9 @@ class DropoutRates(BoundHyperparameter):
         self._start: list[float] = []
 
     def install(self, network: nn.Module, batch_dim: int = 0) -> None:
-        """Let the dropout layers of ``network`` read their rates here. In place; before :meth:`build`.
+        """Let the dropout layers of ``network`` read their rates here, in place; to be called before :meth:`build`.
 
-        Args:
-            network: Its layers change their class.
-            batch_dim: Dimension of the examples in their inputs.
+        ``batch_dim`` is the dimension of the examples in the layers' inputs.
         """
         for index, layer in enumerate(self._found(network)):
             own = float(getattr(layer, "p", 0.0))
@@ -107,7 +102,7 @@ class DropoutRates(BoundHyperparameter):
             self._start = [sum(self._start) / len(self._start)]
 
     def count(self, network: nn.Module) -> int:
-        """Number of rates that ``network`` needs."""
+        """Return the number of rates that ``network`` needs."""
         return len(self._found(network)) if self.per == "layer" else 1
 
     def _found(self, network: nn.Module) -> list[nn.Module]:
@@ -119,21 +114,18 @@ class DropoutRates(BoundHyperparameter):
             )
         return found
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """One unconstrained tensor of shape (number of rates,)."""
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         start = self._start or ([self.init] if self.init is not None else [])
         if not start:
-            raise ValueError(
-                "DropoutRates must know its layers. Got none; call install(network) first, or give init=."
-            )
-        self._create({"rates": torch.tensor(start, dtype=self._dtype(parameters))}, device)
+            raise ValueError("DropoutRates needs its layers. Got none; call install(network), or give init=.")
+        return {"rates": torch.tensor(start, dtype=dtype)}
 
     def rate(self, index: int = 0) -> Tensor:
-        """In natural units: (), or (batch,)."""
+        """Return a rate in natural units: (), or (batch,)."""
         return self.transform.forward(self.tensors["rates"])[..., index]
 
     def drop(self, x: Tensor, index: int = 0, whole_channels: bool = False, batch_dim: int = 0) -> Tensor:
-        """x·mask/(1 − p); dimension ``batch_dim`` counts examples."""
+        """Return x·mask/(1 − p); dimension ``batch_dim`` counts examples."""
         shape = [1] * x.dim()
         shape[batch_dim] = -1
         keep = 1 - self.rate(index).to(x.dtype).reshape(shape)
@@ -147,21 +139,21 @@ class DropoutRates(BoundHyperparameter):
         return x * soft / keep
 
     def __call__(self, x: Tensor) -> Tensor:
-        """For networks that are written for it: dropout of x with the first rate."""
+        """Drop units of x at the first rate, in networks that call this object themselves."""
         return self.drop(x)
 
 
 class DropConnect(Scalar):
     """Each weight of the chosen tensors is zero with probability p, one mask for the batch.
 
-    ``drop_connect(weights)`` gives the weights that are used, by name: :class:`HypernetworkModule` does it in
-    training by itself; elsewhere use ``torch.func.functional_call``. Wan et al. (2013), ICML, PMLR 28:1058-1066.
+    ``drop_connect(weights)`` returns the weights to use, by name. :class:`HypernetworkModule` calls it in training;
+    elsewhere use ``torch.func.functional_call``. Wan et al. (2013), ICML, PMLR 28:1058-1066.
 
     Args:
-        init: p at the start.
-        upper: p stays below.
+        init: Initial p.
+        upper: Bound that p stays below.
         include: Names of parameters, with ``*`` wildcards; tensors of one dimension are never dropped.
-        name: Attribute of the module it is bound to, and key in logs.
+        name: Attribute of the module that it becomes, and key in logs.
     """
 
     per_example = False
@@ -178,11 +170,9 @@ class DropConnect(Scalar):
         self.include = tuple([include] if isinstance(include, str) else include)
 
     def __call__(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """w·mask/(1 − p) for each chosen tensor, the others as they are."""
-        keep = 1 - self.value().detach()
-        return {
-            name: w * (torch.rand(w.shape, device=w.device) < keep) / keep.to(w.dtype)
-            if w.dim() > 1 and any(fnmatchcase(name, pattern) for pattern in self.include)
-            else w
-            for name, w in weights.items()
-        }
+        """Return w·mask/(1 − p) for each chosen tensor, the others as they are."""
+        keep, result = 1 - self.value().detach(), dict(weights)
+        for name, w in weights.items():
+            if w.dim() > 1 and any(fnmatchcase(name, pattern) for pattern in self.include):
+                result[name] = w * (torch.rand(w.shape, device=w.device) < keep) / keep.to(w.dtype)
+        return result

@@ -1,14 +1,15 @@
-"""What is tuned: an unconstrained tensor, a transform, and a name to log under."""
+"""Base of all that is tuned: unconstrained tensors, a transform, and a name to log under."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import ABC
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_nested.hyperparameters.transforms import Transform
 
@@ -16,56 +17,72 @@ from lightning_nested.hyperparameters.transforms import Transform
 class Hyperparameter(ABC):
     """A named group of tensors that an outer optimizer moves.
 
-    ``tensors`` are unconstrained leaves; ``values()`` reads them in natural units. A hyperparameter is built once
-    its sizes and device are known (:meth:`build`), and is no ``torch.nn.Module``: it stays out of the user's
+    ``tensors`` are unconstrained leaves; ``values()`` returns them in natural units. A hyperparameter is built once
+    its sizes and device are known (:meth:`build`). It is no ``torch.nn.Module``, to stay out of the user's
     parameters, optimizers and data-parallel buckets.
-
-    Attributes:
-        name: Key of its values in logs and checkpoints.
-        tensors: Unconstrained leaves by name, empty until built.
-        per_example: Whether it can be read at one value of each example of a batch.
     """
 
-    name: str
+    name: str  # key of its values in logs and checkpoints
     transform: Transform
     per_example = False  # whether a tensor may get a leading dimension: one value of each example
+    sets_rate = False  # whether it is the inner optimizer's learning rate, which no loss depends on
+    usage = ""  # lines to add to a module that does not read it, shown in errors
 
     def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}  # unconstrained leaves by name, empty until built
 
     @property
     def built(self) -> bool:
-        """Whether :meth:`build` has run."""
+        """True once :meth:`build` has run."""
         return bool(self.tensors)
 
-    @abstractmethod
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Create the tensors. A second call keeps the values of those that stay; :meth:`reset` forgets them.
 
         Args:
             parameters: Inner parameters by name.
-            device: Where the tensors live.
+            device: Device of the tensors.
         """
+        self._create(self._initial(self._dtype(parameters)), device)
+
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors' initial values in natural units; called by :meth:`build`."""
+        raise NotImplementedError(f"{type(self).__name__} must define _initial(dtype), or override build.")
+
+    @property
+    def attribute(self) -> str | None:
+        """Name of the module's attribute through which the training loss reads this object; None: it does not."""
+        return None
+
+    def attach_module(self, module: nn.Module) -> None:  # noqa: B027 - optional
+        """Find tensors that the module has already; called at the start of ``fit``, before :meth:`build`."""
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027 - optional
+        """Read starting values from the inner optimizer; called before the first :meth:`build`."""
+
+    def rates(self) -> tuple[Tensor, ...] | None:
+        """Learning rate of each group of the inner optimizer, with its graph; None: it is not tuned by this."""
+        return None
 
     def reset(self) -> None:
-        """Forget the tensors: the next :meth:`build` begins anew."""
+        """Forget the tensors: the next :meth:`build` starts from the initial values."""
         self.tensors = {}
 
     def entries(self) -> tuple[str, ...] | None:
-        """Names of the entries of its one tensor, where they come and go with the inner parameters; else None."""
+        """Return names of the entries of its one tensor, if they come and go with the inner parameters; else None."""
         return None
 
     def values(self) -> dict[str, Tensor]:
-        """Detached values in natural units, by the names of ``tensors``."""
+        """Return detached values in natural units, by the names of ``tensors``."""
         with torch.no_grad():
             return {key: self.natural(key, raw).clone() for key, raw in self.tensors.items()}
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
-        """Value in natural units of the unconstrained ``raw`` in place of ``tensors[key]``, with its graph."""
+        """Return the value in natural units of ``raw`` in place of ``tensors[key]``, with its graph."""
         return self.transform.forward(raw)
 
     def unconstrained(self, key: str, value: Tensor) -> Tensor:
-        """The inverse of :meth:`natural`.
+        """Return the unconstrained tensor of a natural value, the inverse of :meth:`natural`.
 
         Raises:
             ValueError: ``value`` lies outside the transform's range.
@@ -79,7 +96,7 @@ class Hyperparameter(ABC):
             self.transform.project_(raw)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Unconstrained tensors, detached copies on the CPU."""
+        """Return detached copies of the unconstrained tensors on the CPU."""
         return {key: raw.detach().cpu().clone() for key, raw in self.tensors.items()}
 
     @torch.no_grad()
@@ -104,28 +121,32 @@ class Hyperparameter(ABC):
 
     @staticmethod
     def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
-        """Of unconstrained tensors: the widest of the parameters, at least float32.
+        """Return the dtype of unconstrained tensors: the widest of the parameters, at least float32.
 
         An outer step changes a log-decay of −9 by some 0.05, which bfloat16 rounds to nothing.
         """
         dtypes = [p.dtype for p in parameters.values() if p.is_floating_point()]
         return reduce(torch.promote_types, dtypes or [torch.get_default_dtype()], torch.float32)
 
+    def _use(self, transform: Transform, init: float | Sequence[float]) -> None:
+        """Set the transform, and refuse an initial value outside its range at once instead of in ``fit``."""
+        self.transform = transform
+        transform.start(torch.tensor(init, dtype=torch.float64))
+
     def _create(self, values: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Leaves at natural ``values``; an earlier tensor of that name and shape stays, with its own."""
+        """Create leaves at natural ``values``; an earlier tensor of that name and shape keeps its own."""
         earlier, self.tensors = self.tensors, {}
         for key, value in values.items():
             old = earlier.get(key)
             if old is None or old.shape != value.shape:
-                self.tensors[key] = self._leaf(value, device)
+                self.tensors[key] = self._raw_start(key, value).to(device).clone().requires_grad_(True)
             elif old.dtype == value.dtype and old.device == torch.empty(0, device=device).device:
                 self.tensors[key] = old
             else:
                 self.tensors[key] = old.detach().to(device, value.dtype).requires_grad_(True)
 
-    def _leaf(self, value: Tensor, device: torch.device | str) -> Tensor:
-        """An unconstrained leaf whose natural value is ``value``."""
-        return self.transform.start(value.detach()).to(device).clone().requires_grad_(True)
+    def _raw_start(self, key: str, value: Tensor) -> Tensor:
+        return self.transform.start(value.detach())
 
     def __getstate__(self) -> dict[str, Any]:
         # A module that holds this object can be deep-copied or pickled: leaves are stored as plain tensors.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
@@ -15,21 +16,18 @@ from lightning_nested.hyperparameters.transforms import Exp, Transform
 class LearningRate(Hyperparameter):
     """One learning rate per parameter group of the inner optimizer.
 
-    No loss depends on a rate, so implicit differentiation cannot see it: use it with
-    ``NestedModule(gradient=Unrolled(...))``. It takes the place of the groups' ``lr``, which follows the
-    tuned value; a scheduler of the inner optimizer would set the same number and is refused.
-
-    Over a few steps the best rate is a greedy one: too small for a long training, as in Wu, Ren, Liao &
-    Grosse (2018), ICLR. Unroll over as many steps as memory allows.
+    No loss depends on a rate, so implicit differentiation cannot tune it: use ``NestedModule(gradient=Unrolled(...))``.
+    The groups' ``lr`` follows the tuned value; a scheduler of the inner optimizer would set the same number and is
+    refused. Over a few steps the best rate is a greedy one, too small for a long training: unroll over as many steps
+    as memory allows. Wu, Ren, Liao & Grosse (2018), ICLR.
 
     Args:
-        init: Rate at the start; None: the optimizer's own.
-        transform: From the unconstrained tensor to the rate; default ``Exp`` within [1e-8, 10].
+        init: Initial rate; None: the optimizer's own.
+        transform: Map from the unconstrained tensor to the rate; default ``Exp`` within [1e-8, 10].
         name: Key in logs and checkpoints.
-
-    Raises:
-        ValueError: ``init`` is not positive; in :meth:`attach`, the optimizer's own rate is not.
     """
+
+    sets_rate = True
 
     def __init__(
         self, init: float | None = None, transform: Transform | None = None, name: str = "learning_rate"
@@ -38,28 +36,27 @@ class LearningRate(Hyperparameter):
         if init is not None and not (init > 0 and math.isfinite(init)):
             raise ValueError(f"init must be positive and finite. Got {init}.")
         self.init, self.name = init, name
-        self.transform = (
-            transform if transform is not None else Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0)))
-        )
+        self.transform = transform or Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0)))
         if init is not None:
-            self.transform.start(
-                torch.tensor(float(init), dtype=torch.float64)
-            )  # refuse it where it is given
+            self._use(self.transform, init)
         self._rates: tuple[float, ...] = ()
 
     def attach(self, rates: Sequence[float]) -> None:
         """Take the starting values of the optimizer's groups."""
         self._rates = tuple(rates if self.init is None else [self.init] * len(rates))
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """One unconstrained tensor of shape (number of groups,)."""
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        """Take the starting values of the optimizer's groups."""
+        self.attach([float(group["lr"]) for group in optimizer.param_groups])
+
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self._rates:
             raise ValueError(
                 "LearningRate must know the inner optimizer's groups. Got none: it is tuned through unrolled "
                 "steps, by NestedModule(gradient=Unrolled(...)); elsewhere call attach([lr, ...]) first."
             )
-        self._create({"rates": torch.tensor(self._rates, dtype=self._dtype(parameters))}, device)
+        return {"rates": torch.tensor(self._rates, dtype=dtype)}
 
     def rates(self) -> tuple[Tensor, ...]:
-        """The rate of each group, 0-dimensional, with its graph."""
+        """Return the rate of each group, 0-dimensional, with its graph."""
         return self.transform.forward(self.tensors["rates"]).unbind()

@@ -20,9 +20,6 @@ class ModuleTensors(Hyperparameter):
 
     Args:
         path: Dotted name: ``"augmenter"``, ``"augmenter.conv.weight"``.
-
-    Raises:
-        ValueError: In :meth:`attach`: the name does not exist (close names are given), or holds nothing to tune.
     """
 
     def __init__(self, path: str) -> None:
@@ -51,23 +48,28 @@ class ModuleTensors(Hyperparameter):
                 f"tensor of floating type. Got {self.path!r}, a {type(found).__name__} with none."
             )
 
+    def attach_module(self, module: nn.Module) -> None:
+        """Find the tensors in ``module``."""
+        self.attach(module)
+
     def __getstate__(self) -> dict[str, Any]:
-        # The tensors themselves: copied together with their module they are the copy's.
+        # Not the base's copies: copied together with their module the tensors are the copy's.
         return dict(self.__dict__)
 
     def reset(self) -> None:
-        """Nothing to forget: the tensors are the module's."""
+        """Do nothing: the tensors are the module's."""
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Nothing to create; :meth:`attach` has found the tensors."""
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.tensors:
-            raise ValueError(
-                f"ModuleTensors({self.path!r}) must be attached to a module first. Call attach(module)."
-            )
+            raise ValueError(f"ModuleTensors({self.path!r}) needs its module. Got none; call attach(module).")
+        return self.tensors
+
+    def _create(self, values: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """Create nothing: :meth:`attach` has found the tensors, which stay on the module's device."""
 
 
 def as_hyperparameters(given: Hyperparameter | str | Iterable[Hyperparameter | str]) -> list[Hyperparameter]:
-    """One or several hyperparameters as a list; a dotted name stands for :class:`ModuleTensors`."""
+    """Return one or several hyperparameters as a list; a dotted name becomes :class:`ModuleTensors`."""
     several: Iterable[Any] = (
         [given] if isinstance(given, str | Hyperparameter) or not isinstance(given, Iterable) else given
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,12 @@ from lightning_nested.hyperparameters.weights import BoundHyperparameter
 
 
 class Scalar(BoundHyperparameter):
-    """One number, for any use: ``module.name.value()`` is it, with its graph.
+    """One number for any use; ``module.name.value()`` returns it with its graph.
 
     Args:
-        name: Attribute of the module it is bound to, and key in logs.
-        init: At the start, in natural units.
-        transform: From the unconstrained tensor; default ``Unconstrained()``.
-
-    Raises:
-        ValueError: ``init`` lies outside the transform's range.
+        name: Attribute of the module that it becomes, and key in logs.
+        init: Initial value in natural units.
+        transform: Map from the unconstrained tensor; default ``Unconstrained()``.
     """
 
     per_example = True
@@ -34,30 +31,28 @@ class Scalar(BoundHyperparameter):
         if not math.isfinite(init):
             raise ValueError(f"init must be finite. Got {init} for {name!r}.")
         self.name, self.init = name, float(init)
-        self.transform = transform if transform is not None else Unconstrained()
-        self.transform.inverse(
-            torch.tensor(self.init, dtype=torch.float64)
-        )  # refused here, not in the middle of fit
+        self.transform = transform or Unconstrained()
+        # Refused here, not in the middle of fit.
+        self.transform.inverse(torch.tensor(self.init, dtype=torch.float64))
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """One unconstrained tensor of shape ()."""
-        self._create({"value": torch.tensor(self.init, dtype=self._dtype(parameters))}, device)
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"value": torch.tensor(self.init, dtype=dtype)}
 
     def value(self) -> Tensor:
-        """In natural units: (), or (batch,) where each example has its own."""
+        """Return the value in natural units: (), or (batch,) where each example has its own."""
         return self.natural("value", self.tensors["value"])
 
 
 class Integer(Scalar):
     """A whole number in lower … upper: the floor of a real one in (lower, upper + 1).
 
-    It has no derivative: tuned by hypernetworks, whose perturbations try its neighbours.
+    No derivative: tuned by hypernetworks, whose perturbations try its neighbours.
 
     Args:
-        name: Attribute of the module it is bound to, and key in logs.
+        name: Attribute of the module that it becomes, and key in logs.
         lower: Smallest value.
         upper: Largest value.
-        init: At the start.
+        init: Initial value.
     """
 
     def __init__(self, name: str, lower: int, upper: int, init: int) -> None:
@@ -67,21 +62,21 @@ class Integer(Scalar):
         self.lower, self.upper = lower, upper
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
-        """A whole number, as floating type."""
+        """Return a whole number, as floating type."""
         return whole(self.transform.forward(raw), self.upper)
 
     def unconstrained(self, key: str, value: Tensor) -> Tensor:
-        """Of the middle of the interval that becomes ``value``."""
+        """Return the middle of the interval that becomes ``value``."""
         return self.transform.inverse(value + 0.5)
 
 
 class Categorical(BoundHyperparameter):
-    """One of several options: the one of the largest score. Tuned by hypernetworks, whose perturbations try others.
+    """Choice of the option with the largest score. Tuned by hypernetworks, whose perturbations try others.
 
     Args:
-        name: Attribute of the module it is bound to, and key in logs.
-        options: What is chosen from.
-        init: Index of the first choice.
+        name: Attribute of the module that it becomes, and key in logs.
+        options: Objects to choose from.
+        init: Index of the initial choice.
     """
 
     per_example = True
@@ -96,23 +91,21 @@ class Categorical(BoundHyperparameter):
         self.name, self.options, self.init = name, tuple(options), init
         self.transform = Unconstrained()
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """One score per option."""
-        scores = functional.one_hot(torch.tensor(self.init), len(self.options)).to(self._dtype(parameters))
-        self._create({"index": scores}, device)
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"index": functional.one_hot(torch.tensor(self.init), len(self.options)).to(dtype)}
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
-        """Index of the option, as floating type."""
+        """Return the index of the option, as floating type."""
         return raw.argmax(-1).to(raw.dtype)
 
     def unconstrained(self, key: str, value: Tensor) -> Tensor:
-        """Scores whose largest is that of option ``value``."""
+        """Return scores whose largest is that of option ``value``."""
         if not 0 <= int(value) < len(self.options):
             raise ValueError(f"{self.name} must be in 0 … {len(self.options) - 1}. Got {int(value)}.")
         return functional.one_hot(value.long(), len(self.options)).to(self.tensors["index"].dtype)
 
     def choice(self) -> Any:
-        """The chosen option, or a list of one for each example."""
+        """Return the chosen option, or a list of one for each example."""
         index = self.natural("index", self.tensors["index"]).long()
         return self.options[int(index)] if index.dim() == 0 else [self.options[i] for i in index.tolist()]
 
@@ -123,9 +116,9 @@ class LabelSmoothing(Scalar):
     ``module.label_smoothing(logits, labels)`` is the mean loss of a batch.
 
     Args:
-        init: ε at the start.
-        upper: ε stays below.
-        name: Attribute of the module it is bound to, and key in logs.
+        init: Initial ε.
+        upper: Bound that ε stays below.
+        name: Attribute of the module that it becomes, and key in logs.
     """
 
     usage = (
@@ -137,7 +130,7 @@ class LabelSmoothing(Scalar):
         super().__init__(name, init, Interval(lower=0.0, upper=upper))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the batch; logits (batch, classes), labels (batch,)."""
+        """Return the mean loss of logits (batch, classes) and labels (batch,)."""
         log = logits.log_softmax(-1)
         smoothing = self.value()
         right = log.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -145,5 +138,5 @@ class LabelSmoothing(Scalar):
 
 
 def whole(value: Tensor, upper: float) -> Tensor:
-    """The floor, without a derivative; not above ``upper`` where rounding reached the interval's end."""
+    """Return the floor, without a derivative; not above ``upper`` where rounding reached the interval's end."""
     return value.detach().floor().clamp(max=upper)

@@ -16,21 +16,21 @@ class Transform(ABC):
 
     @abstractmethod
     def forward(self, raw: Tensor) -> Tensor:
-        """Natural value of an unconstrained tensor."""
+        """Return the natural value of an unconstrained tensor."""
 
     @abstractmethod
     def inverse(self, value: Tensor) -> Tensor:
-        """Unconstrained tensor of a natural value.
+        """Return the unconstrained tensor of a natural value.
 
         Raises:
             ValueError: The value lies outside the range.
         """
 
     def start(self, value: Tensor) -> Tensor:
-        """The unconstrained tensor of a value to start from.
+        """Return the unconstrained tensor of an initial value.
 
         Raises:
-            ValueError: The value lies outside the range, or where :meth:`project_` would move it from.
+            ValueError: The value lies outside the range, or where :meth:`project_` would move it.
         """
         raw = self.inverse(value)
         projected = raw.clone()
@@ -59,11 +59,11 @@ class Unconstrained(Transform):
     """value = raw."""
 
     def forward(self, raw: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return raw
 
     def inverse(self, value: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return value
 
 

@@ -1,33 +1,33 @@
-"""All hyperparameters as one vector, and their evaluation at another point than their own."""
+"""All hyperparameters as one vector, which can be replaced by another point for the time of a block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 
+T = TypeVar("T")
+
+
+def labelled(name: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Label the values of a hyperparameter: ``name`` for a single one, else ``name/key``."""
+    return {name if len(values) == 1 else f"{name}/{key}": value for key, value in values.items()}
+
 
 class HyperparameterVector:
-    """The unconstrained tensors of built hyperparameters, end to end: h of shape (n,).
-
-    Args:
-        hyperparameters: Built ones.
-
-    Raises:
-        ValueError: One is not built.
-    """
+    """The unconstrained tensors of built hyperparameters, end to end: h of shape (n,)."""
 
     def __init__(self, hyperparameters: Sequence[Hyperparameter]) -> None:
         for hyperparameter in hyperparameters:
             if not hyperparameter.built:
                 raise ValueError(f"hyperparameters must be built. Got {hyperparameter.name!r}, which is not.")
         self.hyperparameters = tuple(hyperparameters)
-        self._held: dict[str, dict[str, Tensor]] | None = None  # the leaves, while others stand in for them
+        self._held: dict[str, dict[str, Tensor]] | None = None  # the leaves, while others replace them
         self.sizes = [t.numel() for t in self.tensors]
 
     def __len__(self) -> int:
@@ -47,10 +47,10 @@ class HyperparameterVector:
         return torch.cat([t.reshape(-1) for t in self.tensors])
 
     def at_values(self, values: Mapping[str, Any]) -> Tensor:
-        """h of values in natural units, detached; what is not named stays as it is.
+        """Return h for values in natural units, detached; hyperparameters that are not named keep theirs.
 
         Args:
-            values: By ``name`` or ``name/key``, as :meth:`bound` yields them.
+            values: Values by ``name`` or ``name/key``, as :meth:`bound` yields them.
 
         Raises:
             ValueError: A name is unknown, a value lies outside its interval, or has another shape.
@@ -58,8 +58,8 @@ class HyperparameterVector:
         given, pieces = dict(values), []
         for hyperparameter in self.hyperparameters:
             leaves = self._leaves[hyperparameter.name]
-            for key, leaf in leaves.items():
-                label = hyperparameter.name if len(leaves) == 1 else f"{hyperparameter.name}/{key}"
+            labels = labelled(hyperparameter.name, leaves)
+            for label, (key, leaf) in zip(labels, leaves.items(), strict=True):
                 if label not in given:
                     pieces.append(leaf.detach().reshape(-1))
                     continue
@@ -69,35 +69,32 @@ class HyperparameterVector:
                 except ValueError as error:
                     raise ValueError(f"The value of {label!r} must lie in its interval: {error}") from error
                 if raw.numel() not in (1, leaf.numel()):
-                    raise ValueError(
-                        f"{label!r} must have shape {tuple(leaf.shape)}. Got {tuple(value.shape)}."
-                    )
+                    raise ValueError(f"{label!r} must be {tuple(leaf.shape)}. Got {tuple(value.shape)}.")
                 pieces.append(raw.expand(leaf.shape).reshape(-1))
         if given:
-            known = [f"{h.name}" for h in self.hyperparameters]
-            raise ValueError(f"values must be of {', '.join(known)}. Got {', '.join(given)}.")
+            known = ", ".join(h.name for h in self.hyperparameters)
+            raise ValueError(f"values must be of {known}. Got {', '.join(given)}.")
         return torch.cat(pieces)
 
     @contextmanager
     def bound(self, h: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Inside, every hyperparameter has the values of ``h``: (n,), or (batch, n).
+        """Give every hyperparameter the values of ``h``, (n,) or (batch, n), until the block ends.
 
         Yields:
             Values in natural units, with their graph to h: by ``name``, or ``name/key`` where there are several.
 
         Raises:
-            ValueError: h has another length, or one row of each example where one of them allows none.
+            ValueError: h has another length, or one row per example where a hyperparameter acts on the whole batch.
         """
-        if h.dim() not in (1, 2) or h.shape[-1] != len(self):
-            raise ValueError(
-                f"h must have shape ({len(self)},) or (batch, {len(self)}). Got {tuple(h.shape)}."
-            )
+        n = len(self)
+        if h.dim() not in (1, 2) or h.shape[-1] != n:
+            raise ValueError(f"h must have shape ({n},) or (batch, {n}). Got {tuple(h.shape)}.")
         if h.dim() == 2:
             batch = [x.name for x in self.hyperparameters if not x.per_example]
             if batch:
                 raise ValueError(
                     f"One h of each example needs hyperparameters that act on examples. Got {', '.join(batch)}, which "
-                    f"act on the whole batch; give one h of shape ({len(self)},)."
+                    f"act on the whole batch; give one h of shape ({n},)."
                 )
         pieces = iter(h.split(self.sizes, dim=-1))  # type: ignore[no-untyped-call]
         lead = h.shape[:-1]
@@ -108,9 +105,8 @@ class HyperparameterVector:
             leaves = self._held[hyperparameter.name]
             moved = {key: next(pieces).reshape((*lead, *leaf.shape)) for key, leaf in leaves.items()}
             hyperparameter.tensors = moved
-            for key, raw in moved.items():
-                label = hyperparameter.name if len(moved) == 1 else f"{hyperparameter.name}/{key}"
-                natural[label] = hyperparameter.natural(key, raw)
+            values = {key: hyperparameter.natural(key, raw) for key, raw in moved.items()}
+            natural.update(labelled(hyperparameter.name, values))
         try:
             yield natural
         finally:

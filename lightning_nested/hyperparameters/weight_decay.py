@@ -26,15 +26,12 @@ class WeightDecay(Hyperparameter):
 
     Args:
         per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight.
-        init: Decay at the start, in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
+        init: Initial decay in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
         include: Names of parameters that are decayed, with ``*`` wildcards.
         exclude: Names that are not, with ``*`` wildcards.
-        transform: From the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges above
-            about 2(1 + β)/rate.
+        transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges
+            above about 2(1 + β)/rate.
         name: Key in logs and checkpoints.
-
-    Raises:
-        ValueError: ``per`` is unknown or ``init`` is not positive; in :meth:`build`, a pattern matches nothing.
     """
 
     def __init__(
@@ -53,20 +50,17 @@ class WeightDecay(Hyperparameter):
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
-        self.transform = (
-            transform if transform is not None else Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init))
-        )
-        self.transform.start(torch.tensor(float(init), dtype=torch.float64))  # refuse it where it is given
+        self._use(transform or Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init)), init)
         self.parameter_names: tuple[str, ...] = ()
-        self._matched: set[str] = (
-            set()
-        )  # patterns that have matched a name: what they match may be frozen later
+        self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
+        # Patterns that have matched a name: the parameters they match may be frozen later.
+        self._matched: set[str] = set()
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Create one unconstrained tensor: shapes (), (number of tensors,), or as the parameters.
 
-        A second call, with parameters that were added (unfrozen) or taken away, keeps the decays of those that stay;
-        new ones begin at ``init``.
+        A second call, with parameters that were added (unfrozen) or removed, keeps the decays of those that stay; new
+        ones start at ``init``.
         """
         for pattern in {*self.include, *self.exclude} - self._matched:
             if not any(fnmatchcase(name, pattern) for name in parameters):
@@ -83,37 +77,39 @@ class WeightDecay(Hyperparameter):
             )
         self._matched = {*self.include, *self.exclude}
         before, self.parameter_names = self.parameter_names, tuple(chosen)
-        dtype = self._dtype(chosen)
-        if self.per == "parameter":
-            shapes = {name: p.shape for name, p in chosen.items()}
-        else:
-            shapes = {self.per: torch.Size([]) if self.per == "model" else torch.Size([len(chosen)])}
+        self._shapes = {name: p.shape for name, p in chosen.items()}
         # The entries of an earlier vector are the decays of others, even if it has the same size.
         earlier = self.tensors.pop("tensor", None) if before != self.parameter_names else None
-        self._create({key: torch.full(s, self.init, dtype=dtype) for key, s in shapes.items()}, device)
+        super().build(chosen, device)
         if earlier is not None:
             kept = carry_entries(earlier, self.tensors["tensor"], before, self.parameter_names)
             if kept is not None:
                 self.tensors["tensor"] = kept.requires_grad_(True)
 
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        shapes: Mapping[str, Sequence[int]] = self._shapes
+        if self.per != "parameter":
+            shapes = {self.per: () if self.per == "model" else (len(shapes),)}
+        return {key: torch.full(tuple(shape), self.init, dtype=dtype) for key, shape in shapes.items()}
+
     def reset(self) -> None:
-        """Forget the decays and the parameters they were of."""
+        """Forget the decays and their parameters."""
         super().reset()
         self.parameter_names, self._matched = (), set()
 
     def entries(self) -> tuple[str, ...] | None:
-        """Names of the parameters, with ``per="tensor"``."""
+        """Return the names of the parameters, with ``per="tensor"``."""
         return self.parameter_names if self.per == "tensor" else None
 
     def values(self) -> dict[str, Tensor]:
-        """Decays in natural units; with ``per="tensor"`` one scalar under each parameter's name."""
+        """Return decays in natural units; with ``per="tensor"`` one scalar under each parameter's name."""
         values = super().values()
         if self.per == "tensor" and values:
             return dict(zip(self.parameter_names, values["tensor"].unbind(), strict=True))
         return values
 
     def decays(self) -> dict[str, Tensor]:
-        """The decay of each chosen parameter by its name, with the graph to the unconstrained tensors."""
+        """Return each chosen parameter's decay by name, with the graph to the unconstrained tensors."""
         if self.per == "parameter":
             return {name: self.transform.forward(raw) for name, raw in self.tensors.items()}
         value = self.transform.forward(self.tensors[self.per])
@@ -124,9 +120,7 @@ class WeightDecay(Hyperparameter):
     def add_gradient_(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """grad ← grad + scale · d ∘ w for every chosen parameter that has a gradient.
 
-        Args:
-            parameters: By the names they had in :meth:`build`.
-            scale: Factor that the gradients carry (a GradScaler's, before a fused optimizer takes it off).
+        ``scale`` is the factor that gradients carry (a GradScaler's, before a fused optimizer takes it off).
         """
         for name, decay in self.decays().items():
             parameter = parameters[name]
@@ -138,13 +132,29 @@ class WeightDecay(Hyperparameter):
         return torch.stack([0.5 * (d * parameters[n] ** 2).sum() for n, d in self.decays().items()]).sum()
 
     def linearize(self, parameters: Mapping[str, Tensor]) -> DecayPenalty:
-        """The penalty's derivatives at the present parameters, all of which (in this order) form the vector w."""
+        """Return the penalty's derivatives at the current parameters, which in this order form the vector w."""
         return DecayPenalty(self, parameters)
 
     def _decays(self, name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in self.include) and not any(
-            fnmatchcase(name, p) for p in self.exclude
+        included, excluded = (
+            any(fnmatchcase(name, p) for p in patterns) for patterns in (self.include, self.exclude)
         )
+        return included and not excluded
+
+
+class FixedDecay:
+    """Penalty of a decay that is not tuned, one number per parameter: curvature without a mixed derivative."""
+
+    def __init__(self, decay: Sequence[float]) -> None:
+        self._operator = DiagonalOperator(list(decay))
+
+    def curvature(self) -> LinearOperator:
+        """diag(d)."""
+        return self._operator
+
+    def mixed(self, v: Vector) -> Vector:
+        """Return no derivatives."""
+        return ()
 
 
 class DecayPenalty:
@@ -168,17 +178,13 @@ class DecayPenalty:
             slopes = [(self._parameters[n] * by_name[n]).to(d.dtype) for n, d in self._values.items()]
         else:
             # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
-            slopes = [
-                torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in self._values.items()
-            ]
-        return torch.autograd.grad(
-            list(self._values.values()), tuple(self._decay.tensors.values()), slopes, retain_graph=True
-        )
+            values = self._values.items()
+            slopes = [torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in values]
+        tensors = tuple(self._decay.tensors.values())
+        return torch.autograd.grad(list(self._values.values()), tensors, slopes, retain_graph=True)
 
 
 def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
-        raise ValueError(
-            f"{name} must be a list of names. Got the string {patterns!r}; write [{patterns!r}]."
-        )
+        raise ValueError(f"{name} must be a list of names. Got string {patterns!r}; write [{patterns!r}].")
     return tuple(patterns)

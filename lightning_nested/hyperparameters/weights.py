@@ -24,20 +24,23 @@ class BoundHyperparameter(Hyperparameter):
             losses = losses * self.example_weights(index)
     """
 
-    usage: str  # the lines to add to a module that does not read it, shown in errors
+    @property
+    def attribute(self) -> str:
+        """Name of the module's attribute through which the training loss reads this object."""
+        return self.name
 
 
 class ExampleWeights(BoundHyperparameter):
     """One weight per training example: the validation loss finds the ones that hurt.
 
-    ``weights(index)`` gives the weights of a batch, of the shape of ``index``, with their graph. Batches carry the
+    ``weights(index)`` returns the weights of a batch, of the shape of ``index``, with their graph. Batches carry the
     index of each example.
 
     Args:
         num_examples: Size of the training set.
-        init: Weight at the start.
+        init: Initial weight.
         transform: Default ``Interval(0, 1)``, or ``Interval(0, 2·init)`` for an ``init`` of 1 and above.
-        name: Attribute of the module it is bound to, and key in logs.
+        name: Attribute of the module that it becomes, and key in logs.
     """
 
     usage = (
@@ -57,23 +60,17 @@ class ExampleWeights(BoundHyperparameter):
         if num_examples < 1:
             raise ValueError(f"num_examples must be at least 1. Got {num_examples}.")
         self.num_examples, self.init, self.name = num_examples, init, name
-        self.transform = (
-            transform if transform is not None else Interval(upper=1.0 if init < 1.0 else 2.0 * init)
-        )
-        self.transform.start(torch.tensor(float(init), dtype=torch.float64))  # refuse it where it is given
+        self._use(transform or Interval(upper=1.0 if init < 1.0 else 2.0 * init), init)
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """One unconstrained tensor of shape (num_examples,)."""
-        self._create(
-            {"weights": torch.full((self.num_examples,), self.init, dtype=self._dtype(parameters))}, device
-        )
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"weights": torch.full((self.num_examples,), self.init, dtype=dtype)}
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Weights of the examples ``index`` (any shape, integers in [0, num_examples)), at least float32.
+        """Return weights of the examples ``index`` (any shape, integers in [0, num_examples)), at least float32.
 
         Raises:
-            ValueError: ``index`` holds no integers; or one out of range, if it is on the CPU (to look at it on a GPU
-                would stop for the device).
+            ValueError: ``index`` holds no integers; or one out of range, if it is on the CPU (a look at a GPU's
+                tensor would wait for the device).
         """
         if not isinstance(index, Tensor) or index.dtype not in _INDICES:
             got = index.dtype if isinstance(index, Tensor) else type(index).__name__
@@ -92,13 +89,13 @@ class ExampleWeights(BoundHyperparameter):
 class LossWeights(BoundHyperparameter):
     """One weight per named part of a training loss.
 
-    ``weights({"ce": a, "aux": b})`` gives Σ wᵢ·lossᵢ with its graph.
+    ``weights({"ce": a, "aux": b})`` returns Σ wᵢ·lossᵢ with its graph.
 
     Args:
-        names: Of the parts.
-        init: Weight at the start, one for all or one per name.
+        names: Names of the parts.
+        init: Initial weight, one for all or one per name.
         transform: Default ``Softplus()``.
-        name: Attribute of the module it is bound to, and key in logs.
+        name: Attribute of the module that it becomes, and key in logs.
     """
 
     usage = (
@@ -120,27 +117,19 @@ class LossWeights(BoundHyperparameter):
         self.names, self.name = tuple(names), name
         self.init = tuple([init] * len(self.names) if isinstance(init, (int, float)) else init)
         if len(self.init) != len(self.names) or not all(math.isfinite(i) for i in self.init):
-            raise ValueError(
-                f"init must be one finite number, or one per name. Got {init!r} for {list(names)}."
-            )
-        self.transform = transform if transform is not None else Softplus()
-        self.transform.start(torch.tensor(self.init, dtype=torch.float64))  # refuse it where it is given
+            raise ValueError(f"init must be finite, one or one per name. Got {init!r} for {list(names)}.")
+        self._use(transform or Softplus(), self.init)
 
-    def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """One unconstrained tensor of shape (number of names,)."""
-        self._create({"weights": torch.tensor(self.init, dtype=self._dtype(parameters))}, device)
+    def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"weights": torch.tensor(self.init, dtype=dtype)}
 
     def values(self) -> dict[str, Tensor]:
-        """One weight per name."""
+        """Return one weight per name."""
         values = super().values()
         return dict(zip(self.names, values["weights"].unbind(), strict=True)) if values else {}
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Σ wᵢ·lossᵢ, a scalar, at least float32.
-
-        Raises:
-            ValueError: The names differ from the ones given at construction.
-        """
+        """Σ wᵢ·lossᵢ, a scalar, at least float32; the names must be those given at construction."""
         if set(losses) != set(self.names):
             raise ValueError(f"losses must have the names {list(self.names)}. Got {list(losses)}.")
         weights = self.transform.forward(self.tensors["weights"])

@@ -1,12 +1,11 @@
-"""Curvature as linear operators: anything with ``A @ v`` on tuples of tensors.
+"""Curvature of a loss as linear operators: Hessian, Gauss-Newton and finite-difference products.
 
-Hessian, Gauss-Newton and finite-difference products, diagonals, and sums and scalings of them, so that damping
-and weight decay are operators that one *adds*. Solvers need only products.
+Damping and weight decay are operators that one *adds*. Solvers need only products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,38 +15,35 @@ from lightning_nested.linalg.graph import (
     graph_nodes,
     refuse_once_differentiable,
     refuse_sparse,
+    vjp,
 )
-from lightning_nested.linalg.operators import LinearOperator, _materialize
-from lightning_nested.linalg.vectors import Vector, norm
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.vectors import Vector, norm, zeros_where_none
 
 
-def _own(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
-    """Products as tensors that may be overwritten: autograd may hand back v itself, or one tensor twice."""
+def owned(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
+    """Return products as tensors that may be overwritten: autograd may hand back v itself, or one tensor twice."""
     taken = {a.untyped_storage().data_ptr() for a in v}
-    owned = []
-    for product in _materialize(products, like):
+    result = []
+    for product in zeros_where_none(products, like):
         storage = product.untyped_storage().data_ptr()
-        owned.append(
-            product if storage not in taken and product.is_contiguous() else product.clone().contiguous()
-        )
+        fresh = storage not in taken and product.is_contiguous()
+        result.append(product if fresh else product.clone().contiguous())
         taken.add(storage)
-    return tuple(owned)
+    return tuple(result)
 
 
-def difference_length(loss: Tensor, params: Vector) -> float:
-    """Relative length of the move for central differences: half the cube root of a loss's machine epsilon.
+def difference_length(params: Vector, loss: Tensor | None = None) -> float:
+    """Relative length of the move for central differences: half the cube root of the machine epsilon.
 
-    That of the coarsest dtype among its operations: under ``torch.autocast`` rounding is the narrow dtype's,
-    whatever the parameters are kept in. The half is measured: networks of bfloat16 and float16 have their least
-    error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths serve alike.
+    The epsilon is that of the coarsest dtype among the parameters and the operations of the loss: under
+    ``torch.autocast`` rounding is the narrow dtype's, whatever the parameters are kept in. The half is measured:
+    networks of bfloat16 and float16 have their least error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths
+    serve alike.
     """
     dtypes = {p.dtype for p in params}
     for node in graph_nodes([loss]):
         dtypes.update(meta.dtype for meta in node._input_metadata)
-    return _difference_length(dtypes)
-
-
-def _difference_length(dtypes: Iterable[torch.dtype]) -> float:
     coarsest: float = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     return float(coarsest ** (1 / 3)) / 2
 
@@ -68,7 +64,7 @@ def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True)
         refuse_sparse(gradient)
         refuse_once_differentiable(gradient)
-    return _materialize(gradient, params)
+    return zeros_where_none(gradient, params)
 
 
 class HessianOperator(LinearOperator):
@@ -86,19 +82,13 @@ class HessianOperator(LinearOperator):
     def __init__(self, loss: Tensor, params: Vector) -> None:
         self.like = params
         self.gradient = gradient_with_graph(loss, params)
-        self._live = [i for i, g in enumerate(self.gradient) if g.requires_grad]
 
     def matvec(self, v: Vector) -> Vector:
-        """One backward pass through the gradient's graph."""
+        """∂(gᵀv)/∂w, one backward pass through the gradient's graph."""
         assert self.like is not None
-        if not self._live:  # the loss is linear in the parameters
-            return _materialize([None] * len(v), self.like)
-        outputs = [self.gradient[i] for i in self._live]
         with explain_double_backward():
-            products = torch.autograd.grad(
-                outputs, self.like, [v[i] for i in self._live], retain_graph=True, allow_unused=True
-            )
-        return _own(products, self.like, v)
+            products = vjp(self.gradient, self.like, v, retain_graph=True)
+        return owned(products, self.like, v)
 
 
 class GaussNewtonOperator(LinearOperator):
@@ -119,22 +109,16 @@ class GaussNewtonOperator(LinearOperator):
             (self._slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
             # The gradient is linear in a dummy cotangent u, so its derivative along v with respect to u is J v.
             self._dummy = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, params, self._dummy, create_graph=True, allow_unused=True)
-        self._live = [i for i, g in enumerate(pulled) if g is not None]
-        self._pulled = [g for g in pulled if g is not None]
+            self._pulled = vjp((outputs,), params, (self._dummy,), create_graph=True)
 
     def matvec(self, v: Vector) -> Vector:
-        """J v, then the loss's own Hessian, then Jᵀ."""
+        """Jᵀ (∂²L/∂o² (J v))."""
         assert self.like is not None
         with explain_double_backward():
-            (jv,) = torch.autograd.grad(
-                self._pulled, self._dummy, [v[i] for i in self._live], retain_graph=True
-            )
-            if not self._slope.requires_grad:  # linear in the outputs
-                return _materialize([None] * len(v), self.like)
-            (hjv,) = torch.autograd.grad(self._slope, self.outputs, jv, retain_graph=True)
-            products = torch.autograd.grad(self.outputs, self.like, hjv, retain_graph=True, allow_unused=True)
-        return _own(products, self.like, v)
+            jv = vjp(self._pulled, (self._dummy,), v, retain_graph=True)
+            hjv = vjp((self._slope,), (self.outputs,), jv, retain_graph=True)
+            products = vjp((self.outputs,), self.like, hjv, retain_graph=True)
+        return owned(products, self.like, v)
 
 
 class FiniteDifferenceOperator(LinearOperator):
@@ -144,8 +128,8 @@ class FiniteDifferenceOperator(LinearOperator):
     The truncation error is O(ε²), rounding O(eps/ε).
 
     Args:
-        gradient: Returns the gradients at the parameters' present values; noise and statistics frozen.
-        params: Leaf parameters; they are moved through ``.data`` and put back, so graphs that hold them stay valid.
+        gradient: Returns the gradients at the parameters' current values; noise and statistics frozen.
+        params: Leaf parameters; they are moved through ``.data`` and restored, so graphs that hold them stay valid.
         epsilon: Length of the move relative to ``1 + ‖w‖``; None: half the cube root of the parameters' machine
             epsilon. Give one where gradients are computed in a narrower dtype, see :func:`difference_length`.
     """
@@ -154,30 +138,27 @@ class FiniteDifferenceOperator(LinearOperator):
         self, gradient: Callable[[], Vector], params: Vector, *, epsilon: float | None = None
     ) -> None:
         self.gradient, self.like = gradient, params
-        relative = epsilon if epsilon is not None else _difference_length([p.dtype for p in params])
-        self._length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))
+        relative = epsilon if epsilon is not None else difference_length(params)
+        self.length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))
 
     def matvec(self, v: Vector) -> Vector:
-        """Two gradients at w ± εv."""
+        """(g(w + εv) − g(w − εv)) / 2ε."""
         assert self.like is not None
-        return central_difference(self.gradient, self.like, v, self._length)
+        return central_difference(self.gradient, self.like, v, self.length)
 
 
 def central_difference(function: Callable[[], Vector], params: Vector, v: Vector, length: float) -> Vector:
-    """Derivative of ``function`` along v at the parameters' present values, moving them by ``length``."""
+    """Derivative of ``function`` along v at the parameters' current values, moving them by ``length``."""
     size = float(norm(v))
     if size == 0.0:
         return tuple(torch.zeros_like(a) for a in function())
-    epsilon = length / size
-    home = [p.data for p in params]
+    epsilon, home, values = length / size, [p.data for p in params], []
     try:
-        for p, here, direction in zip(params, home, v, strict=True):
-            p.data = here.add(direction, alpha=epsilon)
-        ahead = function()
-        for p, here, direction in zip(params, home, v, strict=True):
-            p.data = here.add(direction, alpha=-epsilon)
-        behind = function()
+        for move in (epsilon, -epsilon):
+            for p, here, direction in zip(params, home, v, strict=True):
+                p.data = here.add(direction, alpha=move)
+            values.append(function())
     finally:
         for p, here in zip(params, home, strict=True):
             p.data = here
-    return tuple((a - b) / (2 * epsilon) for a, b in zip(ahead, behind, strict=True))
+    return tuple((a - b) / (2 * epsilon) for a, b in zip(*values, strict=True))

@@ -1,4 +1,4 @@
-"""Eigenvalues of a game: all of a small one's, the leading ones of a large one by products alone."""
+"""Eigenvalues of a linear operator: all of a small one, the leading ones of a large one by products alone."""
 
 from __future__ import annotations
 
@@ -18,21 +18,17 @@ from lightning_nested.linalg.vectors import flatten, unflatten
 
 Which: TypeAlias = Literal["largest_magnitude", "largest_imaginary", "smallest_real"]
 
-_ARPACK: dict[str, tuple[str, str | None]] = {  # names for general and for symmetric operators
+# ARPACK's names for general and for symmetric operators.
+_ARPACK: dict[str, tuple[str, str | None]] = {
     "largest_magnitude": ("LM", "LM"),
     "largest_imaginary": ("LI", None),
     "smallest_real": ("SR", "SA"),
 }
-DENSE_LIMIT = 4096  # n² products' worth of memory and n³ of time
+DENSE_LIMIT = 4096  # n: the dense matrix takes n² numbers and its eigenvalues n³ time
 
 
 class SpectrumError(RuntimeError):
-    """The eigenvalues asked for did not converge.
-
-    Attributes:
-        eigenvalues: Those that did, complex128.
-        num_products: Products that were spent.
-    """
+    """The eigenvalues asked for did not converge; ``eigenvalues`` (complex128) holds those that did."""
 
     def __init__(self, message: str, eigenvalues: Tensor, num_products: int) -> None:
         super().__init__(message)
@@ -41,19 +37,12 @@ class SpectrumError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spectrum:
-    """Eigenvalues, and how well they are known.
+    """Eigenvalues, and how well they are known."""
 
-    Attributes:
-        eigenvalues: Complex128 on CPU, shape (k,); first the one that was asked for most, +i before −i.
-        residuals: ‖Ax − λx‖/(‖x‖ max|λ|) of each, from products of their own; float64 of shape (k,).
-        num_products: Products with the operator, the ones for the residuals included.
-        size: N, of the space.
-    """
-
-    eigenvalues: Tensor
-    residuals: Tensor
-    num_products: int
-    size: int
+    eigenvalues: Tensor  # complex128 on CPU, shape (k,); first the one that was asked for most, +i before −i
+    residuals: Tensor  # ‖Ax − λx‖/(‖x‖ max|λ|) of each, from products of their own; float64 of shape (k,)
+    num_products: int  # products with the operator, including those for the residuals
+    size: int  # N, of the space
 
 
 def leading_eigenvalues(
@@ -64,18 +53,18 @@ def leading_eigenvalues(
     tolerance: float | None = None,
     max_products: int = 2000,
 ) -> Spectrum:
-    """The k leading eigenvalues of any operator, by ARPACK; with residuals and the number of products.
+    """Find the k leading eigenvalues of any operator by ARPACK, with residuals and the number of products.
 
     A small operator (n below about 2k+1 or 20, or ``k=None``) costs n products: it is made dense, and solved by LAPACK.
     The start vector is fixed, so that a call repeats itself, on every process alike.
     Lehoucq, Sorensen & Yang (1998), ARPACK Users' Guide, SIAM.
 
     Args:
-        operator: On tuples of real tensors, with ``like`` set.
+        operator: Operator on tuples of real tensors, with ``like`` set.
         k: Number of eigenvalues; None: all.
-        which: As in :func:`game_spectrum`.
+        which: Property of the wanted eigenvalues; ``"largest_imaginary"`` needs an operator that is not symmetric.
         tolerance: Relative accuracy at which ARPACK stops; None: ε^(2/3) of the operator's dtype.
-        max_products: At which ARPACK gives up.
+        max_products: Number of products at which ARPACK gives up.
 
     Raises:
         SpectrumError: No convergence; it holds the eigenvalues that did.
@@ -83,14 +72,16 @@ def leading_eigenvalues(
         ValueError: An argument out of range.
 
     Example:
-        >>> from lightning_nested.games import JacobianOperator, QuadraticGame
-        >>> game = QuadraticGame.from_eigenvalues(torch.arange(1, 101) * 0.1j + 0.5)
-        >>> found = leading_eigenvalues(JacobianOperator(game.losses, game.initial()), 2, "largest_imaginary")
-        >>> found.eigenvalues.imag.round(decimals=9).tolist(), found.num_products < found.size
-        ([10.0, -10.0], True)
+        >>> from lightning_nested.linalg.operators import DiagonalOperator
+        >>> values = 0.5 ** torch.arange(100, dtype=torch.float64)
+        >>> operator = DiagonalOperator([values])
+        >>> operator.like = (values,)
+        >>> found = leading_eigenvalues(operator, 2)
+        >>> found.eigenvalues.real.round(decimals=9).tolist(), found.num_products < found.size
+        ([1.0, 0.5], True)
     """
     if operator.like is None:
-        raise ValueError("The operator must know its space. Got like=None; set it to a tuple of tensors.")
+        raise ValueError("operator.like must be set. Got None; set it to a tuple of tensors of its space.")
     size = sum(p.numel() for p in operator.like)
     _check_arguments(operator, size, k, which, tolerance, max_products)
     counted = _Counted(operator)
@@ -111,7 +102,7 @@ def leading_eigenvalues(
 
 
 def _subspace(size: int, k: int | None) -> int:
-    """Vectors that Arnoldi's method keeps for k eigenvalues."""
+    """Return the number of vectors that Arnoldi's method keeps for k eigenvalues."""
     return size if k is None else max(2 * k + 1, 20)
 
 
@@ -176,14 +167,14 @@ def _arnoldi(
 
 
 def _with_conjugates(values: NDArray[Any], vectors: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """SciPy cuts the list at k, between the two of a pair if need be; the operator is real, so both are known."""
+    """Complete pairs: SciPy may cut the list between the two of one, and the operator is real, so both are known."""
     near = _tolerance(values)
     alone = [i for i, z in enumerate(values) if z.imag and not (np.abs(values - z.conj()) <= near).any()]
     return np.append(values, values[alone].conj()), np.append(vectors, vectors[:, alone].conj(), axis=1)
 
 
 def _order(values: NDArray[Any], which: Which) -> NDArray[np.intp]:
-    """Indices of the values, the most wanted first; of a conjugate pair the one with +i first."""
+    """Return indices of the values, the most wanted first; of a conjugate pair the one with +i first."""
     key = {
         "largest_magnitude": -np.abs(values),
         "largest_imaginary": -np.abs(values.imag),
@@ -195,18 +186,14 @@ def _order(values: NDArray[Any], which: Which) -> NDArray[np.intp]:
 
 
 def _whole_pairs(values: NDArray[Any], order: NDArray[np.intp], k: int) -> NDArray[np.intp]:
-    """The first k, and one more where its conjugate would be cut off."""
-    if (
-        k < len(values)
-        and values[k - 1].imag > 0
-        and abs(values[k] - values[k - 1].conj()) <= _tolerance(values)
-    ):
-        k += 1
-    return order[:k]
+    """Return the first k, and one more where its conjugate would be cut off."""
+    if k == len(values) or not values[k - 1].imag > 0:
+        return order[:k]
+    return order[: k + 1 if abs(values[k] - values[k - 1].conj()) <= _tolerance(values) else k]
 
 
 def _tolerance(values: NDArray[Any]) -> float:
-    """Eigenvalues nearer than this are the same, at every scale of the game."""
+    """Return the distance below which two eigenvalues are the same, at every scale of the operator."""
     return 1e-9 * float(np.abs(values).max(initial=0.0))
 
 

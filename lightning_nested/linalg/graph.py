@@ -1,4 +1,4 @@
-"""Errors of second derivatives, explained: what an autograd graph cannot be differentiated through twice."""
+"""Graphs of losses: their operations, and errors where one of them cannot be differentiated twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse_sparse(gradient: Sequence[Tensor | None]) -> None:
 
 
 def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
-    """Every operation in the graphs of ``tensors``, once."""
+    """Yield every operation in the graphs of ``tensors``, once."""
     seen: set[Node] = set()
     stack = [a.grad_fn for a in tensors if a is not None]
     while stack:
@@ -67,3 +67,21 @@ def refuse_once_differentiable(gradient: Sequence[Tensor | None]) -> None:
     """Raise if a gradient's graph holds an operation that autograd would pass over in silence when asked again."""
     if any(node.name().endswith("Error") for node in graph_nodes(gradient)):
         raise RuntimeError("an operation marked once_differentiable: differentiate twice is not implemented.")
+
+
+def vjp(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    **options: bool,
+) -> tuple[Tensor | None, ...]:
+    """Vector-Jacobian product by ``torch.autograd.grad`` that tolerates tensors off the graph.
+
+    Outputs without a graph and None cotangents contribute nothing; an input that is not reached gives None.
+    """
+    pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y is not None and y.requires_grad]
+    pairs = [(y, c) for y, c in pairs if c is not None]
+    if not pairs or not inputs:
+        return (None,) * len(inputs)
+    ys, cs = zip(*pairs, strict=True)
+    return torch.autograd.grad(ys, inputs, cs, allow_unused=True, **options)

@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, overload, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from lightning_nested.linalg.vectors import Reduce, Vector, add_, average, flatten, norm, scale_, unflatten
+from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.vectors import Vector, add_, flatten, norm, scale_, unflatten
 
 
 @runtime_checkable
@@ -32,7 +32,11 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def matvec(self, v: Vector) -> Vector:
-        """The product A v, in tensors that the caller may overwrite."""
+        """Return the product A v, in tensors that the caller may overwrite."""
+
+    def add_product_(self, out: Vector, v: Vector) -> Vector:
+        """out ← out + A v in place; returns out."""
+        return add_(out, self.matvec(v))
 
     @overload
     def __matmul__(self, v: Vector) -> Vector: ...
@@ -64,10 +68,7 @@ class SumOperator(LinearOperator):
 
     def matvec(self, v: Vector) -> Vector:
         """A v + B v."""
-        product = self.first.matvec(v)
-        if isinstance(self.second, DiagonalOperator):
-            return self.second.add_product_(product, v)  # saves a temporary of the size of the model
-        return add_(product, self.second.matvec(v))
+        return self.second.add_product_(self.first.matvec(v), v)
 
 
 class ScaledOperator(LinearOperator):
@@ -78,19 +79,19 @@ class ScaledOperator(LinearOperator):
         self.symmetric, self.like = operator.symmetric, operator.like
 
     def matvec(self, v: Vector) -> Vector:
-        """C (A v)."""
+        """c·(A v)."""
         return scale_(self.operator.matvec(v), self.factor)
 
 
 class UnitProducts(LinearOperator):
-    """A v = ‖v‖ · A(v/‖v‖): products in half precision stay in range whatever the length of v."""
+    """A with products taken at unit length: in half precision they stay in range whatever the length of v."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
         self.symmetric, self.like = operator.symmetric, operator.like
 
     def matvec(self, v: Vector) -> Vector:
-        """The product with the unit vector, and its length again."""
+        """‖v‖ · A(v/‖v‖)."""
         size = float(norm(v))
         if size == 0.0 or not math.isfinite(size):
             return self.operator.matvec(v)
@@ -113,13 +114,11 @@ class DiagonalOperator(LinearOperator):
 
     def matvec(self, v: Vector) -> Vector:
         """D ∘ v."""
-        return tuple(
-            a * (d.to(a.dtype) if isinstance(d, Tensor) else d)
-            for a, d in zip(v, self._entries(v), strict=True)
-        )
+        pairs = zip(v, self._entries(v), strict=True)
+        return tuple(a * (d.to(a.dtype) if isinstance(d, Tensor) else d) for a, d in pairs)
 
     def add_product_(self, out: Vector, v: Vector) -> Vector:
-        """Out ← out + d ∘ v in place; returns out."""
+        """out ← out + d ∘ v in place, without a temporary of the size of the model; returns out."""
         for o, a, d in zip(out, v, self._entries(v), strict=True):
             if isinstance(d, Tensor):
                 o.addcmul_(a, d.to(a.dtype).expand_as(a))
@@ -129,17 +128,17 @@ class DiagonalOperator(LinearOperator):
 
 
 class FlatOperatorAdapter(LinearOperator):
-    """Any object with ``A @ v`` on a flat vector, seen as an operator on tuples.
+    """Operator on tuples by any object with ``A @ v`` on a flat vector.
 
     Raises:
         ValueError: In a product: it has another size, dtype or device than the vector.
     """
 
-    def __init__(self, operator: FlatOperator, like: Vector, *, symmetric: bool = True) -> None:
-        self.operator, self.like, self.symmetric = operator, like, symmetric
+    def __init__(self, operator: FlatOperator, like: Vector) -> None:
+        self.operator, self.like = operator, like
 
     def matvec(self, v: Vector) -> Vector:
-        """A v through one flat vector."""
+        """A v by one flat vector."""
         flat = flatten(v)
         name, n = type(self.operator).__name__, flat.numel()
         shape = getattr(self.operator, "shape", None)
@@ -167,7 +166,7 @@ def _same_kind(tensor: Tensor, flat: Tensor, what: str) -> None:
 
 
 def as_operator(operator: LinearOperator | FlatOperator, like: Vector) -> LinearOperator:
-    """``operator`` as a :class:`LinearOperator` on tuples shaped as ``like``.
+    """Return ``operator`` as a :class:`LinearOperator` on tuples shaped as ``like``.
 
     Raises:
         TypeError: ``operator`` has no ``@``.
@@ -195,7 +194,3 @@ class AveragedOperator(LinearOperator):
     def matvec(self, v: Vector) -> Vector:
         """(1/P) Σₚ Aₚ v, in one message."""
         return average(self.operator.matvec(v), self.reduce)
-
-
-def _materialize(products: Sequence[Tensor | None], like: Vector) -> Vector:
-    return tuple(torch.zeros_like(p) if a is None else a for a, p in zip(products, like, strict=True))

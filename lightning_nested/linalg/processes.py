@@ -1,14 +1,27 @@
-"""Average tensors over processes."""
+"""Means over processes: of vectors, of numbers that every process must agree on, and of gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_nested.linalg.vectors import Reduce, flatten, unflatten
+from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
+
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
+"""Averages a tensor over processes; every process receives the same result."""
+
+
+def average(v: Vector, reduce: Reduce | None) -> Vector:
+    """Return the mean of v over processes, in one message; v itself when there is one process."""
+    return v if reduce is None or not v else unflatten(reduce(flatten(v)), v)
+
+
+def agreed_number(value: Tensor, reduce: Reduce | None) -> float:
+    """Return the mean of a scalar over processes, so that all take the same branch."""
+    return float(value if reduce is None else reduce(value.reshape(1)))
 
 
 class _Mean(torch.autograd.Function):
@@ -27,13 +40,13 @@ class _Mean(torch.autograd.Function):
 def average_gradients(
     gradients: Sequence[Tensor | None], like: Sequence[Tensor], reduce: Reduce | None
 ) -> tuple[Tensor | None, ...]:
-    """The mean over processes in one message, differentiable; None where no process has a gradient."""
+    """Return the mean over processes in one message, differentiable; None where no process has a gradient."""
     if reduce is None:
         return tuple(gradients)
     used = torch.tensor([g is not None for g in gradients], dtype=like[0].dtype, device=like[0].device)
-    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, like, strict=True)]
-    flat: Tensor = _Mean.apply(flatten([*filled, used]), reduce)
-    *mean, counts = unflatten(flat, [*filled, used])
+    filled = (*zeros_where_none(gradients, like), used)
+    flat: Tensor = _Mean.apply(flatten(filled), reduce)
+    *mean, counts = unflatten(flat, filled)
     return tuple(
         g.to(p.dtype) if count else None
         for g, p, count in zip(mean, like, counts.detach().tolist(), strict=True)

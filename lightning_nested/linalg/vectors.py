@@ -5,15 +5,13 @@ On CPU a loop over tensors keeps each one in cache; on accelerators one ``_forea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 Vector: TypeAlias = tuple[Tensor, ...]
-Reduce: TypeAlias = Callable[[Tensor], Tensor]
-"""Averages a tensor over processes; every process receives the same result."""
 
 
 def _fused(vector: Sequence[Tensor]) -> bool:
@@ -33,17 +31,22 @@ def norm(v: Vector) -> Tensor:
 
 
 def clone(v: Iterable[Tensor]) -> Vector:
-    """Detached copies, contiguous so that a flat view costs nothing."""
+    """Return detached copies, contiguous so that a flat view costs nothing."""
     return tuple(a.detach().clone(memory_format=torch.contiguous_format) for a in v)
 
 
 def zeros_like(v: Iterable[Tensor]) -> Vector:
-    """Zeros of the same shapes, dtypes and devices."""
+    """Return zeros of the same shapes, dtypes and devices."""
     return tuple(torch.zeros_like(a, memory_format=torch.contiguous_format) for a in v)
 
 
+def zeros_where_none(v: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vector:
+    """Replace each None, autograd's gradient of an unused tensor, by zeros shaped as in ``like``."""
+    return tuple(torch.zeros_like(p) if a is None else a for a, p in zip(v, like, strict=True))
+
+
 def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
-    """U ← u + αv in place; returns u."""
+    """u ← u + αv in place; returns u."""
     if _fused(u):
         torch._foreach_add_(list(u), list(v), alpha=alpha)
     else:
@@ -53,7 +56,7 @@ def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
 
 
 def scale_(u: Vector, alpha: float) -> Vector:
-    """U ← αu in place; returns u."""
+    """u ← αu in place; returns u."""
     if _fused(u):
         torch._foreach_mul_(list(u), alpha)
     else:
@@ -63,18 +66,11 @@ def scale_(u: Vector, alpha: float) -> Vector:
 
 
 def flatten(v: Iterable[Tensor]) -> Tensor:
-    """One flat tensor of shape (n,) holding a copy of all entries."""
+    """Return one flat tensor of shape (n,) holding a copy of all entries."""
     return torch.cat([a.reshape(-1) for a in v])
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Vector:
-    """Views into ``flat`` with the shapes of ``like``; copies where ``like`` has another dtype."""
+    """Return views into ``flat`` with the shapes of ``like``; copies where ``like`` has another dtype."""
     pieces = torch.split(flat, [a.numel() for a in like])
     return tuple(p.view(a.shape).to(a.dtype) for p, a in zip(pieces, like, strict=True))
-
-
-def average(v: Vector, reduce: Reduce | None) -> Vector:
-    """The mean of v over processes in one message; v itself when there is one process."""
-    if reduce is None:
-        return v
-    return unflatten(reduce(flatten(v)), v)

@@ -1,4 +1,4 @@
-"""An image classifier whose training loss hyperparameters can reach into."""
+"""Image classifier with hyperparameters in its training loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
@@ -15,7 +15,70 @@ from typing_extensions import override
 from lightning_nested.networks import build_network
 
 
-class ImageClassifier(LightningModule):
+def classification_network(
+    network: str | nn.Module,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    network_options: dict[str, Any] | None,
+) -> nn.Module:
+    """Build a network from its name; return one that is a module as it is.
+
+    Raises:
+        ValueError: There are options for a module, or the name or the options are unknown.
+    """
+    if isinstance(network, str):
+        return build_network(
+            network, num_classes=num_classes, input_shape=input_shape, options=network_options
+        )
+    if network_options:
+        raise ValueError(
+            "`network_options` must be empty when `network` is a module. "
+            f"Got {network_options} with a {type(network).__name__}. Set them on the network itself."
+        )
+    return network
+
+
+class ClassificationSteps(LightningModule):
+    """Evaluation of an image classifier, whose ``forward`` returns logits, on batches (images, labels, …)."""
+
+    def outer_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        """Return the loss that hyperparameters descend: the unweighted mean cross-entropy."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    @override
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
+        """Log ``val_loss`` and ``val_accuracy``."""
+        return self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
+        """Log ``test_loss`` and ``test_accuracy``."""
+        return self._evaluate(batch, "test")
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """Return class probabilities ``(batch, num_classes)``; a batch may be bare images."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        probabilities: Tensor = self(images).softmax(dim=-1)
+        return probabilities
+
+    def _evaluate(self, batch: Sequence[Tensor], stage: str) -> Tensor:
+        images, labels = batch[0], batch[1]
+        logits = self(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
+        # With the batch sizes, Lightning's synchronised mean is a sum over examples divided by their number,
+        # over all processes: exact for unequal batches too.
+        self.log_dict(
+            {f"{stage}_loss": loss, f"{stage}_accuracy": accuracy},
+            prog_bar=True,
+            batch_size=len(labels),
+            sync_dist=True,
+        )
+        return loss
+
+
+class ImageClassifier(ClassificationSteps):
     """Cross-entropy classification of images, in automatic optimization, to be used or extended.
 
     The training loss is ``(1/B) Σ_b w_{i(b)} · CE(f(x_b), y_b)`` if ``example_weights`` is set, else the
@@ -29,20 +92,20 @@ class ImageClassifier(LightningModule):
     Args:
         network: ``"mlp"``, ``"cnn"``, the name of a torchvision classification network, or any module from
             ``(batch, *input_shape)`` to logits ``(batch, num_classes)``.
-        num_classes: number of classes.
-        input_shape: channels, height and width of an image; a network given as a module ignores it.
-        network_options: further arguments of a network given by name, such as ``{"hidden": [300, 100]}``.
-        optimizer: from parameters to optimizer.
-        scheduler: from optimizer to learning-rate scheduler, stepped after each epoch.
+        num_classes: Number of classes.
+        input_shape: Channels, height and width of an image; a network given as a module ignores it.
+        network_options: Further arguments of a network given by name, such as ``{"hidden": [300, 100]}``.
+        optimizer: From parameters to optimizer.
+        scheduler: From optimizer to learning-rate scheduler, stepped after each epoch.
 
     Attributes:
-        example_weights: a callable from indices ``(batch,)`` to weights ``(batch,)``, or ``None``. A
+        example_weights: Callable from indices ``(batch,)`` to weights ``(batch,)``, or ``None``. A
             hypergradient callback binds its ``ExampleWeights`` here.
-        loss_weights: a callable from the named losses to one loss, or ``None`` for their sum. A hypergradient
+        loss_weights: Callable from the named losses to one loss, or ``None`` for their sum. A hypergradient
             callback binds its ``LossWeights`` here.
 
     Raises:
-        ValueError: for an unknown network (with close matches) or options that do not fit it; in training, if
+        ValueError: For an unknown network (with close matches) or options that do not fit it; in training, if
             ``example_weights`` is set and batches have no index.
 
     Example:
@@ -73,27 +136,18 @@ class ImageClassifier(LightningModule):
         if "_instantiator" in self.hparams:
             # Built by LightningCLI, which saves the configuration instead of the values: all plain data.
             self.save_hyperparameters()
-        if isinstance(network, str):
-            network = build_network(
-                network, num_classes=num_classes, input_shape=input_shape, options=network_options
-            )
-        elif network_options:
-            raise ValueError(
-                "`network_options` must be empty when `network` is a module. "
-                f"Got {network_options} with a {type(network).__name__}. Set them on the network itself."
-            )
-        self.network = network
+        self.network = classification_network(network, num_classes, input_shape, network_options)
         self.optimizer = optimizer
         self.scheduler = scheduler
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(batch, num_classes)``."""
+        """Return logits ``(batch, num_classes)``."""
         logits: Tensor = self.network(images)
         return logits
 
     def training_losses(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The terms of the training loss by name, each a scalar with its graph."""
+        """Return the terms of the training loss by name, each a scalar with its graph."""
         images, labels, *index = batch
         logits = self(images)
         if self.example_weights is None:
@@ -107,15 +161,11 @@ class ImageClassifier(LightningModule):
         return {"cross_entropy": (self.example_weights(index[0]) * losses).mean()}
 
     def training_loss(self, batch: Sequence[Tensor]) -> Tensor:
-        """The inner loss of a batch: a scalar with its graph."""
+        """Return the inner loss of a batch: a scalar with its graph."""
         losses = self.training_losses(batch)
         if self.loss_weights is not None:
             return self.loss_weights(losses)
         return torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
-
-    def outer_loss(self, batch: Sequence[Tensor]) -> Tensor:
-        """The loss that hyperparameters descend: the unweighted mean cross-entropy."""
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
@@ -127,44 +177,11 @@ class ImageClassifier(LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
-        return self._evaluate(batch, "val")
-
-    @override
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
-        return self._evaluate(batch, "test")
-
-    @override
-    def predict_step(self, batch: Sequence[Tensor], batch_idx: int = 0) -> Tensor:
-        """Class probabilities ``(batch, num_classes)``; a batch may be bare images."""
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        probabilities: Tensor = self(images).softmax(dim=-1)
-        return probabilities
-
-    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
-            }
-        return [optimizer], [scheduler]
-
-    def _evaluate(self, batch: Sequence[Tensor], stage: str) -> Tensor:
-        images, labels = batch[0], batch[1]
-        logits = self(images)
-        loss = nn.functional.cross_entropy(logits, labels)
-        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
-        # With the batch sizes, Lightning's synchronised mean is a sum over examples divided by their number,
-        # over all processes: exact for unequal batches too.
-        self.log_dict(
-            {f"{stage}_loss": loss, f"{stage}_accuracy": accuracy},
-            prog_bar=True,
-            batch_size=len(labels),
-            sync_dist=True,
-        )
-        return loss
+        # only a plateau scheduler waits for a metric
+        monitor = getattr(scheduler, "monitor", None)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}

@@ -1,1 +1,1 @@
-"""What callbacks and modules ask of a running Trainer."""
+"""Parts of a running Trainer that several callbacks and modules use."""

@@ -1,26 +1,58 @@
-"""Hyperparameters that a module's losses read become its attributes."""
+"""Attributes of a module through which its training loss reads hyperparameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_nested.hyperparameters import BoundHyperparameter, Hyperparameter
+from lightning_nested.hyperparameters import Hyperparameter
+from lightning_nested.trainer.stand_ins import StandIns
 
 
 def bind_hyperparameters(module: nn.Module, hyperparameters: Iterable[Hyperparameter]) -> None:
-    """Set each bound hyperparameter as the attribute of its name.
+    """Set each hyperparameter that a loss reads as an attribute of one of our modules.
 
     Raises:
         ValueError: The module has that attribute already.
     """
     for hyperparameter in hyperparameters:
-        if isinstance(hyperparameter, BoundHyperparameter):
-            name = hyperparameter.name
-            if getattr(module, name, None) not in (None, hyperparameter):
-                raise ValueError(
-                    f"{type(hyperparameter).__name__} becomes the attribute {name!r}. Got a "
-                    f"{type(module).__name__} that has it already; set another name=."
-                )
-            setattr(module, name, hyperparameter)
+        name = hyperparameter.attribute
+        if name is None:
+            continue
+        if getattr(module, name, None) not in (None, hyperparameter):
+            raise ValueError(
+                f"{type(hyperparameter).__name__} becomes the attribute {name!r}. Got a "
+                f"{type(module).__name__} that has it already; set another name=."
+            )
+        setattr(module, name, hyperparameter)
+
+
+def replace_placeholders(
+    module: nn.Module, hyperparameters: Iterable[Hyperparameter], replaced: StandIns
+) -> None:
+    """Replace attributes of a user's module, which are None in untuned runs, until ``replaced.put_back()``.
+
+    Raises:
+        MisconfigurationException: The module lacks the attribute, or has another value there.
+    """
+    for hyperparameter in hyperparameters:
+        name, kind, module_name = (
+            hyperparameter.attribute,
+            type(hyperparameter).__name__,
+            type(module).__name__,
+        )
+        if name is None:
+            continue
+        if not hasattr(module, name):
+            raise MisconfigurationException(
+                f"{kind} is read by the training loss through the attribute {name!r}. "
+                f"Got {module_name} without it; add:\n{hyperparameter.usage}"
+            )
+        if getattr(module, name) not in (None, hyperparameter):
+            raise MisconfigurationException(
+                f"{kind} replaces the attribute {name!r}, which must be None. "
+                f"Got a {type(getattr(module, name)).__name__} in {module_name}; set another name=."
+            )
+        replaced.put(module, name, hyperparameter)

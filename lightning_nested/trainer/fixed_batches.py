@@ -1,4 +1,4 @@
-"""The batches that a measurement keeps for a whole run, and the random numbers that belong to them."""
+"""Batches that a measurement keeps for a whole run, with their random numbers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
 
 class FixedBatches:
-    """The first batch that came to each place of a step, with the same random numbers every time.
-
-    Args:
-        trainer: Decides seed, device and processes.
-    """
+    """Store of the first batch at each place of a step, evaluated with the same random numbers every time."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._rank, self._device = trainer.global_rank, trainer.strategy.root_device
@@ -29,15 +25,14 @@ class FixedBatches:
         return len(self._batches)
 
     def get(self, place: int, batch: Any) -> tuple[Any, RandomStream]:
-        """The batch of a place, which ``batch`` becomes if it is the first one there, and its random numbers."""
+        """Return the batch of a place and its random numbers; ``batch`` is stored if it is the first one there."""
         while len(self._batches) <= place:
             self._batches.append(apply_to_collection(batch, Tensor, lambda t: t.detach().clone()))
-        return self._batches[place], RandomStream(
-            self.seed + 7_368_787 * self._rank + 104_729 * place, self._device
-        )
+        seed = self.seed + 7_368_787 * self._rank + 104_729 * place
+        return self._batches[place], RandomStream(seed, self._device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches of every process; called on all of them together."""
+        """Return the batches of all processes; called on all of them together."""
         mine = apply_to_collection(self._batches, Tensor, lambda t: t.cpu())
         every = [mine]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -46,7 +41,7 @@ class FixedBatches:
         return {"seed": self.seed, "batches": every}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with saved batches; a process that had none begins with its next ones."""
+        """Restore saved batches; a process that had none stores its next ones."""
         self.seed = state["seed"]
         every = state["batches"]
         mine = every[self._rank] if self._rank < len(every) else []

@@ -1,141 +1,131 @@
-"""Follows a running GameModule: every player's loss once more, with its graph to all players and without trace."""
+"""Tangents of a running game, from a second evaluation of each player's loss with its graph to all players."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_nested.dynamics.game_tracker import GameTracker
 from lightning_nested.dynamics.tangents import Clip
+from lightning_nested.linalg.vectors import Vector
 from lightning_nested.networks.spectral_norm import spectral_norm_layers
 from lightning_nested.optim.step_dynamics import step_dynamics
-from lightning_nested.optim.update_rules import UpdateRule, known_rule
-from lightning_nested.trainer.fixed_batches import FixedBatches
+from lightning_nested.optim.update_rules import UpdateRule
+from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.joint_losses import warn_if_detached
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.stand_ins import StandIns
 
 
-class GameFollower:
-    """The tangents of all players of a running game, by the module's own ``player_losses``.
+class GameFollower(Follower):
+    """Follows all players of a running game, by the ``player_losses`` of its module.
 
     Whenever the game asks for losses to step on, they are evaluated before, at the same point, on the same batch and
     random numbers and in the same mode, but with their graph to every player. Players may step together or in turns,
-    several times in a round, or look ahead.
-
-    Args:
-        trainer: Of the run.
-        module: A GameModule whose players have their optimizers.
-        fixed: Batches that are kept; None: those of the run.
-        rule: A re-statement of an optimizer that is not known.
-        **options: Of :class:`GameTracker`.
+    several times in a round, or look ahead. A step is a round, a game update.
     """
 
+    unit = "game update"
+    tracker: GameTracker
+
     def __init__(
-        self,
-        trainer: Trainer,
-        module: Any,
-        *,
-        fixed: FixedBatches | None,
-        rule: UpdateRule | None,
-        **options: Any,
+        self, trainer: Trainer, module: Any, *, fixed: bool, rule: UpdateRule | None, **options: Any
     ) -> None:
-        self.trainer, self.module, self.rule, self.fixed = trainer, module, rule, fixed
-        players = module.running_players
-        if rule is None:
-            for player in players.values():
-                for group in player.optimizer.optimizer.param_groups:
-                    known_rule(player.optimizer.optimizer, group)  # raises for one that is not known
-        self.names = list(players)
-        self.tracker = GameTracker(
-            [player.parameters for player in players.values()], reduce=reduction(trainer), **options
-        )
-        self.open = False  # whether the present batch belongs to a round that is followed
-        self.call = 0  # of player_losses in this round
-        self._told: set[str] = set()  # players whose losses were looked at
+        optimizers = [player.optimizer.optimizer for player in module.running_players.values()]
+        super().__init__(trainer, module, optimizers, fixed=fixed, rule=rule)
+        self.names = list(module.running_players)
+        self.tracker = GameTracker(self._parameters(), reduce=reduction(trainer), **options)
         self._original: Callable[..., Any] = module.player_losses
         self._stand_ins = StandIns()
         self._stand_ins.put(module, "player_losses", self._player_losses)
 
-    def put_back(self) -> None:
-        """The module's own method again."""
-        self._stand_ins.put_back()
+    def _parameters(self) -> list[Vector]:
+        return [player.parameters for player in self.module.running_players.values()]
 
-    def advance(self, optimizer: Optimizer) -> None:
-        """Before an optimizer's step."""
-        if not self.open or self.tracker.frame is None:
-            return
-        for index, player in enumerate(self.module.running_players.values()):
-            if player.optimizer.optimizer is optimizer and self.tracker.has_observed(index):
-                self.tracker.advance(index, optimizer, self.rule, clip=_clip(player))
+    @override
+    def begin_batch(self, batch: Any) -> None:
+        self.steps = self.module.game_updates
 
-    def end_round(self) -> bool:
-        """After a complete round; whether a window ended."""
+    @override
+    def observe(self, loss: Tensor) -> None:
+        """Do nothing: losses were observed where the game computed them."""
+
+    @override
+    def advance(self, optimizer: Optimizer) -> bool:
+        if self.is_open and self.tracker.frame is not None:
+            for index, player in enumerate(self.module.running_players.values()):
+                if player.optimizer.optimizer is optimizer and self.tracker.has_observed(index):
+                    self.tracker.advance(index, optimizer, self.rule, clip=_clip(player))
+        return False
+
+    @override
+    def end_batch(self) -> bool:
+        followed, self.is_open = self.is_open, False
+        if not followed or self.module.game_updates == self.steps:
+            return False
         self.call = 0
         return self.tracker.end_step()
 
-    # ---- inside
+    @override
+    def logged_steps(self) -> int:
+        return self.steps
+
+    @override
+    def log(self, metrics: dict[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.steps + 1)  # by game updates, not optimizer steps
+
+    @override
+    def put_back(self) -> None:
+        self._stand_ins.put_back()
 
     def _player_losses(self, names: Sequence[str], batch: Any) -> Any:
-        """In place of the module's own: observe, then let it go on."""
-        if self.open and not self.module.joint_graph and torch.is_grad_enabled():
-            self._match_players()
-            self._look_ahead(names)
-            self._observe(list(names), batch)
+        """Observe the losses, then let the module compute its own."""
+        if self.is_open and not self.module.joint_graph and torch.is_grad_enabled():
+            with self.stopping():
+                if not self.tracker.holds(p for held in self._parameters() for p in held):
+                    self.tracker.follow_players(self._parameters())
+                self._look_ahead(names)
+                self._observe(list(names), batch)
         return self._original(names, batch)
 
-    def _match_players(self) -> None:
-        """Tangents begin anew where somebody was frozen or unfrozen."""
-        now = [player.parameters for player in self.module.running_players.values()]
-        held = self.tracker.players
-        if any(
-            len(a) != len(b) or any(p is not q for p, q in zip(a, b, strict=True))
-            for a, b in zip(now, held, strict=True)
-        ):
-            self.tracker.follow_players(now)
-
     def _look_ahead(self, names: Sequence[str]) -> None:
-        """Tangents follow players who were extrapolated since their last losses."""
+        """Push tangents to the points that players extrapolated to since their last losses."""
         for name in names:
             player = self.module.running_players[name]
             optimizer = player.optimizer.optimizer
             if getattr(optimizer, "is_extrapolated", False):
-                self.tracker.advance(
-                    self.names.index(name), optimizer, self.rule, clip=_clip(player), ahead=True
-                )
+                index = self.names.index(name)
+                self.tracker.advance(index, optimizer, self.rule, clip=_clip(player), ahead=True)
 
     def _observe(self, names: list[str], batch: Any) -> None:
-        if self.tracker.frame is None and self.tracker.align:
+        if self.tracker.frame is None:
             losses = self._evaluate(self.names, batch)
-            dynamics = [
-                step_dynamics(player.optimizer.optimizer, player.parameters)
-                for player in self.module.running_players.values()
-            ]
-            with torch.autocast(self.module.device.type, enabled=False):
-                self.tracker.align_to(
-                    [loss * each.sign for loss, each in zip(losses, dynamics, strict=True)],
-                    tuple(d for each in dynamics for d in each.scale),
-                )
+            warn_if_detached(self.names, losses, self.tracker.players)
+            if self.tracker.align:
+                self._align(losses)
         losses = self._evaluate(names, batch)
-        if not self._told.issuperset(names):
-            self._told.update(names)
-            self._warn_if_detached(names, losses)
         self.call += 1
         with torch.autocast(self.module.device.type, enabled=False):
-            self.tracker.observe(
-                {self.names.index(name): loss for name, loss in zip(names, losses, strict=True)}
-            )
+            self.tracker.observe(dict(zip(map(self.names.index, names), losses, strict=True)))
+
+    def _align(self, losses: list[Tensor]) -> None:
+        players = self.module.running_players.values()
+        dynamics = [step_dynamics(player.optimizer.optimizer, player.parameters) for player in players]
+        descended = [loss * each.sign for loss, each in zip(losses, dynamics, strict=True)]
+        with torch.autocast(self.module.device.type, enabled=False):
+            self.tracker.align_to(descended, tuple(d for each in dynamics for d in each.scale))
 
     def _evaluate(self, names: list[str], batch: Any) -> list[Tensor]:
-        """Losses of the players, as the game would find them now."""
+        """Return the losses of these players as the game would find them now, without side effects."""
         module, device = self.module, self.module.device
         cache, together = dict(module.step_cache), module.batch_players
         if self.fixed is None:
@@ -143,36 +133,22 @@ class GameFollower:
         else:
             batch, stream = self.fixed.get(self.call, batch)
             cache = {}
-        with ExitStack() as stack:
-            for context in (
-                stream.replay(),
-                without_trace(module, self.trainer),
-                module.joint_evaluation(names),
-                torch.enable_grad(),
-            ):
-                stack.enter_context(context)
+        with (
+            stream.replay(),
+            without_trace(module, self.trainer),
+            module.joint_evaluation(names),
+            torch.enable_grad(),
+        ):
             module.step_cache = cache  # what players share, such as fakes, is a part of the function
             if len(names) < len(together):
                 module.batch_players = together
-            if hasattr(
-                module, "one_function"
-            ):  # it freezes spectral vectors, which the step will have improved
+            # one_function freezes spectral vectors, which the step will have improved
+            if hasattr(module, "one_function"):
                 for layer in spectral_norm_layers(module).values():
                     if layer.training:
                         layer.iterate()
             found = self._original(names, batch)
         return [found[name].reshape(()) for name in names]
-
-    def _warn_if_detached(self, names: list[str], losses: list[Tensor]) -> None:
-        for name, loss in zip(names, losses, strict=True):
-            for other, held in zip(self.names, self.tracker.players, strict=True):
-                found = torch.autograd.grad(loss, held, retain_graph=True, allow_unused=True)
-                if all(g is None for g in found):
-                    rank_zero_warn(
-                        f"The loss of {name!r} has no graph to the parameters of {other!r}. If it depends on them, "
-                        "the exponents lack that coupling: in player_loss, do not detach and do not use "
-                        "torch.no_grad() where self.joint_graph is True."
-                    )
 
 
 def _clip(player: Any) -> Clip | None:

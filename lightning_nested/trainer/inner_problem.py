@@ -1,4 +1,4 @@
-"""Inner problem of a nested module, as its strategies see it."""
+"""Inner problem of a nested module: losses, parameters, clipping and real steps."""
 
 from __future__ import annotations
 
@@ -20,19 +20,13 @@ from lightning_nested.trainer.outer_loss import evaluate_outer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InnerProblem:
-    """What a strategy works on.
+    """Losses, parameters and batches that a cycle of a nested module works on.
 
     Attributes:
-        module: Evaluated raw, not through DDP: its gradients are averaged here, in one message.
-        inner_loss: From a batch to the training loss.
-        outer_loss: From a batch to the validation loss.
-        optimizer: Of the inner parameters.
-        parameters: Inner parameters by name.
-        outer: The hyperparameters.
-        batches: For the outer loss.
+        module: Module, not wrapped by DDP: the cycle averages its gradients, in one message.
+        optimizer: Optimizer of the inner ``parameters``.
+        batches: Batches of the outer loss.
         accumulate: Batches per inner step.
-        clip: Limit of the gradient; None: none.
-        clip_algorithm: Whether it limits the norm of all gradients or each entry.
     """
 
     module: LightningModule
@@ -51,7 +45,7 @@ class InnerProblem:
         evaluate: Callable[[Callable[[Any], Tensor], Any], Tensor],
         tensors: Sequence[Tensor] = (),
     ) -> Tensor:
-        """The outer loss of the next outer batch; see :func:`evaluate_outer`."""
+        """Return the outer loss of the next outer batch; see :func:`evaluate_outer`."""
         return evaluate_outer(
             self.module.trainer,
             self.module,
@@ -62,11 +56,11 @@ class InnerProblem:
         )
 
     def full_precision(self) -> torch.autocast:
-        """Derivatives are taken outside autocast, as in any training."""
+        """Leave autocast for derivatives, as in any training."""
         return torch.autocast(self.module.device.type, enabled=False)
 
     def limit(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Clipped gradients, differentiable; as ``clip_grad_norm_`` and ``clip_grad_value_`` of torch."""
+        """Return clipped gradients, differentiable; as ``clip_grad_norm_`` and ``clip_grad_value_`` of torch."""
         present = [g for g in gradients if g is not None]
         if self.clip is None or not present:
             return gradients
@@ -76,14 +70,14 @@ class InnerProblem:
         return [None if g is None else g * factor for g in gradients]
 
     def real_step(self, gradients: list[Tensor | None]) -> None:
-        """One step of the user's optimizer."""
+        """Make a step of the user's optimizer."""
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach()
         self.optimizer.step()
 
 
 def check_loss(name: str, module: LightningModule, loss: object) -> Tensor:
-    """The loss, if it is a scalar with its graph."""
+    """Return the loss; refuse what is not a scalar with its graph."""
     where = f"{type(module).__name__}.{name}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -1,4 +1,4 @@
-"""Extra evaluations of a user's module that leave no trace: modes, buffers, metrics, logs, random numbers."""
+"""Extra evaluations of a user's module without side effects: on modes, buffers, metrics, attributes and logs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_nested.trainer.stand_ins import StandIns
+
+_CONTAINERS = (list, dict, set, deque)
+# Parameters, hooks, the Trainer: no attributes of a user's.
+_OF_EVERY_MODULE = frozenset(LightningModule().__dict__)
+
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients; each submodule's own mode comes back."""
+    """Switch to evaluation mode with gradients, and restore each submodule's own mode on exit."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
@@ -37,7 +43,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched_buffers(module: nn.Module) -> Iterator[None]:
-    """Buffers are swapped for copies, not written back: a graph that holds the originals stays valid."""
+    """Replace buffers by copies until exit. They are not written back: a graph that holds them stays valid."""
     homes = [(m._buffers, key, b) for m in module.modules() for key, b in m._buffers.items() if b is not None]
     for buffers, key, buffer in homes:
         buffers[key] = buffer.clone()
@@ -50,37 +56,29 @@ def untouched_buffers(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched_metrics(module: nn.Module) -> Iterator[None]:
-    """The states of torchmetrics inside the module are as before afterwards."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    """Restore the states of the module's torchmetrics on exit."""
     kept = []
-    for metric in metrics:
-        kept.append(
-            (metric, dict(metric.__dict__), {name: getattr(metric, name) for name in metric._defaults})
-        )
+    for metric in module.modules():
+        if not isinstance(metric, Metric):
+            continue
+        kept.append((metric, dict(metric.__dict__)))
+        # A metric may add to its states in place.
         for name in metric._defaults:
             value = getattr(metric, name)
             setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
     try:
         yield
     finally:
-        for metric, attributes, states in kept:
+        for metric, attributes in kept:
             metric.__dict__.update(attributes)
-            for name, value in states.items():
-                setattr(metric, name, value)
-
-
-_CONTAINERS = (list, dict, set, deque)
-_OF_EVERY_MODULE = frozenset(
-    LightningModule().__dict__
-)  # parameters, hooks, the Trainer: none of them a user's
 
 
 @contextmanager
 def untouched_attributes(module: nn.Module) -> Iterator[None]:
-    """Plain attributes, and what lists, dicts, sets and deques among them hold, are as before afterwards.
+    """Restore plain attributes on exit, and the contents of lists, dicts, sets and deques among them.
 
-    Counters, and the outputs that a ``validation_step`` collects for the epoch's end. Objects of other classes are
-    not looked into.
+    For example counters, and the outputs that a ``validation_step`` collects for the epoch's end. Objects of other
+    classes are not looked into.
     """
     kept = []
     for m in module.modules():
@@ -94,7 +92,7 @@ def untouched_attributes(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m, attributes, contents in kept:
-            for key in [key for key in m.__dict__ if key not in _OF_EVERY_MODULE and key not in attributes]:
+            for key in m.__dict__.keys() - attributes.keys() - _OF_EVERY_MODULE:
                 del m.__dict__[key]
             m.__dict__.update(attributes)
             for value, content in contents:
@@ -103,11 +101,8 @@ def untouched_attributes(module: nn.Module) -> Iterator[None]:
 
 def _refill(container: Any, content: Any) -> None:
     """Put ``content`` back into ``container``, which other names may hold."""
-    if isinstance(container, list):
-        container[:] = content
-        return
     container.clear()
-    if isinstance(container, deque):
+    if isinstance(container, list | deque):
         container.extend(content)
     else:
         container.update(content)
@@ -115,7 +110,7 @@ def _refill(container: Any, content: Any) -> None:
 
 @contextmanager
 def validation_stage(trainer: Trainer) -> Iterator[None]:
-    """``trainer.validating`` instead of ``trainer.training``: batch hooks tell augmentation by it."""
+    """Set ``trainer.validating`` instead of ``trainer.training``: batch hooks decide by it about augmentation."""
     stage = trainer.state.stage
     trainer.state.stage = RunningStage.VALIDATING
     try:
@@ -126,36 +121,28 @@ def validation_stage(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
-    """``self.log``, ``self.log_dict`` and the loggers swallow what they are given."""
-
-    def swallow(*_: object, **__: object) -> None:
-        return None
-
-    loggers = trainer.loggers
-    own: dict[str, Any] = {
-        name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__
-    }
-    module.__dict__.update({"log": swallow, "log_dict": swallow})
+    """Drop what ``self.log``, ``self.log_dict`` and the loggers are given."""
+    loggers, replaced = trainer.loggers, StandIns()
+    for name in ("log", "log_dict"):
+        replaced.put(module, name, lambda *_, **__: None)
     if loggers:
         trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield
     finally:
-        for name in ("log", "log_dict"):
-            module.__dict__.pop(name, None)
-        module.__dict__.update(own)
+        replaced.put_back()
         if loggers:
             trainer.loggers = loggers
 
 
 @contextmanager
 def without_trace(module: LightningModule, trainer: Trainer, *, attributes: bool = True) -> Iterator[None]:
-    """An evaluation inside changes no buffer, metric, attribute or log. Modes and random numbers are the caller's.
+    """Restore buffers, metrics, attributes and logging on exit. The caller handles train/eval mode and random state.
 
     Args:
-        module: What is evaluated.
-        trainer: Whose logs are kept silent.
-        attributes: Whether plain attributes are put back too.
+        module: Module that is evaluated.
+        trainer: Trainer whose loggers are silenced.
+        attributes: Whether plain attributes are restored too.
     """
     with ExitStack() as stack:
         if attributes:

@@ -1,4 +1,4 @@
-"""An endless, resumable stream of batches for the outer loss, beside the Trainer's own validation loop."""
+"""Endless, resumable stream of batches for the outer loss, apart from the Trainer's own validation loop."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class OuterBatches:
     loader is a new instance with the same dataset, sampler and options: the Trainer's validation is not disturbed.
 
     Args:
-        trainer: Its validation loader is taken unless ``loader`` is given; decides device and processes.
-        loader: A loader, or a function that returns one.
+        trainer: Trainer of the run, whose validation loader is taken unless ``loader`` is given.
+        loader: Loader, or function that returns one.
         seed: Base seed; the same on every process.
-
     """
 
     def __init__(self, trainer: Trainer, loader: Any = None, *, seed: int) -> None:
@@ -51,7 +50,7 @@ class OuterBatches:
         self._stream = self._new_stream()
 
     def next(self) -> Any:
-        """The next batch, on the CPU; begins the next round at the end of the loader.
+        """Return the next batch, on the CPU; the end of the loader begins the next round.
 
         Raises:
             MisconfigurationException: The loader is empty, or a one-pass iterator is used up.
@@ -74,15 +73,15 @@ class OuterBatches:
         return batch
 
     def loss_stream(self) -> RandomStream:
-        """Random numbers for the loss of the last batch; apart from the batches', which are drawn again on resuming."""
+        """Return a stream for the loss of the last batch, apart from the batches', which resuming draws again."""
         return self._new_stream(15_485_863 * self.position)
 
     def state_dict(self) -> dict[str, int]:
-        """Seed, round and position."""
+        """Return seed, round and position."""
         return {"seed": self.seed, "round": self.round, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to a saved position; the batches before it in its round are drawn again and dropped."""
+        """Restore a position: draw and drop the batches before it in its round."""
         self.seed, self.round = state["seed"], state["round"]
         self.position, self._iterator, self._stream = 0, None, self._new_stream()
         for _ in range(state["position"]):
@@ -100,13 +99,14 @@ class OuterBatches:
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(self.round)
         generator = getattr(self._loader, "generator", None)
-        if isinstance(self._loader, DataLoader) and generator is not None:  # our own, see _own_copy
+        # A DataLoader's generator is our own, see _own_copy.
+        if isinstance(self._loader, DataLoader) and generator is not None:
             generator.manual_seed(self._round_seed())
         return iter(self._loader)
 
 
 class LastBatch(OuterBatches):
-    """The last batch of a stream once more, with the same random numbers; the stream stays where it is."""
+    """Repeat the last batch of a stream, with the same random numbers; the stream keeps its position."""
 
     def __init__(self, stream: OuterBatches) -> None:
         self.__dict__.update(stream.__dict__)
@@ -120,7 +120,7 @@ _END = object()
 
 
 def _prepare(trainer: Trainer, loader: Any) -> Any:
-    """The first loader of a collection, as an instance of our own, sharded over processes."""
+    """Return the first loader of a collection, as an instance of our own, sharded over processes."""
     if loader is None or (isinstance(loader, (list, tuple, dict)) and not loader):
         raise MisconfigurationException(_NO_LOADER)
     if isinstance(loader, CombinedLoader):
@@ -143,12 +143,11 @@ def _prepare(trainer: Trainer, loader: Any) -> Any:
 
 
 def _own_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader with the same dataset and options that shares neither workers nor random numbers with the given one.
-
-    A shallow copy, because not every subclass can be built again from its attributes.
-    """
+    """Return a loader with the same dataset and options that shares neither workers nor random numbers with this."""
+    # A shallow copy, because not every subclass can be built again from its attributes.
     ours = copy.copy(loader)
-    ours._iterator = None  # of persistent workers
+    # Persistent workers.
+    ours._iterator = None
     given = loader.generator
     if given is None:
         return ours
@@ -164,12 +163,13 @@ def _own_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
         if name == "batch_sampler":
             sampler, batches = copy.copy(holder), sampler
             sampler.sampler = batches
-        ours.__dict__[name] = sampler  # a DataLoader guards these names, for it may have iterators
+        # A DataLoader guards these names, for it may have iterators.
+        ours.__dict__[name] = sampler
     return ours
 
 
 class _Joined:
-    """Batches of several loaders at a time, as ``validation_step`` gets them from a CombinedLoader."""
+    """Combined batches without the indices that a CombinedLoader adds, as ``validation_step`` gets them."""
 
     def __init__(self, loader: CombinedLoader) -> None:
         self._loader = loader

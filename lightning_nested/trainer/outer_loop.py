@@ -1,68 +1,260 @@
-"""Parts of the outer loop that callbacks and modules share."""
+"""Counters, logging, restarts and checkpoints of outer steps, for every class that runs them."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_nested.hyperparameters import OuterReport
+from lightning_nested.hyperparameters import OuterReport, OuterStep
+from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.lightning import logger_step
-from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.outer_batches import OuterBatches
+from lightning_nested.trainer.random_stream import RandomStream, base_seed
+
+_COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
+_POSITIVE = {"every_n_steps", "restart_every", "accumulate_grad_batches"}
+
+
+class OuterLoop:
+    """Everything about outer steps but the hypergradient itself, which the owner finds.
+
+    Args:
+        owner: Class name in warnings.
+        outer: Hyperparameters and their optimizer.
+        **options: See :class:`HypergradientCallback`.
+
+    Attributes:
+        inner_steps: Inner steps made so far.
+        outer_steps: Outer steps made so far.
+        skipped_steps: Outer steps left out because a value was not finite.
+        last_report: Report of the last hypergradient.
+        parameters: Inner parameters by name.
+        initial: Values that restarts begin with, by name.
+        batches: Batches of the outer loss, during training.
+
+    Raises:
+        ValueError: A count is too small.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        outer: OuterStep,
+        *,
+        every_n_steps: int = 1,
+        warmup_steps: int = 0,
+        restart_every: int | None = None,
+        max_skipped: int = 10,
+        log_every_n_outer_steps: int = 10,
+    ) -> None:
+        self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
+        self.max_skipped, self.log_every_n_outer_steps = max_skipped, log_every_n_outer_steps
+        check_counts(**vars(self))
+        self.owner, self.outer = owner, outer
+        self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
+        self.last_report: OuterReport | None = None
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.initial: dict[str, Tensor] = {}
+        self.batches: OuterBatches | None = None
+        # Positions in the outer data: at the end of training, and from a checkpoint until start.
+        self._position: Mapping[str, int] = {}
+        self._saved_position: Mapping[str, int] = {}
+
+    def is_due(self, inner_step: int) -> bool:
+        """Return True if there is an outer step at this inner step, counted from 0."""
+        since = inner_step - self.warmup_steps
+        return since >= 0 and since % self.every_n_steps == 0
+
+    def logs(self, outer_step: int) -> bool:
+        """Return True if this outer step, counted from 1, is logged."""
+        every = self.log_every_n_outer_steps
+        return every > 0 and (outer_step - 1) % every == 0
+
+    # ---- one fit
+
+    def build(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        """Take the inner parameters, and build the hyperparameters for them; values that are there stay."""
+        added = {name: p for name, p in parameters.items() if name not in self.parameters}
+        self.parameters = dict(parameters)
+        self.outer.build(self.parameters, device)
+        self.remember_initial(added)
+
+    def remember_initial(self, parameters: Mapping[str, Tensor]) -> None:
+        """Keep values for restarts, if there are any."""
+        if self.restart_every is not None:
+            self.initial.update({name: p.detach().clone() for name, p in parameters.items()})
+
+    def is_built_for(self, optimizer: Optimizer) -> bool:
+        """Return False if a finetuning callback froze or unfroze parameters of the inner optimizer."""
+        held = trainable(optimizer)
+        return len(held) == len(self.parameters) and all(map(operator.is_, held, self.parameters.values()))
+
+    def reset(self) -> None:
+        """Forget values, counters and parameters, for another module."""
+        self.outer.reset()
+        self.parameters, self.initial = {}, {}
+        self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
+
+    def start(self, trainer: Trainer, loader: Any) -> OuterBatches:
+        """Begin the stream of outer batches, at the position of the checkpoint if there is one."""
+        self.batches = OuterBatches(trainer, loader, seed=base_seed(trainer))
+        if self._saved_position:
+            self.batches.load_state_dict(self._saved_position)
+            self._saved_position = {}
+        return self.batches
+
+    def stop(self) -> None:
+        """End the stream of outer batches and its worker processes."""
+        if self.batches is not None:
+            self._position, self.batches = self.batches.state_dict(), None
+
+    # ---- one outer step
+
+    def keep(self, report: OuterReport) -> None:
+        """Record that a hypergradient was found."""
+        self.last_report, self.skipped_in_a_row = report, 0
+
+    def skip(self, error: FloatingPointError) -> None:
+        """Record that none was found.
+
+        Raises:
+            FloatingPointError: More than ``max_skipped`` successive outer steps failed.
+        """
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.max_skipped:
+            raise FloatingPointError(
+                f"More than max_skipped={self.max_skipped} successive outer steps failed. Got at last: {error}"
+            ) from error
+        if self.skipped_in_a_row == 1:
+            rank_zero_warn(f"{self.owner} skipped the outer step at inner step {self.inner_steps}: {error}")
+
+    def step(self, module: LightningModule) -> None:
+        """Move the hyperparameters along the held hypergradient; log and restart where that is due."""
+        self.outer.apply()
+        self.outer_steps += 1
+        if self.logs(self.outer_steps) and self.last_report is not None:
+            self._log(module, self.last_report)
+        if self.restart_every is not None and self.outer_steps % self.restart_every == 0:
+            assert self.batches is not None
+            seed = self.batches.seed + 104_729 * self.outer_steps
+            reinitialize(module, self.initial, self.parameters, seed)
+            for optimizer in module.trainer.optimizers:
+                optimizer.state.clear()
+
+    def _log(self, module: LightningModule, report: OuterReport) -> None:
+        """Log an outer step: a number to log at each of them belongs into ``metrics``.
+
+        Loggers get it here, once, at the step that it belongs to: ``self.log(..., on_step=True)`` would repeat the
+        last value at every later step, and drop those that fall between two of the Trainer's ``log_every_n_steps``.
+        ``log_dict`` gives it to the progress bar, checkpoints and early stopping.
+        """
+        step = logger_step(module.trainer)
+        metrics = {f"hypergradient/{key}": value for key, value in report.metrics().items()}
+        metrics["hypergradient/skipped_steps"] = float(self.skipped_steps)
+        for name, value in self.outer.values().items():
+            if value.numel() == 1:
+                metrics[f"hyperparameters/{name}"] = float(value)
+                continue
+            metrics[f"hyperparameters/{name}/mean"] = float(value.mean())
+            for logger in module.trainer.loggers:
+                add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+                if add_histogram is not None:
+                    add_histogram(f"hyperparameters/{name}", value.float().cpu(), step)
+        for logger in module.trainer.loggers:
+            logger.log_metrics(metrics, step)
+        module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1, logger=False)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next outer step depends on but ``initial``, which the owner adds."""
+        position = self.batches.state_dict() if self.batches else self._saved_position or self._position
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return {"outer": self.outer.state_dict(), "batches": dict(position), **counters}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore; the hyperparameters must have been built."""
+        self.outer.load_state_dict(state["outer"], self.parameters)
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        for name, value in state.get("initial", {}).items():
+            self.initial[name] = value.to(next(iter(self.parameters.values())).device)
+        if self.batches is None:
+            self._saved_position = state["batches"] or {}
+        elif state["batches"]:
+            self.batches.load_state_dict(state["batches"])
+
+
+class OfLoop:
+    """Attribute of an owner that its outer loop holds; not a property, which TorchScript would compile."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(instance.outer_loop, self._name)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance.outer_loop, self._name, value)
+
+
+class HasOuterLoop:
+    """Counters of an :class:`OuterLoop`, and values, as attributes of the class that runs it."""
+
+    # TorchScript would read annotations of the class.
+    if TYPE_CHECKING:
+        outer_loop: OuterLoop
+        inner_steps: int
+        outer_steps: int
+        skipped_steps: int
+        last_report: OuterReport | None
+    else:
+        inner_steps, outer_steps, skipped_steps, last_report = OfLoop(), OfLoop(), OfLoop(), OfLoop()
+
+    def values(self) -> dict[str, Tensor]:
+        """Return tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.
+
+        A strategy that forks or spawns processes trains a copy of the object: there, read them in a hook, or from a
+        checkpoint.
+        """
+        return self.outer_loop.outer.values()
+
+
+def check_counts(**options: object) -> None:
+    """Refuse whole numbers that are too small: below 1 or 0, as the option's name demands.
+
+    Raises:
+        ValueError: It names the first one.
+    """
+    for name, value in options.items():
+        least = int(name in _POSITIVE)
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{name} must be at least {least}. Got {value}.")
 
 
 @torch.no_grad()
 def reinitialize(
-    module: nn.Module,
-    initial: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
-    seed: int,
+    module: nn.Module, initial: Mapping[str, Tensor], parameters: Mapping[str, Tensor], seed: int
 ) -> None:
-    """New initial weights by each submodule's ``reset_parameters``, the same on every process.
+    """Draw new initial weights by each submodule's ``reset_parameters``, the same on every process.
 
-    Args:
-        module: Its submodules are reset, if all parameters that they own are among ``parameters``: not what is
-            frozen, is tuned, or has none.
-        initial: Values for parameters that no ``reset_parameters`` reaches.
-        parameters: Where they belong.
-        seed: Of the new weights.
+    Submodules are reset if all parameters that they own are among ``parameters``: not what is frozen or tuned.
+    Parameters that no ``reset_parameters`` reaches take their ``initial`` values.
     """
     inner = {id(p) for p in parameters.values()}
     for name, parameter in parameters.items():
         parameter.copy_(initial[name])
-    device = next(iter(parameters.values())).device
-    with RandomStream(seed, device):
+    with RandomStream(seed, next(iter(parameters.values())).device):
         for submodule in module.modules():
             reset = getattr(submodule, "reset_parameters", None)
             own = [id(p) for p in submodule.parameters(recurse=False)]
             if callable(reset) and own and inner.issuperset(own):
                 reset()
-
-
-def log_outer_step(
-    module: LightningModule, report: OuterReport, values: Mapping[str, Tensor], skipped: int
-) -> None:
-    """Diagnostics and values in natural units; a histogram too where a hyperparameter has many entries.
-
-    Loggers are given them here, once, at the step they belong to: ``self.log(..., on_step=True)`` would repeat the
-    last value at every later step, and drop those that fall between two of the Trainer's ``log_every_n_steps``.
-    ``self.log`` gives them to the progress bar, checkpoints and early stopping.
-    """
-    trainer = module.trainer
-    step = logger_step(trainer)
-    metrics = {f"hypergradient/{key}": value for key, value in report.metrics().items()}
-    metrics["hypergradient/skipped_steps"] = float(skipped)
-    for name, value in values.items():
-        if value.numel() == 1:
-            metrics[f"hyperparameters/{name}"] = float(value)
-            continue
-        metrics[f"hyperparameters/{name}/mean"] = float(value.mean())
-        for logger in trainer.loggers:
-            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-            if add_histogram is not None:
-                add_histogram(f"hyperparameters/{name}", value.float().cpu(), step)
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step)
-    module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1, logger=False)

@@ -1,4 +1,4 @@
-"""One evaluation of the outer loss, as a validation would see it and without trace."""
+"""Evaluate the outer loss as a validation would, without side effects."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def evaluate_outer(
     scale: float = 1.0,
     attributes: bool = True,
 ) -> Tensor:
-    """The outer loss of the next outer batch, in evaluation mode and the Trainer's validating stage.
+    """Return the outer loss of the next outer batch, in evaluation mode and the Trainer's validating stage.
 
     Args:
-        trainer: Its hooks move the batch; its precision applies.
-        module: Left as it was: modes, buffers, metrics, attributes, logs, random numbers.
-        batches: Where the batch and the loss's own random numbers come from.
-        loss: From a batch to a scalar with its graph.
+        trainer: Trainer whose hooks move the batch and whose precision applies.
+        module: Module whose modes, buffers, metrics, attributes and logs are restored.
+        batches: Source of the batch and of the loss's own random numbers.
+        loss: Function from a batch to a scalar with its graph.
         tensors: The loss is differentiated with respect to these while the module still is in evaluation mode:
             ``torch.utils.checkpoint`` runs a forward again inside the backward pass, which would otherwise meet
             dropout and batch statistics. Empty: the graph is returned as it is.
         scale: Factor on the loss while it is differentiated, so that fp16 derivatives do not vanish.
-        attributes: Whether plain attributes of the module are put back: ``loss`` is not written for this use.
+        attributes: Whether plain attributes are restored too: ``loss`` may be a ``validation_step`` that counts.
 
     Returns:
         A scalar with a graph to ``tensors``.
@@ -52,12 +52,13 @@ def evaluate_outer(
             value = loss(batch)
         if not tensors or value.numel() != 1:
             return value
-        with torch.autocast(value.device.type, enabled=False):  # derivatives are taken outside, as always
+        # Derivatives are taken outside autocast, as in any training.
+        with torch.autocast(value.device.type, enabled=False):
             return differentiated(value, tuple(tensors), scale)
 
 
 def differentiated(loss: Tensor, tensors: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:
-    """``loss`` with its derivatives taken already: its graph holds them and nothing else.
+    """Return ``loss`` with its derivatives taken already: its graph holds them and nothing else.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> float(torch.autograd.grad(differentiated(x**2, (x,)), x)[0])
@@ -68,14 +69,15 @@ def differentiated(loss: Tensor, tensors: tuple[Tensor, ...], scale: float = 1.0
     )
     if scale != 1.0:
         gradients = tuple(None if g is None else g / scale for g in gradients)
-        if not all(g is None or bool(g.isfinite().all()) for g in gradients):  # the scale was too much
+        # The scale was too large.
+        if not all(g is None or bool(g.isfinite().all()) for g in gradients):
             gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
     value: Tensor = _Differentiated.apply(loss.detach(), gradients, *tensors)
     return value
 
 
 class _Differentiated(torch.autograd.Function):
-    """A scalar whose derivatives are known."""
+    """Scalar whose derivatives are known."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *_: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random numbers of a run: streams beside the global one, and the state of every process for checkpoints."""
+"""Random streams apart from the global one, and the random state of every process for checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 
 class RandomStream:
-    """A stream of random numbers beside the global one, for torch, NumPy and ``random``.
+    """Random stream of torch, NumPy and ``random`` that leaves the global ones as they are.
 
     >>> stream = RandomStream(0)
     >>> with stream:
@@ -45,14 +45,14 @@ class RandomStream:
 
     @classmethod
     def snapshot(cls, device: torch.device | None = None) -> RandomStream:
-        """A stream that begins where the global one is now."""
+        """Return a stream that begins where the global one is now."""
         stream = cls(0, device)
         stream._inside = stream._capture()
         return stream
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Inside, the random numbers from this stream's present position, each time the same ones."""
+        """Draw from the stream's current position inside, and return to it: each replay draws the same."""
         here = self._inside
         with self:
             yield
@@ -75,12 +75,12 @@ class RandomStream:
 
 
 def base_seed(trainer: Trainer) -> int:
-    """A seed that every process agrees on, read without drawing from the global stream."""
+    """Return a seed that every process agrees on, without drawing from the global stream."""
     return int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))
 
 
 def random_states(trainer: Trainer) -> list[dict[str, Any]]:
-    """States of torch, NumPy and ``random``, one dictionary per process; called on all of them together."""
+    """Return states of torch, NumPy and ``random``, one dictionary per process; called on all of them together."""
     numpy_state: Any = np.random.get_state()
     device = trainer.strategy.root_device
     state = {
@@ -97,10 +97,7 @@ def random_states(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def restore_random_state(states: Sequence[dict[str, Any]], rank: int) -> None:
-    """Continue where a process of the saved run was.
-
-    A run with more processes than the saved one had seeds each of the others by its rank; it warns.
-    """
+    """Restore the random state of a process; warn where the saved run had fewer, and seed by rank."""
     if rank >= len(states):
         if rank == len(states):
             warnings.warn(

@@ -5,22 +5,15 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
-from lightning_nested.hypergradient import GaussNewton
 from lightning_nested.trainer.lightning import has_static_graph
 
 
 def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) -> None:
-    """Refuse strategies that shard parameters or own the backward pass.
-
-    Args:
-        trainer: Its strategy is looked at.
-        who: For the message.
-        static_graph: Whether DDP may take the graph to be static.
+    """Refuse strategies that shard parameters or own the backward pass, in the name of class ``who``.
 
     Raises:
-        MisconfigurationException: With a cure.
+        MisconfigurationException: Also where DDP takes the graph to be static, if not ``static_graph``.
     """
     strategy = trainer.strategy
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
@@ -36,15 +29,3 @@ def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) ->
             f"{who} differentiates the training loss before DDP does, so DDP must not take the graph to be static. "
             "Got DDPStrategy(static_graph=True); leave it out."
         )
-
-
-def named_outputs(module: nn.Module, curvature: GaussNewton) -> nn.Module:
-    """The submodule that ``GaussNewton(outputs="name")`` names."""
-    modules = dict(module.named_modules())
-    if not isinstance(curvature.outputs, str) or curvature.outputs not in modules:
-        raise MisconfigurationException(
-            "GaussNewton(outputs=...) must be the dotted name of the submodule that returns the logits. "
-            f"Got {curvature.outputs!r}; {type(module).__name__} has {', '.join(filter(None, modules))}."
-        )
-    found: nn.Module = modules[curvature.outputs]
-    return found

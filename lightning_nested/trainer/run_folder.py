@@ -1,4 +1,4 @@
-"""Where a report goes: the folder of the run's logger, and TensorBoard."""
+"""Write reports into the folder of the run's logger, and figures to TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of the run's logger, without one ``default_root_dir``; to be asked on every process together."""
-    return Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is sent from process 0 to the others
+    """Return the folder of the run's logger, or ``default_root_dir``; called on all processes together."""
+    # Process 0 sends log_dir to the others.
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def write_report(

@@ -1,4 +1,4 @@
-"""Learning-rate schedulers in manual optimization, where the Trainer leaves them to the module."""
+"""Step learning-rate schedulers in manual optimization, where the Trainer leaves them to the module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 def step_schedulers(module: LightningModule, interval: str, count: int) -> None:
-    """Step those of an interval whose frequency divides ``count``.
+    """Step the schedulers of an interval whose frequency divides ``count``.
 
     A plateau scheduler of the interval ``"epoch"`` waits for :func:`step_plateau_schedulers`: its metric may be one of
     the epoch's validation. One of ``"step"`` steps here on what was logged last.
@@ -26,7 +26,7 @@ def step_schedulers(module: LightningModule, interval: str, count: int) -> None:
 
 
 def step_plateau_schedulers(module: LightningModule) -> None:
-    """At an epoch's end: step plateau schedulers of the interval ``"epoch"`` on the metric that they monitor.
+    """Step plateau schedulers of the interval ``"epoch"`` on the metric that they monitor, at an epoch's end.
 
     Raises:
         MisconfigurationException: The metric was not logged.
@@ -38,7 +38,7 @@ def step_plateau_schedulers(module: LightningModule) -> None:
 
 
 def _monitored(module: LightningModule, scheduler: Any) -> Any:
-    """The metric that the scheduler itself names: Lightning drops its ``"monitor"`` key in manual optimization."""
+    """Return the metric that the scheduler itself names: Lightning drops the key ``"monitor"`` here."""
     monitor = getattr(scheduler, "monitor", None)
     metric = module.trainer.callback_metrics.get(str(monitor))
     if metric is None:

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class StandIns:
-    """Attributes of a module that others stand in for, until they are put back.
+    """Attributes of modules that are replaced until :meth:`put_back`.
 
     >>> module, stand_ins = nn.Linear(1, 1), StandIns()
     >>> stand_ins.put(module, "forward", lambda x: x)
@@ -23,12 +23,12 @@ class StandIns:
         self._replaced: list[tuple[nn.Module, str, object]] = []
 
     def put(self, module: nn.Module, name: str, value: object) -> None:
-        """Let ``value`` be the instance's attribute; it may hide one of the class."""
+        """Replace an attribute of the instance; the value may hide an attribute of the class."""
         self._replaced.append((module, name, module.__dict__.get(name, self._ABSENT)))
         module.__dict__[name] = value
 
     def put_back(self) -> None:
-        """Every attribute as it was, the last one first."""
+        """Restore every attribute, the last one first."""
         while self._replaced:
             module, name, value = self._replaced.pop()
             if value is self._ABSENT:

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from lightning_nested.modules import GameModule
 from tests.cases import DOUBLE
-
-
-def trainer(*callbacks: Any, **options: Any) -> Trainer:
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(callbacks=list(callbacks), **{"devices": 1, **defaults, **quiet, **options})
+from tests.trainers import trainer
 
 
 def run(
@@ -74,4 +69,4 @@ def first_tangent(n: int) -> Tensor:
     from lightning_nested.dynamics.game_tracker import GameTracker
 
     only = torch.zeros(n, dtype=DOUBLE, requires_grad=True)
-    return GameTracker([(only,)], k=1)._random()[0]
+    return GameTracker([(only,)], k=1).random_frame()[0]

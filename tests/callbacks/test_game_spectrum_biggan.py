@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lightning_nested.callbacks import GameSpectrumCallback, GeneratorEMA, game_adaptation
+from lightning_nested.callbacks import GameSpectrumCallback, GeneratorEMA
+from lightning_nested.games import joint_step
 from lightning_nested.modules import (
     R1,
     BigGAN,
@@ -89,7 +90,7 @@ def steps_by_hand(gan: BigGAN) -> Tensor:
 def test_leading_eigenvalues_are_those_of_the_dense_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of some layers from both ends of each network, the others frozen: the dense matrix has a row an entry."""
     # No rate is read here, so the callback need not form the matrix as well.
-    monkeypatch.setattr(game_adaptation, "EXACT_LIMIT", 1)
+    monkeypatch.setattr(joint_step, "EXACT_LIMIT", 1)
     objective = BigGANObjective(loss=NonSaturating(), regularizers=(R1(weight=0.3, every=2),))
     sizes = BigGANNetworks(width=2, latent_dim=8, initialization="orthogonal")
     gan = module(networks=sizes, objective=objective, **OPTIMIZERS)

@@ -19,8 +19,9 @@ from lightning_nested.games import Bilinear, QuadraticGame
 from lightning_nested.modules import GameLoop, GameModule, GANModule
 from lightning_nested.networks.spectral_norm import SpectralNormLinear
 from lightning_nested.optim import ComplexAdam, ComplexSGD, Extragradient, ExtrapolationFromThePast
-from tests.callbacks.perturbed_runs import first_tangent, growth, run, trainer
+from tests.callbacks.perturbed_runs import first_tangent, growth, run
 from tests.cases import DOUBLE, cubic_roots
+from tests.trainers import trainer
 
 # ---- the theory
 

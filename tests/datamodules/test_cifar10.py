@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_nested.datamodules import CIFAR10DataModule, SyntheticImagesDataModule
+from lightning_nested.datamodules import CIFAR10DataModule
 
 
 @pytest.fixture
@@ -67,18 +67,3 @@ def test_a_damaged_file_is_named(folder: Path, damage: bytes) -> None:
     path.write_bytes(damage)
     with pytest.raises(ValueError, match=r"data_batch_3 must be a pickled batch.*Unpack the archive again"):
         CIFAR10DataModule(root=str(folder), train_size=50).setup()
-
-
-def test_synthetic_classes_are_told_apart_by_their_mean() -> None:
-    data = SyntheticImagesDataModule(train_size=200, val_size=50)
-    data.setup()
-    assert data.train_images.shape == (200, 3, 32, 32)
-    assert -1 <= data.train_images.min() < -0.5 < 0.5 < data.train_images.max() <= 1
-    means = torch.stack([data.train_images[data.train_labels == k].mean(dim=0) for k in range(10)])
-    distance = torch.cdist(data.test_images.flatten(1), means.flatten(1))
-    assert (distance.argmin(dim=1) == data.test_labels).float().mean() > 0.95
-    again = SyntheticImagesDataModule(train_size=200, val_size=50)
-    again.setup()
-    assert torch.equal(again.train_images, data.train_images)
-    with pytest.raises(ValueError, match="channels must be 1 or 3"):
-        SyntheticImagesDataModule(channels=2)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from jsonargparse import ArgumentParser
 
 from lightning_nested.datamodules import FashionMNISTDataModule
 from lightning_nested.datamodules.fashion_mnist import read_idx
@@ -113,6 +114,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, mess
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_idx(tmp_path / name)
+
+
+def test_the_command_line_shows_inherited_options_with_their_text() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(FashionMNISTDataModule, "data")
+    text = " ".join(parser.format_help().split())
+    assert "--data.resolution RESOLUTION 28, or 32 for images" in text
+    assert "--data.train_size TRAIN_SIZE Number of training images. (type: int, default: 50000)" in text
+    assert "--data.root ROOT Folder with the files" in text
+    assert "--data.drop_last {true,false} Leave out a short last training batch." in text
 
 
 def test_the_variant_for_generators(fashion_mnist: Path) -> None:

@@ -10,44 +10,18 @@ from lightning_nested.games import (
     JacobianOperator,
     MatchingPennies,
     QuadraticGame,
-    SpectrumError,
     game_jacobian,
     game_spectrum,
     leading_eigenvalues,
 )
 from lightning_nested.linalg.eigenvalues import Which
-from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector
-
-WHICH: tuple[Which, ...] = ("largest_magnitude", "largest_imaginary", "smallest_real")
-KEYS = {
-    "largest_magnitude": lambda z: -abs(z),
-    "largest_imaginary": lambda z: -abs(z.imag),
-    "smallest_real": lambda z: z.real,
-}
-
-
-class Matrix(LinearOperator):
-    """A given matrix, which counts its products."""
-
-    symmetric = False
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.like, self.count = matrix, (torch.zeros(len(matrix), dtype=matrix.dtype),), 0
-
-    def matvec(self, v: Vector) -> Vector:
-        self.count += 1
-        return (self.matrix @ v[0],)
+from tests.linalg.spectra import KEYS, WHICH, closest
 
 
 @pytest.fixture(scope="module")
 def gan() -> tuple[GaussiansGAN, tuple[Tensor, ...]]:
     game = GaussiansGAN(hidden=(6, 6), noise_dim=3, batch_size=32)
     return game, game.initial(torch.Generator().manual_seed(1))
-
-
-def closest(found: Tensor, truth: list[complex]) -> float:
-    return max(min(abs(z - t) for t in truth) for z in found.tolist())
 
 
 class TestLeading:
@@ -72,15 +46,6 @@ class TestLeading:
         assert keys == pytest.approx(sorted(keys), abs=1e-8 * scale)
         assert found.residuals.max() < 1e-7
         assert found.num_products >= found.size if k is None else found.num_products > 0
-
-    @pytest.mark.parametrize("which", WHICH)
-    def test_random_matrix(self, which: Which) -> None:
-        matrix = torch.randn(120, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        operator = Matrix(matrix)
-        found = leading_eigenvalues(operator, 5, which)
-        assert found.num_products == operator.count
-        wanted = sorted(np.linalg.eigvals(matrix.numpy()).tolist(), key=KEYS[which])
-        assert closest(found.eigenvalues, wanted[: len(found.eigenvalues)]) < 1e-8 * 12
 
     def test_pairs_stay_whole(self) -> None:
         values = torch.arange(1, 61) * 0.1j + torch.linspace(0.1, 2, 60)
@@ -125,11 +90,6 @@ class TestLeading:
         half = game_spectrum(game.losses, players, 4, reduce=lambda flat: flat / 2)
         torch.testing.assert_close(2 * half, whole)
 
-    def test_zero_operator(self) -> None:
-        found = leading_eigenvalues(Matrix(torch.zeros(50, 50, dtype=torch.float64)), 2)
-        assert found.eigenvalues.tolist() == [0, 0]
-        assert found.residuals.tolist() == [0, 0]
-
 
 class TestGameSpectrum:
     def test_all_of_a_small_game(self) -> None:
@@ -164,21 +124,6 @@ class TestGameSpectrum:
 
 
 class TestErrors:
-    def test_no_convergence(self) -> None:
-        # A shift by one place around a circle: all eigenvalues have modulus 1, and none leads.
-        matrix = torch.roll(torch.eye(400, dtype=torch.float64), 1, dims=0)
-        with pytest.raises(
-            SpectrumError, match=r"must converge within max_products=60\. Got 0 of them"
-        ) as caught:
-            leading_eigenvalues(Matrix(matrix), 6, max_products=60)
-        assert caught.value.num_products >= 20
-        assert caught.value.eigenvalues.dtype == torch.complex128
-
-    def test_products_that_are_not_finite(self) -> None:
-        for k in (None, 2):
-            with pytest.raises(FloatingPointError, match="must be finite"):
-                leading_eigenvalues(Matrix(torch.full((40, 40), torch.nan, dtype=torch.float64)), k)
-
     def test_arguments(self) -> None:
         game = QuadraticGame.from_eigenvalues([1j] * 3)
         for arguments, message in (
@@ -191,10 +136,6 @@ class TestErrors:
         ):
             with pytest.raises(ValueError, match=message):
                 game_spectrum(game.losses, game.initial(), **arguments)  # type: ignore[arg-type]
-
-    def test_all_of_a_large_game(self) -> None:
-        with pytest.raises(ValueError, match=r"All eigenvalues need n <= 4096\. Got n=5000; give k"):
-            leading_eigenvalues(Matrix(torch.zeros(5000, 1)), None)
 
     def test_no_k_leads_round_the_limit_of_dense_matrices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lightning_nested.linalg.eigenvalues.DENSE_LIMIT", 30)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_nested.hypergradient.check import HypergradientReport, check_hypergradient
-from lightning_nested.hypergradient.implicit import FiniteDifference
+from lightning_nested.hypergradient.inner_curvature import FiniteDifference
 from lightning_nested.hypergradient.retraining import Minimize, Unroll
 from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
 from lightning_nested.linalg.operators import LinearOperator

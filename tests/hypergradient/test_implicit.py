@@ -25,7 +25,6 @@ from lightning_nested.hypergradient import (
     implicit_result,
 )
 from lightning_nested.linalg.curvature import HessianOperator
-from lightning_nested.linalg.operators import as_operator
 from lightning_nested.linalg.vectors import flatten
 from tests.cases import CASES, DOUBLE, Case, ridge_inner, ridge_outer, ridge_solution
 
@@ -517,24 +516,6 @@ def test_given_operators_of_other_sizes_and_kinds(place: str, operator: Tensor, 
         options = {"solver": ConjugateGradient(preconditioner=operator)}
     with pytest.raises(ValueError, match=message):
         implicit_hypergradient(0.5 * ((w - lam) ** 2).sum(), ((w - 2) ** 2).sum(), [w], [lam], **options)
-
-
-def test_products_of_given_operators_are_checked() -> None:
-    class Wrong:
-        def __init__(self, product: Any) -> None:
-            self.product = product
-
-        def __matmul__(self, v: Tensor) -> Any:
-            return self.product
-
-    like = (torch.ones(3, dtype=DOUBLE),)
-    for product, message in (
-        (torch.ones(2), r"Got shape \(2,\)"),
-        (None, "Got NoneType"),
-        (torch.ones(3), "float32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            as_operator(Wrong(product), like) @ like
 
 
 def test_sparse_gradients_are_refused() -> None:

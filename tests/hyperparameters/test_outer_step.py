@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_nested.hypergradient import ConjugateGradient, Neumann
 from lightning_nested.hyperparameters import ExampleWeights, ModuleTensors, OuterStep, WeightDecay
-from lightning_nested.hyperparameters.outer_step import default_outer_optimizer
+from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from tests.cases import DOUBLE, ridge_data, ridge_solution
 
 LOG_DECAY = torch.tensor(-2.0, dtype=DOUBLE)

@@ -1,4 +1,4 @@
-"""ExampleWeights, LossWeights, ModuleTensors and LearningRate on their own."""
+"""Weights of examples and of parts of a loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_nested.hyperparameters import (
     ExampleWeights,
@@ -110,47 +109,3 @@ def test_indices_that_are_no_examples(index: Any, message: str) -> None:
 def test_a_start_that_the_first_step_would_move_is_refused(make: Any) -> None:
     with pytest.raises(ValueError, match="start must lie inside the bounds of its transform"):
         make()
-
-
-def test_learning_rates_of_groups() -> None:
-    rate = LearningRate()
-    rate.attach([0.1, 0.01])
-    rate.build({})
-    assert [round(r.item(), 6) for r in rate.rates()] == [0.1, 0.01]
-    fixed = LearningRate(init=0.5)
-    fixed.attach([0.1, 0.01])
-    fixed.build({})
-    assert [round(r.item(), 6) for r in fixed.rates()] == [0.5, 0.5]
-
-
-class Augmented(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.augmenter = nn.Linear(2, 2)
-        self.network = nn.Linear(2, 1)
-        self.images = torch.zeros(3, 2)
-        self.frozen = nn.Linear(1, 1).requires_grad_(False)
-
-
-@pytest.mark.parametrize(
-    ("path", "names"),
-    [("augmenter", ["weight", "bias"]), ("augmenter.weight", ["weight"]), ("images", ["images"])],
-)
-def test_tensors_are_found_by_their_dotted_name(path: str, names: list[str]) -> None:
-    tensors = ModuleTensors(path)
-    tensors.attach(Augmented())
-    assert list(tensors.tensors) == names
-    assert all(t.requires_grad and t.is_leaf for t in tensors.tensors.values())
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("augmentor", "'augmentor'; close names: augmenter"),
-        ("frozen", "require gradients"),
-        ("forward", "leaf tensor"),
-    ],
-)
-def test_names_that_hold_nothing_are_refused(path: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ModuleTensors(path).attach(Augmented())

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -12,12 +12,7 @@ from torch.nn.functional import cross_entropy
 from lightning_nested.datamodules import DigitsDataModule
 from lightning_nested.modules import ImageClassifier
 from tests.conftest import Normal
-
-
-def trainer(folder: Path, **options: Any) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    defaults = {"accelerator": "cpu", "default_root_dir": folder, "enable_checkpointing": False, **quiet}
-    return Trainer(**{**defaults, **options})
+from tests.trainers import trainer
 
 
 @pytest.fixture
@@ -89,7 +84,7 @@ def test_further_losses_are_added_or_weighted(batch: tuple[Tensor, ...]) -> None
 
 def test_a_fit_learns_and_logs_means_over_all_examples(tmp_path: Path) -> None:
     module, data = ImageClassifier(), DigitsDataModule(val_batch_size=128)  # 128, 128, 44: unequal
-    run = trainer(tmp_path, max_epochs=5)
+    run = trainer(folder=tmp_path, max_epochs=5)
     run.fit(module, data)
     logged = dict(run.callback_metrics)
     run.test(module, data, verbose=False)
@@ -121,7 +116,7 @@ def test_the_training_loss_is_logged_only_where_the_logger_takes_it(
         log(self, name, *args, **kwargs)
 
     monkeypatch.setattr(ImageClassifier, "log", count)
-    trainer(tmp_path, max_epochs=2, log_every_n_steps=every, limit_val_batches=0).fit(module, data)
+    trainer(folder=tmp_path, max_epochs=2, log_every_n_steps=every, limit_val_batches=0).fit(module, data)
     assert len(seen) == calls
     assert all((step + 1) % every == 0 for step in seen)
 
@@ -130,7 +125,7 @@ def test_the_training_loss_is_logged_only_where_the_logger_takes_it(
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
 def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
     module, data = ImageClassifier(), DigitsDataModule(val_batch_size=128)
-    alone, both = trainer(tmp_path), trainer(tmp_path, strategy="ddp_fork", devices=2)
+    alone, both = trainer(folder=tmp_path), trainer(folder=tmp_path, strategy="ddp_fork", devices=2)
     expected = alone.validate(module, data, verbose=False)
     got = both.validate(module, data, verbose=False)  # 150 images each, in batches of 128 and 22
     assert expected[0] == pytest.approx(got[0], rel=1e-6)
@@ -141,7 +136,7 @@ def test_optimizer_and_scheduler_are_the_ones_given(tmp_path: Path) -> None:
         optimizer=lambda params: torch.optim.Adam(params, lr=0.01),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
     )
-    run = trainer(tmp_path, max_epochs=2)
+    run = trainer(folder=tmp_path, max_epochs=2)
     run.fit(module, DigitsDataModule())
     assert isinstance(run.optimizers[0], torch.optim.Adam)
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0025)
@@ -153,7 +148,7 @@ def test_a_plateau_scheduler_watches_its_metric(tmp_path: Path) -> None:
             optimizer, monitor="val_loss", factor=0.5, threshold=1e9, threshold_mode="abs", patience=0
         )
     )
-    run = trainer(tmp_path, max_epochs=3)
+    run = trainer(folder=tmp_path, max_epochs=3)
     run.fit(module, DigitsDataModule())
     # Nothing counts as an improvement but the first epoch, so the rate of 0.1 is halved twice.
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.025)
@@ -161,7 +156,7 @@ def test_a_plateau_scheduler_watches_its_metric(tmp_path: Path) -> None:
 
 def test_a_checkpoint_rebuilds_the_network_from_its_name(tmp_path: Path) -> None:
     module = ImageClassifier("cnn", network_options={"width": 3}, optimizer=torch.optim.Adam)
-    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    run = trainer(folder=tmp_path, max_epochs=1, limit_train_batches=1)
     run.fit(module, DigitsDataModule())
     run.save_checkpoint(tmp_path / "last.ckpt")
     loaded = ImageClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)

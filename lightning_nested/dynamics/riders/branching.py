@@ -1,4 +1,4 @@
-"""Where to branch: start points from which small differences grow most, by gradient ascent through the training.
+"""Search for branching points, where small differences grow most, by gradient ascent through the training.
 
 Lorraine, Vicol, Parker-Holder, Kachman, Metz & Foerster (2022), arXiv 2112.14570.
 """
@@ -6,13 +6,13 @@ Lorraine, Vicol, Parker-Holder, Kachman, Metz & Foerster (2022), arXiv 2112.1457
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_nested.dynamics.checks import require_at_least, require_memory
 from lightning_nested.dynamics.frames import from_rows, to_rows
 from lightning_nested.dynamics.maps import recorded
 from lightning_nested.dynamics.update_map import UpdateMap
@@ -24,26 +24,26 @@ _SCREENED = 1024  # candidates at a time: states and frames of more leave the ca
 
 @dataclass(frozen=True, kw_only=True)
 class Branching:
-    """How a branching point is found: gradient ascent of finite-time Lyapunov exponents on the start point.
+    """Options of the search for branching points: gradient ascent of finite-time Lyapunov exponents on a start point.
 
     The exponents over a horizon of H steps are λᵢ = (1/H) log σᵢ(J_{H−1}…J₀), with σᵢ the singular values of the
     product of Jacobians restricted to perturbations of the parameters at the start. They are differentiated through
-    all H steps. (Toy code of the paper averages log dᵀJᵀJd without the ½: twice these.)
+    all H steps. (The paper's toy code averages log dᵀJᵀJd without the ½, which gives twice these.)
 
     Attributes:
         objective: ``"max"`` (the first), ``"min"`` (the n-th), ``"sum"`` of the first n, or ``"positive"``, the sum of
             those of the first n that are positive.
         num_exponents: n.
         horizon: H.
-        candidates: Places that are compared before the ascent, which begins from those with the largest objective:
-            the start itself, and others at a standard normal distance from it. The objective has many maxima.
+        candidates: Number of places that are compared before the ascent, because the objective has many maxima: the
+            start itself, and others at a normal distance from it.
         spread: Standard deviation of that distance.
-        points: Branching points of a start: the ascent begins from so many of the candidates. A large exponent says
-            that runs part there, not that they part for good, so the best one need not lead to different solutions.
+        points: Number of branching points of a start: the ascent begins from that many of the best candidates. A large
+            exponent says that runs part there, not that they part for good, so several are worth trying.
         ascent_steps: Steps of Adam on the start point.
-        ascent_rate: Its rate.
-        segment: Steps between checkpoints, whose inside is computed again in the backward pass; None: √H, the least
-            memory for one more forward.
+        ascent_rate: Learning rate of Adam.
+        segment: Steps between checkpoints, recomputed in the backward pass; None: √H, the least memory for one more
+            forward pass.
     """
 
     objective: str = "max"
@@ -59,25 +59,17 @@ class Branching:
     def __post_init__(self) -> None:
         if self.objective not in _OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}. Got {self.objective!r}.")
-        for name in ("num_exponents", "horizon", "candidates", "points"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+        require_at_least(1, num_exponents=self.num_exponents, horizon=self.horizon)
+        require_at_least(1, candidates=self.candidates, points=self.points, segment=self.segment)
         if self.points > self.candidates:
-            raise ValueError(
-                f"points must be at most candidates, from which they begin. Got {self.points} and {self.candidates}."
-            )
-        if (
-            self.ascent_steps < 0
-            or not self.ascent_rate > 0
-            or (self.segment is not None and self.segment < 1)
-        ):
-            raise ValueError(
-                "ascent_steps must be non-negative, ascent_rate positive and segment at least 1. "
-                f"Got {self.ascent_steps}, {self.ascent_rate} and {self.segment}."
-            )
+            got = f"Got {self.points} and {self.candidates}."
+            raise ValueError(f"points must be at most candidates, from which they begin. {got}")
+        require_at_least(0, ascent_steps=self.ascent_steps)
+        if not self.ascent_rate > 0:
+            raise ValueError(f"ascent_rate must be positive. Got {self.ascent_rate}.")
 
     def value(self, exponents: Tensor) -> Tensor:
-        """The objective of exponents (..., n), largest first."""
+        """Evaluate the objective for exponents (..., n), largest first."""
         first = exponents[..., : self.num_exponents]
         if self.objective == "max":
             return first[..., 0]
@@ -89,10 +81,7 @@ class Branching:
 class FiniteTime:
     """Finite-time exponents of a training map on a batch of start points, differentiable in them.
 
-    Args:
-        training: The map; its operations are recorded once for this batch size.
-        starts: (batch, *shape) per parameter.
-        branching: Horizon, number of exponents, checkpoints.
+    Starts are (batch, *shape) per parameter; the operations of the map are recorded once for this batch size.
 
     Raises:
         MemoryError: The states and frames of the checkpoints would not fit into memory.
@@ -100,9 +89,9 @@ class FiniteTime:
 
     def __init__(self, training: UpdateMap, starts: Vector, branching: Branching) -> None:
         self._training, self._branching = training, branching
-        states = torch.vmap(lambda *p: training.start(p))(*starts)
+        states = self._states(starts)
         coordinates = training.coordinates(states)
-        self._like, self._batch = coordinates, len(starts[0])
+        self._batch = len(starts[0])
         self.num_parameters = sum(p[0].numel() for p in starts)
         total = sum(a[0].numel() for a in coordinates)
         if branching.num_exponents > self.num_parameters:
@@ -112,23 +101,36 @@ class FiniteTime:
             )
         size = branching.segment if branching.segment is not None else math.isqrt(branching.horizon)
         count = -(-branching.horizon // size)
-        _check_memory(count * self._batch * self.num_parameters * total * starts[0].element_size())
+        require_memory(
+            count * self._batch * self.num_parameters * total * starts[0].element_size(),
+            "The checkpoints of this horizon need",
+            "shorten horizon, lengthen segment, or ride fewer starts at a time (batch_size of the executor)",
+        )
         self._segments = [min(size, branching.horizon - i * size) for i in range(count)]
         rows = torch.eye(self.num_parameters, total, dtype=starts[0].dtype, device=starts[0].device)
         self._frame = from_rows(rows.expand(self._batch, -1, -1), coordinates, batch_dims=1)
         self._push = recorded(training.push_batch, states, self._frame)
 
-    def jacobian(self, starts: Vector) -> Tensor:
-        """∂(state after H steps)/∂(parameters at the start), transposed: (batch, parameters, coordinates)."""
-        state = torch.vmap(lambda *p: self._training.start(p))(*starts)
-        frame = self._frame
+    def _states(self, starts: Vector) -> Vector:
+        states: Vector = torch.vmap(lambda *p: self._training.start(p))(*starts)
+        return states
+
+    def _jacobian(self, starts: Vector) -> tuple[Tensor, Tensor]:
+        """Return ∂(state after H steps)/∂(parameters at the start), transposed, and which are not finite.
+
+        Shapes are (batch, parameters, coordinates) and (batch,). No decomposition takes numbers that are not finite:
+        ones replace them.
+        """
+        state, frame = self._states(starts), self._frame
         for steps in self._segments:
             # Transforms that could not be recorded do not go through a checkpoint.
             if isinstance(self._push, torch.fx.GraphModule) and any(a.requires_grad for a in state):
                 state, frame = checkpoint(self._run, steps, state, frame, use_reentrant=False)
             else:
                 state, frame = self._run(steps, state, frame)
-        return to_rows(frame, batch_dims=1)
+        jacobian = to_rows(frame, batch_dims=1)
+        lost = ~torch.isfinite(jacobian).flatten(1).all(1)
+        return torch.where(lost[:, None, None], 1.0, jacobian), lost
 
     def _run(self, steps: int, state: Vector, frame: Vector) -> tuple[Vector, Vector]:
         for _ in range(steps):
@@ -136,47 +138,46 @@ class FiniteTime:
         return tuple(state), tuple(frame)
 
     def exponents(self, starts: Vector) -> Tensor:
-        """(batch, n), largest first; NaN where training leaves the finite numbers within the horizon."""
-        jacobian, lost = _without_lost(self.jacobian(starts))
-        values = torch.linalg.svdvals(jacobian)[:, : self._branching.num_exponents]
-        exponents: Tensor = values.log() / self._branching.horizon
+        """Return exponents (batch, n), largest first; NaN where training does not stay finite within the horizon."""
+        jacobian, lost = self._jacobian(starts)
+        return self._logarithms(torch.linalg.svdvals(jacobian), lost)
+
+    def _logarithms(self, values: Tensor, lost: Tensor) -> Tensor:
+        exponents = values[:, : self._branching.num_exponents].log() / self._branching.horizon
         return torch.where(lost.unsqueeze(1), math.nan, exponents)
 
     def directions(self, starts: Vector) -> tuple[Tensor, Tensor]:
-        """Exponents, and the unit perturbations of the parameters that separate most: (batch, n, parameters)."""
+        """Return exponents, and the unit perturbations of parameters that separate most: (batch, n, parameters)."""
         with torch.no_grad():
-            jacobian, lost = _without_lost(self.jacobian(starts))
+            jacobian, lost = self._jacobian(starts)
             left, values, _ = torch.linalg.svd(jacobian, full_matrices=False)
-        n = self._branching.num_exponents
         directions = left.mT
         # A direction and its negative are the same branch pair; fix which one is called +.
         largest = directions.abs().argmax(-1, keepdim=True)
         directions = directions * directions.gather(-1, largest).sign()
-        exponents = values[:, :n].log() / self._branching.horizon
-        return torch.where(lost.unsqueeze(1), math.nan, exponents), directions
+        return self._logarithms(values, lost), directions
 
     def ascend(self, starts: Vector) -> tuple[Vector, Tensor]:
-        """Start points moved uphill, and the objective at every step (steps + 1, batch).
+        """Return start points moved uphill, and the objective at every step (steps + 1, batch).
 
-        A start whose objective stops being finite keeps the last place where it was.
+        A start whose objective stops being finite keeps the best place before that.
         """
         branching = self._branching
         points = [p.detach().clone().requires_grad_(True) for p in starts]
         optimizer = torch.optim.Adam(points, lr=branching.ascent_rate)
         history: list[Tensor] = []
         best = [p.detach().clone() for p in points]
-        top = torch.full((self._batch,), -math.inf, dtype=points[0].dtype, device=points[0].device)
+        top = points[0].detach().new_full((self._batch,), -math.inf)
         for step in range(branching.ascent_steps + 1):
             last = step == branching.ascent_steps
             with torch.set_grad_enabled(not last):
                 value = branching.value(self.exponents(tuple(points)))
             history.append(value.detach())
-            # Adam overshoots: what counts is the best place on its way.
-            better = value.detach() > top
-            top = torch.where(better, value.detach(), top)
+            # Adam overshoots: keep the best place on its way.
+            better = history[-1] > top
+            top = torch.where(better, history[-1], top)
             for b, p in zip(best, points, strict=True):
-                mask = better.view(-1, *[1] * (p.ndim - 1))
-                b.copy_(torch.where(mask, p.detach(), b))
+                b[better] = p.detach()[better]
             if last:
                 break
             optimizer.zero_grad()
@@ -189,15 +190,10 @@ class FiniteTime:
 
 
 def screen(training: UpdateMap, starts: Vector, branching: Branching) -> Vector:
-    """For each start the ``points`` candidates around it with the largest objective, best first.
+    """Return for each start the ``points`` candidates around it with the largest objective, best first.
 
-    Args:
-        training: The map.
-        starts: (batch, *shape) per parameter.
-        branching: Candidates, spread and points. The draws are the same for every start.
-
-    Returns:
-        (batch · points, *shape) per parameter, all points of the first start first.
+    Starts are (batch, *shape) per parameter, results (batch · points, *shape), all points of the first start first.
+    The draws are the same for every start.
     """
     if branching.candidates == 1:
         return starts
@@ -210,32 +206,14 @@ def screen(training: UpdateMap, starts: Vector, branching: Branching) -> Vector:
         moved.append((p.unsqueeze(1) + branching.spread * draw).flatten(0, 1))
     total = len(moved[0])
     size = min(total, _SCREENED)
-    finite, values = FiniteTime(training, tuple(m[:size] for m in moved), branching), []
+    finite = FiniteTime(training, tuple(m[:size] for m in moved), branching)
+    value = moved[0].new_empty(total)
     with torch.no_grad():
         for first in range(0, total, size):
             first = min(first, total - size)  # the operations are recorded for one size
-            values.append(
-                (first, branching.value(finite.exponents(tuple(m[first : first + size] for m in moved))))
-            )
-    value = torch.full((total,), -math.inf, dtype=moved[0].dtype, device=moved[0].device)
-    for first, found in values:
-        value[first : first + size] = torch.where(torch.isfinite(found), found, -math.inf)
+            rows = slice(first, first + size)
+            found = branching.value(finite.exponents(tuple(m[rows] for m in moved)))
+            value[rows] = torch.where(torch.isfinite(found), found, -math.inf)
     best = value.view(-1, count).topk(kept, dim=1).indices
-    rows = (best + count * torch.arange(len(best), device=best.device).unsqueeze(1)).flatten()
-    return tuple(m[rows] for m in moved)
-
-
-def _without_lost(jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    """With ones in place of those that are not finite, which no decomposition takes; and which they are."""
-    lost = ~torch.isfinite(jacobian).flatten(1).all(1)
-    return torch.where(lost[:, None, None], 1.0, jacobian), lost
-
-
-def _check_memory(needed: int) -> None:
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise MemoryError(
-            f"The checkpoints of this horizon need {needed / 2**30:.1f} GiB. Got a machine of "
-            f"{available / 2**30:.1f} GiB; shorten horizon, lengthen segment, or ride fewer starts at a time "
-            "(batch_size of the executor)."
-        )
+    chosen = (best + count * torch.arange(len(best), device=best.device).unsqueeze(1)).flatten()
+    return tuple(m[chosen] for m in moved)

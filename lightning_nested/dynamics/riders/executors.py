@@ -1,4 +1,4 @@
-"""Where the branches of a ride run: together in this process, in several processes, or on a Ray cluster."""
+"""Executors of the branches of a ride: this process, several processes, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import torch
+from typing_extensions import override
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+from lightning_nested.dynamics.checks import require_at_least
+
+Chunk: TypeAlias = Sequence[Any]
+Work: TypeAlias = Callable[[Chunk], Any]
 _IN_PROCESS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Executor(ABC):
-    """Runs a function on chunks of jobs; results come as they are finished.
+    """Runs a function on chunks of jobs.
 
     The jobs of one chunk run together through ``vmap``, and are finished together. Chunks of another size change
     results by rounding.
@@ -33,67 +36,59 @@ class Executor(ABC):
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1. Got {self.batch_size}.")
+        require_at_least(1, batch_size=self.batch_size)
 
-    def chunks(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
-        """Jobs in chunks of ``batch_size``."""
-        size = self.batch_size if self.batch_size is not None else self._default_size(len(jobs))
+    def chunks(self, jobs: Chunk) -> list[Chunk]:
+        """Split jobs into chunks of ``batch_size``."""
+        size = self.batch_size
+        if size is None:
+            # Four chunks for each worker: few maps to record, and workers end at about the same time.
+            workers = self._workers()
+            size = _IN_PROCESS if workers is None else max(1, -(-len(jobs) // (4 * workers)))
         return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
-    @abstractmethod
-    def _default_size(self, count: int) -> int:
-        """Jobs in a chunk of ``count`` jobs."""
+    def _workers(self) -> int | None:
+        return None
 
     @abstractmethod
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
-        """Results in any order."""
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
+        """Yield results as they are finished, in any order.
+
+        Raises:
+            TypeError: The function cannot be sent to another process.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class InProcess(Executor):
-    """In this process, one chunk after the other."""
+    """Runs in this process, one chunk after the other."""
 
-    def _default_size(self, count: int) -> int:
-        return _IN_PROCESS
-
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
-        """In order."""
-        for chunk in chunks:
-            yield function(chunk)
+    @override
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
+        return map(function, chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(Executor):
-    """In several processes of this machine, each with one thread.
+    """Runs in several processes of this machine, each with one thread.
 
     Attributes:
-        max_workers: Processes; None: one per core.
+        max_workers: Number of processes; None: one per core.
     """
 
     max_workers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_workers is not None and self.max_workers < 1:
-            raise ValueError(f"max_workers must be at least 1. Got {self.max_workers}.")
+        require_at_least(1, max_workers=self.max_workers)
 
-    def _default_size(self, count: int) -> int:
-        return _share(count, self.max_workers or os.cpu_count() or 1)
+    @override
+    def _workers(self) -> int:
+        return self.max_workers or os.cpu_count() or 1
 
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
-        """As they are finished.
-
-        Raises:
-            TypeError: What the function holds cannot be sent to another process.
-        """
-        check_picklable(function)
+    @override
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
+        _check_picklable(function)
         # Spawned, not forked: a process with threads must not fork.
         pool = ProcessPoolExecutor(self.max_workers, mp_context=get_context("spawn"), initializer=_begin)
         try:
@@ -105,21 +100,22 @@ class Processes(Executor):
 
 @dataclass(frozen=True, kw_only=True)
 class Ray(Executor):
-    """On a Ray cluster: ``pip install lightning-nested[ray]``.
+    """Runs on a Ray cluster; needs ``pip install lightning-nested[ray]``.
 
     Attributes:
-        address: As ``ray.init`` takes it; None: the cluster this process belongs to, or a new one here.
+        address: Address for ``ray.init``; None: the cluster this process belongs to, or a new one here.
     """
 
     address: str | None = None
 
-    def _default_size(self, count: int) -> int:
-        return _share(count, int(self._cluster().cluster_resources().get("CPU", 1)))
+    @override
+    def _workers(self) -> int:
+        return int(self._cluster().cluster_resources().get("CPU", 1))
 
     def _cluster(self) -> Any:
-        """The module, connected."""
+        """Return the module ray, connected to its cluster."""
         try:
-            import ray  # only when asked for: it is an extra
+            import ray
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "The executor Ray needs the package ray. Got none installed: pip install 'lightning-nested[ray]', or "
@@ -129,16 +125,9 @@ class Ray(Executor):
             ray.init(address=self.address)
         return ray
 
-    def map(
-        self, function: Callable[[Sequence[Job]], Result], chunks: Sequence[Sequence[Job]]
-    ) -> Iterator[Result]:
-        """As they are finished.
-
-        Raises:
-            ModuleNotFoundError: Ray is not installed.
-            TypeError: What the function holds cannot be sent to another process.
-        """
-        check_picklable(function)
+    @override
+    def map(self, function: Work, chunks: Sequence[Chunk]) -> Iterator[Any]:
+        _check_picklable(function)
         ray = self._cluster()
         remote: Any = ray.remote(_call)
         sent = ray.put(function)  # once, not with every chunk
@@ -152,18 +141,13 @@ class Ray(Executor):
                 ray.cancel(task)
 
 
-def _share(count: int, workers: int) -> int:
-    """Jobs in a chunk, so that every worker has four: few enough to record a map for each, enough to end together."""
-    return max(1, -(-count // (4 * workers)))
-
-
-def _call(function: Callable[[Any], Any], chunk: Any) -> Any:
+def _call(function: Work, chunk: Chunk) -> Any:
     torch.set_num_threads(1)
     return function(chunk)
 
 
 def _begin() -> None:
-    """What a new process does: use one thread, and end with the process that began it, even if that is killed."""
+    """Set up a new process: one thread, and an end with the process that started it, even if that is killed."""
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -175,8 +159,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def check_picklable(function: object) -> None:
-    """Raise an error that names the way out if ``function`` cannot be sent to another process."""
+def _check_picklable(function: object) -> None:
     try:
         pickle.dumps(function)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -1,24 +1,26 @@
-"""Ridge Rider: follow directions of negative curvature from a saddle of one loss to its different minima.
-
-Parker-Holder, Metz, Resnick, Hu, Lerer, Letcher, Peysakhovich, Pacchiano & Foerster (2020), NeurIPS, arXiv 2011.06505.
-"""
+"""Ridge Rider: follow directions of negative curvature from a saddle of one loss to its different minima."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_nested.dynamics.checks import require_at_least
+from lightning_nested.dynamics.frames import krylov, symmetric_ritz
 from lightning_nested.dynamics.maps import recorded
-from lightning_nested.dynamics.riders.tree import Branch, RideTree
+from lightning_nested.dynamics.riders.tree import PATH_POINTS, PATH_SIZE, Branch, RideTree
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten
 
+Score: TypeAlias = Callable[[Vector], Tensor]
 _DENSE = 256  # parameters up to which a saddle's whole Hessian is formed
-_PATH = 60
+_LANCZOS = 60  # iterations for the directions of a larger one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +35,17 @@ class RidgeRider:
     Attributes:
         num_directions: Directions at each saddle, most negative first; 1 finds 2^d minima in 2^d descents.
         step_size: Length of a step along the ridge.
-        max_ridge_steps: Steps after which a ridge that goes on is left.
+        max_ridge_steps: Largest number of steps along a ridge.
         refinements: Lanczos iterations a step.
-        descent_rate: Rate of the final gradient descent.
-        descent_steps: Its steps.
+        descent_rate: Learning rate of the final gradient descent.
+        descent_steps: Steps of the final gradient descent.
         max_depth: Levels of branching.
-        max_branches: Nodes of the tree, so that a flat loss cannot branch for ever.
-        curvature_tolerance: Curvature counts as negative below minus this.
+        max_branches: Largest number of nodes, so that a flat loss cannot branch for ever.
+        curvature_tolerance: Threshold below whose negative a curvature counts as negative.
         tolerance: Difference of behaviours up to which two minima are one.
 
-    Parker-Holder et al. (2020), NeurIPS, arXiv 2011.06505.
+    Parker-Holder, Metz, Resnick, Hu, Lerer, Letcher, Peysakhovich, Pacchiano & Foerster (2020), NeurIPS,
+    arXiv 2011.06505.
 
     >>> double_well = lambda w: ((w[0] ** 2 - 1) ** 2).sum()
     >>> tree = RidgeRider().ride(double_well, (torch.zeros(2, dtype=torch.float64),), behaviour=lambda w: w[0])
@@ -62,46 +65,42 @@ class RidgeRider:
     tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
-        for name in ("num_directions", "max_ridge_steps", "refinements", "max_depth", "max_branches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}.")
+        require_at_least(1, num_directions=self.num_directions, max_ridge_steps=self.max_ridge_steps)
+        require_at_least(1, refinements=self.refinements)
+        require_at_least(1, max_depth=self.max_depth, max_branches=self.max_branches)
         if not (self.step_size > 0 and self.descent_rate > 0):
-            raise ValueError(
-                f"step_size and descent_rate must be positive. Got {self.step_size} and {self.descent_rate}."
-            )
+            got = f"Got {self.step_size} and {self.descent_rate}."
+            raise ValueError(f"step_size and descent_rate must be positive. {got}")
 
     def ride(
         self,
-        loss: Callable[[Vector], Tensor],
+        loss: Score,
         saddle: Vector,
         *,
-        behaviour: Callable[[Vector], Tensor] | None = None,
+        behaviour: Score | None = None,
         folder: Path | str | None = None,
     ) -> RideTree:
-        """Ride from a saddle.
+        """Ride from a saddle to the minima around it.
 
         Args:
             loss: Scalar of a tuple of tensors, of operations that ``torch.func`` differentiates.
-            saddle: Where the gradient vanishes and the Hessian has negative eigenvalues.
-            behaviour: By which minima are told apart; default the loss, which cannot tell symmetric ones.
-            folder: Where finished branches are kept; a ride that was interrupted goes on from them.
+            saddle: Point where the gradient vanishes and the Hessian has negative eigenvalues.
+            behaviour: Function that tells minima apart; default the loss, which cannot tell symmetric ones.
+            folder: Folder that keeps finished branches; a ride that was interrupted goes on from them.
 
         Raises:
             ValueError: There is no negative curvature at ``saddle``.
         """
         walker = _Walker(self, loss, saddle, behaviour)
-        tree = RideTree(
-            tolerance=self.tolerance,
-            folder=None if folder is None else Path(folder),
-            settings=f"{self}\nsaddle {walker.start.tolist()}\n{walker.fingerprint()}\n",
-        )
+        settings = f"{self}\nsaddle {walker.start.tolist()}\n{walker.fingerprint()}\n"
+        tree = RideTree(tolerance=self.tolerance, folder=folder, settings=settings)
         if not walker.directions(walker.start):
             raise ValueError(
                 "The start must have negative curvature. Got a Hessian without a negative eigenvalue: give a saddle, "
                 "or use GeneralizedRidgeRider, which looks for a branching point."
             )
         if "0" not in tree:
-            tree.add([walker.node("0", None, walker.start, walker.start, [])])
+            tree.add([walker.node("0", None, walker.start, walker.start, [], saddle=True)])
         open_nodes = [("0", 0)]
         while open_nodes:
             name, depth = open_nodes.pop(0)
@@ -119,82 +118,52 @@ class RidgeRider:
 
 
 class _Walker:
-    """One loss on flat vectors, its derivatives recorded once."""
+    """A loss on flat vectors, with its derivatives recorded once."""
 
-    def __init__(
-        self,
-        rider: RidgeRider,
-        loss: Callable[[Vector], Tensor],
-        saddle: Vector,
-        behaviour: Callable[[Vector], Tensor] | None,
-    ) -> None:
+    def __init__(self, rider: RidgeRider, loss: Score, saddle: Vector, behaviour: Score | None) -> None:
         self.rider, self.behaviour = rider, behaviour
         self.like = tuple(p.detach() for p in saddle)
         self.start = flatten(self.like)
 
-        def flat(w: Tensor) -> Tensor:
-            return loss(unflatten(w, self.like))
-
-        gradient = torch.func.grad(flat)
-
-        def product(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            value: Tensor
-            derivative: Tensor
-            value, derivative = torch.func.jvp(gradient, (w,), (v,))  # type: ignore[misc]  # two without has_aux
-            return value, derivative
-
-        self.loss = flat
+        self.loss: Callable[[Tensor], Tensor] = lambda w: loss(unflatten(w, self.like))
+        gradient = torch.func.grad(self.loss)
         self.gradient = recorded(gradient, self.start)
-        self.product = recorded(product, self.start, torch.ones_like(self.start))
+        ones = torch.ones_like(self.start)
+        self.product = recorded(lambda w, v: torch.func.jvp(gradient, (w,), (v,))[1], self.start, ones)
         self._hessian = torch.func.jacfwd(gradient)
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Tells one loss from another: its value and a product with its Hessian at the saddle."""
-        product = self.product(self.start, torch.ones_like(self.start))[1]
+        """Return text that tells one loss from another: its value and a product with its Hessian at the saddle."""
+        product = self.product(self.start, torch.ones_like(self.start))
         return f"loss {float(self.loss(self.start)):.5g} curvature {float(product.norm()):.5g}"
 
     @torch.no_grad()
     def directions(self, w: Tensor) -> list[Tensor]:
-        """Unit eigenvectors of negative curvature, most negative first."""
+        """Return unit eigenvectors of negative curvature, most negative first."""
         if len(w) <= _DENSE:
             hessian = self._hessian(w)
             if not torch.isfinite(hessian).all():
                 return []
             values, vectors = torch.linalg.eigh(hessian)
+            rows = vectors.mT
         else:
-            values, vectors = self._lanczos(w)
-        negative = values < -self.rider.curvature_tolerance
-        return [v * v[v.abs().argmax()].sign() for v in vectors.mT[negative]]
-
-    def _lanczos(self, w: Tensor, iterations: int = 60) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(len(w), generator=generator, dtype=torch.float64).to(w)
-        basis, images = [v / v.norm()], []
-        for _ in range(iterations):
-            images.append(self.product(w, basis[-1])[1])
-            stacked = torch.stack(basis)
-            rest = images[-1].clone()
-            for _ in range(2):
-                rest -= stacked.mT @ (stacked @ rest)
-            if float(rest.norm()) < 1e-8 * float(images[-1].norm()) or len(basis) == iterations:
-                break
-            basis.append(rest / rest.norm())
-        stacked = torch.stack(basis[: len(images)])
-        small = stacked @ torch.stack(images).mT
-        values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-        return values, stacked.mT @ vectors
+            generator = torch.Generator().manual_seed(0)
+            first = torch.randn(len(w), generator=generator, dtype=torch.float64).to(w)
+            basis, images = krylov(partial(self.product, w), first, _LANCZOS)
+            values, coordinates = symmetric_ritz(basis, images)
+            rows = coordinates @ basis
+        return [v * v[v.abs().argmax()].sign() for v in rows[values < -self.rider.curvature_tolerance]]
 
     @torch.no_grad()
     def branch(self, name: str, parent: str, at: Tensor, heading: Tensor, *, last: bool) -> Branch:
-        """Follow one ridge, then descend if nothing negative is left."""
+        """Follow one ridge, then descend if no negative curvature is left."""
         w, e, path = at.clone(), heading.clone(), [at.clone()]
         w = w + self.rider.step_size * e  # at the saddle itself the direction is known
         for step in range(self.rider.max_ridge_steps):
             e, curvature = self._track(w, e)
-            if (
-                not curvature < -self.rider.curvature_tolerance
-            ):  # NaN too: it has left where the loss is defined
+            # NaN ends the ridge too: it has left where the loss is defined.
+            if not curvature < -self.rider.curvature_tolerance:
                 break
             w = w + self.rider.step_size * e
             if step % 5 == 0:
@@ -208,52 +177,32 @@ class _Walker:
         return self.node(name, parent, at, w, path, saddle=saddle)
 
     def _track(self, w: Tensor, e: Tensor) -> tuple[Tensor, float]:
-        """The eigenvector nearest to e and its curvature, by Lanczos iterations started from e.
+        """Return the eigenvector nearest to e and its curvature, by Lanczos iterations that start from e.
 
         The Ritz vector of largest overlap, not of least curvature: a ridge that flattens must not be left for another.
         """
-        basis, images = [e], [self.product(w, e)[1]]
-        for _ in range(self.rider.refinements):
-            stacked, rest = torch.stack(basis), images[-1].clone()
-            for _ in range(2):
-                rest -= stacked.mT @ (stacked @ rest)
-            size = rest.norm()
-            if float(size) <= 1e-9 * (1 + float(images[-1].norm())):
-                break
-            basis.append(rest / size)
-            images.append(self.product(w, basis[-1])[1])
-        stacked = torch.stack(basis)
-        small = stacked @ torch.stack(images).mT
-        if not torch.isfinite(small).all():
+        basis, images = krylov(partial(self.product, w), e, self.rider.refinements + 1)
+        if not torch.isfinite(images).all():
             return e, math.nan
-        values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-        nearest = int(vectors[0].abs().argmax())
-        tracked = stacked.mT @ vectors[:, nearest]
+        values, coordinates = symmetric_ritz(basis, images)
+        nearest = int(coordinates[:, 0].abs().argmax())
+        tracked = coordinates[nearest] @ basis
         return (tracked if float(tracked @ e) >= 0 else -tracked), float(values[nearest])
 
     def node(
-        self,
-        name: str,
-        parent: str | None,
-        start: Tensor,
-        end: Tensor,
-        path: list[Tensor],
-        *,
-        saddle: bool = True,
+        self, name: str, parent: str | None, start: Tensor, end: Tensor, path: list[Tensor], *, saddle: bool
     ) -> Branch:
-        """As plain numbers; the only exponent says whether the end is a saddle."""
-        parts = unflatten(end, self.like)
-        losses = [float(self.loss(end))]
-        shown = losses if self.behaviour is None else self.behaviour(parts).flatten().tolist()
-        stride = max(1, len(path) // _PATH)
-        return Branch(
+        """Return a finished branch; its only exponent is 1 if the end is a saddle, else 0."""
+        parts, losses = unflatten(end, self.like), [float(self.loss(end))]
+        return Branch.from_tensors(
+            unflatten(start, self.like),
+            parts,
             name=name,
             parent=parent,
-            start=[p.flatten().tolist() for p in unflatten(start, self.like)],
-            end=[p.flatten().tolist() for p in parts],
             losses=losses,
             exponents=[float(saddle)],
-            behaviour=shown,
-            path=[p.tolist() for p in path[::stride]] if len(end) <= 64 else [],
-            finite=bool(torch.isfinite(end).all()) and math.isfinite(losses[0]),
+            behaviour=losses if self.behaviour is None else self.behaviour(parts).flatten().tolist(),
+            path=[p.tolist() for p in path[:: max(1, len(path) // PATH_POINTS)]]
+            if len(end) <= PATH_SIZE
+            else [],
         )

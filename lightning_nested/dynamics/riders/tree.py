@@ -1,4 +1,4 @@
-"""The tree of a ride: branches with their starts, ends and losses, kept in files so that nothing finished is lost."""
+"""Tree of a ride: branches with their starts, ends and losses, kept in files so that nothing finished is lost."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PATH_POINTS = 60  # points of a path that are kept
+PATH_SIZE = 64  # parameters up to which paths are kept
+
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """A node of the tree: a start point, or what a run from beside it came to. Plain numbers, so that JSON holds it.
+    """Node of the tree: a branching point, or the end of a run from beside one. Plain numbers, for JSON.
 
     Attributes:
         name: ``"3"`` for the first branching point of the fourth start and ``"3.1"`` for its next, ``"3+0"`` and
             ``"3-0"`` for the first direction from there, ``"3+0/-1"`` deeper.
         parent: Name of the node that it branched from; None for a root.
-        start: Parameters where it began, one flat list per tensor.
-        end: Parameters where it came to; of a root the branching point.
-        losses: One per player, at ``end``.
-        exponents: Finite-time exponents at a branching point, largest first; of a ridge whether it ends at a saddle.
-        directions: Of a branching point: the unit perturbations that are branched along, flat.
-        behaviour: What solutions are told apart by; the losses unless the rider was given something else.
+        start: Parameters at its beginning, one flat list per tensor.
+        end: Parameters at its end; for a root the branching point.
+        losses: Losses at ``end``, one per player.
+        exponents: Finite-time exponents at a branching point, largest first; for a ridge, 1 if it ends at a saddle.
+        directions: Unit perturbations that are branched along, flat; only of a branching point.
+        behaviour: Numbers that tell solutions apart; the losses unless the rider was given something else.
         path: Parameters on the way, flat, thinned.
-        finite: Whether the run stayed finite.
+        finite: False if the run left the finite numbers.
     """
 
     name: str
@@ -44,23 +47,27 @@ class Branch:
     path: list[list[float]] = field(default_factory=list)
     finite: bool = True
 
+    @classmethod
+    def from_tensors(cls, start: Sequence[Tensor], end: Sequence[Tensor], **values: Any) -> Branch:
+        """Make a branch of plain numbers; ``finite`` is read off its losses and end unless it is given."""
+        finite = all(map(math.isfinite, values["losses"])) and all(bool(torch.isfinite(p).all()) for p in end)
+        return cls(start=_lists(start), end=_lists(end), **{"finite": finite, **values})
+
     def tensors(self, like: Sequence[Tensor], which: str = "end") -> tuple[Tensor, ...]:
-        """Start or end as tensors of the shapes and dtypes of ``like``."""
+        """Return start or end as tensors of the shapes and dtypes of ``like``."""
         values = self.end if which == "end" else self.start
-        return tuple(
-            torch.tensor(v, dtype=p.dtype, device=p.device).reshape(p.shape)
-            for v, p in zip(values, like, strict=True)
-        )
+        pairs = zip(values, like, strict=True)
+        return tuple(torch.tensor(v, dtype=p.dtype, device=p.device).reshape(p.shape) for v, p in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """A group of branches that behave alike.
+    """Group of branches that behave alike.
 
     Attributes:
-        losses: Of the group's best branch.
+        losses: Losses of the group's best branch.
         branches: Names, the best first.
-        behaviour: Of the best branch.
+        behaviour: Behaviour of the best branch.
     """
 
     losses: list[float]
@@ -73,22 +80,21 @@ class RideTree:
     """All branches of a ride, in the order in which they were made.
 
     Attributes:
-        branches: By name; roots hold branching points.
+        branches: Branches by name; roots hold branching points.
         tolerance: Distance of behaviours up to which two solutions count as one.
-        folder: Where branches are kept; None: in memory.
-        settings: What a folder's branches were made with; a ride with other settings refuses the folder.
+        folder: Folder that keeps the branches; None: keep them in memory.
+        settings: Text on how a folder's branches were made; a ride with other settings refuses the folder.
     """
 
     tolerance: float = 1e-2
-    folder: Path | None = None
+    folder: Path | str | None = None
     settings: str = ""
     branches: dict[str, Branch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.folder is None:
             return
-        self.folder = Path(self.folder)
-        kept = self.folder / "branches"
+        kept = Path(self.folder) / "branches"
         kept.mkdir(parents=True, exist_ok=True)
         settings = kept / "settings.txt"
         if settings.exists() and (before := settings.read_text(encoding="utf-8")) != self.settings:
@@ -108,15 +114,19 @@ class RideTree:
             self.branches[branch.name] = branch
 
     def _ordered(self) -> list[Branch]:
-        """By name, numbers by size: the same whatever was finished first."""
-        return sorted(self.branches.values(), key=lambda b: _by_size(b.name))
+        """Return branches by name, "2" before "10", whatever was finished first."""
+
+        def key(branch: Branch) -> list[str | int]:
+            return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", branch.name)]
+
+        return sorted(self.branches.values(), key=key)
 
     def add(self, branches: Iterable[Branch]) -> None:
-        """Keep finished branches; each file appears whole or not at all."""
+        """Add finished branches; each file appears whole or not at all."""
         for branch in branches:
             self.branches[branch.name] = branch
             if self.folder is not None:
-                file = self.folder / "branches" / f"{branch.name.replace('/', '_')}.json"
+                file = Path(self.folder) / "branches" / f"{branch.name.replace('/', '_')}.json"
                 part = file.with_suffix(".part")
                 part.write_text(json.dumps(asdict(branch)), encoding="utf-8")
                 os.replace(part, file)
@@ -131,22 +141,22 @@ class RideTree:
 
     @property
     def leaves(self) -> list[Branch]:
-        """Branches from which nothing branched."""
+        """Ends from which nothing branched."""
         parents = {b.parent for b in self.branches.values()}
         return [b for b in self._ordered() if b.name not in parents and b.parent is not None]
 
     def origin(self, name: str) -> str:
-        """Name of the root that this branch descends from."""
+        """Return the name of the root that this branch descends from."""
         while (parent := self.branches[name].parent) is not None:
             name = parent
         return name
 
     def below(self, root: str) -> list[Branch]:
-        """The leaves that descend from this root."""
+        """Return the leaves that descend from this root."""
         return [b for b in self.leaves if self.origin(b.name) == root]
 
     def solutions(self, branches: Iterable[Branch] | None = None) -> list[Solution]:
-        """Distinct ends, ranked by the sum of losses, the lowest first; runs that diverged are none.
+        """Return distinct ends, ranked by the sum of losses, the lowest first; runs that diverged are left out.
 
         Two branches are the same solution if no entry of their behaviours differs by more than ``tolerance``.
         """
@@ -159,13 +169,12 @@ class RideTree:
                     solution.branches.append(branch.name)
                     break
             else:
-                found.append(
-                    Solution(losses=branch.losses, branches=[branch.name], behaviour=branch.behaviour)
-                )
+                names = [branch.name]
+                found.append(Solution(losses=branch.losses, branches=names, behaviour=branch.behaviour))
         return found
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per branch, with plain values: for CSV and screens."""
+        """Return one row of plain values per branch, for CSV and screens."""
         number = {name: i for i, s in enumerate(self.solutions()) for name in s.branches}
         return [
             {
@@ -180,19 +189,16 @@ class RideTree:
         ]
 
 
-def _by_size(name: str) -> list[str | int]:
-    """A key that sorts ``"2"`` before ``"10"``."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def _lists(tensors: Sequence[Tensor]) -> list[list[float]]:
+    return [t.detach().flatten().tolist() for t in tensors]
 
 
 def _difference(before: str, now: str) -> str:
-    """The first setting in which two rides differ."""
+    """Name the first setting in which two rides differ."""
     old, new = (dict(line.partition(": ")[::2] for line in text.splitlines()) for text in (before, now))
     for key in [*old, *new]:
         if old.get(key) != new.get(key):
-            shown = (
-                value if len(value := str(d.get(key, "nothing"))) <= 60 else f"{value[:60]}…"
-                for d in (old, new)
-            )
+            values = (str(d.get(key, "nothing")) for d in (old, new))
+            shown = (v if len(v) <= 60 else f"{v[:60]}…" for v in values)
             return f"{key}: {' there, '.join(shown)} here"
     return "the same settings in another order"

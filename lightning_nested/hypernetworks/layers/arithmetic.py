@@ -1,75 +1,32 @@
-"""Products with weights that move with the hyperparameters, without forming those weights."""
+"""Sums and products of weights that move with the hyperparameters, without forming those weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from lightning_nested.hypernetworks.layers.base import (
-    RowResponse,
-    needs_plain_backward,
-    needs_plain_forward,
-    total,
-)
+MaybeTensor: TypeAlias = Tensor | None
 
 
-def respond_to(
-    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    response: RowResponse | None,
-    delta: Tensor,
-    place: Callable[[Tensor], Tensor],
-    linearized: bool,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """``operation(x, W(h_i), b(h_i))`` for each example i, from two operations with the weights of all.
-
-    Args:
-        operation: Bilinear in x and the weight, one row of it per output; adds the bias.
-        x: Input.
-        weight: W₀.
-        response: V and W₁; None: the weight does not respond.
-        delta: (batch, n), or (n,) for one point of all.
-        place: From coefficients (batch, rows) to a shape that broadcasts with the output.
-        linearized: Value W₀x + b₀ with the tangent of the response, and derivatives for V and W₁ alone: the mean
-            output does not move, ``∂/∂V`` is that of the first-order change.
-        bias: b₀.
-        shift: Change of the bias, as :func:`shift_of` gives it.
-    """
-    coefficient = None if response is None else place(response.coefficients(delta))
-    if not linearized and shift is not None:
-        shift, bias = total(bias, shift), None  # both in one pass over the output
-    placed = None if shift is None else place(shift)
-    if not linearized:
-        base = operation(x, weight, bias)
-        if response is None or coefficient is None:
-            return base if placed is None else base + placed.to(base.dtype)
-        return moved(base, coefficient, operation(x, response.direction, None), placed)
-    value, tangent = unpack_dual(x)
-    fixed = weight.detach()
-    base = operation(value, fixed, None if bias is None else bias.detach())
-    # Of the input's derivatives W₀'s alone, as the response's own value is 0 there: hence detached.
-    product = None if response is None else operation(value.detach(), response.direction, None)
-    if tangent is not None:
-        with torch.no_grad():  # by hand: torch's rule for linear layers copies the weight and the result
-            tangent = operation(tangent, fixed, None)
-    return linearly_moved(base, tangent, coefficient, product, placed)
+def total(*terms: MaybeTensor) -> MaybeTensor:
+    """Add the terms that are given; None if none is."""
+    given = [t for t in terms if t is not None]
+    return sum(given[1:], given[0]) if given else None
 
 
-def shift_of(delta: Tensor, *responses: RowResponse | None) -> Tensor | None:
-    """The change of a vector, (batch, rows) or (rows,), or the sum of those of several; None where none responds."""
-    return total(*(r.coefficients(delta) * r.direction for r in responses if r is not None))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``functional.linear`` by one product; torch makes one of each example where x is transposed."""
+    if x.dim() < 3:
+        return functional.linear(x, weight, bias)
+    return functional.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def moved(base: Tensor | None, coefficient: Tensor, product: Tensor, shift: Tensor | None = None) -> Tensor:
-    """base + coefficient ⊙ product + shift, where coefficient and shift broadcast; may use the memory of ``base``."""
+    """base + coefficient ⊙ product + shift, where coefficient and shift broadcast; may reuse the memory of ``base``."""
     like = product if base is None else base
     terms = (base, *(None if t is None else t.to(like.dtype) for t in (coefficient, product, shift)))
     if needs_plain_forward():
@@ -78,16 +35,12 @@ def moved(base: Tensor | None, coefficient: Tensor, product: Tensor, shift: Tens
 
 
 def linearly_moved(
-    value: Tensor,
-    tangent: Tensor | None,
-    coefficient: Tensor | None,
-    product: Tensor | None,
-    shift: Tensor | None,
+    value: Tensor, tangent: MaybeTensor, coefficient: MaybeTensor, product: MaybeTensor, shift: MaybeTensor
 ) -> Tensor:
-    """A dual number of this value; coefficient ⊙ product + shift joins its tangent in place. See :class:`_Moved`.
+    """Return a dual number of this value; coefficient ⊙ product + shift is added to its tangent in place.
 
     A backward pass from a cotangent u of the output then gives ∂⟨u, J·change⟩/∂φ by an ordinary vector-Jacobian
-    product; the tangent itself needs no derivative. (Differentiating a tangent is silently wrong through normalisation
+    product; the tangent itself needs no derivative. (Differentiating a tangent is silently wrong through normalization
     layers in torch 2.14.)
     """
     if product is None and shift is None:
@@ -102,45 +55,36 @@ def linearly_moved(
     return make_dual(cast("Tensor", _Moved.apply(value, *terms, True)), change)
 
 
-def _sum(
-    base: Tensor | None, coefficient: Tensor | None, product: Tensor | None, shift: Tensor | None
-) -> Tensor:
+def _sum(base: MaybeTensor, coefficient: MaybeTensor, product: MaybeTensor, shift: MaybeTensor) -> Tensor:
     if coefficient is None or product is None:
-        return cast("Tensor", shift) if base is None else base + cast("Tensor", shift)
+        return cast("Tensor", total(base, shift))
     if base is None:
         return coefficient * product if shift is None else torch.addcmul(shift, coefficient, product)
     result = torch.addcmul(base, coefficient, product)
     return result if shift is None else result + shift
 
 
-def _add_to(base: Tensor, coefficient: Tensor | None, product: Tensor | None, shift: Tensor | None) -> Tensor:
-    """The same, in place."""
+def _add_to(base: Tensor, coefficient: MaybeTensor, product: MaybeTensor, shift: MaybeTensor) -> Tensor:
     if coefficient is not None and product is not None:
         base.addcmul_(coefficient, product)
     return base if shift is None else base.add_(shift)
 
 
 class _Moved(torch.autograd.Function):
-    """base + coefficient ⊙ product + shift, or ``base`` itself with the derivatives of that ("carried").
+    """base + coefficient ⊙ product + shift; if ``carried``, ``base`` itself with the derivatives of that sum.
 
     The backward pass of ``addcmul`` would multiply tensors of the output's size four times; two products suffice.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        base: Tensor | None,
-        coefficient: Tensor | None,
-        product: Tensor | None,
-        shift: Tensor | None,
-        carried: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        base, coefficient, product, shift, carried = arguments
         ctx.save_for_backward(coefficient, product)
         ctx.save_for_forward(coefficient, product)
         ctx.carried, ctx.shift = carried, None if shift is None else shift.shape
         if carried:
-            return cast("Tensor", base).detach()  # no view to autograd: what follows may work in place
-        if base is None or torch._C._len_torch_dispatch_stack():  # which may hold on to base
+            return cast("Tensor", base.detach())  # no view to autograd: what follows may work in place
+        if base is None or torch._C._len_torch_dispatch_stack():  # a dispatch mode may hold on to base
             return _sum(base, coefficient, product, shift)
         return _add_to(base.detach(), coefficient, product, shift)  # memory costs more here than arithmetic
 
@@ -155,34 +99,18 @@ class _Moved(torch.autograd.Function):
                 of_product = torch.mul(u, coefficient, out=along)
         if needs[2] and of_product is None:
             of_product = u * coefficient
-        return (
-            u if needs[0] else None,
-            of_coefficient,
-            of_product,
-            u.sum_to_size(ctx.shift) if needs[3] else None,
-            None,
-        )
+        of_shift = u.sum_to_size(ctx.shift) if needs[3] else None
+        return u if needs[0] else None, of_coefficient, of_product, of_shift, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
         of_base, of_coefficient, of_product, of_shift, _ = tangents
-        coefficient, product = ctx.saved_tensors
         if ctx.carried:
             return cast("Tensor | None", of_base)
-        terms = [
-            of_base,
-            None if of_coefficient is None else of_coefficient * product,
-            None if of_product is None else coefficient * of_product,
-            of_shift,
-        ]
-        return total(*terms)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``functional.linear`` by one product; torch makes one of each example where x is transposed."""
-    if x.dim() < 3:
-        return functional.linear(x, weight, bias)
-    return functional.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        coefficient, product = ctx.saved_tensors
+        of_coefficient = None if of_coefficient is None else of_coefficient * product
+        of_product = None if of_product is None else coefficient * of_product
+        return total(of_base, of_coefficient, of_product, of_shift)
 
 
 def carry(value: Tensor, change: Tensor) -> Tensor:
@@ -201,10 +129,28 @@ class _Carry(torch.autograd.Function):
 
 
 def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
-    """A dual number."""
+    """``forward_ad.make_dual`` with types."""
     return cast("Tensor", forward_ad.make_dual(value, tangent))  # type: ignore[no-untyped-call]
 
 
 def unpack_dual(dual: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Its value, and its tangent if it has one."""
+    """Return the value, and the tangent if there is one."""
     return cast("tuple[Tensor, Tensor | None]", forward_ad.unpack_dual(dual))  # type: ignore[no-untyped-call]
+
+
+def needs_plain_forward() -> bool:
+    """Return True under ``torch.func`` and ``torch.jit.trace``, which custom autograd functions here do not support."""
+    return torch._C._are_functorch_transforms_active() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+
+
+def needs_plain_backward(*cotangents: Tensor | None) -> bool:
+    """Return True if a backward pass may not work in place.
+
+    It is differentiated itself, takes many cotangents at once, or runs where :func:`needs_plain_forward`.
+    """
+    return (
+        needs_plain_forward()
+        or torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in cotangents)
+    )

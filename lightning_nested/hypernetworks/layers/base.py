@@ -1,6 +1,6 @@
-"""Layers whose weights answer to hyperparameters: W(h) = W₀ + diag(V h) W₁, one row of W per output unit.
+"""Layers whose weights respond to hyperparameters: W(h) = W₀ + diag(V h) W₁, one row of W per output unit.
 
-MacKay, Vicol, Lorraine, Duvenaud & Grosse (2019), ICLR, arXiv 1903.03088 (Self-Tuning Networks); linearised:
+MacKay, Vicol, Lorraine, Duvenaud & Grosse (2019), ICLR, arXiv 1903.03088 (Self-Tuning Networks); linearized:
 Bae & Grosse (2020), NeurIPS, arXiv 2010.13514 (Delta-STN).
 """
 
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
+
+from lightning_nested.hypernetworks.layers.arithmetic import linearly_moved, moved, total, unpack_dual
 
 
 class RowResponse(nn.Module):
@@ -50,16 +53,14 @@ class RowResponse(nn.Module):
         return self._of_rows(delta) * self.direction
 
     def added_to(self, weight: Tensor, delta: Tensor) -> Tensor:
-        """weight + Δ(h)."""
+        """weight + Δ(h), in one pass."""
         return torch.addcmul(weight, self._of_rows(delta), self.direction)
 
     def inner(self, delta: Tensor, gradient: Tensor) -> Tensor:
-        """⟨Δ(h), gradient⟩, without forming Δ; scalar."""
+        """⟨Δ(h), gradient⟩ without forming Δ; scalar."""
         rows = self.scale.shape[0]
-        with_rows = torch.linalg.vecdot(
-            self.direction.reshape(rows, -1), gradient.to(self.direction).reshape(rows, -1)
-        )
-        return torch.dot(self.coefficients(delta), with_rows)
+        direction, gradient = (t.reshape(rows, -1) for t in (self.direction, gradient.to(self.direction)))
+        return torch.dot(self.coefficients(delta), torch.linalg.vecdot(direction, gradient))
 
     def _of_rows(self, delta: Tensor) -> Tensor:
         shape = (-1, *(1,) * (self.direction.dim() - 1)) if self.direction.dim() else ()
@@ -67,28 +68,39 @@ class RowResponse(nn.Module):
 
 
 class OnePointError(ValueError):
-    """A layer, or the way a network uses it, has no rule of its own for the points it was given."""
+    """A layer, or the way a network uses it, cannot evaluate the points it was given."""
 
 
+@dataclass(eq=False)
 class Point:
-    """Where the layers of one converted module stand; they share it.
+    """Hyperparameters at which the layers of one converted module are evaluated; the layers share it.
 
     Attributes:
-        delta: h − center of each example (batch, n), or (n,) of all; None: weights are as they stand.
-        linearized: Whether the output's first-order change is wanted; see :meth:`Response.at`.
         batch_dim: Dimension of the examples in the inputs of linear layers and embeddings.
-        visited: How often each layer was called since, by its id.
-        inside: Whether a layer is being called.
-        read: Parameters that were read from layers outside their calls since.
+        delta: h − center of each example (batch, n), or (n,) of all; None: the layers are plain.
+        linearized: Return the first-order change of the output; see :meth:`Response.at`.
+        visited: Number of calls of each layer, by its id.
+        inside: True during a layer's call.
+        read: Parameters that were read from layers outside their calls.
     """
 
-    def __init__(self, batch_dim: int = 0) -> None:
-        self.delta: Tensor | None = None
-        self.linearized = False
-        self.batch_dim = batch_dim
-        self.visited: Counter[int] = Counter()
-        self.inside = False
-        self.read: list[str] = []
+    batch_dim: int = 0
+    delta: Tensor | None = None
+    linearized: bool = False
+    visited: Counter[int] = field(default_factory=Counter)
+    inside: bool = False
+    read: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def at(self, delta: Tensor, linearized: bool) -> Iterator[None]:
+        """Move the layers to ``delta``, and count their calls and the reads of their parameters from zero."""
+        self.delta, self.linearized = delta, linearized
+        self.visited.clear()
+        self.read.clear()
+        try:
+            yield
+        finally:
+            self.delta, self.linearized = None, False
 
 
 if TYPE_CHECKING:
@@ -98,7 +110,7 @@ else:
 
 
 class HyperLayer(_Base):
-    """What the layers share; mixed into a class of ``torch.nn``, whose parameters keep their names.
+    """Behaviour that the layers share; mixed into a class of ``torch.nn``, whose parameters keep their names.
 
     A layer is called with ``layer(x, h)``: h of shape (n,) for one point, or (batch, n) for one of each example.
     Inside a module made by :func:`best_response`, h comes from there, and the call is the plain one.
@@ -113,13 +125,7 @@ class HyperLayer(_Base):
         point: Point | None = None,
         shared: dict[int, RowResponse] | None = None,
     ) -> None:
-        """Give each parameter of the layer its response.
-
-        Args:
-            num_hyperparameters: n.
-            point: Of the whole module.
-            shared: Responses so far by the parameter's id: a shared weight has one.
-        """
+        """Give each parameter its response; ``shared`` holds those so far by the parameter's id, for shared weights."""
         known = {} if shared is None else shared
         for name, parameter in list(self.named_parameters(recurse=False)):
             if parameter.requires_grad:
@@ -130,20 +136,15 @@ class HyperLayer(_Base):
         self.num_hyperparameters = num_hyperparameters
 
     def __getattr__(self, name: str) -> Any:
-        """As of any module; reads of a parameter past the layer are noted, as its rule cannot reach them."""
+        # A parameter read past the layer is noted: the layer's rule cannot reach it there.
         value = super().__getattr__(name)
         point = self.__dict__.get("_point")
-        if (
-            point is not None
-            and point.delta is not None
-            and not point.inside
-            and isinstance(value, nn.Parameter)
-        ):
+        if point and point.delta is not None and not point.inside and isinstance(value, nn.Parameter):
             point.read.append(name)
         return value
 
     def revert(self) -> None:
-        """Become the plain layer again, with the weights that stand in it."""
+        """Become the plain layer again, with the current weights."""
         for name in [name for name in self._modules if name.endswith("_response")]:
             del self._modules[name]
         self.__dict__.pop("_point", None)
@@ -151,13 +152,20 @@ class HyperLayer(_Base):
         self.__class__ = self.plain  # type: ignore[assignment]
 
     def response_of(self, name: str) -> RowResponse | None:
-        """The response of a parameter; None where it has none."""
+        """Return the response of a parameter; None where it has none."""
         return cast("RowResponse | None", self._modules.get(f"{name}_response"))
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """Return the layer's output for one h, or one of each example."""
+        return cast("Tensor", self._call(self._per_example, x, h))
+
+    def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
+        """Return the output for ``delta`` (batch, n), or (n,); each layer has a rule that forms no weights."""
+        raise NotImplementedError
 
     def _call(
         self, per_example: Callable[[Tensor, Tensor, bool], Any], x: Any, h: Tensor | None, *rest: Any
     ) -> Any:
-        """Plain, at one h, or at one of each example."""
         point = self._point
         if h is None:
             if point is None:
@@ -175,11 +183,8 @@ class HyperLayer(_Base):
         check_hyperparameters(h, self.num_hyperparameters)
         if h.dim() == 2:
             return per_example(x, h, False)
-        weights = {}
-        for name, parameter in self.named_parameters(recurse=False):
-            response = self.response_of(name)
-            if response is not None:
-                weights[name] = response.added_to(parameter, h)
+        responses = ((name, p, self.response_of(name)) for name, p in self.named_parameters(recurse=False))
+        weights = {name: r.added_to(p, h) for name, p, r in responses if r is not None}
         # The substituted call comes back without h, as one inside a converted module does.
         held, self._point = point, Point()
         try:
@@ -188,16 +193,63 @@ class HyperLayer(_Base):
             self._point = held
 
     def _plain(self, x: Any, *rest: Any) -> Any:
-        """With the weights as they stand."""
         return self.plain.forward(self, x, *rest)
 
     @property
     def _batch_dim(self) -> int:
         return self._point.batch_dim if self._point is not None else 0
 
+    def _shift(self, delta: Tensor, *names: str) -> Tensor | None:
+        """Return the change of the sum of these vectors, (batch, rows) or (rows,); None where none responds."""
+        responses = (self.response_of(name) for name in names)
+        return total(*(r.coefficients(delta) * r.direction for r in responses if r is not None))
+
+    def _responded(
+        self,
+        operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        delta: Tensor,
+        place: Callable[[Tensor], Tensor],
+        linearized: bool,
+        weight: str = "weight",
+        biases: Sequence[str] = ("bias",),
+    ) -> Tensor:
+        """``operation(x, W(h_i), b(h_i))`` for each example i, from two operations with the weights of all.
+
+        Args:
+            operation: Bilinear in x and the weight, one row of it per output; adds the bias.
+            x: Input.
+            delta: (batch, n), or (n,) for one point of all.
+            place: From coefficients (batch, rows) to a shape that broadcasts with the output.
+            linearized: Value W₀x + b₀ with the tangent of the response, and derivatives for V and W₁ alone: the mean
+                output does not move, ``∂/∂V`` is that of the first-order change.
+            weight: Name of W.
+            biases: Names of vectors whose sum is b.
+        """
+        response, general = self.response_of(weight), getattr(self, weight)
+        coefficient = None if response is None else place(response.coefficients(delta))
+        bias, shift = total(*(getattr(self, name) for name in biases)), self._shift(delta, *biases)
+        if not linearized and shift is not None:
+            shift, bias = total(bias, shift), None  # both in one pass over the output
+        placed = None if shift is None else place(shift)
+        if not linearized:
+            base = operation(x, general, bias)
+            if response is None or coefficient is None:
+                return base if placed is None else base + placed.to(base.dtype)
+            return moved(base, coefficient, operation(x, response.direction, None), placed)
+        value, tangent = unpack_dual(x)
+        fixed = general.detach()
+        base = operation(value, fixed, None if bias is None else bias.detach())
+        # Detached: the response's own value is 0 here, so that only W₀ passes derivatives to the input.
+        product = None if response is None else operation(value.detach(), response.direction, None)
+        if tangent is not None:
+            with torch.no_grad():  # by hand: torch's rule for linear layers copies the weight and the result
+                tangent = operation(tangent, fixed, None)
+        return linearly_moved(base, tangent, coefficient, product, placed)
+
 
 def check_hyperparameters(h: Tensor, num_hyperparameters: int) -> None:
-    """h must be (n,) or (batch, n)."""
+    """Refuse h unless it is (n,) or (batch, n)."""
     if h.dim() not in (1, 2) or h.shape[-1] != num_hyperparameters:
         raise ValueError(
             f"h must have shape ({num_hyperparameters},), or (batch, {num_hyperparameters}) for one point of each "
@@ -206,7 +258,7 @@ def check_hyperparameters(h: Tensor, num_hyperparameters: int) -> None:
 
 
 def check_examples(x: Tensor, delta: Tensor, dim: int, layer: str, least: int = 2) -> None:
-    """x must have one example for each row of h, unless there is one point of all."""
+    """Refuse x unless it has one example for each row of h, or there is one point of all."""
     if delta.dim() == 2 and (x.dim() < max(dim + 1, least) or x.shape[dim] != len(delta)):
         raise OnePointError(
             f"x must have as many examples (dimension {dim}) as h has rows, {len(delta)}. Got shape "
@@ -214,32 +266,8 @@ def check_examples(x: Tensor, delta: Tensor, dim: int, layer: str, least: int = 
         )
 
 
-def total(*terms: Tensor | None) -> Tensor | None:
-    """Sum of the terms that are given; None where none is."""
-    given = [t for t in terms if t is not None]
-    return sum(given[1:], given[0]) if given else None
-
-
-def needs_plain_forward() -> bool:
-    """Return True under ``torch.func`` and ``torch.jit.trace``, which custom autograd functions here do not support."""
-    return torch._C._are_functorch_transforms_active() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
-
-
-def needs_plain_backward(*cotangents: Tensor | None) -> bool:
-    """Return True if a backward pass may not work in place.
-
-    It is differentiated itself, takes many cotangents at once, or runs where :func:`needs_plain_forward`.
-    """
-    return (
-        needs_plain_forward()
-        or torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in cotangents)
-    )
-
-
 def placement(dims: int, batch_dim: int, row_dim: int) -> Callable[[Tensor], Tensor]:
-    """From (rows,) or (batch, rows) to a shape of ``dims`` dimensions that broadcasts with the output."""
+    """Return a map from (rows,) or (batch, rows) to a shape of ``dims`` dimensions that broadcasts with the output."""
 
     def place(c: Tensor) -> Tensor:
         shape = [1] * dims

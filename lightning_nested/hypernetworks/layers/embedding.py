@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_nested.hypernetworks.layers.arithmetic import linearly_moved, moved
-from lightning_nested.hypernetworks.layers.base import HyperLayer, check_examples
+from lightning_nested.hypernetworks.layers.base import HyperLayer, check_examples, placement
 
 
 class HyperEmbedding(HyperLayer, nn.Embedding):
@@ -29,12 +29,8 @@ class HyperEmbedding(HyperLayer, nn.Embedding):
     def __init__(
         self, num_embeddings: int, embedding_dim: int, num_hyperparameters: int, **options: Any
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, **options)
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, **options)
         self.respond(num_hyperparameters)
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
-        """Rows of the tokens x (batch, …) for one h, or one of each example."""
-        return cast("Tensor", self._call(self._per_example, x, h))
 
     def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
         dim = self._batch_dim
@@ -43,11 +39,9 @@ class HyperEmbedding(HyperLayer, nn.Embedding):
         response = self.response_of("weight")
         if response is None:
             return base
-        shape = [1] * x.dim()
-        if delta.dim() == 2:
-            shape[dim] = len(delta)
         rows = functional.embedding(x, response.scale, self.padding_idx)
-        coefficient = (rows * delta.to(rows.dtype).reshape(*shape, -1)).sum(-1, keepdim=True)
+        points = placement(x.dim() + 1, dim, -1)(delta.to(rows.dtype))
+        coefficient = (rows * points).sum(-1, keepdim=True)
         direction = functional.embedding(x, response.direction, self.padding_idx)
         if linearized:
             return linearly_moved(base, None, coefficient, direction, None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_nested.hypernetworks.layers.arithmetic import linear, respond_to, shift_of
+from lightning_nested.hypernetworks.layers.arithmetic import linear
 from lightning_nested.hypernetworks.layers.base import HyperLayer, check_examples, placement
 
 
@@ -19,9 +19,9 @@ class HyperLinear(HyperLayer, nn.Linear):
         in_features: Width of x.
         out_features: Width of y.
         num_hyperparameters: n.
-        bias: Whether there is b₀.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        bias: Add b₀ and b₁.
+        device: Device of the parameters.
+        dtype: Precision of the parameters.
 
     Shape:
         x (batch, …, in) with h (n,) or (batch, n); y (batch, …, out).
@@ -42,17 +42,10 @@ class HyperLinear(HyperLayer, nn.Linear):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.respond(num_hyperparameters)
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
-        """y for one h, or one of each example."""
-        return cast("Tensor", self._call(self._per_example, x, h))
 
     def _per_example(self, x: Tensor, delta: Tensor, linearized: bool) -> Tensor:
         dim = self._batch_dim
         check_examples(x, delta, dim, type(self).__name__)
-        return respond_to(
-            linear, x, self.weight, self.response_of("weight"), delta,
-            placement(x.dim(), dim, -1), linearized, self.bias, shift_of(delta, self.response_of("bias")),
-        )  # fmt: skip
+        return self._responded(linear, x, delta, placement(x.dim(), dim, -1), linearized)

@@ -1,4 +1,4 @@
-"""An LSTM whose gates answer to hyperparameters."""
+"""LSTM whose weights respond to hyperparameters."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.hypernetworks.layers.arithmetic import (
-    linear,
-    make_dual,
-    respond_to,
-    shift_of,
-    unpack_dual,
-)
-from lightning_nested.hypernetworks.layers.base import (
-    HyperLayer,
-    OnePointError,
-    check_examples,
-    placement,
-    total,
-)
+from lightning_nested.hypernetworks.layers.arithmetic import linear, make_dual, total, unpack_dual
+from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, check_examples, placement
 from lightning_nested.hypernetworks.layers.recurrence import Hidden, lstm_recurrence
 
 
@@ -50,7 +38,7 @@ class HyperLSTM(HyperLayer, nn.LSTM):
     def forward(  # type: ignore[override]
         self, x: Any, state: Hidden | None = None, h: Tensor | None = None
     ) -> tuple[Tensor, Hidden]:
-        """Outputs and last state, as ``nn.LSTM``."""
+        """Return the outputs and the last state, as ``nn.LSTM``."""
 
         def per_example(x: Tensor, delta: Tensor, linearized: bool) -> tuple[Tensor, Hidden]:
             if not self._written_out(x):
@@ -72,7 +60,7 @@ class HyperLSTM(HyperLayer, nn.LSTM):
         return super()._plain(x, *rest)
 
     def _written_out(self, x: Any) -> bool:
-        """Whether :meth:`_layers` can do it."""
+        """Return True if :meth:`_layers` can evaluate x."""
         return isinstance(x, Tensor) and x.dim() == 3 and not self.proj_size
 
     def _layers(
@@ -104,22 +92,20 @@ class HyperLSTM(HyperLayer, nn.LSTM):
     def _scan(
         self, x: Tensor, start: Hidden, suffix: str, delta: Tensor | None, linearized: bool
     ) -> tuple[Tensor, Hidden]:
-        """One layer in one direction; x (time, batch, width)."""
-        weight, recurrent = (getattr(self, f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
-        names = [f"bias_{kind}{suffix}" for kind in ("ih", "hh") if self.bias]
-        bias = total(*(getattr(self, name) for name in names))
+        """Run one layer in one direction; x (time, batch, width)."""
+        recurrent = getattr(self, f"weight_hh{suffix}")
+        biases = [f"bias_{kind}{suffix}" for kind in ("ih", "hh") if self.bias]
         direction = coefficient = None
         if delta is None:
-            inputs = linear(x, weight, bias)
+            bias = total(*(getattr(self, name) for name in biases))
+            inputs = linear(x, getattr(self, f"weight_ih{suffix}"), bias)
         else:
-            of_inputs, of_outputs = (self.response_of(f"weight_{kind}{suffix}") for kind in ("ih", "hh"))
-            inputs = respond_to(
-                linear, x, weight, of_inputs, delta, placement(3, 1, -1), linearized,
-                bias, shift_of(delta, *map(self.response_of, names)),
-            )  # fmt: skip
-            if of_outputs is not None:
-                direction = of_outputs.direction
-                coefficient = of_outputs.coefficients(delta).expand(x.shape[1], -1)
+            place = placement(3, 1, -1)
+            inputs = self._responded(linear, x, delta, place, linearized, f"weight_ih{suffix}", biases)
+            response = self.response_of(f"weight_hh{suffix}")
+            if response is not None:
+                direction = response.direction
+                coefficient = response.coefficients(delta).expand(x.shape[1], -1)
         if linearized:
             recurrent = recurrent.detach()
             if unpack_dual(inputs)[1] is None:

@@ -1,4 +1,4 @@
-"""The recurrence of an LSTM as one operation, its derivatives through time written out.
+"""Recurrence of an LSTM as one operation with written-out derivatives through time.
 
 Hochreiter & Schmidhuber (1997), Neural Computation 9(8). Autograd, step by step, would keep a dozen small tensors per
 step and form each weight gradient as a sum over steps; here it is one product at the end.
@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_nested.hypernetworks.layers.arithmetic import linear
-from lightning_nested.hypernetworks.layers.base import needs_plain_backward, needs_plain_forward
+from lightning_nested.hypernetworks.layers.arithmetic import linear, needs_plain_backward, needs_plain_forward
 
 Hidden = tuple[Tensor, Tensor]
 
@@ -34,12 +33,12 @@ def lstm_recurrence(
     :func:`plain_recurrence`.
 
     Args:
-        inputs: What the gates get from the inputs and the biases, (time, batch, 4·units).
+        inputs: Contribution of the inputs and the biases to the gates, (time, batch, 4·units).
         start: h₀ and cell₀, each (batch, units).
         weight: W₀ (4·units, units).
         direction: W₁ of the same shape; None: none.
         coefficient: c (batch, 4·units), one row of each example.
-        linearized: The value is that of W₀ alone, with c ⊙ W₁h as a tangent, and with the derivatives of that tangent
+        linearized: Compute with W₀ alone, with c ⊙ W₁h as a tangent, and with the derivatives of that tangent
             for c and W₁ in the backward pass; see :func:`linearly_moved`. ``inputs`` must be a dual number.
 
     Returns:
@@ -69,7 +68,7 @@ def plain_recurrence(
     coefficient: Tensor | None,
     linearized: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same by operations of torch, step by step; of a linearised one the value and the backward pass."""
+    """Compute :func:`lstm_recurrence` by operations of torch, step by step; if linearized, without the tangent."""
     outputs = []
     for of_input in inputs.unbind(0):
         gates = of_input + hidden @ weight.T
@@ -87,20 +86,13 @@ def plain_recurrence(
 
 
 class _Recurrence(torch.autograd.Function):
-    """See :func:`lstm_recurrence`. Saved: what the gates are after their nonlinearities, cells, tanh(cells), W₁h."""
+    """See :func:`lstm_recurrence`. Saves the gates after their nonlinearities, cells, tanh(cells) and W₁h."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: Tensor,
-        hidden: Tensor,
-        cell: Tensor,
-        weight: Tensor,
-        direction: Tensor | None,
-        coefficient: Tensor | None,
-        linearized: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """All steps, written into tensors of all steps."""
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Compute all steps, written into tensors of all steps."""
+        *given, linearized = arguments
+        inputs, hidden, cell, weight, direction, coefficient = given
         steps, batch, width = inputs.shape
         units = width // 4
         gates = torch.empty_like(inputs, memory_format=torch.contiguous_format)
@@ -121,12 +113,11 @@ class _Recurrence(torch.autograd.Function):
                 else:
                     product, general, response = next(both)
                     torch.mm(h, stacked, out=product)
-                    torch.add(x, general, out=gate).addcmul_(cast("Tensor", coefficient), response)
+                    torch.add(x, general, out=gate).addcmul_(coefficient, response)
                 torch.tanh(g, out=candidate)
                 gate.sigmoid_()  # of g too, which is not used: one operation instead of two
                 c = torch.mul(f, c, out=moved).addcmul_(i, candidate)
                 h = torch.mul(o, torch.tanh(c, out=small), out=output)
-        given = (inputs, hidden, cell, weight, direction, coefficient)
         saved = (*given, outputs, gates, new, cells, squashed, turned)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -136,7 +127,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        """Tangents of all steps; only W₀ḣ goes step by step."""
+        """Return the tangents of all steps; only W₀ḣ goes step by step."""
         moved_inputs, hidden, cell, moved_weight, moved_direction, moved_coefficient = tangents[:6]
         saved = ctx.saved_tensors
         inputs, first, _, weight, direction, coefficient, outputs, *_, turned = saved
@@ -168,7 +159,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Tensor | None, ...]:
-        """Back through time; the weights' gradients by one product each."""
+        """Go back through time; each weight's gradient is one product at the end."""
         saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
         if needs_plain_backward(*cotangents):
             arguments = (*saved[:6], ctx.linearized)
@@ -179,9 +170,8 @@ class _Recurrence(torch.autograd.Function):
         width, apart = 4 * units, direction is not None and not ctx.linearized
         with torch.autocast(inputs.device.type, enabled=False):
             to_gates, to_cell, forget = _slopes(ctx, saved)
-            found = inputs.new_empty(
-                steps, batch, 2 * width if apart else width
-            )  # of the gates; c ⊙ the same
+            # of the gates; c ⊙ the same
+            found = inputs.new_empty(steps, batch, 2 * width if apart else width)
             stacked = torch.cat([weight, direction]) if apart else weight
             by_gate = found[..., :width].view(steps, batch, 4, units)
             left, right = found[..., :width], found[..., width:]
@@ -238,7 +228,7 @@ def by_plain_operations(
     needs: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """The derivatives of the function, computed again, by operations that can be differentiated and batched."""
+    """Compute the function again, and its derivatives by operations that can be differentiated and batched."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: where an argument depends on another, or is it, only its own part is asked for here.
@@ -246,9 +236,6 @@ def by_plain_operations(
         results = function(*arguments)
     wanted = [a for a, needed in zip(arguments, needs, strict=True) if needed]
     pairs = [(r, u) for r, u in zip(results, cotangents, strict=True) if u is not None]
-    found = iter(
-        torch.autograd.grad(
-            [r for r, _ in pairs], wanted, [u for _, u in pairs], create_graph=graph, allow_unused=True
-        )
-    )
+    used, given = [r for r, _ in pairs], [u for _, u in pairs]
+    found = iter(torch.autograd.grad(used, wanted, given, create_graph=graph, allow_unused=True))
     return tuple(next(found) if needed else None for needed in needs)

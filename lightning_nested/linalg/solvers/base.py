@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    norm,
-    zeros_like,
-)
+from lightning_nested.linalg.processes import Reduce, agreed_number
+from lightning_nested.linalg.vectors import Vector, norm, zeros_like
 
 
 @dataclass
 class SolverState:
-    """What one solve hands to the next."""
+    """Warm start that one solve hands to the next."""
 
     solution: Vector | None = None
     eigenvector: Vector | None = None  # of the largest |eigenvalue|, by power iteration
     eigenvalue: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
+        """Return tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
         return {"solution": self.solution, "eigenvector": self.eigenvector, "eigenvalue": self.eigenvalue}
 
     def load_state_dict(self, state: dict[str, Any], like: Vector) -> None:
@@ -50,29 +46,71 @@ class SolverState:
 class Solution:
     """Result of a solve.
 
-    Attributes:
-        x: Approximate A⁻¹b, a tuple of tensors; the state may hold the same ones: read, do not write.
-        residual: ‖b − Ax‖/‖b‖; for a truncated series the residual before its last term, an upper bound while
-            the series converges; NaN where it is unknown (identity, a given inverse).
-        iterations: Products with A, the ones of a power iteration included.
-        curvature: Rayleigh quotient vᵀAv/vᵀv: the smallest met, for a series that of its last term, which leans to the
-            smallest eigenvalues; negative: A is indefinite. NaN when none was formed.
-        status: ``"converged"``, ``"truncated"`` (stopped at the number of terms asked for) or
-            ``"negative_curvature"`` (stopped where A is not positive).
-        state: To be given to the next solve.
+    ``status`` is ``"converged"``, ``"truncated"`` (stopped at the number of terms asked for) or
+    ``"negative_curvature"`` (stopped where A is not positive). The state may hold the tensors of x: read, do not write.
+    The residual of a truncated series is that before its last term, an upper bound while the series converges.
     """
 
-    x: Vector
-    residual: float
-    iterations: int
+    x: Vector  # approximate A⁻¹b
+    residual: float  # ‖b − Ax‖/‖b‖; NaN where it is unknown (identity, a given inverse)
+    iterations: int  # products with A, including those of a power iteration
+    # Rayleigh quotient vᵀAv/vᵀv: the smallest met, for a series that of its last term, which leans to the smallest
+    # eigenvalues; negative: A is indefinite. NaN when none was formed.
     curvature: float = math.nan
     status: str = "converged"
-    state: SolverState = field(default_factory=SolverState)
+    state: SolverState = field(default_factory=SolverState)  # for the next solve
 
 
-def agreed_number(value: Tensor, reduce: Reduce | None) -> float:
-    """A scalar every process agrees on, so that all take the same branch."""
-    return float(value if reduce is None else reduce(value.reshape(1)))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearSystem:
+    """A x = b with a finite b ≠ 0, on one or several processes."""
+
+    operator: LinearOperator  # A
+    b: Vector
+    size: float  # ‖b‖ > 0
+    state: SolverState  # of the previous solve
+    reduce: Reduce | None  # averages a tensor over processes
+
+    def number(self, value: Tensor) -> float:
+        """Return a scalar that every process agrees on."""
+        return agreed_number(value, self.reduce)
+
+    def finite(self, value: Tensor, what: str) -> float:
+        """Return a scalar that every process agrees on, or raise FloatingPointError if it is not finite."""
+        return check_finite(self.number(value), what)
+
+
+class InverseSolver(ABC):
+    """Strategy for x ≈ A⁻¹b that needs only products with A."""
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        b: Vector,
+        *,
+        state: SolverState | None = None,
+        reduce: Reduce | None = None,
+    ) -> Solution:
+        """Solve A x = b for a symmetric A, unless the solver says otherwise.
+
+        Args:
+            operator: A.
+            b: Right-hand side, a tuple of tensors.
+            state: State of the previous solve, for warm starts.
+            reduce: Averages a tensor over processes; makes every decision the same everywhere.
+
+        Raises:
+            FloatingPointError: A non-finite value, a divergent series, or no direction of positive curvature.
+        """
+        size = check_finite(agreed_number(norm(b), reduce), "The norm of the right-hand side")
+        state = state if state is not None else SolverState()
+        if size == 0.0:
+            zero = zeros_like(b)
+            return Solution(x=zero, residual=0.0, iterations=0, state=replace(state, solution=zero))
+        return self._solve(LinearSystem(operator=operator, b=b, size=size, state=state, reduce=reduce))
+
+    @abstractmethod
+    def _solve(self, system: LinearSystem) -> Solution: ...
 
 
 def check_finite(value: float, what: str) -> float:
@@ -91,52 +129,11 @@ def check_positive(name: str, value: float | None, *, zero: bool = False) -> Non
         raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'}. Got {value}.")
 
 
-class InverseSolver(ABC):
-    """Strategy for x ≈ A⁻¹b that needs only products with A."""
-
-    def solve(
-        self,
-        operator: LinearOperator,
-        b: Vector,
-        *,
-        state: SolverState | None = None,
-        reduce: Reduce | None = None,
-    ) -> Solution:
-        """Solve A x = b.
-
-        Args:
-            operator: A, symmetric unless the solver says otherwise.
-            b: Right-hand side, a tuple of tensors.
-            state: The state of the previous solve, for warm starts.
-            reduce: Averages a tensor over processes; makes every decision the same everywhere.
-
-        Raises:
-            FloatingPointError: A non-finite value, a divergent series, or no direction of positive curvature.
-        """
-        size = check_finite(agreed_number(norm(b), reduce), "The norm of the right-hand side")
-        state = state if state is not None else SolverState()
-        if size == 0.0:
-            zero = zeros_like(b)
-            return Solution(x=zero, residual=0.0, iterations=0, state=with_solution(state, zero))
-        return self._solve(operator, b, size, state, reduce)
-
-    @abstractmethod
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        """Solve for a finite b of norm ``size`` > 0."""
-
-
 def factorizable_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of factorisations, which half precision does not have."""
+    """Promote to float32: torch has no half-precision factorizations."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def symmetrized(matrix: Tensor) -> Tensor:
     """Return (A + Aᵀ)/2."""
     return (matrix + matrix.T) / 2
-
-
-def with_solution(state: SolverState, x: Vector) -> SolverState:
-    """Return the state with x as the start of the next solve."""
-    return SolverState(x, state.eigenvector, state.eigenvalue)

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator, as_operator
-from lightning_nested.linalg.solvers.base import (
-    InverseSolver,
-    Solution,
-    SolverState,
-    agreed_number,
-    check_finite,
-    check_positive,
-    with_solution,
-)
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    add_,
-    clone,
-    dot,
-    norm,
-    scale_,
-    zeros_like,
-)
+from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution, check_positive
+from lightning_nested.linalg.vectors import Vector, add_, clone, dot, norm, scale_, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +21,9 @@ class ConjugateGradient(InverseSolver):
     Hestenes & Stiefel (1952), J. Res. Natl. Bur. Stand. 49:409-436.
 
     Args:
-        max_iterations: Products with A at most.
+        max_iterations: Largest number of products with A.
         tolerance: Relative residual to stop at.
-        damping: Added to the diagonal.
+        damping: Number added to the diagonal.
         preconditioner: Any object with ``M @ v`` on a flat vector (or a LinearOperator), an approximate inverse of A,
             positive definite.
         warm_start: Begin from the previous solution (one more product).
@@ -57,43 +40,25 @@ class ConjugateGradient(InverseSolver):
         check_positive("tolerance", self.tolerance, zero=True)
         check_positive("damping", self.damping, zero=True)
 
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        if self.damping:
-            operator = operator + DiagonalOperator(self.damping)
-        inverse = None if self.preconditioner is None else as_operator(self.preconditioner, b)
-        x, r, products, stepped = zeros_like(b), clone(b), 0, False
-        if self.warm_start and state.solution is not None:
-            add_(r, operator @ state.solution, alpha=-1.0)
-            products = 1
-            if agreed_number(norm(r), reduce) < size:
-                x = clone(state.solution)
-            else:  # the old solution is further away than zero
-                r = clone(b)
+    def _solve(self, system: LinearSystem) -> Solution:
+        operator = system.operator + DiagonalOperator(self.damping) if self.damping else system.operator
+        inverse = None if self.preconditioner is None else as_operator(self.preconditioner, system.b)
+        x, r, products = self._start(system, operator)
         z = r if inverse is None else inverse @ r
         p = clone(z)
-        rz = agreed_number(dot(r, z), reduce)
-        residual = agreed_number(norm(r), reduce)
-        curvature, status = math.nan, "truncated"
+        rz, residual = system.number(dot(r, z)), system.number(norm(r))
+        curvature, status, stepped = math.nan, "truncated", False
         for _ in range(self.max_iterations):
-            if residual <= self.tolerance * size or residual == 0.0:
+            if residual <= self.tolerance * system.size or residual == 0.0:
                 break
-            pp = agreed_number(dot(p, p), reduce)
+            pp = system.number(dot(p, p))
             if rz <= 0.0 or pp == 0.0:
                 if inverse is None and stepped:  # the squares underflow
                     break
-                raise FloatingPointError(
-                    f"rᵀMr of conjugate gradient must be positive. Got {rz:g} at ‖r‖ = {residual:g}: "
-                    + (
-                        "the outer gradient is too small for its dtype; scale the outer loss."
-                        if inverse is None
-                        else "the preconditioner M is not positive definite; add damping to it."
-                    )
-                )
+                self._refuse(rz, residual)
             q = operator @ p
             products += 1
-            pq = check_finite(agreed_number(dot(p, q), reduce), "pᵀAp of conjugate gradient")
+            pq = system.finite(dot(p, q), "pᵀAp of conjugate gradient")
             curvature = pq / pp if math.isnan(curvature) else min(curvature, pq / pp)
             if pq <= 0.0:
                 status = "negative_curvature"
@@ -101,12 +66,12 @@ class ConjugateGradient(InverseSolver):
             step, stepped = rz / pq, True
             add_(x, p, alpha=step)
             add_(r, q, alpha=-step)
-            residual = check_finite(agreed_number(norm(r), reduce), "The residual of conjugate gradient")
+            residual = system.finite(norm(r), "The residual of conjugate gradient")
             z = r if inverse is None else inverse @ r
-            rz, previous = agreed_number(dot(r, z), reduce), rz
+            rz, previous = system.number(dot(r, z)), rz
             scale_(p, rz / previous)
             add_(p, z)
-        if residual <= self.tolerance * size:
+        if residual <= self.tolerance * system.size:
             status = "converged"
         elif status == "negative_curvature" and not stepped:
             raise FloatingPointError(
@@ -115,9 +80,30 @@ class ConjugateGradient(InverseSolver):
             )
         return Solution(
             x=x,
-            residual=residual / size,
+            residual=residual / system.size,
             iterations=products,
             curvature=curvature,
             status=status,
-            state=with_solution(state, x) if self.warm_start else state,
+            state=replace(system.state, solution=x) if self.warm_start else system.state,
+        )
+
+    def _start(self, system: LinearSystem, operator: LinearOperator) -> tuple[Vector, Vector, int]:
+        """Return the first x, its residual and the products spent."""
+        previous = system.state.solution if self.warm_start else None
+        if previous is None:
+            return zeros_like(system.b), clone(system.b), 0
+        r = add_(clone(system.b), operator @ previous, alpha=-1.0)
+        if system.number(norm(r)) < system.size:
+            return clone(previous), r, 1
+        # The old solution is further away than zero.
+        return zeros_like(system.b), clone(system.b), 1
+
+    def _refuse(self, rz: float, residual: float) -> NoReturn:
+        raise FloatingPointError(
+            f"rᵀMr of conjugate gradient must be positive. Got {rz:g} at ‖r‖ = {residual:g}: "
+            + (
+                "the outer gradient is too small for its dtype; scale the outer loss."
+                if self.preconditioner is None
+                else "the preconditioner M is not positive definite; add damping to it."
+            )
         )

@@ -7,23 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
+    LinearSystem,
     Solution,
-    SolverState,
-    agreed_number,
-    check_finite,
     check_positive,
     factorizable_dtype,
     symmetrized,
 )
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    flatten,
-    unflatten,
-)
+from lightning_nested.linalg.vectors import flatten, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +25,8 @@ class DenseSolve(InverseSolver):
     Half precision: products in it, the matrix in float32.
 
     Args:
-        damping: Added to the diagonal.
-        max_size: Refuses larger n.
+        damping: Number added to the diagonal.
+        max_size: Largest n that is accepted.
     """
 
     damping: float = 0.0
@@ -43,10 +35,8 @@ class DenseSolve(InverseSolver):
     def __post_init__(self) -> None:
         check_positive("damping", self.damping, zero=True)
 
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        flat = flatten(b)
+    def _solve(self, system: LinearSystem) -> Solution:
+        flat = flatten(system.b)
         flat = flat.to(factorizable_dtype(flat.dtype))
         n = flat.numel()
         if n > self.max_size:
@@ -58,24 +48,21 @@ class DenseSolve(InverseSolver):
         for i in range(n):
             unit = torch.zeros_like(flat)
             unit[i] = 1.0
-            matrix[:, i] = flatten(operator @ unflatten(unit, b))
+            matrix[:, i] = flatten(system.operator @ unflatten(unit, system.b))
         matrix.diagonal().add_(self.damping)
-        check_finite(
-            agreed_number(torch.linalg.vector_norm(matrix), reduce), "The norm of the curvature matrix"
-        )
-        eigenvalues = torch.linalg.eigvalsh(symmetrized(matrix))
-        smallest = agreed_number(eigenvalues[0], reduce)
+        system.finite(torch.linalg.vector_norm(matrix), "The norm of the curvature matrix")
+        smallest = system.number(torch.linalg.eigvalsh(symmetrized(matrix))[0])
         x, failed = torch.linalg.solve_ex(matrix, flat)
-        relative = agreed_number(torch.linalg.vector_norm(flat - matrix @ x), reduce) / size
+        relative = system.number(torch.linalg.vector_norm(flat - matrix @ x)) / system.size
         if int(failed) or not math.isfinite(relative):
             raise FloatingPointError(
                 f"The curvature matrix is singular. Got smallest eigenvalue {smallest:g}; give damping > 0."
             )
         return Solution(
-            x=unflatten(x, b),
+            x=unflatten(x, system.b),
             residual=relative,
             iterations=n,
             curvature=smallest,
             status="converged" if smallest > 0 else "negative_curvature",
-            state=state,
+            state=system.state,
         )

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
-from lightning_nested.linalg.solvers.base import (
-    InverseSolver,
-    Solution,
-    SolverState,
-    agreed_number,
-    check_finite,
-)
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    norm,
-)
+from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
+from lightning_nested.linalg.solvers.neumann import Neumann
+from lightning_nested.linalg.vectors import norm
+
+AnySolver: TypeAlias = InverseSolver | LinearOperator | FlatOperator | None
+"""A solver, an approximate inverse with ``@``, or None for ``Neumann()``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +24,14 @@ class GivenInverse(InverseSolver):
 
     inverse: Any
 
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        x = as_operator(self.inverse, b) @ b
-        check_finite(agreed_number(norm(x), reduce), "The product with the given inverse")
-        return Solution(x=x, residual=math.nan, iterations=0, status="truncated", state=state)
+    def _solve(self, system: LinearSystem) -> Solution:
+        x = as_operator(self.inverse, system.b) @ system.b
+        system.finite(norm(x), "The product with the given inverse")
+        return Solution(x=x, residual=math.nan, iterations=0, status="truncated", state=system.state)
 
 
-def as_solver(solver: InverseSolver | LinearOperator | FlatOperator) -> InverseSolver:
-    """A solver as it is; any other object with ``@`` is taken as an approximate inverse."""
+def as_solver(solver: AnySolver) -> InverseSolver:
+    """Return a solver itself, ``Neumann()`` for None, any other object with ``@`` as an approximate inverse."""
+    if solver is None:
+        return Neumann()
     return solver if isinstance(solver, InverseSolver) else GivenInverse(inverse=solver)

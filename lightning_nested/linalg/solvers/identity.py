@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    clone,
-)
+from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
+from lightning_nested.linalg.vectors import clone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +16,6 @@ class Identity(InverseSolver):
     Luketina, Berglund, Greff & Raiko (2016), ICML, PMLR 48:2952-2960.
     """
 
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        return Solution(x=clone(b), residual=math.nan, iterations=0, status="truncated", state=state)
+    def _solve(self, system: LinearSystem) -> Solution:
+        x, unknown = clone(system.b), math.nan
+        return Solution(x=x, residual=unknown, iterations=0, status="truncated", state=system.state)

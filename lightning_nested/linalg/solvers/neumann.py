@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
+    LinearSystem,
     Solution,
     SolverState,
-    agreed_number,
-    check_finite,
     check_positive,
-    with_solution,
 )
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    add_,
-    clone,
-    dot,
-    norm,
-    scale_,
-    zeros_like,
-)
+from lightning_nested.linalg.vectors import Vector, add_, clone, dot, norm, scale_, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +47,20 @@ class Neumann(InverseSolver):
         check_positive("step_size", self.step_size)
         check_positive("tolerance", self.tolerance, zero=True)
 
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        products = 0
+    def _solve(self, system: LinearSystem) -> Solution:
+        products, state = 0, system.state
         if self.step_size is None:
-            state, products = _power_iteration(operator, b, state, reduce)
+            state, products = _power_iteration(system)
         start = state.solution if self.warm_start else None
-        term = clone(b)
+        term = clone(system.b)
         if start is not None:
-            add_(term, operator @ start, alpha=-1.0)
+            add_(term, system.operator @ start, alpha=-1.0)
             products += 1
-            if agreed_number(norm(term), reduce) >= size:  # the old solution is further away than zero
-                start, term = None, clone(b)
+            if system.number(norm(term)) >= system.size:  # the old solution is further away than zero
+                start, term = None, clone(system.b)
         for _ in range(_MAX_HALVINGS):
-            step_size = self.step_size if self.step_size is not None else _safe_step(state)
-            solution = self._series(operator, term, step_size, size, state, reduce)
+            step_size = self.step_size if self.step_size is not None else 1.0 / (state.eigenvalue or 1.0)
+            solution = self._series(system, term, step_size)
             products += solution.iterations
             if solution.status != "diverged":
                 break
@@ -84,35 +70,21 @@ class Neumann(InverseSolver):
                     f"Got step_size={step_size:g} and terms that grow with alternating sign; "
                     "lower it, or give step_size=None to have it measured."
                 )
-            assert state.eigenvalue is not None
-            state = SolverState(state.solution, state.eigenvector, 2.0 * state.eigenvalue)
+            state = replace(state, eigenvalue=2.0 / step_size)
         else:
             raise FloatingPointError(
                 f"The Neumann series diverges even at step_size={step_size:g}, after {_MAX_HALVINGS} halvings. "
                 "Add damping to the curvature, or use GaussNewton()."
             )
         x = solution.x if start is None else add_(solution.x, start)
-        return Solution(
-            x=x,
-            residual=solution.residual,
-            iterations=products,
-            curvature=solution.curvature,
-            status=solution.status,
-            state=with_solution(state, x) if self.warm_start else state,
-        )
+        state = replace(state, solution=x) if self.warm_start else state
+        return replace(solution, x=x, iterations=products, state=state)
 
-    def _series(
-        self,
-        operator: LinearOperator,
-        first: Vector,
-        step_size: float,
-        size: float,
-        state: SolverState,
-        reduce: Reduce | None,
-    ) -> Solution:
-        """α Σ (I − αA)ᵏ of ``first``; ``size`` is the norm that residuals are relative to."""
+    def _series(self, system: LinearSystem, first: Vector, step_size: float) -> Solution:
+        """α Σ (I − αA)ᵏ of ``first``."""
+        operator, size, number = system.operator, system.size, system.number
         term, total = clone(first), clone(first)  # v, p
-        squared = agreed_number(dot(term, term), reduce)
+        squared = number(dot(term, term))
         noise = (_NOISE * torch.finfo(first[0].dtype).eps * size) ** 2
         curvature, status, count, probes = math.nan, "truncated", 0, 0
         if math.sqrt(squared) <= self.tolerance * size:
@@ -120,19 +92,17 @@ class Neumann(InverseSolver):
         for count in range(1, self.num_terms + 1):
             product = operator @ term
             add_(term, product, alpha=-step_size)
-            next_squared = check_finite(
-                agreed_number(dot(term, term), reduce), "A term of the Neumann series"
-            )
+            next_squared = system.finite(dot(term, term), "A term of the Neumann series")
             grows = next_squared > squared * (1.0 + _GROWTH) and next_squared > noise
             small = math.sqrt(next_squared) <= max(self.tolerance * size, math.sqrt(noise))
             if grows or small or count == self.num_terms:
                 # With v₊ = v − αAv: vᵀAv = v₊ᵀAv + α‖Av‖², so the product is looked at only where it matters.
-                energy = agreed_number(dot(term, product) + step_size * dot(product, product), reduce)
+                energy = number(dot(term, product) + step_size * dot(product, product))
                 curvature = energy / squared if squared > 0 else math.nan
             if grows and (status == "truncated" or next_squared > size * size):
                 # A positive A with ‖v₊‖ > ‖v‖ has a Rayleigh quotient of at least 2/α along Av: one more product
                 # tells a step that is too large from negative curvature.
-                stiffness = agreed_number(dot(product, operator @ product) / dot(product, product), reduce)
+                stiffness = number(dot(product, operator @ product) / dot(product, product))
                 probes += 1
                 if abs(stiffness) * step_size >= 2.0 * (1.0 - _GROWTH):
                     status = "diverged"
@@ -151,7 +121,6 @@ class Neumann(InverseSolver):
             iterations=count + probes,
             curvature=curvature,
             status=status,
-            state=state,
         )
 
 
@@ -160,31 +129,23 @@ _GROWTH = 1e-6  # relative; below it the growth of a term is rounding
 _NOISE = 4.0  # terms below this many machine epsilons of b are rounding
 
 
-def _safe_step(state: SolverState) -> float:
-    assert state.eigenvalue is not None
-    return 1.0 / state.eigenvalue
-
-
-def _power_iteration(
-    operator: LinearOperator, b: Vector, state: SolverState, reduce: Reduce | None
-) -> tuple[SolverState, int]:
+def _power_iteration(system: LinearSystem) -> tuple[SolverState, int]:
     """Largest |eigenvalue| of A; one product when warm, at most 20 when cold.
 
     ‖Av‖ with ‖v‖ = 1 is a lower bound of λ_max, so 1/‖Av‖ is safe once it is within a factor of two of it.
     """
-    vector, value = state.eigenvector, state.eigenvalue
-    limit = 1
+    vector, value, limit = system.state.eigenvector, system.state.eigenvalue, 1
     if vector is None:
-        generator = torch.Generator().manual_seed(
-            0
-        )  # a stream of its own: the caller's random numbers are untouched
-        vector = tuple(torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a) for a in b)
+        # A stream of its own: the caller's random numbers are untouched.
+        generator = torch.Generator().manual_seed(0)
+        noise = (torch.randn(a.shape, generator=generator, dtype=torch.float64) for a in system.b)
+        vector = tuple(a.to(b) for a, b in zip(noise, system.b, strict=True))
         scale_(vector, 1.0 / float(norm(vector)))
         limit = 20
     count = 0
     for count in range(1, limit + 1):  # noqa: B007
-        product = operator @ vector
-        size = check_finite(agreed_number(norm(product), reduce), "A product with the curvature")
+        product = system.operator @ vector
+        size = system.finite(norm(product), "A product with the curvature")
         if size == 0.0:  # a null vector: the loss is flat along it
             break
         vector = scale_(product, 1.0 / size)
@@ -194,4 +155,4 @@ def _power_iteration(
             break
     if value is None:
         value = 1.0  # A = 0: any step size gives the same divergent answer, reported by the series
-    return SolverState(state.solution, vector, value), count
+    return SolverState(system.state.solution, vector, value), count

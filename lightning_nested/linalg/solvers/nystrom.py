@@ -9,25 +9,17 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
+    LinearSystem,
     Solution,
-    SolverState,
-    agreed_number,
     check_finite,
     check_positive,
     factorizable_dtype,
     symmetrized,
 )
-from lightning_nested.linalg.vectors import (
-    Reduce,
-    Vector,
-    add_,
-    clone,
-    flatten,
-    norm,
-    unflatten,
-)
+from lightning_nested.linalg.vectors import Vector, add_, clone, flatten, norm, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +36,7 @@ class Nystrom(InverseSolver):
     Args:
         rank: Products with A; at most n is used.
         damping: ρ > 0; 0 is allowed when ``rank`` ≥ n.
-        seed: Of the random sketch, which has a stream of its own.
+        seed: Seed of the random sketch, which has a stream of its own.
     """
 
     rank: int = 20
@@ -58,13 +50,7 @@ class Nystrom(InverseSolver):
     def factor(
         self, operator: LinearOperator, like: Vector, *, reduce: Reduce | None = None
     ) -> NystromInverse:
-        """The factors of the approximation, as an operator (A + ρ)⁻¹ that is also a preconditioner.
-
-        Args:
-            operator: A.
-            like: A tuple with the shapes of the space.
-            reduce: Averages a tensor over processes.
-        """
+        """Return (A + ρ)⁻¹ by factors of A, an operator on tuples shaped as ``like``; also a preconditioner."""
         flat = flatten(like)
         n = flat.numel()
         rank = min(self.rank, n)
@@ -94,28 +80,24 @@ class Nystrom(InverseSolver):
         eigenvalues = (singular**2 - shift).clamp_min(0.0)
         return NystromInverse(basis, eigenvalues, self.damping, like, curvature, rank)
 
-    def _solve(
-        self, operator: LinearOperator, b: Vector, size: float, state: SolverState, reduce: Reduce | None
-    ) -> Solution:
-        inverse = self.factor(operator, b, reduce=reduce)
-        x = inverse @ b
-        residual = clone(b)
-        add_(residual, operator @ x, alpha=-1.0)
+    def _solve(self, system: LinearSystem) -> Solution:
+        inverse = self.factor(system.operator, system.b, reduce=system.reduce)
+        x = inverse @ system.b
+        residual = clone(system.b)
+        add_(residual, system.operator @ x, alpha=-1.0)
         add_(residual, x, alpha=-self.damping)
-        relative = (
-            check_finite(agreed_number(norm(residual), reduce), "The residual of the Nyström inverse") / size
-        )
+        length = system.finite(norm(residual), "The residual of the Nyström inverse")
         # Rounding of the core is not curvature.
         scale = float(inverse.eigenvalues.max()) if inverse.eigenvalues.numel() else 0.0
-        noise = min(1e3 * torch.finfo(b[0].dtype).eps, 0.1)
+        noise = min(1e3 * torch.finfo(x[0].dtype).eps, 0.1)
         negative = inverse.curvature < -noise * max(scale, 1e-30)
         return Solution(
             x=x,
-            residual=relative,
+            residual=length / system.size,
             iterations=inverse.rank + 1,
             curvature=inverse.curvature,
             status="negative_curvature" if negative else "truncated",
-            state=state,
+            state=system.state,
         )
 
 

@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_nested.linalg.processes import average_gradients
-from lightning_nested.linalg.vectors import Reduce
+from lightning_nested.linalg.processes import Reduce, average_gradients
 from lightning_nested.modules.game.players import Player
 
 Row: TypeAlias = list[Tensor | None]

@@ -3,8 +3,4 @@
 from lightning_nested.modules.hypernetwork.module import HypernetworkModule
 from lightning_nested.modules.hypernetwork.options import ResponseMonitor, ResponseOptions
 
-__all__ = [
-    "HypernetworkModule",
-    "ResponseMonitor",
-    "ResponseOptions",
-]
+__all__ = ["HypernetworkModule", "ResponseMonitor", "ResponseOptions"]

@@ -1,4 +1,4 @@
-"""A LightningModule that learns how its network's best weights answer to hyperparameters, and tunes with it."""
+"""LightningModule that learns its network's best weights as a function of hyperparameters, and tunes through it."""
 
 from __future__ import annotations
 
@@ -11,36 +11,33 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
+from lightning_nested.hypernetworks.linearized import Weights
 from lightning_nested.hypernetworks.loops import DeltaSTN, ResponseLoop
-from lightning_nested.hypernetworks.response import Mode, Weights
-from lightning_nested.hyperparameters import (
-    Hyperparameter,
-    LearningRate,
-    ModuleTensors,
-    OuterReport,
-    OuterStep,
-)
-from lightning_nested.modules.hypernetwork.monitor import two_optimizers
+from lightning_nested.hypernetworks.response import Mode
+from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
+from lightning_nested.modules.hypernetwork.problem import (
+    ResponseLoss,
+    ResponseProblem,
+    perturbation_scales,
+    two_optimizers,
+)
 from lightning_nested.modules.hypernetwork.setup import (
     build_response,
-    length_of_first_tensor,
-    one_point_of_each_example,
+    each_example_alone,
+    epoch_schedulers,
+    examples_in,
+    refuse_settings,
+    through_the_loss,
 )
-from lightning_nested.modules.hypernetwork.steps import ResponseSteps, training_loss
+from lightning_nested.modules.hypernetwork.steps import ResponseSteps
 from lightning_nested.trainer.attributes import bind_hyperparameters
-from lightning_nested.trainer.inner_problem import InnerProblem
-from lightning_nested.trainer.outer_batches import OuterBatches
-from lightning_nested.trainer.random_stream import base_seed
-from lightning_nested.trainer.requirements import refuse_strategy
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
 
 
 def default_weights_optimizer(parameters: Any) -> Optimizer:
@@ -58,8 +55,8 @@ def default_hyperparameter_optimizer(tensors: Any) -> Optimizer:
     return torch.optim.Adam(tensors, lr=0.01)
 
 
-class HypernetworkModule(LightningModule):
-    """Trains a network together with its response to hyperparameters, and moves them along it; to be extended.
+class HypernetworkModule(HasOuterLoop, LightningModule):
+    """Train a network together with its response to hyperparameters, and tune them through it; to be extended.
 
         class Tuned(HypernetworkModule):
             def __init__(self, **kwargs):
@@ -72,21 +69,21 @@ class HypernetworkModule(LightningModule):
             def outer_loss(self, batch):                      # a validation batch
                 return F.cross_entropy(self.network(batch[0]), batch[1])
 
-    ``self.network(x)`` is the network at the hyperparameters that are being tried, and at the present ones λ̂
+    ``self.network(x)`` is the network at the hyperparameters that are being tried, and at the current ones λ̂
     everywhere else. The outer gradient is ∂L_V/∂w · ∂w_φ/∂λ: no derivative of the training loss with respect to λ
     is needed, so whole numbers, choices and random masks can be tuned. Weight decays are added to the inner loss,
     dropout and drop-connect rates reach the network by themselves.
 
-    Optimization is manual; ``trainer.global_step`` counts training steps. Each step draws from random streams of its
-    own, which makes a run resumed from an epoch's end go on as if it had not stopped, dropout included. In a
-    data-parallel run each process tries other hyperparameters, and λ̂ stays equal. Subclasses that override
-    ``setup``, ``on_fit_start``, ``on_train_start``, ``on_save_checkpoint`` or ``on_load_checkpoint`` call
-    ``super()``'s. Lorraine & Duvenaud (2018), arXiv 1802.09419; further papers at the loops.
+    Optimization is manual; ``trainer.global_step`` counts training steps. Each step draws from its own random streams,
+    so a resumed run is bit-identical to one that never stopped. In a data-parallel run each process tries other
+    hyperparameters, and λ̂ stays equal. Overrides of ``setup``, ``on_fit_start``, ``on_train_start``,
+    ``on_save_checkpoint`` and ``on_load_checkpoint`` call ``super()``'s. Lorraine & Duvenaud (2018), arXiv 1802.09419;
+    further papers at the loops.
 
     Args:
         network: Any module, which :func:`best_response` converts; or a :class:`Response`, such as
             ``FactorisedResponse(module, n)``.
-        hyperparameters: What is tuned.
+        hyperparameters: One or several to tune.
         loop: ``DeltaSTN()``, ``STN()``, ``Local()``, ``Simplified()`` or ``Global(response_steps=...)``.
         weights_optimizer: From w₀ to its optimizer.
         response_optimizer: From φ to its optimizer.
@@ -99,7 +96,7 @@ class HypernetworkModule(LightningModule):
 
     Attributes:
         network: The response; see :class:`Response`.
-        inner_steps: Made so far; with ``outer_steps`` and ``skipped_steps`` the module's own clock.
+        inner_steps: Training steps made so far.
 
     Raises:
         ValueError: Arguments that contradict each other.
@@ -123,28 +120,24 @@ class HypernetworkModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        tuned = [hyperparameters] if isinstance(hyperparameters, Hyperparameter) else list(hyperparameters)
-        for h in tuned:
-            if isinstance(h, LearningRate | ModuleTensors):
-                raise ValueError(
-                    "A hyperparameter of HypernetworkModule must act through the training loss or the weights' "
-                    f"penalty. Got {h.name!r}, a {type(h).__name__}; tune it with NestedModule."
-                )
+        tuned = through_the_loss(hyperparameters)
         self.loop, self.options = loop, options
         self.outer = OuterStep(tuned, optimizer=outer_optimizer, scheduler=outer_scheduler)
+        self.outer_loop = OuterLoop(
+            "HypernetworkModule",
+            self.outer,
+            max_skipped=options.max_skipped,
+            log_every_n_outer_steps=options.log_every_n_outer_steps,
+        )
         self.network, self.vector = build_response(network, self.outer)
         self._make = (weights_optimizer, response_optimizer)
         self._make_schedulers = (weights_scheduler, response_scheduler)
-        self.scale: Tensor | None = loop.distribution.initial(self.vector.flat().detach())
+        self.scale: Tensor | None = loop.perturbation.initial(self.vector.flat().detach())
         self._scale_optimizer: Optimizer | None = None
         if self.scale is not None:
             self.scale.requires_grad_()
             self._scale_optimizer = scale_optimizer([self.scale])
-        self.per_example = one_point_of_each_example(self.vector, self.network, options)
-        self.inner_steps = self.outer_steps = self.skipped_steps = 0
-        self.last_report: OuterReport | None = None
-        self._skipped_in_a_row = 0
-        self._saved: Mapping[str, Any] | None = None
+        self.per_example = each_example_alone(self.vector, self.network, options)
         self._steps: ResponseSteps | None = None
         bind_hyperparameters(self, tuned)
         self._follow()
@@ -153,45 +146,35 @@ class HypernetworkModule(LightningModule):
 
     @abstractmethod
     def inner_loss(self, batch: Any, values: Mapping[str, Tensor]) -> Tensor:
-        """Training loss of a batch: a scalar with its graph, without tuned weight decays.
+        """Return the training loss of a batch: a scalar with its graph, without tuned weight decays.
 
         Args:
-            batch: Of the training data.
-            values: What is tried, in natural units by ``name`` or ``name/key``; of shape (batch, …) where each
+            batch: Batch of the training data.
+            values: Tried values in natural units by ``name`` or ``name/key``; of shape (batch, …) where each
                 example has its own.
         """
         raise NotImplementedError(f"{type(self).__name__} must define inner_loss(self, batch, values).")
 
     @abstractmethod
     def outer_loss(self, batch: Any) -> Tensor:
-        """Validation loss of a batch: a scalar with its graph."""
+        """Return the validation loss of a batch: a scalar with its graph."""
         raise NotImplementedError(f"{type(self).__name__} must define outer_loss(self, batch).")
 
     def outer_dataloader(self) -> Any:
-        """Loader of the outer batches; None: the validation data of ``fit``."""
+        """Return a loader of the outer batches; None: the validation data of ``fit``."""
         return None
 
     def num_examples(self, batch: Any) -> int:
-        """Examples in a batch: the length of its first tensor, in dimension ``batch_dim`` of the response."""
-        size = length_of_first_tensor(batch, self.network.layers.batch_dim)
-        if size is not None:
-            return size
-        raise MisconfigurationException(
-            f"num_examples(batch) must know the size of a batch. Got a {type(batch).__name__} without tensors; "
-            "override it."
-        )
+        """Return the length of the batch's first tensor, in dimension ``batch_dim`` of the response."""
+        return examples_in(batch, self.network.layers.batch_dim)
 
     @override
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """The network's output at λ̂."""
+        """Return the network's output at λ̂."""
         return self.network(*inputs, **options)
 
-    def values(self) -> dict[str, Tensor]:
-        """Tuned values in natural units, by ``name`` or ``name/key``."""
-        return self.outer.values()
-
     def export(self, values: Mapping[str, Any] | None = None) -> nn.Module:
-        """The plain network with the best-response weights at λ̂, or at other values: no hypernetwork left.
+        """Return the plain network with the best-response weights: no hypernetwork left.
 
         Args:
             values: In natural units by ``name`` or ``name/key``; what is not named is at λ̂.
@@ -205,72 +188,59 @@ class HypernetworkModule(LightningModule):
 
     def scales(self) -> dict[str, Tensor]:
         """Standard deviations of the perturbation in unconstrained units, by hyperparameter; empty if not learned."""
-        if self.scale is None:
-            return {}
-        sizes = [sum(t.numel() for t in h.tensors.values()) for h in self.vector.hyperparameters]
-        pieces = torch.split(functional.softplus(self.scale.detach()), sizes)
-        return {h.name: piece for h, piece in zip(self.vector.hyperparameters, pieces, strict=True)}
+        return perturbation_scales(self.vector, self.scale)
 
     # ---- lifecycle
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One of w₀ and one of φ; those of λ and the scales are no business of the Trainer."""
+        """Return the optimizers of w₀ and φ; this module, not the Trainer, steps those of λ and the scales."""
         groups = (self.network.general_parameters(), self.network.response_parameters())
         optimizers = [make(list(g.values())) for make, g in zip(self._make, groups, strict=True)]
-        schedulers = []
-        for make, optimizer in zip(self._make_schedulers, optimizers, strict=True):
-            if make is not None:
-                scheduler = make(optimizer)
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    raise MisconfigurationException(
-                        "Schedulers of HypernetworkModule are stepped by the epoch. Got ReduceLROnPlateau, which "
-                        "needs a metric; use another, or step it in on_validation_epoch_end."
-                    )
-                schedulers.append(scheduler)
-        return optimizers, schedulers
+        return optimizers, epoch_schedulers(self._make_schedulers, optimizers)
 
     @override
     def setup(self, stage: str) -> None:
-        if stage != "fit":
-            return
-        refuse_strategy(self.trainer, "HypernetworkModule")
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise MisconfigurationException(
-                f"HypernetworkModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
-            )
+        if stage == "fit":
+            refuse_settings(self.trainer)
 
     @override
     def on_fit_start(self) -> None:
         for tensor in (*self.vector.tensors, *([] if self.scale is None else [self.scale])):
-            tensor.data = tensor.data.to(self.device)  # the same leaves: their optimizers hold them
+            # the same leaves: their optimizers hold them
+            tensor.data = tensor.data.to(self.device)
         for optimizer in (self.outer.optimizer, self._scale_optimizer):
             if optimizer is not None:
-                optimizer.load_state_dict(optimizer.state_dict())  # its state goes to where the leaves are
+                # moves the optimizer's state to the device of the leaves
+                optimizer.load_state_dict(optimizer.state_dict())
         self._follow()
 
     @override
     def on_train_start(self) -> None:
-        batches = OuterBatches(self.trainer, self.outer_dataloader(), seed=base_seed(self.trainer))
-        if self._saved is not None:
-            batches.load_state_dict(self._saved["batches"])
-            self._saved = None
-        problem = InnerProblem(
+        weights_optimizer, response_optimizer = two_optimizers(self)
+        problem = ResponseProblem(
             module=self,
+            training_loss=self._loss(),
             inner_loss=lambda batch: self.training_loss(batch, self.vector.flat().detach()),
             outer_loss=self.outer_loss,
-            optimizer=two_optimizers(self)[0],
+            num_examples=self.num_examples,
+            optimizer=weights_optimizer,
+            response_optimizer=response_optimizer,
             parameters={  # general names are the user's, and could be those of the response
                 **{f"module.{name}": p for name, p in self.network.general_parameters().items()},
                 **self.network.response_parameters(),
             },
             outer=self.outer,
-            batches=batches,
+            batches=self.outer_loop.start(self.trainer, self.outer_dataloader()),
             accumulate=1,
             clip=self.options.gradient_clip_val,
             clip_algorithm=self.options.gradient_clip_algorithm,
+            loop=self.loop,
+            options=self.options,
+            scale=self.scale,
+            per_example=self.per_example,
         )
-        self._steps = ResponseSteps(self, problem)
+        self._steps = ResponseSteps(problem)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -282,9 +252,10 @@ class HypernetworkModule(LightningModule):
             )
         trained = self.loop.trains(self.inner_steps)
         if trained:
-            loss = steps.inner(batch)
+            loss = steps.inner(batch, self.inner_steps)
+            self.outer_loop.inner_steps += 1
         for _ in range(self.loop.outer_steps(self.inner_steps)):
-            steps.outer(batch)
+            self._outer_step(steps, batch)
         if not trained:
             loss = torch.tensor(self.last_report.outer_loss if self.last_report else math.nan)
         if self.trainer.is_last_batch:
@@ -294,30 +265,22 @@ class HypernetworkModule(LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logs the outer loss at λ̂ as ``val_loss``; to be overridden."""
+        """Log the outer loss at λ̂ as ``val_loss``; to be overridden."""
         loss = self.outer_loss(batch)
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=self.num_examples(batch))
         return loss
 
     @override
     def teardown(self, stage: str) -> None:
-        if self._steps is not None:
-            self._outer_position = self._steps.problem.batches.state_dict()
+        self.outer_loop.stop()
         self._steps = None
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        steps = self._steps
-        position = steps.problem.batches.state_dict() if steps else getattr(self, "_outer_position", None)
         checkpoint["hypernetwork"] = {
-            "outer": self.outer.state_dict(),
+            **self.outer_loop.state_dict(),
             "scale": None if self.scale is None else self.scale.detach().cpu().clone(),
             "scale_optimizer": self._scale_optimizer.state_dict() if self._scale_optimizer else None,
-            "batches": position,
-            "inner_steps": self.inner_steps,
-            "outer_steps": self.outer_steps,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self._skipped_in_a_row,
         }
 
     @override
@@ -325,7 +288,7 @@ class HypernetworkModule(LightningModule):
         state = checkpoint.get("hypernetwork")
         if state is None:
             return
-        self.outer.load_state_dict(state["outer"], {})
+        self.outer_loop.load_state_dict(state)
         if (state["scale"] is None) != (self.scale is None):
             raise ValueError(
                 "The checkpoint must be of a loop that learns the perturbation's scale exactly if this one does. "
@@ -335,33 +298,33 @@ class HypernetworkModule(LightningModule):
             with torch.no_grad():
                 self.scale.copy_(state["scale"])
             self._scale_optimizer.load_state_dict(state["scale_optimizer"])
-        self.inner_steps, self.outer_steps = state["inner_steps"], state["outer_steps"]
-        self.skipped_steps, self._skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        self._saved = state if state["batches"] is not None else None
 
     # ---- steps
 
     def training_loss(
         self, batch: Any, h: Tensor, mode: Mode = "response", weights: Weights | None = None
     ) -> Tensor:
-        """The inner loss with its penalties at h, of shape (n,) or (batch, n); see :meth:`Response.at`."""
-        return training_loss(self, batch, h, mode, weights, repeated=mode == "linearized")
+        """Return the inner loss with its penalties at h, (n,) or (batch, n); see :meth:`Response.at`."""
+        return self._loss()(batch, h, mode, weights=weights, repeated=mode == "linearized")
 
-    def _skip(self, error: FloatingPointError) -> None:
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.options.max_skipped:
-            raise FloatingPointError(
-                f"More than max_skipped={self.options.max_skipped} successive outer steps failed. "
-                f"Got at last: {error}"
-            ) from error
-        if self._skipped_in_a_row == 1:
-            rank_zero_warn(
-                f"HypernetworkModule skipped the outer step at inner step {self.inner_steps}: {error}"
-            )
+    def _loss(self) -> ResponseLoss:
+        return ResponseLoss(self, self.inner_loss, self.network, self.vector, self.outer, self.inner_steps)
+
+    def _outer_step(self, steps: ResponseSteps, batch: Any) -> None:
+        try:
+            report = steps.outer_gradients(batch, self.outer_steps, self.skipped_steps)
+        except FloatingPointError as error:
+            self.outer_loop.skip(error)
+            return
+        self.outer_loop.keep(report)
+        self.outer_loop.step(self)
+        if self._scale_optimizer is not None:
+            self._scale_optimizer.step()
+        self._follow()
+        steps.log(batch, self.outer_steps, scales=self.outer_loop.logs(self.outer_steps))
 
     def _follow(self) -> None:
-        """The network stands at λ̂; a centred one is centred there."""
+        """Move the network to λ̂, and its center too if the loop wants it there."""
         h = self.vector.flat().detach()
         if self.loop.centred and not torch.equal(h, self.network.center):
             if self.outer_steps == 0 and not bool(self.network.center.any()):

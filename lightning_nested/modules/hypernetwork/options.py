@@ -1,4 +1,4 @@
-"""Options of HypernetworkModule."""
+"""Options of HypernetworkModule beside its loop and its optimizers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lightning_nested.hypergradient import ConjugateGradient, InverseSolver
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseMonitor:
-    """When to trust the response: is w_φ(λ̂) trained, and is its slope the one of the implicit function theorem?
+    """Log whether w_φ(λ̂) is trained, and whether its slope is that of the implicit function theorem.
 
-    Logged as ``response/inner_loss`` (at w_φ(λ̂), on the present training batch), ``response/refined_inner_loss``
+    Logs ``response/inner_loss`` (at w_φ(λ̂), on the current training batch), ``response/refined_inner_loss``
     (after real steps from there) and ``response/implicit_cosine``, between the outer gradient through the response
     and the implicit one, over the hyperparameters that the training loss has a derivative for.
 
     Args:
-        every_n_outer_steps: How often.
+        every_n_outer_steps: Outer steps between two measurements.
         num_steps: k real steps of plain gradient descent, at the weights' learning rate.
-        solver: Of the implicit gradient; None: that is left out.
+        solver: Solver of the implicit gradient; None: no cosine.
     """
 
     every_n_outer_steps: int = 100
@@ -36,20 +36,17 @@ class ResponseMonitor:
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseOptions:
-    """What the Trainer refuses to do in manual optimization, and details of the response.
+    """Options of the response, and of gradient clipping, which the Trainer leaves to manual optimization.
 
     Args:
-        per_example: Whether each example of a batch gets a perturbation of its own, which lowers the variance; None:
-            where layers and hyperparameters allow it (no weight decay).
+        per_example: Give each example of a batch its own perturbation, which lowers the variance; None: where layers
+            and hyperparameters allow it (no weight decay).
         refine_steps: k real training steps from the predicted weights before each outer gradient.
-        monitor: Logs the response's error; None: not.
-        gradient_clip_val: Limit of the training gradient of w₀ and φ together; None: none.
-        gradient_clip_algorithm: Whether it limits the norm of all gradients or each entry.
+        monitor: Log the response's error; None: do not.
+        gradient_clip_val: Limit of the training gradient of w₀ and φ together; None: no limit.
+        gradient_clip_algorithm: Limit the norm of all gradients, or each entry.
         max_skipped: Successive outer steps that may be non-finite before the run ends.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
-
-    Raises:
-        ValueError: A value is out of range.
     """
 
     per_example: bool | None = None

@@ -1,34 +1,54 @@
-"""The response that a list of hyperparameters needs, and whether each example can try a point of its own."""
+"""Preparations of HypernetworkModule: the response that its hyperparameters need, and refusals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_nested.hypernetworks import Response, best_response
-from lightning_nested.hyperparameters import DropoutRates, Hyperparameter, HyperparameterVector, OuterStep
+from lightning_nested.hyperparameters import (
+    DropoutRates,
+    Hyperparameter,
+    HyperparameterVector,
+    LearningRate,
+    ModuleTensors,
+    OuterStep,
+)
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
+from lightning_nested.trainer.requirements import refuse_strategy
+
+
+def through_the_loss(hyperparameters: Hyperparameter | Sequence[Hyperparameter]) -> list[Hyperparameter]:
+    """List the hyperparameters; refuse those that act neither through the training loss nor through a penalty."""
+    tuned = [hyperparameters] if isinstance(hyperparameters, Hyperparameter) else list(hyperparameters)
+    for h in tuned:
+        if isinstance(h, LearningRate | ModuleTensors):
+            raise ValueError(
+                "A hyperparameter of HypernetworkModule must act through the training loss or the weights' "
+                f"penalty. Got {h.name!r}, a {type(h).__name__}; tune it with NestedModule."
+            )
+    return tuned
 
 
 def build_response(network: nn.Module, outer: OuterStep) -> tuple[Response, HyperparameterVector]:
-    """Convert the network unless it is a response, install dropout rates, build the hyperparameters.
-
-    Args:
-        network: A module, which is copied, or a response.
-        outer: Its hyperparameters are built for the network's parameters.
+    """Convert the network unless it is a response, install dropout rates, build the hyperparameters for it.
 
     Raises:
         ValueError: A response is of another number of hyperparameters.
     """
     tuned = outer.hyperparameters
     if isinstance(network, Response):
-        response, given = network, " a response with"
+        response = network
         parameters = {n: p.detach() for n, p in response.general_parameters().items()}
     else:
         parameters = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        response, given = best_response(network, _count(tuned, parameters, network)), ""
+        response = best_response(network, _count(tuned, parameters, network))
     for hyperparameter in tuned:
         if isinstance(hyperparameter, DropoutRates):
             hyperparameter.install(response.module, response.layers.batch_dim)
@@ -37,15 +57,13 @@ def build_response(network: nn.Module, outer: OuterStep) -> tuple[Response, Hype
     if response.num_hyperparameters != len(vector):
         raise ValueError(
             f"The response must have num_hyperparameters={len(vector)}, one per unconstrained number. "
-            f"Got{given} {response.num_hyperparameters}."
+            f"Got a response with {response.num_hyperparameters}."
         )
     return response, vector
 
 
-def one_point_of_each_example(
-    vector: HyperparameterVector, response: Response, options: ResponseOptions
-) -> bool:
-    """Whether each example of a batch tries an h of its own.
+def each_example_alone(vector: HyperparameterVector, response: Response, options: ResponseOptions) -> bool:
+    """Return True if each example of a batch tries an h of its own.
 
     Raises:
         ValueError: ``options.per_example=True``, and something acts on the whole batch.
@@ -63,19 +81,52 @@ def one_point_of_each_example(
     return not reasons if options.per_example is None else options.per_example
 
 
-def length_of_first_tensor(batch: Any, dim: int = 0) -> int | None:
-    """Of a nested batch, in dimension ``dim``; None where there is no tensor that has it."""
+def examples_in(batch: Any, dim: int) -> int:
+    """Return the length of a batch's first tensor in dimension ``dim``; refuse a batch that has none."""
+    for tensor in _tensors(batch):
+        if tensor.dim() > dim:
+            return tensor.shape[dim]
+    raise MisconfigurationException(
+        f"num_examples(batch) must know the size of a batch. Got a {type(batch).__name__} without tensors; "
+        "override it."
+    )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return batch.shape[dim] if batch.dim() > dim else None
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return next((n for b in batch if (n := length_of_first_tensor(b, dim)) is not None), None)
-    return None
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from _tensors(list(batch.values()))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        for part in batch:
+            yield from _tensors(part)
+
+
+def epoch_schedulers(
+    makers: Sequence[Callable[[Any], Any] | None], optimizers: Sequence[Optimizer]
+) -> list[LRScheduler]:
+    """Make the schedulers that are given, each for its optimizer; refuse one that waits for a metric."""
+    pairs = zip(makers, optimizers, strict=True)
+    schedulers = [make(optimizer) for make, optimizer in pairs if make is not None]
+    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
+        raise MisconfigurationException(
+            "Schedulers of HypernetworkModule are stepped by the epoch. Got ReduceLROnPlateau, which "
+            "needs a metric; use another, or step it in on_validation_epoch_end."
+        )
+    return schedulers
+
+
+def refuse_settings(trainer: Trainer) -> None:
+    """Refuse strategies that shard parameters, and precisions that scale losses."""
+    refuse_strategy(trainer, "HypernetworkModule")
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"HypernetworkModule scales no losses. Got precision={trainer.precision}; use 'bf16-mixed'."
+        )
 
 
 def _count(tuned: Sequence[Hyperparameter], parameters: Mapping[str, Tensor], network: nn.Module) -> int:
-    """Unconstrained numbers that the hyperparameters will have on this network."""
+    """Count the unconstrained numbers that the hyperparameters will have on this network."""
     count = 0
     for hyperparameter in tuned:
         if isinstance(hyperparameter, DropoutRates):

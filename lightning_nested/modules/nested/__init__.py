@@ -1,4 +1,4 @@
-"""An inner and an outer loss, alternated in one training loop."""
+"""NestedModule: inner and outer steps, alternated in one training loop."""
 
 from lightning_nested.modules.nested.module import NestedModule
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled

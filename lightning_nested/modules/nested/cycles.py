@@ -1,27 +1,24 @@
-"""Inner steps up to an outer step: with a kept graph of the last one, or of all that are unrolled."""
+"""Inner steps up to an outer step, with the graph of the last one or of all that are unrolled."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton
+from lightning_nested.hypergradient import Curvature
 from lightning_nested.hypergradient.fast_weights import FastWeights
-from lightning_nested.hyperparameters import LearningRate, OuterReport
+from lightning_nested.hyperparameters import OuterReport
 from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.optim.step_dynamics import coupled_decay
+from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
-from lightning_nested.trainer.isolation import untouched_buffers, without_trace
+from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.lightning import reduction
-from lightning_nested.trainer.random_stream import RandomStream
-from lightning_nested.trainer.requirements import named_outputs
 
 
 class Cycle(ABC):
@@ -33,15 +30,19 @@ class Cycle(ABC):
 
     @abstractmethod
     def add(self, batch: Any, *, remaining: int) -> Tensor:
-        """Evaluate one batch of the present inner step, which is ``remaining`` steps before the outer one."""
+        """Evaluate one batch of the current inner step, which is ``remaining`` steps before the outer one."""
 
     @abstractmethod
     def step(self, *, closes: bool) -> OuterReport | FloatingPointError | None:
-        """One inner step; if it closes the cycle, also the hypergradient, or why there is none."""
+        """Make an inner step; if it closes the cycle, return the report of the hypergradient or the error."""
 
-    @abstractmethod
     def drop(self) -> None:
-        """Forget all graphs."""
+        """Free all graphs; the next batch begins a new cycle."""
+        self._sums = [None] * len(self._sums)
+
+    def close(self) -> None:
+        """Free all graphs, and leave the module as it was."""
+        self.drop()
 
     def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
         self._sums = [
@@ -49,128 +50,86 @@ class Cycle(ABC):
         ]
 
     def _take(self) -> tuple[Tensor | None, ...]:
-        """The step's gradient, the mean over processes."""
+        """Return the step's gradient, the mean over processes."""
         sums, self._sums = self._sums, [None] * len(self._sums)
         problem = self.problem
         return average_gradients(sums, list(problem.parameters.values()), reduction(problem.module.trainer))
 
 
 class ImplicitCycle(Cycle):
-    """Plain steps; the last one's loss is kept for implicit differentiation."""
+    """Cycle of plain steps that keeps the graph of the last one for implicit differentiation."""
 
     def __init__(self, problem: InnerProblem, curvature: Curvature | None) -> None:
         super().__init__(problem)
-        self._curvature = curvature
-        self._losses: list[Tensor] = []
-        self._again: list[Callable[[], Tensor]] = []
-        self._outputs: list[Tensor] = []
-        self._outputs_of: nn.Module | None = None
-        if isinstance(curvature, GaussNewton):
-            if problem.accumulate > 1:
-                raise MisconfigurationException(
-                    "GaussNewton(outputs=...) sees one batch. "
-                    f"Got accumulate_grad_batches={problem.accumulate}; use Hessian(), or set it to 1."
-                )
-            self._outputs_of = named_outputs(problem.module, curvature)
+        self._graph = InnerGraph(
+            problem.module, curvature, accumulate=problem.accumulate, method="inner_loss"
+        )
 
     @override
     def add(self, batch: Any, *, remaining: int) -> Tensor:
         problem, closes = self.problem, remaining == 1
-        start = (
-            RandomStream.snapshot(problem.module.device)
-            if isinstance(self._curvature, FiniteDifference)
-            else None
-        )
-        handle = None
-        if closes and self._outputs_of is not None:
-            handle = self._outputs_of.register_forward_hook(self._keep_outputs)
+        if closes:
+            self._graph.observe(lambda: problem.inner_loss(batch) / problem.accumulate)
         loss = check_loss("inner_loss", problem.module, problem.inner_loss(batch)) / problem.accumulate
-        if handle is not None:
-            handle.remove()
+        if closes:
+            self._graph.add(loss)
         with problem.full_precision():
             parameters = tuple(problem.parameters.values())
             self._accumulate(torch.autograd.grad(loss, parameters, retain_graph=closes, allow_unused=True))
-        if closes:
-            self._losses.append(loss)
-            if start is not None:
-                self._again.append(lambda: self._evaluate_again(batch, start))
         return loss.detach() * problem.accumulate
 
     @override
     def step(self, *, closes: bool) -> OuterReport | FloatingPointError | None:
         problem = self.problem
-        outcome = self._outer() if closes else None
-        self._drop_graphs()
-        gradients = list(self._take())
-        for parameter, gradient in zip(problem.parameters.values(), gradients, strict=True):
+        outcome = self._find_hypergradient() if closes else None
+        self._graph.clear()
+        for parameter, gradient in zip(problem.parameters.values(), self._take(), strict=True):
             parameter.grad = gradient
         for decay in problem.outer.decays:
             decay.add_gradient_(problem.parameters)
         problem.real_step(problem.limit([p.grad for p in problem.parameters.values()]))
         return outcome
 
-    def _drop_graphs(self) -> None:
-        self._losses, self._again, self._outputs = [], [], []
-
     @override
     def drop(self) -> None:
-        self._drop_graphs()
-        self._sums = [None] * len(self._sums)
+        super().drop()
+        self._graph.clear()
 
-    def _outer(self) -> OuterReport | FloatingPointError:
+    @override
+    def close(self) -> None:
+        super().close()
+        self._graph.close()
+
+    def _find_hypergradient(self) -> OuterReport | FloatingPointError:
         problem = self.problem
         outer_loss = problem.evaluate_outer(
             lambda loss, batch: loss(batch),
             (*problem.parameters.values(), *problem.outer.in_graph_tensors),
         )
-        again = list(self._again)
-        inner = torch.stack(self._losses).sum() if len(self._losses) > 1 else self._losses[0]
-        curvature = self._curvature
-        if isinstance(curvature, GaussNewton):
-            if len(self._outputs) != 1:
-                raise MisconfigurationException(
-                    f"GaussNewton(outputs={curvature.outputs!r}) must name a submodule that inner_loss calls once "
-                    f"and that returns one tensor. Got {len(self._outputs)} outputs in this step; use Hessian()."
-                )
-            curvature = GaussNewton(outputs=self._outputs[0])
         try:
             # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
             with problem.full_precision(), untouched_buffers(problem.module):
                 return problem.outer.compute(
-                    (lambda: torch.stack([f() for f in again]).sum()) if again else inner,
+                    self._graph.loss(),
                     outer_loss,
                     problem.parameters,
-                    curvature=curvature,
+                    curvature=self._graph.curvature(),
                     fixed_decay=coupled_decay(problem.optimizer.optimizer),
                     reduce=reduction(problem.module.trainer),
                 )
         except FloatingPointError as error:
             return error
 
-    def _evaluate_again(self, batch: Any, start: RandomStream) -> Tensor:
-        """The training loss once more, with the masks of its first evaluation and without trace."""
-        problem = self.problem
-        trainer = problem.module.trainer
-        with (
-            start.replay(),
-            without_trace(problem.module, trainer),
-            trainer.precision_plugin.train_step_context(),
-        ):
-            return problem.inner_loss(batch) / problem.accumulate
-
-    def _keep_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            self._outputs.append(output)
-
 
 class UnrolledCycle(Cycle):
-    """The last ``truncate`` steps are made on fast weights, which keep their graph."""
+    """Cycle whose last ``truncate`` steps are made on fast weights, which keep their graph."""
 
     def __init__(self, problem: InnerProblem, truncate: int) -> None:
         super().__init__(problem)
         self._truncate = truncate
         self._fast: FastWeights | None = None
-        self._start()  # refuse an optimizer at the start of fit, not after the first plain steps
+        # Refuse an optimizer at the start of fit, not after the first plain steps.
+        self._start()
 
     def _start(self) -> FastWeights:
         problem = self.problem
@@ -181,18 +140,15 @@ class UnrolledCycle(Cycle):
         problem = self.problem
         if self._fast is None and remaining <= self._truncate:
             self._fast = self._start()
-        if self._fast is None:
-            raw = problem.inner_loss(batch)
-        else:
-            raw = self._fast.evaluate(problem.inner_loss, batch)
+        fast = self._fast
+        raw = problem.inner_loss(batch) if fast is None else fast.evaluate(problem.inner_loss, batch)
         loss = check_loss("inner_loss", problem.module, raw) / problem.accumulate
         with problem.full_precision():
-            if self._fast is not None:
-                self._accumulate(self._fast.gradient(loss))
+            if fast is not None:
+                self._accumulate(fast.gradient(loss))
             else:
-                self._accumulate(
-                    torch.autograd.grad(loss, tuple(problem.parameters.values()), allow_unused=True)
-                )
+                parameters = tuple(problem.parameters.values())
+                self._accumulate(torch.autograd.grad(loss, parameters, allow_unused=True))
         return loss.detach() * problem.accumulate
 
     @override
@@ -202,7 +158,8 @@ class UnrolledCycle(Cycle):
             gradients = self._decayed(list(self._take()), fast)
             limited = problem.limit(gradients)
             if fast is not None:
-                fast.step(limited, self._rates())
+                rates = (h.rates() for h in problem.outer.hyperparameters)
+                fast.step(limited, next((r for r in rates if r is not None), None))
         problem.real_step(limited)
         if fast is None:
             return None
@@ -222,11 +179,11 @@ class UnrolledCycle(Cycle):
 
     @override
     def drop(self) -> None:
+        super().drop()
         self._fast = None
-        self._sums = [None] * len(self._sums)
 
     def _decayed(self, gradients: list[Tensor | None], fast: FastWeights | None) -> list[Tensor | None]:
-        """With dᵢwᵢ added, by its graph to both."""
+        """Add dᵢwᵢ to the gradients, with its graph to both."""
         problem = self.problem
         values: dict[str, Tensor] = dict(problem.parameters) if fast is None else fast.values
         by_name = dict(zip(problem.parameters, gradients, strict=True))
@@ -237,9 +194,3 @@ class UnrolledCycle(Cycle):
                     if gradient is not None:
                         by_name[name] = gradient + d.to(gradient.dtype) * values[name]
         return list(by_name.values())
-
-    def _rates(self) -> tuple[Tensor, ...] | None:
-        for hyperparameter in self.problem.outer.hyperparameters:
-            if isinstance(hyperparameter, LearningRate):
-                return hyperparameter.rates()
-        return None

@@ -1,4 +1,4 @@
-"""How NestedModule finds the hypergradient, and the options of its loop."""
+"""Strategies by which NestedModule finds the hypergradient, and options of its loop."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from typing import Literal
 from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
 from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.trainer.outer_loop import check_counts
 
 
 class GradientStrategy(ABC):
-    """Which derivative the outer step follows."""
+    """Strategy that finds the derivative for the outer step.
 
-    length: int | None = None  # inner steps per outer step, where the strategy itself decides
-    ends_with_epoch = False  # whether a cycle is closed at an epoch's end
+    Attributes:
+        length: Inner steps per outer step, where the strategy itself decides.
+        ends_with_epoch: Whether a cycle is closed at an epoch's end.
+    """
+
+    length: int | None = None
+    ends_with_epoch = False
 
     @abstractmethod
     def begin(self, problem: InnerProblem) -> Cycle:
-        """A runner for one ``fit``."""
+        """Return a cycle for one ``fit``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +36,8 @@ class Implicit(GradientStrategy):
     See :func:`lightning_nested.hypergradient.implicit_hypergradient`.
 
     Args:
-        solver: How H⁻¹v is found.
-        curvature: What stands for H; None: the Hessian. ``GaussNewton(outputs=...)`` takes the dotted name of
+        solver: Solver that finds H⁻¹v.
+        curvature: Approximation of H; None: the Hessian. ``GaussNewton(outputs=...)`` takes the dotted name of
             the submodule that returns the logits.
     """
 
@@ -39,7 +45,7 @@ class Implicit(GradientStrategy):
     curvature: Curvature | None = None
 
     def begin(self, problem: InnerProblem) -> Cycle:
-        """A runner for one ``fit``."""
+        """Return a cycle for one ``fit``."""
         return ImplicitCycle(problem, self.curvature)
 
 
@@ -50,8 +56,8 @@ class Unrolled(GradientStrategy):
     The training steps are the unrolled ones: nothing is run twice. Between two outer steps the graph of up to
     ``truncate`` steps is kept. Works with SGD, Adam and AdamW; sees learning rates (:class:`LearningRate`).
     A cycle does not cross an epoch's end: it closes there with the steps it has, so that validation,
-    checkpoints and resumed runs never meet half a cycle. Where an epoch ends unforeseen (``max_steps``,
-    ``max_time``, a loader without length) the open cycle is dropped without an outer step. See
+    checkpoints and resumed runs never see half a cycle. Where an epoch ends without notice (``max_time``,
+    a loader without length) the open cycle is dropped without an outer step. See
     :func:`lightning_nested.hypergradient.unrolled_hypergradient`.
 
     Args:
@@ -59,7 +65,7 @@ class Unrolled(GradientStrategy):
         truncate: Steps that carry a graph; None: all.
 
     Raises:
-        ValueError: A number is below 1.
+        ValueError: A step count is below 1.
     """
 
     num_steps: int
@@ -75,25 +81,24 @@ class Unrolled(GradientStrategy):
 
     @property
     def length(self) -> int:  # type: ignore[override]
-        """T."""
+        """T, inner steps per outer step."""
         return self.num_steps
 
     def begin(self, problem: InnerProblem) -> Cycle:
-        """A runner for one ``fit``."""
+        """Return a cycle for one ``fit``."""
         return UnrolledCycle(problem, min(self.num_steps, self.truncate or self.num_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """What the Trainer refuses to do in manual optimization, and when outer steps are made.
+    """Accumulation and clipping, which the Trainer refuses in manual optimization, and the times of outer steps.
 
     Args:
         accumulate_grad_batches: Batches per inner step; an epoch's last step may have fewer.
         gradient_clip_val: Limit of the inner gradient; None: none.
-        gradient_clip_algorithm: Whether it limits the norm of all gradients or each entry.
+        gradient_clip_algorithm: Limit of the norm of all gradients, or of each entry.
         warmup_steps: Inner steps before the first cycle.
-        restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None:
-            never.
+        restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None: never.
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before
             the run ends with ``FloatingPointError``.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
@@ -111,10 +116,7 @@ class LoopOptions:
     log_every_n_outer_steps: int = 10
 
     def __post_init__(self) -> None:
-        least = {"accumulate_grad_batches": 1, "restart_every": 1}
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value < least.get(name, 0):
-                raise ValueError(f"{name} must be at least {least.get(name, 0)}. Got {value}.")
+        check_counts(**vars(self))
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             raise ValueError(f"gradient_clip_val must be positive, or None. Got {self.gradient_clip_val}.")
         if self.gradient_clip_algorithm not in ("norm", "value"):

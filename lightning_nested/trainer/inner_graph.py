@@ -1,0 +1,132 @@
+"""Training losses of one optimizer step with their graphs, as implicit differentiation needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton
+from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.random_stream import RandomStream
+
+
+class InnerGraph:
+    """Losses of the accumulated batches of a step, and what their curvature needs beside them.
+
+    ``FiniteDifference`` repeats each evaluation without side effects and with the same random numbers;
+    ``GaussNewton(outputs="name")`` needs the outputs of that submodule, which a forward hook keeps.
+
+    Args:
+        module: Module whose ``method`` evaluates the training loss.
+        curvature: Approximation of the Hessian; None: the Hessian.
+        accumulate: Batches per step.
+        method: See ``module``; for messages.
+
+    Raises:
+        MisconfigurationException: ``GaussNewton`` names no submodule, or has several batches.
+    """
+
+    def __init__(
+        self, module: LightningModule, curvature: Curvature | None, *, accumulate: int, method: str
+    ) -> None:
+        self._module, self._curvature, self._method = module, curvature, method
+        self.losses: list[Tensor] = []
+        self._repeats: list[Callable[[], Tensor]] = []
+        self._outputs: list[Tensor] = []
+        # Repeats the evaluation that is being observed.
+        self._repeat: Callable[[], Tensor] | None = None
+        self._observing = False
+        self._handle: RemovableHandle | None = None
+        if isinstance(curvature, GaussNewton):
+            if accumulate > 1:
+                raise MisconfigurationException(
+                    "GaussNewton(outputs=...) sees one batch. "
+                    f"Got accumulate_grad_batches={accumulate}; use Hessian(), or set it to 1."
+                )
+            self._handle = _named_outputs(module, curvature).register_forward_hook(self._keep_output)
+
+    @property
+    def observes(self) -> bool:
+        """True if :meth:`observe` must be called before each evaluation."""
+        return isinstance(self._curvature, FiniteDifference | GaussNewton)
+
+    def observe(self, evaluate: Callable[[], Tensor]) -> None:
+        """Observe the coming evaluation of a loss, up to :meth:`add`; ``evaluate`` repeats it."""
+        self._observing, self._outputs = True, []
+        if isinstance(self._curvature, FiniteDifference):
+            self._repeat = partial(self._evaluate_again, evaluate, RandomStream.snapshot(self._module.device))
+
+    def add(self, loss: Tensor) -> None:
+        """Keep a loss with its graph."""
+        self._observing = False
+        self.losses.append(loss)
+        if self._repeat is not None:
+            self._repeats.append(self._repeat)
+            self._repeat = None
+
+    def clear(self) -> None:
+        """Free all graphs."""
+        self.losses, self._repeats, self._outputs = [], [], []
+        self._repeat, self._observing = None, False
+
+    def close(self) -> None:
+        """Free all graphs and remove the forward hook."""
+        self.clear()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def loss(self) -> Tensor | Callable[[], Tensor]:
+        """Return the sum of the losses, or with ``FiniteDifference`` a function that evaluates it again."""
+        if isinstance(self._curvature, FiniteDifference):
+            repeats = list(self._repeats)
+            return lambda: torch.stack([repeat() for repeat in repeats]).sum()
+        return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
+
+    def curvature(self) -> Curvature | None:
+        """Return the curvature, with the outputs that it names.
+
+        Raises:
+            MisconfigurationException: The submodule was not called once, or does not return one tensor.
+        """
+        curvature = self._curvature
+        if not isinstance(curvature, GaussNewton):
+            return curvature
+        if len(self._outputs) != 1 or len(self.losses) != 1:
+            raise MisconfigurationException(
+                f"GaussNewton(outputs={curvature.outputs!r}) must name a submodule that {self._method} calls once and "
+                f"that returns one tensor, in one batch a step. Got {len(self._outputs)} outputs in "
+                f"{len(self.losses)} batch(es); use Hessian()."
+            )
+        return GaussNewton(outputs=self._outputs[0])
+
+    def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._observing and isinstance(output, Tensor) and output.requires_grad:
+            self._outputs.append(output)
+
+    def _evaluate_again(self, evaluate: Callable[[], Tensor], start: RandomStream) -> Tensor:
+        trainer = self._module.trainer
+        with (
+            start.replay(),
+            without_trace(self._module, trainer),
+            trainer.precision_plugin.train_step_context(),
+        ):
+            return evaluate()
+
+
+def _named_outputs(module: nn.Module, curvature: GaussNewton) -> nn.Module:
+    modules = dict(module.named_modules())
+    if not isinstance(curvature.outputs, str) or curvature.outputs not in modules:
+        raise MisconfigurationException(
+            "GaussNewton(outputs=...) must be the dotted name of the submodule that returns the logits. "
+            f"Got {curvature.outputs!r}; {type(module).__name__} has {', '.join(filter(None, modules))}."
+        )
+    found: nn.Module = modules[curvature.outputs]
+    return found

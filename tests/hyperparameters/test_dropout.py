@@ -1,0 +1,87 @@
+"""Dropout and drop-connect: equal to torch's layers, per example, relaxed, copied."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nested.hyperparameters import (
+    DropConnect,
+    DropoutRates,
+    HyperparameterVector,
+)
+from tests.hyperparameters.built import DOUBLE, built
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Dropout2d(0.2), nn.Flatten(), nn.Dropout(0.4), nn.Linear(144, 2)
+    )
+
+
+def test_installed_dropout_is_that_of_torch() -> None:
+    net, rates = network().double(), DropoutRates()
+    rates.install(net)
+    rates.build(DOUBLE)
+    torch.testing.assert_close(rates.values()["rates"], torch.tensor([0.2, 0.4], dtype=torch.float64))
+    x = torch.ones(400, 4, 6, 6, dtype=torch.float64)
+    channels = net[1](x)
+    assert bool((channels.amax(dim=(2, 3)) == channels.amin(dim=(2, 3))).all())
+    assert channels.unique().tolist() == pytest.approx([0.0, 1 / 0.8])
+    units = net[3](x.flatten(1))
+    assert float((units == 0).double().mean()) == pytest.approx(0.4, abs=0.01)  # 57 600 units: ± 0.002
+    assert float(units.mean()) == pytest.approx(1.0, abs=0.02)
+    net.eval()
+    assert torch.equal(net[3](x), x)
+
+
+def test_each_example_has_its_own_rate() -> None:
+    net, rates = network().double(), DropoutRates(per="model", init=0.3)
+    rates.install(net)
+    rates.build(DOUBLE)
+    vector = HyperparameterVector([rates])
+    h = torch.tensor([[-30.0], [0.0]], dtype=torch.float64)
+    with vector.bound(h):
+        out = net[3](torch.ones(2, 5_000, dtype=torch.float64))
+    dropped = (out == 0).double().mean(dim=1)
+    assert float(dropped[0]) == 0.0
+    assert float(dropped[1]) == pytest.approx(0.45, abs=0.03)  # half of upper=0.9; standard error 0.007
+
+
+def test_relaxed_dropout_has_a_derivative_and_hard_dropout_none() -> None:
+    x = torch.ones(3000, 4, dtype=torch.float64)
+    hard = built(DropoutRates(init=0.3))
+    assert not hard(x).requires_grad
+    soft = built(DropoutRates(init=0.3, temperature=0.05))
+    out = soft(x)
+    assert float(out.detach().mean()) == pytest.approx(1.0, abs=0.03)
+    assert float(((out > 0.05) & (out < 1.3)).double().mean()) < 0.2  # nearly a mask
+    (found,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), soft.tensors["rates"])
+    assert float(found.abs()) > 0
+
+
+def test_rates_survive_copies_and_revert() -> None:
+    net, rates = network(), DropoutRates()
+    rates.install(net)
+    rates.build({"w": torch.zeros(1)})
+    rates.tensors["rates"].data.fill_(0.0)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    for layer in (twin[1], twin[3]):
+        layer.revert()
+    assert (type(twin[1]), type(twin[3])) == (nn.Dropout2d, nn.Dropout)
+    assert (twin[1].p, twin[3].p) == pytest.approx((0.45, 0.45))
+    assert twin[3](torch.ones(5)).shape == (5,)
+
+
+def test_drop_connect_drops_matrices() -> None:
+    drop = built(DropConnect(init=0.25, include=["*.weight"]))
+    weights = {"a.weight": torch.ones(200, 50), "a.bias": torch.ones(200), "other": torch.ones(3, 3)}
+    out = drop(weights)
+    assert float((out["a.weight"] == 0).float().mean()) == pytest.approx(0.25, abs=0.02)  # ± 0.004
+    assert float(out["a.weight"].max()) == pytest.approx(1 / 0.75)
+    assert torch.equal(out["a.bias"], weights["a.bias"])
+    assert torch.equal(out["other"], weights["other"])

@@ -1,0 +1,59 @@
+"""NestedModule resumed from a checkpoint goes on bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_nested.hypergradient import ConjugateGradient
+from lightning_nested.hyperparameters import ExampleWeights, LearningRate
+from lightning_nested.modules import Implicit, LoopOptions, Unrolled
+from tests.modules.nested.problems import SIZE, Classifier, loader, same, tensors
+from tests.trainers import trainer
+
+STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
+    "implicit": lambda: {
+        "gradient": Implicit(solver=ConjugateGradient(damping=0.3)),
+        "inner_steps_per_outer": 2,
+    },
+    "unrolled": lambda: {"gradient": Unrolled(num_steps=2)},
+    "adam rate": lambda: {
+        "gradient": Unrolled(num_steps=4, truncate=1),
+        "inner_optimizer": lambda p: torch.optim.Adam(p, lr=0.01),
+        "hyperparameters": [ExampleWeights(SIZE), LearningRate()],
+        "loop": LoopOptions(warmup_steps=2),
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("when", ["train end", "validation end"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_resume_is_bit_exact(name: str, when: str, tmp_path: Path) -> None:
+    def run(folder: str, epochs: int, ckpt: Path | None = None) -> tuple[Classifier, Trainer]:
+        save = ModelCheckpoint(
+            tmp_path / folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=end
+        )
+        fit = trainer(save, max_epochs=epochs, enable_checkpointing=True, limit_val_batches=limit)
+        module = Classifier(**STRATEGIES[name]())
+        fit.fit(module, loader(1), loader(2, batch=5), ckpt_path=ckpt, weights_only=True)
+        return module, fit
+
+    end, limit = when == "train end", 0 if when == "train end" else 1
+    whole, whole_fit = run("whole", 4)
+    run("first", 2)
+    module, fit = run("second", 4, tmp_path / "first" / "epoch=1.ckpt")
+    same(tensors(module), tensors(whole))
+    assert (module.inner_steps, module.outer_steps) == (whole.inner_steps, whole.outer_steps)
+    for a, b in (
+        (fit.optimizers[0], whole_fit.optimizers[0]),
+        (module.outer.optimizer, whole.outer.optimizer),
+    ):
+        torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+    assert fit.global_step == whole_fit.global_step

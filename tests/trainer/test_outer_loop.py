@@ -1,0 +1,181 @@
+"""Counters, logging, restarts and checkpoints of outer steps, without a training run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hyperparameters import OuterReport, OuterStep, WeightDecay
+from lightning_nested.trainer.outer_loop import OuterLoop, check_counts, reinitialize
+from tests.trainers import trainer
+
+
+class Linear(LightningModule):
+    """A module that records what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.logged: list[dict[str, float]] = []
+
+    def log_dict(self, metrics: Any, **_: Any) -> None:  # type: ignore[override]
+        self.logged.append(dict(metrics))
+
+
+def outer_loop(**options: Any) -> tuple[OuterLoop, Linear]:
+    """Return a loop that tunes one decay of a linear layer, and its module."""
+    module = Linear()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    module.trainer = trainer()
+    module.trainer.strategy.optimizers = [optimizer]
+    outer = OuterStep(
+        [WeightDecay("model", init=0.1)], optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0)
+    )
+    loop = OuterLoop("Owner", outer, **options)
+    loop.build(dict(module.named_parameters()), torch.device("cpu"))
+    return loop, module
+
+
+def hold(loop: OuterLoop) -> OuterReport:
+    report = loop.outer.hold([torch.ones_like(t) for t in loop.outer.tensors], 2.0)
+    loop.keep(report)
+    return report
+
+
+def test_a_step_moves_counts_and_logs() -> None:
+    loop, module = outer_loop(log_every_n_outer_steps=2)
+    before = float(loop.outer.values()["weight_decay"])
+    for _ in range(3):
+        report = hold(loop)
+        loop.step(module)
+    assert loop.outer_steps == 3
+    assert loop.last_report is report
+    assert float(loop.outer.values()["weight_decay"]) < before
+    # Steps 1 and 3 of 3.
+    assert len(module.logged) == 2
+    assert module.logged[0]["hypergradient/outer_loss"] == 2.0
+    assert module.logged[0]["hypergradient/skipped_steps"] == 0.0
+    assert module.logged[1]["hyperparameters/weight_decay"] == float(loop.outer.values()["weight_decay"])
+
+
+def test_no_step_is_logged_at_zero() -> None:
+    loop, module = outer_loop(log_every_n_outer_steps=0)
+    hold(loop)
+    loop.step(module)
+    assert module.logged == []
+
+
+def test_outer_steps_are_due_after_the_warmup() -> None:
+    loop, _ = outer_loop(every_n_steps=3, warmup_steps=2)
+    assert [step for step in range(10) if loop.is_due(step)] == [2, 5, 8]
+
+
+def test_skipped_steps_are_counted_and_limited_in_a_row() -> None:
+    loop, _ = outer_loop(max_skipped=2)
+    error = FloatingPointError("not finite")
+    with pytest.warns(UserWarning, match="Owner skipped the outer step at inner step 0: not finite"):
+        loop.skip(error)
+    loop.skip(error)
+    hold(loop)
+    assert (loop.skipped_steps, loop.skipped_in_a_row) == (2, 0)
+    with pytest.warns(UserWarning, match="skipped"):
+        loop.skip(error)
+    loop.skip(error)
+    with pytest.raises(FloatingPointError, match=r"max_skipped=2 .* Got at last: not finite"):
+        loop.skip(error)
+
+
+def test_a_restart_draws_the_same_weights_again_and_clears_the_optimizer() -> None:
+    loop, module = outer_loop(restart_every=2)
+    (optimizer,) = module.trainer.optimizers
+    loop.batches = SimpleNamespace(seed=7)  # type: ignore[assignment]
+    module.layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    moved = module.layer.weight.detach().clone()
+    hold(loop)
+    loop.step(module)
+    assert torch.equal(module.layer.weight, moved)
+    hold(loop)
+    loop.step(module)
+    assert not torch.equal(module.layer.weight, moved)
+    assert not optimizer.state
+    again = nn.Linear(2, 1)
+    reinitialize(again, dict(again.named_parameters()), dict(again.named_parameters()), 7 + 2 * 104_729)
+    assert torch.equal(module.layer.weight, again.weight)
+
+
+def test_a_state_restores_values_counters_initial_weights_and_position() -> None:
+    loop, module = outer_loop(restart_every=5)
+    hold(loop)
+    loop.step(module)
+    loop.inner_steps = 4
+    position = {"seed": 1, "round": 2, "position": 3}
+    state = {**loop.state_dict(), "initial": loop.initial, "batches": position}
+    assert set(state) == {
+        "outer",
+        "batches",
+        "inner_steps",
+        "outer_steps",
+        "skipped_steps",
+        "skipped_in_a_row",
+        "initial",
+    }
+    other, _ = outer_loop(restart_every=5)
+    other.load_state_dict(state)
+    assert (other.inner_steps, other.outer_steps) == (4, 1)
+    assert torch.equal(other.outer.values()["weight_decay"], loop.outer.values()["weight_decay"])
+    assert torch.equal(other.initial["layer.weight"], loop.initial["layer.weight"])
+    # The position waits for the stream of batches.
+    assert other.state_dict()["batches"] == position
+
+
+def test_a_reset_forgets_everything() -> None:
+    loop, module = outer_loop()
+    hold(loop)
+    loop.step(module)
+    loop.inner_steps = 4
+    loop.reset()
+    assert (loop.inner_steps, loop.outer_steps, loop.parameters) == (0, 0, {})
+    assert not loop.outer.tensors
+
+
+def test_unfrozen_parameters_are_noticed_and_remembered() -> None:
+    loop, module = outer_loop(restart_every=1)
+    (optimizer,) = module.trainer.optimizers
+    assert loop.is_built_for(optimizer)
+    added = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [added]})
+    assert not loop.is_built_for(optimizer)
+    loop.build({**loop.parameters, "added": added}, torch.device("cpu"))
+    assert loop.is_built_for(optimizer)
+    assert torch.equal(loop.initial["added"], torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["every_n_steps", "restart_every"])
+def test_counts_that_must_be_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be at least 1\. Got 0"):
+        outer_loop(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["warmup_steps", "max_skipped", "log_every_n_outer_steps"])
+def test_counts_that_must_not_be_negative(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be at least 0\. Got -1"):
+        outer_loop(**{name: -1})
+
+
+def test_no_count_is_let_pass() -> None:
+    check_counts(restart_every=None)
+
+
+def test_owners_have_the_attributes_of_their_loop() -> None:
+    callback = HypergradientCallback(WeightDecay(), every_n_steps=3)
+    assert (callback.every_n_steps, callback.outer_steps, callback.last_report) == (3, 0, None)
+    callback.every_n_steps = 2
+    callback.outer_loop.outer_steps = 5
+    assert (callback.outer_loop.every_n_steps, callback.outer_steps) == (2, 5)
