@@ -11,8 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.figures.game_spectrum import spectrum_figure
@@ -21,6 +19,7 @@ from lightning_nested.games.joint_step import ADAPT_LIMIT
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum, measure_spectrum
 from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
 from lightning_nested.optim.step_dynamics import step_dynamics
+from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.joint_losses import (
     RunningGame,
     RunningPlayer,
@@ -29,7 +28,6 @@ from lightning_nested.trainer.joint_losses import (
     warn_if_detached,
 )
 from lightning_nested.trainer.lightning import reduction
-from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
 
 class GameSpectrumCallback(Callback):
@@ -105,8 +103,7 @@ class GameSpectrumCallback(Callback):
         self.adapt, self.max_momentum, self.max_change = adapt, max_momentum, max_change
         self.max_products = max_products
         self.history: list[MeasuredSpectrum] = []
-        self._batch: Any = None
-        self._seed: int | None = None
+        self._fixed: FixedBatches | None = None  # the first batch of the run, and its random numbers
         self._measured = 0  # game updates at the last measurement
         self._told: set[str] = set()  # messages that appear once
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
@@ -127,13 +124,13 @@ class GameSpectrumCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        seed = base_seed(trainer)  # every process takes part in agreeing on it
+        if self._fixed is None:
+            self._fixed = FixedBatches(trainer)
         saved, self._saved = self._saved, None
         if saved is not None:
-            self._seed, self._measured = saved["seed"], saved["measured"]
-            if trainer.global_rank < len(saved["batches"]):
-                self._batch = trainer.strategy.batch_to_device(saved["batches"][trainer.global_rank])
-        self._seed = seed if self._seed is None else self._seed
+            self._measured = saved["measured"]
+            batches = [[] if batch is None else [batch] for batch in saved["batches"]]
+            self._fixed.load_state_dict({"seed": saved["seed"], "batches": batches})
         if self.k is None:
             _check_dense(pl_module)
         if self.adapt:
@@ -147,8 +144,8 @@ class GameSpectrumCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._batch is None:
-            self._batch = apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
+        assert self._fixed is not None
+        self._fixed.get(0, batch)
 
     @override
     def on_train_batch_end(
@@ -175,14 +172,11 @@ class GameSpectrumCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._seed is None:
+        if self._fixed is None:
             return dict(self._saved or {})
-        batch = apply_to_collection(self._batch, Tensor, lambda t: t.cpu())
-        batches = [batch]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            batches = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(batches, batch)
-        return {"seed": self._seed, "measured": self._measured, "batches": batches}
+        state = self._fixed.state_dict()
+        batches = [held[0] if held else None for held in state["batches"]]
+        return {"seed": state["seed"], "measured": self._measured, "batches": batches}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,7 +190,7 @@ class GameSpectrumCallback(Callback):
             FloatingPointError: A loss or a product is not finite.
             ValueError: Parameters of one player ascend and others descend.
         """
-        assert self._seed is not None
+        assert self._fixed is not None
         if self.k is None:
             _check_dense(pl_module)
         players: Mapping[str, RunningPlayer] = pl_module.running_players
@@ -204,8 +198,7 @@ class GameSpectrumCallback(Callback):
             name: step_dynamics(each.optimizer.optimizer, each.parameters) for name, each in players.items()
         }
         names, tensors = list(players), [each.parameters for each in players.values()]
-        stream = RandomStream(self._seed + 7_368_787 * trainer.global_rank, pl_module.device)
-        losses = joint_losses(pl_module, names, self._batch, stream)
+        losses = joint_losses(pl_module, names, *self._fixed.get(0, None))
         if not self.history:
             warn_if_detached(names, losses, tensors)
         steps = tuple(pl_module.steps_per_player.get(name, 1) for name in names)

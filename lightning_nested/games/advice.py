@@ -134,10 +134,8 @@ class _Search:
             self._add_worse([point])
             if whole - seen <= 0.1 * (1 - seen):  # else perhaps another valley, seen with the worse ones
                 break
-        free, turns = 2, ()
+        free, turns = (2, ()) if phase is not None else (3, (0.0, math.pi))  # a real β is often the best
         if phase is None:
-            # A real β is often the best.
-            free, turns = 3, (0.0, math.pi)
             point = self._along_the_valley(self._descend(point, free))
         for _ in range(6):
             ends = [point, self._descend(point, 2)]

@@ -37,13 +37,10 @@ def search(
         >>> search(objective, bounds[:, 1], bounds, (0.5, 0.05, 0.005), evaluations=50).round(6)[1]
         np.float64(0.5)
     """
-
-    def inside(x: Array) -> Array:
-        return np.clip(x, *bounds.T)
-
+    low, high = bounds.T
     point, best, count = start, objective(start), len(start)
     for move in moves:
-        trial = inside(point + move)
+        trial = np.clip(point + move, low, high)
         if (trial != point).any() and (rate := objective(trial)) < best - _LEAST_GAIN:
             point, best = trial, rate
     # Off the axes, which are often symmetric.
@@ -56,7 +53,9 @@ def search(
             "initial_simplex": point + np.vstack([np.zeros(count), tilt * size]),
         }
         # Not by SciPy's bounds, which flatten a simplex at the box's side for good.
-        end = minimize(lambda x: objective(inside(x)), point, method="Nelder-Mead", options=options)
+        end = minimize(
+            lambda x: objective(np.clip(x, low, high)), point, method="Nelder-Mead", options=options
+        )
         if end.fun < best - _LEAST_GAIN:
-            point, best = inside(end.x), float(end.fun)
+            point, best = np.clip(end.x, low, high), float(end.fun)
     return point

@@ -38,9 +38,8 @@ def test_few_and_all_eigenvalues_count_their_products() -> None:
     torch.testing.assert_close(few.eigenvalues, every.eigenvalues[:4], rtol=1e-9, atol=0)
     assert abs(few.eigenvalues[0]) == pytest.approx(0.01 * abs(0.5 + 3j), rel=1e-9)
     assert few.own["first"][0] == pytest.approx(0.005, rel=1e-9)
-    assert every.num_products == 60 + 2 * (
-        30 + 30
-    )  # dense matrices, residuals of each player's own eigenvalues
+    # One for each row of the dense matrices.
+    assert every.num_products == 60 + 2 * 30
     assert few.rate == pytest.approx(every.rate, rel=1e-12)
     assert (few.shares, every.shares.shape) == (None, (60, 2))  # type: ignore[union-attr]
     torch.testing.assert_close(every.shares.sum(dim=1), torch.ones(60, dtype=torch.float64))  # type: ignore[union-attr]

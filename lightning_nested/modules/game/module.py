@@ -194,7 +194,8 @@ class GameModule(LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Silence advice that is wrong here: a game resumes after a complete update."""
-        silent = any(isinstance(c, WithoutCheckpointAdvice) for c in self.trainer.callbacks)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        silent = any(isinstance(callback, WithoutCheckpointAdvice) for callback in callbacks)
         return [] if silent else [WithoutCheckpointAdvice()]
 
     # ---- lifecycle
