@@ -13,9 +13,9 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_nested.linalg.curvature import HessianOperator, gradient_with_graph, owned
+from lightning_nested.linalg.curvature import gradient_with_graph, owned
 from lightning_nested.linalg.graph import explain_double_backward
-from lightning_nested.linalg.operators import AveragedOperator, LinearOperator
+from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 
@@ -135,7 +135,7 @@ class JacobianOperator(LinearOperator):
 
     @cached_property
     def _full(self) -> list[Vector]:
-        """∂L_i/∂θ for all of θ, with graphs: what products with J need and products with Jᵀ do not."""
+        """∂L_i/∂θ for all of θ, with graphs; only products with J need them."""
         return [gradient_with_graph(loss, self.like) for loss in self._losses]
 
     def matvec(self, v: Vector) -> Vector:
@@ -154,7 +154,7 @@ class JacobianOperator(LinearOperator):
         """Jᵀ as an operator; it has the same eigenvalues, and cheaper products."""
         return TransposedOperator(self)
 
-    def block(self, player: int) -> LinearOperator:
+    def block(self, player: int) -> PlayerBlock:
         """Return a player's own block ∂²L_i/∂θ_i², symmetric, on that player's tensors alone.
 
         Raises:
@@ -162,8 +162,8 @@ class JacobianOperator(LinearOperator):
         """
         if not 0 <= player < len(self._losses):
             raise ValueError(f"player must lie in [0, {len(self._losses)}). Got {player}.")
-        own = HessianOperator(self._losses[player], self.tensors_of(player))
-        return own if self.reduce is None else AveragedOperator(own, self.reduce)
+        own = tuple(g for g, owner in zip(self.gradient, self.owners, strict=True) if owner == player)
+        return PlayerBlock(own, self.tensors_of(player), self.reduce)
 
     def dense(self) -> Tensor:
         """Return J as a matrix of shape (n, n), by one product with Jᵀ a row."""
@@ -186,6 +186,19 @@ class TransposedOperator(LinearOperator):
     def rmatvec(self, v: Vector) -> Vector:
         """Return J v."""
         return self.T.matvec(v)
+
+
+class PlayerBlock(LinearOperator):
+    """Own block ∂²L_i/∂θ_i² of a player, by the kept graph of its gradient."""
+
+    like: Vector
+
+    def __init__(self, gradient: Vector, tensors: Vector, reduce: Reduce | None) -> None:
+        self.gradient, self.like, self.reduce = gradient, tensors, reduce
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return ∂⟨∂L_i/∂θ_i, v⟩/∂θ_i, by one backward pass."""
+        return average(owned(_derivative(self.gradient, self.like, v), self.like, v), self.reduce)
 
 
 def _derivative(outputs: Sequence[Tensor], inputs: Vector, v: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 
 class WithoutCheckpointAdvice(Callback):
-    """Silence the advice of ModelCheckpoint to save the state before the step, from the begin to the end of ``fit``.
+    """Silences, during ``fit``, the advice of ModelCheckpoint to save the state before the step.
 
     For modules that resume after a complete update, as games do.
     """

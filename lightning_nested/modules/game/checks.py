@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_nested.modules.game.loop import Slot
+from lightning_nested.trainer.inner_problem import check_loss
 
 if TYPE_CHECKING:
     from lightning_nested.modules.game.players import Player
@@ -93,30 +95,16 @@ def check_monitors(schedulers: Iterable[Any]) -> None:
             )
 
 
-def check_losses(where: str, names: Sequence[str], losses: object) -> list[Tensor]:
+def check_losses(module: LightningModule, names: Sequence[str], losses: object) -> list[Tensor]:
     """Return the losses of these players, if each is a scalar with its graph."""
+    where = f"{type(module).__name__}.player_losses"
     if not isinstance(losses, Mapping):
         raise MisconfigurationException(
-            f"{where}.player_losses must return a dictionary from names to losses. Got a {type(losses).__name__}."
+            f"{where} must return a dictionary from names to losses. Got a {type(losses).__name__}."
         )
     lacking = [name for name in names if name not in losses]
     if lacking:
         raise MisconfigurationException(
-            f"{where}.player_losses must return a loss for each of {list(names)}. "
-            f"Got {list(losses)}, without {lacking}."
+            f"{where} must return a loss for each of {list(names)}. Got {list(losses)}, without {lacking}."
         )
-    return [_check_loss(f"{where}.player_loss", name, losses[name]) for name in names]
-
-
-def _check_loss(where: str, name: str, loss: object) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise MisconfigurationException(
-            f"{where} must return a scalar tensor for {name!r}. Got {got}; return the mean loss."
-        )
-    if not loss.requires_grad:
-        raise MisconfigurationException(
-            f"{where} must return a tensor with its graph for {name!r}. Got one that does not require "
-            "gradients: remove torch.no_grad() and .detach() from the path to the player's parameters."
-        )
-    return loss.reshape(())
+    return [check_loss("player_loss", module, losses[name], player=name) for name in names]

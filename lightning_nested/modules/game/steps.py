@@ -78,10 +78,11 @@ class PlayerSteps:
 
     def _evaluate(self, module: GameModule, players: Sequence[Player], batch: Any) -> None:
         """Add the players' losses and gradients to the sums."""
-        names, where = [player.name for player in players], type(module).__name__
-        losses = check_losses(where, names, module.player_losses(names, batch))
+        names = [player.name for player in players]
+        losses = check_losses(module, names, module.player_losses(names, batch))
+        where = f"{type(module).__name__}.player_loss"
         with torch.autocast(module.device.type, enabled=False):  # derivatives are taken outside, as always
-            self.sums.add(player_gradients(f"{where}.player_loss", players, losses))
+            self.sums.add(player_gradients(where, players, losses))
         module.gradient_evaluations += len(players)
 
     def _set_gradients(self, module: GameModule, players: Sequence[Player]) -> None:
