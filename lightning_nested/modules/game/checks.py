@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_nested.modules.game.loop import Slot
 from lightning_nested.trainer.inner_problem import check_loss
-
-if TYPE_CHECKING:
-    from lightning_nested.modules.game.players import Player
 
 
 def check_players(where: str, players: object) -> dict[str, nn.Module]:
@@ -66,22 +62,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"evaluate again. Got {type(optimizer).__name__}, whose step() needs a closure; use one that works "
             "without, such as Adam, ComplexAdam, or Extragradient for a second look."
         )
-
-
-def check_gradient_counts(schedule: Iterable[Slot], players: Mapping[str, Player], batches: int) -> None:
-    """Refuse players that step together on different numbers of gradients, or on two from accumulated batches."""
-    for step in (step for slot in schedule for step in slot):
-        needs = {name: players[name].num_gradients for name in step}
-        if len(set(needs.values())) > 1:
-            raise MisconfigurationException(
-                "Players that step together must need equally many gradients. Got "
-                f"{needs}; give all of them Extragradient or none, or use update='alternating'."
-            )
-        if max(needs.values()) > 1 and batches > 1:
-            raise MisconfigurationException(
-                "An optimizer that needs two gradients from one batch cannot accumulate over several. Got "
-                f"accumulate_grad_batches={batches}; set it to 1."
-            )
 
 
 def check_monitors(schedulers: Iterable[Any]) -> None:

@@ -16,14 +16,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.modules.game.checks import (
-    check_gradient_counts,
-    check_monitors,
-    check_names,
-    check_players,
-)
+from lightning_nested.modules.game.checks import check_monitors, check_names, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
-from lightning_nested.modules.game.players import Player, build_optimizers, match_players
+from lightning_nested.modules.game.players import (
+    Player,
+    build_optimizers,
+    check_gradient_counts,
+    match_players,
+)
 from lightning_nested.modules.game.steps import PlayerSteps
 from lightning_nested.trainer.checkpoint_advice import WithoutCheckpointAdvice
 from lightning_nested.trainer.lightning import built_by_command_line, reduction

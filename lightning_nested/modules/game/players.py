@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_nested.linalg.vectors import Vector, norm
 from lightning_nested.modules.game.checks import check_names, check_optimizer, check_trainable
-from lightning_nested.modules.game.loop import GameLoop
+from lightning_nested.modules.game.loop import GameLoop, Slot
 from lightning_nested.optim.step_dynamics import trainable
 
 
@@ -200,3 +200,19 @@ def _owners(
                     "make the shared part a player of its own."
                 )
     return owner
+
+
+def check_gradient_counts(schedule: Iterable[Slot], players: Mapping[str, Player], batches: int) -> None:
+    """Refuse players that step together on different numbers of gradients, or on two from accumulated batches."""
+    for step in (step for slot in schedule for step in slot):
+        needs = {name: players[name].num_gradients for name in step}
+        if len(set(needs.values())) > 1:
+            raise MisconfigurationException(
+                "Players that step together must need equally many gradients. Got "
+                f"{needs}; give all of them Extragradient or none, or use update='alternating'."
+            )
+        if max(needs.values()) > 1 and batches > 1:
+            raise MisconfigurationException(
+                "An optimizer that needs two gradients from one batch cannot accumulate over several. Got "
+                f"accumulate_grad_batches={batches}; set it to 1."
+            )

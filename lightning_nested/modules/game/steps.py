@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,9 +15,6 @@ from lightning_nested.modules.game.players import Player
 from lightning_nested.trainer.isolation import silent_logging, untouched_buffers, untouched_metrics
 from lightning_nested.trainer.lightning import counted, reduction
 from lightning_nested.trainer.random_stream import RandomStream
-
-if TYPE_CHECKING:
-    from lightning_nested.modules.game.module import GameModule
 
 Row: TypeAlias = list[Tensor | None]
 """Loss of one player, then the entries of its gradient; None for a parameter that the loss does not depend on."""
@@ -93,13 +90,11 @@ class PlayerSteps:
         self.sums = GradientSums()
         self.losses: dict[str, Tensor] = {}
 
-    def play(
-        self, module: GameModule, players: Sequence[Player], batch: Any, *, full: bool, last: bool
-    ) -> None:
+    def play(self, module: Any, players: Sequence[Player], batch: Any, *, full: bool, last: bool) -> None:
         """Add the gradients of a batch, and let the players step if it is their step's last.
 
         Args:
-            module: The game.
+            module: GameModule that runs.
             players: Players that step together.
             batch: The batch.
             full: True for the last batch of the step.
@@ -120,7 +115,7 @@ class PlayerSteps:
             player.clear_gradient()
             module.on_player_step(player.name)
 
-    def _look_ahead(self, module: GameModule, players: Sequence[Player], batch: Any) -> None:
+    def _look_ahead(self, module: Any, players: Sequence[Player], batch: Any) -> None:
         """Set the gradients at the extrapolated point, and leave the players there."""
         start = RandomStream.snapshot(module.device)
         silent = silent_logging(module, module.trainer)
@@ -138,7 +133,7 @@ class PlayerSteps:
                 player.retreat()
             raise
 
-    def _evaluate(self, module: GameModule, players: Sequence[Player], batch: Any) -> None:
+    def _evaluate(self, module: Any, players: Sequence[Player], batch: Any) -> None:
         """Add the players' losses and gradients to the sums."""
         names = [player.name for player in players]
         losses = check_losses(module, names, module.player_losses(names, batch))
@@ -147,7 +142,7 @@ class PlayerSteps:
             self.sums.add(_gradients(where, players, losses))
         module.gradient_evaluations += len(players)
 
-    def _set_gradients(self, module: GameModule, players: Sequence[Player]) -> None:
+    def _set_gradients(self, module: Any, players: Sequence[Player]) -> None:
         """Hand the averaged gradients over, if they are finite: decided from what all processes know."""
         rows = self.sums.take(players, reduction(module.trainer))
         for player, (loss, *gradient) in zip(players, rows, strict=True):
