@@ -1,47 +1,33 @@
-"""The spectrum of a running game: what its players do to each other, and which momentum suits it."""
+"""Callback that measures the spectrum of a running game, and adapts its momentum."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.figures.game_spectrum import spectrum_figure
-from lightning_nested.games import JacobianOperator, leading_eigenvalues
-from lightning_nested.games.adaptation import adapted_momenta, optimizers_of
-from lightning_nested.games.joint_step import (
-    ADAPT_LIMIT,
-    JointStep,
-    adapts_each_player,
-    joint_step,
-    predicted_rate,
-    single_steps,
-)
-from lightning_nested.games.step_jacobian import OwnStepJacobian, StepJacobian
+from lightning_nested.games.adaptation import adapt_momenta
+from lightning_nested.games.joint_step import ADAPT_LIMIT
+from lightning_nested.games.measured_spectrum import MeasuredSpectrum, measure_spectrum
 from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
-from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.optim.step_dynamics import (
-    set_momentum,
-    step_dynamics,
+from lightning_nested.optim.step_dynamics import step_dynamics
+from lightning_nested.trainer.fixed_batches import FixedBatches
+from lightning_nested.trainer.joint_losses import (
+    RunningGame,
+    RunningPlayer,
+    is_game,
+    joint_losses,
+    warn_if_detached,
 )
-from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import reduction
-from lightning_nested.trainer.random_stream import RandomStream, base_seed
-
-if TYPE_CHECKING:
-    from lightning_nested.games.measured_spectrum import MeasuredSpectrum
-from lightning_nested.games.measured_spectrum import MeasuredSpectrum
-from lightning_nested.trainer.joint_losses import warn_if_detached
 
 
 class GameSpectrumCallback(Callback):
@@ -50,14 +36,12 @@ class GameSpectrumCallback(Callback):
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before
     it (its learning rate, for Adam times 1/(√v̂+ε)), the eigenvalues are those of DJ: what one step multiplies.
     So the learning rate of the predictions is 1, and a spectrum of plain gradient steps is α times that of J.
-    The loss of a player that ascends (``maximize=True``) counts with a minus sign.
-    Real positive eigenvalues are cooperation, imaginary parts conflict, negative real parts repel. The second
-    moments v̂ are held still, weight decay is left out.
+    Real positive eigenvalues are cooperation, imaginary parts conflict, negative real parts repel. The loss of a
+    player that ascends (``maximize=True``) counts with a minus sign; v̂ is held still, weight decay is left out.
 
-    All products see one batch, the first of the run, and the same random numbers; batch norm, spectral norm,
-    metrics, logs and the global random stream are as before afterwards: without ``adapt`` training is the same
-    to the last bit. In a data-parallel run every product is averaged, so the spectrum is that of the global
-    batch, and the same on every process.
+    All products see one batch, the first of the run, and the same random numbers, without side effects: without
+    ``adapt`` training is the same to the last bit. In a data-parallel run the spectrum is that of the global batch, and
+    the same on every process.
 
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
     ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``own/<player>``, ``momentum/<player>``,
@@ -68,7 +52,7 @@ class GameSpectrumCallback(Callback):
     alternate, see :func:`convergence_rate`.
 
     ``adapt=True`` sets |β| and arg β of the players whose optimizer is a :class:`ComplexSGD` or a :class:`ComplexAdam`
-    without ``debias``, never further from the present ones than ``max_change``; the others keep theirs. In games of up
+    without ``debias``, never further from the current ones than ``max_change``; the others keep theirs. In games of up
     to 60 numbers each player gets its own, by the rate of the joint step (``adapts_each_player`` is 1); in larger ones
     all get the same, by the rate over the eigenvalues measured. Directions that no momentum contracts are left out.
     Where nothing better is found, nothing is changed, nor where no rate can be predicted: a warning says why.
@@ -76,15 +60,15 @@ class GameSpectrumCallback(Callback):
     Args:
         every_n_updates: Game updates between measurements; the first is after the first update.
         k: Eigenvalues to find by products; None: all, with the players' shares, from the dense matrix.
-        which: Which ones lead, see :func:`game_spectrum`.
+        which: Eigenvalues that lead, see :func:`game_spectrum`.
         per_player: Also measure every player's own block.
         adapt: Set momentum and phase.
         max_momentum: Bound of |β| in ``adapt``.
         max_change: Bounds of one change of |β| and of arg β.
-        max_products: Where a measurement gives up.
+        max_products: Products at which a measurement gives up.
 
     Attributes:
-        history: What was measured.
+        history: Measured spectra.
 
     Raises:
         ValueError: An argument out of range.
@@ -119,21 +103,20 @@ class GameSpectrumCallback(Callback):
         self.adapt, self.max_momentum, self.max_change = adapt, max_momentum, max_change
         self.max_products = max_products
         self.history: list[MeasuredSpectrum] = []
-        self._batch: Any = None
-        self._seed: int | None = None
+        self._fixed: FixedBatches | None = None  # the first batch of the run, and its random numbers
         self._measured = 0  # game updates at the last measurement
-        self._told: set[str] = set()  # what was said once
-        self._saved: Mapping[str, Any] | None = None
+        self._told: set[str] = set()  # messages that appear once
+        self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
 
     def should_measure(self, game_updates: int) -> bool:
-        """Whether to measure after this update; to be overridden."""
+        """Return True to measure after this update; to be overridden."""
         return game_updates == 1 or game_updates % self.every_n_updates == 0
 
     # ---- lifecycle
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not all(hasattr(pl_module, name) for name in ("player_losses", "game_updates")):
+        if stage == "fit" and not is_game(pl_module):
             raise MisconfigurationException(
                 "GameSpectrumCallback measures the game of a GameModule. "
                 f"Got {type(pl_module).__name__}; extend lightning_nested.modules.GameModule."
@@ -141,21 +124,17 @@ class GameSpectrumCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        seed = base_seed(trainer)  # on every process
+        if self._fixed is None:
+            self._fixed = FixedBatches(trainer)
         saved, self._saved = self._saved, None
         if saved is not None:
-            self._seed, self._measured = saved["seed"], saved["measured"]
-            batches = saved["batches"]
-            if trainer.global_rank < len(batches):
-                self._batch = trainer.strategy.batch_to_device(batches[trainer.global_rank])
-        if self._seed is None:
-            self._seed = seed
+            self._measured = saved["measured"]
+            batches = [[] if batch is None else [batch] for batch in saved["batches"]]
+            self._fixed.load_state_dict({"seed": saved["seed"], "batches": batches})
         if self.k is None:
-            _check_dense(
-                sum(p.numel() for each in pl_module.running_players.values() for p in each.parameters)
-            )
+            _check_dense(pl_module)
         if self.adapt:
-            others = without_complex_momentum(optimizers_of(pl_module))
+            others = _without_complex_momentum(_optimizers(pl_module))
             if others:
                 self._tell(
                     f"adapt=True sets momentum and phase of ComplexSGD and ComplexAdam. Others keep theirs: {others}."
@@ -165,8 +144,8 @@ class GameSpectrumCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._batch is None:
-            self._batch = apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
+        assert self._fixed is not None
+        self._fixed.get(0, batch)
 
     @override
     def on_train_batch_end(
@@ -177,14 +156,14 @@ class GameSpectrumCallback(Callback):
             return
         self._measured = updates
         try:
-            measured, step = self._measure(trainer, pl_module)
+            measured = self.measure(trainer, pl_module)
         except (SpectrumError, FloatingPointError) as error:
             rank_zero_warn(f"GameSpectrumCallback measured nothing after {updates} game updates: {error}")
             return
         self.history.append(measured)
-        self._log(trainer, pl_module, measured, step)
+        self._log(trainer, pl_module, measured)
         if self.adapt:
-            self._adapt(pl_module, measured, step)
+            self._adapt(pl_module, measured)
 
     @property
     @override
@@ -193,103 +172,50 @@ class GameSpectrumCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._seed is None:
+        if self._fixed is None:
             return dict(self._saved or {})
-        batch = apply_to_collection(self._batch, Tensor, lambda t: t.cpu())
-        batches = [batch]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            batches = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(batches, batch)
-        return {"seed": self._seed, "measured": self._measured, "batches": batches}
+        state = self._fixed.state_dict()
+        batches = [held[0] if held else None for held in state["batches"]]
+        return {"seed": state["seed"], "measured": self._measured, "batches": batches}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None
 
-    # ---- the measurement
-
     def measure(self, trainer: Trainer, pl_module: Any) -> MeasuredSpectrum:
-        """The spectrum at the present weights; leaves no trace.
+        """Measure the spectrum at the current weights, without side effects.
 
         Raises:
             SpectrumError: The eigenvalues did not converge.
             FloatingPointError: A loss or a product is not finite.
             ValueError: Parameters of one player ascend and others descend.
         """
-        return self._measure(trainer, pl_module)[0]
-
-    def _measure(self, trainer: Trainer, pl_module: Any) -> tuple[MeasuredSpectrum, JointStep | None]:
-        """The spectrum, and the joint step if it is known."""
-        players = pl_module.running_players
-        tensors = tuple(player.parameters for player in players.values())
+        assert self._fixed is not None
+        if self.k is None:
+            _check_dense(pl_module)
+        players: Mapping[str, RunningPlayer] = pl_module.running_players
         dynamics = {
-            name: step_dynamics(player.optimizer.optimizer, player.parameters)
-            for name, player in players.items()
+            name: step_dynamics(each.optimizer.optimizer, each.parameters) for name, each in players.items()
         }
-        losses = self._losses(trainer, pl_module, list(players))
+        names, tensors = list(players), [each.parameters for each in players.values()]
+        losses = joint_losses(pl_module, names, *self._fixed.get(0, None))
         if not self.history:
-            warn_if_detached(list(players), losses, tensors)
-        descended = [loss * each.sign for loss, each in zip(losses, dynamics.values(), strict=True)]
-        jacobian = JacobianOperator(descended, tensors, reduce=reduction(trainer))
-        operator = StepJacobian(jacobian, tuple(d for each in dynamics.values() for d in each.scale))
-        eigenvalues, shares, products = self._eigenvalues(operator)
-        own = {}
-        for index, (name, each) in enumerate(dynamics.items() if self.per_player else ()):
-            found, _, used = self._eigenvalues(OwnStepJacobian(jacobian.block(index), each.scale))
-            own[name], products = found.real, products + used
-        step = joint_step(pl_module, dynamics, operator)
-        if step is not None and self.k is not None:
-            products += len(step.matrix)
-        measured = MeasuredSpectrum(
-            game_updates=pl_module.game_updates,
-            eigenvalues=eigenvalues,
-            shares=shares,
-            own=own,
-            momenta={name: each.momentum for name, each in dynamics.items()},
-            alternating=pl_module.update == "alternating",
-            rate=None if step is None else step.rate(),
-            num_products=products,
-            exact=step is not None,
+            warn_if_detached(names, losses, tensors)
+        steps = tuple(pl_module.steps_per_player.get(name, 1) for name in names)
+        measured = measure_spectrum(
+            losses,
+            tensors,
+            dynamics,
+            k=self.k,
+            which=self.which,
+            steps=steps if pl_module.update == "alternating" else None,
+            per_player=self.per_player,
+            max_products=self.max_products,
+            reduce=reduction(trainer),
         )
-        if step is None and single_steps(pl_module):
-            momentum, turns = measured.momentum, measured.alternating
-            rate = predicted_rate(eigenvalues, momentum, turns)
-            measured = replace(measured, rate=rate, equal_curvatures=turns and rate is not None)
-        return measured, step
+        return replace(measured, game_updates=pl_module.game_updates)
 
-    def _losses(self, trainer: Trainer, module: Any, names: list[str]) -> list[Tensor]:
-        """All players' losses at one point, on the fixed batch, with the same random numbers every time."""
-        assert self._seed is not None
-        stream = RandomStream(self._seed + 7_368_787 * trainer.global_rank, module.device)
-        with stream, without_trace(module, trainer), module.joint_evaluation(names), torch.enable_grad():
-            losses = module.player_losses(names, self._batch)
-        return [losses[name] for name in names]
-
-    def _eigenvalues(self, operator: LinearOperator) -> tuple[Tensor, Tensor | None, int]:
-        """The leading ones, the players' shares of them, and the number of products."""
-        assert operator.like is not None
-        size = sum(p.numel() for p in operator.like)
-        if self.k is not None or not isinstance(operator, StepJacobian):
-            k = None if self.k is None else min(self.k, size)
-            which = "largest_magnitude" if operator.symmetric else self.which
-            found = leading_eigenvalues(operator, k, which, max_products=self.max_products)
-            return found.eigenvalues, None, found.num_products
-        _check_dense(size)
-        values, vectors = np.linalg.eig(operator.dense().detach().cpu().double().numpy())
-        mass = np.abs(vectors) ** 2
-        owner = np.repeat(operator.jacobian.owners, [p.numel() for p in operator.like])
-        shares = [mass[owner == player].sum(axis=0) for player in range(operator.jacobian.num_players)]
-        order = np.argsort(-np.abs(values), kind="stable")
-        total = np.stack(shares, axis=1)[order]
-        return (
-            torch.from_numpy(values.astype(np.complex128)[order]),
-            torch.from_numpy(total / total.sum(axis=1, keepdims=True)),
-            size,
-        )
-
-    # ---- what follows from it
-
-    def _log(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum, step: JointStep | None) -> None:
+    def _log(self, trainer: Trainer, module: Any, measured: MeasuredSpectrum) -> None:
         values = measured.eigenvalues
         metrics = {
             "max_modulus": float(values.abs().max()),
@@ -306,7 +232,7 @@ class GameSpectrumCallback(Callback):
             if momentum is not None and momentum.kind == "momentum":
                 metrics |= {f"momentum/{name}": momentum.momentum, f"phase/{name}": momentum.phase}
         if self.adapt:
-            metrics["adapts_each_player"] = float(adapts_each_player(step))
+            metrics["adapts_each_player"] = float(measured.adapts_each_player)
         metrics |= {f"own/{name}": float(own.max()) for name, own in measured.own.items()}
         named = {f"spectrum/{name}": value for name, value in metrics.items()}
         module.log_dict(named, logger=False)
@@ -317,20 +243,17 @@ class GameSpectrumCallback(Callback):
                 figure = spectrum_figure([measured], list(module.running_players))
                 add_figure("spectrum", figure, measured.game_updates)
 
-    def _adapt(self, module: Any, measured: MeasuredSpectrum, step: JointStep | None) -> None:
+    def _adapt(self, module: RunningGame, measured: MeasuredSpectrum) -> None:
+        optimizers = _optimizers(module)
         try:
-            better = adapted_momenta(
-                module, measured, step, max_momentum=self.max_momentum, max_change=self.max_change
-            )
+            adapt_momenta(measured, optimizers, max_momentum=self.max_momentum, max_change=self.max_change)
         except ValueError as error:
             self._tell(
                 "adapt=True needs a predicted rate, and momenta that it can set. Momentum and phase stay as they are: "
                 f"{error}."
             )
             return
-        for name, momentum in better.items():
-            set_momentum(optimizers_of(module)[name], momentum.momentum, momentum.phase)
-        if not adapts_each_player(step):
+        if not measured.adapts_each_player:
             self._tell(
                 "GameSpectrumCallback adapts one momentum for all players: this game has more than "
                 f"{ADAPT_LIMIT} numbers, too many to give each player its own by the rate of their joint step.",
@@ -343,8 +266,14 @@ class GameSpectrumCallback(Callback):
             how(text)
 
 
-def _check_dense(size: int) -> None:
+def _optimizers(module: RunningGame) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizer of each player."""
+    return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
+
+
+def _check_dense(module: RunningGame) -> None:
     """Refuse the dense Jacobian of a large game before it is computed."""
+    size = sum(p.numel() for player in module.running_players.values() for p in player.parameters)
     if size > DENSE_LIMIT:
         raise MisconfigurationException(
             f"GameSpectrumCallback(k=None) needs the dense Jacobian, of at most {DENSE_LIMIT} numbers. Got players of "
@@ -352,12 +281,8 @@ def _check_dense(size: int) -> None:
         )
 
 
-def without_complex_momentum(optimizers: Mapping[str, torch.optim.Optimizer]) -> str:
-    """The players that cannot be adapted, for a warning; empty if all can.
-
-    Raises:
-        MisconfigurationException: No player can.
-    """
+def _without_complex_momentum(optimizers: Mapping[str, torch.optim.Optimizer]) -> str:
+    """Name the players that cannot be adapted, for a warning; refuse a game without any that can."""
     without = [
         f"{type(optimizer).__name__} for {name!r}"
         for name, optimizer in optimizers.items()

@@ -1,23 +1,20 @@
-"""What a measured spectrum says about a game's momentum: the rate of the present one, and a better one nearby."""
+"""Adaptation of momentum to a measured spectrum: a better one near the current one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
+from torch.optim import Optimizer
 
 from lightning_nested.games.joint_step import ADAPT_LIMIT, JointStep
+from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
-from lightning_nested.optim.step_dynamics import Momentum, has_complex_momentum
-
-if TYPE_CHECKING:
-    from lightning_nested.games.measured_spectrum import MeasuredSpectrum
-from lightning_nested.games.joint_step import adapts_each_player, single_steps
+from lightning_nested.optim.step_dynamics import Momentum, has_complex_momentum, set_momentum
 
 
 def better_momentum(
@@ -28,15 +25,14 @@ def better_momentum(
     max_momentum: float = 0.95,
     max_change: tuple[float, float] = (0.1, math.pi / 8),
 ) -> Momentum:
-    """The momentum of all players near the present one whose worst rate over the eigenvalues of DJ is smallest.
+    """Find a momentum of all players near ``now`` whose worst rate over the eigenvalues is smaller, else ``now``.
 
-    Eigenvalues that no momentum up to ``max_momentum`` contracts are left out; if all are, or nothing is better, the
-    present one stays.
+    Eigenvalues that no momentum up to ``max_momentum`` contracts are left out.
 
     Args:
-        eigenvalues: Of DJ: the learning rate is in them.
+        eigenvalues: Eigenvalues of DJ: the learning rate is in them.
         now: β of the next step.
-        alternating: See :func:`lightning_nested.games.convergence_rate`.
+        alternating: True for players that step one after the other, see :func:`convergence_rate`.
         max_momentum: Bound of |β|; a larger one comes down as fast as ``max_change`` allows.
         max_change: Bounds of the changes of |β| and arg β.
 
@@ -67,19 +63,16 @@ def better_momenta(
     max_momentum: float = 0.95,
     max_change: tuple[float, float] = (0.1, math.pi / 8),
 ) -> dict[int, Momentum]:
-    """Momenta of each player near the present ones at which the joint step has a smaller spectral radius.
+    """Find momenta near the current ones, one of each player, with a smaller spectral radius of the joint step.
 
     As in :func:`better_momentum` directions that no momentum contracts are left out: the growing modes of the step that
     lie for the most part in the span of their eigenvectors.
 
     Args:
-        step: With the present momenta.
+        step: Joint step with the current momenta.
         now: Momentum of each player that may change, by its index.
-        max_momentum: As in :func:`better_momentum`, of each player.
-        max_change: Likewise.
-
-    Returns:
-        For the same players; equal to ``now`` where nothing is better.
+        max_momentum: Bound of |β| of each player, as in :func:`better_momentum`.
+        max_change: Bounds of the changes of each player's |β| and arg β.
 
     Example:
         One player has curvature 1, the other 0.01: the second one wants more momentum.
@@ -101,18 +94,21 @@ def better_momenta(
 
 
 def _nearby(
-    rate: Callable[[Array], float], now: list[Momentum], max_momentum: float, max_change: tuple[float, float]
+    rate: Callable[[Array], float],
+    now: Sequence[Momentum],
+    max_momentum: float,
+    max_change: tuple[float, float],
 ) -> list[Momentum]:
-    """Momenta within reach of which the rate is smaller, else the same; it takes |β| and arg β, shape (players, 2)."""
+    """Minimise a rate of |β| and arg β, shape (players, 2), over the momenta within reach."""
     # The opposite phase gives the same iterates.
     start = np.array([(m.momentum, min(abs(m.phase), math.pi)) for m in now])
     low, high = np.maximum(start - max_change, 0.0), start + max_change
     # One above the bound comes down by max_change.
     bound = np.minimum(np.maximum(max_momentum, low[:, 0]), 1 - 1e-9)
     high = np.minimum(high, np.stack([bound, np.full_like(bound, math.pi)], axis=1))
-    scale = np.tile(max_change, len(now))
     # Both coordinates of each player, and of all together.
-    groups = [*np.eye(len(now)), *([np.ones(len(now))] if len(now) > 1 else [])]
+    groups = np.vstack([np.eye(len(now)), np.ones((int(len(now) > 1), len(now)))])
+    scale = np.tile(max_change, len(now))
     moves = [
         length * scale * np.outer(group, way).reshape(-1)
         for length, group, way in product((1.0, 0.4), groups, product((0, 1, -1), repeat=2))
@@ -132,13 +128,11 @@ def _nearby(
 
 
 def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], float] | None:
-    """The largest modulus of a mode that some momentum contracts; None where there is none."""
+    """Return the function to minimise: the largest modulus of a mode that some momentum contracts; None without any."""
     values, vectors = np.linalg.eig(step.matrix)
     good = _contracted(values.astype(np.complex128), step.alternating, max_momentum)
-    if not good.any():
-        return None
-    if good.all():
-        return JointStep.rate
+    if good.all() or not good.any():
+        return JointStep.rate if good.any() else None
     onto_bad = (vectors[:, ~good] @ np.linalg.inv(vectors)[~good]).real
     bad = int((~good).sum())
 
@@ -157,56 +151,49 @@ def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], floa
 
 
 def _contracted(eigenvalues: Array, alternating: bool, max_momentum: float) -> Array:
-    """Which of them some momentum up to ``max_momentum`` contracts."""
+    """Return a mask of those that some momentum up to ``max_momentum`` contracts."""
     size, phase = np.meshgrid(np.linspace(0, max_momentum, 21), np.linspace(0, math.pi, 21))
-    each = [
-        momentum_radii(z, np.ones_like(size), size, phase, alternating).min() for z in eigenvalues[:, None]
-    ]
-    return np.array(each) < 1
+    rates = [momentum_radii(z, np.ones_like(size), size, phase, alternating) for z in eigenvalues[:, None]]
+    return np.array([each.min() < 1 for each in rates], dtype=bool)
 
 
-def optimizers_of(module: Any) -> dict[str, torch.optim.Optimizer]:
-    """The optimizer of each player of a running :class:`GameModule`."""
-    return {name: player.optimizer.optimizer for name, player in module.running_players.items()}
-
-
-def adapted_momenta(
-    module: Any, measured: MeasuredSpectrum, step: JointStep | None, **limits: Any
-) -> dict[str, Momentum]:
-    """The next momentum of every player that may have another one.
+def adapt_momenta(measured: MeasuredSpectrum, optimizers: Mapping[str, Optimizer], **limits: Any) -> None:
+    """Set the next momentum and phase of every player whose optimizer has complex momentum.
 
     Args:
-        module: The running :class:`GameModule`.
-        measured: Its spectrum.
-        step: Its joint step if that is known.
+        measured: Spectrum of the game.
+        optimizers: Optimizer of each player, in the order of the spectrum's players.
         **limits: ``max_momentum`` and ``max_change`` of :func:`better_momenta`.
 
     Raises:
         ValueError: There is no predicted rate to go by, or no player's momentum can be set; it says why.
     """
-    optimizers = optimizers_of(module)
     movable = {
         name: momentum
         for name, momentum in measured.momenta.items()
         if momentum is not None and momentum.kind == "momentum" and has_complex_momentum(optimizers[name])
     }
-    if movable and step is not None and adapts_each_player(step):
-        places = {name: i for i, name in enumerate(optimizers)}
-        better = better_momenta(step, {places[name]: m for name, m in movable.items()}, **limits)
-        return {name: better[places[name]] for name in movable}
-    common = measured.momentum
-    if common is None or len(movable) < len(optimizers) or not single_steps(module):
-        raise ValueError(_why_not(module, measured, movable))
-    one = better_momentum(measured.eigenvalues, common, alternating=measured.alternating, **limits)
-    return dict.fromkeys(movable, one)
+    common, step = measured.momentum, measured.joint_step
+    if movable and step is not None and measured.adapts_each_player:
+        places = {i: name for i, name in enumerate(optimizers) if name in movable}
+        found = better_momenta(step, {i: movable[name] for i, name in places.items()}, **limits)
+        better = {name: found[i] for i, name in places.items()}
+    elif common is not None and len(movable) == len(optimizers) and max(measured.steps or (1,)) == 1:
+        one = better_momentum(measured.eigenvalues, common, alternating=measured.alternating, **limits)
+        better = dict.fromkeys(movable, one)
+    else:
+        raise ValueError(_why_not(measured, movable))
+    for name, momentum in better.items():
+        set_momentum(optimizers[name], momentum.momentum, momentum.phase)
 
 
-def _why_not(module: Any, measured: MeasuredSpectrum, movable: Mapping[str, Momentum]) -> str:
+def _why_not(measured: MeasuredSpectrum, movable: Mapping[str, Momentum]) -> str:
     if any(momentum is not None and momentum.kind != "momentum" for momentum in measured.momenta.values()):
         return "an optimizer's update is another one, as that of ComplexAdam with debias=True and a phase is"
     if not movable:
         return "no player has one momentum that may change; its groups must agree, and ComplexAdam have debias=False"
     small = f"which only the joint step of up to {ADAPT_LIMIT} numbers knows"
-    if not single_steps(module):
-        return f"players take several steps in an update (steps_per_player={dict(module.steps_per_player)}), {small}"
+    if max(measured.steps or (1,)) > 1:
+        steps = dict(zip(measured.momenta, measured.steps or (), strict=True))
+        return f"players take several steps in an update (steps_per_player={steps}), {small}"
     return f"the players, or groups of one, differ in momentum, phase or kind of optimizer, {small}; give all the same"

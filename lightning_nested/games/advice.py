@@ -1,8 +1,7 @@
-"""Which momentum, phase and learning rate suit a game with these eigenvalues?
+"""Advice on momentum: the learning rate, momentum and phase that suit a game with these eigenvalues.
 
-Answers the question that the complex-momentum paper leaves open: the settings follow from the spectrum of the Jacobian,
-as those that minimise the worst rate over it. The objective, a maximum of root moduli, is neither convex
-nor smooth, so: differential evolution finds the valley, and :func:`search` its bottom.
+They minimise the worst rate over the spectrum of the Jacobian. This objective, a maximum of root moduli, is neither
+convex nor smooth, so differential evolution finds the valley, and :func:`search` its bottom.
 """
 
 from __future__ import annotations
@@ -10,21 +9,22 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 from scipy.optimize import differential_evolution, minimize_scalar
 
-from lightning_nested.games.rates import ROUNDED_PI, Array, Eigenvalues, as_eigenvalues, momentum_radii
+from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
+from lightning_nested.optim.options import ROUNDED_PI
 
 _LARGEST_MOMENTUM = 0.9999
-# Of log α (for a largest eigenvalue of modulus 1), −log(1 − |β|) and φ.
+# Ranges of log α (for a largest eigenvalue of modulus 1), −log(1 − |β|) and φ.
 _BOUNDS = np.array(
     [[math.log(1e-4), math.log(10.0)], [0.0, -math.log(1 - _LARGEST_MOMENTUM)], [0.0, math.pi]]
 )
-# Eigenvalues that the search looks at to begin with; it adds those that turn out worse. A cubic costs a thirtieth of a
-# companion matrix.
+# Eigenvalues that the search looks at to begin with, for players in turns or together; it adds those that turn out
+# worse. A cubic costs a thirtieth of a companion matrix.
 _ACTIVE = {False: 64, True: 12}
 _FINE = (0.05, 0.005, 0.0005)  # sizes of simplices in log units
 _RING = 24  # perturbations of an eigenvalue
@@ -32,15 +32,15 @@ _RING = 24  # perturbations of an eigenvalue
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumSuggestion:
-    """What :func:`suggest_momentum` found.
+    """Result of :func:`suggest_momentum`.
 
     Attributes:
         lr: α.
         momentum: |β|.
         phase: φ in [0, π].
         rate: Worst predicted rate over the eigenvalues (with ``noise``, over the perturbed ones), per step.
-        alternating: Whether it is for players that step one after the other.
-        dropped: Eigenvalues that were left out.
+        alternating: True for players that step one after the other.
+        dropped: Number of eigenvalues that were left out.
     """
 
     lr: float
@@ -65,26 +65,21 @@ def suggest_momentum(
     cutoff: float = 1e-8,
     unstable: Literal["raise", "drop"] = "raise",
 ) -> MomentumSuggestion:
-    """The learning rate, momentum and phase whose worst predicted rate over the eigenvalues is smallest.
-
-    min over α, |β|, φ of max over λ of :func:`convergence_rate`.
+    """Minimise the worst rate, max over λ of :func:`convergence_rate`, over learning rate α, |β| and phase φ.
 
     Args:
         eigenvalues: λ of the game's Jacobian, any shape; one of each conjugate pair is enough. The leading ones of
             :func:`game_spectrum` bound α; slow directions count only if they are among them.
         phase: φ to keep; None: any.
-        alternating: For players that step one after the other, see :func:`convergence_rate` for what that assumes.
-            None: whichever order is faster; the result says which.
+        alternating: True for players that step one after the other, see :func:`convergence_rate` for what that
+            assumes. None: the faster order; the result says which.
         noise: Relative error of the eigenvalues to be safe from: the worst case over |λ' − λ| <= noise·|λ|, without
             negative real parts for those that may have none (at a solution that attracts). The rate is subharmonic
             in λ, so that its maximum over a region lies on the boundary, where it is sampled.
         cutoff: Eigenvalues below this fraction of the largest are left out: what does not move has no rate.
-        unstable: What to do about eigenvalues on the negative real axis, which no momentum contracts (at z = 1 the
-            characteristic polynomial is λα(1 − Re β) < 0, so a root lies beyond): ``"raise"``, or ``"drop"`` them
-            with a warning.
-
-    Returns:
-        A frozen result with ``lr``, ``momentum``, ``phase``, ``rate``.
+        unstable: Refuse eigenvalues on the negative real axis with ``"raise"``, or leave them out with ``"drop"`` and
+            a warning. No momentum contracts them: at z = 1 the characteristic polynomial is λα(1 − Re β) < 0, so a
+            root lies beyond.
 
     Raises:
         ValueError: An argument out of range, an eigenvalue that no momentum contracts, or no settings that converge.
@@ -99,30 +94,28 @@ def suggest_momentum(
         >>> round(suggest_momentum([1j], phase=math.pi / 8).rate, 4), round(suggest_momentum([1j]).rate, 4)
         (0.9354, 0.8882)
     """
-    _check_arguments(phase, noise, cutoff, unstable)
-    phase = None if phase is None else min(max(float(phase), -math.pi), math.pi)
-    values = as_eigenvalues(eigenvalues).reshape(-1)
-    kept, scale = _upper_half(values, cutoff)
+    phase = _checked_phase(phase, noise, cutoff, unstable)
+    kept, scale = _upper_half(as_eigenvalues(eigenvalues).reshape(-1), cutoff)
     kept, dropped = _stable(kept, unstable, noise)
     targets = _perturbed(kept, noise) / scale
     orders = (False, True) if alternating is None else (alternating,)
-    found = [(_Search(targets, order).run(phase), order) for order in orders]
-    (rate, lr, momentum, angle), order = min(found, key=lambda f: f[0][0])
+    found = [(*_Search(targets, order).run(phase), order) for order in orders]
+    rate, lr, momentum, angle, order = min(found, key=lambda each: each[0])
     if not rate < 1:
-        worst = kept[np.argmin(kept.real / np.abs(kept))]
-        raise ValueError(
-            "Some lr, momentum and phase must contract every eigenvalue. Got none that do"
-            + (f" at phase={phase:g}" if phase is not None else "")
-            + f"; the best rate is {rate:.6g}, and the eigenvalue farthest to the left {worst:.4g}. "
-            "Leave the phase free, lower `noise`, or add damping to the game (a gradient penalty)."
-        )
+        _refuse(kept, phase, rate)
+    phase = angle if phase is None else phase
     return MomentumSuggestion(
-        lr=lr / scale,
-        momentum=momentum,
-        phase=angle if phase is None else phase,
-        rate=rate,
-        alternating=order,
-        dropped=dropped,
+        lr=lr / scale, momentum=momentum, phase=phase, rate=rate, alternating=order, dropped=dropped
+    )
+
+
+def _refuse(values: Array, phase: float | None, rate: float) -> NoReturn:
+    worst = values[np.argmin(values.real / np.abs(values))]
+    raise ValueError(
+        "Some lr, momentum and phase must contract every eigenvalue. Got none that do"
+        + (f" at phase={phase:g}" if phase is not None else "")
+        + f"; the best rate is {rate:.6g}, and the eigenvalue farthest to the left {worst:.4g}. "
+        "Leave the phase free, lower `noise`, or add damping to the game (a gradient penalty)."
     )
 
 
@@ -134,22 +127,20 @@ class _Search:
         self.active = _spread(targets, _ACTIVE[alternating])
 
     def run(self, phase: float | None) -> tuple[float, float, float, float]:
-        """Rate, lr, |β| and φ of the best point."""
-        bounds = _BOUNDS if phase is None else _at_phase(_BOUNDS, abs(phase))
+        """Return rate, lr, |β| and φ of the best point."""
         for _ in range(3):
-            point = self._anywhere(bounds)
+            point = self._anywhere(phase)
             seen, whole = self.seen(point), self.full(point)
             self._add_worse([point])
             if whole - seen <= 0.1 * (1 - seen):  # else perhaps another valley, seen with the worse ones
                 break
-        turns: tuple[float, ...] = ()
+        free, turns = (2, ()) if phase is not None else (3, (0.0, math.pi))  # a real β is often the best
         if phase is None:
-            point = self._along_the_valley(self._descend(point, bounds))
-            turns = (0.0, math.pi)  # a real β is often the best
+            point = self._along_the_valley(self._descend(point, free))
         for _ in range(6):
-            ends = [point, self._descend(point, _at_phase(bounds, point[2]))]
-            ends.append(self._descend(ends[1], bounds, _FINE[1:]))
-            ends += [self._descend(np.append(point[:2], end), _at_phase(bounds, end)) for end in turns]
+            ends = [point, self._descend(point, 2)]
+            ends.append(self._descend(ends[1], free, _FINE[1:]))
+            ends += [self._descend(np.append(point[:2], end), 2) for end in turns]
             turns = ()
             point = min([*ends, *self._heavy_ball(phase)], key=self.full)
             if not self._add_worse(ends):
@@ -158,19 +149,21 @@ class _Search:
         return self.full(point), float(lr), float(momentum), float(angle)
 
     def full(self, point: Array) -> float:
-        """The worst rate over all eigenvalues."""
+        """Return the worst rate over all eigenvalues."""
         return float(self._rates(self.targets, point).max())
 
     def seen(self, point: Array) -> float:
-        """The worst rate over the active eigenvalues."""
+        """Return the worst rate over the active eigenvalues."""
         return float(self._rates(self.targets[self.active], point).max())
 
     def _rates(self, targets: Array, points: Array) -> Array:
         return momentum_radii(targets, *_natural(points), self.alternating)
 
-    def _anywhere(self, bounds: Array) -> Array:
-        """Differential evolution over the active eigenvalues, a generation at a time."""
-        targets = self.targets[self.active]
+    def _anywhere(self, phase: float | None) -> Array:
+        """Find a valley by differential evolution over the active eigenvalues, a generation at a time."""
+        targets, bounds = self.targets[self.active], _BOUNDS.copy()
+        if phase is not None:
+            bounds[2] = abs(phase)
         end = differential_evolution(
             lambda x: self._rates(targets, x.T).max(axis=-1),  # of shape (3, points)
             bounds,
@@ -185,17 +178,21 @@ class _Search:
         found: Array = end.x
         return found
 
-    def _descend(self, point: Array, bounds: Array, sizes: tuple[float, ...] = _FINE) -> Array:
-        return search(self.seen, point, bounds, sizes, evaluations=50)
+    def _descend(self, point: Array, free: int, sizes: tuple[float, ...] = _FINE) -> Array:
+        """Search over the first ``free`` coordinates."""
+        kept = point[free:]
+        found = search(
+            lambda x: self.seen(np.append(x, kept)), point[:free], _BOUNDS[:free], sizes, evaluations=50
+        )
+        return np.append(found, kept)
 
     def _along_the_valley(self, point: Array) -> Array:
-        """The best phase near the point's, with the best α and |β| at each: too narrow for three at once."""
+        """Find the best phase nearby, with the best α and |β| at each: too narrow for three at once."""
         tried = [point]
 
         def objective(phase: float) -> float:
             nearest = min(tried, key=lambda p: float(abs(p[2] - phase)))
-            start = np.append(nearest[:2], phase)
-            tried.append(self._descend(start, _at_phase(_BOUNDS, phase), (0.02,)))
+            tried.append(self._descend(np.append(nearest[:2], phase), 2, (0.02,)))
             return self.seen(tried[-1])
 
         bounds = (max(0.0, point[2] - 0.3), min(math.pi, point[2] + 0.3))
@@ -205,7 +202,7 @@ class _Search:
         return min(tried[:6], key=self.full)
 
     def _heavy_ball(self, phase: float | None) -> list[Array]:
-        """Polyak's settings, optimal for an interval of positive eigenvalues; none for other spectra."""
+        """Return Polyak's settings, optimal for an interval of positive eigenvalues; none for other spectra."""
         if self.targets.imag.any() or phase not in (None, 0.0):
             return []
         low, high = np.sqrt(self.targets.real.min()), np.sqrt(self.targets.real.max())
@@ -222,18 +219,13 @@ class _Search:
         return len(self.active) > before
 
 
-def _at_phase(bounds: Array, phase: float) -> Array:
-    """Bounds that leave no other phase."""
-    return np.vstack([bounds[:2], [phase, phase]])
-
-
 def _natural(points: Array) -> tuple[Array, Array, Array]:
-    """α, |β| and φ."""
+    """Return α, |β| and φ."""
     return np.exp(points[..., 0]), -np.expm1(-points[..., 1]), points[..., 2]
 
 
 def _upper_half(values: Array, cutoff: float) -> tuple[Array, float]:
-    """One of each conjugate pair, without what is too small to count; and the largest modulus."""
+    """Return one of each conjugate pair, without what is too small to count, and the largest modulus."""
     scale = float(np.abs(values).max())
     if scale == 0:
         raise ValueError(
@@ -245,7 +237,7 @@ def _upper_half(values: Array, cutoff: float) -> tuple[Array, float]:
 
 
 def _stable(values: Array, unstable: Literal["raise", "drop"], noise: float) -> tuple[Array, int]:
-    """The eigenvalues that some momentum contracts, and how many there are not."""
+    """Return the eigenvalues that some momentum contracts, and the number of the others."""
     hopeless = (values.imag == 0) & (values.real < 0)
     if hopeless.any():
         text = (
@@ -270,7 +262,7 @@ def _stable(values: Array, unstable: Literal["raise", "drop"], noise: float) -> 
 
 
 def _perturbed(values: Array, noise: float) -> Array:
-    """The eigenvalues and, with noise, a circle around each."""
+    """Return the eigenvalues and, with noise, a circle around each."""
     if noise == 0:
         return values
     circle = noise * np.exp(2j * math.pi * np.arange(_RING) / _RING)
@@ -281,7 +273,7 @@ def _perturbed(values: Array, noise: float) -> Array:
 
 
 def _spread(values: Array, count: int) -> Array:
-    """Indices of up to ``count`` eigenvalues, each the farthest from those before it in modulus and angle."""
+    """Return indices of up to ``count`` eigenvalues, each the farthest from those before it in modulus and angle."""
     place = np.log(values)
     chosen = [int(np.argmax(np.abs(values)))]
     distance = np.abs(place - place[chosen[0]])
@@ -291,7 +283,8 @@ def _spread(values: Array, count: int) -> Array:
     return np.array(chosen)
 
 
-def _check_arguments(phase: float | None, noise: float, cutoff: float, unstable: str) -> None:
+def _checked_phase(phase: float | None, noise: float, cutoff: float, unstable: str) -> float | None:
+    """Refuse arguments out of range, and return the phase in [−π, π]."""
     if phase is not None and not abs(phase) <= ROUNDED_PI:
         raise ValueError(f"phase must lie in [-π, π], or be None. Got {phase}.")
     for name, value in (("noise", noise), ("cutoff", cutoff)):
@@ -299,3 +292,4 @@ def _check_arguments(phase: float | None, noise: float, cutoff: float, unstable:
             raise ValueError(f"{name} must lie in [0, 1). Got {value}.")
     if unstable not in ("raise", "drop"):
         raise ValueError(f"unstable must be 'raise' or 'drop'. Got {unstable!r}.")
+    return None if phase is None else min(max(float(phase), -math.pi), math.pi)

@@ -1,4 +1,4 @@
-"""The joint gradient of a game and its Jacobian: dense, and as products from one kept graph.
+"""Joint gradient of a game and its Jacobian: dense, and as products from one kept graph.
 
 With losses L_i and players θ_i the joint gradient is ξ = (∂L_1/∂θ_1, …, ∂L_n/∂θ_n), and J = ∂ξ/∂θ. Unlike a
 Hessian J is not symmetric, and its eigenvalues are complex where the players are in conflict.
@@ -13,14 +13,14 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_nested.linalg.curvature import HessianOperator, gradient_with_graph, owned
+from lightning_nested.linalg.curvature import gradient_with_graph, owned
 from lightning_nested.linalg.graph import explain_double_backward
-from lightning_nested.linalg.operators import AveragedOperator, LinearOperator
+from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 
 Player: TypeAlias = "Tensor | tuple[Tensor, ...]"
-"""What one player holds: a tensor, or the parameters of a network."""
+"""A tensor, or the parameters of a network, that one player holds."""
 
 PlayersT = TypeVar("PlayersT", bound="tuple[Player, ...]")
 
@@ -31,7 +31,7 @@ Losses: TypeAlias = "Callable[[PlayersT], Sequence[Tensor]] | Sequence[Tensor]"
 def joint_gradient(
     losses: Losses[PlayersT], players: PlayersT, *, create_graph: bool = False, reduce: Reduce | None = None
 ) -> PlayersT:
-    """Each player's gradient of its own loss, ξ = (∂L_i/∂θ_i)_i.
+    """Compute each player's gradient of its own loss, ξ = (∂L_i/∂θ_i)_i.
 
     No player's loss reaches another player's gradient, so nothing has to be frozen or toggled.
 
@@ -57,12 +57,9 @@ def joint_gradient(
     gradient: list[Tensor] = []
     for player, loss in enumerate(values):
         own = tuple(t for t, o in zip(tensors, owners, strict=True) if o == player)
+        keep = create_graph or player < len(values) - 1
         found = torch.autograd.grad(
-            loss,
-            own,
-            create_graph=create_graph,
-            retain_graph=True if player < len(values) - 1 else None,
-            allow_unused=True,
+            loss, own, create_graph=create_graph, retain_graph=keep, allow_unused=True
         )
         _check_used(found, player)
         gradient += zeros_where_none(found, own)
@@ -70,17 +67,10 @@ def joint_gradient(
 
 
 def game_jacobian(losses: Losses[PlayersT], players: PlayersT, *, reduce: Reduce | None = None) -> Tensor:
-    """The dense Jacobian J of the joint gradient, row i the gradient of ξ_i.
+    """Compute the dense Jacobian J of the joint gradient, shape (n, n), row i the gradient of ξ_i.
 
-    One backward pass a row: for small games; :class:`JacobianOperator` has products.
-
-    Args:
-        losses: As in :func:`joint_gradient`.
-        players: As in :func:`joint_gradient`.
-        reduce: Averages a tensor over processes.
-
-    Returns:
-        Shape (n, n), with n the numbers that all players hold, the first player's first.
+    One backward pass a row: for small games; :class:`JacobianOperator` has products. Arguments and errors as in
+    :func:`joint_gradient`; n counts the numbers that all players hold, the first player's first.
 
     Example:
         >>> from lightning_nested.games import QuadraticGame
@@ -92,28 +82,22 @@ def game_jacobian(losses: Losses[PlayersT], players: PlayersT, *, reduce: Reduce
 
 
 class JacobianOperator(LinearOperator):
-    """J and its transpose as products: ``J @ v``, ``J.matvec(v)`` = J v, ``J.rmatvec(v)`` = Jᵀ v, ``J.T``.
+    """Products with J and its transpose: ``J @ v``, ``J.matvec(v)`` = J v, ``J.rmatvec(v)`` = Jᵀ v, ``J.T``.
 
     The gradients are built once with their graphs; a product is then one backward pass through them, so all
     products see the same batch and noise. Jᵀu is the derivative of ⟨ξ, u⟩. The i-th block of J v is the
     derivative of ⟨∂L_i/∂θ, v⟩ with respect to θ_i, because the Hessian of each L_i is symmetric; no third
     derivative is needed, as it would be in forward mode by two transpositions.
 
-    Vectors are flat tuples of tensors, the first player's tensors first.
-
-    Args:
-        losses: As in :func:`joint_gradient`.
-        players: As in :func:`joint_gradient`.
-        reduce: Averages a tensor over processes: products are then those of the whole batch.
+    Vectors are flat tuples of tensors, the first player's tensors first. Arguments and errors as in
+    :func:`joint_gradient`; with ``reduce`` products are those of the whole batch.
 
     Attributes:
-        like: The players' tensors, one after the other.
-        owners: For each of them the index of its player.
-        gradient: This process's own joint gradient, with its graph.
+        like: Tensors of the players, one after the other.
+        owners: Index of the player for each of them.
+        gradient: Joint gradient of this process, with its graph.
 
     Raises:
-        ValueError: As :func:`joint_gradient`.
-        FloatingPointError: A loss is not finite.
         DoubleBackwardError: An operation of a loss can be differentiated only once.
 
     Example:
@@ -134,104 +118,104 @@ class JacobianOperator(LinearOperator):
             own = gradient_with_graph(loss, self.tensors_of(player))
             _check_used([g if g.requires_grad else None for g in own], player)
             self.gradient += own
-        self._live = [i for i, g in enumerate(self.gradient) if g.requires_grad]
 
     @property
     def size(self) -> int:
-        """N, the numbers that all players hold."""
+        """Numbers that all players hold."""
         return sum(p.numel() for p in self.like)
 
     @property
-    def num_players(self) -> int:
-        """Losses, and players."""
-        return len(self._losses)
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers that each player holds."""
+        return tuple(sum(p.numel() for p in self.tensors_of(i)) for i in range(len(self._losses)))
 
     def tensors_of(self, player: int) -> Vector:
-        """The tensors of one player."""
+        """Return the tensors of one player."""
         return tuple(p for p, owner in zip(self.like, self.owners, strict=True) if owner == player)
 
     @cached_property
     def _full(self) -> list[Vector]:
-        """∂L_i/∂θ for all of θ, with graphs: what products with J need and products with Jᵀ do not."""
+        """∂L_i/∂θ for all of θ, with graphs; only products with J need them."""
         return [gradient_with_graph(loss, self.like) for loss in self._losses]
 
     def matvec(self, v: Vector) -> Vector:
-        """J v, one backward pass per player."""
+        """Return J v, by one backward pass per player."""
         products: list[Tensor | None] = []
         for player, gradient in enumerate(self._full):
-            own = self.tensors_of(player)
-            live = [i for i, g in enumerate(gradient) if g.requires_grad]
-            products += _derivative([gradient[i] for i in live], own, [v[i] for i in live])
+            products += _derivative(gradient, self.tensors_of(player), v)
         return average(owned(products, self.like, v), self.reduce)
 
     def rmatvec(self, v: Vector) -> Vector:
-        """Jᵀ v, one backward pass."""
-        outputs = [self.gradient[i] for i in self._live]
-        products = _derivative(outputs, self.like, [v[i] for i in self._live])
-        return average(owned(products, self.like, v), self.reduce)
+        """Return Jᵀ v, by one backward pass."""
+        return average(owned(_derivative(self.gradient, self.like, v), self.like, v), self.reduce)
 
     @property
     def T(self) -> TransposedOperator:  # noqa: N802
         """Jᵀ as an operator; it has the same eigenvalues, and cheaper products."""
         return TransposedOperator(self)
 
-    def block(self, player: int) -> LinearOperator:
-        """A player's own block ∂²L_i/∂θ_i², symmetric, on that player's tensors alone.
+    def block(self, player: int) -> PlayerBlock:
+        """Return a player's own block ∂²L_i/∂θ_i², symmetric, on that player's tensors alone.
 
         Raises:
             ValueError: No such player.
         """
-        if not 0 <= player < self.num_players:
-            raise ValueError(f"player must lie in [0, {self.num_players}). Got {player}.")
-        own = HessianOperator(self._losses[player], self.tensors_of(player))
-        return own if self.reduce is None else AveragedOperator(own, self.reduce)
+        if not 0 <= player < len(self._losses):
+            raise ValueError(f"player must lie in [0, {len(self._losses)}). Got {player}.")
+        own = tuple(g for g, owner in zip(self.gradient, self.owners, strict=True) if owner == player)
+        return PlayerBlock(own, self.tensors_of(player), self.reduce)
 
     def dense(self) -> Tensor:
-        """J as a matrix of shape (n, n), one product with Jᵀ a row."""
-        rows = []
-        unit = torch.zeros(self.size, dtype=self.like[0].dtype, device=self.like[0].device)
-        for i in range(self.size):
-            unit[i] = 1.0
-            rows.append(flatten(self.rmatvec(unflatten(unit, self.like))))
-            unit[i] = 0.0
-        return torch.stack(rows)
+        """Return J as a matrix of shape (n, n), by one product with Jᵀ a row."""
+        units = torch.eye(self.size, dtype=self.like[0].dtype, device=self.like[0].device)
+        return torch.stack([flatten(self.rmatvec(unflatten(unit, self.like))) for unit in units])
 
 
 class TransposedOperator(LinearOperator):
     """Jᵀ of a :class:`JacobianOperator`."""
 
     symmetric = False
-    like: Vector
 
     def __init__(self, operator: JacobianOperator) -> None:
-        self.operator, self.like = operator, operator.like
-
-    @property
-    def T(self) -> JacobianOperator:  # noqa: N802
-        """J itself."""
-        return self.operator
+        self.T, self.like = operator, operator.like
 
     def matvec(self, v: Vector) -> Vector:
-        """Jᵀ v."""
-        return self.operator.rmatvec(v)
+        """Return Jᵀ v."""
+        return self.T.rmatvec(v)
 
     def rmatvec(self, v: Vector) -> Vector:
-        """J v."""
-        return self.operator.matvec(v)
+        """Return J v."""
+        return self.T.matvec(v)
 
 
-def _derivative(outputs: list[Tensor], inputs: Vector, v: list[Tensor]) -> Sequence[Tensor | None]:
-    """Derivative of ⟨outputs, v⟩ with respect to the inputs."""
-    if not outputs:  # every loss is linear
+class PlayerBlock(LinearOperator):
+    """Own block ∂²L_i/∂θ_i² of a player, by the kept graph of its gradient."""
+
+    like: Vector
+
+    def __init__(self, gradient: Vector, tensors: Vector, reduce: Reduce | None) -> None:
+        self.gradient, self.like, self.reduce = gradient, tensors, reduce
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return ∂⟨∂L_i/∂θ_i, v⟩/∂θ_i, by one backward pass."""
+        return average(owned(_derivative(self.gradient, self.like, v), self.like, v), self.reduce)
+
+
+def _derivative(outputs: Sequence[Tensor], inputs: Vector, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Differentiate ⟨outputs, v⟩ with respect to the inputs."""
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not live:  # every loss is linear
         return [None] * len(inputs)
     with explain_double_backward():
-        return torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(
+            [outputs[i] for i in live], inputs, [v[i] for i in live], retain_graph=True, allow_unused=True
+        )
 
 
 def _evaluate(
     losses: Losses[PlayersT], players: PlayersT, reduce: Reduce | None
 ) -> tuple[tuple[Tensor, ...], Vector, tuple[int, ...]]:
-    """Losses with graphs, the tensors that they are functions of, and whose tensor each is."""
+    """Return losses with graphs, the tensors that they are functions of, and the player of each tensor."""
     if isinstance(players, Tensor) or not players:
         raise ValueError(f"players must be a tuple with one entry per player. Got {type(players).__name__}.")
     tensors: list[Tensor] = []
@@ -243,35 +227,16 @@ def _evaluate(
         tensors += held
         owners += [index] * len(held)
     _check_distinct(tensors, owners)
-    with torch.enable_grad():
-        if callable(losses):
+    found: object = losses
+    if callable(losses):
+        with torch.enable_grad():
             tensors = [t if t.requires_grad else t.detach().requires_grad_(True) for t in tensors]
-            values = _as_tuple(losses(_structured(tuple(tensors), players)))
-        else:
-            values = _as_tuple(losses)
-    _check_losses(values, len(players), reduce)
-    return values, tuple(tensors), tuple(owners)
-
-
-def _as_tuple(losses: object) -> tuple[Tensor, ...]:
-    """The losses, if they are tensors in a sequence."""
-    if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
-        raise ValueError(
-            f"losses must return one scalar tensor for each player, in a tuple. Got a {type(losses).__name__}; "
-            "return (loss_1, loss_2, ...)."
-        )
-    values = tuple(losses)
-    for index, value in enumerate(values):
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"The loss of player {index} must be a scalar tensor with its graph. Got a {type(value).__name__}; "
-                "compute it with torch operations, without .item() or float()."
-            )
-    return values
+            found = losses(_structured(tuple(tensors), players))
+    return _checked_losses(found, len(players), reduce), tuple(tensors), tuple(owners)
 
 
 def _structured(tensors: Vector, players: PlayersT) -> PlayersT:
-    """The tensors in the structure of ``players``."""
+    """Return the tensors in the structure of ``players``."""
     rest = iter(tensors)
     made = (next(rest) if isinstance(p, Tensor) else tuple(next(rest) for _ in p) for p in players)
     return tuple(made)  # type: ignore[return-value]  # the structure of `players`, entry by entry
@@ -285,43 +250,50 @@ def _check_distinct(tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
             raise ValueError(
                 f"Players must hold floating-point tensors. Got {tensor.dtype} for player {owner}."
             )
-        if not tensor.requires_grad or not tensor.numel() or tensor.is_meta:
-            continue
-        reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        first = tensor.data_ptr()
-        held.append((first, first + reach * tensor.element_size(), owner, tensor))
+        if tensor.requires_grad and tensor.numel() and not tensor.is_meta:
+            reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            first = tensor.data_ptr()
+            held.append((first, first + reach * tensor.element_size(), owner, tensor))
     held.sort(key=lambda entry: entry[:2])
-    near: list[tuple[int, int, int, Tensor]] = []  # those before that reach into the present one
+    near: list[tuple[int, int, int, Tensor]] = []  # those before that reach into the current one
     for entry in held:
         near = [e for e in near if e[1] > entry[0]]
         for other in near:
             if _overlap(other[3], entry[3]):
                 raise ValueError(
-                    "Every tensor must belong to one player, once. "
-                    f"Got one of shape {tuple(entry[3].shape)} for players "
-                    f"{min(other[2], entry[2])} and {max(other[2], entry[2])}: "
+                    "Every tensor must belong to one player, once. Got one of shape "
+                    f"{tuple(entry[3].shape)} for players {min(other[2], entry[2])} and {max(other[2], entry[2])}: "
                     "give a shared part to one of them, or copy it."
                 )
         near.append(entry)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on overlapping stretches of memory have numbers in common; two columns have none."""
-    if a.device != b.device:
-        return False
+    """Return True if tensors on overlapping stretches of memory have numbers in common; two columns have none."""
 
     def places(tensor: Tensor) -> Tensor:
-        steps = [
-            torch.arange(n).mul(step).reshape(-1, *[1] * (tensor.ndim - 1 - dim))
-            for dim, (n, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-        ]
-        offsets = sum(steps, start=torch.zeros((), dtype=torch.int64)).reshape(-1)
+        offsets = torch.zeros((), dtype=torch.int64)
+        for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+            offsets = offsets[..., None] + step * torch.arange(n)
         return tensor.data_ptr() + tensor.element_size() * offsets
 
-    return bool(torch.isin(places(a), places(b)).any())
+    return a.device == b.device and bool(torch.isin(places(a), places(b)).any())
 
 
-def _check_losses(values: tuple[Tensor, ...], num_players: int, reduce: Reduce | None) -> None:
+def _checked_losses(losses: object, num_players: int, reduce: Reduce | None) -> tuple[Tensor, ...]:
+    """Return the losses, if they are one finite scalar with a graph for each player."""
+    if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+        raise ValueError(
+            f"losses must return one scalar tensor for each player, in a tuple. Got a {type(losses).__name__}; "
+            "return (loss_1, loss_2, ...)."
+        )
+    values = tuple(losses)
+    for index, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"The loss of player {index} must be a scalar tensor with its graph. Got a {type(value).__name__}; "
+                "compute it with torch operations, without .item() or float()."
+            )
     if len(values) != num_players or any(v.numel() != 1 for v in values):
         raise ValueError(
             f"There must be one scalar loss for each of the {num_players} players. "
@@ -338,6 +310,7 @@ def _check_losses(values: tuple[Tensor, ...], num_players: int, reduce: Reduce |
         raise FloatingPointError(
             f"Every loss must be finite. Got {together.tolist()}: lower the learning rates, or look at the data."
         )
+    return values
 
 
 def _check_used(gradient: Sequence[Tensor | None], player: int) -> None:

@@ -1,48 +1,28 @@
-"""Joint step of all players as one matrix, and the rate that it predicts."""
+"""Joint step of all players: its Jacobian, as an operator and as a matrix, and the map that it is with momentum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_nested.games import convergence_rate, extragradient_rate, optimistic_rate
-from lightning_nested.games.rates import Array, Eigenvalues, momentum_matrix
-from lightning_nested.games.step_jacobian import StepJacobian
-from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
+from lightning_nested.games.jacobian import JacobianOperator
+from lightning_nested.games.rates import Array, momentum_matrix
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.vectors import Vector, flatten
+from lightning_nested.optim.step_dynamics import StepDynamics
 
-EXACT_LIMIT = 200  # numbers of all players: the eigenvalues of a step of 3n numbers take about half a second
-ADAPT_LIMIT = 60  # likewise, where they are taken some 170 times
-
-
-def predicted_rate(eigenvalues: Eigenvalues, momentum: Momentum | None, alternating: bool) -> float | None:
-    """Worst rate over eigenvalues of DJ, so at a learning rate of 1; None where there is no prediction.
-
-    For alternating momentum it assumes equal curvatures, see :func:`lightning_nested.games.convergence_rate`;
-    :class:`JointStep` does not.
-
-    >>> import math
-    >>> round(predicted_rate([0.1j], Momentum("momentum", 0.8, math.pi / 8), False), 6)
-    0.97743
-    """
-    if momentum is None or momentum.kind == "unknown":
-        return None
-    if momentum.kind == "momentum":
-        return convergence_rate(
-            eigenvalues, lr=1.0, momentum=momentum.momentum, phase=momentum.phase, alternating=alternating
-        )
-    if alternating:
-        return None
-    rate = extragradient_rate if momentum.kind == "extragradient" else optimistic_rate
-    return float(rate(eigenvalues, lr=1.0))
+# Numbers of all players: the eigenvalues of a step of 3n numbers take about half a second.
+EXACT_LIMIT = 200
+# The same where they are taken some 170 times.
+ADAPT_LIMIT = 60
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class JointStep:
-    """One game update of players with momenta of their own, as the matrix that it is where the Jacobian is constant.
+    """One game update of players with momenta of their own: a matrix where the Jacobian is constant.
 
     Attributes:
         matrix: DJ, or √D J √D, of shape (n, n).
@@ -66,21 +46,26 @@ class JointStep:
 
     @property
     def alternating(self) -> bool:
-        """Whether players take turns."""
+        """True if players take turns."""
         return self.steps is not None
 
+    @property
+    def is_small(self) -> bool:
+        """True if its eigenvalues can be taken many times, as adaptation does."""
+        return len(self.matrix) <= ADAPT_LIMIT
+
     def map(self) -> Array:
-        """What it does to (Re μ, Im μ, w), shape (3n, 3n)."""
+        """Return the matrix that it applies to (Re μ, Im μ, w), shape (3n, 3n)."""
         n = len(self.matrix)
         turns = ((n,), (1,)) if self.steps is None else (self.sizes, self.steps)
         return momentum_matrix(self.matrix, np.ones(n), self.momentum, self.phase, *turns)
 
     def rate(self) -> float:
-        """Its spectral radius."""
+        """Return its spectral radius."""
         return float(np.abs(np.linalg.eigvals(self.map())).max())
 
     def where(self, players: Mapping[int, tuple[float, float]]) -> JointStep:
-        """The step of players some of whom have other |β| and arg β."""
+        """Return the step with another |β| and arg β of some players, by their index."""
         momentum, phase = self.momentum.copy(), self.phase.copy()
         for player, settings in players.items():
             first = sum(self.sizes[:player])
@@ -89,28 +74,50 @@ class JointStep:
         return replace(self, momentum=momentum, phase=phase)
 
 
-def single_steps(module: Any) -> bool:
-    """Whether every player takes one step in an update."""
-    return max(module.steps_per_player.values(), default=1) == 1
-
-
-def joint_step(module: Any, dynamics: Mapping[str, StepDynamics], operator: StepJacobian) -> JointStep | None:
-    """The players' joint step; None where the game is large, or an update is no momentum."""
-    momenta = [momentum for each in dynamics.values() for momentum in each.momenta]
-    if sum(operator.sizes) > EXACT_LIMIT or any(m.kind != "momentum" for m in momenta):
+def joint_step(
+    jacobian: JacobianOperator, dynamics: Sequence[StepDynamics], steps: tuple[int, ...] | None
+) -> JointStep | None:
+    """Return the players' joint step; None where the game is large, or an update is no momentum."""
+    momenta = [momentum for each in dynamics for momentum in each.momenta]
+    if jacobian.size > EXACT_LIMIT or any(m.kind != "momentum" for m in momenta):
         return None
-    counts = [p.numel() for p in operator.like]
+    counts = [p.numel() for p in jacobian.like]
     momentum, phase = np.repeat([(m.momentum, m.phase) for m in momenta], counts, axis=0).T
-    steps = tuple(module.steps_per_player.get(name, 1) for name in dynamics)
-    return JointStep(
-        matrix=operator.dense().detach().to("cpu", torch.float64).numpy(),
-        sizes=operator.sizes,
-        steps=steps if module.update == "alternating" else None,
-        momentum=momentum,
-        phase=phase,
-    )
+    matrix = step_matrix(jacobian, tuple(d for each in dynamics for d in each.scale))
+    return JointStep(matrix=matrix, sizes=jacobian.sizes, steps=steps, momentum=momentum, phase=phase)
 
 
-def adapts_each_player(step: JointStep | None) -> bool:
-    """Whether there is a joint step whose eigenvalues can be had many times."""
-    return step is not None and len(step.matrix) <= ADAPT_LIMIT
+class StepJacobian(LinearOperator):
+    """√D A √D of a step w ← w − D·(momentum of g): similar to DA, and symmetric where A is.
+
+    No player's eigenvectors are larger only by its scale.
+
+    Args:
+        operator: A, the Jacobian of a game (or Jᵀ, with the same eigenvalues) or a player's own block of it.
+        scale: D for each tensor of ``operator.like``, positive.
+    """
+
+    def __init__(self, operator: LinearOperator, scale: Vector) -> None:
+        self.operator, self.like, self.symmetric = operator, operator.like, operator.symmetric
+        self.roots = tuple(d.sqrt() for d in scale)
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return √D(A(√D v))."""
+        product = self.operator.matvec(tuple(a * d for a, d in zip(v, self.roots, strict=True)))
+        return tuple(a * d for a, d in zip(product, self.roots, strict=True))
+
+
+def step_matrix(jacobian: JacobianOperator, scale: Vector) -> Array:
+    """Compute √D J √D of shape (n, n), in float64.
+
+    Raises:
+        FloatingPointError: An entry is not finite.
+    """
+    root = flatten(scale).sqrt()
+    matrix = root[:, None] * jacobian.dense() * root
+    if not bool(torch.isfinite(matrix).all()):
+        raise FloatingPointError(
+            "The Jacobian must be finite. Got an entry that is not: second derivatives overflowed."
+        )
+    found: Array = matrix.detach().to("cpu", torch.float64).numpy()
+    return found

@@ -1,4 +1,4 @@
-"""How fast a method contracts a game with these eigenvalues: exact for games with a constant Jacobian.
+"""Rates at which methods contract a game with these eigenvalues: exact for games with a constant Jacobian.
 
 Near a solution the joint gradient is linear, and each eigenvalue λ of its Jacobian evolves on its own. The rate is the
 largest modulus of a root of its characteristic polynomial: the distance to the solution is multiplied by it in every
@@ -10,7 +10,7 @@ Everything broadcasts: a whole grid of settings costs about a microsecond per se
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -18,10 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_nested.optim.options import ROUNDED_PI
+from lightning_nested.optim.step_dynamics import Momentum
+
 Eigenvalues: TypeAlias = "Tensor | Sequence[complex]"
 Array: TypeAlias = "NDArray[Any]"
 
-ROUNDED_PI = math.pi + 1e-3  # as the optimizers: 3.1416 and 3.142 are meant to be π
 _SHIFT = np.eye(5)
 
 
@@ -46,9 +48,7 @@ def convergence_rate(
     phase: float | Tensor = 0.0,
     alternating: bool = False,
 ) -> float | Tensor:
-    """The worst rate of complex momentum β = |β|e^{iφ} over the eigenvalues.
-
-    The largest |z| over all roots of
+    """Compute the worst rate of complex momentum β = |β|e^{iφ} over the eigenvalues, the largest |z| of the roots.
 
         (z−1)(z² − 2Re β z + |β|²) + αλz(z − Re β) = 0                     (simultaneous)
         [(z−1)(z² − 2Re β z + |β|²) + αpz(z − Re β)]² + α²s²z³(z − Re β)² = 0   (alternating, λ = p ± is)
@@ -65,7 +65,7 @@ def convergence_rate(
         lr: α > 0.
         momentum: |β| in [0, 1).
         phase: φ in [−π, π].
-        alternating: Players step one after the other.
+        alternating: True for players that step one after the other.
 
     Returns:
         A float; where ``lr``, ``momentum`` or ``phase`` are tensors, float64 of the shape they broadcast to.
@@ -86,14 +86,9 @@ def convergence_rate(
 
 
 def eigenvalue_rates(
-    eigenvalues: Eigenvalues,
-    *,
-    lr: float,
-    momentum: float,
-    phase: float = 0.0,
-    alternating: bool = False,
+    eigenvalues: Eigenvalues, *, lr: float, momentum: float, phase: float = 0.0, alternating: bool = False
 ) -> Tensor:
-    """The rate of each eigenvalue on its own, float64 of the shape of ``eigenvalues``: a map of the complex plane.
+    """Compute the rate of each eigenvalue, float64 of the shape of ``eigenvalues``: a map of the complex plane.
 
     Arguments and errors as in :func:`convergence_rate`.
     """
@@ -104,7 +99,7 @@ def eigenvalue_rates(
 
 
 def extragradient_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Tensor:
-    """Worst |1 − αλ + α²λ²| of w ← w − αξ(w − αξ(w)); a step takes two gradients. √(1−α²+α⁴) on xy.
+    """Compute the worst |1 − αλ + α²λ²| of w ← w − αξ(w − αξ(w)); a step takes two gradients. √(1−α²+α⁴) on xy.
 
     >>> round(extragradient_rate([1j], lr=0.5), 6)
     0.901388
@@ -113,7 +108,7 @@ def extragradient_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float
 
 
 def optimistic_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Tensor:
-    """Worst root of z² − (1 − 2αλ)z − αλ of w ← w − 2αξ_t + αξ_{t−1}. √((1+√(1−4α²))/2) on xy, for α ≤ ½.
+    """Compute the worst root of z² − (1 − 2αλ)z − αλ of w ← w − 2αξ_t + αξ_{t−1}. √((1+√(1−4α²))/2) on xy, for α ≤ ½.
 
     Extrapolation from the past has the same rate.
 
@@ -130,12 +125,35 @@ def optimistic_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | 
 
 
 def proximal_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Tensor:
-    """Worst 1/|1 + αλ| of the implicit step w ← w − αξ(w_new): the ideal that the others approximate.
+    """Compute the worst 1/|1 + αλ| of the implicit step w ← w − αξ(w_new): the ideal that the others approximate.
 
     >>> round(proximal_rate([1j], lr=1.0), 6)
     0.707107
     """
     return _worst(lambda x: 1 / np.abs(1 + x), eigenvalues, lr)
+
+
+def predicted_rate(
+    eigenvalues: Eigenvalues, momenta: Sequence[Momentum | None], steps: tuple[int, ...] | None
+) -> float | None:
+    """Predict the worst rate over eigenvalues of DJ, so at a learning rate of 1.
+
+    It needs one momentum for all players, and one step each; None where there is no prediction. For alternating
+    momentum it assumes equal curvatures, see :func:`convergence_rate`; :class:`JointStep` does not.
+
+    >>> round(predicted_rate([0.1j], [Momentum("momentum", 0.8, math.pi / 8)], None), 6)
+    0.97743
+    """
+    momentum = momenta[0]
+    if momentum is None or len(set(momenta)) > 1 or momentum.kind == "unknown" or max(steps or (1,)) > 1:
+        return None
+    if momentum.kind == "momentum":
+        beta = {"momentum": momentum.momentum, "phase": momentum.phase}
+        return convergence_rate(eigenvalues, lr=1.0, alternating=steps is not None, **beta)
+    if steps is not None:
+        return None
+    rate = extragradient_rate if momentum.kind == "extragradient" else optimistic_rate
+    return float(rate(eigenvalues, lr=1.0))
 
 
 def momentum_map(
@@ -147,7 +165,7 @@ def momentum_map(
     sizes: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
 ) -> Tensor:
-    """The matrix that one update of complex momentum applies to (Re μ, Im μ, w) when the joint gradient is J w.
+    """Compute the matrix that one update of complex momentum applies to (Re μ, Im μ, w) when the joint gradient is J w.
 
     μ ← βμ − Jw, w ← w + α Re μ. Its spectral radius is the rate, of any game, simultaneous or alternating, also where
     the players have learning rates and momenta of their own.
@@ -155,8 +173,8 @@ def momentum_map(
     Args:
         jacobian: J, real of shape (n, n).
         lr: α > 0; a tensor of shape (n,) gives each coordinate its own.
-        momentum: |β| in [0, 1), likewise.
-        phase: φ in [−π, π], likewise.
+        momentum: |β| in [0, 1), a number or of shape (n,).
+        phase: φ in [−π, π], a number or of shape (n,).
         sizes: Numbers each player holds, in the order of their steps: alternating updates. None: simultaneous.
         steps: Steps each player takes in its turn; None: one.
 
@@ -194,7 +212,7 @@ def momentum_map(
 def momentum_matrix(
     jacobian: Array, lr: Array, momentum: Array, phase: Array, sizes: Sequence[int], steps: Sequence[int]
 ) -> Array:
-    """:func:`momentum_map` without checks."""
+    """Compute :func:`momentum_map` without checks."""
     n = len(jacobian)
     alpha, real, imaginary = (
         np.broadcast_to(x, (n,))[:, None].astype(jacobian.dtype)
@@ -215,26 +233,26 @@ def momentum_matrix(
 
 
 def momentum_radii(eigenvalues: Array, lr: Array, momentum: Array, phase: Array, alternating: bool) -> Array:
-    """The kernel, without checks: largest |root| of shape (..., k) for k eigenvalues and settings of shape (...)."""
+    """Compute the largest |root|, shape (..., k), for k eigenvalues and settings of shape (...), without checks."""
     real, square, lr = (momentum * np.cos(phase))[..., None], (momentum**2)[..., None], lr[..., None]
     if not alternating:
         return _cubic_radius(*_momentum_cubic(lr * eigenvalues, real, square))
-    alone = eigenvalues.imag == 0
-    if not alone.any():
-        return _alternating_radius(lr * eigenvalues, real, square)
     radius = np.empty((*real.shape[:-1], len(eigenvalues)))
-    radius[..., alone] = _cubic_radius(*_momentum_cubic(lr * eigenvalues[alone], real, square))
-    radius[..., ~alone] = _alternating_radius(lr * eigenvalues[~alone], real, square)
+    alone = eigenvalues.imag == 0
+    if alone.any():
+        radius[..., alone] = _cubic_radius(*_momentum_cubic(lr * eigenvalues[alone], real, square))
+    if not alone.all():
+        radius[..., ~alone] = _alternating_radius(lr * eigenvalues[~alone], real, square)
     return radius
 
 
 def _momentum_cubic(x: Array, real: Array, square: Array) -> tuple[Array, Array, Array]:
-    """Coefficients of z², z and 1 of (z−1)(z² − 2Re β z + |β|²) + xz(z − Re β)."""
+    """Return the coefficients of z², z and 1 of (z−1)(z² − 2Re β z + |β|²) + xz(z − Re β)."""
     return x - 2 * real - 1, square + 2 * real - x * real, -square
 
 
 def _cubic_radius(b: Array, c: Array, d: Array) -> Array:
-    """Largest |root| of z³ + bz² + cz + d by Cardano's formula; the sign of the root avoids cancellation."""
+    """Compute the largest |root| of z³ + bz² + cz + d by Cardano's formula; the root's sign avoids cancellation."""
     b = b.astype(np.complex128)
     d0 = b * b - 3 * c
     d1 = (2 * b * b - 9 * c) * b + 27 * d
@@ -243,17 +261,13 @@ def _cubic_radius(b: Array, c: Array, d: Array) -> Array:
     u = ((d1 + root) / 2) ** (1 / 3)
     v = np.divide(d0, u, out=np.zeros_like(u), where=u != 0)  # u = 0: a triple root
     turn = complex(-0.5, math.sqrt(0.75))
-    radii = (
-        np.abs(b + u + v),
-        np.abs(b + turn * u + turn.conjugate() * v),
-        np.abs(b + turn.conjugate() * u + turn * v),
-    )
-    radius: Array = np.maximum(np.maximum(*radii[:2]), radii[2]) / 3
+    roots = [b + w * u + w.conjugate() * v for w in (1.0, turn, turn.conjugate())]
+    radius: Array = np.abs(roots).max(axis=0) / 3
     return radius
 
 
 def _alternating_radius(x: Array, real: Array, square: Array) -> Array:
-    """Largest |root| of the squared cubic of Re x plus (Im x)² z³ (z − Re β)², by companion matrices."""
+    """Compute the largest |root| of the squared cubic of Re x plus (Im x)² z³ (z − Re β)², by companion matrices."""
     b, c, d = _momentum_cubic(x.real, real, square)
     pull = x.imag**2
     companion = np.zeros((*x.shape, 6, 6))
@@ -269,14 +283,14 @@ def _alternating_radius(x: Array, real: Array, square: Array) -> Array:
     return radius
 
 
-def _worst(radius: Any, eigenvalues: Eigenvalues, lr: float | Tensor) -> float | Tensor:
+def _worst(radius: Callable[[Array], Array], eigenvalues: Eigenvalues, lr: float | Tensor) -> float | Tensor:
     values = as_eigenvalues(eigenvalues).reshape(-1)
     (alpha,) = _settings(lr)
     return _returned(radius(alpha[..., None] * values).max(axis=-1), lr)
 
 
 def as_eigenvalues(eigenvalues: Eigenvalues) -> Array:
-    """As a complex128 array of their shape: at least one, all finite."""
+    """Convert eigenvalues to a complex128 array of their shape: at least one, all finite."""
     if isinstance(eigenvalues, Tensor):
         eigenvalues = eigenvalues.detach().cpu().resolve_conj()
     values = np.asarray(eigenvalues, dtype=np.complex128)
@@ -288,7 +302,7 @@ def as_eigenvalues(eigenvalues: Eigenvalues) -> Array:
 
 
 def _settings(lr: float | Tensor, *beta: float | Tensor) -> list[Array]:
-    """Lr and, if given, |β| and φ as float64 arrays of one shape, in range."""
+    """Convert α and, if given, |β| and φ to float64 arrays of one shape, in range."""
     found = [
         np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64) for x in (lr, *beta)
     ]

@@ -21,20 +21,20 @@ def game_spectrum(
     max_products: int = 2000,
     reduce: Reduce | None = None,
 ) -> Tensor:
-    """Eigenvalues of a game's Jacobian: where they lie tells how its players move.
+    """Compute eigenvalues of a game's Jacobian: where they lie tells how its players move.
 
     Positive real parts attract gradient steps, negative ones repel; an imaginary part turns. With ``k`` they come from
     Arnoldi's method on products with Jᵀ, which has the eigenvalues of J; nothing of size n² is ever formed.
 
     Args:
-        losses: As in :func:`joint_gradient`.
-        players: As in :func:`joint_gradient`.
+        losses: Losses of the players, as in :func:`joint_gradient`.
+        players: Tensors of the players, as in :func:`joint_gradient`.
         k: Eigenvalues to find; None: all of them, from the dense Jacobian.
-        which: Whether the leading ones have the ``"largest_magnitude"``, ``"largest_imaginary"`` part in absolute
-            value, or ``"smallest_real"`` part.
-        player: Of this player's own block ∂²L_i/∂θ_i² alone; its eigenvalues are real.
-        tolerance: As in :func:`leading_eigenvalues`.
-        max_products: As in :func:`leading_eigenvalues`.
+        which: The leading ones have the ``"largest_magnitude"``, the ``"largest_imaginary"`` part in absolute value, or
+            the ``"smallest_real"`` part.
+        player: Index of a player, to take its own block ∂²L_i/∂θ_i² alone; its eigenvalues are real.
+        tolerance: Relative accuracy, as in :func:`leading_eigenvalues`.
+        max_products: Products at which the search gives up.
         reduce: Averages a tensor over processes: the spectrum is then that of the whole batch, the same everywhere.
 
     Returns:
@@ -47,8 +47,7 @@ def game_spectrum(
     Example:
         >>> import torch
         >>> from lightning_nested.games import DiracGAN
-        >>> solution = (torch.zeros(1), torch.zeros(1))
-        >>> game_spectrum(DiracGAN().losses, solution).imag.round(decimals=12).tolist()
+        >>> game_spectrum(DiracGAN().losses, (torch.zeros(1), torch.zeros(1))).imag.round(decimals=12).tolist()
         [0.5, -0.5]
     """
     operator = JacobianOperator(losses, players, reduce=reduce)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 Check: TypeAlias = Callable[[str, Any], Any]
 """``check(name, value)``: the value converted, or a ``ValueError``."""
 
-_ROUNDED_PI = math.pi + 1e-3  # 3.1416 and 3.142, as people write π into YAML, are meant to be π
+ROUNDED_PI = math.pi + 1e-3  # 3.1416 and 3.142, as people write π into YAML, are meant to be π
 
 
 def number(name: str, value: Any) -> float:
@@ -59,7 +59,7 @@ def angle(name: str, value: Any) -> float:
     True
     """
     result = number(name, value)
-    if abs(result) > _ROUNDED_PI:
+    if abs(result) > ROUNDED_PI:
         raise ValueError(
             f"{name} must lie in [−π, π], in radians. Got {result}; "
             f"{result} degrees are {name}={math.remainder(math.radians(result), math.tau):.6f}."

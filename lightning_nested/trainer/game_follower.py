@@ -18,8 +18,7 @@ from lightning_nested.networks.spectral_norm import spectral_norm_layers
 from lightning_nested.optim.step_dynamics import step_dynamics
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.follower import Follower
-from lightning_nested.trainer.isolation import without_trace
-from lightning_nested.trainer.joint_losses import warn_if_detached
+from lightning_nested.trainer.joint_losses import joint_losses, warn_if_detached
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.stand_ins import StandIns
@@ -126,19 +125,15 @@ class GameFollower(Follower):
 
     def _evaluate(self, names: list[str], batch: Any) -> list[Tensor]:
         """Return the losses of these players as the game would find them now, without side effects."""
-        module, device = self.module, self.module.device
+        module = self.module
         cache, together = dict(module.step_cache), module.batch_players
         if self.fixed is None:
-            stream = RandomStream.snapshot(device)
+            stream = RandomStream.snapshot(module.device)
         else:
             batch, stream = self.fixed.get(self.call, batch)
             cache = {}
-        with (
-            stream.replay(),
-            without_trace(module, self.trainer),
-            module.joint_evaluation(names),
-            torch.enable_grad(),
-        ):
+
+        def as_in_step() -> None:
             module.step_cache = cache  # what players share, such as fakes, is a part of the function
             if len(names) < len(together):
                 module.batch_players = together
@@ -147,8 +142,8 @@ class GameFollower(Follower):
                 for layer in spectral_norm_layers(module).values():
                     if layer.training:
                         layer.iterate()
-            found = self._original(names, batch)
-        return [found[name].reshape(()) for name in names]
+
+        return joint_losses(module, names, batch, stream, prepare=as_in_step)
 
 
 def _clip(player: Any) -> Clip | None:

@@ -76,17 +76,17 @@ class InnerProblem:
         self.optimizer.step()
 
 
-def check_loss(name: str, module: LightningModule, loss: object) -> Tensor:
-    """Return the loss; refuse what is not a scalar with its graph."""
-    where = f"{type(module).__name__}.{name}"
+def check_loss(name: str, module: LightningModule, loss: object, *, player: str | None = None) -> Tensor:
+    """Return the loss (of a player of a game); refuse what is not a scalar with its graph."""
+    where, whose = f"{type(module).__name__}.{name}", "" if player is None else f" for {player!r}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise MisconfigurationException(
-            f"{where} must return a scalar tensor. Got {got}; return the mean loss."
+            f"{where} must return a scalar tensor{whose}. Got {got}; return the mean loss."
         )
     if not loss.requires_grad:
         raise MisconfigurationException(
-            f"{where} must return a tensor with its graph. Got one that does not require gradients: remove "
+            f"{where} must return a tensor with its graph{whose}. Got one that does not require gradients: remove "
             "torch.no_grad() and .detach() from its computation."
         )
     return loss.reshape(())

@@ -1,20 +1,73 @@
-"""Losses of all players at one point of a running game."""
+"""Losses of all players at one point of a running game, each with its graph to every player."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_nested.linalg.vectors import Vector
+from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.random_stream import RandomStream
 
 
-def warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[Vector]) -> None:
-    """A spectrum without the coupling of the players looks harmless, and is wrong."""
+class RunningPlayer(Protocol):
+    """Protocol of a player in ``fit``: Lightning's wrapper of its optimizer, and the parameters that it trains."""
+
+    optimizer: LightningOptimizer
+    parameters: Vector
+
+
+@runtime_checkable
+class RunningGame(Protocol):
+    """Protocol of a GameModule in ``fit``, for packages that modules import."""
+
+    game_updates: int
+    update: str
+    steps_per_player: dict[str, int]
+    running_players: dict[str, RunningPlayer]
+
+    def joint_evaluation(self, players: Sequence[str]) -> AbstractContextManager[None]:
+        """Let losses keep their graphs to every player inside, and share nothing with training."""
+
+    def player_losses(self, names: Sequence[str], batch: Any) -> Mapping[str, Tensor]:
+        """Return the losses of players that step together."""
+
+
+def joint_losses(
+    module: RunningGame,
+    names: Sequence[str],
+    batch: Any,
+    stream: RandomStream,
+    *,
+    prepare: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """Evaluate the losses of these players with graphs to every player, without side effects.
+
+    The stream stays at its position, so that a second call repeats the evaluation. ``prepare`` is called first,
+    and its changes are undone too.
+    """
+    assert isinstance(module, LightningModule)
+    with (
+        stream.replay(),
+        without_trace(module, module.trainer),
+        module.joint_evaluation(names),
+        torch.enable_grad(),
+    ):
+        prepare()
+        losses = module.player_losses(names, batch)
+    return [losses[name].reshape(()) for name in names]
+
+
+def warn_if_detached(names: Sequence[str], losses: Sequence[Tensor], tensors: Sequence[Vector]) -> None:
+    """Warn where a loss has no graph to a player: a spectrum without that coupling looks harmless, and is wrong."""
     for name, loss in zip(names, losses, strict=True):
         for other, held in zip(names, tensors, strict=True):
             if all(g is None for g in torch.autograd.grad(loss, held, retain_graph=True, allow_unused=True)):
@@ -26,12 +79,12 @@ def warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[V
 
 
 def is_game(module: object) -> bool:
-    """Whether this is a GameModule, which cannot be imported here."""
-    return all(hasattr(module, name) for name in ("player_losses", "joint_evaluation", "game_updates"))
+    """Return True if ``module`` follows the GameModule protocol."""
+    return isinstance(module, RunningGame)
 
 
-def refuse_other_modules(module: Any) -> None:
-    """Refuse what steps by hand and is no game.
+def refuse_other_modules(module: LightningModule) -> None:
+    """Refuse a module with manual optimization that is no game.
 
     Raises:
         MisconfigurationException: With a cure.

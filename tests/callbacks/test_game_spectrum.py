@@ -1,15 +1,12 @@
-"""GameSpectrumCallback in real fits: closed forms, an independent Jacobian, no trace, two processes, adapting."""
+"""GameSpectrumCallback in real fits: closed forms, an independent Jacobian, no side effects, two processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -18,48 +15,21 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import GameSpectrumCallback
 from lightning_nested.demos import ZooGame
-from lightning_nested.demos.game_report import GameReport, measured_rate
-from lightning_nested.figures.game_report import _predicted
+from lightning_nested.demos.game_report import measured_rate
 from lightning_nested.figures.game_spectrum import spectrum_figure
-from lightning_nested.games import Bilinear, QuadraticGame, convergence_rate, joint_step
-from lightning_nested.games.adaptation import better_momenta, better_momentum
-from lightning_nested.games.joint_step import JointStep
+from lightning_nested.games import Bilinear, QuadraticGame, joint_step
 from lightning_nested.modules import GANModule
 from lightning_nested.optim import (
     ComplexAdam,
     ComplexSGD,
     Extragradient,
     ExtrapolationFromThePast,
-    OptimisticAdam,
     OptimisticSGD,
 )
-from lightning_nested.optim.step_dynamics import Momentum, step_dynamics
-
-Optimizer = Callable[[Any], torch.optim.Optimizer]
-
-
-def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    options = {"max_epochs": -1, "max_steps": 4, "logger": False, "devices": 1, **options}
-    return Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
-def zoo(game: Any = None, optimizer: Optimizer | None = None, **options: Any) -> ZooGame:
-    options = {"update": "simultaneous", "start": [[1.0], [1.0]], **options}
-    return ZooGame(game or Bilinear(), optimizer=optimizer or (lambda p: ComplexSGD(p, lr=0.1)), **options)
-
-
-# ---- closed forms
+from tests.callbacks.running_games import GAN, Optimizer, loader, points, trainer, zoo
 
 
 def test_the_spectrum_of_the_bilinear_game() -> None:
@@ -171,47 +141,29 @@ def test_the_rate_of_players_with_momenta_of_their_own(update: Any, steps: dict[
     assert "|β| = 0.7, 0.2" in title
 
 
-def test_products_find_what_the_dense_matrix_has() -> None:
-    game = QuadraticGame.from_eigenvalues([0.5 + 0.1j * k for k in range(1, 31)])
-    options = {"game": game, "start": None, "optimizer": lambda p: ComplexSGD(p, lr=0.01)}
-    few, every = GameSpectrumCallback(k=4), GameSpectrumCallback(k=None)
-    trainer(few, every, max_steps=1).fit(zoo(**options))
-    torch.testing.assert_close(
-        few.history[0].eigenvalues, every.history[0].eigenvalues[:4], rtol=1e-9, atol=0
+def test_a_player_that_ascends() -> None:
+    """Both players of xy, which the first descends and the second ascends, are the bilinear game."""
+
+    class Common(Bilinear):
+        def losses(self, players: Any) -> tuple[Tensor, ...]:
+            first, second = super().losses(players)
+            return first, -second
+
+    def optimizers(phase: float) -> dict[str, Optimizer]:
+        options: dict[str, Any] = {"lr": 0.1, "phase": phase}
+        return {
+            "first": lambda p: ComplexSGD(p, **options),
+            "second": lambda p: ComplexSGD(p, **options, maximize=True),
+        }
+
+    callback = GameSpectrumCallback(1000, k=None)
+    module = ZooGame(
+        Common(), start=[[1.0], [1.0]], update="simultaneous", optimizers=optimizers(math.pi / 8)
     )
-    assert abs(few.history[0].eigenvalues[0]) == pytest.approx(0.01 * abs(0.5 + 3j), rel=1e-9)
-    assert few.history[0].own["first"][0] == pytest.approx(0.005, rel=1e-9)
-
-
-# ---- an independent Jacobian
-
-
-def mlp(inputs: int, outputs: int, hidden: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs)).double()
-
-
-class GAN(GANModule):
-    """Latents come with the batch."""
-
-    def __init__(self, optimizer: Optimizer | None = None, hidden: int = 4, **options: Any) -> None:
-        torch.manual_seed(0)
-        optimizer = optimizer or (lambda p: ComplexAdam(p, lr=0.01, betas=(0.7, 0.9)))
-        super().__init__(mlp(2, 2, hidden), mlp(2, 1, hidden), latent_dim=2, optimizer=optimizer, **options)
-
-    def player_loss(self, name: str, batch: Any) -> Tensor:
-        self.latents = batch[0][:, 2:]
-        return super().player_loss(name, (batch[0][:, :2],))
-
-    def sample_latents(self, count: int) -> Tensor:
-        return self.latents
-
-
-def points(n: int = 40) -> Tensor:
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def loader(size: int = 10) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(points()), size)
+    trainer(callback, max_steps=300).fit(module)
+    expected = torch.tensor([0.1j, -0.1j], dtype=torch.complex128)
+    torch.testing.assert_close(callback.history[0].eigenvalues, expected, rtol=1e-14, atol=1e-16)
+    assert callback.history[0].rate == pytest.approx(measured_rate(module.distances), abs=1e-3)
 
 
 def jacobian_by_hand(module: GAN, batch: Tensor) -> Tensor:
@@ -277,9 +229,6 @@ def test_two_processes_see_the_spectrum_of_the_global_batch(tmp_path: Path) -> N
     torch.testing.assert_close(first, one.history[-1].eigenvalues, rtol=1e-8, atol=1e-10)
 
 
-# ---- no trace
-
-
 class Stateful(GANModule):
     """Batch norm, spectral norm, dropout and latents from the global stream."""
 
@@ -324,227 +273,6 @@ def test_training_is_the_same_to_the_last_bit(update: Any) -> None:
         assert torch.equal(a.eigenvalues, b.eigenvalues)
 
 
-# ---- adapting
-
-
-def test_adapting_makes_a_diverging_run_converge_within_its_bounds() -> None:
-    module = zoo(optimizer=lambda p: ComplexSGD(p, lr=0.1, momentum=0.8, phase=0.0))
-    callback = GameSpectrumCallback(10, k=None, adapt=True, max_change=(0.05, 0.2))
-    trainer(callback, max_steps=400).fit(module)
-    settings = [(s.momentum.momentum, s.momentum.phase) for s in callback.history if s.momentum]
-    assert settings[0] == (0.8, 0.0)
-    for (m0, p0), (m1, p1) in pairwise(settings):
-        assert abs(m1 - m0) <= 0.05 + 1e-12
-        assert abs(p1 - p0) <= 0.2 + 1e-12
-        assert m1 <= 0.95
-    assert callback.history[0].rate is not None
-    assert callback.history[0].rate > 1.1
-    last = callback.history[-1].rate
-    assert last is not None
-    assert last < 0.95, "better than the first guess of 0.8 and π/8, which is 0.977"
-    # At the best momentum roots coincide, so that the distance swings: by a factor of up to 10 in some 200 updates.
-    assert measured_rate(module.distances) == pytest.approx(last, rel=math.log(10) / 200)
-
-
-UNEQUAL = QuadraticGame(*(torch.tensor([x], dtype=torch.float64) for x in (1.0, 0.1, 0.02)))
-
-
-def best_common_rate(step: JointStep) -> float:
-    """Of one momentum for all players, on a fine grid."""
-    grid = [
-        (m, p) for m in torch.linspace(0, 0.95, 40).tolist() for p in torch.linspace(0, math.pi, 25).tolist()
-    ]
-    return min(step.where(dict.fromkeys(range(len(step.sizes)), settings)).rate() for settings in grid)
-
-
-@pytest.mark.parametrize("update", ["simultaneous", "alternating"])
-def test_each_player_gets_its_own_momentum(update: Any) -> None:
-    """A stiff player wants little momentum, a flat one much: together no common one is as good."""
-    callback = GameSpectrumCallback(10, k=None, adapt=True)
-    module = zoo(UNEQUAL, lambda p: ComplexSGD(p, lr=1.0, momentum=0.3, phase=0.0), update=update)
-    trainer(callback, max_steps=200).fit(module)
-    first, last = callback.history[0], callback.history[-1]
-    assert first.rate is not None
-    assert last.rate is not None
-    step = JointStep(
-        matrix=UNEQUAL.jacobian().numpy(),
-        sizes=(1, 1),
-        steps=(1, 1) if update == "alternating" else None,
-        momentum=np.full(2, 0.3),
-        phase=np.zeros(2),
-    )
-    assert first.rate == pytest.approx(step.rate(), rel=1e-9)
-    common, measured = best_common_rate(step), measured_rate(module.distances)
-    assert last.rate < common - 0.02
-    assert measured is not None
-    assert measured < common - 0.01
-    assert measured == pytest.approx(last.rate, rel=math.log(4) / 60)  # as above, in 60 updates
-    settings = [s.momenta["first"] != s.momenta["second"] for s in callback.history]
-    assert (settings[0], settings[-1]) == (False, True)
-    for a, b in pairwise(callback.history):
-        for name in ("first", "second"):
-            old, new = a.momenta[name], b.momenta[name]
-            assert old is not None
-            assert new is not None
-            assert abs(new.momentum - old.momentum) <= 0.1 + 1e-12
-            assert abs(new.phase - old.phase) <= math.pi / 8 + 1e-12
-        assert b.rate is not None
-        assert a.rate is not None
-        assert b.rate <= a.rate + 1e-9
-
-
-def test_alternating_players_are_adapted_by_their_own_polynomial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On curvatures 1 and 0 the formula for equal ones leads astray."""
-
-    def run(limit: int) -> float:
-        monkeypatch.setattr(joint_step, "ADAPT_LIMIT", limit)
-        game = QuadraticGame(*(torch.tensor([x], dtype=torch.float64) for x in (1.0, 0.5, 0.0)))
-        module = zoo(game, lambda p: ComplexSGD(p, lr=1.0, momentum=0.5, phase=0.2), update="alternating")
-        trainer(GameSpectrumCallback(5, k=None, adapt=True), max_steps=100).fit(module)
-        found = measured_rate(module.distances)
-        assert found is not None
-        return found
-
-    assert run(60) < run(1) - 0.01
-
-
-def test_players_of_other_optimizers_keep_their_momentum() -> None:
-    callback = GameSpectrumCallback(5, k=None, adapt=True)
-    module = ZooGame(
-        UNEQUAL,
-        start=[[1.0], [1.0]],
-        update="simultaneous",
-        optimizers={
-            "first": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5),
-            "second": lambda p: ComplexSGD(p, lr=1.0, momentum=0.5, phase=0.0),
-        },
-    )
-    with pytest.warns(UserWarning, match="Others keep theirs: SGD for 'first'") as told:
-        trainer(callback, max_steps=100).fit(module)
-    assert len([w for w in told if "adapt=True" in str(w.message)]) == 1
-    rates = [s.rate for s in callback.history]
-    assert rates[-1] < rates[0] - 0.02  # type: ignore[operator]
-    first, second = (player.optimizer.param_groups[0] for player in module.running_players.values())
-    assert first["momentum"] == 0.5
-    assert second["momentum"] > 0.6
-
-
-@pytest.mark.parametrize("momentum", [0.5, 0.9])
-def test_a_large_game_has_one_momentum_for_all(
-    momentum: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    for limit in ("EXACT_LIMIT", "ADAPT_LIMIT"):
-        monkeypatch.setattr(joint_step, limit, 1)
-    callback = GameSpectrumCallback(5, k=None, adapt=True)
-    module = zoo(UNEQUAL, lambda p: ComplexSGD(p, lr=1.0, momentum=momentum, phase=0.0))
-    fit = trainer(callback, max_steps=100)
-    with caplog.at_level("INFO"):
-        fit.fit(module)
-    last = callback.history[-1]
-    assert len([r for r in caplog.records if "adapts one momentum for all players" in r.message]) == 1
-    assert fit.callback_metrics["spectrum/adapts_each_player"] == 0
-    assert fit.callback_metrics["spectrum/rate_is_exact"] == 0
-    assert last.momentum is not None
-    assert last.momentum.momentum != momentum
-
-
-def test_directions_that_run_away_do_not_hide_the_others() -> None:
-    """Beside a direction of negative curvature the turning ones are adapted as without it."""
-    now = {i: Momentum("momentum", 0.8, 0.0) for i in range(2)}
-    turn, whole, beta = np.array([[0.0, 0.1], [-0.1, 0.0]]), np.zeros((3, 3)), np.full(3, 0.8)
-    whole[:2, :2], whole[2, 2] = turn, -0.05
-    alone = JointStep(matrix=turn, sizes=(1, 1), steps=None, momentum=beta[:2], phase=0 * beta[:2])
-    beside = JointStep(matrix=whole, sizes=(1, 2), steps=None, momentum=beta, phase=0 * beta)
-    assert better_momenta(beside, now) == better_momenta(alone, now) != now
-    away = JointStep(matrix=-np.eye(2), sizes=(1, 1), steps=None, momentum=beta[:2], phase=beta[:2])
-    assert better_momenta(away, now) == now
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"steps_per_player": {"second": 2}}, "several steps"),
-        ({"optimizer": lambda p: ComplexAdam(p, lr=0.1, debias=True)}, "debias=True and a phase"),
-        (
-            {
-                "optimizer": None,
-                "optimizers": {
-                    "first": lambda p: ComplexSGD(p, lr=0.1, phase=0.1),
-                    "second": lambda p: ComplexSGD(p, lr=0.1, phase=0.2),
-                },
-            },
-            "differ in momentum",
-        ),
-        ({"optimizer": lambda p: ComplexAdam(p, lr=0.1, phase=0.0, debias=True)}, "have debias=False"),
-    ],
-)
-def test_nothing_is_adapted_without_a_predicted_rate(
-    options: Any, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for limit in ("EXACT_LIMIT", "ADAPT_LIMIT"):  # as in a game too large for its joint step
-        monkeypatch.setattr(joint_step, limit, 1)
-
-    def settings(module: ZooGame) -> list[Any]:
-        groups = [player.optimizer.param_groups[0] for player in module.running_players.values()]
-        return [(g.get("momentum"), g.get("betas"), g["phase"]) for g in groups]
-
-    options = {"optimizer": lambda p: ComplexSGD(p, lr=0.1), "update": "alternating", **options}
-    module, plain = (ZooGame(Bilinear(), start=[[1.0], [1.0]], **options) for _ in range(2))
-    with pytest.warns(UserWarning, match=why) as told:
-        trainer(GameSpectrumCallback(1, k=None, adapt=True), max_steps=6).fit(module)
-    trainer(max_steps=6).fit(plain)
-    assert len([w for w in told if "adapt=True" in str(w.message)]) == 1
-    assert settings(module) == settings(plain)
-    assert module.distances == plain.distances
-
-
-def test_better_momentum_leaves_alone_what_it_cannot_help() -> None:
-    now = Momentum("momentum", 0.5, 0.3)
-    assert better_momentum(torch.tensor([-0.1 + 0j]), now) == now  # repelled whatever the momentum
-    some = torch.tensor([-0.1 + 0j, 0.1j, -0.1j])
-    better = better_momentum(some, now)
-    worst = [convergence_rate([0.1j], lr=1.0, momentum=m.momentum, phase=m.phase) for m in (now, better)]
-    assert worst[1] < worst[0] - 1e-3
-    assert better_momentum(some, better, max_change=(0.0, 0.0)) == better
-
-
-def test_a_momentum_above_the_bound_comes_down_by_no_more_than_max_change() -> None:
-    for now, lowest in ((Momentum("momentum", 0.99, 0.0), 0.98), (Momentum("momentum", 0.96, 0.0), 0.95)):
-        # λ = 1 wants far less momentum.
-        better = better_momentum(torch.tensor([1.0 + 0j]), now, max_momentum=0.95, max_change=(0.01, 0.1))
-        assert lowest - 1e-12 <= better.momentum <= now.momentum
-        assert better.phase <= 0.1 + 1e-12
-        assert better != now
-
-
-def test_an_adapted_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    def run(steps: int, path: Path | None = None, save: Path | None = None) -> GAN:
-        # Small: an adaptation takes the eigenvalues of the joint step, of 3n numbers, some 170 times.
-        module = GAN(lambda p: ComplexAdam(p, lr=0.01, betas=(0.7, 0.9)), hidden=2)
-        callback = GameSpectrumCallback(6, k=4, adapt=True)
-        fit = trainer(callback, max_steps=steps)
-        torch.manual_seed(steps)
-        fit.fit(module, loader(), ckpt_path=path, weights_only=True)
-        if save is not None:
-            fit.save_checkpoint(save)
-        return module
-
-    whole = run(12)
-    run(4, save=tmp_path / "some.ckpt")  # 8 batches: two epochs
-    resumed = run(12, tmp_path / "some.ckpt")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name])
-    groups = [
-        [(g["betas"], g["phase"]) for p in m.running_players.values() for g in p.optimizer.param_groups]
-        for m in (whole, resumed)
-    ]
-    assert groups[0] == groups[1]
-    assert groups[0][0] != ((0.7, 0.9), math.pi / 8)
-
-
-# ---- pictures, reports
-
-
 def test_metrics_and_the_figure_go_to_the_logger() -> None:
     class Recorder(Logger):
         name, version = "recorder", 0
@@ -579,107 +307,6 @@ def test_metrics_and_the_figure_go_to_the_logger() -> None:
     ]
     expected = (math.log10(0.1 * abs(0.5 + 1j)), math.atan2(1.0, 0.5))
     assert any(o == pytest.approx(expected, abs=1e-9) for o in offsets)
-
-
-def test_the_report_of_a_zoo_game(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = GameReport("xy")
-    fit = trainer(GameSpectrumCallback(k=None), report, max_steps=300, default_root_dir=tmp_path)
-    fit.fit(zoo())
-    assert report.results["measured_rate"] == pytest.approx(report.results["predicted_rate"], abs=1e-4)
-    assert "measured 0.9774" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "xy.png"}
-
-
-@pytest.mark.parametrize(
-    ("start", "lr", "momentum", "steps"),
-    [(1.0, 0.1, 0.8, 600), (0.0, 0.1, 0.8, 4), (1.0, 5.0, 0.0, 200)],
-)
-def test_a_report_of_a_run_that_diverges_or_stands_still(
-    start: float, lr: float, momentum: float, steps: int, tmp_path: Path
-) -> None:
-    report = GameReport()
-    module = zoo(
-        optimizer=lambda p: ComplexSGD(p, lr=lr, momentum=momentum, phase=0.0), start=[[start], [start]]
-    )
-    spectrum = GameSpectrumCallback(10_000, k=None)
-    trainer(spectrum, report, max_steps=steps, default_root_dir=tmp_path).fit(module)
-    assert (tmp_path / "game.png").stat().st_size > 10_000
-
-
-def test_the_measured_rate_of_a_run_that_diverges() -> None:
-    assert measured_rate([1.5**t for t in range(200)]) == pytest.approx(1.5, rel=1e-12)
-    assert measured_rate([0.0] * 9) is None
-    assert measured_rate([]) is None
-
-
-@pytest.mark.parametrize("rate", [0.0, 1e-200, 0.9, 1.0, 10.0, 1e200])
-def test_a_prediction_that_no_float_can_hold(rate: float) -> None:
-    for distances in ([1.0] * 1001, [0.0] * 5, [1.0, math.inf, math.nan], [1e300, 1e-300, 0.0]):
-        found = _predicted(distances, rate)
-        assert all(0 < d < math.inf for d in found)
-    assert _predicted([1.0, 0.9, 0.81], 0.9) == pytest.approx([1.0, 0.9, 0.81])
-
-
-# ---- what optimizers do
-
-
-def test_step_dynamics_of_groups_that_differ() -> None:
-    a, b = (nn.Parameter(torch.ones(n)) for n in (1, 2))
-    groups = [{"params": [a], "phase": 0.1}, {"params": [b], "lr": 0.5}]
-    found = step_dynamics(ComplexSGD(groups, lr=0.2), [a, b])
-    assert found.momentum is None
-    assert [d.tolist() for d in found.scale] == [pytest.approx([0.2]), [0.5, 0.5]]
-
-
-def test_a_player_that_ascends() -> None:
-    """Both players of xy, which the first descends and the second ascends, are the bilinear game."""
-
-    class Common(Bilinear):
-        def losses(self, players: Any) -> tuple[Tensor, ...]:
-            first, second = super().losses(players)
-            return first, -second
-
-    def optimizers(phase: float) -> dict[str, Optimizer]:
-        options: dict[str, Any] = {"lr": 0.1, "phase": phase}
-        return {
-            "first": lambda p: ComplexSGD(p, **options),
-            "second": lambda p: ComplexSGD(p, **options, maximize=True),
-        }
-
-    callback = GameSpectrumCallback(1000, k=None)
-    module = ZooGame(
-        Common(), start=[[1.0], [1.0]], update="simultaneous", optimizers=optimizers(math.pi / 8)
-    )
-    trainer(callback, max_steps=300).fit(module)
-    expected = torch.tensor([0.1j, -0.1j], dtype=torch.complex128)
-    torch.testing.assert_close(callback.history[0].eigenvalues, expected, rtol=1e-14, atol=1e-16)
-    assert callback.history[0].rate == pytest.approx(measured_rate(module.distances), abs=1e-3)
-
-
-def test_groups_that_ascend_and_descend_are_refused() -> None:
-    a, b = (nn.Parameter(torch.ones(n)) for n in (1, 2))
-    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "maximize": True}], lr=0.1)
-    assert step_dynamics(optimizer, [b]).sign == -1
-    with pytest.raises(ValueError, match="must have the same maximize"):
-        step_dynamics(optimizer, [a, b])
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-        lambda p: torch.optim.Rprop(p, lr=0.1),
-        lambda p: ComplexAdam(p, lr=0.1, debias=True),
-        lambda p: OptimisticAdam(p, lr=0.1),
-    ],
-)
-def test_no_rate_is_predicted_for_updates_of_another_form(optimizer: Optimizer) -> None:
-    callback = GameSpectrumCallback(k=None)
-    trainer(callback, max_steps=1).fit(zoo(optimizer=optimizer))
-    assert callback.history[0].rate is None
-
-
-# ---- wrong input
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,8 @@ def test_leading_eigenvalues_are_those_of_the_dense_jacobian(monkeypatch: pytest
     spectrum, first = GameSpectrumCallback(2, k=6), First()
     trainer(max_steps=2, precision="64-true", callbacks=[spectrum, first]).fit(gan, data(16, batch_size=2))
     assert [s.game_updates for s in spectrum.history] == [1, 2]
-    assert spectrum._seed is not None
-    jacobian = jacobian_by_hand(gan.double(), first.batch, spectrum._seed)
+    assert spectrum._fixed is not None
+    jacobian = jacobian_by_hand(gan.double(), first.batch, spectrum._fixed.seed)
     dense = torch.linalg.eigvals(steps_by_hand(gan)[:, None] * jacobian)
     dense = dense[dense.abs().argsort(descending=True)]
     found = spectrum.history[-1].eigenvalues

@@ -1,4 +1,4 @@
-"""The smallest GAN: a point that learns to sit where the data are."""
+"""Dirac-GAN, the smallest GAN: a point that learns to sit where the data are."""
 
 from __future__ import annotations
 
@@ -38,19 +38,14 @@ class DiracGAN(Game):
             raise ValueError(f"penalty must be non-negative. Got {penalty}.")
         self.penalty = penalty
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """One number each."""
-        return (1, 1)
-
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Minimax losses; the generator's is what the discriminator's says about its point, with the other sign."""
+        """Compute the minimax losses: the generator gains what the discriminator loses on its point."""
         psi, theta = self._unpack(players)
         fooled = functional.logsigmoid(-psi * theta).sum()
         real = math.log(2.0)  # −f(0): the data are at 0 and the discriminator has no bias
         return real - fooled + 0.5 * self.penalty * (psi**2).sum(), fooled
 
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues of the Jacobian at the solution, complex128 of shape (2,)."""
+        """Return the eigenvalues of the Jacobian at the solution, complex128 of shape (2,)."""
         root = torch.sqrt(torch.tensor(self.penalty**2 - 1, dtype=torch.complex128)) / 2
         return torch.stack([self.penalty / 2 + root, self.penalty / 2 - root])

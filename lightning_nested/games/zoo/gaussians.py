@@ -1,4 +1,4 @@
-"""A generative adversarial network on a ring of Gaussians, as a game of two flat tensors."""
+"""Generative adversarial network on a ring of Gaussians, as a game of two flat tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_nested.games.zoo.modes import ring
 
 
 class GaussiansGAN(Game):
-    """Generator and discriminator are small tanh networks; the data are a ring of Gaussians.
+    """Game of a generator and a discriminator, small tanh networks, with a ring of Gaussians as data.
 
     The losses are the usual ones, with D the discriminator's logit on real data x and samples G(z):
     L_D = mean log(1+e^{−D(x)}) + mean log(1+e^{D(G(z))}) and L_G = mean log(1+e^{−D(G(z))}) (not saturating), or
@@ -29,9 +29,9 @@ class GaussiansGAN(Game):
         noise_dim: Width of z.
         batch_size: Samples and real points in a batch.
         num_modes: Gaussians on the ring.
-        radius: Of the ring.
+        radius: Radius of the ring.
         std: Standard deviation of each Gaussian.
-        saturating: The minimax loss for the generator.
+        saturating: Use the minimax loss for the generator.
         generator: Draws the first batch; None: a fixed seed.
 
     Raises:
@@ -65,17 +65,13 @@ class GaussiansGAN(Game):
         self.centres, self.std, self.saturating = ring(num_modes, radius), std, saturating
         self.noise_dim, self.batch_size = noise_dim, batch_size
         self._widths = ((2, *hidden, 1), (noise_dim, *hidden, 2))
+        self.sizes = tuple(sum((i + 1) * o for i, o in pairwise(widths)) for widths in self._widths)
         self.resample(generator if generator is not None else torch.Generator().manual_seed(0))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Weights and biases of the discriminator and of the generator."""
-        return tuple(sum((i + 1) * o for i, o in pairwise(widths)) for widths in self._widths)
 
     def initial(
         self, generator: torch.Generator | None = None, *, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, ...]:
-        """Weights from N(0, 1/fan-in), biases 0."""
+        """Draw weights from N(0, 1/fan-in), biases 0."""
         players = []
         for widths in self._widths:
             parts = []
@@ -91,25 +87,25 @@ class GaussiansGAN(Game):
         self.real = self.data(self.batch_size, generator)
 
     def data(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Real points, float64 of shape (count, 2)."""
+        """Draw real points, float64 of shape (count, 2)."""
         mode = torch.randint(len(self.centres), (count,), generator=generator)
         return self.centres[mode] + self.std * torch.randn(count, 2, generator=generator, dtype=torch.float64)
 
     def samples(
         self, players: tuple[Tensor, ...], count: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Points of the present generator network, shape (count, 2), without a graph."""
+        """Draw points of the generator network, shape (count, 2), without a graph."""
         _, weights = self._unpack(players)
         noise = torch.randn(count, self.noise_dim, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             return _network(weights, self._widths[1], noise.to(weights))
 
     def logits(self, players: tuple[Tensor, ...], points: Tensor) -> Tensor:
-        """The discriminator's logits, positive for what it takes for real, shape (count,)."""
+        """Return the discriminator's logits, positive for what it takes for real, shape (count,)."""
         return _network(self._unpack(players)[0], self._widths[0], points.to(players[0])).squeeze(1)
 
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Losses on the present batch."""
+        """Compute the losses on the current batch."""
         weights = self._unpack(players)[1]
         fake = self.logits(players, _network(weights, self._widths[1], self.noise.to(weights)))
         told_apart = functional.softplus(fake).mean()
@@ -118,7 +114,7 @@ class GaussiansGAN(Game):
 
 
 def _network(flat: Tensor, widths: Sequence[int], x: Tensor) -> Tensor:
-    """The tanh network whose weights and biases lie one after the other in ``flat``."""
+    """Evaluate the tanh network whose weights and biases lie one after the other in ``flat``."""
     at = 0
     for layer, (i, o) in enumerate(pairwise(widths)):
         weight, bias = flat[at : at + i * o].view(o, i), flat[at + i * o : at + (i + 1) * o]

@@ -1,4 +1,7 @@
-"""Matching pennies, the iterated prisoner's dilemma, and mixes of them: games with solutions of different kinds."""
+"""Matching pennies, the iterated prisoner's dilemma, and mixes of them: games with solutions of different kinds.
+
+Players hold logits; each of them acts with the probabilities σ(θ).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,15 @@ _COSTS = (1.0, 3.0, 0.0, 2.0)
 _SWAPPED = [0, 1, 3, 2, 4]  # (start, CC, CD, DC, DD) as the other player sees them
 
 
-class MatchingPennies(Game):
+class PolicyGame(Game):
+    """Base of games whose players hold logits of what they do."""
+
+    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return σ(θ): probabilities of heads, or to cooperate in the game's states."""
+        return tuple(torch.sigmoid(p) for p in self._unpack(players))
+
+
+class MatchingPennies(PolicyGame):
     """One coin each: the first player wins if they match, the second if they differ.
 
     Each player holds one logit; with p = σ(θ) for heads, L₁ = −(2p₁−1)(2p₂−1) = −L₂. At the equilibrium θ = 0 the
@@ -24,23 +35,14 @@ class MatchingPennies(Game):
         (-0.213552, 0.213552)
     """
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """One logit each."""
-        return (1, 1)
-
-    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Each player's probability of heads."""
-        return tuple(torch.sigmoid(p) for p in self._unpack(players))
-
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """−(2p₁−1)(2p₂−1) and its negative."""
+        """Compute −(2p₁−1)(2p₂−1) and its negative."""
         first, second = self._unpack(players)
         matched = (torch.tanh(first / 2) * torch.tanh(second / 2)).sum()  # 2σ(θ) − 1 = tanh(θ/2)
         return -matched, matched
 
 
-class IteratedPrisonersDilemma(Game):
+class IteratedPrisonersDilemma(PolicyGame):
     """The prisoner's dilemma played for ever, with memory of one round: 5 logits of cooperation a player.
 
     Its states are (start, CC, CD, DC, DD), a player's own move first. The loss is the discounted mean
@@ -57,26 +59,19 @@ class IteratedPrisonersDilemma(Game):
         [1.5, 1.5]
     """
 
+    sizes = (5, 5)
+
     def __init__(self, discount: float = 0.96) -> None:
         _check_discount(discount)
         self.discount = discount
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Five logits each."""
-        return (5, 5)
-
-    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Probabilities to cooperate in (start, CC, CD, DC, DD), own move first."""
-        return tuple(torch.sigmoid(p) for p in self._unpack(players))
-
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Losses of the policies σ(players)."""
+        """Compute the losses of the policies σ(players)."""
         first, second = self.policies(players)
         return policy_losses(first, second, self.discount)
 
 
-class SmallIPD(Game):
+class SmallIPD(PolicyGame):
     """The iterated dilemma with one logit a player: to cooperate at first, and after the other cooperated.
 
     After the other defected, a player cooperates with probability σ(−3). Two solutions: mutual cooperation and mutual
@@ -96,22 +91,12 @@ class SmallIPD(Game):
         _check_discount(discount)
         self.discount, self.forgiveness = discount, forgiveness
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """One logit each."""
-        return (1, 1)
-
-    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Probability to cooperate at first and after the other cooperated."""
-        return tuple(torch.sigmoid(p) for p in self._unpack(players))
-
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Losses of the policies σ(players)."""
-        first, second = self.policies(players)
-        return self.probability_losses(first, second)
+        """Compute the losses of the policies σ(players)."""
+        return self.probability_losses(*self.policies(players))
 
     def probability_losses(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of two probabilities of cooperation, each of shape (1,); 0 and 1 are exact."""
+        """Compute the losses of two probabilities of cooperation, each of shape (1,); 0 and 1 are exact."""
         forgive = torch.sigmoid(torch.full_like(first, self.forgiveness))
 
         def policy(p: Tensor) -> Tensor:
@@ -120,7 +105,7 @@ class SmallIPD(Game):
         return policy_losses(policy(first), policy(second), self.discount)
 
 
-class PenniesAndDilemma(Game):
+class PenniesAndDilemma(PolicyGame):
     """τ times the small iterated dilemma and 1−τ times matching pennies, on the same two logits.
 
     The dilemma's solutions attract or repel; the pennies make the players turn around each other. Between the two lie
@@ -128,7 +113,7 @@ class PenniesAndDilemma(Game):
 
     Args:
         share: τ in [0, 1], the dilemma's weight.
-        dilemma: The small iterated dilemma; None: with its defaults.
+        dilemma: Small iterated dilemma; None: with its defaults.
 
     Raises:
         ValueError: A share outside [0, 1].
@@ -141,31 +126,19 @@ class PenniesAndDilemma(Game):
         self.dilemma = dilemma if dilemma is not None else SmallIPD()
         self.pennies = MatchingPennies()
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """One logit each."""
-        return (1, 1)
-
-    def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Probability to cooperate, and to show heads."""
-        return self.dilemma.policies(players)
-
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The weighted means of both games' losses."""
+        """Compute the weighted means of both games' losses."""
         years, coins = self.dilemma.losses(players), self.pennies.losses(players)
         return tuple(self.share * a + (1 - self.share) * b for a, b in zip(years, coins, strict=True))
 
 
 def policy_losses(first: Tensor, second: Tensor, discount: float) -> tuple[Tensor, Tensor]:
-    """Losses of two policies in the iterated prisoner's dilemma: (1−γ) p₀ᵀ(I − γP)⁻¹c, in closed form.
+    """Compute the losses of two policies in the iterated prisoner's dilemma: (1−γ) p₀ᵀ(I − γP)⁻¹c, in closed form.
 
     Args:
         first: Probabilities to cooperate in (start, CC, CD, DC, DD), own move first, shape (5,); 0 and 1 are exact.
-        second: The same of the other player, its own move first.
+        second: Probabilities of the other player, its own move first.
         discount: γ in (0, 1).
-
-    Returns:
-        Both losses, scalars.
 
     Example:
         Tit for tat against one who always defects.

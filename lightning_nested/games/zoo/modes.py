@@ -1,4 +1,4 @@
-"""Which modes of a mixture do samples cover, and how many samples are good?"""
+"""Modes of a mixture that samples cover, and the share of good samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_nested.games.zoo.game import check_positive
 
 
 def ring(num_modes: int = 8, radius: float = 2.0, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Centres of modes at equal distances on a circle, shape (num_modes, 2), the first on the positive x axis.
+    """Return centres at equal distances on a circle, shape (num_modes, 2), the first on the positive x axis.
 
     >>> ring(4, 1.0).round(decimals=6).abs().tolist()
     [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
@@ -24,9 +24,9 @@ def ring(num_modes: int = 8, radius: float = 2.0, *, dtype: torch.dtype = torch.
 
 
 def high_quality(samples: Tensor, centres: Tensor, std: float, *, within: float = 3.0) -> Tensor:
-    """Share of the samples that lie within ``within`` standard deviations of a centre, 0-dimensional in [0, 1].
+    """Return the share of samples within ``within`` standard deviations of a centre, 0-dimensional in [0, 1].
 
-    Of a mixture of Gaussians in the plane itself it is 1 − e^{−9/2} = 0.9889 or more.
+    For a mixture of Gaussians in the plane itself it is 1 − e^{−9/2} = 0.9889 or more.
 
     Args:
         samples: Shape (n, d).
@@ -45,7 +45,7 @@ def high_quality(samples: Tensor, centres: Tensor, std: float, *, within: float 
 def modes_covered(
     samples: Tensor, centres: Tensor, std: float, *, within: float = 3.0, at_least: int = 1
 ) -> int:
-    """Number of modes with at least ``at_least`` high-quality samples.
+    """Count the modes with at least ``at_least`` high-quality samples.
 
     As is usual (Metz et al. 2017, arXiv 1611.02163; Srivastava et al. 2017, arXiv 1705.07761) a sample counts for the
     nearest mode, and only within three standard deviations of it. The count grows with the number of samples; state
@@ -68,7 +68,7 @@ def modes_covered(
 
 
 def _nearest(samples: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest centre, and which it is; a sample that is not finite is infinitely far away."""
+    """Return the distance to the nearest centre and its index; a sample that is not finite is infinitely far away."""
     if samples.ndim != 2 or centres.ndim != 2 or samples.shape[1] != centres.shape[1]:
         raise ValueError(
             "samples and centres must have shapes (n, d) and (m, d). "

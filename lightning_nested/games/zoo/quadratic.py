@@ -37,7 +37,7 @@ class QuadraticGame(Game):
         self.first, self.coupling, self.second = (
             torch.diag(m) if m.ndim == 1 else m for m in (first, coupling, second)
         )
-        n, m = self.coupling.shape
+        n, m = self.sizes = tuple(self.coupling.shape)
         shapes = (tuple(self.first.shape), tuple(self.second.shape))
         if shapes != ((n, n), (m, m)):
             raise ValueError(
@@ -53,7 +53,7 @@ class QuadraticGame(Game):
 
     @classmethod
     def from_eigenvalues(cls, eigenvalues: Tensor | Sequence[complex]) -> QuadraticGame:
-        """The game with one coordinate per player and eigenvalue a + ib: A = C = diag(a), B = diag(b).
+        """Make the game with one coordinate per player and eigenvalue a + ib: A = C = diag(a), B = diag(b).
 
         Its spectrum holds every eigenvalue that is given, and its conjugate.
         """
@@ -64,7 +64,7 @@ class QuadraticGame(Game):
     def mixture(
         cls, size: int, adversarial: float, generator: torch.Generator | None = None
     ) -> QuadraticGame:
-        """A random mix: A = C = (1−γ)a, B = γb per coordinate, a and b from U(0, 1), γ from U(0, ``adversarial``).
+        """Draw a random mix: A = C = (1−γ)a, B = γb per coordinate, a and b from U(0, 1), γ from U(0, ``adversarial``).
 
         0 is purely cooperative; 1 has parts from purely cooperative to purely adversarial.
         Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7741-7765, after their section 4.2.
@@ -80,24 +80,19 @@ class QuadraticGame(Game):
         share = share * adversarial
         return cls((1 - share) * a, share * b, (1 - share) * a)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """(n, m)."""
-        return tuple(self.coupling.shape)
-
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """½xᵀAx + xᵀBy and ½yᵀCy − xᵀBy."""
+        """Compute ½xᵀAx + xᵀBy and ½yᵀCy − xᵀBy."""
         x, y = self._unpack(players)
         both = x @ self.coupling.to(x) @ y
         return 0.5 * x @ self.first.to(x) @ x + both, 0.5 * y @ self.second.to(y) @ y - both
 
     def jacobian(self) -> Tensor:
-        """[[A, B], [−Bᵀ, C]], of shape (n+m, n+m)."""
+        """Return [[A, B], [−Bᵀ, C]], of shape (n+m, n+m)."""
         top = torch.cat([self.first, self.coupling], dim=1)
         return torch.cat([top, torch.cat([-self.coupling.mT, self.second], dim=1)])
 
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues of the Jacobian, complex of shape (n+m,): in closed form where the matrices were diagonals."""
+        """Return the Jacobian's eigenvalues, complex of shape (n+m,), in closed form for diagonal matrices."""
         if self._diagonals is None:
             values: Tensor = torch.linalg.eigvals(self.jacobian())
             return values
@@ -128,7 +123,7 @@ class Bilinear(QuadraticGame):
         super().__init__(matrix.new_zeros(n, n), matrix, matrix.new_zeros(m, m))
 
     def eigenvalues(self) -> Tensor:
-        """± i·σ(M) and zeros, complex of shape (n+m,)."""
+        """Return ± i·σ(M) and zeros, complex of shape (n+m,)."""
         n, m = self.coupling.shape
         turning = 1j * torch.linalg.svdvals(self.coupling)
         return torch.cat([turning, -turning, turning.new_zeros(abs(n - m))])

@@ -1,4 +1,4 @@
-"""A game seen through random projections of its players."""
+"""Random subspace of a game: its players seen through random projections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RandomSubspace(Game):
     A two-dimensional cut through a game of many dimensions, still with one player per axis.
 
     Args:
-        game: The whole game.
+        game: Whole game.
         dim: d, numbers each player holds.
         generator: Draws Pᵢ and bᵢ, standard normal; None: a fixed seed.
         spread: Standard deviation of the offsets bᵢ; 0: the subspace holds the origin.
@@ -43,24 +43,19 @@ class RandomSubspace(Game):
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        self.game, self.names, self.dim = game, game.names, dim
+        self.game, self.names, self.dim, self.sizes = game, game.names, dim, (dim,) * len(game.sizes)
         self.projections = tuple(normal(n, dim) for n in game.sizes)
         self.offsets = tuple(spread * normal(n) for n in game.sizes)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """d for every player."""
-        return (self.dim,) * len(self.game.sizes)
-
     def embed(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The players of the whole game: Pᵢ zᵢ + bᵢ."""
+        """Return the players of the whole game, Pᵢ zᵢ + bᵢ."""
         parts = zip(self.projections, self._unpack(players), self.offsets, strict=True)
         return tuple(p.to(z) @ z + b.to(z) for p, z, b in parts)
 
     def policies(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """What the embedded players do in the whole game."""
+        """Return what the embedded players do in the whole game."""
         return self.game.policies(self.embed(players))
 
     def losses(self, players: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Losses of the whole game at the embedded players."""
+        """Compute the losses of the whole game at the embedded players."""
         return self.game.losses(self.embed(players))

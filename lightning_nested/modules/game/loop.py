@@ -1,4 +1,4 @@
-"""In which order the players of a game step, and the options of its loop."""
+"""Order in which the players of a game step, and the options of its loop."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Literal
 
 Update = Literal["simultaneous", "alternating"]
 Slot = tuple[tuple[str, ...], ...]
-"""What happens with one batch: steps in order, each of the players that step together."""
+"""Steps on one batch in order, each with the names of the players that step together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GameLoop:
-    """What the Trainer refuses to do in manual optimization, and how batches meet steps.
+    """Options of a game's loop: what the Trainer refuses in manual optimization, and the batches of steps.
 
     Args:
         accumulate_grad_batches: Batches per step of a player; an epoch's last step may have fewer.
         gradient_clip_val: Limit of a player's gradient; a dictionary gives each player its own; None: none.
-        gradient_clip_algorithm: Whether it limits the norm of the player's gradient or each entry.
+        gradient_clip_algorithm: ``"norm"`` limits the norm of the player's gradient, ``"value"`` each entry.
         reuse_batch: In alternating updates, a player's first step uses the batch of the step before it, so
             that four discriminator steps and a generator step take four batches in place of five.
 
@@ -50,7 +50,7 @@ class GameLoop:
             )
 
     def clip_of(self, player: str) -> float | None:
-        """The limit of a player's gradient."""
+        """Return the limit of a player's gradient."""
         clip = self.gradient_clip_val
         return clip.get(player) if isinstance(clip, dict) else clip
 
@@ -58,7 +58,7 @@ class GameLoop:
 def schedule(
     players: Sequence[str], update: Update, steps_per_player: Mapping[str, int] | None, *, reuse_batch: bool
 ) -> list[Slot]:
-    """The batches of one game update, each with the steps that use it.
+    """Return the batches of one game update, each with the steps that use it.
 
     Args:
         players: Names in the order in which they step.
@@ -86,22 +86,16 @@ def schedule(
     check_steps(update, steps)
     if update == "simultaneous":
         return [(tuple(players),)]
-    slots: list[list[tuple[str, ...]]] = []
+    slots: list[Slot] = []
     for name in players:
         for k in range(steps.get(name, 1)):
-            if reuse_batch and k == 0 and slots:
-                slots[-1].append((name,))
-            else:
-                slots.append([(name,)])
-    return [tuple(slot) for slot in slots]
+            shared = slots.pop() if reuse_batch and k == 0 and slots else ()
+            slots.append((*shared, (name,)))
+    return slots
 
 
 def check_steps(update: str, steps: Mapping[str, int]) -> None:
-    """Refuse what no set of players could make right.
-
-    Raises:
-        ValueError: As :func:`schedule`.
-    """
+    """Refuse orders and numbers of steps that are wrong for any players."""
     if update not in ("simultaneous", "alternating"):
         raise ValueError(f"update must be 'simultaneous' or 'alternating'. Got {update!r}.")
     for name, k in steps.items():

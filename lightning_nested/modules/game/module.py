@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,33 +9,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
+from lightning_nested.modules.game.checks import check_monitors, check_names, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
-    GradientSums,
     Player,
-    check_losses,
-    check_player_loss,
-    check_players,
-    check_trainable,
+    build_optimizers,
+    check_gradient_counts,
     match_players,
-    player_gradients,
 )
-from lightning_nested.trainer.isolation import silent_logging, untouched_buffers, untouched_metrics
-from lightning_nested.trainer.lightning import built_by_command_line, counted, reduction
-from lightning_nested.trainer.random_stream import (
-    RandomStream,
-    base_seed,
-    random_states,
-    restore_random_state,
-)
+from lightning_nested.modules.game.steps import PlayerSteps
+from lightning_nested.trainer.checkpoint_advice import WithoutCheckpointAdvice
+from lightning_nested.trainer.lightning import built_by_command_line, reduction
+from lightning_nested.trainer.random_stream import base_seed, random_states, restore_random_state
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 
@@ -70,17 +61,15 @@ class GameModule(LightningModule):
     discriminator steps and a generator step takes 5 batches (``GameLoop(reuse_batch=True)``: 4).
     ``"simultaneous"``: all gradients are taken at the same point, from the same batch; then all step.
     An optimizer with ``num_gradients == 2`` (``Extragradient``) gets its second gradient at the extrapolated
-    point, from the same batch and the same random numbers; buffers (batch norm, spectral norm) and torchmetrics
-    move once.
+    point, from the same batch and random numbers; buffers (batch norm, spectral norm) and torchmetrics move once.
 
-    **The clock.** ``game_updates`` counts complete rounds. ``trainer.global_step`` is made to count the same,
-    not each optimizer's steps, so ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its
-    file name's ``{step}`` and ``EMAWeightAveraging`` speak of game updates. Losses reach loggers every
-    ``log_every_n_steps`` game updates as ``<player>_loss``, with game updates as the x axis, and can be
-    monitored at every one.
+    **The clock.** ``game_updates`` counts complete rounds, and so does ``trainer.global_step``: in
+    ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its file name's ``{step}`` and
+    ``EMAWeightAveraging`` a step is a game update. Losses reach loggers every ``log_every_n_steps`` game updates as
+    ``<player>_loss``, with game updates as the x axis, and can be monitored at every one.
 
-    **Freezing.** What the optimizers hold and is not frozen is read before every batch, so ``BaseFinetuning`` may
-    freeze and unfreeze in training; open gradient sums then begin anew. Players may share frozen parts.
+    **Freezing.** Callbacks such as ``BaseFinetuning`` may freeze and unfreeze parameters in training; open gradient
+    sums are then cleared. Players may share frozen parts.
 
     **Processes.** Works under plain ``ddp``: each player's gradient comes from ``torch.autograd.grad`` and is
     averaged in one flat message; DDP's hooks do not fire. Each process draws random numbers of its own.
@@ -92,11 +81,11 @@ class GameModule(LightningModule):
 
     Args:
         optimizer: From parameters to an optimizer, for every player.
-        optimizers: The same by player; wins over ``optimizer``. Without both, ``configure_optimizers`` is
-            overridden and returns one optimizer for each player, in any order.
+        optimizers: From parameters to an optimizer, by player; wins over ``optimizer``. Without both, override
+            ``configure_optimizers`` to return one optimizer for each player, in any order.
         scheduler: From an optimizer to a scheduler, for every player, stepped after each game update
             (``ReduceLROnPlateau``: after each epoch).
-        schedulers: The same by player; wins over ``scheduler``.
+        schedulers: From an optimizer to a scheduler, by player; wins over ``scheduler``.
         update: ``"alternating"`` or ``"simultaneous"``.
         steps_per_player: Steps of a player in one alternating update, where not 1.
         loop: Accumulation, clipping, batches.
@@ -105,9 +94,9 @@ class GameModule(LightningModule):
         game_updates: Complete rounds so far; saved in checkpoints.
         gradient_evaluations: Gradients of one player so far; compare methods by it.
         player_batches: Batches that each player's steps have taken so far; saved in checkpoints.
-        step_cache: For a subclass to share tensors between the losses of one batch, for example fakes; emptied
+        step_cache: Tensors that a subclass shares between the losses of one batch, for example fakes; emptied
             before every batch.
-        batch_players: Who steps on the present batch, in order.
+        batch_players: Names of the players that step on the current batch, in order.
         joint_graph: True where a loss is asked for with its graph to *every* player, as for the game's Jacobian:
             then ``player_loss`` must not detach what other players made. In training detaching saves time.
 
@@ -130,8 +119,7 @@ class GameModule(LightningModule):
         loop: GameLoop = GameLoop(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
-        if built_by_command_line():
-            # Built by LightningCLI, which saves the configuration instead of the values: all plain data.
+        if built_by_command_line():  # saves the configuration, all plain data, in place of the values
             self.save_hyperparameters()
         self.automatic_optimization = False
         check_steps(update, steps_per_player or {})
@@ -143,39 +131,38 @@ class GameModule(LightningModule):
         self.joint_graph = False
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._make_optimizers, self._make_schedulers = dict(optimizers or {}), dict(schedulers or {})
-        self._position = 0  # batches of the present round that are done
-        self._started = False  # whether on_train_start has run in this fit
-        self._epoch_open = False  # whether a checkpoint made now is from the middle of an epoch
-        self._sums = GradientSums()
-        self._losses: dict[str, Tensor] = {}  # each player's last
         self._schedule: list[Slot] = []
+        self._position = 0  # slots of the current round that are done
+        self._started = False  # True once on_train_start has run in this fit
+        self._epoch_open = False  # True where a checkpoint would be from the middle of an epoch
+        self._steps = PlayerSteps()
         self._players: dict[str, Player] = {}
-        self._saved: Mapping[str, Any] | None = None
+        self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
 
-    # ---- what users write, override and read
+    # ---- to be overridden or read
 
     @abstractmethod
     def players(self) -> dict[str, nn.Module]:
-        """The players' modules by name, in the order in which they step."""
+        """Return the players' modules by name, in the order in which they step."""
         raise NotImplementedError(f"{type(self).__name__} must define players(self).")
 
     @abstractmethod
     def player_loss(self, name: str, batch: Any) -> Tensor:
-        """What a player minimises: a scalar with its graph."""
+        """Compute the loss that a player minimises: a scalar with its graph."""
         raise NotImplementedError(f"{type(self).__name__} must define player_loss(self, name, batch).")
 
     def player_losses(self, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
-        """The losses of players that step together; override it to share work between them."""
+        """Compute the losses of players that step together; override it to share work between them."""
         return {name: self.player_loss(name, batch) for name in names}
 
     @property
     def running_players(self) -> dict[str, Player]:
-        """The players with their optimizers and trained parameters; empty before ``fit``."""
+        """Players with their optimizers and trained parameters; empty before ``fit``."""
         return dict(self._players)
 
     @contextmanager
     def joint_evaluation(self, players: Sequence[str]) -> Iterator[None]:
-        """Losses evaluated inside keep their graph to every player, and share nothing with training."""
+        """Let losses keep their graphs to every player inside, and share nothing with training."""
         kept = self.step_cache, self.batch_players, self.joint_graph
         self.step_cache, self.batch_players, self.joint_graph = {}, tuple(players), True
         try:
@@ -184,41 +171,32 @@ class GameModule(LightningModule):
             self.step_cache, self.batch_players, self.joint_graph = kept
 
     def game_metrics(self) -> dict[str, Any]:
-        """Further values to log with the losses, every ``log_every_n_steps`` game updates."""
+        """Return further values to log with the losses, every ``log_every_n_steps`` game updates."""
         return {}
 
     def on_player_step(self, name: str) -> None:
-        """Called after each step of a player."""
+        """Run after each step of a player."""
 
     def on_game_update(self) -> None:
-        """Called after each complete round, when ``game_updates`` has counted it."""
+        """Run after each complete round, when ``game_updates`` has counted it."""
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer for each player, and its scheduler."""
-        players = self.players()
-        check_names("optimizers", self._make_optimizers, players)
-        check_names("schedulers", self._make_schedulers, players)
-        optimizers, schedulers = [], []
-        for name, module in players.items():
-            check_trainable(name, module)
-            make = self._make_optimizers.get(name, self._make_optimizer)
-            if make is None:
-                raise MisconfigurationException(
-                    f"Each player must have an optimizer. Got none for {name!r}; give "
-                    f"optimizers={{{name!r}: <from parameters to optimizer>}}, optimizer= for all, or override "
-                    "configure_optimizers."
-                )
-            optimizer = make(p for p in module.parameters() if p.requires_grad)
-            optimizers.append(optimizer)
-            make_scheduler = self._make_schedulers.get(name, self._make_scheduler)
-            if make_scheduler is not None:
-                scheduler = make_scheduler(optimizer)
-                config: dict[str, Any] = {"scheduler": scheduler, "interval": "step", "name": f"lr-{name}"}
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    config["interval"] = "epoch"  # Lightning drops "monitor" in manual optimization
-                schedulers.append(config)
-        return optimizers, schedulers  # type: ignore[return-value]
+        """Make one optimizer for each player, and its scheduler."""
+        return build_optimizers(  # type: ignore[return-value]
+            self.players(),
+            self._make_optimizers,
+            self._make_optimizer,
+            self._make_schedulers,
+            self._make_scheduler,
+        )
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Silence advice that is wrong here: a game resumes after a complete update."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        silent = any(isinstance(callback, WithoutCheckpointAdvice) for callback in callbacks)
+        return [] if silent else [WithoutCheckpointAdvice()]
 
     # ---- lifecycle
 
@@ -227,17 +205,14 @@ class GameModule(LightningModule):
         if stage != "fit":
             return
         self._started = False
-        self._saved = (
-            None  # of an earlier validate(ckpt_path=...) or load_from_checkpoint; fit restores after setup
-        )
+        # What an earlier validate(ckpt_path=...) or load_from_checkpoint read: fit restores after setup.
+        self._saved = None
         refuse_strategy(self.trainer, "GameModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 "GameModule scales no losses: one scale for players of different size would hide which of them "
                 f"overflows. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
-        # Lightning advises to save the state before the step; after a complete update is where a game resumes.
-        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         players = check_players(type(self).__name__, self.players())
         clip = self.loop.gradient_clip_val
         check_names("gradient_clip_val", clip if isinstance(clip, dict) else {}, players)
@@ -249,28 +224,10 @@ class GameModule(LightningModule):
     def on_fit_start(self) -> None:
         self._check_hooks(True)
         self._match_players()
-        for step in (step for slot in self._schedule for step in slot):
-            needs = {name: self._players[name].num_gradients for name in step}
-            if len(set(needs.values())) > 1:
-                raise MisconfigurationException(
-                    "Players that step together must need equally many gradients. Got "
-                    f"{needs}; give all of them Extragradient or none, or use update='alternating'."
-                )
-            if max(needs.values()) > 1 and self.loop.accumulate_grad_batches > 1:
-                raise MisconfigurationException(
-                    "An optimizer that needs two gradients from one batch cannot accumulate over several. Got "
-                    f"accumulate_grad_batches={self.loop.accumulate_grad_batches}; set it to 1."
-                )
-        for config in self.trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if isinstance(scheduler, ReduceLROnPlateau) and not getattr(scheduler, "monitor", None):
-                raise MisconfigurationException(
-                    "ReduceLROnPlateau must know its metric. Got one without, and Lightning drops a scheduler's "
-                    "'monitor' key in manual optimization; use "
-                    "lightning.pytorch.cli.ReduceLROnPlateau(optimizer, monitor=...)."
-                )
+        check_gradient_counts(self._schedule, self._players, self.loop.accumulate_grad_batches)
+        check_monitors(config.scheduler for config in self.trainer.lr_scheduler_configs)
         if self._saved is not None:
-            # Also a run that was finished, and does not start again, knows its clock, and callbacks at its start.
+            # Here: a finished run that does not start again has its clock too, and callbacks read it at their start.
             self.game_updates = self._saved["game_updates"]
             self.gradient_evaluations = self._saved["gradient_evaluations"]
             self.player_batches = Counter(self._saved.get("player_batches", {}))
@@ -282,13 +239,11 @@ class GameModule(LightningModule):
         saved, self._saved = self._saved, None
         self._started = True
         if saved is None:
-            if (
-                self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
-            ):  # one that fits again goes on
+            # A Trainer that fits again goes on.
+            if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
                 self.game_updates = self.gradient_evaluations = self._position = 0
                 self.player_batches.clear()
-                self._sums.clear()
-                self._losses = {}
+                self._steps = PlayerSteps()
             if self.trainer.world_size > 1:
                 seed = base_seed(self.trainer)  # every process takes part in agreeing on it
                 if self.global_rank > 0:  # with the latents of process 0, the batch would only seem larger
@@ -296,7 +251,7 @@ class GameModule(LightningModule):
             return
         self._position = saved["position"] % len(self._schedule)
         self._epoch_open = saved["epoch_open"]
-        self._sums.load_state_dict(saved["sums"], self.device)
+        self._steps.sums.load_state_dict(saved["sums"], self.device)
         if self._epoch_open:
             restore_random_state(saved["random"], self.global_rank)
         else:
@@ -307,27 +262,28 @@ class GameModule(LightningModule):
         self._check_hooks(bool(self._players) and self._started)
         if not all(player.is_current for player in self._players.values()):
             self._match_players()
-            self._sums.clear()  # gradients of other parameters
+            self._steps.sums.clear()  # gradients of other parameters
         self.step_cache.clear()
         last = bool(self.trainer.is_last_batch)
         self._epoch_open = not last
-        full = last or self._sums.count + 1 >= self.loop.accumulate_grad_batches
+        full = last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches
         ends = full and self._position + 1 == len(self._schedule)
         slot = self._schedule[self._position]
         self.batch_players = tuple(name for names in slot for name in names)
         for k, names in enumerate(slot):
-            self._play([self._players[name] for name in names], batch, full, ends and k + 1 == len(slot))
+            players = [self._players[name] for name in names]
+            self._steps.play(self, players, batch, full=full, last=ends and k + 1 == len(slot))
         self.step_cache.clear()
         if full:
             self._position = 0 if ends else self._position + 1
         if ends:
             self.game_updates += 1
             self.on_game_update()
-            self._log()
+            _log(self, self._steps.losses)
             step_schedulers(self, "step", self.game_updates)
         if last:
             step_schedulers(self, "epoch", self.current_epoch + 1)
-        return dict(self._losses)
+        return dict(self._steps.losses)
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -338,16 +294,14 @@ class GameModule(LightningModule):
         if self._saved is not None:
             checkpoint["game"] = dict(self._saved)
         elif self._players:
-            open_step = self._schedule[self._position][0]
+            players = [self._players[name] for name in self._schedule[self._position][0]]
             checkpoint["game"] = {
                 "game_updates": self.game_updates,
                 "gradient_evaluations": self.gradient_evaluations,
                 "player_batches": dict(self.player_batches),
                 "position": self._position,
                 "epoch_open": self._epoch_open,
-                "sums": self._sums.state_dict(
-                    [self._players[name] for name in open_step], reduction(self.trainer)
-                ),
+                "sums": self._steps.sums.state_dict(players, reduction(self.trainer)),
                 "random": random_states(self.trainer),
             }
 
@@ -356,7 +310,7 @@ class GameModule(LightningModule):
         self._saved = checkpoint.get("game")
 
     def _check_hooks(self, ran: bool) -> None:
-        """Whether ``setup`` and what else has to be before have run."""
+        """Refuse to go on where ``setup`` has not run, or another hook that must have."""
         if not (ran and self._schedule):
             raise MisconfigurationException(
                 f"GameModule must be started by its hooks ({_HOOKS}). "
@@ -364,109 +318,34 @@ class GameModule(LightningModule):
             )
 
     def _match_players(self) -> None:
-        """Who trains what with which optimizer, now."""
+        """Match the players with the optimizers and the parameters that are not frozen now."""
         found = self.optimizers()
         names = {id(p): name for name, p in self.named_parameters()}
         self._players = match_players(
             self.players(), found if isinstance(found, list) else [found], names, self.loop
         )
 
-    # ---- one step
 
-    def _play(self, players: Sequence[Player], batch: Any, full: bool, counts: bool) -> None:
-        """One batch of a step of players that step together, and the step itself with its last batch."""
-        if players[0].num_gradients == 1:
-            self._gradients(players, batch)
-            if full:
-                self._set_gradients(players)
-        else:
-            self._look_ahead(players, batch)
-        self.player_batches.update(player.name for player in players)
-        if not full:
-            return
-        for k, player in enumerate(players):
-            with counted(player.optimizer, counts and k + 1 == len(players)):
-                player.optimizer.step()
-            player.clear_gradient()
-            self.on_player_step(player.name)
-
-    def _look_ahead(self, players: Sequence[Player], batch: Any) -> None:
-        """Gradients at the extrapolated point, where the players are left."""
-        start = RandomStream.snapshot(self.device)
-        with (
-            start.replay(),
-            untouched_buffers(self),
-            untouched_metrics(self),
-            silent_logging(self, self.trainer),
-        ):
-            self._gradients(players, batch)
-        self._set_gradients(players)
-        self.step_cache.clear()  # what it holds was computed before the extrapolation
-        try:
-            for player in players:
-                player.extrapolate()
-            self._gradients(players, batch)
-            self._set_gradients(players)
-        except BaseException:
-            for player in players:
-                player.retreat()
-            raise
-
-    def _gradients(self, players: Sequence[Player], batch: Any) -> None:
-        names = [player.name for player in players]
-        losses = check_losses(type(self).__name__, names, self.player_losses(names, batch))
-        where = f"{type(self).__name__}.player_loss"
-        checked = [check_player_loss(where, name, losses[name]) for name in names]
-        del losses
-        with torch.autocast(self.device.type, enabled=False):  # derivatives are taken outside, as always
-            self._sums.add(*player_gradients(where, players, checked))
-        self.gradient_evaluations += len(players)
-
-    def _set_gradients(self, players: Sequence[Player]) -> None:
-        """Hand the averaged gradients over, if they are finite: decided from what all processes know."""
-        losses, gradients = self._sums.take(players, reduction(self.trainer))
-        for player, loss, gradient in zip(players, losses, gradients, strict=True):
-            if not player.is_finite(loss, gradient):
-                raise FloatingPointError(
-                    f"The loss of {player.name!r} and its gradient must be finite. Got loss {float(loss)} after "
-                    f"{self.game_updates} game updates; no player has stepped on it. Lower the learning rate or "
-                    "momentum, or clip gradients with GameLoop(gradient_clip_val=...)."
-                )
-            # A copy: in a distributed run it is a slice of the message with all gradients, which Lightning's
-            # launcher would send along with callback_metrics, and wait for ever on a full pipe.
-            self._losses[player.name] = loss.clone()
-        for player, gradient in zip(players, gradients, strict=True):
-            player.set_gradient(gradient)
-
-    def _log(self) -> None:
-        trainer = self.trainer
-        metrics: dict[str, Any] = {f"{name}_loss": loss for name, loss in self._losses.items()}
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every > 0 and self.game_updates % every == 0
-        if due:
-            metrics |= self.game_metrics()
-            # Not by self.log: Lightning's x axis counts batches.
-            for logger in trainer.loggers:
-                logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.game_updates)
-        # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps. Not by self.log: it costs
-        # as much as a small game's update, to aggregate what nobody asks for.
-        shown = {k: torch.as_tensor(v, device=self.device) for k, v in metrics.items()}
-        trainer.callback_metrics.update(shown, game_updates=torch.tensor(float(self.game_updates)))
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_metrics.update({k: float(v) for k, v in metrics.items()})
-
-
-def check_names(what: str, given: Mapping[str, Any], players: Mapping[str, nn.Module]) -> None:
-    """Refuse names that are no players'."""
-    unknown = [name for name in given if name not in players]
-    if unknown:
-        raise MisconfigurationException(
-            f"{what} must name players. Got {unknown}; the players are {list(players)}."
-        )
+def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
+    """Show the losses to callbacks and the progress bar, and to loggers where they are due."""
+    trainer = module.trainer
+    metrics: dict[str, Any] = {f"{name}_loss": loss for name, loss in losses.items()}
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if every > 0 and module.game_updates % every == 0:
+        metrics |= module.game_metrics()
+        # Not by self.log: Lightning's x axis counts batches.
+        for logger in trainer.loggers:
+            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=module.game_updates)
+    # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps. Not by self.log: it costs
+    # as much as a small game's update, to aggregate what nobody asks for.
+    shown = {k: torch.as_tensor(v, device=module.device) for k, v in metrics.items()}
+    trainer.callback_metrics.update(shown, game_updates=torch.tensor(float(module.game_updates)))
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_metrics.update({k: float(v) for k, v in metrics.items()})
 
 
 def _begin_next_epoch(trainer: Trainer) -> None:
-    """With ``max_steps`` Lightning resumes a finished epoch as if it were open, and spends a batch on closing it."""
+    """Close a finished epoch: with ``max_steps`` Lightning resumes it as open, and spends a batch on closing it."""
     fit_loop: Any = trainer.fit_loop
     epochs, batches = fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress.current
     if trainer.max_steps != -1 and 0 < batches.ready == batches.completed:
