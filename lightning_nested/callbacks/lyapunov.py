@@ -21,8 +21,9 @@ from typing_extensions import override
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.dynamics.tracker import TrainingTracker
+from lightning_nested.optim.registry import known_rule
 from lightning_nested.optim.step_dynamics import trainable
-from lightning_nested.optim.update_rules import UpdateRule, known_rule
+from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.game_follower import GameFollower
 from lightning_nested.trainer.isolation import untouched_buffers, without_trace

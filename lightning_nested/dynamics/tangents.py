@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_nested.dynamics.frames import orthonormalize, window_weights
 from lightning_nested.linalg.vectors import Reduce, Vector
-from lightning_nested.optim.update_rules import Descent, LinearRule, SGDRule, UpdateRule, known_rule
+from lightning_nested.optim.registry import SGDRule, known_rule
+from lightning_nested.optim.update_rules import Descent, LinearRule, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,18 +215,15 @@ class Tangents:
         def rows(matrix: Tensor) -> Tensor:
             return matrix[:, columns].reshape(self.k, *p.shape)
 
-        fresh = r.start(w)
-        kept = [state.get(name) for name in r.slots[: len(fresh)]]
-        slots = tuple(f if s is None else s for s, f in zip(kept, fresh, strict=True))
-        begun = any(s is not None for s in kept)
+        slots, taken = r.resume(w, state)
         dw = rows(self.frame)
         # A buffer that begins as a linear function of the parameter begins with that function's tangent.
         dslots = (
             r.start(dw)
-            if isinstance(r, LinearRule) and not begun
+            if isinstance(r, LinearRule) and not taken
             else tuple(rows(s) for s in self.slots[: len(slots)])
         )
-        t = torch.tensor(float(state.get("step", float(begun))) + 1, dtype=self.dtype, device=p.device)
+        t = torch.tensor(taken + 1, dtype=self.dtype, device=p.device)
         if isinstance(r, Descent):  # closed forms broadcast over the frame
             after, buffers = r.tangent(w, g, slots, t, dw, rows(dg), dslots)
         else:

@@ -13,7 +13,8 @@ import torch
 from lightning_nested.games.joint_step import ADAPT_LIMIT, JointStep
 from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
-from lightning_nested.optim.step_dynamics import Momentum, has_complex_momentum
+from lightning_nested.optim.step_dynamics import has_complex_momentum
+from lightning_nested.optim.update_rules import Momentum
 
 if TYPE_CHECKING:
     from lightning_nested.games.measured_spectrum import MeasuredSpectrum

@@ -12,7 +12,8 @@ import torch
 from lightning_nested.games import convergence_rate, extragradient_rate, optimistic_rate
 from lightning_nested.games.rates import Array, Eigenvalues, momentum_matrix
 from lightning_nested.games.step_jacobian import StepJacobian
-from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
+from lightning_nested.optim.step_dynamics import StepDynamics
+from lightning_nested.optim.update_rules import Momentum
 
 EXACT_LIMIT = 200  # numbers of all players: the eigenvalues of a step of 3n numbers take about half a second
 ADAPT_LIMIT = 60  # likewise, where they are taken some 170 times

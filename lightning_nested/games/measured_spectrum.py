@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_nested.optim.step_dynamics import Momentum
+from lightning_nested.optim.update_rules import Momentum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from lightning_nested.dynamics.game_tracker import GameTracker
 from lightning_nested.dynamics.tangents import Clip
 from lightning_nested.networks.spectral_norm import spectral_norm_layers
+from lightning_nested.optim.registry import known_rule
 from lightning_nested.optim.step_dynamics import step_dynamics
-from lightning_nested.optim.update_rules import UpdateRule, known_rule
+from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import reduction

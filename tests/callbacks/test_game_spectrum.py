@@ -37,7 +37,8 @@ from lightning_nested.optim import (
     OptimisticAdam,
     OptimisticSGD,
 )
-from lightning_nested.optim.step_dynamics import Momentum, step_dynamics
+from lightning_nested.optim.step_dynamics import step_dynamics
+from lightning_nested.optim.update_rules import Momentum
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.linalg.vectors import Reduce, Vector, norm
 from lightning_nested.modules.game.loop import GameLoop
+from lightning_nested.optim.step_dynamics import trainable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +52,7 @@ class Player:
     @property
     def is_current(self) -> bool:
         """Whether ``parameters`` still is what the optimizer trains: not after freezing or unfreezing."""
-        now = trained_parameters(self.optimizer)
+        now = trainable(self.optimizer.optimizer)
         return len(now) == len(self.parameters) and all(map(is_, now, self.parameters))
 
     def set_gradient(self, gradient: Sequence[Tensor | None]) -> None:
@@ -90,11 +91,6 @@ class Player:
         size = norm(tuple(g for g in gradient if g is not None))
         factor = (self.clip / (size + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
         return [None if g is None else g * factor.to(g.dtype) for g in gradient]
-
-
-def trained_parameters(optimizer: LightningOptimizer) -> Vector:
-    """What an optimizer holds and is not frozen, in its order."""
-    return tuple(p for group in optimizer.optimizer.param_groups for p in group["params"] if p.requires_grad)
 
 
 def check_trainable(name: str, module: nn.Module) -> None:
@@ -162,7 +158,7 @@ def match_players(
     found: dict[str, Player] = {}
     for optimizer in optimizers:
         check_optimizer(optimizer.optimizer)
-        held = trained_parameters(optimizer)
+        held = tuple(trainable(optimizer.optimizer))
         owners = sorted({owner.get(id(p), "no player") for p in held})
         if len(owners) != 1 or owners[0] == "no player":
             raise MisconfigurationException(
