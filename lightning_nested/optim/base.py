@@ -1,4 +1,4 @@
-"""What all optimizers here share: the contract of ``torch.optim`` around one ``_update`` per parameter group."""
+"""The contract of ``torch.optim`` around one ``_update`` per parameter group, for all optimizers of this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Step: TypeAlias = float | Tensor
 
 
 class GameOptimizer(Optimizer, ABC):
-    """Base of the family. A subclass names its options and their checks, and writes ``_update``.
+    """Base of the optimizers here. A subclass names its options and their checks, and writes ``_update``.
 
     Every option may differ between parameter groups and may change between steps (schedulers do so); it is checked
     when a group is added and again at every step, before anything is changed.
@@ -41,10 +41,8 @@ class GameOptimizer(Optimizer, ABC):
 
     num_gradients: ClassVar[int] = 1
     checks: ClassVar[Mapping[str, Check]]
-    slots: ClassVar[
-        tuple[str, ...]
-    ] = ()  # names of the tensors in a parameter's state, as _update takes them
-    since: ClassVar[Mapping[str, Any]] = {}  # values of options that a state saved by an older version lacks
+    # names of the tensors in a parameter's state, as _update takes them
+    slots: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, checked(self.checks, defaults))
@@ -122,21 +120,23 @@ class GameOptimizer(Optimizer, ABC):
         that the state exists before the first graph does.
         """
         for p in group["params"]:
-            if p.grad is None:
-                continue
-            params.append(p)
-            grads.append(p.grad)
-            state = self.state[p] if columns else {}
-            for name, column in zip(self.slots, columns, strict=True):
-                value = state.get(name)
+            g = p.grad
+            if g is not None:
+                params.append(p)
+                grads.append(g)
+        if not columns:
+            return
+        states = [self.state[p] for p in params]
+        for name, column in zip(self.slots, columns, strict=True):
+            column += [state.get(name) for state in states]
+            for i, value in enumerate(column):
                 if value is None:
-                    value = self._begin(name, p, group)
+                    column[i] = value = self._begin(name, params[i], group)
                     if value is not None:
-                        state[name] = value
-                column.append(value)
+                        states[i][name] = value
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
-        """The first value of a slot; None: the parameter needs none for now."""
+        """Return the first value of a slot; None: the parameter needs none for now."""
         if name == "step":
             return torch.zeros((), dtype=torch.float32, device="cpu")
         return torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -145,9 +145,10 @@ class GameOptimizer(Optimizer, ABC):
         """Return the checked options of each group; refuse sparse gradients."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout is not torch.strided:
+                g = p.grad
+                if g is not None and g.layout is not torch.strided:
                     raise RuntimeError(
-                        f"{type(self).__name__} needs dense gradients. Got one of layout {p.grad.layout}; "
+                        f"{type(self).__name__} needs dense gradients. Got one of layout {g.layout}; "
                         "give sparse=False to the embedding, or torch.optim.SparseAdam its parameters."
                     )
         return [checked(self.checks, group) for group in self.param_groups]
@@ -162,7 +163,7 @@ class GameOptimizer(Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in {**self.since, **self.defaults}.items():
+            for name, value in self.defaults.items():
                 if name in self.checks:
                     group.setdefault(name, value)
         for kept in self.state.values():
@@ -170,24 +171,27 @@ class GameOptimizer(Optimizer, ABC):
                 kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32, device="cpu")
 
 
-def by_step(steps: list[Tensor]) -> list[tuple[Step, list[int]]]:
+def by_step(steps: list[Tensor], *columns: list[Any]) -> list[tuple[Step, tuple[list[Any], ...]]]:
     """Count the step; parameters that joined late, or once had no gradient, come apart from the others.
 
     Returns:
-        Each number of steps with the places of the parameters that have taken as many. While ``torch.compile`` traces
+        Each number of steps with the columns of the parameters that have taken as many. While ``torch.compile`` traces
         there is one entry for all, with the counts as a float64 vector: a graph must not depend on their values.
     """
     if torch.compiler.is_compiling():
         torch._foreach_add_(steps, 1)
-        return [(torch.stack(steps).double(), list(range(len(steps))))]
+        return [(torch.stack(steps).double(), columns)]
     # on CPU a number would become a tensor again for each of them
     torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
-    places: dict[float, list[int]] = {}
-    for i, step in enumerate(steps):
-        places.setdefault(step.item(), []).append(i)
-    return list(places.items())
+    return by_key([step.item() for step in steps], *columns)
 
 
-def pick(places: list[int], *columns: list[Any]) -> tuple[list[Any], ...]:
-    """The entries at these places, of each column."""
-    return tuple([column[i] for i in places] for column in columns)
+def by_key(keys: list[Any], *columns: list[Any]) -> list[tuple[Any, tuple[list[Any], ...]]]:
+    """Split the columns into those of equal keys; one key for each place."""
+    found = set(keys)
+    if len(found) == 1:
+        return [(keys[0], columns)]
+    return [
+        (key, tuple([x for x, k in zip(column, keys, strict=True) if k == key] for column in columns))
+        for key in found
+    ]

@@ -6,16 +6,16 @@ Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, pick
-from lightning_nested.optim.kernels.fused import Fused, Turn, axpby
-from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, walk
+from lightning_nested.optim.base import GameOptimizer, by_key
+from lightning_nested.optim.kernels.fused import Turn, axpby, run_fused
+from lightning_nested.optim.kernels.walk import Tensors, add_scaled, rotate, rotate_all, walk
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
 
 
@@ -73,14 +73,8 @@ class ComplexSGD(GameOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "phase": phase,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        turned = {"momentum": momentum, "phase": phase}
+        super().__init__(params, {"lr": lr, **turned, "weight_decay": weight_decay, "maximize": maximize})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of ``torch.optim.SGD``.
@@ -99,14 +93,8 @@ class ComplexSGD(GameOptimizer):
     def _update(
         self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        real, imag = columns
-        turned = [i for i, b in enumerate(imag) if b is not None]
-        others = [i for i, b in enumerate(imag) if b is None]
-        if turned:
-            complex_sgd(*pick(turned, params, grads, real, imag), **options)
-        if others:
-            ws, gs, a = pick(others, params, grads, real)
-            complex_sgd(ws, gs, a, None, **options)
+        for turned, parts in by_key([b is not None for b in columns[1]], params, grads, *columns):
+            (_turned_step if turned else _real_step)(options, *parts)
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
         if name == "momentum_buffer_imag" and not coefficient(group["momentum"], group["phase"])[1]:
@@ -114,67 +102,48 @@ class ComplexSGD(GameOptimizer):
         return super()._begin(name, p, group)
 
 
-def complex_sgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    real: Sequence[Tensor],
-    imag: Sequence[Tensor] | None,
-    *,
-    lr: float,
-    momentum: float,
-    phase: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
+def _turned_step(
+    options: dict[str, Any], params: Tensors, grads: Tensors, real: Tensors, imag: Tensors
 ) -> None:
-    """One step of :class:`ComplexSGD` on lists of tensors, in place.
+    """One step with the buffers −Re μ and −Im μ."""
+    lr = options["lr"]
+    c, s = coefficient(options["momentum"], options["phase"])
 
-    Args:
-        params: w.
-        grads: g; not changed.
-        real: −Re μ.
-        imag: −Im μ; None when it is zero and β is real.
-        lr: α.
-        momentum: |β|.
-        phase: arg β.
-        weight_decay: λ.
-        maximize: Ascend.
-    """
-    c, s = coefficient(momentum, phase)
-
-    def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor | None = None) -> None:
-        g = ascent(w, g, weight_decay, maximize)
-        if b is None:
-            a.mul_(c).add_(g)
-        else:  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
-            new = torch.add(g, b, alpha=-s)
-            b.mul_(c).add_(a, alpha=s)
-            torch.add(new, a, alpha=c, out=a)
+    def one(w: Tensor, e: Tensor, a: Tensor, b: Tensor) -> None:
+        rotate(e, a, b, c, s)
         w.add_(a, alpha=-lr)
 
-    def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor] | None = None) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        if b is None:
-            torch._foreach_mul_(a, c)
-            torch._foreach_add_(a, new)
-        else:
-            new = torch._foreach_add(new, b, alpha=-s)
-            torch._foreach_mul_(b, c)
-            torch._foreach_add_(b, a, alpha=s)
-            torch._foreach_add_(new, a, alpha=c)
-            torch._foreach_copy_(a, new)
+    def many(ws: Tensors, es: Tensors, a: Tensors, b: Tensors) -> None:
+        rotate_all(es, a, b, c, s)
         add_scaled(ws, a, -lr)
 
-    if imag is None:
-        walk(one, many, params, grads, real)
-        return
-    kernel = None
-    turn = Turn.of(c, s)
+    kernel, turn = None, Turn.of(c, s)
     if turn is not None:
+        decay = {"weight_decay": options["weight_decay"], "maximize": options["maximize"]}
         grow = 1 / turn.scale
 
         def fused(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor]) -> None:
             turn(a, b)
-            axpby(ws, gs, a, x=grow, rate=lr, weight_decay=weight_decay, maximize=maximize)
+            axpby(ws, gs, a, x=grow, rate=lr, **decay)
 
-        kernel = Fused(fused)
-    walk(one, many, params, grads, real, imag, kernel=kernel)
+        kernel = partial(run_fused, fused)
+    walk(one, many, params, grads, real, imag, options=options, kernel=kernel)
+
+
+def _real_step(
+    options: dict[str, Any], params: Tensors, grads: Tensors, real: Tensors, imag: list[None]
+) -> None:
+    """One step while μ has always been real."""
+    lr = options["lr"]
+    c, _ = coefficient(options["momentum"], options["phase"])
+
+    def one(w: Tensor, e: Tensor, a: Tensor) -> None:
+        a.mul_(c).add_(e)
+        w.add_(a, alpha=-lr)
+
+    def many(ws: Tensors, es: Tensors, a: Tensors) -> None:
+        torch._foreach_mul_(a, c)
+        torch._foreach_add_(a, es)
+        add_scaled(ws, a, -lr)
+
+    walk(one, many, params, grads, real, options=options)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import Closure, GameOptimizer
-from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, walk
+from lightning_nested.optim.kernels.walk import Tensors, add_scaled, walk
 from lightning_nested.optim.options import flag, non_negative
 
 _CHECKS = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}
@@ -90,7 +90,8 @@ class Extragradient(GameOptimizer):
             grads: list[Tensor] = []
             anchors: list[Tensor] = []
             self._init_group(group, params, grads, anchors)
-            look_ahead(params, anchors, grads, **options)
+            if params:
+                _look_ahead(options, params, grads, anchors)
             for p, anchor in zip(params, anchors, strict=True):
                 self.state[p]["anchor"] = anchor
             group["extrapolated"] = True
@@ -145,7 +146,16 @@ class Extragradient(GameOptimizer):
     ) -> None:
         # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
         anchors = [self.state[p].pop("anchor", p) for p in params]
-        descend(params, anchors, grads, **options)
+        lr = options["lr"]
+
+        def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
+            torch.add(anchor, e, alpha=-lr, out=w)
+
+        def many(ws: Tensors, es: Tensors, starts: Tensors) -> None:
+            torch._foreach_copy_(ws, starts)
+            add_scaled(ws, es, -lr)
+
+        walk(one, many, params, grads, anchors, options=options)
 
     def _init_group(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
@@ -172,6 +182,23 @@ class Extragradient(GameOptimizer):
                 if not self.state.get(p, True):
                     del self.state[p]
             group["extrapolated"] = False
+
+
+def _look_ahead(
+    options: dict[str, Any], params: list[Tensor], grads: list[Tensor], anchors: list[Tensor]
+) -> None:
+    """Anchor ← w, w ← w − lr·g in place."""
+    lr = options["lr"]
+
+    def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
+        anchor.copy_(w)
+        w.add_(e, alpha=-lr)
+
+    def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
+        torch._foreach_copy_(anchors, ws)
+        add_scaled(ws, es, -lr)
+
+    walk(one, many, params, grads, anchors, options=options)
 
 
 class ExtrapolationFromThePast(GameOptimizer):
@@ -207,77 +234,18 @@ class ExtrapolationFromThePast(GameOptimizer):
     def _update(
         self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
     ) -> None:
-        (anchors,) = columns
-        extrapolate_from_the_past(params, anchors, grads, **options)
+        lr = options["lr"]
+
+        def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
+            anchor.add_(e, alpha=-lr)
+            torch.add(anchor, e, alpha=-lr, out=w)
+
+        def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
+            add_scaled(anchors, es, -lr)
+            torch._foreach_copy_(ws, anchors)
+            add_scaled(ws, es, -lr)
+
+        walk(one, many, params, grads, *columns, options=options)
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         return p.detach().clone(memory_format=torch.preserve_format)
-
-
-def extrapolate_from_the_past(
-    params: list[Tensor],
-    anchors: list[Tensor],
-    grads: list[Tensor],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """Anchor ← anchor − lr·g, w ← anchor − lr·g in place; the decay's gradient is taken at w."""
-
-    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
-        g = ascent(w, g, weight_decay, maximize)
-        anchor.add_(g, alpha=-lr)
-        torch.add(anchor, g, alpha=-lr, out=w)
-
-    def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        add_scaled(starts, new, -lr)
-        torch._foreach_copy_(ws, starts)
-        add_scaled(ws, new, -lr)
-
-    walk(one, many, params, anchors, grads)
-
-
-def look_ahead(
-    params: list[Tensor],
-    anchors: list[Tensor],
-    grads: list[Tensor],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """Anchor ← w, w ← w − lr·g in place."""
-
-    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
-        anchor.copy_(w)
-        w.add_(ascent(w, g, weight_decay, maximize), alpha=-lr)
-
-    def many(ws: list[Tensor], rooms: list[Tensor], gs: list[Tensor]) -> None:
-        torch._foreach_copy_(rooms, ws)
-        add_scaled(ws, ascents(ws, gs, weight_decay, maximize), -lr)
-
-    walk(one, many, params, anchors, grads)
-
-
-def descend(
-    params: list[Tensor],
-    anchors: list[Tensor],
-    grads: list[Tensor],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """W ← anchor − lr·g in place; the decay's gradient is taken at w."""
-
-    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
-        torch.add(anchor, ascent(w, g, weight_decay, maximize), alpha=-lr, out=w)
-
-    def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        torch._foreach_copy_(ws, starts)
-        add_scaled(ws, new, -lr)
-
-    walk(one, many, params, anchors, grads)

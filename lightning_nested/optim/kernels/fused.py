@@ -13,35 +13,66 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
-from lightning_nested.optim.kernels.kernel import DTYPES, Kernel
-from lightning_nested.optim.kernels.walk import blocks
+from lightning_nested.optim.kernels.walk import Columns, blocks, transposed
 
+_DTYPES = (torch.float32, torch.float64)
+_PLAIN = {Parameter, Tensor}  # a subclass (DTensor, ...) may have no memory of its own
 _ULP = 2.0**-52  # of 1
 
 
-@dataclass(frozen=True)
-class Fused(Kernel):
-    """An update of lists of tensors that uses the kernels below.
+def run_fused(update: Callable[..., None], columns: Columns) -> Columns:
+    """Update the tensors that the kernels can take: contiguous float32 and float64 tensors on CPU.
 
-    Attributes:
-        update: ``update([w, ...], [g, ...], ...)``.
+    Args:
+        update: ``update([w, ...], [g, ...], ...)``, for tensors of one dtype.
+        columns: w, g and buffers.
+
+    Returns:
+        The columns of what is left.
     """
+    if not works():
+        return columns
+    parts, left = [columns], []
+    if not _fit(columns):
+        rows = list(zip(*columns, strict=True))
+        fitting = [_fit([[a] for a in row]) for row in rows]
+        parts = [
+            transposed(
+                [row for row, fits in zip(rows, fitting, strict=True) if fits and row[0].dtype == dtype]
+            )
+            for dtype in _DTYPES
+        ]
+        left = transposed([row for row, fits in zip(rows, fitting, strict=True) if not fits])
+    for part in filter(None, parts):
+        for block in blocks(part):
+            update(*block)
+        for w in part[0]:
+            increment_version(w)  # autograd must learn that its saved parameters have changed
+    return left
 
-    update: Callable[..., None]
 
-    def available(self) -> bool:
-        """Whether they do here what is said above; otherwise steps take their ordinary way."""
-        return works()
-
-    def _update(self, dtype: torch.dtype, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> None:
-        for block in blocks(columns):
-            self.update(*block)
+def _fit(columns: Columns) -> bool:
+    """Every tensor is what a kernel expects; ``map`` over C functions, as a step of small tensors is all calls."""
+    dtype, sizes = columns[0][0].dtype, list(map(Tensor.numel, columns[0]))
+    return dtype in _DTYPES and all(
+        set(map(type, column)) <= _PLAIN
+        and set(map(attrgetter("dtype"), column)) == {dtype}
+        and all(map(attrgetter("is_cpu"), column))
+        and list(map(Tensor.numel, column)) == sizes
+        and all(map(Tensor.is_contiguous, column))
+        and not any(map(Tensor.is_neg, column))
+        for column in columns
+    )
 
 
 @dataclass(frozen=True)
@@ -86,17 +117,9 @@ def axpby(
     maximize: bool = False,
 ) -> None:
     """``sums ← x·sums + y·(±grads + weight_decay·params)``, ``params ← params − rate·sums``; x is not 0."""
+    fixed: dict[str, Any] = {"maximize": maximize, "nesterov": False, "is_first_step": False}
     torch._fused_sgd_(
-        params,
-        grads,
-        sums,
-        weight_decay=weight_decay,
-        momentum=x,
-        lr=rate,
-        dampening=1 - y,
-        nesterov=False,
-        maximize=maximize,
-        is_first_step=False,
+        params, grads, sums, momentum=x, dampening=1 - y, lr=rate, weight_decay=weight_decay, **fixed
     )
 
 
@@ -106,7 +129,7 @@ def works() -> bool:
     if not (hasattr(torch, "_fused_sgd_") and hasattr(torch, "_fused_adam_")):
         return False
     turn = Turn(c=0.6, s=0.5)
-    for dtype in DTYPES:
+    for dtype in _DTYPES:
         w, g, a, b = torch.linspace(-1, 1, 4 * 37, dtype=dtype, device="cpu").view(4, 37).sin().unbind()
         real, imag = 0.6 * a - 0.5 * b + g, 0.5 * a + 0.6 * b
         expected = (w - 0.1 * real, g.clone(), real, imag)
