@@ -57,12 +57,16 @@ class GameOptimizer(Optimizer, ABC):
             raise TypeError(f"A parameter group must be a dict. Got {type(param_group).__name__}.")
         group = dict(param_group)
         group.update(checked(self.checks, {**self.defaults, **group}))
-        if not isinstance(group["params"], (Tensor, set)):  # torch refuses sets itself, with a good message
-            group["params"] = list(group["params"])
-            for entry in group["params"]:
-                self._check_parameter(entry[1] if isinstance(entry, tuple) else entry)
-        elif isinstance(group["params"], Tensor):
-            self._check_parameter(group["params"])
+        params = group["params"]
+        if not isinstance(params, (Tensor, set)):  # torch refuses sets itself, with a good message
+            params = group["params"] = list(params)
+        for entry in [params] if isinstance(params, Tensor) else params:
+            p = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(p, Tensor) and p.is_complex():
+                raise ValueError(
+                    f"{type(self).__name__} needs real parameters. Got one of {p.dtype}; hold its real and imaginary "
+                    "parts as real parameters (torch.view_as_real) and form the complex tensor in forward."
+                )
         super().add_param_group(group)
 
     @overload
@@ -85,49 +89,42 @@ class GameOptimizer(Optimizer, ABC):
             ValueError: An option was set out of range.
             RuntimeError: A sparse gradient. No parameter has been changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group, options in zip(self.param_groups, self._checked(), strict=True):
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            columns: list[list[Any]] = [[] for _ in self.slots]
-            self._init_group(group, params, grads, *columns)
-            if params:
-                self._update(options, params, grads, *columns)
+        loss = evaluated(closure)
+        self._update_groups(self._update, len(self.slots))
         return loss
 
+    def _update_groups(self, update: Callable[..., None], num_slots: int) -> None:
+        """Call ``update`` for each group that has gradients."""
+        for group, options in zip(self.param_groups, self._checked(), strict=True):
+            columns: list[list[Any]] = [[] for _ in range(2 + num_slots)]
+            self._init_group(group, *columns)
+            if columns[0]:
+                update(options, *columns)
+
     @abstractmethod
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        """Change ``params`` in place.
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        """Change the parameters of one group in place.
 
         Args:
-            options: Those of their group, checked.
-            params: Which have a gradient.
-            grads: Their gradients.
-            columns: For each of ``slots`` the tensors of that name, or None where a parameter has none.
+            options: The checked options of the group.
+            columns: Parameters that have a gradient, their gradients, and for each of ``slots`` the tensors of that
+                name, or None where a parameter has none.
         """
 
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
+    def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> None:
         """Append the parameters that have a gradient, their gradients and their state, which may begin here.
 
         The name is that of ``torch.optim``: ``torch.compile`` runs a method of this name while it traces a step, so
         that the state exists before the first graph does.
         """
+        params, grads, *slots = columns
         for p in group["params"]:
             g = p.grad
             if g is not None:
                 params.append(p)
                 grads.append(g)
-        if not columns:
-            return
-        states = [self.state[p] for p in params]
-        for name, column in zip(self.slots, columns, strict=True):
+        states = [self.state[p] for p in params] if slots else []
+        for name, column in zip(self.slots, slots, strict=True):
             column += [state.get(name) for state in states]
             for i, value in enumerate(column):
                 if value is None:
@@ -153,13 +150,6 @@ class GameOptimizer(Optimizer, ABC):
                     )
         return [checked(self.checks, group) for group in self.param_groups]
 
-    def _check_parameter(self, p: Any) -> None:
-        if isinstance(p, Tensor) and p.is_complex():
-            raise ValueError(
-                f"{type(self).__name__} needs real parameters. Got one of {p.dtype}; hold its real and imaginary "
-                "parts as real parameters (torch.view_as_real) and form the complex tensor in forward."
-            )
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
@@ -169,6 +159,14 @@ class GameOptimizer(Optimizer, ABC):
         for kept in self.state.values():
             if "step" in kept and not isinstance(kept["step"], Tensor):  # older versions kept a number
                 kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32, device="cpu")
+
+
+def evaluated(closure: Closure | None) -> float | None:
+    """Return the closure's loss; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def by_step(steps: list[Tensor], *columns: list[Any]) -> list[tuple[Step, tuple[list[Any], ...]]]:

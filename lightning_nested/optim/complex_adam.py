@@ -94,10 +94,8 @@ class ComplexAdam(GameOptimizer):
         """
         super().load_state_dict(_from_adam(state_dict))
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        steps, *moments = columns
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        params, grads, steps, *moments = columns
         for step, parts in by_step(steps, params, grads, *moments):
             _step(options, step, *parts)
 
@@ -149,7 +147,7 @@ def _step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> None:
     kernel, turn = None, Turn.of(c, s)
     if not isinstance(step, Tensor) and turn is not None and c > 0 and abs(factor[1]) <= 2 * factor[0]:
         kernel = partial(run_fused, _fused(options, turn, factor, step))
-    walk(one, many, *columns, options=options, kernel=kernel)
+    walk(many, *columns, options=options, one=one, kernel=kernel)
 
 
 def _fused(

@@ -90,11 +90,9 @@ class ComplexSGD(GameOptimizer):
                 )
         super().load_state_dict(state_dict)
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        for turned, parts in by_key([b is not None for b in columns[1]], params, grads, *columns):
-            (_turned_step if turned else _real_step)(options, *parts)
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        for turned, parts in by_key([b is not None for b in columns[3]], *columns):
+            _step(options, *(parts if turned else parts[:3]))
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
         if name == "momentum_buffer_imag" and not coefficient(group["momentum"], group["phase"])[1]:
@@ -102,23 +100,28 @@ class ComplexSGD(GameOptimizer):
         return super()._begin(name, p, group)
 
 
-def _turned_step(
-    options: dict[str, Any], params: Tensors, grads: Tensors, real: Tensors, imag: Tensors
-) -> None:
-    """One step with the buffers −Re μ and −Im μ."""
+def _step(options: dict[str, Any], *columns: list[Tensor]) -> None:
+    """One step of w, g, −Re μ and −Im μ, which is left out while μ has always been real."""
     lr = options["lr"]
     c, s = coefficient(options["momentum"], options["phase"])
 
-    def one(w: Tensor, e: Tensor, a: Tensor, b: Tensor) -> None:
-        rotate(e, a, b, c, s)
+    def one(w: Tensor, e: Tensor, a: Tensor, b: Tensor | None = None) -> None:
+        if b is None:
+            a.mul_(c).add_(e)
+        else:
+            rotate(e, a, b, c, s)
         w.add_(a, alpha=-lr)
 
-    def many(ws: Tensors, es: Tensors, a: Tensors, b: Tensors) -> None:
-        rotate_all(es, a, b, c, s)
+    def many(ws: Tensors, es: Tensors, a: Tensors, b: Tensors | None = None) -> None:
+        if b is None:
+            torch._foreach_mul_(a, c)
+            torch._foreach_add_(a, es)
+        else:
+            rotate_all(es, a, b, c, s)
         add_scaled(ws, a, -lr)
 
     kernel, turn = None, Turn.of(c, s)
-    if turn is not None:
+    if len(columns) == 4 and turn is not None:
         decay = {"weight_decay": options["weight_decay"], "maximize": options["maximize"]}
         grow = 1 / turn.scale
 
@@ -127,23 +130,4 @@ def _turned_step(
             axpby(ws, gs, a, x=grow, rate=lr, **decay)
 
         kernel = partial(run_fused, fused)
-    walk(one, many, params, grads, real, imag, options=options, kernel=kernel)
-
-
-def _real_step(
-    options: dict[str, Any], params: Tensors, grads: Tensors, real: Tensors, imag: list[None]
-) -> None:
-    """One step while μ has always been real."""
-    lr = options["lr"]
-    c, _ = coefficient(options["momentum"], options["phase"])
-
-    def one(w: Tensor, e: Tensor, a: Tensor) -> None:
-        a.mul_(c).add_(e)
-        w.add_(a, alpha=-lr)
-
-    def many(ws: Tensors, es: Tensors, a: Tensors) -> None:
-        torch._foreach_mul_(a, c)
-        torch._foreach_add_(a, es)
-        add_scaled(ws, a, -lr)
-
-    walk(one, many, params, grads, real, options=options)
+    walk(many, *columns, options=options, one=one, kernel=kernel)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import Closure, GameOptimizer
+from lightning_nested.optim.base import Closure, GameOptimizer, evaluated
 from lightning_nested.optim.kernels.walk import Tensors, add_scaled, walk
 from lightning_nested.optim.options import flag, non_negative
 
@@ -81,25 +81,15 @@ class Extragradient(GameOptimizer):
                 "extrapolate() needs parameters that are not extrapolated. Got a second call; recompute the gradients "
                 "and call step()."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group, options in zip(self.param_groups, self._checked(), strict=True):
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            anchors: list[Tensor] = []
-            self._init_group(group, params, grads, anchors)
-            if params:
-                _look_ahead(options, params, grads, anchors)
-            for p, anchor in zip(params, anchors, strict=True):
-                self.state[p]["anchor"] = anchor
+        loss = evaluated(closure)
+        self._update_groups(self._look_ahead, 1)
+        for group in self.param_groups:
             group["extrapolated"] = True
         return loss
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether ``extrapolate`` was called and ``step`` was not yet."""
+        """True between ``extrapolate`` and ``step``."""
         return any(group.get("extrapolated", False) for group in self.param_groups)
 
     @overload
@@ -141,28 +131,33 @@ class Extragradient(GameOptimizer):
         self._return()
         return loss if own else second
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
+    def _look_ahead(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
+            torch._foreach_copy_(anchors, ws)
+            add_scaled(ws, es, -options["lr"])
+
+        walk(many, *columns, options=options)
+        for p, anchor in zip(columns[0], columns[2], strict=True):
+            self.state[p]["anchor"] = anchor
+
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
         # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
-        anchors = [self.state[p].pop("anchor", p) for p in params]
+        anchors = [self.state[p].pop("anchor", p) for p in columns[0]]
         lr = options["lr"]
 
         def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
             torch.add(anchor, e, alpha=-lr, out=w)
 
-        def many(ws: Tensors, es: Tensors, starts: Tensors) -> None:
-            torch._foreach_copy_(ws, starts)
+        def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
+            torch._foreach_copy_(ws, anchors)
             add_scaled(ws, es, -lr)
 
-        walk(one, many, params, grads, anchors, options=options)
+        walk(many, *columns, anchors, options=options, one=one)
 
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        super()._init_group(group, params, grads)
-        for rooms in columns:
-            rooms += [self._room_for(p) for p in params]
+    def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> None:
+        super()._init_group(group, *columns[:2])
+        for rooms in columns[2:]:
+            rooms += [self._room_for(p) for p in columns[0]]
 
     def _room_for(self, p: Tensor) -> Tensor:
         """New pages cost more than the copy, so they are asked for once."""
@@ -182,23 +177,6 @@ class Extragradient(GameOptimizer):
                 if not self.state.get(p, True):
                     del self.state[p]
             group["extrapolated"] = False
-
-
-def _look_ahead(
-    options: dict[str, Any], params: list[Tensor], grads: list[Tensor], anchors: list[Tensor]
-) -> None:
-    """Anchor ← w, w ← w − lr·g in place."""
-    lr = options["lr"]
-
-    def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
-        anchor.copy_(w)
-        w.add_(e, alpha=-lr)
-
-    def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
-        torch._foreach_copy_(anchors, ws)
-        add_scaled(ws, es, -lr)
-
-    walk(one, many, params, grads, anchors, options=options)
 
 
 class ExtrapolationFromThePast(GameOptimizer):
@@ -231,9 +209,7 @@ class ExtrapolationFromThePast(GameOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
         lr = options["lr"]
 
         def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
@@ -245,7 +221,7 @@ class ExtrapolationFromThePast(GameOptimizer):
             torch._foreach_copy_(ws, anchors)
             add_scaled(ws, es, -lr)
 
-        walk(one, many, params, grads, *columns, options=options)
+        walk(many, *columns, options=options, one=one)
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         return p.detach().clone(memory_format=torch.preserve_format)

@@ -47,21 +47,15 @@ class OptimisticSGD(GameOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
         lr = options["lr"]
-
-        def one(w: Tensor, e: Tensor, old: Tensor) -> None:
-            w.add_(e, alpha=-2 * lr).add_(old, alpha=lr)
-            old.copy_(e)
 
         def many(ws: Tensors, es: Tensors, old: Tensors) -> None:
             add_scaled(ws, es, -2 * lr)
             add_scaled(ws, old, lr)
             torch._foreach_copy_(old, es)
 
-        walk(one, many, params, grads, *columns, options=options)
+        walk(many, *columns, options=options)
 
 
 class OptimisticAdam(GameOptimizer):
@@ -110,10 +104,8 @@ class OptimisticAdam(GameOptimizer):
         moments = {"betas": betas, "eps": eps}
         super().__init__(params, {"lr": lr, **moments, "weight_decay": weight_decay, "maximize": maximize})
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        steps, *moments = columns
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        params, grads, steps, *moments = columns
         for step, parts in by_step(steps, params, grads, *moments):
             _adam_step(options, step, *parts)
 
@@ -144,4 +136,4 @@ def _adam_step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> N
         torch._foreach_copy_(d, directions)
         add_scaled(ws, d, -2 * lr)
 
-    walk(one, many, *columns, options=options)
+    walk(many, *columns, options=options, one=one)

@@ -25,21 +25,21 @@ SMALL = 1 << 13  # elements; below, the cost of a call is more than that of the 
 
 
 def walk(
-    one: Callable[..., None],
     many: Callable[..., None],
     *columns: Sequence[Tensor],
     options: Mapping[str, Any],
+    one: Callable[..., None] | None = None,
     kernel: Callable[[Columns], Columns] | None = None,
 ) -> None:
     """Apply an update to the i-th tensors of all columns, for every i.
 
-    Both functions get the gradient e = ±g + λw of what is minimised in the place of g, and must not change it.
+    Updates get the gradient e = ±g + λw of what is minimised in the place of g, and must not change it.
 
     Args:
-        one: The update of single tensors ``one(w, e, ...)``.
-        many: The same update of lists ``many([w, ...], [e, ...], ...)``.
+        many: The update of lists ``many([w, ...], [e, ...], ...)``.
         columns: w, g and buffers.
         options: ``weight_decay`` and ``maximize`` are read.
+        one: The same update of single tensors ``one(w, e, ...)``, where that saves sweeps.
         kernel: A faster form, which updates what it can and returns the columns of the rest.
     """
     decay, maximize = options["weight_decay"], options["maximize"]
@@ -59,7 +59,7 @@ def walk(
         update_all(*map(list, rest))
         return
     for block in blocks(rest):
-        if len(block[0]) > 1:
+        if one is None or len(block[0]) > 1:
             update_all(*block)
             continue
         (w,), (g,), *buffers = block
