@@ -23,11 +23,12 @@ class FastWeights:
 
     Args:
         module: Its parameters are replaced while a loss is evaluated.
-        optimizer: The real one, with its state so far: SGD, Adam, AdamW, or one of this package but ``Extragradient``.
+        optimizer: The real optimizer with its current state: SGD, Adam, AdamW, or one of this package except
+            ``Extragradient``.
         parameters: Inner parameters by their names in ``module``.
 
     Raises:
-        TypeError: The optimizer is another one.
+        TypeError: The rule of the optimizer is not known, or it takes two gradients.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class FastWeights:
         }
 
     def evaluate(self, loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
-        """``loss(batch)`` with the module's parameters replaced by these."""
+        """Return ``loss(batch)`` with the module's parameters replaced by these."""
         named = {f"module.{name}": value for name, value in self.values.items()}
         result: Tensor = torch.func.functional_call(self._caller, named, (loss, batch))
         return result
 
     def gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of a loss from :meth:`evaluate`, with their graph; None where it does not depend."""
+        """Return the gradients of a loss from :meth:`evaluate` with their graph; None for unused parameters."""
         values = tuple(self.values.values())
         with explain_double_backward():
             # With a gradient of one that requires gradients, each operation leaves its mark in the graph.
@@ -71,7 +72,7 @@ class FastWeights:
         return gradients
 
     def step(self, gradients: Sequence[Tensor | None], rates: Sequence[Tensor] | None = None) -> None:
-        """Repeat the optimizer's update with its graph; to be called before the real step.
+        """Repeat the optimizer's update with its graph; call it before the real step.
 
         Args:
             gradients: One for each parameter, in their order, as the real step gets them; None: not moved.
@@ -95,7 +96,7 @@ class FastWeights:
         self.steps += 1
 
     def follow(self) -> None:
-        """Take the values of the real parameters; to be called after the real step. The graph stays."""
+        """Copy the values of the real parameters and keep the graph; call it after the real step."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 # Through .data: no operation for autograd, which has saved none of these tensors yet.
@@ -103,7 +104,7 @@ class FastWeights:
 
 
 class _Caller(nn.Module):
-    """Lets ``functional_call`` run any method of a module."""
+    """Module whose forward is any function: ``functional_call`` runs only ``forward``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

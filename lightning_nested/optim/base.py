@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.options import Check, checked
+from lightning_nested.optim.options import Check, checked, flag, non_negative
 
 Closure = Callable[[], float]
 Step: TypeAlias = float | Tensor
@@ -26,10 +26,9 @@ class GameOptimizer(Optimizer, ABC):
 
     ``torch.compile(optimizer.step)`` makes one graph of a step, also with ``fullgraph=True``; of ``Extragradient``
     compile ``extrapolate`` too. The learning rate is a float, also where a tensor is given. When it changes for the
-    first time the step is compiled once more, with the rate as an input; no later change compiles again. A change of
-    another option, of the parameters that have a gradient, or of the state by ``load_state_dict`` does. Compile before
-    a scheduler is created: it replaces ``step`` by a function that torch does not trace, which breaks the graph, though
-    only outside of the step.
+    first time the step is compiled once more, with the rate as an input; later changes do not compile again. A change
+    of another option, of the parameters that have a gradient, or of the state by ``load_state_dict`` does. Compile
+    before a scheduler is created: it replaces ``step`` by a function that torch does not trace, and the graph breaks.
 
     Args:
         params: Parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``.
@@ -48,10 +47,10 @@ class GameOptimizer(Optimizer, ABC):
         super().__init__(params, checked(self.checks, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, also late in a run; nothing is added where an option is out of range.
+        """Add parameters, also late in a run; nothing is added if an option is out of range.
 
         Raises:
-            ValueError: An option out of range, or a complex parameter.
+            ValueError: An option is out of range, or a parameter is complex.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"A parameter group must be a dict. Got {type(param_group).__name__}.")
@@ -77,7 +76,7 @@ class GameOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:
-        """One update from the gradients in ``.grad``; parameters without one are left alone.
+        """Update the parameters from the gradients in ``.grad``; those without one stay as they are.
 
         Args:
             closure: Recomputes the gradients and returns the loss.
@@ -87,7 +86,7 @@ class GameOptimizer(Optimizer, ABC):
 
         Raises:
             ValueError: An option was set out of range.
-            RuntimeError: A sparse gradient. No parameter has been changed then.
+            RuntimeError: A gradient is sparse. No parameter has been changed then.
         """
         loss = evaluated(closure)
         self._update_groups(self._update, len(self.slots))
@@ -161,6 +160,17 @@ class GameOptimizer(Optimizer, ABC):
                 kept["step"] = torch.tensor(float(kept["step"]), dtype=torch.float32, device="cpu")
 
 
+class PlainOptimizer(GameOptimizer):
+    """Base of those whose only options are a learning rate, weight decay and the direction."""
+
+    checks = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}  # noqa: RUF012
+
+    def __init__(
+        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+
+
 def evaluated(closure: Closure | None) -> float | None:
     """Return the closure's loss; None without one."""
     if closure is None:
@@ -170,22 +180,22 @@ def evaluated(closure: Closure | None) -> float | None:
 
 
 def by_step(steps: list[Tensor], *columns: list[Any]) -> list[tuple[Step, tuple[list[Any], ...]]]:
-    """Count the step; parameters that joined late, or once had no gradient, come apart from the others.
+    """Count the step, and split the columns by the number of steps that parameters have taken.
 
     Returns:
-        Each number of steps with the columns of the parameters that have taken as many. While ``torch.compile`` traces
-        there is one entry for all, with the counts as a float64 vector: a graph must not depend on their values.
+        Numbers of steps with their columns: parameters that joined late have taken fewer. While ``torch.compile``
+        traces, one entry with all counts as a float64 vector: a graph must not depend on their values.
     """
     if torch.compiler.is_compiling():
         torch._foreach_add_(steps, 1)
         return [(torch.stack(steps).double(), columns)]
-    # on CPU a number would become a tensor again for each of them
+    # on CPU a number would become a tensor again for each count
     torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
     return by_key([step.item() for step in steps], *columns)
 
 
 def by_key(keys: list[Any], *columns: list[Any]) -> list[tuple[Any, tuple[list[Any], ...]]]:
-    """Split the columns into those of equal keys; one key for each place."""
+    """Split the columns by the keys, one for each place."""
     found = set(keys)
     if len(found) == 1:
         return [(keys[0], columns)]

@@ -16,15 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_nested.optim.base import GameOptimizer, Step, by_step
 from lightning_nested.optim.kernels.fused import Turn, run_fused
-from lightning_nested.optim.kernels.walk import (
-    Tensors,
-    add_quotients,
-    each,
-    root_of,
-    rotate,
-    rotate_all,
-    walk,
-)
+from lightning_nested.optim.kernels.walk import Tensors, add_quotients, each, rotate, rotate_all, walk
 from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
 
 
@@ -87,7 +79,7 @@ class ComplexAdam(GameOptimizer):
         super().__init__(params, {"lr": lr, **moments, "weight_decay": weight_decay, "maximize": maximize})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
+        """Load a state of this class or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
 
         Raises:
             ValueError: Adam had ``amsgrad``, or weight decay as in AdamW.
@@ -101,7 +93,7 @@ class ComplexAdam(GameOptimizer):
 
 
 def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
-    """The state with a ``momentum_buffer`` for every ``exp_avg``; the given one stays as it is."""
+    """Return the state with a ``momentum_buffer`` for every ``exp_avg``, without changing the given one."""
     states = dict(saved["state"])
     for group in saved["param_groups"]:
         for key in group["params"]:
@@ -119,12 +111,12 @@ def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> None:
-    """One step of w, g, −Re μ, −Im μ and v, the t-th for t = ``step``."""
+    """Update w, −Re μ, −Im μ and v in place with the gradient g, as the step with this number."""
     lr, (momentum, beta2), debias = options["lr"], options["betas"], options["debias"]
     c, s = coefficient(momentum, options["phase"])
     # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
-    root = root_of(1 - beta2**step)
-    factor = _factor(c, s, momentum, options["phase"], step) if debias else (1.0, 0.0)
+    root = (1 - beta2**step) ** 0.5
+    factor = correction(c, s, momentum, options["phase"], step) if debias else (1.0, 0.0)
     both = (-lr * root * factor[0], lr * root * factor[1])
     shift, *rates = each(options["eps"] * root, *(both if s and debias else both[:1]))
 
@@ -153,9 +145,9 @@ def _step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> None:
 def _fused(
     options: dict[str, Any], turn: Turn, factor: tuple[float, float], step: float
 ) -> Callable[..., None]:
-    """The update with Adam's kernel: m ← (1 − β)(a/σ + g) for β = 1/(1 + σ), w ← w − r·m/((1 − βᵗ)(√v̂ + ε)).
+    """Return the update with Adam's kernel: m ← (1 − β)(a/σ + g) for β = 1/(1 + σ), w ← w − r·m/((1 − βᵗ)(√v̂ + ε)).
 
-    Where κ has an imaginary part, a is moved along b for that time, so that m is in the direction of Re(κμ).
+    Where κ has an imaginary part, a is moved along b during the call, so that m is in the direction of Re(κμ).
     """
     beta = 1 / (1 + turn.scale)
     tilt = factor[1] / factor[0]
@@ -163,22 +155,23 @@ def _fused(
     adam |= {"beta1": beta, "beta2": options["betas"][1], "amsgrad": False}
     adam["lr"] = options["lr"] * factor[0] * (1 - beta**step) / (1 - beta)
     count = torch.tensor(step)
+    # as tensors: a number would become one again for each parameter
+    factors = {dtype: torch.tensor(1 / (1 - beta), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
     def update(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
         turn(a, b)
         if tilt:
             torch._foreach_add_(a, b, alpha=-turn.scale * tilt)
         torch._fused_adam_(ws, gs, a, v, [], [count] * len(ws), **adam)
-        # a number would become a tensor again for each of them
-        torch._foreach_mul_(a, torch.tensor(1 / (1 - beta), dtype=a[0].dtype))
+        torch._foreach_mul_(a, factors[a[0].dtype])
         if tilt:
             torch._foreach_add_(a, b, alpha=tilt)
 
     return update
 
 
-def _factor(c: float, s: float, momentum: float, phase: float, step: Any) -> tuple[Any, Any]:
-    """Re κ and Im κ of κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
+def correction(c: float, s: float, momentum: float, phase: float, step: Any) -> tuple[Any, Any]:
+    """Return Re κ and Im κ of κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
     if not s:
         return (1 - c) / (1 - c**step), 0.0
     cos, sin = (torch.cos, torch.sin) if isinstance(step, Tensor) else (math.cos, math.sin)

@@ -27,7 +27,7 @@ class ComplexSGD(GameOptimizer):
     momentum; π/8 with |β| ≈ 0.8 is a good first guess for adversarial games, at a price in cooperative ones. The
     opposite phase gives the same iterates.
 
-    The two buffers hold −Re μ and −Im μ, so that ``momentum_buffer`` is that of ``torch.optim.SGD``, whose
+    The two buffers hold −Re μ and −Im μ, so that ``momentum_buffer`` is the one of ``torch.optim.SGD``, whose
     ``state_dict`` loads here. While the phase has only ever been 0 or π, there is no second one. The learning rate is
     applied at the step, as in torch: after a scheduler's change it holds for old gradients too.
 
@@ -77,7 +77,7 @@ class ComplexSGD(GameOptimizer):
         super().__init__(params, {"lr": lr, **turned, "weight_decay": weight_decay, "maximize": maximize})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or of ``torch.optim.SGD``.
+        """Load a state of this class or of ``torch.optim.SGD``.
 
         Raises:
             ValueError: SGD had ``nesterov`` or ``dampening``: another momentum.
@@ -101,7 +101,7 @@ class ComplexSGD(GameOptimizer):
 
 
 def _step(options: dict[str, Any], *columns: list[Tensor]) -> None:
-    """One step of w, g, −Re μ and −Im μ, which is left out while μ has always been real."""
+    """Update w, −Re μ and −Im μ in place with the gradient g; the last column is left out while μ has been real."""
     lr = options["lr"]
     c, s = coefficient(options["momentum"], options["phase"])
 

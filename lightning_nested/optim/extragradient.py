@@ -10,17 +10,13 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import Closure, GameOptimizer, evaluated
+from lightning_nested.optim.base import Closure, PlainOptimizer, evaluated
 from lightning_nested.optim.kernels.walk import Tensors, add_scaled, walk
-from lightning_nested.optim.options import flag, non_negative
-
-_CHECKS = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}
 
 
-class Extragradient(GameOptimizer):
-    """w′ ← w − lr·g(w), then w ← w − lr·g(w′): look ahead, and step from where one was.
+class Extragradient(PlainOptimizer):
+    """w′ ← w − lr·g(w), then w ← w − lr·g(w′): look ahead, then step from the saved point.
 
     Two gradients an update. In a game every player looks ahead before any player steps::
 
@@ -54,17 +50,10 @@ class Extragradient(GameOptimizer):
     """
 
     num_gradients: ClassVar[int] = 2
-    checks = _CHECKS
-
-    def __init__(
-        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
-    ) -> None:
-        self._room: dict[Tensor, Tensor] = {}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._room = {}  # a copy, or a loaded state, shares no memory with what it came from
+        self.__dict__.pop("_room", None)  # a copy, or a loaded state, shares no memory with what it came from
 
     @torch.no_grad()
     def extrapolate(self, closure: Closure | None = None) -> float | None:
@@ -99,20 +88,20 @@ class Extragradient(GameOptimizer):
     def step(self, closure: Closure) -> float: ...
 
     def step(self, closure: Closure | None = None) -> float | None:
-        """w ← w_saved − lr·g with the gradients at the extrapolated point.
+        """Set w to w_saved − lr·g with the gradients at the extrapolated point.
 
-        A parameter without a gradient there returns to where it was; one that had none before is stepped from where
-        it is.
+        A parameter without a gradient there gets its saved value back; one that had none before is stepped from its
+        current value.
 
         Args:
-            closure: Recomputes the gradients and returns the loss. It is called before the extrapolation and after
-                it, and only after it where ``extrapolate`` has been called.
+            closure: Recomputes the gradients and returns the loss. It is called before and after the extrapolation;
+                only after it if ``extrapolate`` has been called.
 
         Returns:
             The loss of the closure's first call; None without one.
 
         Raises:
-            RuntimeError: Neither ``extrapolate`` was called nor a closure given.
+            RuntimeError: There is no closure, and ``extrapolate`` was not called.
         """
         loss, own = None, not self.is_extrapolated
         if own:
@@ -141,7 +130,7 @@ class Extragradient(GameOptimizer):
             self.state[p]["anchor"] = anchor
 
     def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
-        # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
+        # walk takes the decay's gradient from w before the update: it belongs to the extrapolated point
         anchors = [self.state[p].pop("anchor", p) for p in columns[0]]
         lr = options["lr"]
 
@@ -160,12 +149,13 @@ class Extragradient(GameOptimizer):
             rooms += [self._room_for(p) for p in columns[0]]
 
     def _room_for(self, p: Tensor) -> Tensor:
-        """New pages cost more than the copy, so they are asked for once."""
-        room = self._room.get(p)
+        """Return memory for the copy of a parameter, kept between updates: new pages cost more than the copy itself."""
+        rooms: dict[Tensor, Tensor] = self.__dict__.setdefault("_room", {})
+        room = rooms.get(p)
         if room is None or any(
             getattr(room, name) != getattr(p, name) for name in ("shape", "dtype", "device", "layout")
         ):
-            room = self._room[p] = torch.empty_like(p, memory_format=torch.preserve_format)
+            room = rooms[p] = torch.empty_like(p, memory_format=torch.preserve_format)
         return room
 
     @torch.no_grad()
@@ -179,7 +169,7 @@ class Extragradient(GameOptimizer):
             group["extrapolated"] = False
 
 
-class ExtrapolationFromThePast(GameOptimizer):
+class ExtrapolationFromThePast(PlainOptimizer):
     """w′ ← w − lr·g(w′₋), w ← w − lr·g(w′): extragradient that looks ahead with the previous gradient.
 
     One gradient an update. The parameters hold w′, where gradients are taken; ``anchor`` in the state holds w. With a
@@ -201,13 +191,7 @@ class ExtrapolationFromThePast(GameOptimizer):
     (0.8, 0.9)
     """
 
-    checks = _CHECKS
     slots = ("anchor",)
-
-    def __init__(
-        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
         lr = options["lr"]

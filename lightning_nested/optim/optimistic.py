@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, Step, by_step
-from lightning_nested.optim.kernels.walk import Tensors, add_scaled, each, root_of, walk
+from lightning_nested.optim.base import GameOptimizer, PlainOptimizer, Step, by_step
+from lightning_nested.optim.kernels.walk import Tensors, add_scaled, each, walk
 from lightning_nested.optim.options import decay_rates, flag, non_negative
 
 
-class OptimisticSGD(GameOptimizer):
+class OptimisticSGD(PlainOptimizer):
     """w ← w − lr(2gₜ − gₜ₋₁), with g₋₁ = 0.
 
     One gradient an update. On the bilinear game the rate is √((1 + √(1 − 4lr²))/2) for lr ≤ ½. The first step is twice
@@ -39,13 +39,7 @@ class OptimisticSGD(GameOptimizer):
     0.1
     """
 
-    checks = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}  # noqa: RUF012
     slots = ("previous_grad",)
-
-    def __init__(
-        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
         lr = options["lr"]
@@ -111,10 +105,10 @@ class OptimisticAdam(GameOptimizer):
 
 
 def _adam_step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> None:
-    """One step of w, g, m, v and dₜ₋₁, which becomes dₜ, for t = ``step``."""
+    """Update w, m, v and the last direction d in place with the gradient g, as the step with this number."""
     lr, (beta1, beta2) = options["lr"], options["betas"]
     # d = rate·m/(√v + ε·root)
-    root = root_of(1 - beta2**step)
+    root = (1 - beta2**step) ** 0.5
     shift, rate = each(options["eps"] * root, root / (1 - beta1**step))
 
     def one(w: Tensor, e: Tensor, m: Tensor, v: Tensor, d: Tensor) -> None:

@@ -6,20 +6,20 @@ exponents, predicted rates, unrolled hypergradients and the treatment of weight 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from lightning_nested.linalg.vectors import Vector
-from lightning_nested.optim.complex_adam import ComplexAdam
+from lightning_nested.optim.complex_adam import ComplexAdam, correction
 from lightning_nested.optim.complex_sgd import ComplexSGD
 from lightning_nested.optim.extragradient import Extragradient, ExtrapolationFromThePast
 from lightning_nested.optim.optimistic import OptimisticAdam, OptimisticSGD
+from lightning_nested.optim.options import coefficient
 from lightning_nested.optim.update_rules import AdaptiveRule, Descent, Kind, LinearRule, Momentum, UpdateRule
 
 
@@ -137,10 +137,6 @@ class AdamRule(AdaptiveRule):
         """Return (1 − αλ)w − αd where the decay is decoupled."""
         return super().move(w * (1 - self.lr * self.weight_decay) if self.decoupled else w, d, slots, after)
 
-    def gain(self, t: float) -> float:
-        """Return (1 − β₁)/(1 − β₁ᵗ)."""
-        return (1 - self.beta1) / (1 - self.beta1**t)
-
     def momentum_kind(self) -> Momentum:
         """Return β₁."""
         return Momentum("momentum", self.beta1)
@@ -196,28 +192,22 @@ class ComplexAdamRule(AdaptiveRule):
         a = a + e
         if not self.debias:
             return a, (a, b)
-        c, s = self.beta1 * math.cos(self.phase), self.beta1 * math.sin(self.phase)
-        size = self.beta1**t
-        x, y = 1 - size * torch.cos(self.phase * t), -size * torch.sin(self.phase * t)  # 1 − β₁ᵗ
-        square = x * x + y * y
-        return ((1 - c) * x - s * y) / square * a + (s * x + (1 - c) * y) / square * b, (a, b)
+        real, imag = correction(*coefficient(self.beta1, self.phase), self.beta1, self.phase, t)
+        return real * a - imag * b, (a, b)
 
     def gain(self, t: float) -> float:
         """Return κ where it is real."""
-        return (1 - self.beta1) / (1 - self.beta1**t) if self.debias and not self.phase else 1.0
+        return super().gain(t) if self.debias and not self.phase else 1.0
 
     def momentum_kind(self) -> Momentum:
         """Return β₁; a complex κ makes another polynomial."""
-        return (
-            Momentum("unknown")
-            if self.debias and self.phase
-            else Momentum("momentum", self.beta1, self.phase)
-        )
+        known = not (self.debias and self.phase)
+        return Momentum("momentum", self.beta1, self.phase) if known else Momentum("unknown")
 
 
 def _turned(momentum: float, phase: float, slots: Vector) -> tuple[Tensor, Tensor]:
     """βm, as real and imaginary part."""
-    c, s = momentum * math.cos(phase), momentum * math.sin(phase)
+    c, s = coefficient(momentum, phase)
     return c * slots[0] - s * slots[1], s * slots[0] + c * slots[1]
 
 
@@ -245,34 +235,27 @@ class Description:
         if "betas" in group:
             options["beta1"], options["beta2"] = group["betas"]
         kind = AMSGradRule if group.get("amsgrad", False) else self.rule
-        given = {field.name: options[field.name] for field in fields(kind) if field.name in options}
-        return kind(**{name: x if isinstance(x, bool) else float(x) for name, x in given.items()})
+        given = ((field.name, options[field.name]) for field in fields(kind) if field.name in options)
+        values: dict[str, Any] = {name: x if isinstance(x, bool) else float(x) for name, x in given}
+        return kind(**values)
 
 
 KNOWN: dict[type[Optimizer], Description] = {
-    torch.optim.SGD: Description(SGDRule),
-    torch.optim.Adam: Description(AdamRule),
-    torch.optim.AdamW: Description(AdamRule, coupled=False),
+    optim.SGD: Description(SGDRule),
+    optim.Adam: Description(AdamRule),
+    optim.AdamW: Description(AdamRule, coupled=False),
     ComplexSGD: Description(ComplexSGDRule),
     ComplexAdam: Description(ComplexAdamRule),
     Extragradient: Description(ExtragradientRule),
     ExtrapolationFromThePast: Description(PastRule),
     OptimisticSGD: Description(OptimisticSGDRule),
     OptimisticAdam: Description(OptimisticAdamRule),
-    torch.optim.Adadelta: Description(),
-    torch.optim.Adagrad: Description(),
-    torch.optim.Adamax: Description(),
-    torch.optim.ASGD: Description(),
-    torch.optim.LBFGS: Description(),
-    torch.optim.NAdam: Description(),
-    torch.optim.RAdam: Description(),
-    torch.optim.RMSprop: Description(),
-    torch.optim.Rprop: Description(),
-    torch.optim.SparseAdam: Description(),
-    torch.optim.Adafactor: Description(coupled=False),
+    **dict.fromkeys((optim.Adadelta, optim.Adagrad, optim.Adamax, optim.ASGD, optim.LBFGS), Description()),
+    **dict.fromkeys((optim.NAdam, optim.RAdam, optim.RMSprop, optim.Rprop, optim.SparseAdam), Description()),
+    optim.Adafactor: Description(coupled=False),
 }
-if hasattr(torch.optim, "Muon"):  # since torch 2.9
-    KNOWN[torch.optim.Muon] = Description(coupled=False)
+if hasattr(optim, "Muon"):  # since torch 2.9
+    KNOWN[optim.Muon] = Description(coupled=False)
 
 
 def find_rule(optimizer: Optimizer, group: Mapping[str, Any]) -> Descent | None:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_nested.linalg.vectors import Vector
-from lightning_nested.optim.complex_adam import ComplexAdam
-from lightning_nested.optim.complex_sgd import ComplexSGD
 from lightning_nested.optim.registry import KNOWN, Description, find_rule
 from lightning_nested.optim.update_rules import Momentum
 
@@ -52,6 +50,7 @@ def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDyn
         ValueError: Some of the parameters ascend and others descend.
 
     Example:
+        >>> from lightning_nested.optim import ComplexSGD
         >>> w = torch.zeros(2, requires_grad=True)
         >>> found = step_dynamics(ComplexSGD([w], lr=0.5, momentum=0.8, phase=0.5), [w])
         >>> found.scale, found.momentum, found.sign
@@ -75,10 +74,9 @@ def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDyn
 
 def has_complex_momentum(optimizer: Optimizer) -> bool:
     """Return True if |β| and arg β can be set, and the rest of a step stays as it is."""
+    rules = [find_rule(optimizer, group) for group in optimizer.param_groups]
     # with debias a step's size depends on β
-    return isinstance(optimizer, (ComplexSGD, ComplexAdam)) and not any(
-        group.get("debias", False) for group in optimizer.param_groups
-    )
+    return all(hasattr(rule, "phase") and not getattr(rule, "debias", False) for rule in rules)
 
 
 def set_momentum(optimizer: Optimizer, momentum: float, phase: float) -> None:

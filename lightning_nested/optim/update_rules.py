@@ -168,8 +168,9 @@ class AdaptiveRule(Descent):
         return self.move(dw, dd, dslots, (*dmoments, dv))
 
     def gain(self, t: float) -> float:
-        """Return the factor of the newest gradient in p after t steps; 1 unless the first moment is an average."""
-        return 1.0
+        """Return the factor of the newest gradient in p after t steps: (1 − β₁)/(1 − β₁ᵗ) in Adam's average."""
+        share: float = 1 - self.beta1**t
+        return (1 - self.beta1) / share
 
     def scale(self, state: Mapping[str, Any]) -> Tensor | float:
         """Return α·gain/(√v̂ + ε) as if v̂ stood still; without the quotient before the first step."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from lightning_nested.optim.kernels.walk import Columns, blocks, transposed
+from lightning_nested.optim.kernels.walk import Columns, Tensors, blocks, transposed
 
 _DTYPES = (torch.float32, torch.float64)
 _PLAIN = {Parameter, Tensor}  # a subclass (DTensor, ...) may have no memory of its own
@@ -62,7 +62,7 @@ def run_fused(update: Callable[..., None], columns: Columns) -> Columns:
 
 
 def _fit(columns: Columns) -> bool:
-    """Every tensor is what a kernel expects; ``map`` over C functions, as a step of small tensors is all calls."""
+    """Return True if the kernels take every tensor. ``map`` over C functions: a step of small tensors is all calls."""
     dtype, sizes = columns[0][0].dtype, list(map(Tensor.numel, columns[0]))
     return dtype in _DTYPES and all(
         set(map(type, column)) <= _PLAIN
@@ -89,7 +89,7 @@ class Turn:
 
     @classmethod
     def of(cls, c: float, s: float) -> Turn | None:
-        """None where s is tiny, or β more than 60° from the real axis: errors are at most doubled, as tan 60° < 2."""
+        """Return None if s is tiny or β more than 60° from the real axis: errors at most double, as tan 60° < 2."""
         if abs(s) < 1e-4 or abs(c) < math.hypot(c, s) / 2:
             return None
         # the kernel forms 1 − (1 − s), which is to be s for either sign
@@ -97,35 +97,25 @@ class Turn:
 
     @property
     def scale(self) -> float:
-        """σ."""
+        """The factor σ."""
         return self.c / (self.c**2 + self.s**2)
 
     def __call__(self, real: list[Tensor], imag: list[Tensor]) -> None:
-        """In place."""
+        """Turn a and b in place."""
         axpby(real, real, imag, x=self.c, y=self.s, rate=self.s / (self.c**2 + self.s**2))
 
 
 def axpby(
-    params: list[Tensor],
-    grads: list[Tensor],
-    sums: list[Tensor],
-    *,
-    x: float,
-    y: float = 1.0,
-    rate: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
+    params: Tensors, grads: Tensors, sums: Tensors, *, x: float, rate: float, y: float = 1.0, **decay: Any
 ) -> None:
     """``sums ← x·sums + y·(±grads + weight_decay·params)``, ``params ← params − rate·sums``; x is not 0."""
-    fixed: dict[str, Any] = {"maximize": maximize, "nesterov": False, "is_first_step": False}
-    torch._fused_sgd_(
-        params, grads, sums, momentum=x, dampening=1 - y, lr=rate, weight_decay=weight_decay, **fixed
-    )
+    options = {"weight_decay": 0.0, "maximize": False, "nesterov": False, "is_first_step": False, **decay}
+    torch._fused_sgd_(params, grads, sums, momentum=x, dampening=1 - y, lr=rate, **options)
 
 
 @functools.cache
 def works() -> bool:
-    """Try it once a process: the kernels are private functions of torch, and one tensor in two places is unusual."""
+    """Try the kernels, once a process: they are private functions of torch, and one tensor in two places is unusual."""
     if not (hasattr(torch, "_fused_sgd_") and hasattr(torch, "_fused_adam_")):
         return False
     turn = Turn(c=0.6, s=0.5)

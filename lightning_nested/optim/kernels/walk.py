@@ -1,4 +1,4 @@
-"""How an elementwise update walks through memory: piece by piece on CPU, all tensors at once on accelerators.
+"""Order of an elementwise update in memory: piece by piece on CPU, all tensors at once on accelerators.
 
 A step is bound by memory. ``torch._foreach_*`` sweeps all its tensors once per operation: right on an accelerator,
 where every call is a kernel launch, and a trap on CPU, where the next operation finds nothing in cache. So on CPU a
@@ -8,7 +8,6 @@ large tensor comes alone, cut into tiles, and small ones, whose cost is the call
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -101,11 +100,6 @@ def on_cpu(tensors: Sequence[Tensor]) -> bool:
     return all(a.is_cpu and type(a) in (Parameter, Tensor) for a in tensors)
 
 
-def root_of(x: Any) -> Any:
-    """√x of a number or a tensor."""
-    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
-
-
 def each(*scalars: Any) -> tuple[Any, ...]:
     """Return the scalars as the _foreach functions take them: numbers as they are, vectors as lists of their entries.
 
@@ -148,7 +142,7 @@ def rotate(e: Tensor, a: Tensor, b: Tensor, c: float, s: float) -> Tensor:
 
 
 def rotate_all(es: Tensors, a: Tensors, b: Tensors, c: float, s: float) -> None:
-    """Do the same with lists."""
+    """Rotate lists as :func:`rotate` does single tensors."""
     new = torch._foreach_add(es, b, alpha=-s)
     torch._foreach_mul_(b, c)
     torch._foreach_add_(b, a, alpha=s)
