@@ -160,7 +160,7 @@ class AdaptiveRule(Descent):
         e, de = self.ascent(w, g), self.ascent(dw, dg)
         p, _ = self.moments(e, slots, t)
         dp, dmoments = self.moments(de, dslots, t)
-        dv = self.beta2 * dslots[self.slots.index(self.second)] + 2 * (1 - self.beta2) * e * de
+        dv = self.beta2 * dslots[self.slots.index("exp_avg_sq")] + 2 * (1 - self.beta2) * e * de
         root = self._root(self._square(slots, e), t)
         divisor = torch.where(root > 0, 2 * (1 - self.beta2**t) * root, torch.inf)
         denominator = root + self.eps

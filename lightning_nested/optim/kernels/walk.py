@@ -43,27 +43,26 @@ def walk(
     """
     decay, maximize = options["weight_decay"], options["maximize"]
 
-    def update_all(ws: Tensors, gs: Tensors, *buffers: Tensors) -> None:
+    def ascents(ws: Tensors, gs: Tensors, *buffers: Tensors) -> tuple[Tensors, ...]:
         if maximize:
             gs = torch._foreach_neg(gs)
         if decay:
             gs = torch._foreach_add(gs, ws, alpha=decay)
-        many(ws, gs, *buffers)
+        return ws, gs, *buffers
 
     tracing = torch.compiler.is_compiling()
     rest: Columns = columns if kernel is None or tracing else kernel(columns)
     if not rest:
         return
     if tracing or not on_cpu(rest[0]):
-        update_all(*map(list, rest))
+        many(*ascents(*map(list, rest)))
         return
     for block in blocks(rest):
-        if one is None or len(block[0]) > 1:
-            update_all(*block)
-            continue
-        (w,), (g,), *buffers = block
-        g = g.neg() if maximize else g
-        one(w, g.add(w, alpha=decay) if decay else g, *(buffer for (buffer,) in buffers))
+        block = ascents(*block)
+        if one is not None and len(block[0]) == 1:
+            one(*(a for (a,) in block))
+        else:
+            many(*block)
 
 
 def blocks(columns: Columns) -> Iterator[list[list[Tensor]]]:
