@@ -105,11 +105,8 @@ def _step(options: dict[str, Any], *columns: list[Tensor]) -> None:
     lr = options["lr"]
     c, s = coefficient(options["momentum"], options["phase"])
 
-    def one(w: Tensor, e: Tensor, a: Tensor, b: Tensor | None = None) -> None:
-        if b is None:
-            a.mul_(c).add_(e)
-        else:
-            rotate(e, a, b, c, s)
+    def one(w: Tensor, e: Tensor, a: Tensor, b: Tensor) -> None:
+        rotate(e, a, b, c, s)
         w.add_(a, alpha=-lr)
 
     def many(ws: Tensors, es: Tensors, a: Tensors, b: Tensors | None = None) -> None:
@@ -120,8 +117,9 @@ def _step(options: dict[str, Any], *columns: list[Tensor]) -> None:
             rotate_all(es, a, b, c, s)
         add_scaled(ws, a, -lr)
 
+    is_complex = len(columns) == 4
     kernel, turn = None, Turn.of(c, s)
-    if len(columns) == 4 and turn is not None:
+    if is_complex and turn is not None:
         decay = {"weight_decay": options["weight_decay"], "maximize": options["maximize"]}
         grow = 1 / turn.scale
 
@@ -130,4 +128,4 @@ def _step(options: dict[str, Any], *columns: list[Tensor]) -> None:
             axpby(ws, gs, a, x=grow, rate=lr, **decay)
 
         kernel = partial(run_fused, fused)
-    walk(many, *columns, options=options, one=one, kernel=kernel)
+    walk(many, *columns, options=options, one=one if is_complex else None, kernel=kernel)

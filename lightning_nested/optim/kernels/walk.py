@@ -58,11 +58,11 @@ def walk(
         many(*ascents(*map(list, rest)))
         return
     for block in blocks(rest):
-        block = ascents(*block)
-        if one is not None and len(block[0]) == 1:
-            one(*(a for (a,) in block))
+        tensors = ascents(*block)
+        if one is not None and len(tensors[0]) == 1:
+            one(*(a for (a,) in tensors))
         else:
-            many(*block)
+            many(*tensors)
 
 
 def blocks(columns: Columns) -> Iterator[list[list[Tensor]]]:
