@@ -16,7 +16,8 @@ from lightning_nested.dynamics.checks import require_at_least, require_window
 from lightning_nested.dynamics.frames import Product, krylov, orthonormalize, window_weights
 from lightning_nested.linalg.processes import Reduce
 from lightning_nested.linalg.vectors import Vector
-from lightning_nested.optim.update_rules import Descent, LinearRule, SGDRule, UpdateRule, known_rule
+from lightning_nested.optim.registry import SGDRule, known_rule
+from lightning_nested.optim.update_rules import Descent, LinearRule, UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,15 +236,12 @@ class Tangents:
         def rows(matrix: Tensor) -> Tensor:
             return matrix[:, columns].reshape(self.k, *p.shape)
 
-        fresh = r.start(w)
-        kept = [state.get(name) for name in r.slots[: len(fresh)]]
-        slots = tuple(f if s is None else s for s, f in zip(kept, fresh, strict=True))
-        begun = any(s is not None for s in kept)
+        slots, taken = r.resume(w, state)
         dw = rows(self.frame)
         # A buffer that begins as a linear function of the parameter begins with that function's tangent.
-        linear = isinstance(r, LinearRule) and not begun
+        linear = isinstance(r, LinearRule) and not taken
         dslots = r.start(dw) if linear else tuple(rows(s) for s in self.slots[: len(slots)])
-        t = torch.tensor(float(state.get("step", float(begun))) + 1, dtype=self.dtype, device=p.device)
+        t = torch.tensor(taken + 1, dtype=self.dtype, device=p.device)
         if isinstance(r, Descent):  # closed forms broadcast over the frame
             after, buffers = r.tangent(w, g, slots, t, dw, rows(dg), dslots)
         else:

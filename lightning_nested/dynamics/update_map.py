@@ -11,11 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_nested.dynamics.maps import DifferentiableMap, forward_derivative
 from lightning_nested.linalg.vectors import Vector, clone
-from lightning_nested.optim.update_rules import (
-    Descent,
-    UpdateRule,
-    known_rule,
-)
+from lightning_nested.optim.registry import known_rule
+from lightning_nested.optim.update_rules import Descent, UpdateRule
 
 Params: TypeAlias = Sequence[Tensor]
 Losses: TypeAlias = Callable[..., Any]
@@ -129,10 +126,9 @@ class UpdateMap(DifferentiableMap):
         buffers: list[Tensor] = []
         counts = set()
         for p, r, kept in zip(self._params, self.rules, self._buffers, strict=True):
-            fresh = r.start(p)
-            found = [kept.get(name) for name in r.slots[: len(fresh)]]
-            buffers += [f if k is None else k for f, k in zip(fresh, found, strict=True)]
-            counts.add(float(kept.get("step", 1.0 if any(k is not None for k in found) else 0.0)))
+            found, taken = r.resume(p, kept)
+            buffers += found
+            counts.add(taken)
         if len(counts) > 1:
             raise ValueError(f"All parameters must have the same step count. Got {sorted(counts)}.")
         clock = torch.tensor(counts.pop(), dtype=self._params[0].dtype, device=self._params[0].device)

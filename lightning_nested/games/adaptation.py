@@ -14,7 +14,8 @@ from lightning_nested.games.joint_step import ADAPT_LIMIT, JointStep
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
-from lightning_nested.optim.step_dynamics import Momentum, has_complex_momentum, set_momentum
+from lightning_nested.optim.step_dynamics import has_complex_momentum, set_momentum
+from lightning_nested.optim.update_rules import Momentum
 
 
 def better_momentum(

@@ -15,7 +15,8 @@ from lightning_nested.games.rates import Array, predicted_rate
 from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
 from lightning_nested.linalg.processes import Reduce
 from lightning_nested.linalg.vectors import Vector
-from lightning_nested.optim.step_dynamics import Momentum, StepDynamics
+from lightning_nested.optim.step_dynamics import StepDynamics
+from lightning_nested.optim.update_rules import Momentum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nested.optim.options import ROUNDED_PI
-from lightning_nested.optim.step_dynamics import Momentum
+from lightning_nested.optim.update_rules import Momentum
 
 Eigenvalues: TypeAlias = "Tensor | Sequence[complex]"
 Array: TypeAlias = "NDArray[Any]"

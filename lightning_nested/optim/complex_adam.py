@@ -6,16 +6,17 @@ Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, Step, by_step, pick
-from lightning_nested.optim.kernels.fused import Fused, Turn
-from lightning_nested.optim.kernels.walk import add_quotients, ascent, ascents, each, root_of, walk
+from lightning_nested.optim.base import GameOptimizer, Step, by_step
+from lightning_nested.optim.kernels.fused import Turn, run_fused
+from lightning_nested.optim.kernels.walk import Tensors, add_quotients, each, rotate, rotate_all, walk
 from lightning_nested.optim.options import angle, coefficient, complex_decay_rates, flag, non_negative
 
 
@@ -74,35 +75,25 @@ class ComplexAdam(GameOptimizer):
         debias: bool = False,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "phase": phase,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "debias": debias,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        moments = {"betas": betas, "phase": phase, "eps": eps, "debias": debias}
+        super().__init__(params, {"lr": lr, **moments, "weight_decay": weight_decay, "maximize": maximize})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
+        """Load a state of this class or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
 
         Raises:
             ValueError: Adam had ``amsgrad``, or weight decay as in AdamW.
         """
         super().load_state_dict(_from_adam(state_dict))
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        steps, *moments = columns
-        for step, places in by_step(steps):
-            complex_adam(*pick(places, params, grads, *moments), step=step, **options)
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        params, grads, steps, *moments = columns
+        for step, parts in by_step(steps, params, grads, *moments):
+            _step(options, step, *parts)
 
 
 def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
-    """The state with a ``momentum_buffer`` for every ``exp_avg``; the given one stays as it is."""
+    """Return the state with a ``momentum_buffer`` for every ``exp_avg``, without changing the given one."""
     states = dict(saved["state"])
     for group in saved["param_groups"]:
         for key in group["params"]:
@@ -119,118 +110,68 @@ def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "state": states}
 
 
-def complex_adam(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    real: Sequence[Tensor],
-    imag: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    *,
-    step: Step,
-    lr: float,
-    betas: tuple[float, float],
-    phase: float,
-    eps: float,
-    weight_decay: float = 0.0,
-    debias: bool = False,
-    maximize: bool = False,
-) -> None:
-    """One step of :class:`ComplexAdam` on lists of tensors, in place.
-
-    Args:
-        params: w.
-        grads: g; not changed.
-        real: −Re μ.
-        imag: −Im μ.
-        squares: v.
-        step: t ≥ 1, of this step; a vector of them where torch.compile traces.
-        lr: α.
-        betas: |β₁|, β₂.
-        phase: arg β₁.
-        eps: ε.
-        weight_decay: λ.
-        debias: Factor and correction of the first moment.
-        maximize: Ascend.
-    """
-    c, s = coefficient(betas[0], phase)
+def _step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> None:
+    """Update w, −Re μ, −Im μ and v in place with the gradient g, as the step with this number."""
+    lr, (momentum, beta2), debias = options["lr"], options["betas"], options["debias"]
+    c, s = coefficient(momentum, options["phase"])
     # √v̂ + ε = (√v + ε·root)/root: one operation fewer per element
-    root = root_of(1 - betas[1] ** step)
-    factor = _factor(c, s, betas[0], phase, step) if debias else (1.0, 0.0)
+    root = (1 - beta2**step) ** 0.5
+    factor = correction(c, s, momentum, options["phase"], step) if debias else (1.0, 0.0)
     both = (-lr * root * factor[0], lr * root * factor[1])
-    shift, *rates = each(eps * root, *(both if s and debias else both[:1]))
+    shift, *rates = each(options["eps"] * root, *(both if s and debias else both[:1]))
 
-    def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor, v: Tensor) -> None:
-        g = ascent(w, g, weight_decay, maximize)
-        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        new = torch.add(g, b, alpha=-s)  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
-        b.mul_(c).add_(a, alpha=s)
-        torch.add(new, a, alpha=c, out=a)
-        denominator = torch.sqrt(v, out=new).add_(shift)
+    def one(w: Tensor, e: Tensor, a: Tensor, b: Tensor, v: Tensor) -> None:
+        v.mul_(beta2).addcmul_(e, e, value=1 - beta2)
+        free = rotate(e, a, b, c, s)
+        denominator = torch.sqrt(v, out=free).add_(shift)
         for x, rate in zip((a, b), rates, strict=False):
             w.addcdiv_(x, denominator, value=rate)
 
-    def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        torch._foreach_mul_(v, betas[1])
-        torch._foreach_addcmul_(v, new, new, value=1 - betas[1])
-        new = torch._foreach_add(new, b, alpha=-s)
-        torch._foreach_mul_(b, c)
-        torch._foreach_add_(b, a, alpha=s)
-        torch._foreach_add_(new, a, alpha=c)
-        torch._foreach_copy_(a, new)
+    def many(ws: Tensors, es: Tensors, a: Tensors, b: Tensors, v: Tensors) -> None:
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, es, es, value=1 - beta2)
+        rotate_all(es, a, b, c, s)
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, shift)
         for xs, rate in zip((a, b), rates, strict=False):
             add_quotients(ws, xs, denominators, rate)
 
-    kernel = None
-    turn = Turn.of(c, s)
+    kernel, turn = None, Turn.of(c, s)
     if not isinstance(step, Tensor) and turn is not None and c > 0 and abs(factor[1]) <= 2 * factor[0]:
-        kernel = Fused(
-            _fused(turn, factor, step, lr, betas[1], eps, weight_decay=weight_decay, maximize=maximize)
-        )
-    walk(one, many, params, grads, real, imag, squares, kernel=kernel)
+        kernel = partial(run_fused, _fused(options, turn, factor, step))
+    walk(many, *columns, options=options, one=one, kernel=kernel)
 
 
 def _fused(
-    turn: Turn, factor: tuple[float, float], step: float, lr: float, beta2: float, eps: float, **options: Any
+    options: dict[str, Any], turn: Turn, factor: tuple[float, float], step: float
 ) -> Callable[..., None]:
-    """The update with Adam's kernel: m ← (1 − β)(a/σ + g) for β = 1/(1 + σ), w ← w − r·m/((1 − βᵗ)(√v̂ + ε)).
+    """Return the update with Adam's kernel: m ← (1 − β)(a/σ + g) for β = 1/(1 + σ), w ← w − r·m/((1 − βᵗ)(√v̂ + ε)).
 
-    Where κ has an imaginary part, a is moved along b for that time, so that m is in the direction of Re(κμ).
+    Where κ has an imaginary part, a is moved along b during the call, so that m is in the direction of Re(κμ).
     """
     beta = 1 / (1 + turn.scale)
     tilt = factor[1] / factor[0]
-    rate = lr * factor[0] * (1 - beta**step) / (1 - beta)
+    adam = {name: options[name] for name in ("eps", "weight_decay", "maximize")}
+    adam |= {"beta1": beta, "beta2": options["betas"][1], "amsgrad": False}
+    adam["lr"] = options["lr"] * factor[0] * (1 - beta**step) / (1 - beta)
     count = torch.tensor(step)
+    # as tensors: a number would become one again for each parameter
+    factors = {dtype: torch.tensor(1 / (1 - beta), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
     def update(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor], v: list[Tensor]) -> None:
         turn(a, b)
         if tilt:
             torch._foreach_add_(a, b, alpha=-turn.scale * tilt)
-        torch._fused_adam_(
-            ws,
-            gs,
-            a,
-            v,
-            [],
-            [count] * len(ws),
-            lr=rate,
-            beta1=beta,
-            beta2=beta2,
-            eps=eps,
-            amsgrad=False,
-            **options,
-        )
-        torch._foreach_mul_(a, 1 / (1 - beta))
+        torch._fused_adam_(ws, gs, a, v, [], [count] * len(ws), **adam)
+        torch._foreach_mul_(a, factors[a[0].dtype])
         if tilt:
             torch._foreach_add_(a, b, alpha=tilt)
 
     return update
 
 
-def _factor(c: float, s: float, momentum: float, phase: float, step: Any) -> tuple[Any, Any]:
-    """Re κ and Im κ of κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
+def correction(c: float, s: float, momentum: float, phase: float, step: Any) -> tuple[Any, Any]:
+    """Return Re κ and Im κ of κ = (1 − β)/(1 − βᵗ); its denominator is at least 1 − |β|ᵗ > 0 in size."""
     if not s:
         return (1 - c) / (1 - c**step), 0.0
     cos, sin = (torch.cos, torch.sin) if isinstance(step, Tensor) else (math.cos, math.sin)

@@ -6,16 +6,16 @@ Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, pick
-from lightning_nested.optim.kernels.fused import Fused, Turn, axpby
-from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, walk
+from lightning_nested.optim.base import GameOptimizer, by_key
+from lightning_nested.optim.kernels.fused import Turn, axpby, run_fused
+from lightning_nested.optim.kernels.walk import Tensors, add_scaled, rotate, rotate_all, walk
 from lightning_nested.optim.options import angle, coefficient, flag, magnitude, non_negative
 
 
@@ -27,7 +27,7 @@ class ComplexSGD(GameOptimizer):
     momentum; π/8 with |β| ≈ 0.8 is a good first guess for adversarial games, at a price in cooperative ones. The
     opposite phase gives the same iterates.
 
-    The two buffers hold −Re μ and −Im μ, so that ``momentum_buffer`` is that of ``torch.optim.SGD``, whose
+    The two buffers hold −Re μ and −Im μ, so that ``momentum_buffer`` is the one of ``torch.optim.SGD``, whose
     ``state_dict`` loads here. While the phase has only ever been 0 or π, there is no second one. The learning rate is
     applied at the step, as in torch: after a scheduler's change it holds for old gradients too.
 
@@ -73,17 +73,11 @@ class ComplexSGD(GameOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "phase": phase,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        turned = {"momentum": momentum, "phase": phase}
+        super().__init__(params, {"lr": lr, **turned, "weight_decay": weight_decay, "maximize": maximize})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or of ``torch.optim.SGD``.
+        """Load a state of this class or of ``torch.optim.SGD``.
 
         Raises:
             ValueError: SGD had ``nesterov`` or ``dampening``: another momentum.
@@ -96,17 +90,9 @@ class ComplexSGD(GameOptimizer):
                 )
         super().load_state_dict(state_dict)
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        real, imag = columns
-        turned = [i for i, b in enumerate(imag) if b is not None]
-        others = [i for i, b in enumerate(imag) if b is None]
-        if turned:
-            complex_sgd(*pick(turned, params, grads, real, imag), **options)
-        if others:
-            ws, gs, a = pick(others, params, grads, real)
-            complex_sgd(ws, gs, a, None, **options)
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        for turned, parts in by_key([b is not None for b in columns[3]], *columns):
+            _step(options, *(parts if turned else parts[:3]))
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
         if name == "momentum_buffer_imag" and not coefficient(group["momentum"], group["phase"])[1]:
@@ -114,67 +100,32 @@ class ComplexSGD(GameOptimizer):
         return super()._begin(name, p, group)
 
 
-def complex_sgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    real: Sequence[Tensor],
-    imag: Sequence[Tensor] | None,
-    *,
-    lr: float,
-    momentum: float,
-    phase: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """One step of :class:`ComplexSGD` on lists of tensors, in place.
+def _step(options: dict[str, Any], *columns: list[Tensor]) -> None:
+    """Update w, −Re μ and −Im μ in place with the gradient g; the last column is left out while μ has been real."""
+    lr = options["lr"]
+    c, s = coefficient(options["momentum"], options["phase"])
 
-    Args:
-        params: w.
-        grads: g; not changed.
-        real: −Re μ.
-        imag: −Im μ; None when it is zero and β is real.
-        lr: α.
-        momentum: |β|.
-        phase: arg β.
-        weight_decay: λ.
-        maximize: Ascend.
-    """
-    c, s = coefficient(momentum, phase)
-
-    def one(w: Tensor, g: Tensor, a: Tensor, b: Tensor | None = None) -> None:
-        g = ascent(w, g, weight_decay, maximize)
-        if b is None:
-            a.mul_(c).add_(g)
-        else:  # a, b ← c·a − s·b + g, s·a + c·b: four calls, one temporary
-            new = torch.add(g, b, alpha=-s)
-            b.mul_(c).add_(a, alpha=s)
-            torch.add(new, a, alpha=c, out=a)
+    def one(w: Tensor, e: Tensor, a: Tensor, b: Tensor) -> None:
+        rotate(e, a, b, c, s)
         w.add_(a, alpha=-lr)
 
-    def many(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor] | None = None) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
+    def many(ws: Tensors, es: Tensors, a: Tensors, b: Tensors | None = None) -> None:
         if b is None:
             torch._foreach_mul_(a, c)
-            torch._foreach_add_(a, new)
+            torch._foreach_add_(a, es)
         else:
-            new = torch._foreach_add(new, b, alpha=-s)
-            torch._foreach_mul_(b, c)
-            torch._foreach_add_(b, a, alpha=s)
-            torch._foreach_add_(new, a, alpha=c)
-            torch._foreach_copy_(a, new)
+            rotate_all(es, a, b, c, s)
         add_scaled(ws, a, -lr)
 
-    if imag is None:
-        walk(one, many, params, grads, real)
-        return
-    kernel = None
-    turn = Turn.of(c, s)
-    if turn is not None:
+    is_complex = len(columns) == 4
+    kernel, turn = None, Turn.of(c, s)
+    if is_complex and turn is not None:
+        decay = {"weight_decay": options["weight_decay"], "maximize": options["maximize"]}
         grow = 1 / turn.scale
 
         def fused(ws: list[Tensor], gs: list[Tensor], a: list[Tensor], b: list[Tensor]) -> None:
             turn(a, b)
-            axpby(ws, gs, a, x=grow, rate=lr, weight_decay=weight_decay, maximize=maximize)
+            axpby(ws, gs, a, x=grow, rate=lr, **decay)
 
-        kernel = Fused(fused)
-    walk(one, many, params, grads, real, imag, kernel=kernel)
+        kernel = partial(run_fused, fused)
+    walk(many, *columns, options=options, one=one if is_complex else None, kernel=kernel)

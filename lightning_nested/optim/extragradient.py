@@ -10,17 +10,13 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import Closure, GameOptimizer
-from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, walk
-from lightning_nested.optim.options import flag, non_negative
-
-_CHECKS = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}
+from lightning_nested.optim.base import Closure, PlainOptimizer, evaluated
+from lightning_nested.optim.kernels.walk import Tensors, add_scaled, walk
 
 
-class Extragradient(GameOptimizer):
-    """w′ ← w − lr·g(w), then w ← w − lr·g(w′): look ahead, and step from where one was.
+class Extragradient(PlainOptimizer):
+    """w′ ← w − lr·g(w), then w ← w − lr·g(w′): look ahead, then step from the saved point.
 
     Two gradients an update. In a game every player looks ahead before any player steps::
 
@@ -54,17 +50,10 @@ class Extragradient(GameOptimizer):
     """
 
     num_gradients: ClassVar[int] = 2
-    checks = _CHECKS
-
-    def __init__(
-        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
-    ) -> None:
-        self._room: dict[Tensor, Tensor] = {}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._room = {}  # a copy, or a loaded state, shares no memory with what it came from
+        self.__dict__.pop("_room", None)  # a copy, or a loaded state, shares no memory with what it came from
 
     @torch.no_grad()
     def extrapolate(self, closure: Closure | None = None) -> float | None:
@@ -81,24 +70,15 @@ class Extragradient(GameOptimizer):
                 "extrapolate() needs parameters that are not extrapolated. Got a second call; recompute the gradients "
                 "and call step()."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group, options in zip(self.param_groups, self._checked(), strict=True):
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            anchors: list[Tensor] = []
-            self._init_group(group, params, grads, anchors)
-            look_ahead(params, anchors, grads, **options)
-            for p, anchor in zip(params, anchors, strict=True):
-                self.state[p]["anchor"] = anchor
+        loss = evaluated(closure)
+        self._update_groups(self._look_ahead, 1)
+        for group in self.param_groups:
             group["extrapolated"] = True
         return loss
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether ``extrapolate`` was called and ``step`` was not yet."""
+        """True between ``extrapolate`` and ``step``."""
         return any(group.get("extrapolated", False) for group in self.param_groups)
 
     @overload
@@ -108,20 +88,20 @@ class Extragradient(GameOptimizer):
     def step(self, closure: Closure) -> float: ...
 
     def step(self, closure: Closure | None = None) -> float | None:
-        """w ← w_saved − lr·g with the gradients at the extrapolated point.
+        """Set w to w_saved − lr·g with the gradients at the extrapolated point.
 
-        A parameter without a gradient there returns to where it was; one that had none before is stepped from where
-        it is.
+        A parameter without a gradient there gets its saved value back; one that had none before is stepped from its
+        current value.
 
         Args:
-            closure: Recomputes the gradients and returns the loss. It is called before the extrapolation and after
-                it, and only after it where ``extrapolate`` has been called.
+            closure: Recomputes the gradients and returns the loss. It is called before and after the extrapolation;
+                only after it if ``extrapolate`` has been called.
 
         Returns:
             The loss of the closure's first call; None without one.
 
         Raises:
-            RuntimeError: Neither ``extrapolate`` was called nor a closure given.
+            RuntimeError: There is no closure, and ``extrapolate`` was not called.
         """
         loss, own = None, not self.is_extrapolated
         if own:
@@ -140,27 +120,42 @@ class Extragradient(GameOptimizer):
         self._return()
         return loss if own else second
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        # The decay's gradient belongs to the extrapolated point, so it is taken before w returns.
-        anchors = [self.state[p].pop("anchor", p) for p in params]
-        descend(params, anchors, grads, **options)
+    def _look_ahead(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
+            torch._foreach_copy_(anchors, ws)
+            add_scaled(ws, es, -options["lr"])
 
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        super()._init_group(group, params, grads)
-        for rooms in columns:
-            rooms += [self._room_for(p) for p in params]
+        walk(many, *columns, options=options)
+        for p, anchor in zip(columns[0], columns[2], strict=True):
+            self.state[p]["anchor"] = anchor
+
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        # walk takes the decay's gradient from w before the update: it belongs to the extrapolated point
+        anchors = [self.state[p].pop("anchor", p) for p in columns[0]]
+        lr = options["lr"]
+
+        def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
+            torch.add(anchor, e, alpha=-lr, out=w)
+
+        def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
+            torch._foreach_copy_(ws, anchors)
+            add_scaled(ws, es, -lr)
+
+        walk(many, *columns, anchors, options=options, one=one)
+
+    def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> None:
+        super()._init_group(group, *columns[:2])
+        for rooms in columns[2:]:
+            rooms += [self._room_for(p) for p in columns[0]]
 
     def _room_for(self, p: Tensor) -> Tensor:
-        """New pages cost more than the copy, so they are asked for once."""
-        room = self._room.get(p)
+        """Return memory for the copy of a parameter, kept between updates: new pages cost more than the copy itself."""
+        rooms: dict[Tensor, Tensor] = self.__dict__.setdefault("_room", {})
+        room = rooms.get(p)
         if room is None or any(
             getattr(room, name) != getattr(p, name) for name in ("shape", "dtype", "device", "layout")
         ):
-            room = self._room[p] = torch.empty_like(p, memory_format=torch.preserve_format)
+            room = rooms[p] = torch.empty_like(p, memory_format=torch.preserve_format)
         return room
 
     @torch.no_grad()
@@ -174,7 +169,7 @@ class Extragradient(GameOptimizer):
             group["extrapolated"] = False
 
 
-class ExtrapolationFromThePast(GameOptimizer):
+class ExtrapolationFromThePast(PlainOptimizer):
     """w′ ← w − lr·g(w′₋), w ← w − lr·g(w′): extragradient that looks ahead with the previous gradient.
 
     One gradient an update. The parameters hold w′, where gradients are taken; ``anchor`` in the state holds w. With a
@@ -196,88 +191,21 @@ class ExtrapolationFromThePast(GameOptimizer):
     (0.8, 0.9)
     """
 
-    checks = _CHECKS
     slots = ("anchor",)
 
-    def __init__(
-        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        lr = options["lr"]
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        (anchors,) = columns
-        extrapolate_from_the_past(params, anchors, grads, **options)
+        def one(w: Tensor, e: Tensor, anchor: Tensor) -> None:
+            anchor.add_(e, alpha=-lr)
+            torch.add(anchor, e, alpha=-lr, out=w)
+
+        def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:
+            add_scaled(anchors, es, -lr)
+            torch._foreach_copy_(ws, anchors)
+            add_scaled(ws, es, -lr)
+
+        walk(many, *columns, options=options, one=one)
 
     def _begin(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         return p.detach().clone(memory_format=torch.preserve_format)
-
-
-def extrapolate_from_the_past(
-    params: list[Tensor],
-    anchors: list[Tensor],
-    grads: list[Tensor],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """Anchor ← anchor − lr·g, w ← anchor − lr·g in place; the decay's gradient is taken at w."""
-
-    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
-        g = ascent(w, g, weight_decay, maximize)
-        anchor.add_(g, alpha=-lr)
-        torch.add(anchor, g, alpha=-lr, out=w)
-
-    def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        add_scaled(starts, new, -lr)
-        torch._foreach_copy_(ws, starts)
-        add_scaled(ws, new, -lr)
-
-    walk(one, many, params, anchors, grads)
-
-
-def look_ahead(
-    params: list[Tensor],
-    anchors: list[Tensor],
-    grads: list[Tensor],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """Anchor ← w, w ← w − lr·g in place."""
-
-    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
-        anchor.copy_(w)
-        w.add_(ascent(w, g, weight_decay, maximize), alpha=-lr)
-
-    def many(ws: list[Tensor], rooms: list[Tensor], gs: list[Tensor]) -> None:
-        torch._foreach_copy_(rooms, ws)
-        add_scaled(ws, ascents(ws, gs, weight_decay, maximize), -lr)
-
-    walk(one, many, params, anchors, grads)
-
-
-def descend(
-    params: list[Tensor],
-    anchors: list[Tensor],
-    grads: list[Tensor],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """W ← anchor − lr·g in place; the decay's gradient is taken at w."""
-
-    def one(w: Tensor, anchor: Tensor, g: Tensor) -> None:
-        torch.add(anchor, ascent(w, g, weight_decay, maximize), alpha=-lr, out=w)
-
-    def many(ws: list[Tensor], starts: list[Tensor], gs: list[Tensor]) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        torch._foreach_copy_(ws, starts)
-        add_scaled(ws, new, -lr)
-
-    walk(one, many, params, anchors, grads)

@@ -5,19 +5,18 @@ Daskalakis, Ilyas, Syrgkanis & Zeng (2018), ICLR, "Training GANs with Optimism".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_nested.optim.base import GameOptimizer, Step, by_step, pick
-from lightning_nested.optim.kernels.walk import add_scaled, ascent, ascents, each, root_of, walk
+from lightning_nested.optim.base import GameOptimizer, PlainOptimizer, Step, by_step
+from lightning_nested.optim.kernels.walk import Tensors, add_scaled, each, walk
 from lightning_nested.optim.options import decay_rates, flag, non_negative
 
 
-class OptimisticSGD(GameOptimizer):
+class OptimisticSGD(PlainOptimizer):
     """w ← w − lr(2gₜ − gₜ₋₁), with g₋₁ = 0.
 
     One gradient an update. On the bilinear game the rate is √((1 + √(1 − 4lr²))/2) for lr ≤ ½. The first step is twice
@@ -40,43 +39,17 @@ class OptimisticSGD(GameOptimizer):
     0.1
     """
 
-    checks = {"lr": non_negative, "weight_decay": non_negative, "maximize": flag}  # noqa: RUF012
     slots = ("previous_grad",)
 
-    def __init__(
-        self, params: ParamsT, lr: float, weight_decay: float = 0.0, *, maximize: bool = False
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        lr = options["lr"]
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        optimistic_sgd(params, grads, *columns, **options)
+        def many(ws: Tensors, es: Tensors, old: Tensors) -> None:
+            add_scaled(ws, es, -2 * lr)
+            add_scaled(ws, old, lr)
+            torch._foreach_copy_(old, es)
 
-
-def optimistic_sgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    previous: Sequence[Tensor],
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """One step of :class:`OptimisticSGD` on lists of tensors, in place; ``previous`` is gₜ₋₁, then gₜ."""
-
-    def one(w: Tensor, g: Tensor, old: Tensor) -> None:
-        g = ascent(w, g, weight_decay, maximize)
-        w.add_(g, alpha=-2 * lr).add_(old, alpha=lr)
-        old.copy_(g)
-
-    def many(ws: list[Tensor], gs: list[Tensor], old: list[Tensor]) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        add_scaled(ws, new, -2 * lr)
-        add_scaled(ws, old, lr)
-        torch._foreach_copy_(old, new)
-
-    walk(one, many, params, grads, previous)
+        walk(many, *columns, options=options)
 
 
 class OptimisticAdam(GameOptimizer):
@@ -122,56 +95,33 @@ class OptimisticAdam(GameOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        moments = {"betas": betas, "eps": eps}
+        super().__init__(params, {"lr": lr, **moments, "weight_decay": weight_decay, "maximize": maximize})
 
-    def _update(
-        self, options: dict[str, Any], params: list[Tensor], grads: list[Tensor], *columns: list[Any]
-    ) -> None:
-        steps, *moments = columns
-        for step, places in by_step(steps):
-            optimistic_adam(*pick(places, params, grads, *moments), step=step, **options)
+    def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
+        params, grads, steps, *moments = columns
+        for step, parts in by_step(steps, params, grads, *moments):
+            _adam_step(options, step, *parts)
 
 
-def optimistic_adam(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    previous: Sequence[Tensor],
-    *,
-    step: Step,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> None:
-    """One step of :class:`OptimisticAdam` on lists of tensors, in place; ``previous`` is dₜ₋₁, then dₜ."""
-    beta1, beta2 = betas
+def _adam_step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> None:
+    """Update w, m, v and the last direction d in place with the gradient g, as the step with this number."""
+    lr, (beta1, beta2) = options["lr"], options["betas"]
     # d = rate·m/(√v + ε·root)
-    root = root_of(1 - beta2**step)
-    shift, rate = each(eps * root, root / (1 - beta1**step))
+    root = (1 - beta2**step) ** 0.5
+    shift, rate = each(options["eps"] * root, root / (1 - beta1**step))
 
-    def one(w: Tensor, g: Tensor, m: Tensor, v: Tensor, d: Tensor) -> None:
-        g = ascent(w, g, weight_decay, maximize)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    def one(w: Tensor, e: Tensor, m: Tensor, v: Tensor, d: Tensor) -> None:
+        m.lerp_(e, 1 - beta1)
+        v.mul_(beta2).addcmul_(e, e, value=1 - beta2)
         w.add_(d, alpha=lr)
         torch.div(m, v.sqrt().add_(shift), out=d).mul_(rate)
         w.add_(d, alpha=-2 * lr)
 
-    def many(ws: list[Tensor], gs: list[Tensor], m: list[Tensor], v: list[Tensor], d: list[Tensor]) -> None:
-        new = ascents(ws, gs, weight_decay, maximize)
-        torch._foreach_lerp_(m, new, 1 - beta1)
+    def many(ws: Tensors, es: Tensors, m: Tensors, v: Tensors, d: Tensors) -> None:
+        torch._foreach_lerp_(m, es, 1 - beta1)
         torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, new, new, value=1 - beta2)
+        torch._foreach_addcmul_(v, es, es, value=1 - beta2)
         add_scaled(ws, d, lr)
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, shift)
@@ -180,4 +130,4 @@ def optimistic_adam(
         torch._foreach_copy_(d, directions)
         add_scaled(ws, d, -2 * lr)
 
-    walk(one, many, params, grads, averages, squares, previous)
+    walk(many, *columns, options=options, one=one)

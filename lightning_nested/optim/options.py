@@ -1,4 +1,4 @@
-"""What the options of a parameter group may be. Each check returns the value in the type that is stored."""
+"""Checks of the options of a parameter group. Each returns the value in the type that is stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROUNDED_PI = math.pi + 1e-3  # 3.1416 and 3.142, as people write π into YAML, a
 
 
 def number(name: str, value: Any) -> float:
-    """A finite float; integers, one-element tensors and NumPy scalars are converted."""
+    """Convert to a finite float; integers, one-element tensors and NumPy scalars are accepted."""
     try:
         result = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -24,7 +24,7 @@ def number(name: str, value: Any) -> float:
 
 
 def non_negative(name: str, value: Any) -> float:
-    """A finite float ≥ 0."""
+    """Convert to a finite float ≥ 0."""
     result = number(name, value)
     if result < 0:
         cure = "to ascend, give maximize=True" if name == "lr" else "give 0 to switch it off"
@@ -33,7 +33,7 @@ def non_negative(name: str, value: Any) -> float:
 
 
 def decay_rate(name: str, value: Any) -> float:
-    """A float in [0, 1): the share of an average that is kept."""
+    """Convert to a float in [0, 1): the share of an average that is kept."""
     result = number(name, value)
     if not 0 <= result < 1:
         raise ValueError(f"{name} must lie in [0, 1). Got {result}; 0.999 is usual for the second moment.")
@@ -41,7 +41,7 @@ def decay_rate(name: str, value: Any) -> float:
 
 
 def magnitude(name: str, value: Any) -> float:
-    """|β| in [0, 1)."""
+    """Convert to |β| in [0, 1)."""
     result = number(name, value)
     if result < 0:
         raise ValueError(
@@ -53,7 +53,7 @@ def magnitude(name: str, value: Any) -> float:
 
 
 def angle(name: str, value: Any) -> float:
-    """Radians in [−π, π]; π rounded up is π.
+    """Convert to radians in [−π, π]; π rounded up is π.
 
     >>> angle("phase", 3.1416) == math.pi
     True
@@ -68,7 +68,7 @@ def angle(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that only looks like it."""
+    """Accept True and False, and no other value."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False. Got {value!r}.")
     return value
@@ -81,22 +81,22 @@ def _pair(name: str, value: Any, first: Check) -> tuple[float, float]:
 
 
 def decay_rates(name: str, value: Any) -> tuple[float, float]:
-    """The two rates of Adam, each in [0, 1)."""
+    """Convert to the two rates of Adam, each in [0, 1)."""
     return _pair(name, value, decay_rate)
 
 
 def complex_decay_rates(name: str, value: Any) -> tuple[float, float]:
-    """|β₁| and β₂, each in [0, 1)."""
+    """Convert to |β₁| and β₂, each in [0, 1)."""
     return _pair(name, value, magnitude)
 
 
 def checked(checks: Mapping[str, Check], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that have a check, converted."""
+    """Return the options that have a check, converted."""
     return {name: check(name, options[name]) for name, check in checks.items()}
 
 
 def coefficient(momentum: float, phase: float) -> tuple[float, float]:
-    """(Re β, Im β) of β = momentum·e^{i·phase}; rounding at a phase of π leaves no imaginary part.
+    """Return (Re β, Im β) of β = momentum·e^{i·phase}; rounding at a phase of π leaves no imaginary part.
 
     >>> coefficient(0.5, math.pi)
     (-0.5, 0.0)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.tangents import Tangents
+from lightning_nested.optim.registry import known_rule
 from lightning_nested.optim.step_dynamics import trainable
-from lightning_nested.optim.update_rules import UpdateRule, known_rule
+from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
 
 GRADIENT_HOOKS = (

@@ -8,7 +8,7 @@ import torch
 from lightning_nested.games import convergence_rate
 from lightning_nested.games.adaptation import better_momenta, better_momentum
 from lightning_nested.games.joint_step import JointStep
-from lightning_nested.optim.step_dynamics import Momentum
+from lightning_nested.optim.update_rules import Momentum
 
 
 def test_directions_that_run_away_do_not_hide_the_others() -> None:

@@ -54,7 +54,8 @@ class Unrolled(GradientStrategy):
     """Differentiate the outer loss through the last ``truncate`` of ``num_steps`` training steps.
 
     The training steps are the unrolled ones: nothing is run twice. Between two outer steps the graph of up to
-    ``truncate`` steps is kept. Works with SGD, Adam and AdamW; sees learning rates (:class:`LearningRate`).
+    ``truncate`` steps is kept. Works with SGD, Adam, AdamW and the optimizers of this package except
+    :class:`Extragradient`; sees learning rates (:class:`LearningRate`).
     A cycle does not cross an epoch's end: it closes there with the steps it has, so that validation,
     checkpoints and resumed runs never see half a cycle. Where an epoch ends without notice (``max_time``,
     a loader without length) the open cycle is dropped without an outer step. See

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
 from lightning_nested.hyperparameters import ExampleWeights, LearningRate, Unconstrained, WeightDecay
 from lightning_nested.modules import LoopOptions, Unrolled
+from lightning_nested.optim import ComplexSGD
 from tests.modules.nested.problems import (
     SIZE,
     Classifier,
@@ -105,6 +107,17 @@ def written_adam(
     return 3, step
 
 
+def written_complex(lr: float, momentum: float, phase: float) -> tuple[int, Callable[..., Any]]:
+    c, s = momentum * math.cos(phase), momentum * math.sin(phase)
+
+    def step(g: Tensor, w: Tensor, state: tuple[Tensor, ...], t: int, lr: Any = lr) -> Any:
+        a, b = state
+        a, b = c * a - s * b + g, s * a + c * b
+        return w - lr * a, (a, b)
+
+    return 2, step
+
+
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], tuple[int, Callable[..., Any]]]] = {}
 
 
@@ -133,6 +146,9 @@ OPTIMIZERS["adamw"] = (
     {"lr": 0.1, "weight_decay": 0.2},
     written_adam(0.1, weight_decay=0.2, decoupled=True),
 )
+
+
+OPTIMIZERS["complex sgd"] = (ComplexSGD, {"lr": 0.1, "phase": 0.5}, written_complex(0.1, 0.8, 0.5))
 
 
 @pytest.mark.parametrize("truncate", [None, 3])

@@ -56,7 +56,7 @@ def run(kind: type[GameOptimizer], problem: Quadratic, steps: int = 6, **options
 
 
 def ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused.Fused, "available", lambda self: False)
+    monkeypatch.setattr(fused, "works", lambda: False)
 
 
 def compare(left: list[Tensor], right: list[Tensor], ulps: float) -> None:
