@@ -140,6 +140,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         if stage != "fit":
             return
         _check_settings(trainer, pl_module)
+        self.outer_loop.prepare()
         replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders)
         accumulate = trainer.accumulate_grad_batches
         self._graph = InnerGraph(pl_module, self.curvature, accumulate=accumulate, method="training_step")
@@ -180,7 +181,10 @@ class HypergradientCallback(HasOuterLoop, Callback):
             self._clear_window()
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
-        if self._inner.observes and self.should_update(trainer, self.inner_steps):
+        # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
+        if self._inner.observes and (
+            not self._inner.repeats or self.should_update(trainer, self.inner_steps)
+        ):
             self._observe(trainer, pl_module, batch, batch_idx)
 
     @override

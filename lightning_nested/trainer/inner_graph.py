@@ -57,10 +57,15 @@ class InnerGraph:
         """True if :meth:`observe` must be called before each evaluation."""
         return isinstance(self._curvature, FiniteDifference | GaussNewton)
 
+    @property
+    def repeats(self) -> bool:
+        """True if the curvature evaluates the loss again."""
+        return isinstance(self._curvature, FiniteDifference)
+
     def observe(self, evaluate: Callable[[], Tensor]) -> None:
         """Observe the coming evaluation of a loss, up to :meth:`add`; ``evaluate`` repeats it."""
         self._observing, self._outputs = True, []
-        if isinstance(self._curvature, FiniteDifference):
+        if self.repeats:
             self._repeat = partial(self._evaluate_again, evaluate, RandomStream.snapshot(self._module.device))
 
     def add(self, loss: Tensor) -> None:
@@ -85,7 +90,7 @@ class InnerGraph:
 
     def loss(self) -> Tensor | Callable[[], Tensor]:
         """Return the sum of the losses, or with ``FiniteDifference`` a function that evaluates it again."""
-        if isinstance(self._curvature, FiniteDifference):
+        if self.repeats:
             repeats = list(self._repeats)
             return lambda: torch.stack([repeat() for repeat in repeats]).sum()
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()

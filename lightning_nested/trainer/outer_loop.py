@@ -19,6 +19,7 @@ from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
 _COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
+_OPTIONS = ("restart_every", "max_skipped", "log_every_n_outer_steps")
 _POSITIVE = {"every_n_steps", "restart_every", "accumulate_grad_batches"}
 
 
@@ -78,6 +79,12 @@ class OuterLoop:
         return every > 0 and (outer_step - 1) % every == 0
 
     # ---- one fit
+
+    def prepare(self, options: object = None) -> None:
+        """End the stream that a failed ``fit`` has left, and take the owner's ``options``, which may be new ones."""
+        self.stop()
+        for name in _OPTIONS:
+            setattr(self, name, getattr(options, name, getattr(self, name)))
 
     def build(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         """Take the inner parameters, and build the hyperparameters for them; values that are there stay."""
@@ -187,10 +194,9 @@ class OuterLoop:
             setattr(self, name, state[name])
         for name, value in state.get("initial", {}).items():
             self.initial[name] = value.to(next(iter(self.parameters.values())).device)
-        if self.batches is None:
-            self._saved_position = state["batches"] or {}
-        elif state["batches"]:
-            self.batches.load_state_dict(state["batches"])
+        self._saved_position = state["batches"] or {}
+        if self.batches is not None and self._saved_position:
+            self.batches.load_state_dict(self._saved_position)
 
 
 class OfLoop:

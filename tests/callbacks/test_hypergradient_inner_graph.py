@@ -162,3 +162,14 @@ def test_finite_differences_see_the_masks_of_the_step() -> None:
 
     # Central differences in float64 keep two thirds of the digits.
     torch.testing.assert_close(run(FiniteDifference()), run(None), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("curvature", [None, GaussNewton(outputs="net")])
+def test_an_outer_step_may_be_decided_in_the_training_step(curvature: Any) -> None:
+    class Deciding(HypergradientCallback):
+        def should_update(self, trainer: Trainer, step: int) -> bool:
+            return float(trainer.callback_metrics.get("train", 0.0)) > 0.0
+
+    callback = Deciding(WeightDecay(), curvature=curvature, solver=Neumann(num_terms=2))
+    trainer(callback).fit(Regression(smooth()), DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8))
+    assert callback.outer_steps == 4

@@ -109,3 +109,24 @@ def test_a_second_fit_with_another_module_begins_anew() -> None:
         if net is not other:
             trainer(fresh).fit(Regression(smooth()), *loaders)
             assert torch.equal(values(callback), values(fresh))
+
+
+def test_resuming_after_a_fit_that_failed_restores_the_position_of_the_outer_batches(tmp_path: Path) -> None:
+    """The same objects, as in a notebook: the failed fit has left its stream of outer batches."""
+    path = tmp_path / "half.ckpt"
+    loaders = DataLoader(data(32, 1), 8), DataLoader(data(12, 2), 4)
+
+    def build() -> tuple[HypergradientCallback, Regression]:
+        return HypergradientCallback(WeightDecay(), solver=Identity()), Regression(smooth())
+
+    callback, module = build()
+    fit = trainer(callback)
+    fit.fit(module, *loaders)
+    fit.save_checkpoint(path)
+    whole, other = build()
+    trainer(whole, max_epochs=2).fit(other, *loaders)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(callback, Break()).fit(module, *loaders)
+    trainer(callback, max_epochs=2).fit(module, *loaders, ckpt_path=path)
+    assert callback.state_dict()["batches"] == whole.state_dict()["batches"]
+    assert torch.equal(values(callback), values(whole))

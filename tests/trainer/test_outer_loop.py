@@ -179,3 +179,26 @@ def test_owners_have_the_attributes_of_their_loop() -> None:
     callback.every_n_steps = 2
     callback.outer_loop.outer_steps = 5
     assert (callback.outer_loop.every_n_steps, callback.outer_steps) == (2, 5)
+
+
+class Stream:
+    """Stands for the batches of a fit."""
+
+    def __init__(self, position: int) -> None:
+        self.position = {"seed": 0, "round": 0, "position": position}
+
+    def state_dict(self) -> dict[str, int]:
+        return self.position
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise AssertionError("a stream of a fit that failed must not be read")
+
+
+def test_a_new_fit_ends_the_stream_of_one_that_failed() -> None:
+    loop, _ = outer_loop()
+    state = {**loop.state_dict(), "batches": Stream(3).position}
+    loop.batches = Stream(1)  # type: ignore[assignment]
+    loop.prepare()
+    loop.load_state_dict(state)
+    assert loop.batches is None
+    assert loop.state_dict()["batches"] == Stream(3).position

@@ -203,6 +203,7 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             refuse_settings(self.trainer)
+            self.outer_loop.prepare(self.options)
 
     @override
     def on_fit_start(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
@@ -67,10 +67,8 @@ class ResponseLoss:
         if weights is None and decays and mode == "response":
             weights = self.response.weights(h)
         with ExitStack() as stack:
-            if repeated and not has_trainer(self.module):
-                stack.enter_context(untouched_buffers(self.module))
-            elif repeated:
-                stack.enter_context(without_trace(self.module, self.module.trainer, attributes=False))
+            if repeated:
+                stack.enter_context(self.isolated())
             values = stack.enter_context(self.vector.bound(h))
             stack.enter_context(self.response.at(h, mode, weights=weights, change=self._drop_connect()))
             loss = check_loss("inner_loss", self.module, self.inner_loss(batch, values))
@@ -79,6 +77,12 @@ class ResponseLoss:
                 for decay in decays:
                     loss = loss + decay.penalty(penalized)
         return loss
+
+    def isolated(self) -> AbstractContextManager[None]:
+        """Restore running statistics, metrics and logging on exit."""
+        if not has_trainer(self.module):
+            return untouched_buffers(self.module)
+        return without_trace(self.module, self.module.trainer, attributes=False)
 
     def _general_weights(self, h: Tensor, mode: Mode) -> Weights:
         general = self.response.general_parameters()
@@ -128,10 +132,11 @@ class ResponseProblem(InnerProblem):
         """Return weights after plain gradient steps on the training loss at h, at the learning rate of w₀."""
         rate = float(self.optimizer.param_groups[0]["lr"])
         weights = {name: w.detach() for name, w in start.items()}
-        with torch.enable_grad():
+        # Isolated together: buffers move from one step to the next, as in real steps.
+        with torch.enable_grad(), self.training_loss.isolated():
             for _ in range(steps):
                 leaves = {name: w.requires_grad_() for name, w in weights.items()}
-                loss = self.training_loss(batch, h, weights=leaves, repeated=True)
+                loss = self.training_loss(batch, h, weights=leaves)
                 found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
                 weights = {
                     name: (w if g is None else w - rate * g).detach()

@@ -162,6 +162,9 @@ class NestedModule(HasOuterLoop, LightningModule):
             raise MisconfigurationException(
                 f"NestedModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
+        # A fit that failed has torn nothing down.
+        self._close_cycle()
+        self.outer_loop.prepare(self.loop)
         bind_hyperparameters(self, self.outer.hyperparameters)
 
     @override
@@ -250,10 +253,13 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
+        self._close_cycle()
+        self.outer_loop.stop()
+
+    def _close_cycle(self) -> None:
         if self._cycle is not None:
             self._cycle.close()
         self._cycle = None
-        self.outer_loop.stop()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -202,3 +202,30 @@ def test_without_linearising_the_response_sees_the_perturbed_network_and_the_wei
         all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found[2.0], e, strict=True))  # type: ignore[index]
         for e in signs
     )
+
+
+class Counting(Classifier):
+    """Counts the evaluations of its inner loss in a buffer, and keeps what it read there."""
+
+    def __init__(self, **kw: Any) -> None:
+        super().__init__([WeightDecay(per="model")], loop=STN(), **kw)
+        self.register_buffer("count", torch.zeros(()))
+        self.read: list[float] = []
+
+    def inner_loss(self, batch: Any, values: Mapping[str, Tensor]) -> Tensor:
+        self.read.append(float(self.count))
+        self.count = self.count + 1
+        return super().inner_loss(batch, values)
+
+
+def test_buffers_move_from_one_refining_step_to_the_next() -> None:
+    module = Counting(options=ResponseOptions(refine_steps=3))
+    trainer(limit_val_batches=0, limit_train_batches=10).fit(module, loader(1, 2), loader(2))
+    assert module.outer_steps > 0
+    # The run itself counts its training steps alone.
+    assert float(module.count) == module.inner_steps
+    assert len(module.read) == module.inner_steps + 3 * module.outer_steps
+    # The first refinement begins where training is, and training goes on from there.
+    start = next(i for i, value in enumerate(module.read) if module.read.count(value) > 1)
+    count = module.read[start]
+    assert module.read[start : start + 4] == [count, count + 1, count + 2, count]

@@ -138,3 +138,12 @@ def test_the_example_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         if line[:1] in "ut"
     }
     assert lines["tuned"] > lines["untuned"]
+
+
+def test_options_replaced_before_fit_count() -> None:
+    module = Classifier()
+    module.loop = LoopOptions(max_skipped=3, restart_every=2, log_every_n_outer_steps=0)
+    fit = trainer(limit_val_batches=0)
+    fit.fit(module, loader(1), loader(2))
+    assert (module.outer_loop.max_skipped, module.outer_loop.restart_every) == (3, 2)
+    assert not any(name.startswith("hypergradient") for name in fit.logged_metrics)

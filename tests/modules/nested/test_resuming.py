@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_nested.hypergradient import ConjugateGradient
+from lightning_nested.hypergradient import ConjugateGradient, GaussNewton
 from lightning_nested.hyperparameters import ExampleWeights, LearningRate
 from lightning_nested.modules import Implicit, LoopOptions, Unrolled
 from tests.modules.nested.problems import SIZE, Classifier, loader, same, tensors
@@ -57,3 +57,29 @@ def test_resume_is_bit_exact(name: str, when: str, tmp_path: Path) -> None:
     ):
         torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
     assert fit.global_step == whole_fit.global_step
+
+
+class Break(Callback):
+    """Interrupts the run after its second step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            raise RuntimeError("interrupted")
+
+
+def test_resuming_after_a_fit_that_failed_restores_the_position_of_the_outer_batches(tmp_path: Path) -> None:
+    """The same module, as in a notebook: the failed fit has left its stream and the hook of its cycle."""
+    path = tmp_path / "first.ckpt"
+    options: dict[str, Any] = {"gradient": Implicit(curvature=GaussNewton(outputs="net"))}
+    module, whole = Classifier(**options), Classifier(**options)
+    loaders = loader(1), loader(2, batch=5)
+    fit = trainer()
+    fit.fit(module, *loaders)
+    fit.save_checkpoint(path)
+    trainer(max_epochs=2).fit(whole, *loaders)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(Break()).fit(module, *loaders)
+    trainer(max_epochs=2).fit(module, *loaders, ckpt_path=path)
+    assert module.outer_loop.state_dict()["batches"] == whole.outer_loop.state_dict()["batches"]
+    same(tensors(module), tensors(whole))
+    assert not module.net._forward_hooks
