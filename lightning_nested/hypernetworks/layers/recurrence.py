@@ -228,7 +228,7 @@ def _by_plain_operations(
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: where an argument depends on another, or is it, only its own part is asked for here.
-        arguments = [a.view_as(a) if isinstance(a, Tensor) else a for a in given]
+        arguments: list[Any] = [a.view_as(a) if isinstance(a, Tensor) else a for a in given]
         results = plain_recurrence(*arguments)
     wanted = [a for a, needed in zip(arguments, needs, strict=True) if needed]
     pairs = [(r, u) for r, u in zip(results, cotangents, strict=True) if u is not None]
