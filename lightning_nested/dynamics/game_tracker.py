@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.games.jacobian import JacobianOperator, _derivative
 from lightning_nested.linalg.curvature import gradient_with_graph
-from lightning_nested.linalg.vectors import Vector, flatten, unflatten
+from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 from lightning_nested.optim.update_rules import UpdateRule
 
 
@@ -64,8 +64,9 @@ class GameTracker(Tangents):
         self.players = [tuple(held) for held in players]
         starts = accumulate((sum(p.numel() for p in held) for held in self.players), initial=0)
         self._blocks = [slice(a, b) for a, b in pairwise(starts)]
-        self._products: Tensor | None = None  # (k, n)
-        self._sums: Tensor | None = None  # (n,), of gradients before clipping
+        self._sums: Tensor | None = (
+            None  # (k + 1, n), of products with tangents, and of gradients before clipping
+        )
         self._counts = [0] * len(self.players)
 
     def observe(self, losses: Mapping[int, Tensor]) -> None:
@@ -76,22 +77,21 @@ class GameTracker(Tangents):
         if self.frame is None:
             self.frame = self.random_frame()
         frame = self.frame
-        if self._products is None or self._sums is None:
-            self._products, self._sums = torch.zeros_like(frame), torch.zeros_like(frame[0])
+        if self._sums is None:
+            self._sums = frame.new_zeros(self.k + 1, self.n)
         for player, loss in losses.items():
             block, own = self._blocks[player], self.players[player]
             if not self._counts[player]:
-                self._products[:, block], self._sums[block] = 0.0, 0.0
+                self._sums[:, block] = 0.0
             self._counts[player] += 1
             gradient = gradient_with_graph(loss, self.params)
             mine = [g for p, g in zip(self.params, gradient, strict=True) if any(p is q for q in own)]
-            self._sums[block] += flatten(g.detach() for g in mine)
+            self._sums[-1, block] += flatten(g.detach() for g in mine)
             live = [i for i, g in enumerate(gradient) if g.requires_grad]
-            for row, tangent in zip(self._products, frame, strict=True):
+            for row, tangent in zip(self._sums[:-1], frame, strict=True):
                 v = unflatten(tangent, self.params)
                 found = _derivative([gradient[i] for i in live], own, [v[i] for i in live])
-                pairs = zip(found, own, strict=True)
-                row[block] += flatten(torch.zeros_like(p) if a is None else a for a, p in pairs)
+                row[block] += flatten(zeros_where_none(found, own))
 
     def has_observed(self, player: int) -> bool:
         """Return True if there is a loss for this player to advance by."""
@@ -111,21 +111,17 @@ class GameTracker(Tangents):
         Call it before the optimizer's step, with gradients in ``.grad``. ``ahead`` is True for the first half of an
         :class:`Extragradient` step; None: unless it is extrapolated.
         """
-        if not self._counts[player] or self._products is None or self._sums is None:
+        if not self._counts[player] or self._sums is None:
             raise RuntimeError(
                 "advance() needs a loss of this player. Got none; call observe(losses) before."
             )
         block, count = self._blocks[player], self._counts[player]
         self._counts[player] = 0
         with torch.no_grad():
-            own = self._products[:, block] / count
-            self._products[:, block] = own if self.reduce is None else self.reduce(own.contiguous())
-            gradient = None
-            if clip is not None:
-                gradient = self._sums.clone()
-                mean = gradient[block] / count
-                gradient[block] = mean if self.reduce is None else self.reduce(mean)
-        return self.push(optimizer, self._products, gradient=gradient, rule=rule, clip=clip, ahead=ahead)
+            own = self._sums[:, block] / count
+            self._sums[:, block] = own if self.reduce is None else self.reduce(own.contiguous())
+        products, gradient = self._sums[:-1], self._sums[-1]
+        return self.push(optimizer, products, gradient=gradient, rule=rule, clip=clip, ahead=ahead)
 
     def align_to(self, losses: Sequence[Tensor], scale: Vector) -> None:
         """Begin with the subspace that a joint gradient step w ← w − D·ξ(w) stretches most: Arnoldi's Ritz vectors.
@@ -155,11 +151,10 @@ class GameTracker(Tangents):
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume needs, the sums of an incomplete step included."""
         pending = None
-        if self._products is not None and self._sums is not None and any(self._counts):
-            products, sums = self._products, self._sums
-            if self.reduce is not None:  # every process may go on from the mean
-                products, sums = self.reduce(products.clone()), self.reduce(sums.clone())
-            pending = {"products": products, "sums": sums, "counts": list(self._counts)}
+        if self._sums is not None and any(self._counts):
+            # every process may go on from the mean
+            sums = self._sums if self.reduce is None else self.reduce(self._sums.clone())
+            pending = {"products": sums[:-1], "sums": sums[-1], "counts": list(self._counts)}
         return {**super().state_dict(), "pending": pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,5 +162,5 @@ class GameTracker(Tangents):
         super().load_state_dict(state)
         pending = state["pending"]
         if pending is not None and self.frame is not None:
-            self._products, self._sums = pending["products"].to(self.frame), pending["sums"].to(self.frame)
+            self._sums = torch.cat([pending["products"], pending["sums"].unsqueeze(0)]).to(self.frame)
             self._counts = list(pending["counts"])

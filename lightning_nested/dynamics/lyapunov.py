@@ -206,6 +206,7 @@ def lyapunov_spectrum(
         require_memory(needed, "covariant=True keeps every frame of the run:", cure)
     for _ in range(burn_in // every):
         run.advance()
+    run.determinants.clear()
     growth = torch.stack(run.measure(windows, keep=covariant)).log()
     state, rows, directions = run.state, run.rows, None
     if covariant:
@@ -248,8 +249,7 @@ class _Run:
         self._every, self._batch_dims = every, int(batched)
         self.batch = tuple(self.like[0].shape[: self._batch_dims])
         self.n = sum(a.numel() for a in self.like) // max(1, math.prod(self.batch))
-        self.determinant: Tensor | None = None  # log |det| of the last window, of a small full spectrum
-        self.determinants: list[Tensor] = []
+        self.determinants: list[Tensor] = []  # log |det| of each window, of a small full spectrum
         self.frames: list[Tensor] = []
         self.factors: list[Tensor] = []
         self._steps_done = 0
@@ -295,8 +295,6 @@ class _Run:
         for _ in range(windows):
             factor = self.advance()
             growth.append(factor.diagonal(dim1=-2, dim2=-1))
-            if self.determinant is not None:
-                self.determinants.append(self.determinant)
             if keep:
                 self.frames.append(self.rows)
                 self.factors.append(factor)
@@ -316,7 +314,7 @@ class _Run:
                 "steps: the dynamics diverges; lower its step size, start elsewhere, or orthonormalise more often."
             )
         if pushed.shape[-2] == self.n <= _SELF_CHECK:
-            self.determinant = torch.linalg.slogdet(pushed).logabsdet  # |det Q| = 1
+            self.determinants.append(torch.linalg.slogdet(pushed).logabsdet)  # |det Q| = 1
         self.state, (self.rows, factor) = tuple(x), orthonormalize(pushed)
         return factor
 

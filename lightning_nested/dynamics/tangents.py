@@ -167,12 +167,11 @@ class Tangents:
         clip: Clip | None = None,
         ahead: bool | None = None,
     ) -> bool:
-        """Push the tangents through the optimizer's coming step, and return True if it is a whole one.
+        """Push the tangents through the optimizer's coming step; see :meth:`GameTracker.advance`.
 
-        Before the step, gradients are in ``.grad``, options and buffers as the step will use them. ``dg`` (k, n) holds
-        derivatives of the gradient along each tangent, of which this optimizer's columns are read; ``gradient`` (n,) is
-        the gradient before clipping, only needed with ``clip``. ``ahead`` is True for the first half of an
-        :class:`Extragradient` step; None: unless it is extrapolated.
+        Options and buffers are as the step will use them. ``dg`` (k, n) holds derivatives of the gradient along each
+        tangent, of which this optimizer's columns are read; ``gradient`` (n,) is the gradient before clipping, only
+        needed with ``clip``.
         """
         assert self.frame is not None
         entries = [
@@ -188,23 +187,21 @@ class Tangents:
             gradients = self._clip([p for p, _ in entries], gradient, dg, clip)
         else:
             gradients = [p.grad for p, _ in entries]
-        if entries[0][1].num_gradients == 2:
+        only, columns = entries[0][1], [self._columns[id(p)] for p, _ in entries]
+        if only.num_gradients == 2:
             if ahead is None:
                 ahead = not getattr(optimizer, "is_extrapolated", False)
             self._extrapolate(entries, dg, ahead)
             return not ahead
-        only, columns = entries[0][1], self._block([p for p, _ in entries])
-        if (
-            columns is not None
-            and isinstance(only, SGDRule)
-            and not only.momentum
-            and all(r == only for _, r in entries)
-        ):
+        adjacent = all(a.stop == b.start for a, b in pairwise(columns))
+        alike = all(r == only for _, r in entries)
+        if adjacent and alike and isinstance(only, SGDRule) and not only.momentum:
             # Plain SGD on all its parameters at once: v ← (1 − αλ)v − αHv, one pass over the frame.
-            block = self.frame[:, columns]
+            whole = slice(columns[0].start, columns[-1].stop)
+            block = self.frame[:, whole]
             if only.weight_decay:
                 block.mul_(1 - only.lr * only.weight_decay)
-            block.add_(dg[:, columns], alpha=only.lr if only.maximize else -only.lr)
+            block.add_(dg[:, whole], alpha=only.lr if only.maximize else -only.lr)
             return True
         for (p, r), g in zip(entries, gradients, strict=True):
             self._push_one(p, r, g, optimizer.state.get(p, {}), dg)
@@ -218,13 +215,6 @@ class Tangents:
         for c, piece in zip(columns, torch.split(pushed, sizes, dim=1), strict=True):
             dg[:, c] = piece
         return [g.view(p.shape) for g, p in zip(torch.split(clip.value(mine), sizes), params, strict=True)]
-
-    def _block(self, params: Sequence[Tensor]) -> slice | None:
-        """Return the columns of these parameters if they lie side by side."""
-        columns = [self._columns[id(p)] for p in params]
-        if any(a.stop != b.start for a, b in pairwise(columns)):
-            return None
-        return slice(columns[0].start, columns[-1].stop)
 
     def _push_one(self, p: Tensor, r: UpdateRule, g: Tensor, state: Mapping[str, Any], dg: Tensor) -> None:
         """Push one parameter's columns by its rule's derivative."""

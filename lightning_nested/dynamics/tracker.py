@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_nested.dynamics.frames import symmetric_ritz
 from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.linalg.curvature import HessianOperator
-from lightning_nested.linalg.vectors import Vector, flatten, unflatten
+from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 from lightning_nested.optim.update_rules import UpdateRule
 
 
@@ -81,7 +81,7 @@ class TrainingTracker(Tangents):
         self._products = None
         gradient = None
         if clip is not None:
-            gradient = flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in self.params)
+            gradient = flatten(zeros_where_none([p.grad for p in self.params], self.params))
         whole = self.push(optimizer, dg, gradient=gradient, rule=rule, clip=clip)
         self._spare = dg
         return whole and self.end_step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -58,21 +58,7 @@ def update_map(
     >>> f"{float(found.sum()):.6f}"  # det J = momentum
     '-0.105361'
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    entries = [
-        (player, o, group, p)
-        for player, o in enumerate(optimizers)
-        for group in o.param_groups
-        for p in group["params"]
-    ]
-    return UpdateMap(
-        tuple(p.detach() for *_, p in entries),
-        [known_rule(o, group) if rule is None else rule for _, o, group, _ in entries],
-        loss,
-        owners=None if isinstance(optimizer, Optimizer) else [player for player, *_ in entries],
-        alternating=alternating,
-        buffers=[dict(o.state.get(p, {})) for _, o, _, p in entries],
-    )
+    return UpdateMap(optimizer, loss, alternating=alternating, rule=rule)
 
 
 class UpdateMap(DifferentiableMap):
@@ -86,23 +72,29 @@ class UpdateMap(DifferentiableMap):
 
     def __init__(
         self,
-        params: Vector,
-        rules: Sequence[UpdateRule],
+        optimizer: Optimizer | Sequence[Optimizer],
         loss: Losses,
         *,
-        owners: Sequence[int] | None,
         alternating: bool,
-        buffers: Sequence[Mapping[str, Any]],
+        rule: UpdateRule | None,
     ) -> None:
-        self.rules, self._loss = list(rules), loss
-        self._params, self._buffers = params, buffers
-        self._num, self._alternating = len(params), alternating
-        self._grouped = owners is not None
-        sample = loss(params if owners is None else _grouped(params, owners))
+        self._grouped = not isinstance(optimizer, Optimizer)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        entries = [
+            (player, o, group, p)
+            for player, o in enumerate(optimizers)
+            for group in o.param_groups
+            for p in group["params"]
+        ]
+        self.rules = [known_rule(o, group) if rule is None else rule for _, o, group, _ in entries]
+        self._params: Vector = tuple(p.detach() for *_, p in entries)
+        self._buffers = [dict(o.state.get(p, {})) for _, o, _, p in entries]
+        self._loss, self._num, self._alternating = loss, len(entries), alternating
+        self._owners = [player for player, *_ in entries]
+        sample = loss(_grouped(self._params, self._owners) if self._grouped else self._params)
         self._game = not isinstance(sample, Tensor)
-        if owners is None:  # one optimizer: a single loss, or every parameter is a player
-            owners = range(self._num) if self._game else [0] * self._num
-        self._owners = list(owners)
+        if self._game and not self._grouped:  # every parameter is a player
+            self._owners = list(range(self._num))
         players = max(self._owners) + 1
         if self._game and len(sample) != players:
             got = f"Got {len(sample)} losses and {players} players."
@@ -116,7 +108,7 @@ class UpdateMap(DifferentiableMap):
                 f"{'alternating=True' if alternating else 'other optimizers'}; use it for every player, simultaneously."
             )
         self._extrapolates = gradients == {2}
-        self._sizes = [len(r.start(p)) for r, p in zip(self.rules, params, strict=True)]
+        self._sizes = [len(r.start(p)) for r, p in zip(self.rules, self._params, strict=True)]
         self.num_coordinates = self._num + sum(self._sizes)
 
     # ---- states

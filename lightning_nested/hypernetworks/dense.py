@@ -15,18 +15,12 @@ from lightning_nested.hypernetworks.response import Response
 from lightning_nested.linalg.vectors import unflatten
 
 
-class _WholeResponse(Response):
-    """Base class of responses that compute all weights as one vector."""
-
-    def _split(self, vector: Tensor) -> dict[str, Tensor]:
-        general = self.general_parameters()
-        return dict(zip(general, unflatten(vector, list(general.values())), strict=True))
-
-    def _size(self) -> int:
-        return sum(p.numel() for p in self.general_parameters().values())
+def _by_name(vector: Tensor, response: Response) -> dict[str, Tensor]:
+    general = response.general_parameters()
+    return dict(zip(general, unflatten(vector, list(general.values())), strict=True))
 
 
-class DenseResponse(_WholeResponse):
+class DenseResponse(Response):
     """w(h) = w₀ + g(h) − g(0) with g an MLP from h to all N weights; h is h − center.
 
     ``Σ (inᵢ + 1)·outᵢ`` over the hidden layers, and ``last hidden · N``, parameters beside w₀, which serves as the
@@ -46,7 +40,7 @@ class DenseResponse(_WholeResponse):
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise([num_hyperparameters, *hidden]):
             layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-        last = nn.Linear(hidden[-1], self._size(), bias=False)
+        last = nn.Linear(hidden[-1], self.num_parameters()["general"], bias=False)
         nn.init.normal_(last.weight, std=0.01)
         self.hypernetwork = nn.Sequential(*layers, last).to(example)
 
@@ -54,10 +48,10 @@ class DenseResponse(_WholeResponse):
         """Δ of each parameter."""
         delta = delta.to(next(self.hypernetwork.parameters()).dtype)
         both = self.hypernetwork[:-1](torch.stack([delta, torch.zeros_like(delta)]))
-        return self._split(self.hypernetwork[-1](both[0] - both[1]))
+        return _by_name(self.hypernetwork[-1](both[0] - both[1]), self)
 
 
-class FactorisedResponse(_WholeResponse):
+class FactorisedResponse(Response):
     """w(h) = w₀ + B A h with a bottleneck of k units: ``k·(n + N)`` parameters beside w₀. One h for the batch.
 
     With k ≥ min(n, N) it holds every linear response.
@@ -75,8 +69,8 @@ class FactorisedResponse(_WholeResponse):
         example = next(iter(self.general_parameters().values())).detach()
         encoder = torch.randn(rank, num_hyperparameters).to(example)
         self.encoder = nn.Parameter(encoder / num_hyperparameters**0.5)
-        self.decoder = nn.Parameter(example.new_zeros(self._size(), rank))
+        self.decoder = nn.Parameter(example.new_zeros(self.num_parameters()["general"], rank))
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """Δ of each parameter."""
-        return self._split(self.decoder @ (self.encoder @ delta.to(self.encoder.dtype)))
+        return _by_name(self.decoder @ (self.encoder @ delta.to(self.encoder.dtype)), self)

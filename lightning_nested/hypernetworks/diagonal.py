@@ -31,14 +31,13 @@ class DiagonalResponse(Response):
 
     def __init__(self, module: nn.Module, num_hyperparameters: int) -> None:
         super().__init__(module, num_hyperparameters)
-        general = self.general_parameters()
-        size = sum(p.numel() for p in general.values())
+        size = self.num_parameters()["general"]
         if num_hyperparameters != size:
             raise ValueError(
                 f"num_hyperparameters must be the number of weights, {size}. Got {num_hyperparameters}; other numbers "
                 "of hyperparameters need best_response(), FactorisedResponse or DenseResponse."
             )
-        self.slopes = nn.ParameterList(torch.zeros_like(p) for p in general.values())  # d
+        self.slopes = nn.ParameterList(torch.zeros_like(p) for p in self.general_parameters().values())  # d
 
     def changes(self, delta: Tensor) -> dict[str, Tensor]:
         """d ∘ ``delta``, by parameter."""

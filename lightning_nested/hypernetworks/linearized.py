@@ -68,10 +68,7 @@ def _plus_tangent(output: Any) -> Any:
 def by_reverse_mode(run: Callable[[dict[str, Tensor]], Any], weights: Weights, changes: Weights) -> Any:
     """f(w₀) + J·Δ without forward mode: J·Δ is the derivative with respect to v of Jᵀv, applied to Δ.
 
-    Args:
-        run: f, from weights by name.
-        weights: w₀.
-        changes: Δ.
+    ``run`` is f, a function of weights by name; ``weights`` are w₀ and ``changes`` Δ.
     """
     leaves = {n: carry(w.detach(), changes[n]) for n, w in weights.items()}
     leaves = {n: w if w.requires_grad else w.requires_grad_() for n, w in leaves.items()}

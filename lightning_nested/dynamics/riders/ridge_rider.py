@@ -158,8 +158,8 @@ class _Walker:
     @torch.no_grad()
     def branch(self, name: str, parent: str, at: Tensor, heading: Tensor, *, last: bool) -> Branch:
         """Follow one ridge, then descend if no negative curvature is left."""
-        w, e, path = at.clone(), heading.clone(), [at.clone()]
-        w = w + self.rider.step_size * e  # at the saddle itself the direction is known
+        # at the saddle itself the direction is known
+        w, e, path = at + self.rider.step_size * heading, heading, [at]
         for step in range(self.rider.max_ridge_steps):
             e, curvature = self._track(w, e)
             # NaN ends the ridge too: it has left where the loss is defined.
@@ -167,13 +167,13 @@ class _Walker:
                 break
             w = w + self.rider.step_size * e
             if step % 5 == 0:
-                path.append(w.clone())
+                path.append(w)
         saddle = bool(self.directions(w)) and not last
         if not saddle:
             for step in range(self.rider.descent_steps):
                 w = w - self.rider.descent_rate * self.gradient(w)
                 if step % 20 == 0:
-                    path.append(w.clone())
+                    path.append(w)
         return self.node(name, parent, at, w, path, saddle=saddle)
 
     def _track(self, w: Tensor, e: Tensor) -> tuple[Tensor, float]:
@@ -194,6 +194,7 @@ class _Walker:
     ) -> Branch:
         """Return a finished branch; its only exponent is 1 if the end is a saddle, else 0."""
         parts, losses = unflatten(end, self.like), [float(self.loss(end))]
+        kept = path[:: max(1, len(path) // PATH_POINTS)] if len(end) <= PATH_SIZE else []
         return Branch.from_tensors(
             unflatten(start, self.like),
             parts,
@@ -202,7 +203,5 @@ class _Walker:
             losses=losses,
             exponents=[float(saddle)],
             behaviour=losses if self.behaviour is None else self.behaviour(parts).flatten().tolist(),
-            path=[p.tolist() for p in path[:: max(1, len(path) // PATH_POINTS)]]
-            if len(end) <= PATH_SIZE
-            else [],
+            path=[p.tolist() for p in kept],
         )

@@ -216,15 +216,10 @@ class HyperLayer(_Base):
     ) -> Tensor:
         """``operation(x, W(h_i), b(h_i))`` for each example i, from two operations with the weights of all.
 
-        Args:
-            operation: Bilinear in x and the weight, one row of it per output; adds the bias.
-            x: Input.
-            delta: (batch, n), or (n,) for one point of all.
-            place: From coefficients (batch, rows) to a shape that broadcasts with the output.
-            linearized: Value W₀x + b₀ with the tangent of the response, and derivatives for V and W₁ alone: the mean
-                output does not move, ``∂/∂V`` is that of the first-order change.
-            weight: Name of W.
-            biases: Names of vectors whose sum is b.
+        ``operation`` is bilinear in x and the weight, one row of it per output, and adds the bias b, the sum of the
+        vectors named ``biases``. ``place`` takes coefficients (batch, rows) to a shape that broadcasts with the output.
+        If linearized: the value W₀x + b₀ with the tangent of the response, and derivatives for V and W₁ alone; the
+        mean output does not move, ``∂/∂V`` is that of the first-order change.
         """
         response, general = self.response_of(weight), getattr(self, weight)
         coefficient = None if response is None else place(response.coefficients(delta))

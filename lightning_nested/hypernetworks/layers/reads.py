@@ -16,11 +16,8 @@ from lightning_nested.linalg.graph import graph_nodes
 def check_reads(module: nn.Module, visited: Counter[int], result: Any, linearized: bool) -> None:
     """Refuse layers that were not called, and weights read past their layer: the response would be missing there.
 
-    Args:
-        module: Converted module.
-        visited: Number of calls of each layer, by its id.
-        result: Output of the module, with its graph.
-        linearized: The layers read their weights detached.
+    ``visited`` counts the calls of each layer by its id; ``result`` is the module's output with its graph, in which
+    linearized layers have read their weights detached.
     """
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, HyperLayer)}
     missed = [name for name, layer in layers.items() if id(layer) not in visited]

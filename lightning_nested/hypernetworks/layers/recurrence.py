@@ -6,7 +6,7 @@ step and form each weight gradient as a sum over steps; here it is one product a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -162,8 +162,7 @@ class _Recurrence(torch.autograd.Function):
         """Go back through time; each weight's gradient is one product at the end."""
         saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
         if needs_plain_backward(*cotangents):
-            arguments = (*saved[:6], ctx.linearized)
-            return by_plain_operations(plain_recurrence, arguments, ctx.needs_input_grad, cotangents)
+            return _by_plain_operations((*saved[:6], ctx.linearized), ctx.needs_input_grad, cotangents)
         of_outputs, of_cell = cotangents
         inputs, first, _, weight, direction, coefficient, outputs, *_, turned = saved
         needs, (steps, batch, units) = ctx.needs_input_grad, outputs.shape
@@ -222,20 +221,17 @@ def _slopes(ctx: Any, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return cast("tuple[Tensor, Tensor, Tensor]", ctx.slopes)
 
 
-def by_plain_operations(
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    needs: Sequence[bool],
-    cotangents: Sequence[Tensor | None],
+def _by_plain_operations(
+    given: Sequence[Any], needs: Sequence[bool], cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Compute the function again, and its derivatives by operations that can be differentiated and batched."""
+    """Compute all steps again, and their derivatives by operations that can be differentiated and batched."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: where an argument depends on another, or is it, only its own part is asked for here.
-        arguments = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
-        results = function(*arguments)
+        arguments: list[Any] = [a.view_as(a) if isinstance(a, Tensor) else a for a in given]
+        results = plain_recurrence(*arguments)
     wanted = [a for a, needed in zip(arguments, needs, strict=True) if needed]
     pairs = [(r, u) for r, u in zip(results, cotangents, strict=True) if u is not None]
-    used, given = [r for r, _ in pairs], [u for _, u in pairs]
-    found = iter(torch.autograd.grad(used, wanted, given, create_graph=graph, allow_unused=True))
+    used, along = [r for r, _ in pairs], [u for _, u in pairs]
+    found = iter(torch.autograd.grad(used, wanted, along, create_graph=graph, allow_unused=True))
     return tuple(next(found) if needed else None for needed in needs)

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,12 +22,7 @@ from lightning_nested.hypernetworks.loops import DeltaSTN, ResponseLoop
 from lightning_nested.hypernetworks.response import Mode
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
-from lightning_nested.modules.hypernetwork.problem import (
-    ResponseLoss,
-    ResponseProblem,
-    perturbation_scales,
-    two_optimizers,
-)
+from lightning_nested.modules.hypernetwork.problem import ResponseLoss, ResponseProblem, two_optimizers
 from lightning_nested.modules.hypernetwork.setup import (
     build_response,
     each_example_alone,
@@ -188,7 +184,12 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
 
     def scales(self) -> dict[str, Tensor]:
         """Standard deviations of the perturbation in unconstrained units, by hyperparameter; empty if not learned."""
-        return perturbation_scales(self.vector, self.scale)
+        if self.scale is None:
+            return {}
+        tuned = self.vector.hyperparameters
+        sizes = [sum(t.numel() for t in h.tensors.values()) for h in tuned]
+        pieces = torch.split(functional.softplus(self.scale.detach()), sizes)
+        return {h.name: piece for h, piece in zip(tuned, pieces, strict=True)}
 
     # ---- lifecycle
 
@@ -322,7 +323,7 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         if self._scale_optimizer is not None:
             self._scale_optimizer.step()
         self._follow()
-        steps.log(batch, self.outer_steps, scales=self.outer_loop.logs(self.outer_steps))
+        steps.log(batch, self.outer_steps, self.scales() if self.outer_loop.logs(self.outer_steps) else {})
 
     def _follow(self) -> None:
         """Move the network to λ̂, and its center too if the loop wants it there."""

@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.nn import functional
 
 from lightning_nested.hypernetworks.linearized import Weights
 from lightning_nested.hypernetworks.loops import ResponseLoop
@@ -54,14 +53,9 @@ class ResponseLoss:
         weights: Weights | None = None,
         repeated: bool = False,
     ) -> Tensor:
-        """Return a scalar with its graph.
+        """Return a scalar with its graph at h, unconstrained, (n,) or (batch, n); see :meth:`Response.at`.
 
-        Args:
-            batch: Batch of the training data.
-            h: Unconstrained, (n,) or (batch, n).
-            mode: See :meth:`Response.at`.
-            weights: In place of w(h).
-            repeated: The batch has been seen: it must not count twice in running statistics, metrics and logs.
+        A ``repeated`` batch has been seen: it must not count twice in running statistics, metrics and logs.
         """
         decays = self.outer.decays
         if weights is None and decays and mode == "response":
@@ -101,10 +95,7 @@ class ResponseProblem(InnerProblem):
     """Inner problem whose solution is a response; ``optimizer`` is that of the weights w₀.
 
     Attributes:
-        training_loss: Inner loss at any hyperparameters.
         num_examples: From a batch to its number of examples.
-        loop: Order of the steps, and distribution of h.
-        options: Refinement and monitor.
         response_optimizer: Optimizer of φ.
         scale: Unconstrained scales of the perturbation; None: not learned.
         per_example: Each example of a batch tries an h of its own.
@@ -143,15 +134,6 @@ class ResponseProblem(InnerProblem):
                     for (name, w), g in zip(leaves.items(), found, strict=True)
                 }
         return weights
-
-
-def perturbation_scales(vector: HyperparameterVector, scale: Tensor | None) -> dict[str, Tensor]:
-    """Return the standard deviations in unconstrained units, by hyperparameter; empty if not learned."""
-    if scale is None:
-        return {}
-    sizes = [sum(t.numel() for t in h.tensors.values()) for h in vector.hyperparameters]
-    pieces = torch.split(functional.softplus(scale.detach()), sizes)
-    return {h.name: piece for h, piece in zip(vector.hyperparameters, pieces, strict=True)}
 
 
 def two_optimizers(module: LightningModule) -> tuple[LightningOptimizer, LightningOptimizer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -43,12 +43,8 @@ def build_response(network: nn.Module, outer: OuterStep) -> tuple[Response, Hype
         ValueError: A response is of another number of hyperparameters.
     """
     tuned = outer.hyperparameters
-    if isinstance(network, Response):
-        response = network
-        parameters = {n: p.detach() for n, p in response.general_parameters().items()}
-    else:
-        parameters = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
-        response = best_response(network, _count(tuned, parameters, network))
+    response = network if isinstance(network, Response) else best_response(network, _count(tuned, network))
+    parameters = {n: p.detach() for n, p in response.general_parameters().items()}
     for hyperparameter in tuned:
         if isinstance(hyperparameter, DropoutRates):
             hyperparameter.install(response.module, response.layers.batch_dim)
@@ -92,14 +88,12 @@ def examples_in(batch: Any, dim: int) -> int:
     )
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        yield from _tensors(list(batch.values()))
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        for part in batch:
-            yield from _tensors(part)
+        return [batch]
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
+    nested = isinstance(parts, Sequence) and not isinstance(parts, str)
+    return [tensor for part in parts for tensor in _tensors(part)] if nested else []
 
 
 def epoch_schedulers(
@@ -125,8 +119,9 @@ def refuse_settings(trainer: Trainer) -> None:
         )
 
 
-def _count(tuned: Sequence[Hyperparameter], parameters: Mapping[str, Tensor], network: nn.Module) -> int:
+def _count(tuned: Sequence[Hyperparameter], network: nn.Module) -> int:
     """Count the unconstrained numbers that the hyperparameters will have on this network."""
+    parameters = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
     count = 0
     for hyperparameter in tuned:
         if isinstance(hyperparameter, DropoutRates):

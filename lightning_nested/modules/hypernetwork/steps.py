@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,29 +14,20 @@ from torch import Tensor
 from lightning_nested.hyperparameters import OuterReport
 from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.modules.hypernetwork.monitor import monitor_response
-from lightning_nested.modules.hypernetwork.problem import ResponseProblem, perturbation_scales
+from lightning_nested.modules.hypernetwork.problem import ResponseProblem
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream
 
 
 class ResponseSteps:
-    """Steps of one ``fit``. The module counts them; each draws from random streams that follow from its number.
-
-    Args:
-        problem: Response, hyperparameters, losses, batches and optimizers.
-    """
+    """Steps of one ``fit``. The module counts them; each draws from random streams that follow from its number."""
 
     def __init__(self, problem: ResponseProblem) -> None:
         self.problem = problem
 
     def inner(self, batch: Any, step: int) -> Tensor:
-        """Make the training step of this number, and return its loss.
-
-        Args:
-            batch: Batch of the training data.
-            step: Training steps made before.
-        """
+        """Make the training step that follows ``step`` of them, and return its loss."""
         problem, loop = self.problem, self.problem.loop
         general = problem.response.general_parameters()
         phi = problem.response.response_parameters()
@@ -65,10 +57,7 @@ class ResponseSteps:
     def outer_gradients(self, batch: Any, done: int, skipped: int) -> OuterReport:
         """Give the gradients of the outer loss for λ and for the perturbation's scale to their optimizers.
 
-        Args:
-            batch: Batch of the training data, for refinement.
-            done: Outer steps made before.
-            skipped: Outer steps skipped before.
+        ``batch`` is of the training data, for refinement; ``done`` outer steps were made before, others skipped.
 
         Raises:
             FloatingPointError: The loss or a gradient is not finite.
@@ -83,7 +72,7 @@ class ResponseSteps:
 
         with torch.enable_grad():
             common = None if problem.per_example else tried(None)
-            refines = problem.options.refine_steps > 0 and common is not None
+            refines = problem.options.refine_steps > 0
             weights = self._refined(batch, common, done) if refines and common is not None else None
 
         def evaluate(outer_loss: Any, outer_batch: Any) -> Tensor:
@@ -125,12 +114,11 @@ class ResponseSteps:
             refined = problem.gradient_steps(batch, h.detach(), predicted, problem.options.refine_steps)
         return {name: w + (refined[name] - w).detach() for name, w in predicted.items()}
 
-    def log(self, batch: Any, done: int, *, scales: bool) -> None:
+    def log(self, batch: Any, done: int, scales: Mapping[str, Tensor]) -> None:
         """Log the perturbation's scales, and the response's error if that is due after ``done`` outer steps."""
         problem, monitor = self.problem, self.problem.options.monitor
-        if scales:
-            for name, scale in perturbation_scales(problem.vector, problem.scale).items():
-                problem.module.log(f"perturbation/{name}", float(scale.mean()), batch_size=1)
+        for name, scale in scales.items():
+            problem.module.log(f"perturbation/{name}", float(scale.mean()), batch_size=1)
         if monitor is not None and (done - 1) % monitor.every_n_outer_steps == 0:
             with self._stream(done, 5):
                 found = monitor_response(problem, monitor, batch)
