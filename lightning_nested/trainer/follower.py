@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.tangents import Tangents
-from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.optim.update_rules import UpdateRule, known_rule
 from lightning_nested.trainer.fixed_batches import FixedBatches
 
@@ -52,17 +51,18 @@ class Follower(ABC):
         trainer: Trainer,
         module: Any,
         optimizers: Sequence[Optimizer],
+        params: Iterable[Tensor],
         *,
         fixed: bool,
         rule: UpdateRule | None,
     ) -> None:
+        if has_gradient_hooks(params):
+            raise MisconfigurationException(GRADIENT_HOOKS)
         self.trainer, self.module, self.rule = trainer, module, rule
         self.fixed = FixedBatches(trainer) if fixed else None
         self.steps, self.is_open, self.stopped = 0, False, False
         self.call = 0  # evaluations in the current step, each with a fixed batch of its own
         for optimizer in optimizers:
-            if has_gradient_hooks(trainable(optimizer)):
-                raise MisconfigurationException(GRADIENT_HOOKS)
             for group in optimizer.param_groups if rule is None else ():
                 known_rule(optimizer, group)  # raises for an optimizer that is not known
 

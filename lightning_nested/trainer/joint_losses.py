@@ -14,7 +14,7 @@ from lightning_nested.linalg.vectors import Vector
 
 
 def warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[Vector]) -> None:
-    """A spectrum without the coupling of the players looks harmless, and is wrong."""
+    """Warn where a loss has no graph to a player: a spectrum without their coupling looks harmless, and is wrong."""
     for name, loss in zip(names, losses, strict=True):
         for other, held in zip(names, tensors, strict=True):
             if all(g is None for g in torch.autograd.grad(loss, held, retain_graph=True, allow_unused=True)):
@@ -26,12 +26,12 @@ def warn_if_detached(names: list[str], losses: list[Tensor], tensors: Sequence[V
 
 
 def is_game(module: object) -> bool:
-    """Whether this is a GameModule, which cannot be imported here."""
+    """Return True if ``module`` follows the protocol of GameModule."""
     return all(hasattr(module, name) for name in ("player_losses", "joint_evaluation", "game_updates"))
 
 
 def refuse_other_modules(module: Any) -> None:
-    """Refuse what steps by hand and is no game.
+    """Refuse manual optimization, except in a game.
 
     Raises:
         MisconfigurationException: With a cure.

@@ -227,8 +227,8 @@ class HyperLayer(_Base):
             biases: Names of vectors whose sum is b.
         """
         response, general = self.response_of(weight), getattr(self, weight)
-        coefficient = None if response is None else place(response.coefficients(delta))
         bias, shift = total(*(getattr(self, name) for name in biases)), self._shift(delta, *biases)
+        coefficient = None if response is None else place(response.coefficients(delta))
         if not linearized and shift is not None:
             shift, bias = total(bias, shift), None  # both in one pass over the output
         placed = None if shift is None else place(shift)
