@@ -192,7 +192,7 @@ def lyapunov_spectrum(
 
     Raises:
         MemoryError: The frames that ``covariant=True`` keeps would not fit into memory.
-        FloatingPointError: The sum of a full spectrum is not the mean log-determinant, too.
+        FloatingPointError: Also if the sum of a full spectrum differs from the mean log-determinant.
     """
     _refuse_unknown(options)
     every, window = options.get("orthonormalize_every", 1), options.get("window", "uniform")

@@ -32,8 +32,8 @@ def has_gradient_hooks(params: Iterable[Tensor]) -> bool:
 class Follower(ABC):
     """Pushes the tangents of a tracker through the steps of a running Trainer.
 
-    With ``fixed``, losses of batches that are kept replace those of the run; ``rule`` is the update rule of optimizers
-    that the package does not know.
+    Refuses ``params`` with gradient hooks. With ``fixed``, losses of batches that are kept replace those of the run;
+    ``rule`` is the update rule of optimizers that the package does not know.
 
     Attributes:
         unit: Name of a step, for figures.

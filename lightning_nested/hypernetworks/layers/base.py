@@ -221,8 +221,8 @@ class HyperLayer(_Base):
             x: Input.
             delta: (batch, n), or (n,) for one point of all.
             place: From coefficients (batch, rows) to a shape that broadcasts with the output.
-            linearized: Value W₀x + b₀ with the tangent of the response, and derivatives for V and W₁ alone: the mean
-                output does not move, ``∂/∂V`` is that of the first-order change.
+            linearized: Return a dual number instead: the value W₀x + b₀, the response's first-order change as tangent,
+                and the derivatives of that change for V and W₁.
             weight: Name of W.
             biases: Names of vectors whose sum is b.
         """
