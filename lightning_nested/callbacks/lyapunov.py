@@ -70,9 +70,9 @@ class LyapunovCallback(Callback):
 
     Raises:
         MisconfigurationException: In ``setup``: manual optimization that is no game, an overridden
-            ``configure_gradient_clipping``, sharding strategies, fp16. When training starts: parameters with
+            ``configure_gradient_clipping``, sharding strategies, fp16. When ``fit`` starts: parameters with
             gradient hooks; a hook that comes later ends the measurement with a warning.
-        ValueError: An argument is out of range; when training starts, an optimizer is not known.
+        ValueError: An argument is out of range; when ``fit`` starts, an optimizer is not known.
 
     Benettin, Galgani, Giorgilli & Strelcyn (1980), Meccanica 15:9-30.
     """
@@ -103,7 +103,7 @@ class LyapunovCallback(Callback):
         self.crossings: list[int] = []
         self._follower: Follower | None = None  # set while fit runs, and kept for reading after it
         self._chaotic: bool | None = None
-        self._saved: dict[str, Any] | None = None  # checkpoint state waiting for on_train_start
+        self._saved: dict[str, Any] | None = None  # checkpoint state waiting for the follower
 
     # ---- results
 
@@ -171,22 +171,16 @@ class LyapunovCallback(Callback):
             )
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.windows, self.crossings, self._chaotic = [], [], None
+        if not is_game(pl_module):
+            self._follow(TrainingFollower, trainer, pl_module)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not before: players of a game get their optimizers in on_fit_start of the module.
-        self.windows, self.crossings, self._chaotic = [], [], None
-        follow = GameFollower if is_game(pl_module) else TrainingFollower
-        self._follower = follow(
-            trainer,
-            pl_module,
-            fixed=self.fixed_batch,
-            rule=self.rule,
-            k=self.k,
-            align=self.align,
-            orthonormalize_every=self.orthonormalize_every,
-            window=self.window,
-        )
-        if self._saved is not None:
-            self._restore(self._saved)
+        if is_game(pl_module):
+            self._follow(GameFollower, trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -196,14 +190,17 @@ class LyapunovCallback(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        with self.follower.stopping():
-            self.follower.observe(loss)
+        # Nobody follows yet where validation computes gradients before training.
+        if self._follower is not None:
+            with self._follower.stopping():
+                self._follower.observe(loss)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
-        with self.follower.stopping():
-            if self.follower.advance(optimizer):
-                self._end_window(trainer)
+        if self._follower is not None:
+            with self._follower.stopping():
+                if self._follower.advance(optimizer):
+                    self._end_window(trainer)
 
     @override
     def on_train_batch_end(
@@ -248,6 +245,22 @@ class LyapunovCallback(Callback):
         self._saved = state_dict
         if self._follower is not None:
             self._restore(state_dict)
+
+    def _follow(
+        self, kind: type[TrainingFollower | GameFollower], trainer: Trainer, pl_module: LightningModule
+    ) -> None:
+        self._follower = kind(
+            trainer,
+            pl_module,
+            fixed=self.fixed_batch,
+            rule=self.rule,
+            k=self.k,
+            align=self.align,
+            orthonormalize_every=self.orthonormalize_every,
+            window=self.window,
+        )
+        if self._saved is not None:
+            self._restore(self._saved)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.follower.load_state_dict(state)

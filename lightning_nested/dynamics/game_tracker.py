@@ -32,7 +32,7 @@ class GameTracker(Tangents):
     Attributes:
         growth: (T, k), the logarithmic growth in each window.
         alignment: min over the frame of ‖QQᵀAq‖/‖Aq‖ with A the Jacobian of the joint step, 1 for an invariant
-            subspace; NaN before :meth:`align_to`.
+            subspace; NaN before :meth:`align_to`, or where every product is zero.
 
     >>> x, y = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (1.0, 2.0))
     >>> optimizers = [torch.optim.SGD([p], lr=0.1) for p in (x, y)]
@@ -109,7 +109,7 @@ class GameTracker(Tangents):
         """Push the tangents through the coming step of ``player``; return True if it is a whole one.
 
         Call it before the optimizer's step, with gradients in ``.grad``. ``ahead`` is True for the first half of an
-        :class:`Extragradient` step; None: unless it is extrapolated.
+        :class:`Extragradient` step; None: True unless the optimizer has extrapolated.
         """
         if not self._counts[player] or self._sums is None:
             raise RuntimeError(

@@ -7,6 +7,7 @@ orthonormalise it again, and average the logarithms of the diagonal of the trian
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -166,6 +167,7 @@ def lyapunov_exponents(
     >>> [f"{value:.6f}" for value in found.exp().tolist()]
     ['2.000000', '0.500000']
     """
+    _refuse_unknown(options)
     return lyapunov_spectrum(step, x0, k=k, num_steps=num_steps, burn_in=burn_in, dt=dt, **options).exponents
 
 
@@ -190,8 +192,9 @@ def lyapunov_spectrum(
 
     Raises:
         MemoryError: The frames that ``covariant=True`` keeps would not fit into memory.
-        FloatingPointError: The sum of a full spectrum is not the mean log-determinant, too.
+        FloatingPointError: Also if the sum of a full spectrum differs from the mean log-determinant.
     """
+    _refuse_unknown(options)
     every, window = options.get("orthonormalize_every", 1), options.get("window", "uniform")
     require_window(window)
     run = _Run(as_map(step, x0), x0, batched=options.get("batched", False), every=every)
@@ -323,6 +326,13 @@ _NOT_A_FUNCTION = (
     "step must be a function of the state alone. Got one of which {}: turn dropout off or draw its masks before, keep "
     "batches fixed or make them part of the state, and put counters and running statistics into the state."
 )
+
+
+def _refuse_unknown(options: Mapping[str, object]) -> None:
+    unknown = [name for name in options if name not in SpectrumOptions.__annotations__]
+    if unknown:
+        known = ", ".join(SpectrumOptions.__annotations__)
+        raise TypeError(f"Options must be among {known}. Got an unexpected keyword argument {unknown[0]!r}.")
 
 
 def _check_counts(k: int, n: int, num_steps: int, burn_in: int, every: int, dt: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 from lightning_nested.linalg.vectors import Vector
@@ -170,14 +170,19 @@ def rk4_step(field: Step, dt: float) -> Step:
     '0.904837'
     """
 
-    def moved(x: State, velocity: State, time: float) -> Any:
-        return tree_map(lambda a, b: a + time * b, x, velocity)
+    def combine(function: Callable[..., Tensor], *states: State) -> State:
+        if isinstance(states[0], Tensor):
+            return function(*states)
+        return tuple(function(*tensors) for tensors in zip(*states, strict=True))
 
-    def step(x: State) -> Any:
+    def moved(x: State, velocity: State, time: float) -> State:
+        return combine(lambda a, b: a + time * b, x, velocity)
+
+    def step(x: State) -> State:
         k1 = field(x)
         k2 = field(moved(x, k1, dt / 2))
         k3 = field(moved(x, k2, dt / 2))
         k4 = field(moved(x, k3, dt))
-        return moved(x, tree_map(lambda p, q, r, s: p + 2 * (q + r) + s, k1, k2, k3, k4), dt / 6)
+        return moved(x, combine(lambda p, q, r, s: p + 2 * (q + r) + s, k1, k2, k3, k4), dt / 6)
 
     return step

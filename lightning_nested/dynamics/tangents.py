@@ -60,7 +60,9 @@ class Clip:
 
 
 class Tangents:
-    """Base of :class:`TrainingTracker` and :class:`GameTracker`, which add where products with tangents come from.
+    """Base class of trackers: pushes k tangents through optimizer steps, and records how fast they grow.
+
+    :class:`TrainingTracker` and :class:`GameTracker` add the products that a push needs.
 
     Args:
         params: Parameters of the optimizers that require gradients, in their order.
@@ -135,8 +137,8 @@ class Tangents:
     def begin(self, product: Product, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Set the first frame from ``align`` Krylov vectors of a step's derivative, filled up with random tangents.
 
-        ``product`` is averaged over processes; ``choose`` takes the basis (m, n) and its images to the coordinates
-        (≤ k, m) of the directions to begin with. Raises FloatingPointError if a product is not finite.
+        ``product`` is averaged over processes; ``choose(basis, images)``, both (m, n), returns the coordinates (≤ k, m)
+        of the first directions in that basis. Raises FloatingPointError if a product is not finite.
         """
         frame = random = self.random_frame()
         if self.align:
@@ -169,9 +171,10 @@ class Tangents:
     ) -> bool:
         """Push the tangents through the optimizer's coming step; see :meth:`GameTracker.advance`.
 
-        Options and buffers are as the step will use them. ``dg`` (k, n) holds derivatives of the gradient along each
-        tangent, of which this optimizer's columns are read; ``gradient`` (n,) is the gradient before clipping, only
-        needed with ``clip``.
+        Before the step, gradients are in ``.grad``, options and buffers as the step will use them. ``dg`` (k, n) holds
+        derivatives of the gradient along each tangent, of which this optimizer's columns are read; ``gradient`` (n,) is
+        the gradient before clipping, only needed with ``clip``. ``ahead`` is True for the first half of an
+        :class:`Extragradient` step; None: True unless the optimizer has extrapolated.
         """
         assert self.frame is not None
         entries = [

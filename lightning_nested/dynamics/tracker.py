@@ -30,7 +30,8 @@ class TrainingTracker(Tangents):
         growth: (T, k), the logarithmic growth in each window.
         gradient: Gradient of the last observed loss, one tensor per parameter. Used in place of a backward pass it
             makes the first exponent about 0.6 steps cheaper.
-        alignment: min over the frame of |qᵀHq|/‖Hq‖, 1 for eigenvectors; NaN before the first step or without Lanczos.
+        alignment: min over the frame of |qᵀHq|/‖Hq‖, 1 for eigenvectors; NaN before the first step, without Lanczos, or
+            where every product is zero.
     """
 
     gradient: Vector = ()
@@ -44,8 +45,8 @@ class TrainingTracker(Tangents):
     def observe(self, loss: Tensor, *, lr: float = 0.0) -> None:
         """Add the products of this loss's Hessian with every tangent; several losses of one step add up.
 
-        ``loss`` is a scalar with its graph, a term of what the optimizer steps on. By the learning rate ``lr``
-        alignment ranks directions; it is only read at the first step.
+        ``loss`` is a scalar with its graph, a term of what the optimizer steps on. ``lr`` is the learning rate, by
+        which alignment ranks directions; it is only read at the first step.
         """
         operator = HessianOperator(loss, self.params)
         frame = self._align(operator, lr) if self.frame is None else self.frame

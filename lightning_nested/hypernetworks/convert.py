@@ -41,7 +41,7 @@ class LowRankResponse(nn.Module):
 
     def forward(self, delta: Tensor) -> Tensor:
         """Δ(h) of the parameter's shape, for h (n,)."""
-        change: Tensor = torch.tensordot(self.scale @ delta.to(self.scale.dtype), self.directions, dims=1)
+        change: Tensor = torch.tensordot(self._coefficients(delta), self.directions, dims=1)
         return change
 
     def added_to(self, weight: Tensor, delta: Tensor) -> Tensor:
@@ -50,8 +50,13 @@ class LowRankResponse(nn.Module):
 
     def inner(self, delta: Tensor, gradient: Tensor) -> Tensor:
         """⟨Δ(h), gradient⟩, scalar."""
-        along: Tensor = self.directions.flatten(1) @ gradient.to(self.directions).flatten()
-        return torch.dot(self.scale @ delta.to(self.scale.dtype), along)
+        rows = self.directions.reshape(len(self.directions), -1)  # of a scalar too
+        along: Tensor = rows @ gradient.to(self.directions).flatten()
+        return torch.dot(self._coefficients(delta), along)
+
+    def _coefficients(self, delta: Tensor) -> Tensor:
+        # Under autocast a product is in half precision, and tensordot takes equal dtypes only.
+        return (self.scale @ delta.to(self.scale.dtype)).to(self.directions.dtype)
 
 
 class BestResponse(Response):

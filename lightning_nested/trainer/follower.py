@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from lightning_nested.dynamics.tangents import Tangents
 from lightning_nested.optim.registry import known_rule
-from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
 
@@ -34,8 +33,8 @@ def has_gradient_hooks(params: Iterable[Tensor]) -> bool:
 class Follower(ABC):
     """Pushes the tangents of a tracker through the steps of a running Trainer.
 
-    With ``fixed``, losses of batches that are kept replace those of the run; ``rule`` is the update rule of optimizers
-    that the package does not know.
+    Refuses ``params`` with gradient hooks. With ``fixed``, losses of batches that are kept replace those of the run;
+    ``rule`` is the update rule of optimizers that the package does not know.
 
     Attributes:
         unit: Name of a step, for figures.
@@ -53,17 +52,18 @@ class Follower(ABC):
         trainer: Trainer,
         module: Any,
         optimizers: Sequence[Optimizer],
+        params: Iterable[Tensor],
         *,
         fixed: bool,
         rule: UpdateRule | None,
     ) -> None:
+        if has_gradient_hooks(params):
+            raise MisconfigurationException(GRADIENT_HOOKS)
         self.trainer, self.module, self.rule = trainer, module, rule
         self.fixed = FixedBatches(trainer) if fixed else None
         self.steps, self.is_open, self.stopped = 0, False, False
         self.call = 0  # evaluations in the current step, each with a fixed batch of its own
         for optimizer in optimizers:
-            if has_gradient_hooks(trainable(optimizer)):
-                raise MisconfigurationException(GRADIENT_HOOKS)
             for group in optimizer.param_groups if rule is None else ():
                 known_rule(optimizer, group)  # raises for an optimizer that is not known
 

@@ -17,7 +17,7 @@ from lightning_nested.linalg.vectors import Vector
 from lightning_nested.networks.spectral_norm import spectral_norm_layers
 from lightning_nested.optim.step_dynamics import step_dynamics
 from lightning_nested.optim.update_rules import UpdateRule
-from lightning_nested.trainer.follower import Follower
+from lightning_nested.trainer.follower import GRADIENT_HOOKS, Follower, has_gradient_hooks
 from lightning_nested.trainer.joint_losses import joint_losses, warn_if_detached
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream
@@ -39,12 +39,12 @@ class GameFollower(Follower):
         self, trainer: Trainer, module: Any, *, fixed: bool, rule: UpdateRule | None, **options: Any
     ) -> None:
         optimizers = [player.optimizer.optimizer for player in module.running_players.values()]
-        super().__init__(trainer, module, optimizers, fixed=fixed, rule=rule)
+        # all parameters: frozen ones may be trained later
+        super().__init__(trainer, module, optimizers, module.parameters(), fixed=fixed, rule=rule)
         self.names = list(module.running_players)
         self.tracker = GameTracker(self._parameters(), reduce=reduction(trainer), **options)
-        self._original: Callable[..., Any] = module.player_losses
-        self._stand_ins = StandIns()
-        self._stand_ins.put(module, "player_losses", self._player_losses)
+        self._losses = _FollowedLosses.of(module)
+        self._losses.followers.append(self)
 
     def _parameters(self) -> list[Vector]:
         return [player.parameters for player in self.module.running_players.values()]
@@ -84,17 +84,21 @@ class GameFollower(Follower):
 
     @override
     def put_back(self) -> None:
-        self._stand_ins.put_back()
+        self._losses.remove(self)
 
-    def _player_losses(self, names: Sequence[str], batch: Any) -> Any:
-        """Observe the losses, then let the module compute its own."""
-        if self.is_open and not self.module.joint_graph and torch.is_grad_enabled():
-            with self.stopping():
-                if not self.tracker.holds(p for held in self._parameters() for p in held):
-                    self.tracker.follow_players(self._parameters())
-                self._look_ahead(names)
-                self._observe(list(names), batch)
-        return self._original(names, batch)
+    def follow_losses(self, names: list[str], batch: Any) -> None:
+        """Observe the losses of these players, which the game is about to compute and step on."""
+        if not self.is_open or self.module.joint_graph or not torch.is_grad_enabled():
+            return
+        players = self._parameters()
+        if any(map(has_gradient_hooks, players)):
+            self.stop(GRADIENT_HOOKS)
+            return
+        with self.stopping():
+            if not self.tracker.holds(p for held in players for p in held):
+                self.tracker.follow_players(players)
+            self._look_ahead(names)
+            self._observe(names, batch)
 
     def _look_ahead(self, names: Sequence[str]) -> None:
         """Push tangents to the points that players extrapolated to since their last losses."""
@@ -144,6 +148,34 @@ class GameFollower(Follower):
                         layer.iterate()
 
         return joint_losses(module, names, batch, stream, prepare=as_in_step)
+
+
+class _FollowedLosses:
+    """Replacement of a module's ``player_losses`` that lets followers see each call first; they share one."""
+
+    def __init__(self, module: Any) -> None:
+        self.original: Callable[..., Any] = module.player_losses
+        self.followers: list[GameFollower] = []
+        self._stand_ins = StandIns()
+        self._stand_ins.put(module, "player_losses", self)
+
+    @classmethod
+    def of(cls, module: Any) -> _FollowedLosses:
+        """Return the replacement that the module has already, or replace now."""
+        found = vars(module).get("player_losses")
+        return found if isinstance(found, cls) else cls(module)
+
+    def __call__(self, names: Sequence[str], batch: Any) -> Any:
+        for follower in self.followers:
+            follower.follow_losses(list(names), batch)
+        return self.original(names, batch)
+
+    def remove(self, follower: GameFollower) -> None:
+        """Forget a follower, whatever the order; the last one restores the module."""
+        if follower in self.followers:
+            self.followers.remove(follower)
+        if not self.followers:
+            self._stand_ins.put_back()
 
 
 def _clip(player: Any) -> Clip | None:

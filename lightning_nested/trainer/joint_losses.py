@@ -84,7 +84,7 @@ def is_game(module: object) -> bool:
 
 
 def refuse_other_modules(module: LightningModule) -> None:
-    """Refuse a module with manual optimization that is no game.
+    """Refuse manual optimization, except in a game.
 
     Raises:
         MisconfigurationException: With a cure.

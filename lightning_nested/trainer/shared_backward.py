@@ -23,8 +23,8 @@ class SharedBackward:
     A gradient with a graph and one without come from the same operations, except for a few that PyTorch decomposes
     when the result is to be differentiated again (SiLU, group norm). So the two are compared: at the first, second,
     fourth, eighth, … use, and whenever the loss has other operations or reaches other parameters. From the first
-    difference on the run keeps its own backward pass. It also keeps one that does more than fill ``.grad`` of these
-    parameters: that changes buffers or random states (``torch.utils.checkpoint``), reaches other leaves, or is
+    difference on the run keeps its own backward pass. It also does where that pass does more than fill ``.grad`` of
+    these parameters: if it changes buffers or random states (``torch.utils.checkpoint``), reaches other leaves, or is
     overridden. Gradients enter through the parameters' own accumulation, so that DDP averages them as usual.
 
     Attributes:

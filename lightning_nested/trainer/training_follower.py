@@ -42,8 +42,8 @@ class TrainingFollower(Follower):
         if len(trainer.optimizers) != 1:
             got = f"Got {len(trainer.optimizers)}."
             raise MisconfigurationException(f"LyapunovCallback follows one optimizer, or a GameModule. {got}")
-        super().__init__(trainer, module, trainer.optimizers, fixed=fixed, rule=rule)
-        (self.optimizer,) = trainer.optimizers
+        params = trainable(trainer.optimizers[0])
+        super().__init__(trainer, module, trainer.optimizers, params, fixed=fixed, rule=rule)
         others = (getattr(c, "outer", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if any(getattr(outer, "decays", ()) for outer in others):
             rank_zero_warn(
@@ -52,8 +52,13 @@ class TrainingFollower(Follower):
             )
         limit, by_value = trainer.gradient_clip_val, trainer.gradient_clip_algorithm == "value"
         self._clip = Clip(limit=float(limit), algorithm="value" if by_value else "norm") if limit else None
-        self.tracker = TrainingTracker(trainable(self.optimizer), reduce=reduction(trainer), **options)
+        self.tracker = TrainingTracker(params, reduce=reduction(trainer), **options)
         self.backward = SharedBackward()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the run now: ``strategy.setup_optimizers`` may replace it during training."""
+        return self.trainer.optimizers[0]
 
     @override
     def begin_batch(self, batch: Any) -> None:
@@ -101,6 +106,7 @@ class TrainingFollower(Follower):
 
     @override
     def end_batch(self) -> bool:
+        self.is_open = False  # a backward pass in validation belongs to no step
         if not accumulates(self.trainer):
             self.steps += 1
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -289,3 +291,73 @@ def test_unknown_optimizers_of_players_are_refused() -> None:
     module = Deterministic(optimizer=lambda p: torch.optim.RMSprop(p))
     with pytest.raises(ValueError, match="Got RMSprop"):
         trainer(LyapunovCallback()).fit(module, DataLoader(real(8), 8))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_several_measurements_leave_the_module_as_it_was(fails: bool) -> None:
+    class Fails(Deterministic):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if fails:
+                raise KeyError("a bug of the user's")
+
+    module, callbacks = (
+        Fails(update="simultaneous"),
+        [LyapunovCallback(1, align=4), LyapunovCallback(2, align=4)],
+    )
+    with pytest.raises(KeyError) if fails else nullcontext():
+        trainer(*callbacks).fit(module, DataLoader(real(16), 16))
+    assert "player_losses" not in vars(module)
+    assert [len(c.windows) for c in callbacks] == [1, 1]
+
+
+def test_hooks_on_gradients_of_players_are_refused_if_frozen_too() -> None:
+    module = Deterministic()
+    weight = next(module.first.parameters())
+    weight.register_hook(lambda g: 2 * g)
+    weight.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match="Got a parameter with such a hook"):
+        trainer(LyapunovCallback()).fit(module, DataLoader(real(8), 8))
+
+
+def test_a_hook_that_comes_later_ends_the_measurement() -> None:
+    class Hooks(Deterministic):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 2:
+                next(self.first.parameters()).register_hook(lambda g: 2 * g)
+
+    callback = LyapunovCallback(1, align=4)
+    with pytest.warns(
+        UserWarning, match="stops at step 2: LyapunovCallback needs gradients that nobody changes"
+    ):
+        trainer(callback, max_epochs=4).fit(Hooks(update="simultaneous"), DataLoader(real(16), 16))
+    assert len(callback.windows) == 2
+
+
+@pytest.mark.parametrize("align", [0, 4])
+def test_first_products_that_are_not_finite_end_the_measurement_alone(align: int) -> None:
+    class Spoilt(Deterministic):
+        def player_loss(self, name: str, batch: Any) -> Tensor:
+            return super().player_loss(name, batch) * (math.nan if self.joint_graph else 1.0)
+
+    module, callback = Spoilt(update="simultaneous"), LyapunovCallback(1, align=align)
+    with pytest.warns(UserWarning, match="LyapunovCallback stops at step 0"):
+        trainer(callback, max_epochs=3).fit(module, DataLoader(real(16), 16))
+    assert module.game_updates == 3
+    assert callback.windows == []
+
+
+def test_validation_of_a_game_may_compute_gradients_before_training() -> None:
+    class Tunes(Deterministic):
+        computed = 0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.enable_grad():
+                self.manual_backward(self.player_loss("first", batch))
+            self.computed += 1
+            self.zero_grad()
+
+    module, loader = Tunes(), DataLoader(real(16), 16)
+    trainer(LyapunovCallback(align=0), num_sanity_val_steps=1, inference_mode=False).fit(
+        module, loader, loader
+    )
+    assert module.computed == 2

@@ -158,3 +158,46 @@ def test_measurements_with_different_options_live_in_one_trainer(option: dict[st
     callbacks: list[Any] = [LyapunovCallback(1), LyapunovCallback(1, **option)]
     fit = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
     assert all(callback in fit.callbacks for callback in callbacks)  # type: ignore[attr-defined]
+
+
+def test_a_run_that_is_complete_already_shows_what_was_measured(tmp_path: Path) -> None:
+    first = LyapunovCallback(2)
+    fit, module = trainer(first, folder=tmp_path), Regression(smooth())
+    fit.fit(module, DataLoader(data(32), 8))
+    fit.save_checkpoint(tmp_path / "whole.ckpt")
+    again = LyapunovCallback(2, figure=True)
+    trainer(again, folder=tmp_path).fit(
+        Regression(smooth()),
+        DataLoader(data(32), 8),
+        ckpt_path=str(tmp_path / "whole.ckpt"),
+        weights_only=True,
+    )
+    assert torch.equal(again.exponents, first.exponents)
+    assert again.windows == [0, 1, 2, 3]
+    assert (tmp_path / "lyapunov.png").exists()
+
+
+def test_a_second_fit_without_steps_has_no_figure(tmp_path: Path) -> None:
+    callback = LyapunovCallback(1, figure=True)
+    fit, module = trainer(callback, folder=tmp_path), Regression(smooth())
+    fit.fit(module, DataLoader(data(32), 8))
+    (tmp_path / "lyapunov.png").unlink()
+    fit.fit(module, DataLoader(data(32), 8))  # max_epochs is reached
+    assert callback.windows == []
+    assert not (tmp_path / "lyapunov.png").exists()
+
+
+def test_unknown_optimizers_and_hooks_are_refused_before_the_sanity_check() -> None:
+    class Checked(Regression):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            raise AssertionError("validation has begun")
+
+    hooked = Checked(smooth())
+    hooked.net[0].weight.register_hook(lambda g: g)
+    for module, error in (
+        (Checked(smooth(), lambda p: torch.optim.Adagrad(p)), ValueError),
+        (hooked, MisconfigurationException),
+    ):
+        loader = DataLoader(data(32), 8)
+        with pytest.raises(error, match=r"Got (Adagrad|a parameter with such a hook)"):
+            trainer(LyapunovCallback(), num_sanity_val_steps=1).fit(module, loader, loader)

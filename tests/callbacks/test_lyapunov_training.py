@@ -244,3 +244,51 @@ def test_tangents_begin_anew_when_parameters_are_unfrozen() -> None:
     assert callback.tracker is not None
     assert callback.tracker.n == 29
     assert len(callback.windows) == 4
+
+
+class ReplacesOptimizer(Regression):
+    """Goes on with an optimizer of the last layer alone."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.optimizer = lambda _: torch.optim.SGD(self.net[2].parameters(), lr=0.1)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+def test_an_optimizer_that_is_replaced_is_followed() -> None:
+    module, callback = ReplacesOptimizer(smooth()), LyapunovCallback(2, align=4)
+    trainer(callback, max_epochs=2).fit(module, DataLoader(data(32), 16))
+    assert callback.follower.tracker.holds(module.net[2].parameters())
+    assert len(callback.windows) == 4
+
+
+class TrainsInValidation(Regression):
+    """Computes gradients in validation, which no step uses."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        with torch.enable_grad():
+            loss = 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean()
+            self.trainer.strategy.backward(loss, None)
+        self.zero_grad()
+
+
+def test_gradients_in_validation_belong_to_no_step() -> None:
+    def fit(module: LightningModule, **options: Any) -> Tensor:
+        callback, loader = LyapunovCallback(2, align=4), DataLoader(data(32), 16)
+        trainer(callback, max_epochs=2, inference_mode=False, **options).fit(module, loader, loader)
+        return callback.local_exponents
+
+    expected = fit(TrainsInValidation(smooth()), limit_val_batches=0)
+    assert torch.equal(fit(TrainsInValidation(smooth()), num_sanity_val_steps=1), expected)
+
+
+def test_a_callback_that_never_trained_lets_validation_compute_gradients() -> None:
+    class Remembers(TrainsInValidation):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.seen = self.net[0].weight.grad
+
+    module = Remembers(smooth())
+    trainer(LyapunovCallback(), inference_mode=False).validate(
+        module, DataLoader(data(32), 32), verbose=False
+    )
+    assert module.seen is not None

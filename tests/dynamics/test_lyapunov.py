@@ -291,3 +291,20 @@ def test_diverging_dynamics_say_when() -> None:
 def test_frames_beyond_memory_are_refused() -> None:
     with pytest.raises(MemoryError, match="covariant=True keeps every frame"):
         lyapunov_spectrum(henon, point(0.1, 0.1), num_steps=10**12, covariant=True, burn_out=0)
+
+
+@pytest.mark.parametrize("function", [lyapunov_exponents, lyapunov_spectrum])
+def test_misspelt_options_are_refused(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'orthonormalise_every'"):
+        function(logistic(3.2), point(0.3), k=1, num_steps=4, orthonormalise_every=2)
+
+
+def test_options_of_the_spectrum_are_none_of_the_exponents() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'covariant'"):
+        lyapunov_exponents(logistic(3.2), point(0.3), k=1, num_steps=4, covariant=True)  # type: ignore[call-arg]
+
+
+def test_a_flow_of_several_tensors_may_return_its_velocity_as_a_list() -> None:
+    step = rk4_step(lambda x: [x[1], -x[0]], 0.1)  # type: ignore[index]
+    x, v = step((point(1.0), point(0.0)))
+    torch.testing.assert_close(torch.cat([x, v]), point(math.cos(0.1), -math.sin(0.1)), rtol=0, atol=1e-7)

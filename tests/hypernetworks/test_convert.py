@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_nested.hypernetworks import Response, best_response
+from lightning_nested.hypernetworks.response import Mode
 from tests.hypernetworks.networks import BATCH, CASES, ONE_POINT, Convolutions, LanguageModel, N, made, point
 
 
@@ -202,3 +203,40 @@ def test_weights_made_of_others_are_no_layer_of_ours() -> None:
         nn.init.normal_(p)
     x, h = torch.randn(BATCH, 5), torch.randn(N)
     torch.testing.assert_close(response.export(h)(x), response(x, h))
+
+
+class Scaled(nn.Module):
+    """A matrix and a scalar that no layer of ours has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.scale = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x @ self.matrix.T)
+
+
+def test_the_first_order_of_a_scalar_parameter() -> None:
+    torch.manual_seed(0)
+    response, h = best_response(Scaled().double(), N), point()
+    for p in response.response_parameters().values():
+        nn.init.normal_(p)
+    gradients = {name: torch.randn_like(p) for name, p in response.general_parameters().items()}
+    found, expected = response.first_order(h, gradients), Response.first_order(response, h, gradients)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["response", "linearized"])
+def test_parameters_without_a_layer_under_autocast(mode: Mode) -> None:
+    torch.manual_seed(0)
+    response, x, h = best_response(Scaled(), N), torch.randn(5, 4), point().float()
+    for p in response.response_parameters().values():
+        nn.init.normal_(p, std=0.3)
+    with response.at(h, mode):
+        expected = response(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = response(x)
+    # some products of numbers of 8 bits
+    torch.testing.assert_close(
+        found.float(), expected, rtol=0, atol=0.03 * float(expected.detach().abs().max())
+    )

@@ -100,7 +100,8 @@ class GeneralizedRidgeRider:
         params = [tuple(p.detach() for p in start) for start in starts]
         self._check(params)
         crew = _Crew(rider=self, losses=losses, optimizer=optimizer, behaviour=behaviour, like=params[0])
-        tree = RideTree(tolerance=self.tolerance, folder=folder, settings=self._settings(params, crew))
+        kept = None if folder is None else Path(folder)
+        tree = RideTree(tolerance=self.tolerance, folder=kept, settings=self._settings(params, crew))
         report = progress if progress is not None else lambda *_: None
         jobs = [(str(i), flatten(p)) for i, p in enumerate(params)]
         for level in range(self.depth):

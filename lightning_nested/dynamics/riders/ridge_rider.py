@@ -93,7 +93,8 @@ class RidgeRider:
         """
         walker = _Walker(self, loss, saddle, behaviour)
         settings = f"{self}\nsaddle {walker.start.tolist()}\n{walker.fingerprint()}\n"
-        tree = RideTree(tolerance=self.tolerance, folder=folder, settings=settings)
+        kept = None if folder is None else Path(folder)
+        tree = RideTree(tolerance=self.tolerance, folder=kept, settings=settings)
         if not walker.directions(walker.start):
             raise ValueError(
                 "The start must have negative curvature. Got a Hessian without a negative eigenvalue: give a saddle, "

@@ -87,14 +87,15 @@ class RideTree:
     """
 
     tolerance: float = 1e-2
-    folder: Path | str | None = None
+    folder: Path | None = None
     settings: str = ""
     branches: dict[str, Branch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.folder is None:
             return
-        kept = Path(self.folder) / "branches"
+        self.folder = Path(self.folder)
+        kept = self.folder / "branches"
         kept.mkdir(parents=True, exist_ok=True)
         settings = kept / "settings.txt"
         if settings.exists() and (before := settings.read_text(encoding="utf-8")) != self.settings:
@@ -126,7 +127,7 @@ class RideTree:
         for branch in branches:
             self.branches[branch.name] = branch
             if self.folder is not None:
-                file = Path(self.folder) / "branches" / f"{branch.name.replace('/', '_')}.json"
+                file = self.folder / "branches" / f"{branch.name.replace('/', '_')}.json"
                 part = file.with_suffix(".part")
                 part.write_text(json.dumps(asdict(branch)), encoding="utf-8")
                 os.replace(part, file)

@@ -222,8 +222,8 @@ class HyperLayer(_Base):
         mean output does not move, ``∂/∂V`` is that of the first-order change.
         """
         response, general = self.response_of(weight), getattr(self, weight)
-        coefficient = None if response is None else place(response.coefficients(delta))
         bias, shift = total(*(getattr(self, name) for name in biases)), self._shift(delta, *biases)
+        coefficient = None if response is None else place(response.coefficients(delta))
         if not linearized and shift is not None:
             shift, bias = total(bias, shift), None  # both in one pass over the output
         placed = None if shift is None else place(shift)
