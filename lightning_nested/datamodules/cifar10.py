@@ -17,7 +17,6 @@ from lightning_nested.datamodules.in_memory import LabelledImages
 _FOLDER = "cifar-10-batches-py"
 _TRAIN = tuple(f"data_batch_{k}" for k in range(1, 6))
 _TEST = "test_batch"
-_PIXELS = 3 * 32 * 32
 
 
 class CIFAR10DataModule(DownloadedDataModule):
@@ -36,6 +35,8 @@ class CIFAR10DataModule(DownloadedDataModule):
         FileNotFoundError: The files are nowhere and cannot be downloaded.
         ValueError: A file is not a batch of CIFAR-10.
     """
+
+    dataset = "CIFAR10"
 
     def __init__(
         self,
@@ -63,12 +64,6 @@ class CIFAR10DataModule(DownloadedDataModule):
             if all((folder / name).is_file() for name in (*_TRAIN, _TEST)):
                 return folder
         return None
-
-    @override
-    def _download(self, root: str) -> None:
-        from torchvision.datasets import CIFAR10
-
-        CIFAR10(root, download=True)
 
     @override
     def _read(self, folder: Path) -> tuple[LabelledImages, LabelledImages]:
@@ -110,6 +105,6 @@ def read_batch(path: Path) -> LabelledImages:
         return LabelledImages(images.reshape(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.long))
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{path} must be a pickled batch of CIFAR-10 with `data` of {_PIXELS} bytes an image and `labels`. "
+            f"{path} must be a pickled batch of CIFAR-10 with `data` of 3072 bytes an image and `labels`. "
             f"Got {type(error).__name__}: {error}. Unpack the archive again."
         ) from error

@@ -19,6 +19,8 @@ class DownloadedDataModule(InMemoryDataModule):
         options: Options of :class:`InMemoryDataModule`.
     """
 
+    dataset: str  # class of torchvision.datasets that downloads the files
+
     def __init__(self, *, root: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.root = root
@@ -26,10 +28,6 @@ class DownloadedDataModule(InMemoryDataModule):
     @abstractmethod
     def _folder(self) -> Path | None:
         """Return the first folder that holds every file, or None."""
-
-    @abstractmethod
-    def _download(self, root: str) -> None:
-        """Download the files into ``root`` by torchvision."""
 
     @abstractmethod
     def _read(self, folder: Path) -> tuple[LabelledImages, LabelledImages]:
@@ -42,8 +40,10 @@ class DownloadedDataModule(InMemoryDataModule):
     @override
     def prepare_data(self) -> None:
         if self._folder() is None:
+            from torchvision import datasets  # here, because it costs a second
+
             try:
-                self._download(self.root or "data")
+                getattr(datasets, self.dataset)(self.root or "data", download=True)
             except (OSError, RuntimeError) as error:  # RuntimeError: torchvision's, when every mirror failed
                 raise FileNotFoundError(self._not_found(f"the download failed: {error}")) from error
 

@@ -41,6 +41,7 @@ class FashionMNISTDataModule(DownloadedDataModule):
         ValueError: A file is not an idx file of bytes, or ``resolution`` is neither.
     """
 
+    dataset = "FashionMNIST"
     system_folder: Path = Path("/usr/share/datasets/fashion-mnist")
 
     def __init__(
@@ -59,12 +60,6 @@ class FashionMNISTDataModule(DownloadedDataModule):
             if all(_find(folder, name) for split in ("train", "t10k") for name in _file_names(split)):
                 return folder
         return None
-
-    @override
-    def _download(self, root: str) -> None:
-        from torchvision.datasets import FashionMNIST
-
-        FashionMNIST(root, download=True)
 
     @override
     def _read(self, folder: Path) -> tuple[LabelledImages, LabelledImages]:

@@ -53,20 +53,9 @@ class TensorBatches(Dataset[Batch]):
 
     def loader(self, *, batch_size: int, num_workers: int = 0, **options: Any) -> DataLoader[Batch]:
         """Return a ``DataLoader`` of this dataset, with its ``options`` ``shuffle`` and ``drop_last``."""
-        persistent, collate = num_workers > 0, _already_collated
-        return DataLoader(
-            self,
-            batch_size,
-            num_workers=num_workers,
-            collate_fn=collate,
-            persistent_workers=persistent,
-            **options,
-        )
-
-
-def _already_collated(batch: Any) -> Any:
-    # A named function, not a lambda: worker processes have to pickle it.
-    return batch
+        options |= {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+        # A batch is a tuple already, which `tuple` hands on; worker processes could not pickle a lambda.
+        return DataLoader(self, batch_size, collate_fn=tuple, **options)
 
 
 class InMemoryDataModule(LightningDataModule):
@@ -94,7 +83,6 @@ class InMemoryDataModule(LightningDataModule):
         num_workers: Loader processes. 0 is fastest for most uses, since nothing is decoded.
         symmetric: Pixels in [−1, 1], as generators with tanh make them, instead of [0, 1].
         drop_last: Leave out a short last training batch.
-
     """
 
     num_classes: int = 10

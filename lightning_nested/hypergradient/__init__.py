@@ -11,8 +11,7 @@ from lightning_nested.linalg.operators import AveragedOperator, DiagonalOperator
 from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
 from lightning_nested.linalg.solvers.conjugate_gradient import ConjugateGradient
 from lightning_nested.linalg.solvers.dense import DenseSolve
-from lightning_nested.linalg.solvers.given import GivenInverse
-from lightning_nested.linalg.solvers.identity import Identity
+from lightning_nested.linalg.solvers.given import GivenInverse, Identity
 from lightning_nested.linalg.solvers.neumann import Neumann
 from lightning_nested.linalg.solvers.nystrom import Nystrom
 

@@ -14,9 +14,9 @@ from lightning_nested.hypergradient.implicit import unseen_hyperparameter
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, FiniteDifference, Hessian
 from lightning_nested.hypergradient.retraining import Problem
 from lightning_nested.linalg.curvature import HessianOperator
-from lightning_nested.linalg.graph import DoubleBackwardError, graph_nodes
-from lightning_nested.linalg.operators import LinearOperator, as_operator
-from lightning_nested.linalg.vectors import Vector, flatten, unflatten
+from lightning_nested.linalg.graph import DoubleBackwardError, graph_nodes, vjp
+from lightning_nested.linalg.operators import as_operator
+from lightning_nested.linalg.vectors import flatten, unflatten
 
 _PRODUCTS = 30  # enough for the end of a spectrum; a stronger search is a matter of more products
 
@@ -31,7 +31,7 @@ def inspect(
     """
     failures, twice = [], True
     try:
-        around = explore(problem.inner, problem.params, curvature, generator)
+        around = explore(problem, curvature, generator)
     except DoubleBackwardError as error:
         failures.append(
             "no double backward: every operation of inner_loss must have a second derivative. Got "
@@ -41,9 +41,9 @@ def inspect(
             "for the figures here."
         )
         twice, curvature = False, FiniteDifference()
-        around = explore(problem.inner, problem.params, curvature, generator)
+        around = explore(problem, curvature, generator)
     twice = twice and not isinstance(curvature, FiniteDifference)
-    not_seen = unseen(problem.inner(), problem.outer(), problem.params, problem.hparams, twice=twice)
+    not_seen = unseen(problem, twice=twice)
     failures += [unseen_hyperparameter(i, outer_sees=sees) for i, sees in not_seen.items()]
     failures += _failures_around(around, tolerance, problem.eps)
     return failures, around, curvature
@@ -87,27 +87,24 @@ class Neighbourhood:
     asymmetry: float  # 0 to rounding for a Hessian
 
 
-def explore(
-    inner_loss: Callable[[], Tensor], params: Vector, curvature: AnyCurvature, generator: torch.Generator
-) -> Neighbourhood:
-    """Look around ``params`` by at most 30 products from a random start, and one along the gradient.
+def explore(problem: Problem, curvature: AnyCurvature, generator: torch.Generator) -> Neighbourhood:
+    """Look around the parameters by at most 30 products from a random start, and one along the gradient.
 
     Raises:
         DoubleBackwardError: An operation of the inner loss has no second derivative.
     """
+    params, given = problem.params, None
     strategy = Hessian() if curvature is None else curvature
-    operator: LinearOperator
-    if isinstance(strategy, Curvature):
-        problem = strategy.linearize(inner_loss, params)
-        operator, gradient = problem.curvature, problem.gradient
-    else:  # first derivatives only: the loss of a given curvature may have no second ones
-        operator = as_operator(strategy, params)
-        gradient = FiniteDifference().linearize(inner_loss, params).gradient
+    if not isinstance(strategy, Curvature):
+        # First derivatives only: the loss of a given curvature may have no second ones.
+        given, strategy = as_operator(strategy, params), FiniteDifference()
+    around = strategy.linearize(problem.inner, params)
+    operator = around.curvature if given is None else given
 
     def product(v: Tensor) -> Tensor:
         return flatten(operator.matvec(unflatten(v, params)))
 
-    g = flatten(gradient)
+    g = flatten(around.gradient)
     size, rho = float(g.norm()), math.nan
     if size > 0:
         u = g / size
@@ -115,7 +112,7 @@ def explore(
     start = torch.randn(g.numel(), generator=generator, dtype=torch.float64).to(g)
     start = start / start.norm()
     if isinstance(operator, HessianOperator):
-        _refuse_wrong_product(inner_loss, params, start, product(start))
+        _refuse_wrong_product(problem, start, product(start))
     projected = _project(product, start)
     ritz = torch.linalg.eigvalsh((projected + projected.T) / 2)
     scale = float(torch.linalg.matrix_norm(projected))
@@ -149,38 +146,32 @@ def _project(product: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return torch.stack(basis[: len(images)]) @ torch.stack(images, dim=1)
 
 
-def _refuse_wrong_product(
-    inner_loss: Callable[[], Tensor], params: Vector, v: Tensor, product: Tensor
-) -> None:
+def _refuse_wrong_product(problem: Problem, v: Tensor, product: Tensor) -> None:
     """Compare with the difference of two gradients, because autograd does not always raise.
 
     Behind @once_differentiable a gradient can come back as a constant, and its part of the Hessian as zero.
     """
-    eps = torch.finfo(v.dtype).eps
     # A short move: ReLU has kinks.
-    differences = FiniteDifference(epsilon=eps**0.5).linearize(inner_loss, params).curvature
-    truth = flatten(differences.matvec(unflatten(v, params)))
+    eps = torch.finfo(v.dtype).eps
+    strategy = FiniteDifference(epsilon=eps**0.5)
+    truth = strategy.linearize(problem.inner, problem.params).curvature @ v
     error = float((product - truth).norm()) / max(float(truth.norm()), torch.finfo(v.dtype).tiny)
     if error > 10 * eps ** (1 / 3):
         raise DoubleBackwardError(f"Hessian products differ from differences of gradients by {error:.2g}")
 
 
-def unseen(
-    inner_loss: Tensor, outer_loss: Tensor, params: Vector, hparams: Vector, *, twice: bool
-) -> dict[int, bool]:
+def unseen(problem: Problem, *, twice: bool) -> dict[int, bool]:
     """Find hyperparameters that the inner gradient does not depend on: index → whether the outer loss does.
 
     Without second derivatives (``twice=False``) the dependence of the inner loss itself tells nearly as much.
     """
-    direct = torch.autograd.grad(outer_loss, hparams, allow_unused=True, retain_graph=True)
-    outputs = [inner_loss]
+    direct = torch.autograd.grad(problem.outer(), problem.hparams, allow_unused=True)
+    inner = problem.inner()
+    outputs: Sequence[Tensor | None] = [inner]
     if twice:
-        gradient = torch.autograd.grad(inner_loss, params, create_graph=True, allow_unused=True)
-        outputs = [g for g in gradient if g is not None and g.requires_grad]
-    indirect: Sequence[Tensor | None] = [None] * len(hparams)
-    if outputs:
-        ones = [torch.ones_like(x) for x in outputs]
-        indirect = torch.autograd.grad(outputs, hparams, ones, allow_unused=True)
+        outputs = torch.autograd.grad(inner, problem.params, create_graph=True, allow_unused=True)
+    ones = [None if x is None else torch.ones_like(x) for x in outputs]
+    indirect = vjp(outputs, problem.hparams, ones)
     return {i: direct[i] is not None for i, m in enumerate(indirect) if m is None}
 
 

@@ -25,6 +25,7 @@ from lightning_nested.hypergradient.retraining import (
     Response,
     as_response,
 )
+from lightning_nested.linalg.solvers.base import check_positive
 from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, dot, norm, unflatten
 
@@ -186,12 +187,10 @@ class _Check:
 
     def differentiate(self, solver: AnySolver, curvature: AnyCurvature) -> None:
         """Find the implicit hypergradient, unless the solver fails."""
-        losses, points = (
-            (self.problem.inner, self.problem.outer()),
-            (self.problem.params, self.problem.hparams),
-        )
+        problem = self.problem
+        given = problem.inner, problem.outer(), problem.params, problem.hparams
         try:
-            result = implicit_result(*losses, *points, solver=solver, curvature=curvature, allow_unused=True)
+            result = implicit_result(*given, solver=solver, curvature=curvature, allow_unused=True)
         except FloatingPointError as error:
             self.failures.append(f"solver failed: {error}")
         else:
@@ -255,6 +254,5 @@ def _check_arguments(
         )
     if num_directions < 1:
         raise ValueError(f"num_directions must be >= 1. Got {num_directions}.")
-    for name, value in (("epsilon", epsilon), ("tolerance", tolerance)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive. Got {value}.")
+    check_positive("epsilon", epsilon)
+    check_positive("tolerance", tolerance)

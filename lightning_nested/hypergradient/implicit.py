@@ -130,8 +130,9 @@ class _InnerProblem:
         # At unit length where the loss carries a factor, as in UnitProducts.
         size = (float(norm(v)) if self.scale != 1.0 else 1.0) or 1.0
         mixed = self.problem.mixed(_unscale(v, size), self.hparams)
-        if not allow_unused:
-            _refuse_unseen(mixed, direct)
+        for i, (m, d) in enumerate(zip(mixed, direct, strict=True)):
+            if m is None and not allow_unused:
+                raise ValueError(unseen_hyperparameter(i, outer_sees=d is not None))
         factor = size / self.scale
         total = tuple(
             (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
@@ -232,12 +233,6 @@ def _check_inputs(
         raise ValueError(f"params and hparams must be different tensors. Got {len(overlap)} in both.")
     if not torch.isfinite(outer_loss.detach()).all():
         raise FloatingPointError(f"outer_loss must be finite. Got {float(outer_loss.detach())}.")
-
-
-def _refuse_unseen(mixed: Sequence[Tensor | None], direct: Sequence[Tensor | None]) -> None:
-    for i, (m, d) in enumerate(zip(mixed, direct, strict=True)):
-        if m is None:
-            raise ValueError(unseen_hyperparameter(i, outer_sees=d is not None))
 
 
 def unseen_hyperparameter(index: int, *, outer_sees: bool) -> str:

@@ -25,28 +25,25 @@ from lightning_nested.linalg.vectors import Vector
 Loss: TypeAlias = Tensor | Callable[[], Tensor]
 
 
-class Linearization(ABC):
+@dataclass(frozen=True, eq=False)
+class Linearization:
     """The inner problem around its current parameters: a curvature, and products with the mixed derivative."""
 
     curvature: LinearOperator
     gradient: Vector  # ∂L_T/∂w, detached
-    scaled = True  # whether the curvature carries the factor of the loss, if it has one
-
-    @abstractmethod
-    def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        """Return vᵀ ∂²L_T/∂w∂λ for each hyperparameter; None where the inner gradient does not depend on it."""
+    # (v, λ) → vᵀ ∂²L_T/∂w∂λ for each hyperparameter; None where the inner gradient does not depend on it.
+    mixed: Callable[[Vector, Vector], tuple[Tensor | None, ...]]
+    scaled: bool = True  # whether the curvature carries the factor of the loss, if it has one
 
 
-class _GraphLinearization(Linearization):
-    """Mixed derivatives by one more pass through the kept graph of the gradient."""
+def _by_graph(curvature: LinearOperator, graph: Vector, *, scaled: bool = True) -> Linearization:
+    """Take mixed derivatives by one more pass through the kept graph of the gradient."""
 
-    def __init__(self, curvature: LinearOperator, graph: Vector, *, scaled: bool = True) -> None:
-        self.curvature, self._graph, self.scaled = curvature, graph, scaled
-        self.gradient = tuple(g.detach() for g in graph)
-
-    def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
+    def mixed(v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
         with explain_double_backward():
-            return vjp(self._graph, hparams, v, retain_graph=True)
+            return vjp(graph, hparams, v, retain_graph=True)
+
+    return Linearization(curvature, tuple(g.detach() for g in graph), mixed, scaled)
 
 
 class Curvature(ABC):
@@ -68,7 +65,7 @@ class Hessian(Curvature):
     def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
         """Compute one gradient with its graph."""
         operator = HessianOperator(_tensor(inner_loss), params)
-        return _GraphLinearization(operator, operator.gradient)
+        return _by_graph(operator, operator.gradient)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +88,7 @@ class GaussNewton(Curvature):
             )
         loss = _tensor(inner_loss)
         operator = GaussNewtonOperator(loss, self.outputs, params)
-        return _GraphLinearization(operator, gradient_with_graph(loss, params))
+        return _by_graph(operator, gradient_with_graph(loss, params))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,35 +111,27 @@ class FiniteDifference(Curvature):
                 "FiniteDifference() evaluates the inner loss again: inner_loss must be a function without arguments "
                 f"that returns it. Got a {type(inner_loss).__name__}."
             )
-        return _DifferenceLinearization(inner_loss, params, self.epsilon)
+        value = inner_loss()
+        length = self.epsilon if self.epsilon is not None else difference_length(params, value)
+        gradient = _gradient(value, params)
+        operator = FiniteDifferenceOperator(lambda: _gradient(inner_loss(), params), params, epsilon=length)
+
+        def mixed(v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
+            seen = torch.autograd.grad(inner_loss(), hparams, allow_unused=True) if hparams else ()
+            live = tuple(h for h, g in zip(hparams, seen, strict=True) if g is not None)
+            if not live:
+                return (None,) * len(hparams)
+            found = central_difference(lambda: _gradient(inner_loss(), live), params, v, operator.length)
+            products = iter(found)
+            return tuple(None if g is None else next(products) for g in seen)
+
+        return Linearization(operator, gradient, mixed)
 
 
 def _gradient(loss: Tensor, inputs: Vector) -> Vector:
     gradient = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     refuse_sparse(gradient)
     return gradient
-
-
-class _DifferenceLinearization(Linearization):
-    def __init__(self, loss: Callable[[], Tensor], params: Vector, epsilon: float | None) -> None:
-        self._loss, self._params = loss, params
-        value = loss()
-        length = epsilon if epsilon is not None else difference_length(params, value)
-        self.gradient = _gradient(value, params)
-        operator = FiniteDifferenceOperator(lambda: _gradient(loss(), params), params, epsilon=length)
-        self.curvature, self._length = operator, operator.length
-
-    def mixed(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        if not hparams:
-            return ()
-        seen = torch.autograd.grad(self._loss(), hparams, allow_unused=True)
-        live = tuple(h for h, g in zip(hparams, seen, strict=True) if g is not None)
-        if not live:
-            return (None,) * len(hparams)
-        products = iter(
-            central_difference(lambda: _gradient(self._loss(), live), self._params, v, self._length)
-        )
-        return tuple(None if g is None else next(products) for g in seen)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,8 +145,8 @@ class GivenCurvature(Curvature):
 
     def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
         """Compute one gradient with its graph for the mixed derivative."""
-        operator = as_operator(self.operator, params)
-        return _GraphLinearization(operator, gradient_with_graph(_tensor(inner_loss), params), scaled=False)
+        graph = gradient_with_graph(_tensor(inner_loss), params)
+        return _by_graph(as_operator(self.operator, params), graph, scaled=False)
 
 
 AnyCurvature: TypeAlias = Curvature | LinearOperator | FlatOperator | None

@@ -142,11 +142,10 @@ class Minimize(Response):
         fixed = tuple(h.detach() for h in hparams)
 
         def gradient() -> Vector:
-            return _gradient(inner_loss(w, fixed), w)
+            return torch.autograd.grad(inner_loss(w, fixed), w, allow_unused=True, materialize_grads=True)
 
         # From a point moved by rounding Newton needs two steps; from afar it could end at another point.
-        distance = _distance(_newton_step(gradient, gradient(), w), w)
-        if distance > _NEAR:
+        if _distance(_newton_step(gradient, gradient(), w), w) > _NEAR:
             self._lbfgs(lambda: inner_loss(w, fixed), w)
         distance = self._newton(gradient, w)
         return Trained(params=tuple(p.detach() for p in w), distance=distance)
@@ -163,14 +162,12 @@ class Minimize(Response):
         )
 
         def closure() -> float:
+            optimizer.zero_grad()
             value = loss()
-            for p, g in zip(w, _gradient(value, w), strict=True):
-                p.grad = g
+            torch.autograd.backward(value, inputs=w)
             return value.item()
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        for p in w:
-            p.grad = None
 
     def _newton(self, gradient: Callable[[], Vector], w: Vector) -> float:
         """Accept a step where the gradient falls; the loss itself is flat to rounding long before that."""
@@ -193,10 +190,6 @@ class Minimize(Response):
             else:
                 break  # down to rounding
         return _distance(_newton_step(gradient, g, w), w)
-
-
-def _gradient(loss: Tensor, w: Vector) -> Vector:
-    return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
 
 
 def _newton_step(gradient: Callable[[], Vector], g: Vector, w: Vector) -> Vector | None:

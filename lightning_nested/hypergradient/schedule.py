@@ -118,13 +118,11 @@ def graph_size(step: Callable[[], Sequence[Tensor]], state: Vector, shared: Vect
     return max(1.0, sum(kept.values()) / max(1, sum(x.untyped_storage().nbytes() for x in state)))
 
 
+@dataclass(eq=False)
 class _Saved:
     """Holder that lives exactly as long as the graph node that saved ``tensor``."""
 
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    tensor: Tensor
 
 
 class RandomState:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_nested.hypergradient.arguments import as_scalar, check_tensors
 from lightning_nested.hypergradient.schedule import RandomState, Schedule, cheapest, graph_size
-from lightning_nested.linalg.graph import vjp
+from lightning_nested.linalg.graph import Pushforward, vjp
 from lightning_nested.linalg.vectors import Vector
 
 Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
@@ -238,7 +238,7 @@ def _forward(run: _Run, state: Vector, t: int) -> Vector:
     reached = [False] * len(run.hparams)
     for s in range(t, run.num_steps):
         end = run.apply(state, s)
-        push = _Pushforward(end, state + run.hparams)
+        push = Pushforward(end, state + run.hparams)
         reached = [r or v is not None for r, v in zip(reached, push.pulled[n:], strict=True)]
         for d, (i, unit) in enumerate(units):
             tangents[d] = push(tangents[d] + [unit if j == i else None for j in range(len(reached))])
@@ -253,21 +253,3 @@ def _forward(run: _Run, state: Vector, t: int) -> Vector:
         values[i].append(torch.stack([unit.new_zeros(()), *parts]).sum())
     found = [torch.stack(v).reshape_as(h) for v, h in zip(values, run.hparams, strict=True)]
     return run.finish(found, reached)
-
-
-class _Pushforward:
-    """Jacobian-vector products J u = d(Jᵀv)ᵀu/dv: the vjp, linear in a dummy v, differentiated in v.
-
-    Not ``torch.func.jvp``: the step's own ``torch.autograd.grad`` does not compose with it, and
-    ``grad(jvp(f))`` is silently wrong through LayerNorm and BatchNorm in torch 2.14.
-    """
-
-    def __init__(self, outputs: Vector, inputs: Vector) -> None:
-        self.active = [y.requires_grad for y in outputs]
-        self.dummies = tuple(torch.zeros_like(y, requires_grad=True) for y in outputs if y.requires_grad)
-        ys = tuple(y for y in outputs if y.requires_grad)
-        self.pulled = vjp(ys, inputs, self.dummies, create_graph=True)
-
-    def __call__(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        pushed = iter(vjp(self.pulled, self.dummies, tangents, retain_graph=True))
-        return [next(pushed) if active else None for active in self.active]

@@ -88,8 +88,7 @@ class DropoutRates(BoundHyperparameter):
         ``batch_dim`` is the dimension of the examples in the layers' inputs.
         """
         for index, layer in enumerate(self._found(network)):
-            own = float(getattr(layer, "p", 0.0))
-            start = own if self.init is None else self.init
+            start = float(getattr(layer, "p", 0.0)) if self.init is None else self.init
             if not 0 < start < self.upper:
                 raise ValueError(
                     f"A rate must begin inside (0, {self.upper}). Got {start} of dropout layer {index}; give init=."

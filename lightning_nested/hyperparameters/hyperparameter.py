@@ -43,7 +43,10 @@ class Hyperparameter(ABC):
             parameters: Inner parameters by name.
             device: Device of the tensors.
         """
-        self._create(self._initial(self._dtype(parameters)), device)
+        dtypes = [p.dtype for p in parameters.values() if p.is_floating_point()]
+        # At least float32: an outer step changes a log-decay of −9 by some 0.05, which bfloat16 rounds to nothing.
+        dtype = reduce(torch.promote_types, dtypes or [torch.get_default_dtype()], torch.float32)
+        self._create(self._initial(dtype), device)
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the tensors' initial values in natural units; called by :meth:`build`."""
@@ -118,15 +121,6 @@ class Hyperparameter(ABC):
                     f"Got {tuple(state[key].shape)}: the checkpoint belongs to other settings."
                 )
             raw.copy_(state[key])
-
-    @staticmethod
-    def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
-        """Return the dtype of unconstrained tensors: the widest of the parameters, at least float32.
-
-        An outer step changes a log-decay of −9 by some 0.05, which bfloat16 rounds to nothing.
-        """
-        dtypes = [p.dtype for p in parameters.values() if p.is_floating_point()]
-        return reduce(torch.promote_types, dtypes or [torch.get_default_dtype()], torch.float32)
 
     def _use(self, transform: Transform, init: float | Sequence[float]) -> None:
         """Set the transform, and refuse an initial value outside its range at once instead of in ``fit``."""

@@ -48,9 +48,7 @@ class ModuleTensors(Hyperparameter):
                 f"tensor of floating type. Got {self.path!r}, a {type(found).__name__} with none."
             )
 
-    def attach_module(self, module: nn.Module) -> None:
-        """Find the tensors in ``module``."""
-        self.attach(module)
+    attach_module = attach
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the base's copies: copied together with their module the tensors are the copy's.

@@ -31,9 +31,7 @@ class Scalar(BoundHyperparameter):
         if not math.isfinite(init):
             raise ValueError(f"init must be finite. Got {init} for {name!r}.")
         self.name, self.init = name, float(init)
-        self.transform = transform or Unconstrained()
-        # Refused here, not in the middle of fit.
-        self.transform.inverse(torch.tensor(self.init, dtype=torch.float64))
+        self._use(transform or Unconstrained(), self.init)
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"value": torch.tensor(self.init, dtype=dtype)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.graph import (
+    Pushforward,
     explain_double_backward,
     graph_nodes,
     refuse_once_differentiable,
@@ -107,16 +108,13 @@ class GaussNewtonOperator(LinearOperator):
         self.like, self.outputs = params, outputs
         with explain_double_backward():
             (self._slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
-            # The gradient is linear in a dummy cotangent u, so its derivative along v with respect to u is J v.
-            self._dummy = torch.zeros_like(outputs, requires_grad=True)
-            self._pulled = vjp((outputs,), params, (self._dummy,), create_graph=True)
+            self._pushforward = Pushforward((outputs,), params)
 
     def matvec(self, v: Vector) -> Vector:
         """Jᵀ (∂²L/∂o² (J v))."""
         assert self.like is not None
         with explain_double_backward():
-            jv = vjp(self._pulled, (self._dummy,), v, retain_graph=True)
-            hjv = vjp((self._slope,), (self.outputs,), jv, retain_graph=True)
+            hjv = vjp((self._slope,), (self.outputs,), self._pushforward(v), retain_graph=True)
             products = vjp((self.outputs,), self.like, hjv, retain_graph=True)
         return owned(products, self.like, v)
 

@@ -80,13 +80,10 @@ def leading_eigenvalues(
         >>> found.eigenvalues.real.round(decimals=9).tolist(), found.num_products < found.size
         ([1.0, 0.5], True)
     """
-    if operator.like is None:
-        raise ValueError("operator.like must be set. Got None; set it to a tuple of tensors of its space.")
-    size = sum(p.numel() for p in operator.like)
-    _check_arguments(operator, size, k, which, tolerance, max_products)
     counted = _Counted(operator)
-    ncv = _subspace(size, k)
-    if k is None or ncv >= size:
+    _check_arguments(counted, k, which, tolerance, max_products)
+    ncv = _subspace(counted.size, k)
+    if k is None or ncv >= counted.size:
         values, vectors = _dense(counted)
     else:
         values, vectors = _arnoldi(counted, k, which, ncv, tolerance, max_products)
@@ -97,7 +94,7 @@ def leading_eigenvalues(
         eigenvalues=torch.from_numpy(values.astype(np.complex128)),
         residuals=torch.from_numpy(_residuals(counted, values, vectors)),
         num_products=counted.count,
-        size=size,
+        size=counted.size,
     )
 
 
@@ -110,7 +107,10 @@ class _Counted:
     """Products of an operator with NumPy vectors, counted; the dense matrix if there is one."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        assert operator.like is not None
+        if operator.like is None:
+            raise ValueError(
+                "operator.like must be set. Got None; set it to a tuple of tensors of its space."
+            )
         self.operator, self.like, self.count = operator, operator.like, 0
         self.size = sum(p.numel() for p in self.like)
         self.matrix: NDArray[np.float64] | None = None
@@ -216,16 +216,12 @@ def _residuals(product: _Counted, values: NDArray[Any], vectors: NDArray[Any]) -
 
 
 def _check_arguments(
-    operator: LinearOperator,
-    size: int,
-    k: int | None,
-    which: Which,
-    tolerance: float | None,
-    max_products: int,
+    product: _Counted, k: int | None, which: Which, tolerance: float | None, max_products: int
 ) -> None:
+    size = product.size
     if which not in get_args(Which):
         raise ValueError(f"which must be one of {get_args(Which)}. Got {which!r}.")
-    if which == "largest_imaginary" and operator.symmetric:
+    if which == "largest_imaginary" and product.operator.symmetric:
         raise ValueError(
             "which='largest_imaginary' needs an operator that is not symmetric, whose eigenvalues are not all real. "
             "Got a symmetric one, as a player's own block is."

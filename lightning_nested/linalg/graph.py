@@ -85,3 +85,19 @@ def vjp(
         return (None,) * len(inputs)
     ys, cs = zip(*pairs, strict=True)
     return torch.autograd.grad(ys, inputs, cs, allow_unused=True, **options)
+
+
+class Pushforward:
+    """Jacobian-vector products J u = d(Jᵀv)ᵀu/dv: the vjp, linear in a dummy v, differentiated in v.
+
+    Not ``torch.func.jvp``: a function's own ``torch.autograd.grad`` does not compose with it, and
+    ``grad(jvp(f))`` is silently wrong through LayerNorm and BatchNorm in torch 2.14.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        self._dummies = tuple(torch.zeros_like(y, requires_grad=True) for y in outputs)
+        self.pulled = vjp(outputs, inputs, self._dummies, create_graph=True)
+
+    def __call__(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """J u for each output, with u given for each input; None stands for zeros."""
+        return list(vjp(self.pulled, self._dummies, tangents, retain_graph=True))

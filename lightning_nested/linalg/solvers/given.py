@@ -1,4 +1,4 @@
-"""Inverses that the user provides."""
+"""Inverses that need no product with A: the identity, and those that the user provides."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ from typing import Any, TypeAlias
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
 from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
 from lightning_nested.linalg.solvers.neumann import Neumann
-from lightning_nested.linalg.vectors import norm
+from lightning_nested.linalg.vectors import clone, norm
 
 AnySolver: TypeAlias = InverseSolver | LinearOperator | FlatOperator | None
 """A solver, an approximate inverse with ``@``, or None for ``Neumann()``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(InverseSolver):
+    """x = b, the inverse of the identity: T1-T2, also the zero-term series without its step size.
+
+    Luketina, Berglund, Greff & Raiko (2016), ICML, PMLR 48:2952-2960.
+    """
+
+    def _solve(self, system: LinearSystem) -> Solution:
+        x, unknown = clone(system.b), math.nan
+        return Solution(x=x, residual=unknown, iterations=0, status="truncated", state=system.state)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ class Neumann(InverseSolver):
             if system.number(norm(term)) >= system.size:  # the old solution is further away than zero
                 start, term = None, clone(system.b)
         for _ in range(_MAX_HALVINGS):
+            # No eigenvalue: A = 0, and any step size gives the same divergent answer, reported by the series.
             step_size = self.step_size if self.step_size is not None else 1.0 / (state.eigenvalue or 1.0)
             solution = self._series(system, term, step_size)
             products += solution.iterations
@@ -153,6 +154,4 @@ def _power_iteration(system: LinearSystem) -> tuple[SolverState, int]:
         value = size
         if settled:
             break
-    if value is None:
-        value = 1.0  # A = 0: any step size gives the same divergent answer, reported by the series
-    return SolverState(system.state.solution, vector, value), count
+    return replace(system.state, eigenvector=vector, eigenvalue=value), count
