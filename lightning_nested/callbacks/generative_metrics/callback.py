@@ -312,18 +312,11 @@ def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 def _whole(loader: Iterable[Any]) -> Iterable[Any]:
     """Return a loader of all images: one for training may drop its last, smaller batch."""
-    if (
-        not isinstance(loader, DataLoader)
-        or not loader.drop_last
-        or isinstance(loader.dataset, IterableDataset)
-    ):
+    if not isinstance(loader, DataLoader) or not loader.drop_last:
         return loader
-    sampler: Any = loader.sampler
     dataset: Any = loader.dataset
     # A sampler of another length chooses examples, or repeats them.
-    if len(sampler) != len(dataset):
+    if isinstance(dataset, IterableDataset) or len(cast(Any, loader.sampler)) != len(dataset):
         return loader
-    options: dict[str, Any] = {
-        name: getattr(loader, name) for name in ("batch_size", "collate_fn", "num_workers")
-    }
-    return DataLoader(dataset, **options)
+    kept = ("batch_size", "collate_fn", "num_workers")
+    return DataLoader(dataset, **{name: getattr(loader, name) for name in kept})
