@@ -160,39 +160,28 @@ def _raised_here(error: BaseException | None) -> ValueError | None:
     return error if module.startswith("lightning_nested.") else None
 
 
-def _hints(message: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield close matches for the unknown options, classes and arguments that an error of jsonargparse names."""
+def _unknown_words(message: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, Iterable[str]]]:
+    """Yield the unknown options, classes and arguments that an error of jsonargparse names, with the known ones."""
     options = list(_option_strings(parser))
-    unrecognized = " ".join(re.findall(r"unrecognized arguments: (.*)", message))
-    unknown: list[tuple[str, Iterable[str]]] = [
-        *((option, options) for option in re.findall(r"(?:^|\s)(--[^\s=]+)", unrecognized)),
-        *(
-            (key, [option.removeprefix("--") for option in options])
-            for key in re.findall(r"does not accept option '([^']+)'", message)
-        ),
-        *(
-            (name, _class_names())
-            for name in re.findall(r"Expected a dot import path string: (\S+)", message)
-        ),
-        *(
-            (name, dir(import_module(module)))
-            for module, name in re.findall(r"module '([^']+)' has no attribute '([^']+)'", message)
-        ),
-        *(
-            (option, _parameter_names(class_path))
-            for class_path, option in re.findall(
-                r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message
-            )
-        ),
-        # For a class behind a callable, as an optimizer, the message has the other order.
-        *(
-            (option, _parameter_names(class_path))
-            for option, class_path in re.findall(
-                r"Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'", message
-            )
-        ),
-    ]
-    for word, known in unknown:
+    for unrecognized in re.findall(r"unrecognized arguments: (.*)", message):
+        for option in re.findall(r"(?:^|\s)(--[^\s=]+)", unrecognized):
+            yield option, options
+    for key in re.findall(r"does not accept option '([^']+)'", message):
+        yield key, [option.removeprefix("--") for option in options]
+    for name in re.findall(r"Expected a dot import path string: (\S+)", message):
+        yield name, _class_names()
+    for module, name in re.findall(r"module '([^']+)' has no attribute '([^']+)'", message):
+        yield name, dir(import_module(module))
+    for path, option in re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message):
+        yield option, _parameter_names(path)
+    # For a class behind a callable, as an optimizer, the message has the other order.
+    reverse = r"Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'"
+    for option, path in re.findall(reverse, message):
+        yield option, _parameter_names(path)
+
+
+def _hints(message: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    for word, known in _unknown_words(message, parser):
         question = close_matches(word, known)
         if question:
             yield f"{word}{question.replace('. Did', ': did')}"

@@ -10,8 +10,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
-from lightning_nested.figures.game_report import FLOOR, game_figure, summary_line
+from lightning_nested.figures.game_report import game_figure
 from lightning_nested.trainer.run_folder import run_folder, write_report
+
+# Distances below it, relative to the first, are rounding.
+_FLOOR = 1e-13
 
 
 class GameReport(Callback):
@@ -58,10 +61,8 @@ class GameReport(Callback):
             "predicted_rate": history[-1].rate if history else None,
         }
         figure = game_figure(pl_module, self.results)
-        write_report(trainer, folder, self.name, self.results, figure, pl_module.game_updates)
-        print(
-            f"{summary_line(self.results)}\n{folder / self.name}.png and results.json beside it", flush=True
-        )
+        text = _summary(self.results)
+        write_report(trainer, folder, self.name, self.results, figure, pl_module.game_updates, text)
 
 
 def measured_rate(distances: list[float]) -> float | None:
@@ -70,9 +71,22 @@ def measured_rate(distances: list[float]) -> float | None:
     >>> round(measured_rate([0.9**t for t in range(100)]), 12)
     0.9
     """
-    floor = FLOOR * (distances[0] if distances else 0.0)
+    floor = _FLOOR * (distances[0] if distances else 0.0)
     used = next((t for t, d in enumerate(distances) if not floor < d < math.inf), len(distances))
     first, last = used // 2, used - 1
     if last - first < 2:
         return None
     return math.exp((math.log(distances[last]) - math.log(distances[first])) / (last - first))
+
+
+def _summary(results: dict[str, Any]) -> str:
+    rates = [
+        f"{what} {results[key]:.6f}"
+        for what, key in (("measured", "measured_rate"), ("predicted", "predicted_rate"))
+        if results[key] is not None
+    ]
+    return (
+        f"\n{results['game']}: distance to the solution {results['distance_at_start']:.3g} → "
+        f"{results['distance_at_end']:.3g} in {results['game_updates']} game updates; "
+        f"rate per update: {', '.join(rates) or 'none'}"
+    )

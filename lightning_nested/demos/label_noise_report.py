@@ -54,9 +54,9 @@ class LabelNoiseReport(Callback):
         self.name = name
         self.results: dict[str, Any] = {}
         self._trace = Trace()
-        self._initial: LightningModule | None = None
-        self._tuner: HypergradientCallback | None = None
-        self._stream: RandomStream | None = None
+        self._initial: LightningModule
+        self._tuner: HypergradientCallback
+        self._stream: RandomStream
         self._began = 0.0
         # Outer steps in the trace.
         self._traced = 0
@@ -93,7 +93,6 @@ class LabelNoiseReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._tuner is not None
         report = self._tuner.last_report
         step = self._tuner.outer_steps
         if report is None or step == self._traced:
@@ -113,9 +112,6 @@ class LabelNoiseReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._tuner is not None
-        assert self._initial is not None
-        assert self._stream is not None
         seconds = {"tuned": time.perf_counter() - self._began}
         # A copy, because pl_module belongs to its own Trainer.
         tuned = copy.deepcopy(self._initial)
@@ -156,8 +152,8 @@ class LabelNoiseReport(Callback):
         )
         self.results["seconds"] = time.perf_counter() - self._began
         folder = run_folder(trainer)
-        write_report(trainer, folder, self.name, self.results, figure, trainer.global_step)
-        print(f"{_table(self.results)}\n{folder / self.name}.png and results.json beside it", flush=True)
+        table = _table(self.results)
+        write_report(trainer, folder, self.name, self.results, figure, trainer.global_step, table)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -168,7 +164,6 @@ class LabelNoiseReport(Callback):
         self._trace = Trace(**state_dict)
 
     def _accuracy(self, trainer: Trainer, module: LightningModule) -> float:
-        assert self._stream is not None
         # A pass over a loader draws random numbers.
         with self._stream.replay():
             metrics = test_like(trainer, module)

@@ -111,13 +111,11 @@ class ModeCoverage(Callback):
         }
         figure = mode_figure(self.history, self._pictures, data.centres, data.std)
         file = "results.json" if len(_of(trainer)) == 1 else f"{self.name}.json"
-        write_report(trainer, folder, self.name, results, figure, updates, file=file)
-        print(
+        text = (
             f"\n{modes} of {len(data.centres)} modes covered (by at least {self.at_least} of {self.num_samples} "
-            f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates\n"
-            f"{folder / self.name}.png and {file} beside it",
-            flush=True,
+            f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates"
         )
+        write_report(trainer, folder, self.name, results, figure, updates, text, file=file)
 
     @property
     @override

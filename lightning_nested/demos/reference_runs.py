@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -69,16 +69,11 @@ def _plain_trainer(trainer: Trainer) -> Trainer:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence Lightning on devices and step limits; the run itself had its advice."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            # From torch to Lightning, repeated for every Trainer.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with ExitStack() as stack, warnings.catch_warnings():
+        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        # From torch to Lightning, repeated for every Trainer.
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -13,18 +13,6 @@ from lightning_nested.games import Game
 from lightning_nested.modules.game.module import GameModule
 
 
-class Strategy(nn.Module):
-    """Parameters of one player of a zoo game, a vector that starts at ``value``."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = nn.Parameter(value.detach().clone())
-
-    def forward(self) -> Tensor:
-        """Return the player's tensor."""
-        return self.value
-
-
 class ZooGame(GameModule):
     """Module that trains a :class:`Game` and logs its players' distance from a solution as ``distance``.
 
@@ -65,8 +53,9 @@ class ZooGame(GameModule):
         self.game, self.batches_per_epoch = game, batches_per_epoch
         random = torch.Generator().manual_seed(seed)
         values = game.initial(random) if start is None else self._fit("start", start)
-        players = {name: Strategy(value) for name, value in zip(game.names, values, strict=True)}
-        self.strategies = nn.ModuleDict(players)
+        self.strategies = nn.ModuleDict()
+        for name, value in zip(game.names, values, strict=True):
+            self.strategies[name] = nn.ParameterDict({"value": value.detach().clone()})
         at = [[0.0] * n for n in game.sizes] if solution is None else solution
         self.solution: Tensor
         self.register_buffer("solution", torch.cat(self._fit("solution", at)))
@@ -79,8 +68,7 @@ class ZooGame(GameModule):
 
     @override
     def player_losses(self, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
-        losses = self.game.losses(tuple(strategy() for strategy in self.strategies.values()))
-        by_name = dict(zip(self.strategies, losses, strict=True))
+        by_name = dict(zip(self.strategies, self.game.losses(self._point()), strict=True))
         return {name: by_name[name] for name in names}
 
     @override
@@ -89,7 +77,7 @@ class ZooGame(GameModule):
 
     def distance(self) -> Tensor:
         """Return ‖w − solution‖ over all players."""
-        w = torch.cat([strategy() for strategy in self.strategies.values()]).detach()
+        w = torch.cat(self._point()).detach()
         return torch.linalg.vector_norm(w - self.solution)  # type: ignore[no-any-return]
 
     @override
@@ -104,11 +92,12 @@ class ZooGame(GameModule):
     def on_train_start(self) -> None:
         super().on_train_start()
         if not self.distances:
-            self._record()
+            self.on_game_update()
 
     @override
     def on_game_update(self) -> None:
-        self._record()
+        self.distances.append(float(self.distance()))
+        self.path.append(torch.cat(self._point()).tolist())
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -121,9 +110,8 @@ class ZooGame(GameModule):
         kept = checkpoint.get("path", {"distances": [], "path": []})
         self.distances, self.path = list(kept["distances"]), list(kept["path"])
 
-    def _record(self) -> None:
-        self.distances.append(float(self.distance()))
-        self.path.append([x for strategy in self.strategies.values() for x in strategy().detach().tolist()])
+    def _point(self) -> tuple[Tensor, ...]:
+        return tuple(self.strategies.parameters())
 
     def _fit(self, what: str, values: Sequence[Sequence[float]]) -> list[Tensor]:
         tensors = [torch.tensor(value, dtype=torch.float64) for value in values]

@@ -11,24 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Distances below it, relative to the first, are rounding.
-FLOOR = 1e-13
 # e^700 is still a float64.
 _LARGEST_LOG = 700.0
-
-
-def summary_line(results: dict[str, Any]) -> str:
-    """Return the measured rates as one line of text."""
-    rates = [
-        f"{what} {results[key]:.6f}"
-        for what, key in (("measured", "measured_rate"), ("predicted", "predicted_rate"))
-        if results[key] is not None
-    ]
-    return (
-        f"\n{results['game']}: distance to the solution {results['distance_at_start']:.3g} → "
-        f"{results['distance_at_end']:.3g} in {results['game_updates']} game updates; "
-        f"rate per update: {', '.join(rates) or 'none'}"
-    )
 
 
 def game_figure(module: Any, results: dict[str, Any]) -> Figure:
@@ -52,7 +36,7 @@ def game_figure(module: Any, results: dict[str, Any]) -> Figure:
         for axes in (path, distance):
             axes.grid()
             axes.legend()
-        figure.suptitle(summary_line(results).strip().partition(":")[0], x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(results["game"], x=0.01, ha="left", fontweight="bold")
     return figure
 
 

@@ -56,8 +56,7 @@ def spectrum_figure(
 
 
 def _draw(axes: Axes, spectrum: MeasuredSpectrum, players: Sequence[str], bottom: float, top: float) -> None:
-    axes.set_xlim(bottom, top)
-    axes.set_ylim(-math.pi * 1.04, math.pi * 1.04)
+    axes.set(xlim=(bottom, top), ylim=(-math.pi * 1.04, math.pi * 1.04))
     ticks = {-1.0: "−π", -0.5: "−π/2", 0.0: "0", 0.5: "π/2", 1.0: "π"}
     axes.set_yticks([math.pi * t for t in ticks], list(ticks.values()))
     for t in ticks:

@@ -34,8 +34,7 @@ def lyapunov_figure(
     count = torch.arange(1, len(local) + 1, dtype=local.dtype)[:, None]
     running = local.cumsum(0) / count
     width = min(smoothing, len(local))
-    total = torch.cat([torch.zeros_like(local[:1]), local.cumsum(0)])
-    smooth = (total[width:] - total[:-width]) / width
+    smooth = local.unfold(0, width, 1).mean(dim=-1)
     with styled_figure(8, 4.2, dpi=110) as figure:
         axes = figure.subplots()
         axes.axhline(0.0, color=MUTED, lw=0.8)

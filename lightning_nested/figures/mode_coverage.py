@@ -51,9 +51,8 @@ def _samples(axes: Axes, samples: Tensor, centres: Tensor, std: float) -> None:
 def _counts(axes: Axes, history: list[tuple[int, int, float]], num_modes: int) -> None:
     updates, modes, quality = zip(*history, strict=True)
     axes.plot(updates, modes, color=BLUE, linewidth=1.8)
-    axes.set_ylim(-0.02 * num_modes, 1.06 * num_modes)
+    axes.set(xlabel="game updates", ylim=(-0.02 * num_modes, 1.06 * num_modes))
     axes.set_ylabel("modes covered", color=BLUE)
-    axes.set_xlabel("game updates")
     share = axes.twinx()
     share.plot(updates, [100 * q for q in quality], color=GREEN, linewidth=1.8)
     share.set_ylim(-2, 106)

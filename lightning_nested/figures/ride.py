@@ -6,25 +6,20 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics import Branch, Branching, RideTree, update_map
+from lightning_nested.dynamics import Branch, Branching, RideTree, UpdateMap, update_map
 from lightning_nested.dynamics.riders.branching import FiniteTime
 from lightning_nested.figures.style import DARK_COLOURS, GREY, open_axes, styled_figure
 from lightning_nested.games import Game
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from lightning_nested.dynamics import UpdateMap
-
 
 # Largest number of parameters for which the field is drawn.
 _LARGEST = 64
@@ -106,8 +101,8 @@ def _field(
     axes.plot(*begins.mT.tolist(), "o", ms=6, mfc="white", mec="black", label="start", zorder=4)
     star: dict[str, Any] = {"ms": 11, "color": "gold", "mec": "black", "mew": 0.8}
     axes.plot(*points.mT.tolist(), "*", **star, label="branching point", zorder=5)
-    axes.set_xlim(float(low[0]), float(high[0]))
-    axes.set_ylim(float(low[1]), float(high[1]))
+    xlim, ylim = torch.stack([low, high]).mT.tolist()
+    axes.set(xlim=xlim, ylim=ylim)
     title = "Where training separates"
     if whole:
         open_axes(axes, title, "logit of the first player", "logit of the second player")

@@ -48,7 +48,6 @@ def styled_figure(width: float, height: float, *, dpi: int = 100, **options: Any
 def open_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Set a bold title and both labels, drop the frame's top and right, and draw a grid."""
     axes.set_title(title, fontweight="bold")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True)

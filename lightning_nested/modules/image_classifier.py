@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nested.networks import build_network
+from lightning_nested.trainer.lightning import built_by_command_line
 
 
 def classification_network(
@@ -59,8 +60,7 @@ class ClassificationSteps(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Return class probabilities ``(batch, num_classes)``; a batch may be bare images."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        probabilities: Tensor = self(images).softmax(dim=-1)
-        return probabilities
+        return nn.functional.softmax(self(images), dim=-1)
 
     def _evaluate(self, batch: Sequence[Tensor], stage: str) -> Tensor:
         images, labels = batch[0], batch[1]
@@ -132,10 +132,9 @@ class ImageClassifier(ClassificationSteps):
     ) -> None:
         super().__init__()
         live = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
-        self.save_hyperparameters(ignore=[name for name, value in live.items() if callable(value)])
-        if "_instantiator" in self.hparams:
-            # Built by LightningCLI, which saves the configuration instead of the values: all plain data.
-            self.save_hyperparameters()
+        # LightningCLI saves the configuration instead of the values: all plain data.
+        plain = built_by_command_line()
+        self.save_hyperparameters(ignore=[n for n, value in live.items() if callable(value) and not plain])
         self.network = classification_network(network, num_classes, input_shape, network_options)
         self.optimizer = optimizer
         self.scheduler = scheduler

@@ -69,12 +69,10 @@ def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 @contextmanager
 def restored_modes(module: nn.Module) -> Iterator[None]:
     """Restore the train or evaluation mode of every submodule on exit."""
-    modes = {layer: layer.training for layer in module.modules()}
-    try:
+    with ExitStack() as stack:
+        for layer in module.modules():
+            stack.callback(setattr, layer, "training", layer.training)
         yield
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode
 
 
 @torch.no_grad()

@@ -25,10 +25,11 @@ def write_report(
     results: dict[str, Any],
     figure: Figure,
     step: int,
+    text: str,
     *,
     file: str = "results.json",
 ) -> None:
-    """Write the results and ``<name>.png``, and the figure to loggers that take figures."""
+    """Write the results and ``<name>.png``, and the figure to loggers that take figures; print the text."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     figure.savefig(folder / f"{name}.png")
@@ -36,3 +37,4 @@ def write_report(
         add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
         if add_figure is not None:
             add_figure(name, figure, step)
+    print(f"{text}\n{folder / name}.png and {file} beside it", flush=True)

@@ -44,7 +44,7 @@ def test_parameter_counts_published_for_imagenet() -> None:
 
 @pytest.mark.parametrize("resolution", [64, 128, 256])
 def test_forward_and_backward_at_every_resolution(resolution: int) -> None:
-    blocks = len(GENERATORS[resolution].sides)
+    blocks = len(GENERATORS[resolution]) - 1
     # The attention of the authors' configurations.
     generator = Generator(
         1, blocks + 1, 5, resolution, attention=(64,), shared_dim=3, hierarchical=True, initialization="orthogonal"
@@ -70,7 +70,7 @@ def test_forward_and_backward_at_every_resolution(resolution: int) -> None:
 
 @pytest.mark.parametrize("resolution", list(GENERATORS))
 def test_forward_shapes_with_every_option(resolution: int) -> None:
-    blocks = len(GENERATORS[resolution].sides)
+    blocks = len(GENERATORS[resolution]) - 1
     generator = Generator(
         2,
         4 * (blocks + 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
 
@@ -25,8 +26,6 @@ from lightning_nested.callbacks.generative_metrics.evaluators import (
 from lightning_nested.callbacks.generative_metrics.real_statistics import (
     RealStatistics,
     extract,
-    gather,
-    interleave,
     real_statistics,
 )
 from lightning_nested.callbacks.generative_metrics.scores import (
@@ -179,15 +178,9 @@ class GenerativeMetrics(Callback):
         extractor.to(pl_module.device)
         for mode in self.batch_norm:
             rng = torch.Generator(pl_module.device).manual_seed(self.seed * 1_000_003 + trainer.global_rank)
-            made = []
-            for part in torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image)):
-                images = generator_of.sample_for_metrics(part, batch_norm=mode, generator=rng)
-                made.append(extract(extractor, images.float(), pl_module.device))
-            features = torch.cat([f for f, _ in made])
-            logits = None if made[0][1] is None else torch.cat([y for _, y in made if y is not None])
-            parts = gather(trainer, (features, logits))
-            features = interleave([part[0] for part in parts])
-            logits = None if parts[0][1] is None else interleave([part[1] for part in parts])
+            sample = partial(generator_of.sample_for_metrics, batch_norm=mode, generator=rng)
+            parts = torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image))
+            features, logits = extract(trainer, extractor, (sample(part).float() for part in parts))
             found: dict[str, float] = {}
             if trainer.is_global_zero:
                 asked = labels if extractor.judges_classes else None
@@ -319,18 +312,11 @@ def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 def _whole(loader: Iterable[Any]) -> Iterable[Any]:
     """Return a loader of all images: one for training may drop its last, smaller batch."""
-    if (
-        not isinstance(loader, DataLoader)
-        or not loader.drop_last
-        or isinstance(loader.dataset, IterableDataset)
-    ):
+    if not isinstance(loader, DataLoader) or not loader.drop_last:
         return loader
-    sampler: Any = loader.sampler
     dataset: Any = loader.dataset
     # A sampler of another length chooses examples, or repeats them.
-    if len(sampler) != len(dataset):
+    if isinstance(dataset, IterableDataset) or len(cast(Any, loader.sampler)) != len(dataset):
         return loader
-    options: dict[str, Any] = {
-        name: getattr(loader, name) for name in ("batch_size", "collate_fn", "num_workers")
-    }
-    return DataLoader(dataset, **options)
+    kept = ("batch_size", "collate_fn", "num_workers")
+    return DataLoader(dataset, **{name: getattr(loader, name) for name in kept})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,13 @@ class FeatureExtractor(nn.Module):
 class Evaluator(ABC):
     """Strategy that builds a feature extractor. ``name`` goes into the name of every score."""
 
+    # True if a Fréchet distance in these features may be called FID.
+    is_inception: ClassVar[bool] = False
+
     @property
     @abstractmethod
     def name(self) -> str:
         """Return a short name for scores."""
-
-    @property
-    def is_inception(self) -> bool:
-        """Return True if a Fréchet distance in these features may be called FID."""
-        return False
 
     @abstractmethod
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
@@ -72,17 +70,13 @@ class InceptionEvaluator(Evaluator):
         FileNotFoundError: If the file is missing, or nothing can be downloaded.
     """
 
+    is_inception: ClassVar[bool] = True
     weights: str | None = None
 
     @property
     @override
     def name(self) -> str:
         return "inception"
-
-    @property
-    @override
-    def is_inception(self) -> bool:
-        return True
 
     @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:

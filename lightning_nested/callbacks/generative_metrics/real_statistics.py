@@ -19,6 +19,9 @@ from lightning_nested.callbacks.generative_metrics.evaluators import (
     gather_batches,
 )
 
+# Images per forward of the extractor.
+_BATCH_SIZE = 250
+
 
 @dataclass(frozen=True, kw_only=True)
 class RealStatistics:
@@ -64,19 +67,17 @@ def real_statistics(
     keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
     order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
     mine = order[trainer.global_rank :: trainer.world_size]
-    features, logits = extract(extractor, images[mine], trainer.strategy.root_device)
-    parts = gather(trainer, (features, logits, labels[mine]))
-    features = interleave([part[0] for part in parts])
-    right = [
-        part[1].argmax(dim=1) == part[2] for part in parts if extractor.judges_classes and part[1] is not None
-    ]
+    features, logits = extract(trainer, extractor, [images[mine]])
+    accuracy = float("nan")
+    if extractor.judges_classes and logits is not None:
+        accuracy = float((logits.argmax(dim=1) == labels[order]).float().mean())
     wide = features.double()
     found: dict[str, Any] = {
         "count": len(features),
         "total": wide.sum(dim=0),
         "products": wide.T @ wide,
         "features": features[:num_features_kept].clone(),
-        "accuracy": float(torch.cat(right).float().mean()) if right else float("nan"),
+        "accuracy": accuracy,
     }
     if trainer.is_global_zero:
         cache.mkdir(parents=True, exist_ok=True)
@@ -89,26 +90,26 @@ def real_statistics(
 
 @torch.no_grad()
 def extract(
-    extractor: FeatureExtractor, images: Tensor, device: torch.device, *, batch_size: int = 250
+    trainer: Trainer, extractor: FeatureExtractor, images: Iterable[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return features and logits of many images, float32 on the CPU."""
+    """Return features and logits of the images of all processes, float32 on the CPU.
+
+    Args:
+        trainer: Trainer whose processes share the work.
+        extractor: Extractor, on the device of this process.
+        images: Parts of the share ``x[rank::world_size]`` of this process; results are in the order of x.
+    """
     features, logits = [], []
-    for part in torch.split(images, batch_size):
-        f, y = extractor(part.to(device))
+    for part in (part for chunk in images for part in torch.split(chunk, _BATCH_SIZE)):
+        f, y = extractor(part.to(trainer.strategy.root_device))
         features.append(f.float().cpu())
         if y is not None:
             logits.append(y.float().cpu())
-    empty = torch.empty(0, extractor.num_features)
-    return torch.cat(features) if features else empty, torch.cat(logits) if logits else None
-
-
-def gather(trainer: Trainer, value: Any) -> list[Any]:
-    """Return the values of all processes, on every process."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
+    shares = [(torch.cat(features), torch.cat(logits) if logits else None)] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(shares, shares[0])
+    of_all = [y for _, y in shares if y is not None]
+    return interleave([f for f, _ in shares]), interleave(of_all) if of_all else None
 
 
 def interleave(parts: list[Tensor]) -> Tensor:

@@ -219,7 +219,7 @@ class BigGAN(GANModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        player = "generator" if self._is_generator(optimizer) else "discriminator"
+        player = next(n for n, p in self.running_players.items() if p.optimizer.optimizer is optimizer)
         if player == "generator" and self.trainer.world_size > 1:
             # Not sooner: a graph still holds them.
             average_running_statistics(self.generator, self.trainer.strategy)
@@ -248,10 +248,6 @@ class BigGAN(GANModule):
     def _logs_at(self, update: int) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return self.execution.log_details and every > 0 and update % every == 0
-
-    def _is_generator(self, optimizer: Optimizer) -> bool:
-        first = next(self.generator.parameters())
-        return any(p is first for group in optimizer.param_groups for p in group["params"])
 
     @override
     def sample(

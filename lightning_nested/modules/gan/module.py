@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -84,10 +83,9 @@ class GANModule(GameModule):
 
     @override
     def player_loss(self, name: str, batch: Any) -> Tensor:
+        loss = self.discriminator_loss if name == "discriminator" else self.generator_loss
         with self.one_function() if self.joint_graph else nullcontext():
-            if name == "discriminator":
-                return self.discriminator_loss(batch)
-            return self.generator_loss(batch)
+            return loss(batch)
 
     def discriminator_loss(self, batch: Any) -> Tensor:
         """Return L_D of a batch, penalties included."""
@@ -163,11 +161,9 @@ class GANModule(GameModule):
             return None
         return torch.randint(self.num_classes, (count,), device=next(self.generator.parameters()).device)
 
-    @contextmanager
-    def one_function(self) -> Iterator[None]:
+    def one_function(self) -> AbstractContextManager[None]:
         """Keep spectral vectors fixed, so that several forwards are of one function that differentiates twice."""
-        with frozen_power_iteration(self.generator, self.discriminator):
-            yield
+        return frozen_power_iteration(self.generator, self.discriminator)
 
     def _augmented(self, data: Tensor) -> Tensor:
         return data if self.augment is None else self.augment(data)

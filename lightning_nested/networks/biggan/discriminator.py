@@ -49,15 +49,16 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(resolution, width=width, num_classes=num_classes, image_channels=image_channels)
-        table = DISCRIMINATORS[resolution]
+        widths, halvings = DISCRIMINATORS[resolution]
         self.num_classes = num_classes
         self.image_shape = (image_channels, resolution, resolution)
-        channels = [image_channels, *(width * multiple for multiple in table.widths)]
+        channels = [image_channels, *(width * multiple for multiple in widths)]
         self.blocks = nn.ModuleList(
-            DiscriminatorBlock(fan_in, fan_out, preactivate=block > 0, downsample=table.downsample[block])
+            DiscriminatorBlock(fan_in, fan_out, preactivate=block > 0, downsample=block < halvings)
             for block, (fan_in, fan_out) in enumerate(pairwise(channels))
         )
-        self.attention = attention_layers(attention, table.sides(resolution), channels)
+        sides = [resolution // 2 ** min(block + 1, halvings) for block in range(len(widths))]
+        self.attention = attention_layers(attention, sides, channels)
         self.linear = SpectralNormLinear(channels[-1], 1)
         self.embedding = SpectralNormEmbedding(num_classes, channels[-1])
         initialize(self, initialization)

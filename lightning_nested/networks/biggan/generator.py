@@ -79,8 +79,8 @@ class Generator(nn.Module):
             num_classes=num_classes,
             image_channels=image_channels,
         )
-        table = GENERATORS[resolution]
-        slices = len(table.sides) + 1 if hierarchical else 1
+        widths = GENERATORS[resolution]
+        slices = len(widths) if hierarchical else 1
         if hierarchical and (shared_dim < 1 or latent_dim % slices):
             raise ValueError(
                 f"hierarchical needs shared_dim >= 1 and a latent_dim that {slices} divides. "
@@ -101,13 +101,14 @@ class Generator(nn.Module):
         def norm(channels: int) -> ConditionalBatchNorm2d:
             return ConditionalBatchNorm2d(channels, layer(channels), layer(channels))
 
-        channels = [width * multiple for multiple in table.widths]
+        channels = [width * multiple for multiple in widths]
         self.shared = ClassEmbedding(num_classes, shared_dim) if shared_dim else None
         self.linear = SpectralNormLinear(self.slice_dim, channels[0] * FIRST_SIDE**2)
         self.blocks = nn.ModuleList(
             GeneratorBlock(fan_in, fan_out, norm) for fan_in, fan_out in pairwise(channels)
         )
-        self.attention = attention_layers(sorted(attention), table.sides, channels)
+        sides = [FIRST_SIDE * 2**block for block in range(1, len(widths))]
+        self.attention = attention_layers(sorted(attention), sides, channels)
         self.norm = nn.BatchNorm2d(channels[-1])
         self.conv = SpectralNormConv2d(channels[-1], image_channels, 3, padding=1)
         initialize(self, initialization)

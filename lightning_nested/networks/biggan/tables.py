@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +11,21 @@ from lightning_nested.networks.spectral_norm import SpectralNormLayer
 
 Initialization = Literal["normal", "orthogonal"]
 FIRST_SIDE = 4
+# Widths in multiples of the base width, by resolution: the input of the first block, then the output of each. Every
+# block doubles the side, which starts at FIRST_SIDE.
+GENERATORS: dict[int, tuple[int, ...]] = {
+    32: (4, 4, 4, 4),
+    64: (16, 16, 8, 4, 2),
+    128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 8, 8, 4, 2, 1),
+}
+# Output width of each block in multiples of the base width, and how many blocks, the first ones, halve the side.
+DISCRIMINATORS: dict[int, tuple[tuple[int, ...], int]] = {
+    32: ((4, 4, 4, 4), 2),
+    64: ((1, 2, 4, 8, 16), 4),
+    128: ((1, 2, 4, 8, 16, 16), 5),
+    256: ((1, 2, 4, 8, 8, 16, 16), 6),
+}
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
@@ -67,46 +81,3 @@ def initialize(module: nn.Module, initialization: Initialization) -> None:
             nn.init.normal_(layer.weight, std=0.02)
         if isinstance(layer, SpectralNormLayer):
             layer.match_vectors()
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorTable:
-    """Widths of the generator as multiples of the base width; every block doubles the side, which starts at 4."""
-
-    # The input of the first block, then the output of each.
-    widths: tuple[int, ...]
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Return the side of each block's output."""
-        return tuple(4 * 2 ** (block + 1) for block in range(len(self.widths) - 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorTable:
-    """Output width of each discriminator block, in multiples of the base width, and the blocks that halve the side."""
-
-    widths: tuple[int, ...]
-    downsample: tuple[bool, ...]
-
-    def sides(self, resolution: int) -> tuple[int, ...]:
-        """Return the side of each block's output."""
-        sides, side = [], resolution
-        for down in self.downsample:
-            side //= 1 + down
-            sides.append(side)
-        return tuple(sides)
-
-
-GENERATORS: dict[int, GeneratorTable] = {
-    32: GeneratorTable(widths=(4, 4, 4, 4)),
-    64: GeneratorTable(widths=(16, 16, 8, 4, 2)),
-    128: GeneratorTable(widths=(16, 16, 8, 4, 2, 1)),
-    256: GeneratorTable(widths=(16, 16, 8, 8, 4, 2, 1)),
-}
-DISCRIMINATORS: dict[int, DiscriminatorTable] = {
-    32: DiscriminatorTable(widths=(4, 4, 4, 4), downsample=(True, True, False, False)),
-    64: DiscriminatorTable(widths=(1, 2, 4, 8, 16), downsample=(True,) * 4 + (False,)),
-    128: DiscriminatorTable(widths=(1, 2, 4, 8, 16, 16), downsample=(True,) * 5 + (False,)),
-    256: DiscriminatorTable(widths=(1, 2, 4, 8, 8, 16, 16), downsample=(True,) * 6 + (False,)),
-}

@@ -48,7 +48,8 @@ class Steps(Callback):
         self.batches += 1
 
     def on_before_optimizer_step(self, _: Trainer, pl_module: Any, optimizer: Any) -> None:
-        name = "G" if pl_module._is_generator(optimizer) else "D"
+        generator = pl_module.running_players["generator"].optimizer.optimizer
+        name = "G" if optimizer is generator else "D"
         self.steps.append((self.batches, name))
 
 
