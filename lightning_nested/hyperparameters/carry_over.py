@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Names = Sequence[str] | None
-"""Of the entries of a vector; None: a tensor that is kept as a whole."""
+"""Names of a vector's entries; None: a tensor that is kept as a whole."""
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ class Hyperparameter(ABC):
 
     @staticmethod
     def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
-        """Of unconstrained tensors: the widest of the parameters, at least float32.
+        """Return the type of unconstrained tensors: the widest of the parameters, at least float32.
 
         An outer step changes a log-decay of −9 by some 0.05, which bfloat16 rounds to nothing.
         """

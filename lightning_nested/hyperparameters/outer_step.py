@@ -39,7 +39,8 @@ class OuterReport:
     Attributes:
         outer_loss: Mean over processes.
         hypergradient_norm: ‖dL_V/dλ‖ with respect to the unconstrained tensors.
-        inner_gradient_norm: Of the inner loss with its penalties; the implicit formula is exact where it is 0.
+        inner_gradient_norm: Norm of the gradient of the inner loss with its penalties; the implicit formula is
+            exact where it is 0.
         residual: Relative residual of the solve; NaN where unknown.
         iterations: Products with the curvature.
         curvature: Smallest Rayleigh quotient met.
@@ -141,7 +142,7 @@ class _FixedDecay:
 class OuterStep:
     """Hyperparameters, their optimizer and the solver's memory.
 
-    ``compute`` finds the hypergradients at the present weights and holds them; ``apply`` moves the hyperparameters.
+    ``compute`` finds the hypergradients at the current weights and holds them; ``apply`` moves the hyperparameters.
     Two calls, because the training loss's graph may still need the old values in between.
     A deep copy goes on by itself; to pickle one, ``optimizer`` and ``scheduler`` must be functions with a name.
 
@@ -216,7 +217,7 @@ class OuterStep:
         return {(h.name, key): (t, h.entries()) for h in self.hyperparameters for key, t in h.tensors.items()}
 
     def _build_optimizer(self, earlier: Mapping[tuple[str, str], tuple[Tensor, Names]]) -> None:
-        """An optimizer over the present tensors, with the memory of the one over the ``earlier`` tensors."""
+        """Make an optimizer over the current tensors, with the memory of the one over the ``earlier`` tensors."""
         old, schedule = vars(self).get("optimizer"), self.scheduler
         if old is not None:
             held = [p for group in old.param_groups for p in group["params"]]
@@ -386,7 +387,7 @@ class OuterStep:
         """Take hypergradients that were found elsewhere, one per tensor of :attr:`tensors`, for :meth:`apply`.
 
         Args:
-            gradients: Of this process; None where the outer loss does not depend.
+            gradients: Gradients of this process; None where the outer loss does not depend.
             outer_loss: For the report; the mean over processes.
             reduce: Averages a tensor over processes.
             inner_gradient_norm: For the report.

@@ -81,7 +81,7 @@ class OuterLoop:
     # ---- one fit
 
     def prepare(self, options: object = None) -> None:
-        """End the stream that a failed ``fit`` has left, and take the owner's ``options``, which may be new ones."""
+        """End a stream left by a ``fit`` that failed; read the owner's ``options`` again, for they may be replaced."""
         self.stop()
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name, getattr(self, name)))
