@@ -55,7 +55,7 @@ class TensorBatches(Dataset[Batch]):
         """Return a ``DataLoader`` of this dataset, with its ``options`` ``shuffle`` and ``drop_last``."""
         options |= {"num_workers": num_workers, "persistent_workers": num_workers > 0}
         # A batch is a tuple already, which `tuple` hands on; worker processes could not pickle a lambda.
-        return DataLoader(self, batch_size, collate_fn=tuple, **options)
+        return DataLoader(self, batch_size=batch_size, collate_fn=tuple, **options)
 
 
 class InMemoryDataModule(LightningDataModule):

@@ -50,7 +50,7 @@ class InnerGraph:
                     "GaussNewton(outputs=...) sees one batch. "
                     f"Got accumulate_grad_batches={accumulate}; use Hessian(), or set it to 1."
                 )
-            self._handle = _named_outputs(module, curvature).register_forward_hook(self._keep_output)
+            self._hook(curvature)
 
     @property
     def observes(self) -> bool:
@@ -65,6 +65,8 @@ class InnerGraph:
     def observe(self, evaluate: Callable[[], Tensor]) -> None:
         """Observe the coming evaluation of a loss, up to :meth:`add`; ``evaluate`` repeats it."""
         self._observing, self._outputs = True, []
+        if self._handle is None and isinstance(self._curvature, GaussNewton):
+            self._hook(self._curvature)
         if self.repeats:
             self._repeat = partial(self._evaluate_again, evaluate, RandomStream.snapshot(self._module.device))
 
@@ -84,6 +86,10 @@ class InnerGraph:
     def close(self) -> None:
         """Free all graphs and remove the forward hook."""
         self.clear()
+        self.unhook()
+
+    def unhook(self) -> None:
+        """Remove the forward hook until the next :meth:`observe`: TorchScript would compile it."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -111,6 +117,9 @@ class InnerGraph:
                 f"{len(self.losses)} batch(es); use Hessian()."
             )
         return GaussNewton(outputs=self._outputs[0])
+
+    def _hook(self, curvature: GaussNewton) -> None:
+        self._handle = _named_outputs(self._module, curvature).register_forward_hook(self._keep_output)
 
     def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._observing and isinstance(output, Tensor) and output.requires_grad:

@@ -81,7 +81,7 @@ class OuterLoop:
     # ---- one fit
 
     def prepare(self, options: object = None) -> None:
-        """End the stream that a failed ``fit`` has left, and take the owner's ``options``, which may be new ones."""
+        """End a stream left by a ``fit`` that failed; read the owner's ``options`` again, for they may be replaced."""
         self.stop()
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name, getattr(self, name)))
@@ -242,7 +242,7 @@ def check_counts(**options: object) -> None:
     """
     for name, value in options.items():
         least = int(name in _POSITIVE)
-        if isinstance(value, int) and value < least:
+        if isinstance(value, int | float) and value < least:
             raise ValueError(f"{name} must be at least {least}. Got {value}.")
 
 

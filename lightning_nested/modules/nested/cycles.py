@@ -64,6 +64,7 @@ class ImplicitCycle(Cycle):
         self._graph = InnerGraph(
             problem.module, curvature, accumulate=problem.accumulate, method="inner_loss"
         )
+        self._graph.unhook()
 
     @override
     def add(self, batch: Any, *, remaining: int) -> Tensor:
@@ -73,6 +74,7 @@ class ImplicitCycle(Cycle):
         loss = check_loss("inner_loss", problem.module, problem.inner_loss(batch)) / problem.accumulate
         if closes:
             self._graph.add(loss)
+            self._graph.unhook()
         with problem.full_precision():
             parameters = tuple(problem.parameters.values())
             self._accumulate(torch.autograd.grad(loss, parameters, retain_graph=closes, allow_unused=True))

@@ -110,3 +110,17 @@ def test_other_curvatures_run(curvature: Any) -> None:
         trainer(limit_val_batches=0, limit_train_batches=1).fit(module, loader(1), loader(2))
         moves.append(tensors(module))
     same(moves[0], moves[1], rtol=1e-6)
+
+
+def test_the_hook_of_gauss_newton_is_there_for_its_evaluation_only() -> None:
+    """A network that is exported during fit, by TorchScript for example, has no hook."""
+    found: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            found.append(len(pl_module.net._forward_hooks))
+
+    module = Classifier(gradient=Implicit(curvature=GaussNewton(outputs="net")))
+    trainer(Watch(), limit_val_batches=0).fit(module, loader(1), loader(2))
+    assert module.outer_steps == len(found) > 0
+    assert not any(found)
