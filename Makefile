@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check lint types imports format bench clean
+.PHONY: demo test coverage check lint types imports format bench clean
 .DEFAULT_GOAL := check
 
 demo: $(INSTALLED)  ## find the wrong labels among 700 digits while training on them
@@ -13,7 +13,10 @@ demo: $(INSTALLED)  ## find the wrong labels among 700 digits while training on 
 
 # Two processes of one thread each. worksteal gives each a run of neighbouring tests and moves the rest of one to the other
 # when that is out of work, so what a file's tests share is mostly made once; loadgroup would deal a file's tests to both.
-test: $(INSTALLED)  ## the default test suite, with coverage (slow and gpu tests: add -m slow by hand)
+test: $(INSTALLED)  ## the default test suite (slow and gpu tests: add -m slow by hand)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+coverage: $(INSTALLED)  ## the same, and the lines and branches that no test reaches; takes a third longer
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
 check: lint types imports test  ## all that a change must pass

@@ -204,9 +204,7 @@ def lyapunov_spectrum(
     run.begin(k, options.get("frame"), options.get("generator"), num_steps + burn_in >= _RECORD)
     windows, extra = num_steps // every, -(-(num_steps if burn_out is None else burn_out) // every)
     if covariant:
-        needed = (windows + extra) * run.rows.numel() * run.rows.element_size()
-        cure = "take fewer steps, fewer exponents, or a larger orthonormalize_every"
-        require_memory(needed, "covariant=True keeps every frame of the run:", cure)
+        run.check_memory(windows + extra)
     for _ in range(burn_in // every):
         run.advance()
     run.determinants.clear()
@@ -271,6 +269,12 @@ class _Run:
         if records:
             tangents = from_rows(self.rows, self.like, batch_dims=self._batch_dims)
             self._push = recorded(self._push, self.state, tangents)
+
+    def check_memory(self, frames: int) -> None:
+        """Refuse to keep more frames than fit into memory."""
+        needed = frames * self.rows.numel() * self.rows.element_size()
+        cure = "take fewer steps, fewer exponents, or a larger orthonormalize_every"
+        require_memory(needed, "covariant=True keeps every frame of the run:", cure)
 
     def check_function(self) -> None:
         """Raise ValueError unless two evaluations agree and leave their input unchanged."""

@@ -223,9 +223,8 @@ class NestedModule(HasOuterLoop, LightningModule):
         if last or (batch_idx + 1) % self.loop.accumulate_grad_batches == 0:
             outcome = self._cycle.step(closes=remaining == 1)
             self.outer_loop.inner_steps += 1
-            self._position = (
-                0 if remaining == 1 else self._position + (self.inner_steps > self.loop.warmup_steps)
-            )
+            counted = self.inner_steps > self.loop.warmup_steps
+            self._position = 0 if remaining == 1 else self._position + counted
             if isinstance(outcome, OuterReport):
                 self.outer_loop.keep(outcome)
                 self.outer_loop.step(self)
