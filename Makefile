@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## find the wrong labels among 700 digits while training on 
 test: $(INSTALLED)  ## the default test suite (slow and gpu tests: add -m slow by hand)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-coverage: $(INSTALLED)  ## the same, and the lines and branches that no test reaches; takes a third longer
+coverage: $(INSTALLED)  ## the same, and the lines and branches that no test reaches; takes half as long again
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
 check: lint types imports test  ## all that a change must pass
