@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.tangents import Clip, Tangents
-from lightning_nested.games.jacobian import JacobianOperator, _derivative
+from lightning_nested.games.jacobian import JacobianOperator, derivative
 from lightning_nested.linalg.curvature import gradient_with_graph
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 from lightning_nested.optim.update_rules import UpdateRule
@@ -90,7 +90,7 @@ class GameTracker(Tangents):
             live = [i for i, g in enumerate(gradient) if g.requires_grad]
             for row, tangent in zip(self._sums[:-1], frame, strict=True):
                 v = unflatten(tangent, self.params)
-                found = _derivative([gradient[i] for i in live], own, [v[i] for i in live])
+                found = derivative([gradient[i] for i in live], own, [v[i] for i in live])
                 row[block] += flatten(zeros_where_none(found, own))
 
     def has_observed(self, player: int) -> bool:

@@ -142,12 +142,12 @@ class JacobianOperator(LinearOperator):
         """Return J v, by one backward pass per player."""
         products: list[Tensor | None] = []
         for player, gradient in enumerate(self._full):
-            products += _derivative(gradient, self.tensors_of(player), v)
+            products += derivative(gradient, self.tensors_of(player), v)
         return average(owned(products, self.like, v), self.reduce)
 
     def rmatvec(self, v: Vector) -> Vector:
         """Return Jᵀ v, by one backward pass."""
-        return average(owned(_derivative(self.gradient, self.like, v), self.like, v), self.reduce)
+        return average(owned(derivative(self.gradient, self.like, v), self.like, v), self.reduce)
 
     @property
     def T(self) -> TransposedOperator:  # noqa: N802
@@ -198,10 +198,10 @@ class PlayerBlock(LinearOperator):
 
     def matvec(self, v: Vector) -> Vector:
         """Return ∂⟨∂L_i/∂θ_i, v⟩/∂θ_i, by one backward pass."""
-        return average(owned(_derivative(self.gradient, self.like, v), self.like, v), self.reduce)
+        return average(owned(derivative(self.gradient, self.like, v), self.like, v), self.reduce)
 
 
-def _derivative(outputs: Sequence[Tensor], inputs: Vector, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def derivative(outputs: Sequence[Tensor], inputs: Vector, v: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Differentiate ⟨outputs, v⟩ with respect to the inputs."""
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
     if not live:  # every loss is linear

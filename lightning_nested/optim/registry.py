@@ -213,7 +213,7 @@ def _turned(momentum: float, phase: float, slots: Vector) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of one class of optimizers.
+    """Knowledge of one class of optimizers.
 
     Attributes:
         rule: Its update, momentum and scale; None: only its decay is known.

@@ -23,7 +23,7 @@ Kind: TypeAlias = Literal["momentum", "extragradient", "optimistic", "unknown"]
 
 @dataclass(frozen=True)
 class Momentum:
-    """What follows from a step's gradient besides the scale D.
+    """Part of an optimizer's step that follows from the gradient and earlier ones, besides the scale D.
 
     Attributes:
         kind: ``"momentum"``: μ ← βμ − g, w ← w + D·Re μ; ``"extragradient"`` and ``"optimistic"``: those updates;

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_nested.hypergradient import ConjugateGradient, InverseSolver
+from lightning_nested.trainer.inner_problem import check_clipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,4 @@ class ResponseOptions:
         for name in ("refine_steps", "max_skipped", "log_every_n_outer_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0. Got {getattr(self, name)}.")
-        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
-            raise ValueError(f"gradient_clip_val must be positive, or None. Got {self.gradient_clip_val}.")
-        if self.gradient_clip_algorithm not in ("norm", "value"):
-            raise ValueError(
-                f"gradient_clip_algorithm must be 'norm' or 'value'. Got {self.gradient_clip_algorithm!r}."
-            )
+        check_clipping(self.gradient_clip_val, self.gradient_clip_algorithm)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
-from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.trainer.inner_problem import InnerProblem, check_clipping
 from lightning_nested.trainer.outer_loop import check_counts
 
 
@@ -117,10 +117,5 @@ class LoopOptions:
     log_every_n_outer_steps: int = 10
 
     def __post_init__(self) -> None:
+        check_clipping(self.gradient_clip_val, self.gradient_clip_algorithm)
         check_counts(**vars(self))
-        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
-            raise ValueError(f"gradient_clip_val must be positive, or None. Got {self.gradient_clip_val}.")
-        if self.gradient_clip_algorithm not in ("norm", "value"):
-            raise ValueError(
-                f"gradient_clip_algorithm must be 'norm' or 'value'. Got {self.gradient_clip_algorithm!r}."
-            )
