@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Linearization, Loss, as_curvature
 from lightning_nested.linalg.graph import refuse_sparse
-from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, UnitProducts
+from lightning_nested.linalg.operators import AveragedOperator, DiagonalOperator, LinearOperator, UnitProducts
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.solvers.base import Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver, as_solver
@@ -43,7 +43,8 @@ class ImplicitResult:
     hypergradient: Vector  # dL_V/dλ, one tensor per hyperparameter in the losses' graphs
     penalties: tuple[Vector, ...]  # hypergradients of each penalty's own tensors
     solution: Solution  # of the inverse-vector product
-    inner_gradient: Vector  # ∂L_T/∂w without the penalties, averaged over processes; should be small
+    # ∂L_T/∂w without the penalties, averaged over processes; should be small. None: nothing needed it.
+    inner_gradient: Vector | None
     identity_cosine: float = math.nan  # to the hypergradient of Identity(); NaN unless asked for
 
     @property
@@ -89,16 +90,18 @@ def implicit_result(
     outer = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
     refuse_sparse(outer)
     b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
-    problem = as_curvature(curvature).linearize(inner_loss, w)
+    inverse = as_solver(solver)
+    needed = bool(hyper) or inverse.needs_operator
+    problem = as_curvature(curvature).linearize(inner_loss, w) if needed else None
     inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
-    solution = as_solver(solver).solve(inner.operator(), b, state=state, reduce=reduce)
+    solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
     found = inner.hypergradient(solution.x, direct, allow_unused)
     plain = inner.hypergradient(b, direct, allow_unused) if compare_identity else None
     return ImplicitResult(
         hypergradient=found[0],
         penalties=found[1],
         solution=solution,
-        inner_gradient=average(_unscale(problem.gradient, inner_scale), reduce),
+        inner_gradient=None if problem is None else average(_unscale(problem.gradient, inner_scale), reduce),
         identity_cosine=math.nan if plain is None else _cosine(_join(*found), _join(*plain)),
     )
 
@@ -107,13 +110,17 @@ def implicit_result(
 class _InnerProblem:
     """The linearized inner loss with its penalties, on the global batch and without the loss's factor."""
 
-    problem: Linearization
+    problem: (
+        Linearization | None
+    )  # None: only the penalties matter, and nothing multiplies with the curvature
     hparams: Vector
     penalties: Sequence[Penalty]
     reduce: Reduce | None
     scale: float
 
     def operator(self) -> LinearOperator:
+        if self.problem is None:
+            return DiagonalOperator(0.0)
         operator = self.problem.curvature
         if self.scale != 1.0 and self.problem.scaled:  # fp16: its range is short
             operator = UnitProducts(operator) * (1.0 / self.scale)
@@ -129,7 +136,7 @@ class _InnerProblem:
         """∂L_V/∂λ − vᵀ ∂²L_T/∂w∂λ, and −vᵀ ∂²P/∂w∂λ of each penalty."""
         # At unit length where the loss carries a factor, as in UnitProducts.
         size = (float(norm(v)) if self.scale != 1.0 else 1.0) or 1.0
-        mixed = self.problem.mixed(_unscale(v, size), self.hparams)
+        mixed = () if self.problem is None else self.problem.mixed(_unscale(v, size), self.hparams)
         for i, (m, d) in enumerate(zip(mixed, direct, strict=True)):
             if m is None and not allow_unused:
                 raise ValueError(unseen_hyperparameter(i, outer_sees=d is not None))

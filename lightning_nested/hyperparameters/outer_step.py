@@ -204,6 +204,9 @@ class OuterStep:
         reduce: Reduce | None = None,
         inner_scale: float = 1.0,
         compare_identity: bool = False,
+        solver: AnySolver = None,
+        weights: Mapping[str, Tensor] | None = None,
+        decay_factors: Mapping[str, Tensor] | None = None,
     ) -> OuterReport:
         """Find the hypergradients by :func:`implicit_result`, and hold them for :meth:`apply`.
 
@@ -216,20 +219,25 @@ class OuterStep:
             reduce: Averages a tensor over processes.
             inner_scale: Factor that ``inner_loss`` carries.
             compare_identity: Fill ``identity_cosine`` of the report.
+            solver: Solver for this step in place of the one given at construction.
+            weights: Weights at which the penalties' mixed derivatives are taken; None: the current ones.
+            decay_factors: Factors that make coupled decays of decoupled ones, by name.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
         """
         self._pending = None
         mean = _finite_mean(outer_loss, reduce)
-        penalties: list[Penalty] = [decay.linearize(parameters) for decay in self.decays]
+        penalties: list[Penalty] = [
+            decay.linearize(weights or parameters, decay_factors or {}) for decay in self.decays
+        ]
         penalties += [FixedDecay(fixed_decay)] if any(fixed_decay) else []
         result = implicit_result(
             inner_loss,
             outer_loss,
             tuple(parameters.values()),
             self.in_graph_tensors,
-            solver=self.solver,
+            solver=solver if solver is not None else self.solver,
             curvature=curvature if curvature is not None else self.curvature,
             penalties=penalties,
             state=self.solver_state,
@@ -238,11 +246,12 @@ class OuterStep:
             allow_unused=True,
             compare_identity=compare_identity,
         )
-        gradient, solution = _penalized(result.inner_gradient, penalties, parameters), result.solution
+        inner, solution = result.inner_gradient, result.solution
+        size = math.nan if inner is None else float(norm(_penalized(inner, penalties, parameters)))
         report = self._hold(
             result.gradients,
             outer_loss=mean,
-            inner_gradient_norm=float(norm(gradient)),
+            inner_gradient_norm=size,
             residual=solution.residual,
             iterations=solution.iterations,
             curvature=solution.curvature,

@@ -18,6 +18,11 @@ from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
 from lightning_nested.linalg.vectors import Vector
 
 
+_INIT = 1e-4
+# Units of the run, see WeightDecay.fit_to_run.
+_START, _SMALLEST, _LARGEST = 3.0, 0.1, 30.0
+
+
 class WeightDecay(Hyperparameter):
     """L2 penalty ½ Σᵢ dᵢ wᵢ² on the inner loss, with d tuned.
 
@@ -26,8 +31,10 @@ class WeightDecay(Hyperparameter):
 
     Args:
         per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight.
-        init: Initial decay in natural units (as ``weight_decay`` of ``torch.optim.SGD``).
-        include: Names of parameters that are decayed, with ``*`` wildcards.
+        init: Initial decay in natural units (as ``weight_decay`` of the inner optimizer); None: the weights would
+            forget their start three times in the run, see :meth:`fit_to_run`, and 1e-4 where no run says its length.
+        include: Names of parameters that are decayed, with ``*`` wildcards; None: those with two dimensions and more,
+            not biases and norms.
         exclude: Names that are not, with ``*`` wildcards.
         transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges
             above about 2(1 + β)/rate.
@@ -37,8 +44,8 @@ class WeightDecay(Hyperparameter):
     def __init__(
         self,
         per: Literal["model", "tensor", "parameter"] = "tensor",
-        init: float = 1e-4,
-        include: Sequence[str] = ("*",),
+        init: float | None = None,
+        include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         transform: Transform | None = None,
         name: str = "weight_decay",
@@ -46,11 +53,16 @@ class WeightDecay(Hyperparameter):
         super().__init__()
         if per not in ("model", "tensor", "parameter"):
             raise ValueError(f"per must be 'model', 'tensor' or 'parameter'. Got {per!r}.")
-        if not (init > 0 and math.isfinite(init)):
+        if init is not None and not (init > 0 and math.isfinite(init)):
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
-        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
-        self._use(transform or Exp(lower=min(1e-12, init), upper=max(1.0, 2 * init)), init)
+        self.include = None if include is None else _patterns("include", include)
+        self.exclude = _patterns("exclude", exclude)
+        start = init if init is not None else _INIT
+        self._use(transform or Exp(lower=min(1e-12, start), upper=max(1.0, 2 * start)), start)
+        self._default_transform = transform is None
+        # Natural bounds of each tensor's entries, once they are fitted to a run.
+        self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
         self.parameter_names: tuple[str, ...] = ()
         self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
         # Patterns that have matched a name: the parameters they match may be frozen later.
@@ -62,20 +74,20 @@ class WeightDecay(Hyperparameter):
         A second call, with parameters that were added (unfrozen) or removed, keeps the decays of those that stay; new
         ones start at ``init``.
         """
-        for pattern in {*self.include, *self.exclude} - self._matched:
+        for pattern in {*(self.include or ()), *self.exclude} - self._matched:
             if not any(fnmatchcase(name, pattern) for name in parameters):
                 close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.4)
                 raise ValueError(
                     f"include and exclude must match parameter names. Got {pattern!r}, which matches none; "
                     f"close names: {', '.join(close) or ', '.join(list(parameters)[:5])}."
                 )
-        chosen = {name: p for name, p in parameters.items() if self._decays(name)}
+        chosen = self._chosen(parameters)
         if not chosen:
             raise ValueError(
                 f"At least one parameter must be decayed. Got include={self.include}, exclude={self.exclude}, "
                 f"which leaves none of {len(parameters)}."
             )
-        self._matched = {*self.include, *self.exclude}
+        self._matched = {*(self.include or ()), *self.exclude}
         before, self.parameter_names = self.parameter_names, tuple(chosen)
         self._shapes = {name: p.shape for name, p in chosen.items()}
         # The entries of an earlier vector are the decays of others, even if it has the same size.
@@ -90,12 +102,15 @@ class WeightDecay(Hyperparameter):
         shapes: Mapping[str, Sequence[int]] = self._shapes
         if self.per != "parameter":
             shapes = {self.per: () if self.per == "model" else (len(shapes),)}
-        return {key: torch.full(tuple(shape), self.init, dtype=dtype) for key, shape in shapes.items()}
+        return {
+            key: torch.full(tuple(shape), self.init if self.init is not None else _INIT, dtype=dtype)
+            for key, shape in shapes.items()
+        }
 
     def reset(self) -> None:
         """Forget the decays and their parameters."""
         super().reset()
-        self.parameter_names, self._matched = (), set()
+        self.parameter_names, self._matched, self._bounds = (), set(), {}
 
     def entries(self) -> tuple[str, ...] | None:
         """Return the names of the parameters, with ``per="tensor"``."""
@@ -117,6 +132,17 @@ class WeightDecay(Hyperparameter):
         return dict(zip(self.parameter_names, each, strict=True))
 
     @torch.no_grad()
+    def shrink_(self, parameters: Mapping[str, Tensor], rates: Mapping[int, float]) -> None:
+        """w ← (1 − rate·d) ∘ w for every chosen parameter that has a gradient: the decoupled decay of AdamW.
+
+        ``rates`` are learning rates by the ``id`` of the parameters.
+        """
+        for name, decay in self.decays().items():
+            parameter = parameters[name]
+            if parameter.grad is not None:
+                parameter.mul_((1 - rates[id(parameter)] * decay).to(parameter.dtype))
+
+    @torch.no_grad()
     def add_gradient_(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """grad ← grad + scale · d ∘ w for every chosen parameter that has a gradient.
 
@@ -131,15 +157,63 @@ class WeightDecay(Hyperparameter):
         """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""
         return torch.stack([0.5 * (d * parameters[n] ** 2).sum() for n, d in self.decays().items()]).sum()
 
-    def linearize(self, parameters: Mapping[str, Tensor]) -> DecayPenalty:
-        """Return the penalty's derivatives at the current parameters, which in this order form the vector w."""
-        return DecayPenalty(self, parameters)
+    def linearize(
+        self, parameters: Mapping[str, Tensor], factors: Mapping[str, Tensor] | None = None
+    ) -> DecayPenalty:
+        """Return the penalty's derivatives at the current parameters, which in this order form the vector w.
 
-    def _decays(self, name: str) -> bool:
-        included, excluded = (
-            any(fnmatchcase(name, p) for p in patterns) for patterns in (self.include, self.exclude)
-        )
-        return included and not excluded
+        Args:
+            parameters: Inner parameters by name.
+            factors: Factors on the decay by name, each a tensor of the parameter's shape: a decoupled decay λ acts as a
+                coupled one of λ(√v̂ + ε) under AdamW.
+        """
+        return DecayPenalty(self, parameters, factors or {})
+
+    def _chosen(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters that are decayed."""
+        left = {name: p for name, p in parameters.items() if not _matches(name, self.exclude)}
+        if self.include is not None:
+            return {name: p for name, p in left.items() if _matches(name, self.include)}
+        # A network of vectors alone has no other weights.
+        return {name: p for name, p in left.items() if p.dim() >= 2} or left
+
+    # ---- a scale from the run
+
+    @torch.no_grad()
+    def fit_to_run(self, units: Mapping[str, float], steps: float, *, restart: bool) -> None:
+        """Start from the length of the run, and bound the decays by it.
+
+        A decay of one unit shrinks a weight that gets no gradient by a factor e in the run: 1/(lr·steps) for a
+        decoupled decay, mean(1/R)/steps for a coupled one, with R the optimizer's long-run step per unit of gradient.
+        The decays start at three units, which was within a few per cent of the best fixed decay on most tasks that
+        were tried, and stay within a tenth of a unit and 30 units; for the time scale see Wang & Aitchison (2024),
+        arXiv:2405.13698.
+
+        Args:
+            units: One unit for each decayed parameter by name.
+            steps: Inner steps of the run; a decay of more than a tenth of them in units would be unstable.
+            restart: Whether the decays move to their start; else they are only bounded.
+        """
+        largest = min(_LARGEST, 0.1 * steps)
+        for key, raw in self.tensors.items():
+            names = self.parameter_names if key in ("tensor", "model") else (key,)
+            logs = torch.tensor([math.log(max(units[name], 1e-10)) for name in names], dtype=torch.float64)
+            unit = (logs if key == "tensor" else logs.mean()).exp().to(raw.device)
+            self._bounds[key] = _SMALLEST * unit, largest * unit
+            if self._default_transform:
+                upper = max(getattr(self.transform, "upper", 1.0), 2 * largest * float(unit.max()))
+                self.transform = Exp(lower=1e-12, upper=upper)
+            if restart:
+                raw.copy_(self.transform.inverse((min(_START, largest) * unit).to(raw.dtype)))
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Move the decays into the transform's range, and into the bounds of :meth:`fit_to_run`."""
+        super().project_()
+        for key, (lower, upper) in self._bounds.items():
+            raw = self.tensors[key]
+            low, high = (self.transform.inverse(b.to(raw.dtype)) for b in (lower, upper))
+            raw.copy_(torch.minimum(torch.maximum(raw, low), high))
 
 
 class FixedDecay:
@@ -160,16 +234,28 @@ class FixedDecay:
 class DecayPenalty:
     """Closed-form curvature diag(d) and mixed derivative of a :class:`WeightDecay` at fixed parameters."""
 
-    def __init__(self, decay: WeightDecay, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, decay: WeightDecay, parameters: Mapping[str, Tensor], factors: Mapping[str, Tensor]
+    ) -> None:
         self._decay = decay
-        self._names = tuple(parameters)
-        self._parameters = {name: parameters[name].detach() for name in decay.parameter_names}
+        self._names, self._factors = tuple(parameters), factors
+        # ∂P/∂w is factor ∘ d ∘ w
+        self._parameters = {
+            name: parameters[name].detach() * factors[name] if name in factors else parameters[name].detach()
+            for name in decay.parameter_names
+        }
         with torch.enable_grad():
             self._values = decay.decays()
 
     def curvature(self) -> LinearOperator:
         """diag(d), zero for parameters that are not decayed."""
-        return DiagonalOperator([self._values[n].detach() if n in self._values else 0.0 for n in self._names])
+        return DiagonalOperator([self._diagonal(name) for name in self._names])
+
+    def _diagonal(self, name: str) -> Tensor | float:
+        if name not in self._values:
+            return 0.0
+        value = self._values[name].detach()
+        return value * self._factors[name] if name in self._factors else value
 
     def mixed(self, v: Vector) -> Vector:
         """vᵢ wᵢ ∂dᵢ/∂λᵢ, summed over the weights that share a decay."""
@@ -182,6 +268,10 @@ class DecayPenalty:
             slopes = [torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in values]
         tensors = tuple(self._decay.tensors.values())
         return torch.autograd.grad(list(self._values.values()), tensors, slopes, retain_graph=True)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,34 @@ def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDyn
         scales.append(torch.as_tensor(scale, dtype=p.dtype, device=p.device).expand_as(p))
         momenta.append(Momentum("unknown") if rule is None else rule.momentum_kind())
     return StepDynamics(scale=tuple(scales), momenta=tuple(momenta), sign=signs.pop() if signs else 1)
+
+
+def inverse_rates(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Vector:
+    """Return 1/R of each parameter: the gradient that moves it by one unit in a step, once momentum has built up.
+
+    R = D·Re 1/(1 − β) with D and β of :func:`step_dynamics`: α/(1 − β) for SGD, α/(√v̂ + ε) for Adam.
+    """
+    dynamics = step_dynamics(optimizer, parameters)
+    found = []
+    for scale, momentum in zip(dynamics.scale, dynamics.momenta, strict=True):
+        beta = momentum.momentum * complex(math.cos(momentum.phase), math.sin(momentum.phase))
+        gain = (1 / (1 - beta)).real if abs(beta) < 1 else 1.0
+        found.append(1.0 / (scale.detach() * max(gain, 1e-3)).clamp_min(torch.finfo(scale.dtype).tiny * 1e3))
+    return tuple(found)
+
+
+def decoupled_rates(optimizer: Optimizer) -> dict[int, float]:
+    """Return by ``id`` the rate by which a decoupled decay λ shrinks a parameter, w ← (1 − rate·λ)w; empty if coupled.
+
+    Such a decay acts like a coupled one of λ·rate/R, see :func:`inverse_rates`.
+    """
+    known = KNOWN.get(type(optimizer)) or Description(coupled=True)
+    return {
+        id(p): float(group["lr"])
+        for group in optimizer.param_groups
+        if not known.has_coupled_decay(group)
+        for p in group["params"]
+    }
 
 
 def has_complex_momentum(optimizer: Optimizer) -> bool:

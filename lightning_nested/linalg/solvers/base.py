@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -80,8 +80,35 @@ class LinearSystem:
         return check_finite(self.number(value), what)
 
 
+class RunStatistics(Protocol):
+    """Approximate inverses of the inner curvature that a running training provides."""
+
+    def kronecker_inverse(self, damping: float | None) -> LinearOperator:
+        """Return the damped inverse of the Kronecker-factored Fisher information."""
+
+    def diagonal_inverse(self, damping: float | None) -> LinearOperator:
+        """Return the inverse of the diagonal in front of the inner optimizer's step."""
+
+
 class InverseSolver(ABC):
-    """Strategy for x ≈ A⁻¹b that needs only products with A."""
+    """Strategy for x ≈ A⁻¹b that needs only products with A.
+
+    Attributes:
+        needs_operator: False if A is never multiplied with, so that no graph of the inner loss is needed.
+        needs_statistics: True if the solver must be bound to a running training, see :meth:`bind`.
+    """
+
+    needs_operator: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool] = False
+
+    @property
+    def products(self) -> int:
+        """Products with A of one solve, at most; a plan of the cost, in gradients."""
+        return 0
+
+    def bind(self, statistics: RunStatistics) -> InverseSolver:
+        """Return the solver for the present state of a training."""
+        return self
 
     def solve(
         self,

@@ -40,6 +40,11 @@ class ConjugateGradient(InverseSolver):
         check_positive("tolerance", self.tolerance, zero=True)
         check_positive("damping", self.damping, zero=True)
 
+    @property
+    def products(self) -> int:
+        """Products with A of one solve, at most."""
+        return self.max_iterations
+
     def _solve(self, system: LinearSystem) -> Solution:
         operator = system.operator + DiagonalOperator(self.damping) if self.damping else system.operator
         inverse = None if self.preconditioner is None else as_operator(self.preconditioner, system.b)

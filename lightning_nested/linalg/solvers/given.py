@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
 from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
@@ -22,6 +22,8 @@ class Identity(InverseSolver):
     Luketina, Berglund, Greff & Raiko (2016), ICML, PMLR 48:2952-2960.
     """
 
+    needs_operator: ClassVar[bool] = False
+
     def _solve(self, system: LinearSystem) -> Solution:
         x, unknown = clone(system.b), math.nan
         return Solution(x=x, residual=unknown, iterations=0, status="truncated", state=system.state)
@@ -35,6 +37,8 @@ class GivenInverse(InverseSolver):
     """
 
     inverse: Any
+
+    needs_operator: ClassVar[bool] = False
 
     def _solve(self, system: LinearSystem) -> Solution:
         x = as_operator(self.inverse, system.b) @ system.b

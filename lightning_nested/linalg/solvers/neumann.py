@@ -47,6 +47,11 @@ class Neumann(InverseSolver):
         check_positive("step_size", self.step_size)
         check_positive("tolerance", self.tolerance, zero=True)
 
+    @property
+    def products(self) -> int:
+        """Products with A of one solve, at most."""
+        return self.num_terms + (2 if self.step_size is None else 0)
+
     def _solve(self, system: LinearSystem) -> Solution:
         products, state = 0, system.state
         if self.step_size is None:

@@ -80,6 +80,11 @@ class Nystrom(InverseSolver):
         eigenvalues = (singular**2 - shift).clamp_min(0.0)
         return NystromInverse(basis, eigenvalues, self.damping, like, curvature, rank)
 
+    @property
+    def products(self) -> int:
+        """Products with A of one solve, at most."""
+        return self.rank + 1
+
     def _solve(self, system: LinearSystem) -> Solution:
         inverse = self.factor(system.operator, system.b, reduce=system.reduce)
         x = inverse @ system.b

@@ -1,0 +1,350 @@
+"""Kronecker-factored curvature of a network's layers, from the backward passes that a training makes anyway.
+
+The Fisher information of a layer with inputs a and gradients g of its outputs is E[g gᵀ] ⊗ E[a aᵀ], if the two are
+independent; where weights are shared over positions (a convolution's pixels, a sequence's tokens) each position
+counts as an example ("expand"). Martens & Grosse (2015), ICML, PMLR 37:2408-2417; Grosse & Martens (2016), ICML, PMLR
+48:573-582; Eschenhagen et al. (2023), NeurIPS 36.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.solvers.base import check_finite, factorizable_dtype
+from lightning_nested.linalg.vectors import Vector
+
+_Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer whose weight, seen as a matrix (outputs, inputs), has two Kronecker factors."""
+
+    module: nn.Module
+    weight: int  # position among the parameters
+    bias: int | None
+
+    def inputs(self, a: Tensor) -> Tensor:
+        """Return the rows that the weight matrix multiplies, of shape (positions, inputs), with 1 for the bias."""
+        m = self.module
+        if isinstance(m, nn.Conv2d):
+            padding = _same_padding(m) if isinstance(m.padding, str) else m.padding
+            a = F.unfold(a, m.kernel_size, m.dilation, padding, m.stride).transpose(1, 2)
+        rows = a.reshape(-1, a.shape[-1])
+        return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """Return the gradients of the outputs, of shape (positions, outputs)."""
+        if isinstance(self.module, nn.Conv2d):
+            g = g.flatten(2).transpose(1, 2)
+        return g.reshape(-1, g.shape[-1])
+
+
+def _same_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    if conv.padding == "valid":
+        return 0, 0
+    return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+
+
+def _is_symmetric(conv: nn.Conv2d) -> bool:
+    """Return False where padding="same" adds more on one side."""
+    return conv.padding != "same" or all(
+        d * (k - 1) % 2 == 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    )
+
+
+class KroneckerFisher:
+    """Running mean of the Kronecker-factored empirical Fisher information of a module.
+
+    Linear and (ungrouped) two-dimensional convolution layers have factors. All other parameters (norms, embeddings,
+    recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have the
+    diagonal: the mean square of the batch's gradient, times its size.
+
+    Args:
+        module: Its layers are observed.
+        parameters: Parameters by their names in the module; they form the vector.
+        memory: Share of the earlier mean that an observation keeps, once there are enough.
+        max_size: Largest side of a factor.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> fisher = KroneckerFisher(layer, dict(layer.named_parameters()))
+        >>> with fisher.observing():
+        ...     layer(torch.eye(2)).square().mean().backward()
+        >>> fisher.update(1.0)
+        >>> inverse = fisher.inverse([0.1])
+        >>> (inverse @ (torch.ones(1, 2),))[0].shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Tensor],
+        *,
+        memory: float = 0.9,
+        max_size: int = 2048,
+    ) -> None:
+        self.memory = memory
+        self._parameters = tuple(parameters.values())
+        self._layers = _find_layers(module, self._parameters, max_size)
+        self.factors: list[_Factors | None] = [None] * len(self._layers)
+        covered = {i for layer in self._layers for i in (layer.weight, layer.bias)}
+        self._others = [i for i in range(len(self._parameters)) if i not in covered]
+        self.squares: list[Tensor | None] = [None] * len(self._parameters)
+        self.observations = 0
+        self._seen: list[list[_Factors]] = [[] for _ in self._layers]
+        self._batch = 0
+        self._handles: list[RemovableHandle] = []
+        self._on = False
+
+    # ---- observing a training step
+
+    def start(self) -> None:
+        """Observe the coming forward and backward passes, until :meth:`stop`."""
+        self.stop()
+        self._on = True
+        self._handles = [
+            layer.module.register_forward_hook(partial(self._forward, i))
+            for i, layer in enumerate(self._layers)
+        ]
+
+    def pause(self, paused: bool) -> None:
+        """Leave backward passes out that are not the training's own."""
+        self._on = not paused
+
+    def stop(self) -> None:
+        """Remove all hooks, and forget what was seen since the last :meth:`update`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._on, self._batch = [], False, 0
+        self._seen = [[] for _ in self._layers]
+
+    def observing(self) -> _Observing:
+        """Return a context in which one training step is observed; end it by :meth:`update`."""
+        return _Observing(self)
+
+    def _forward(self, i: int, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._on or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        output.register_hook(partial(self._backward, i, args[0].detach()))
+
+    @torch.no_grad()
+    def _backward(self, i: int, a: Tensor, g: Tensor) -> None:
+        if not self._on:
+            return
+        layer, batch = self._layers[i], max(1, g.shape[0])
+        rows, gradients = (
+            x.float() if x.dtype.itemsize < 4 else x for x in (layer.inputs(a), layer.gradients(g))
+        )
+        self._batch = max(self._batch, batch)
+        self._seen[i].append((rows.T @ rows / len(rows), gradients.T @ gradients * batch))
+
+    @torch.no_grad()
+    def update(self, scale: float = 1.0, reduce: Reduce | None = None, batches: int = 1) -> None:
+        """Add what was seen, with the gradients that lie in ``.grad``, to the running means.
+
+        Args:
+            scale: Factor that the gradients carry.
+            reduce: Averages a tensor over processes.
+            batches: Backward passes that were added up in ``.grad``.
+        """
+        seen, batch = self._seen, self._batch or 1
+        self.stop()
+        weight = max(1 - self.memory, 1 / (self.observations + 1))
+        new: list[Tensor] = []
+        for i, found in enumerate(seen):
+            if not found:
+                continue
+            a = torch.stack([pair[0] for pair in found]).mean(0)
+            # The loss of each of several accumulated batches is divided by their number.
+            g = torch.stack([pair[1] for pair in found]).mean(0) * (batches / scale) ** 2
+            new += [a, g]
+        new += [self._square(i, batch * batches, scale) for i in self._others]
+        mean = iter(average(tuple(new), reduce))
+        for i, found in enumerate(seen):
+            if found:
+                pair = next(mean), next(mean)
+                old = self.factors[i]
+                self.factors[i] = (
+                    pair if old is None else (old[0].lerp(pair[0], weight), old[1].lerp(pair[1], weight))
+                )
+        for i in self._others:
+            square, before = next(mean), self.squares[i]
+            self.squares[i] = square if before is None else before.lerp(square, weight)
+        self.observations += 1
+
+    def _square(self, i: int, batch: int, scale: float) -> Tensor:
+        gradient = self._parameters[i].grad
+        if gradient is None:
+            return torch.zeros_like(self._parameters[i])
+        return gradient.detach().float().div(scale).square().mul_(batch).to(gradient.dtype)
+
+    # ---- the inverse
+
+    @torch.no_grad()
+    def inverse(self, damping: Sequence[Tensor | float]) -> KroneckerInverse:
+        """Return (F + diag(damping))⁻¹, for layers with factors with the mean of their damping.
+
+        The damping is split over the two factors by their mean eigenvalues (Martens & Grosse 2015, section 6.3).
+
+        Raises:
+            FloatingPointError: A factor is not finite.
+        """
+        solves: list[_Solve] = []
+        for layer, pair in zip(self._layers, self.factors, strict=True):
+            if pair is not None:
+                amount = float(torch.as_tensor(damping[layer.weight]).double().mean())
+                solves.append(_Solve(layer, *_inverses(pair, amount)))
+        covered = {i for solve in solves for i in (solve.layer.weight, solve.layer.bias)}
+        diagonal = {
+            i: (0.0 if (s := self.squares[i]) is None else s) + damping[i]
+            for i in range(len(self._parameters))
+            if i not in covered
+        }
+        return KroneckerInverse(solves, diagonal, self._parameters, self._layers)
+
+    def restored_inverse(self, state: Mapping[str, Any] | None) -> KroneckerInverse | None:
+        """Return the inverse whose :meth:`KroneckerInverse.state_dict` is given; None if the layers are others."""
+        if state is None or any(i >= len(self._layers) for i in state["factors"]):
+            return None
+        like = self._parameters
+        solves = [
+            _Solve(self._layers[i], *(f.to(like[0].device) for f in pair))
+            for i, pair in state["factors"].items()
+        ]
+        diagonal = {
+            i: d.to(like[i].device) if isinstance(d, Tensor) else d for i, d in state["diagonal"].items()
+        }
+        return KroneckerInverse(solves, diagonal, like, self._layers)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means."""
+        return {
+            "factors": list(self.factors),
+            "squares": list(self.squares),
+            "observations": self.observations,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore, if the layers are the same; otherwise begin again."""
+        if len(state["factors"]) != len(self.factors) or len(state["squares"]) != len(self.squares):
+            return
+        device = self._parameters[0].device
+        self.factors = [None if f is None else (f[0].to(device), f[1].to(device)) for f in state["factors"]]
+        self.squares = [None if s is None else s.to(device) for s in state["squares"]]
+        self.observations = state["observations"]
+
+
+class _Observing:
+    def __init__(self, fisher: KroneckerFisher) -> None:
+        self._fisher = fisher
+
+    def __enter__(self) -> None:
+        self._fisher.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._fisher.pause(True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solve:
+    layer: _Layer
+    inputs: Tensor  # inverse of the damped factor of the inputs
+    outputs: Tensor  # and of the outputs' gradients
+
+    def apply(self, v: Sequence[Tensor], out: list[Tensor]) -> None:
+        weight, bias = v[self.layer.weight], self.layer.bias
+        matrix = (
+            weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), v[bias][:, None]], dim=1)
+        )
+        solved = (self.outputs @ matrix.to(self.outputs.dtype) @ self.inputs).to(weight.dtype)
+        if bias is None:
+            out[self.layer.weight] = solved.view_as(weight)
+        else:
+            out[self.layer.weight] = solved[:, :-1].reshape(weight.shape)
+            out[bias] = solved[:, -1].clone()
+
+
+class KroneckerInverse(LinearOperator):
+    """(F + damping)⁻¹ by inverses of the factors; see :class:`KroneckerFisher`."""
+
+    def __init__(
+        self,
+        solves: Sequence[_Solve],
+        diagonal: Mapping[int, Tensor | float],
+        like: Vector,
+        layers: Sequence[_Layer],
+    ) -> None:
+        self._solves, self._diagonal, self.like, self._layers = solves, diagonal, like, layers
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return G⁻¹ V A⁻¹ for each layer, and the quotient by the diagonal elsewhere."""
+        out = list(v)
+        for i, d in self._diagonal.items():
+            out[i] = v[i] / d
+        for solve in self._solves:
+            solve.apply(v, out)
+        return tuple(out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inverse factors and the diagonal; see :meth:`KroneckerFisher.restored_inverse`."""
+        at = {id(layer): i for i, layer in enumerate(self._layers)}
+        factors = {at[id(solve.layer)]: (solve.inputs, solve.outputs) for solve in self._solves}
+        return {"factors": factors, "diagonal": dict(self._diagonal)}
+
+
+def _inverses(pair: _Factors, damping: float) -> _Factors:
+    a, g = (f.to(factorizable_dtype(f.dtype)) for f in pair)
+    sizes = [check_finite(float(f.diagonal().double().mean()), "A Kronecker factor") for f in (a, g)]
+    ratio = math.sqrt(max(sizes[0], 1e-30) / max(sizes[1], 1e-30))
+    return _damped_inverse(a, math.sqrt(damping) * ratio), _damped_inverse(g, math.sqrt(damping) / ratio)
+
+
+def _damped_inverse(factor: Tensor, damping: float) -> Tensor:
+    shifted = factor.clone()
+    # Rounding of a sum of squares is of the size of eps times its largest entry.
+    floor = 10 * torch.finfo(factor.dtype).eps * float(factor.diagonal().max().clamp_min(0.0))
+    shifted.diagonal().add_(max(damping, floor, torch.finfo(factor.dtype).tiny * 1e4))
+    root, failed = torch.linalg.cholesky_ex(shifted)
+    if int(failed):
+        raise FloatingPointError(
+            "A Kronecker factor must be positive definite. Got one that is not; raise damping."
+        )
+    return torch.cholesky_inverse(root)
+
+
+def _find_layers(module: nn.Module, parameters: Iterable[Tensor], max_size: int) -> list[_Layer]:
+    position = {id(p): i for i, p in enumerate(parameters)}
+    owners = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+    layers = []
+    for m in module.modules():
+        # Exact classes: a subclass may compute something else.
+        plain = type(m) is nn.Linear or (
+            type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros" and _is_symmetric(m)
+        )
+        if not plain or m._parameters.get("weight") is None:
+            continue
+        weight, bias = m._parameters["weight"], m._parameters.get("bias")
+        assert weight is not None
+        held: Callable[[Tensor | None], bool] = lambda p: (
+            p is None or (id(p) in position and owners[id(p)] == 1)
+        )
+        if not held(weight) or not held(bias) or max(len(weight), weight[0].numel()) > max_size:
+            continue
+        layers.append(_Layer(m, position[id(weight)], None if bias is None else position[id(bias)]))
+    return layers

@@ -1,0 +1,193 @@
+"""What a running training knows of where it is heading: mean gradient, curvature of its layers, steps that remain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_nested.hypergradient.evaluation_point import LookAhead, placed_at
+from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.linalg.kronecker import KroneckerFisher, KroneckerInverse
+from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
+from lightning_nested.linalg.processes import Reduce, agreed_number
+from lightning_nested.linalg.solvers.base import check_finite
+from lightning_nested.linalg.vectors import Vector, norm
+from lightning_nested.optim.step_dynamics import decoupled_rates, inverse_rates
+
+# Steps before an outer step whose gradients are averaged; at the memory of the mean the earlier ones weigh nothing.
+WATCHED_STEPS = 20
+# Among them, every such step gives the curvature of the layers.
+_OBSERVED_EVERY = 10
+
+
+class Forecast:
+    """Running statistics of a training, for :class:`LookAhead` and the solvers that a run provides.
+
+    Args:
+        module: Module that is trained.
+        parameters: Inner parameters by name.
+        optimizer: Inner optimizer.
+        decays: Tuned weight decays.
+        point: Options; None: only the curvature is wanted.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: Optimizer,
+        decays: Sequence[WeightDecay],
+        *,
+        point: LookAhead | None,
+    ) -> None:
+        self._names, self._parameters = tuple(parameters), tuple(parameters.values())
+        self._optimizer, self._decays, self._point = optimizer, decays, point or LookAhead()
+        self.fisher = KroneckerFisher(module, parameters, max_size=self._point.max_size)
+        self.radius = self._point.start_radius
+        self.remaining = math.inf  # inner steps up to the end of the run
+        self._mean: Vector | None = None
+        self._means = 0
+        self._inverse: KroneckerInverse | None = None
+        self._solved = 0  # outer steps so far
+
+    # ---- the inner steps before an outer one
+
+    def watch(self, ahead: int) -> None:
+        """Prepare for an inner step ``ahead`` steps before an outer one."""
+        if ahead <= WATCHED_STEPS and ahead % _OBSERVED_EVERY == 1:
+            self.fisher.start()
+
+    @torch.no_grad()
+    def gradient(
+        self, ahead: int, *, scale: float = 1.0, reduce: Reduce | None = None, batches: int = 1
+    ) -> None:
+        """Take the inner gradient, tuned decays included, that lies in ``.grad`` after the backward passes."""
+        if ahead > WATCHED_STEPS:
+            return
+        if ahead % _OBSERVED_EVERY == 1:
+            self.fisher.update(scale, reduce, batches)
+        gradients = tuple(
+            torch.zeros_like(p) if p.grad is None else p.grad.detach() / scale for p in self._parameters
+        )
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            return
+        self._means += 1
+        if self._mean is None:
+            self._mean = tuple(g.clone() for g in gradients)
+        else:
+            torch._foreach_lerp_(list(self._mean), list(gradients), max(0.1, 1 / self._means))
+
+    def stop(self) -> None:
+        """Remove all hooks."""
+        self.fisher.stop()
+
+    # ---- the outer step
+
+    def decay_factors(self) -> dict[str, Tensor]:
+        """Return by name the factor that makes an equal coupled decay of a decoupled one, rate/R; empty if coupled."""
+        rates = decoupled_rates(self._optimizer)
+        if not rates:
+            return {}
+        inverse = inverse_rates(self._optimizer, self._parameters)
+        return {
+            name: rates[id(p)] * r
+            for name, p, r in zip(self._names, self._parameters, inverse, strict=True)
+            if id(p) in rates
+        }
+
+    def _coupled_decays(self) -> list[Tensor | float]:
+        """Return D, the tuned decays as coupled ones, for each parameter."""
+        factors = self.decay_factors()
+        total: dict[str, Any] = dict.fromkeys(self._names, 0.0)
+        for decay in self._decays:
+            for name, value in decay.decays().items():
+                total[name] = total[name] + value.detach() * factors.get(name, 1.0)
+        return [total[name] for name in self._names]
+
+    def _reach(self, damping: float | None) -> list[Tensor | float]:
+        """Return the damping of each parameter: 1/(R·t), or the number given."""
+        if damping is not None:
+            return [damping] * len(self._parameters)
+        steps = min(max(self.remaining, float(WATCHED_STEPS)), 1e6)
+        return [r / steps for r in inverse_rates(self._optimizer, self._parameters)]
+
+    def kronecker_inverse(self, damping: float | None = None) -> LinearOperator:
+        """Return (F + D + damping)⁻¹, factorized again at every ``refresh_every``-th outer step."""
+        if self._inverse is None or self._solved % self._point.refresh_every == 0:
+            amounts = [d + r for d, r in zip(self._coupled_decays(), self._reach(damping), strict=True)]
+            self._inverse = self.fisher.inverse(amounts)
+        return self._inverse
+
+    def diagonal_inverse(self, damping: float | None = None) -> LinearOperator:
+        """Return (D + 1/(R·t))⁻¹; ``damping`` is relative to the mean of 1/R."""
+        reach = self._reach(None)
+        if damping is not None:
+            inverse = inverse_rates(self._optimizer, self._parameters)
+            reach = [damping * r / r.mean().clamp_min(1e-30) for r in inverse]
+        return DiagonalOperator([1.0 / (d + r) for d, r in zip(self._coupled_decays(), reach, strict=True)])
+
+    def weights(self, loss: float, evaluate: Callable[[], float], reduce: Reduce | None) -> Vector:
+        """Return w′, the weights that the training is heading to.
+
+        Args:
+            loss: Training loss of the current batch at w, without the decays.
+            evaluate: Returns it at the weights that the parameters have then.
+            reduce: Averages a tensor over processes.
+
+        Raises:
+            FloatingPointError: The gradient or the curvature is not finite.
+        """
+        weights = tuple(p.detach() for p in self._parameters)
+        mean = self._mean
+        if mean is None:
+            return weights
+        decays = self._coupled_decays()
+        if decoupled_rates(self._optimizer):
+            mean = tuple(m + d * w for m, d, w in zip(mean, decays, weights, strict=True))
+        direction = self.kronecker_inverse() @ mean
+        check_finite(agreed_number(norm(direction), reduce), "The direction of the inner training")
+        moved = self._point.weights(weights, direction, self.radius)
+        with placed_at(self._parameters, moved):
+            after = evaluate()
+        change = after - loss + _penalty(decays, moved) - _penalty(decays, weights)
+        fell = agreed_number(torch.tensor(change, dtype=torch.float64), reduce) < 0
+        self.radius = self._point.next_radius(self.radius, fell=fell)
+        return moved if fell else self._point.weights(weights, direction, self.radius)
+
+    def count(self) -> None:
+        """Count an outer step."""
+        self._solved += 1
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next outer step depends on."""
+        return {
+            "radius": self.radius,
+            "mean": self._mean,
+            "means": self._means,
+            "solved": self._solved,
+            "fisher": self.fisher.state_dict(),
+            "inverse": None if self._inverse is None else self._inverse.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore; the statistics of another model begin again."""
+        self.radius, self._means, self._solved = state["radius"], state["means"], state["solved"]
+        mean = state["mean"]
+        fits = mean is not None and [m.shape for m in mean] == [p.shape for p in self._parameters]
+        self._mean = (
+            tuple(m.to(p.device) for m, p in zip(mean, self._parameters, strict=True)) if fits else None
+        )
+        self.fisher.load_state_dict(state["fisher"])
+        self._inverse = self.fisher.restored_inverse(state["inverse"])
+
+
+def _penalty(decays: Sequence[Tensor | float], weights: Vector) -> float:
+    """Return ½ Σ d w², in double precision: it is compared with one that differs little."""
+    return float(sum(0.5 * (w.double().square() * d).sum() for d, w in zip(decays, weights, strict=True)))

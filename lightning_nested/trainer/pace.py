@@ -1,0 +1,90 @@
+"""How often outer steps are made, and how long they are: a plan from the length of the run and a budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+# Outer steps of a run: more cost, and fewer leave the noise of single batches in the values.
+_MOST, _FEWEST = 100, 25
+# Sum of the steps' lengths, in natural logarithms of a decay: from the start to either bound, with some to spare.
+_TRAVEL = 4.0
+_LONGEST = 0.35
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Times and lengths of outer steps.
+
+    Attributes:
+        total_steps: Inner steps of the run; None: it has no known end.
+        every_n_steps: Inner steps per outer step.
+        warmup_steps: Inner steps before the first outer step.
+        cost: Cost of an outer step, in gradients of a training batch.
+    """
+
+    total_steps: int | None
+    every_n_steps: int
+    warmup_steps: int
+    cost: float
+
+    @property
+    def outer_steps(self) -> int | None:
+        """Outer steps of the run."""
+        if self.total_steps is None:
+            return None
+        return max(0, -(-(self.total_steps - self.warmup_steps) // self.every_n_steps))
+
+    @property
+    def rate(self) -> float:
+        """First rate of the default outer optimizer, which ends at zero with the run."""
+        return _LONGEST if not self.outer_steps else min(_LONGEST, 2 * _TRAVEL / self.outer_steps)
+
+    def __str__(self) -> str:
+        share = 100 * self.cost / self.every_n_steps
+        return (
+            f"an outer step costs about {self.cost:.1f} gradients, every {self.every_n_steps} steps: {share:.0f} %"
+            + (f", {self.outer_steps} outer steps" if self.outer_steps is not None else "")
+        )
+
+
+def plan(
+    trainer: Trainer, *, cost: float, overhead: float, every_n_steps: int | None, warmup_steps: int | None
+) -> Pace:
+    """Return the plan of a run.
+
+    Outer steps are made as often as ``overhead`` allows, but not more than a hundred times in the run: beyond that
+    they buy nothing. A run without an end is planned by the budget alone.
+
+    Args:
+        trainer: Trainer of the run, whose loaders can be asked for.
+        cost: Cost of an outer step, in gradients.
+        overhead: Share of the training's own gradients that outer steps may cost.
+        every_n_steps: Given by the user; None: by the budget.
+        warmup_steps: Given by the user; None: a tenth of the run.
+    """
+    total = total_steps(trainer)
+    warmup = warmup_steps if warmup_steps is not None else (total or 0) // 10
+    if every_n_steps is None:
+        every_n_steps = max(1, math.ceil(cost / overhead))
+        if total is not None:
+            most = min(_MOST, max(_FEWEST, (total - warmup) // 40))
+            every_n_steps = max(every_n_steps, (total - warmup) // most)
+    return Pace(total_steps=total, every_n_steps=every_n_steps, warmup_steps=warmup, cost=cost)
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Return the inner steps of the run; None if the Trainer does not know them."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) and steps > 0 else None
+
+
+def batch_ratio(inner: Any, outer: Any) -> float:
+    """Return examples of an outer batch per example of an inner one, 1 where loaders do not say."""
+    sizes = [getattr(loader, "batch_size", None) for loader in (inner, outer)]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return 1.0
+    return sizes[1] / sizes[0]
