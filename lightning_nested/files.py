@@ -6,8 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from uuid import uuid4
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -56,8 +59,14 @@ def replace_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
+def replace_figure(path: str | Path, figure: Figure, **options: Any) -> None:
+    """Save a matplotlib figure, with the options of ``savefig``, with the guarantees of :func:`replacing`."""
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or None, **options)
+
+
 def append_line(path: str | Path, line: str) -> None:
-    """Append a line to a file that grows; on an error, such as a full disk, the file has its old length again.
+    r"""Append a line to a file that grows; on an error, such as a full disk, the file has its old length again.
 
     A line that an earlier process did not finish is ended first, so that this one stands alone.
 
@@ -67,7 +76,7 @@ def append_line(path: str | Path, line: str) -> None:
         >>> for line in ("1", "2"):
         ...     append_line(path, line)
         >>> path.read_text()
-        '1\\n2\\n'
+        '1\n2\n'
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

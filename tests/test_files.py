@@ -29,9 +29,14 @@ def test_a_new_file_has_the_usual_permissions_and_nothing_is_left_beside_it(tmp_
 def test_an_error_inside_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     replace_text(path, "old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["results.json"]
 

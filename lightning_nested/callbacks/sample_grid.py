@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_nested.callbacks.generative_metrics.callback import ClassConditionalSampler, require_sampler
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
+from lightning_nested.files import replacing
 
 
 class SampleGrid(Callback):
@@ -101,8 +102,8 @@ class SampleGrid(Callback):
 
         grid = self.grid(trainer, pl_module)
         folder = Path(trainer.default_root_dir) / "grids"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_image(grid, folder / f"{step:06d}.png")
+        with replacing(folder / f"{step:06d}.png") as file:
+            save_image(grid, file, format="png")
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if add_image is not None:

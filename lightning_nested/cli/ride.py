@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ import lightning_nested.optim
 from lightning_nested.cli.find_configs import shipped_rides
 from lightning_nested.dynamics import GeneralizedRidgeRider, InProcess, Processes, RideTree
 from lightning_nested.dynamics.riders.executors import Executor
+from lightning_nested.files import replace_figure, replace_text
 from lightning_nested.games import Game
 from lightning_nested.linalg.vectors import Vector
 
@@ -112,7 +114,7 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
         from lightning_nested.figures.ride import ride_figure
 
         figure = ride_figure(tree, game, starts, optimizer, rider.branching)
-        figure.savefig(config.output / "ride.png", bbox_inches="tight", pad_inches=0.15)
+        replace_figure(config.output / "ride.png", figure, bbox_inches="tight", pad_inches=0.15)
     print(f"\nWrote {config.output}: solutions.json, branches.csv{', ride.png' if config.figure else ''}")
     return tree
 
@@ -173,12 +175,12 @@ def write_results(tree: RideTree, game: Game, like: Vector, folder: Path) -> Non
                 "branches": s.branches,
             }
         )
-    (folder / "solutions.json").write_text(json.dumps(solutions, indent=1) + "\n", encoding="utf-8")
-    rows = tree.table()
-    with (folder / "branches.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_text(folder / "solutions.json", json.dumps(solutions, indent=1) + "\n")
+    rows, text = tree.table(), StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(folder / "branches.csv", text.getvalue())
 
 
 def print_tree(tree: RideTree) -> None:

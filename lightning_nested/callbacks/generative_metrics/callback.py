@@ -38,6 +38,7 @@ from lightning_nested.callbacks.generative_metrics.scores import (
     kernel_distance,
     precision_recall,
 )
+from lightning_nested.files import append_line
 from lightning_nested.trainer.random_stream import RandomStream
 
 # Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
@@ -296,10 +297,7 @@ class GenerativeMetrics(Callback):
                 "evaluator_accuracy": getattr(self, "evaluator_accuracy", None),
                 "scores": found,
             }
-            path = Path(trainer.default_root_dir) / "scores.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(Path(trainer.default_root_dir) / "scores.jsonl", json.dumps(record))
 
 
 def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
