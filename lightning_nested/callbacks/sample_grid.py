@@ -11,7 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.callbacks.generative_metrics.callback import ClassConditionalSampler, require_sampler
+from lightning_nested.callbacks.generative_metrics.callback import (
+    ClassConditionalSampler,
+    check_samples,
+    require_sampler,
+)
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.files import replacing
 
@@ -89,8 +93,9 @@ class SampleGrid(Callback):
                 if isinstance(callback, GeneratorEMA) and not callback.stands_in:
                     stack.enter_context(callback.swapped(pl_module))
             images = source.sample_for_metrics(labels, batch_norm=self.batch_norm, generator=generator)
+        images = check_samples(pl_module, images, len(labels))
         grid: Tensor = make_grid(
-            images.float().cpu(), nrow=self.per_class, normalize=True, value_range=(-1, 1), padding=1
+            images.cpu(), nrow=self.per_class, normalize=True, value_range=(-1, 1), padding=1
         )
         return grid
 
