@@ -126,6 +126,11 @@ def frozen_power_iteration(*modules: nn.Module) -> Iterator[None]:
             for part in _stateful_parts(layer):
                 _set_until_exit(stack, part, training=False)
             for hook in _hooks(layer):
+                # Copies: a later iteration must not change what a graph from inside holds.
+                vectors = {
+                    f"{hook.name}_{which}": getattr(layer, f"{hook.name}_{which}").clone() for which in "uv"
+                }
+                _set_until_exit(stack, layer, **vectors)
                 _set_until_exit(stack, hook, n_power_iterations=0)
         yield
 
