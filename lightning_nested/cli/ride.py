@@ -105,18 +105,25 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
                 game.losses, starts, optimizer, folder=config.output, progress=progress
             )
     except OSError as error:
-        parser.error(f"--output must be a folder that can be written. Got {config.output}: {error}.", error)
+        _refuse_output(parser, config, error)
     except (ValueError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         parser.error(str(error))
     print_tree(tree)
-    write_results(tree, game, starts[0], config.output)
-    if config.figure:
-        from lightning_nested.figures.ride import ride_figure
+    try:
+        write_results(tree, game, starts[0], config.output)
+        if config.figure:
+            from lightning_nested.figures.ride import ride_figure
 
-        figure = ride_figure(tree, game, starts, optimizer, rider.branching)
-        replace_figure(config.output / "ride.png", figure, bbox_inches="tight", pad_inches=0.15)
+            figure = ride_figure(tree, game, starts, optimizer, rider.branching)
+            replace_figure(config.output / "ride.png", figure, bbox_inches="tight", pad_inches=0.15)
+    except OSError as error:
+        _refuse_output(parser, config, error)
     print(f"\nWrote {config.output}: solutions.json, branches.csv{', ride.png' if config.figure else ''}")
     return tree
+
+
+def _refuse_output(parser: ArgumentParser, config: Namespace, error: OSError) -> NoReturn:
+    parser.error(f"--output must be a folder that can be written. Got {config.output}: {error}.", error)
 
 
 def _check_files(parser: ArgumentParser, arguments: Sequence[str]) -> None:

@@ -38,12 +38,13 @@ def check_fakes(real: Tensor, fake: Tensor, labels: Tensor | None, fake_labels: 
         )
     if labels is None or fake_labels is None:
         return
-    shapes = [tuple(x.shape) for x in (labels, fake_labels)]
-    if shapes[0] != (len(real), *shapes[1][1:]):
+    kinds = [(tuple(x.shape[1:]), x.is_floating_point()) for x in (labels, fake_labels)]
+    if kinds[0] != kinds[1] or len(labels) != len(real):
+        got, wanted = (f"{x.dtype} {tuple(x.shape)}" for x in (labels, fake_labels))
         raise ValueError(
-            f"The data's labels must have one row per example and the shape of sample_labels. Got {shapes[0]} for "
-            f"{len(real)} examples, and {shapes[1]} of sample_labels; flatten class numbers of shape (n, 1), take "
-            "argmax(dim=1) of one-hot labels, or override sample_labels."
+            f"The data's labels must have one row per example and be of the kind of sample_labels. Got {got} for "
+            f"{len(real)} examples, and {wanted} of sample_labels; flatten class numbers of shape (n, 1), take "
+            "argmax(dim=1) of one-hot labels, give class numbers as integers, or override sample_labels."
         )
 
 

@@ -419,10 +419,11 @@ def test_data_and_logits_that_do_not_fit(networks: Any, batch: Any, match: str) 
         (torch.tensor([0, 1, 2, -1]), "Got -1"),
         (
             torch.tensor([[0], [1], [2], [0]]),
-            r"Got \(4, 1\) for 4 examples, and \(4,\) of sample_labels; flatten",
+            r"Got torch.int64 \(4, 1\) for 4 examples, and torch.int64 \(4,\) of sample_labels; flatten",
         ),
-        (torch.eye(4, 3), r"Got \(4, 3\) for 4"),
-        (torch.tensor([0, 1, 2]), r"Got \(3,\) for 4 examples"),
+        (torch.eye(4, 3), r"Got torch.float32 \(4, 3\) for 4"),
+        (torch.tensor([0, 1, 2]), r"Got torch.int64 \(3,\) for 4 examples"),
+        (torch.tensor([0.0, 1.0, 2.0, 0.0]), r"Got torch.float32 \(4,\) for 4 .*; .* as integers"),
         (["cat", "dog", "cat", "dog"], "Got labels of type list"),
     ],
 )
