@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nested.callbacks import ClassifierEvaluator, GenerativeMetrics, ModuleEvaluator
 from lightning_nested.callbacks.generative_metrics.cache import write_cache
+from lightning_nested.callbacks.generative_metrics.evaluators import _code_hash
 from lightning_nested.callbacks.generative_metrics.images import content_hash
 from tests.modules.gan.tiny import data, module, trainer
 
@@ -55,6 +56,18 @@ def distance(features: nn.Module, cache: Path, source: Any = None) -> float:
 def test_another_function_with_the_same_weights(tmp_path: Path, first: nn.Module, second: nn.Module) -> None:
     distance(first, tmp_path / "shared")
     assert distance(second, tmp_path / "shared") == distance(second, tmp_path / "own")
+
+
+def test_the_code_of_a_module_tells_apart_what_no_probe_shows() -> None:
+    first = _code_hash(Scaled(limit=2.0))
+    assert first == _code_hash(Scaled(limit=2.0).eval())
+    assert first != _code_hash(Scaled(limit=3.0))
+
+    class Other(Scaled):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images)
+
+    assert _code_hash(nn.Sequential(Other())) != _code_hash(nn.Sequential(Scaled()))
 
 
 def test_pictures_that_are_the_same_only_in_eight_bits() -> None:
