@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lightning_nested.files import replace_text
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces itself on stderr otherwise
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -210,8 +212,7 @@ def report(
         "load_average": {"before": load_before, "after": load()},
         "results": results,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(whole, indent=1, default=_plain) + "\n")
+    replace_text(arguments.output, json.dumps(whole, indent=1, default=_plain) + "\n")
     print(f"\nWrote {arguments.output.name}")
 
 

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.datamodules import DigitsDataModule, FashionMNISTDataModule
+from lightning_nested.files import replace_figure
 from lightning_nested.hypergradient import ConjugateGradient, GaussNewton
 from lightning_nested.hypergradient.implicit import implicit_result
 from lightning_nested.hyperparameters import WeightDecay
@@ -278,8 +279,7 @@ def figure(path: Path, curves: dict[str, list[list[Point]]], steps: int) -> None
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
+    replace_figure(path, fig, dpi=130)
     plt.close(fig)
 
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nested.datamodules import FashionMNISTDataModule
 from lightning_nested.datamodules.in_memory import TensorBatches
+from lightning_nested.files import replace_figure
 from lightning_nested.hypernetworks import LearnedScale
 from lightning_nested.hyperparameters import (
     Brightness,
@@ -301,8 +302,7 @@ def figure(path: Path, seeds: Sequence[dict[str, Any]]) -> None:
         "Hyperparameters that Delta-STN learned within one training (one colour a seed)", fontsize=11
     )
     fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=100)
+    replace_figure(path, fig, dpi=100)
     plt.close(fig)
 
 

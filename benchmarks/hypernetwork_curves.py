@@ -19,6 +19,7 @@ from _linear_softmax import HIGHEST, LOWEST, Data, Rows, fit, matrix, optimum
 from _measuring import Spread, load, parser, print_table, report, start
 from torch import Tensor
 
+from lightning_nested.files import replace_figure
 from lightning_nested.hypernetworks import DenseResponse, FactorisedResponse, FixedScale, GlobalUniform
 from lightning_nested.modules import DeltaSTN, Global
 
@@ -143,8 +144,7 @@ def figure(path: Path, ones: Sequence[dict[str, Any]], tens: Sequence[dict[str, 
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.5)
     fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
+    replace_figure(path, fig, dpi=110)
     plt.close(fig)
 
 

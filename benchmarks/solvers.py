@@ -18,6 +18,7 @@ import torch
 from _measuring import Spread, load, parser, print_table, report, start
 from torch import Tensor, nn
 
+from lightning_nested.files import replace_figure
 from lightning_nested.hypergradient import (
     ConjugateGradient,
     GaussNewton,
@@ -242,8 +243,7 @@ def figure(path: Path, results: dict[str, dict[str, dict[str, Any]]]) -> None:
         "Along a training run on digits, against the dense solution (medians over outer steps and seeds)"
     )
     fig.tight_layout(rect=(0, 0, 0.82, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
+    replace_figure(path, fig, dpi=130)
     plt.close(fig)
 
 

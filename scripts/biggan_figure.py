@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.image import imread
 
+from lightning_nested.files import replace_figure
+
 
 def scores(path: Path) -> list[dict[str, Any]]:
     """Return the records of one run's ``scores.jsonl``."""
@@ -39,8 +41,7 @@ def main() -> None:
     ]
     halves = "   ".join(lines[:2]), "   ".join(lines[2:])
     figure.supxlabel("\n".join(half for half in halves if half), fontsize=8)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output, dpi=85)
+    replace_figure(arguments.output, figure, dpi=85)
     print(f"Wrote {arguments.output.name}")
 
 

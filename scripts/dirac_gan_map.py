@@ -14,6 +14,7 @@ import csv
 import json
 import math
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from _running import script_parser
 from numpy.typing import NDArray
 
 from lightning_nested.figures.style import styled_figure
+from lightning_nested.files import replace_figure, replace_text
 from lightning_nested.games import DiracGAN, convergence_rate
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ def figure(maps: dict[str, Map], path: Path) -> None:
         axes[0].set_ylabel("momentum |β|")
         label = "measured steps per factor of ten, best learning rate"
         whole.colorbar(image, ax=axes, label=label, extend="max")
-        whole.savefig(path)
+        replace_figure(path, whole)
 
 
 def _panel(axis: Axes, name: str, found: Map) -> Any:
@@ -154,13 +156,14 @@ def _panel(axis: Axes, name: str, found: Map) -> Any:
 
 def write(maps: dict[str, Map], folder: Path) -> None:
     """Write a row per point as CSV, and best points and agreement as JSON, which is printed too."""
-    with (folder / "dirac_gan_map.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["order", "momentum", "phase", "lr", "predicted", "measured"])
-        for name, found in maps.items():
-            for (i, j), lr in np.ndenumerate(found.lr):
-                numbers = (found.momentum[i], found.phase[j], lr, found.predicted[i, j], found.measured[i, j])
-                rows.writerow([name, *(f"{x:.6g}" for x in numbers)])
+    table = StringIO()
+    rows = csv.writer(table)
+    rows.writerow(["order", "momentum", "phase", "lr", "predicted", "measured"])
+    for name, found in maps.items():
+        for (i, j), lr in np.ndenumerate(found.lr):
+            numbers = (found.momentum[i], found.phase[j], lr, found.predicted[i, j], found.measured[i, j])
+            rows.writerow([name, *(f"{x:.6g}" for x in numbers)])
+    replace_text(folder / "dirac_gan_map.csv", table.getvalue())
     summary = {
         name: {
             "converge": float((found.measured < 1 - 1e-6).mean()),
@@ -170,7 +173,7 @@ def write(maps: dict[str, Map], folder: Path) -> None:
         for name, found in maps.items()
     }
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    (folder / "dirac_gan_map.json").write_text(text + "\n", encoding="utf-8")
+    replace_text(folder / "dirac_gan_map.json", text + "\n")
     print(text)
 
 

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 
 from lightning_nested.datamodules import MixtureOfGaussiansDataModule
+from lightning_nested.files import replace_text
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.modules import GameLoop, GANModule
 from lightning_nested.optim import ComplexAdam, OptimisticAdam
@@ -223,7 +224,7 @@ def main() -> None:
             if tuning and "tuning" not in found:
                 found["tuning"] = run(method, rate, tuning, options)
             if options.output is not None:
-                options.output.write_text(json.dumps(results, indent=1))
+                replace_text(options.output, json.dumps(results, indent=1))
     print(table(results, options.seeds), crossed(results), sep="\n\n")
 
 

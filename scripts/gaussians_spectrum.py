@@ -17,6 +17,7 @@ from lightning_nested.callbacks import GameSpectrumCallback
 from lightning_nested.datamodules import MixtureOfGaussiansDataModule
 from lightning_nested.demos import ModeCoverage
 from lightning_nested.figures.game_spectrum import spectrum_figure
+from lightning_nested.files import replace_figure
 from lightning_nested.modules import GameLoop, GANModule
 from lightning_nested.networks import MLP
 from lightning_nested.optim import ComplexAdam
@@ -67,9 +68,8 @@ def main() -> None:
         for when, s in zip(("start", "middle", "end"), spectrum.history, strict=True)
     ]
     drawn = [replace(s, own={}) for s in spectrum.history]  # a thousand squares would hide the circles
-    spectrum_figure(drawn, list(module.players()), titles).savefig(
-        options.folder / "gaussians_spectrum.png", dpi=92
-    )
+    figure = spectrum_figure(drawn, list(module.players()), titles)
+    replace_figure(options.folder / "gaussians_spectrum.png", figure, dpi=92)
     print(f"n = {sum(p.numel() for p in module.parameters())}, seed {options.seed}")
     for title, measured in zip(titles, spectrum.history, strict=True):
         values = {name: round(value, 4) for name, value in kinds(measured.eigenvalues).items()}

@@ -22,6 +22,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from _running import script_parser
 
 from lightning_nested.cli.find_configs import shipped_configs
+from lightning_nested.files import replace_text
 
 CONFIG = "clean_digits"
 COLUMNS = {
@@ -47,7 +48,7 @@ def run(seed: int, rate: float, folder: Path) -> dict[str, Any]:
     settings = _settings()
     _outer_optimizer(settings)["lr"] = rate
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    replace_text(folder / "config.yaml", yaml.safe_dump(settings))
     program = [sys.executable, "-m", "lightning_nested"]
     command = [*program, "fit", "--config", "config.yaml", f"--seed_everything={seed}"]
     began = time.perf_counter()
@@ -109,7 +110,7 @@ def main() -> None:
             for name in ("median", "min", "max"):
                 print(_row(f"{rate:g}, {name}", {key: values[name] for key, values in spread.items()}))
             report.append({"rate": rate, "summary": spread, "runs": runs})
-    options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    replace_text(options.output, json.dumps(report, indent=2) + "\n")
     print(f"written: {options.output}")
 
 

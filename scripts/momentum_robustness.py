@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from _quadratic_runs import Array, Settings, evaluations
 from _running import script_parser
 
 from lightning_nested.figures.style import COLOURS, GREY, open_axes, styled_figure
+from lightning_nested.files import replace_figure, replace_text
 from lightning_nested.games import (
     QuadraticGame,
     convergence_rate,
@@ -230,7 +232,7 @@ def figure(shares: Array, cases: Sequence[Case], found: dict[str, Any], path: Pa
             axes[0].text(0.98, 0.03, text, transform=axes[0].transAxes, ha="right", fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
         whole.legend(handles, labels, loc="outside lower center", ncols=6)
-        whole.savefig(path)
+        replace_figure(path, whole)
 
 
 def _same(counts: dict[str, Array]) -> list[str]:
@@ -258,14 +260,15 @@ def write(
 ) -> None:
     """Write JSON with everything and CSV with a row per case."""
     names = [*found["fixed"], OURS, NOISY]
-    with (options.output / "momentum_robustness.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        rivals_names = [f"{n} ({r})" for r in ("fixed", "hindsight") for n in found["fixed"]]
-        writer.writerow(["share", "seed", *rivals_names, OURS, NOISY])
-        for i, case in enumerate(cases):
-            rivals_of = [found[r][n][i] for r in ("fixed", "hindsight") for n in found["fixed"]]
-            ours = [found["ours"][n]["counts"][i] for n in (OURS, NOISY)]
-            writer.writerow([f"{case.share:.4g}", case.seed, *(f"{c:g}" for c in (*rivals_of, *ours))])
+    table = StringIO()
+    writer = csv.writer(table)
+    rivals_names = [f"{n} ({r})" for r in ("fixed", "hindsight") for n in found["fixed"]]
+    writer.writerow(["share", "seed", *rivals_names, OURS, NOISY])
+    for i, case in enumerate(cases):
+        rivals_of = [found[r][n][i] for r in ("fixed", "hindsight") for n in found["fixed"]]
+        ours = [found["ours"][n]["counts"][i] for n in (OURS, NOISY)]
+        writer.writerow([f"{case.share:.4g}", case.seed, *(f"{c:g}" for c in (*rivals_of, *ours))])
+    replace_text(options.output / "momentum_robustness.csv", table.getvalue())
     medians = {
         name: float(np.nanmedian(found[r][name] if r else found["ours"][name]["counts"]))
         for name in names
@@ -283,7 +286,7 @@ def write(
         "suggestions": advices,
     }
     text = json.dumps(summaries, indent=1, default=float, ensure_ascii=False)
-    (options.output / "momentum_robustness.json").write_text(text + "\n", encoding="utf-8")
+    replace_text(options.output / "momentum_robustness.json", text + "\n")
     shown = {k: v for k, v in summaries.items() if k != "suggestions"}
     print(json.dumps(shown, indent=1, default=float, ensure_ascii=False))
 

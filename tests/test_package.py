@@ -19,6 +19,7 @@ PACKAGE = ROOT / "lightning_nested"
 CORE = (
     "dynamics",
     "figures",
+    "files",
     "games",
     "hypergradient",
     "hypernetworks",

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_nested.networks.spectral_norm import spectral_norm_layers
+from lightning_nested.networks.spectral_norm import iterate_spectral_norms
+
+# Averaged vectors point almost in the right direction; more cost little, once for each evaluation.
+_POWER_ITERATIONS = 10
 
 
 class GeneratorEMA(Callback):
@@ -33,7 +36,7 @@ class GeneratorEMA(Callback):
         decay: d, per update of the generator.
         start: Updates during which the average is a plain copy.
         buffers: ``"average"`` running statistics like weights, as the reference does, or ``"copy"`` them.
-            Vectors of spectral norm are normalized and matched to the averaged weights.
+            Vectors of spectral norm, of this package or of torch, are matched to the averaged weights.
         module: Attribute of the LightningModule that is averaged.
 
     Raises:
@@ -60,8 +63,8 @@ class GeneratorEMA(Callback):
         self._saved: dict[str, Tensor] | None = None
         # True once the average holds more than the network's initial values.
         self._begun = False
-        # A copy of the network with its own values, while it has the averaged ones.
-        self._raw: nn.Module | None = None
+        # The network's own values, while it has the averaged ones.
+        self._raw: dict[str, Tensor] | None = None
         self._hook: RemovableHandle | None = None
 
     @property
@@ -87,10 +90,10 @@ class GeneratorEMA(Callback):
             )
         if self.stands_in:
             raise RuntimeError("averaged() must not be called while the average stands in for the generator.")
-        copy = deepcopy(self._average).eval()
+        copy = _copied(self._average).eval()
         if self._saved is not None:
             copy.load_state_dict(self._saved)
-        _match_spectral_norm(copy)
+        iterate_spectral_norms(copy, times=_POWER_ITERATIONS)
         return copy
 
     @contextmanager
@@ -105,7 +108,7 @@ class GeneratorEMA(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._average is None:
-            self._average = deepcopy(self._network(pl_module)).requires_grad_(False)
+            self._average = _copied(self._network(pl_module)).requires_grad_(False)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,8 +184,9 @@ class GeneratorEMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the raw weights in the module's part of a checkpoint made during validation, as on SLURM's signal."""
-        if self._raw is not None:
-            for name, value in self._raw.state_dict().items():
+        for name, value in (self._raw or {}).items():
+            # Buffers that are not persistent have no place there.
+            if f"{self.module}.{name}" in checkpoint["state_dict"]:
                 checkpoint["state_dict"][f"{self.module}.{name}"] = value
 
     @override
@@ -216,9 +220,9 @@ class GeneratorEMA(Callback):
                 f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
                 "evaluated. Give module and decay as in training."
             )
-        self._raw = deepcopy(network)
-        _copy(average, network)
-        _match_spectral_norm(network)
+        self._raw = {name: value.clone() for name, value in _tensors(network, shared=True).items()}
+        _copy(_tensors(average), network)
+        iterate_spectral_norms(network, times=_POWER_ITERATIONS)
 
     def _step_back(self, pl_module: LightningModule) -> None:
         assert self._raw is not None
@@ -235,18 +239,22 @@ class GeneratorEMA(Callback):
         return network
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _copied(network: nn.Module) -> nn.Module:
+    """Return a deep copy. Torch's older spectral norm keeps a tensor with a graph, which ``deepcopy`` refuses."""
+    with_graph = [
+        v for m in network.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf
+    ]
+    # deepcopy takes what it finds here for copied.
+    return deepcopy(network, {id(value): value.detach().clone() for value in with_graph})
 
 
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    values = _tensors(source)
+def _tensors(module: nn.Module, *, shared: bool = False) -> dict[str, Tensor]:
+    """Return parameters and buffers by name; ``shared``: those of several names under each of them."""
+    named = module.named_parameters, module.named_buffers
+    return {name: value for items in named for name, value in items(remove_duplicate=not shared)}
+
+
+def _copy(values: dict[str, Tensor], target: nn.Module) -> None:
     for name, value in _tensors(target).items():
         # Not seen by autograd: a graph may hold the target's parameters, which get their values back before its use.
         value.data.copy_(values[name])
-
-
-def _match_spectral_norm(network: nn.Module) -> None:
-    """Iterate once: averaged unit vectors are shorter than one, so σ would be too small."""
-    for layer in spectral_norm_layers(network).values():
-        layer.iterate()

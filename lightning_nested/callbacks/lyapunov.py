@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_nested.dynamics.checks import require_at_least, require_window
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Tangents
+from lightning_nested.files import replace_figure
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.game_follower import GameFollower
@@ -305,5 +306,4 @@ class LyapunovCallback(Callback):
 
     @rank_zero_only
     def _save_figure(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.draw().savefig(folder / "lyapunov.png", dpi=110)
+        replace_figure(folder / "lyapunov.png", self.draw(), dpi=110)

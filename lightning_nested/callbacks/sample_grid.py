@@ -11,8 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nested.callbacks.generative_metrics.callback import ClassConditionalSampler, require_sampler
+from lightning_nested.callbacks.generative_metrics.callback import (
+    ClassConditionalSampler,
+    check_samples,
+    require_sampler,
+)
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
+from lightning_nested.files import replacing
 
 
 class SampleGrid(Callback):
@@ -88,8 +93,9 @@ class SampleGrid(Callback):
                 if isinstance(callback, GeneratorEMA) and not callback.stands_in:
                     stack.enter_context(callback.swapped(pl_module))
             images = source.sample_for_metrics(labels, batch_norm=self.batch_norm, generator=generator)
+        images = check_samples(pl_module, images, len(labels))
         grid: Tensor = make_grid(
-            images.float().cpu(), nrow=self.per_class, normalize=True, value_range=(-1, 1), padding=1
+            images.cpu(), nrow=self.per_class, normalize=True, value_range=(-1, 1), padding=1
         )
         return grid
 
@@ -101,8 +107,8 @@ class SampleGrid(Callback):
 
         grid = self.grid(trainer, pl_module)
         folder = Path(trainer.default_root_dir) / "grids"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_image(grid, folder / f"{step:06d}.png")
+        with replacing(folder / f"{step:06d}.png") as file:
+            save_image(grid, file, format="png")
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if add_image is not None:

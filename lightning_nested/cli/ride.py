@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ import lightning_nested.optim
 from lightning_nested.cli.find_configs import shipped_rides
 from lightning_nested.dynamics import GeneralizedRidgeRider, InProcess, Processes, RideTree
 from lightning_nested.dynamics.riders.executors import Executor
+from lightning_nested.files import replace_figure, replace_text
 from lightning_nested.games import Game
 from lightning_nested.linalg.vectors import Vector
 
@@ -103,18 +105,25 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
                 game.losses, starts, optimizer, folder=config.output, progress=progress
             )
     except OSError as error:
-        parser.error(f"--output must be a folder that can be written. Got {config.output}: {error}.", error)
+        _refuse_output(parser, config, error)
     except (ValueError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         parser.error(str(error))
     print_tree(tree)
-    write_results(tree, game, starts[0], config.output)
-    if config.figure:
-        from lightning_nested.figures.ride import ride_figure
+    try:
+        write_results(tree, game, starts[0], config.output)
+        if config.figure:
+            from lightning_nested.figures.ride import ride_figure
 
-        figure = ride_figure(tree, game, starts, optimizer, rider.branching)
-        figure.savefig(config.output / "ride.png", bbox_inches="tight", pad_inches=0.15)
+            figure = ride_figure(tree, game, starts, optimizer, rider.branching)
+            replace_figure(config.output / "ride.png", figure, bbox_inches="tight", pad_inches=0.15)
+    except OSError as error:
+        _refuse_output(parser, config, error)
     print(f"\nWrote {config.output}: solutions.json, branches.csv{', ride.png' if config.figure else ''}")
     return tree
+
+
+def _refuse_output(parser: ArgumentParser, config: Namespace, error: OSError) -> NoReturn:
+    parser.error(f"--output must be a folder that can be written. Got {config.output}: {error}.", error)
 
 
 def _check_files(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -173,12 +182,12 @@ def write_results(tree: RideTree, game: Game, like: Vector, folder: Path) -> Non
                 "branches": s.branches,
             }
         )
-    (folder / "solutions.json").write_text(json.dumps(solutions, indent=1) + "\n", encoding="utf-8")
-    rows = tree.table()
-    with (folder / "branches.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_text(folder / "solutions.json", json.dumps(solutions, indent=1) + "\n")
+    rows, text = tree.table(), StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(folder / "branches.csv", text.getvalue())
 
 
 def print_tree(tree: RideTree) -> None:

@@ -21,7 +21,7 @@ GANLoss = Literal["hinge", "non_saturating", "wasserstein"]
 
 @dataclass(frozen=True)
 class AdversarialLoss(ABC):
-    """Losses of both players from the discriminator's scores ``(N,)``; means over the batch."""
+    """Losses of both players from the discriminator's scores ``(N,)`` or, of patches, ``(N, P)``; means over them."""
 
     @abstractmethod
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import ParametrizationList
+
+# The function of this name hides the module in torch.nn.utils.
+from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
 
 class SpectralNormLayer(nn.Module):
@@ -105,7 +109,9 @@ class SpectralNormEmbedding(SpectralNormLayer, nn.Embedding):
 def frozen_power_iteration(*modules: nn.Module) -> Iterator[None]:
     """Make every spectrally normalized layer a function of its parameters alone, in train mode too.
 
-    Use it around Jacobian and Hessian products that take more than one forward.
+    Use it around Jacobian and Hessian products that take more than one forward. It holds layers of this package,
+    ``torch.nn.utils.spectral_norm``, and every parametrization with buffers, such as
+    ``torch.nn.utils.parametrizations.spectral_norm``.
 
     Example:
         >>> layer = SpectralNormLinear(3, 2)
@@ -114,15 +120,75 @@ def frozen_power_iteration(*modules: nn.Module) -> Iterator[None]:
         True
     """
     with ExitStack() as stack:
-        for module in modules:
-            for layer in spectral_norm_layers(module).values():
-                stack.callback(setattr, layer, "frozen", layer.frozen)
-                layer.frozen = True
+        for layer in (layer for module in modules for layer in module.modules()):
+            if isinstance(layer, SpectralNormLayer):
+                _set_until_exit(stack, layer, frozen=True)
+            for part in _stateful_parts(layer):
+                _set_until_exit(stack, part, training=False)
+            for hook in _hooks(layer):
+                # Copies: a later iteration must not change what a graph from inside holds.
+                vectors = {
+                    f"{hook.name}_{which}": getattr(layer, f"{hook.name}_{which}").clone() for which in "uv"
+                }
+                _set_until_exit(stack, layer, **vectors)
+                _set_until_exit(stack, hook, n_power_iterations=0)
         yield
 
 
+@torch.no_grad()
+def iterate_spectral_norms(module: nn.Module, *, times: int = 1, of_training_only: bool = False) -> None:
+    """Do power iterations on the current weights for all that :func:`frozen_power_iteration` holds.
+
+    Use it after weights were changed other than by training. A parametrization with buffers is evaluated in train
+    mode, in which torch's improves its vectors.
+
+    Args:
+        module: Module whose layers are updated, in any mode.
+        times: Iterations.
+        of_training_only: Leave out layers in evaluation mode, whose forward would not iterate.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)).eval()
+        >>> with torch.no_grad():
+        ...     _ = layer.parametrizations.weight.original.copy_(2 * torch.eye(2, 3))
+        >>> iterate_spectral_norms(layer, times=40)
+        >>> round(torch.linalg.matrix_norm(layer.weight, ord=2).item(), 3)
+        1.0
+    """
+    for layer in module.modules():
+        if isinstance(layer, SpectralNormLayer) and (layer.training or not of_training_only):
+            for _ in range(times):
+                layer.iterate()
+        parts = [part for part in _stateful_parts(layer) if part.training or not of_training_only]
+        with ExitStack() as stack:
+            for part in parts:
+                _set_until_exit(stack, part, training=True)
+            for _ in range(times if parts else 0):
+                layer()
+        for hook in _hooks(layer) if layer.training or not of_training_only else []:
+            for _ in range(times):
+                setattr(layer, hook.name, hook.compute_weight(layer, do_power_iteration=True))
+
+
+def _stateful_parts(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules inside a list of parametrizations of one tensor, if they have buffers."""
+    if not isinstance(layer, ParametrizationList) or not any(True for _ in layer.buffers()):
+        return []
+    return [part for part in layer.modules() if part is not layer]
+
+
+def _hooks(layer: nn.Module) -> list[SpectralNormHook]:
+    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, SpectralNormHook)]
+
+
+def _set_until_exit(stack: ExitStack, of: object, **values: object) -> None:
+    for name, value in values.items():
+        stack.callback(setattr, of, name, getattr(of, name))
+        setattr(of, name, value)
+
+
 def spectral_norm_layers(module: nn.Module) -> dict[str, SpectralNormLayer]:
-    """Return the spectrally normalized layers inside, by dotted name."""
+    """Return this package's spectrally normalized layers inside, by dotted name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, SpectralNormLayer)}
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_nested.dynamics.game_tracker import GameTracker
 from lightning_nested.dynamics.tangents import Clip
 from lightning_nested.linalg.vectors import Vector
-from lightning_nested.networks.spectral_norm import spectral_norm_layers
+from lightning_nested.networks.spectral_norm import iterate_spectral_norms
 from lightning_nested.optim.step_dynamics import step_dynamics
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.follower import GRADIENT_HOOKS, Follower, has_gradient_hooks
@@ -143,9 +143,7 @@ class GameFollower(Follower):
                 module.batch_players = together
             # one_function freezes spectral vectors, which the step will have improved
             if hasattr(module, "one_function"):
-                for layer in spectral_norm_layers(module).values():
-                    if layer.training:
-                        layer.iterate()
+                iterate_spectral_norms(module, of_training_only=True)
 
         return joint_losses(module, names, batch, stream, prepare=as_in_step)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
+from lightning_nested.files import replace_figure, replace_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -30,9 +32,8 @@ def write_report(
     file: str = "results.json",
 ) -> None:
     """Write the results and ``<name>.png``, and the figure to loggers that take figures; print the text."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    figure.savefig(folder / f"{name}.png")
+    replace_text(folder / file, json.dumps(results, indent=2) + "\n")
+    replace_figure(folder / f"{name}.png", figure)
     for logger in trainer.loggers:
         add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
         if add_figure is not None:

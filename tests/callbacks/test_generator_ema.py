@@ -6,8 +6,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lightning_nested.callbacks import GeneratorEMA
+from lightning_nested.modules import GANModule
 from tests.modules.gan.tiny import data, module, same, tensors, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -96,6 +98,38 @@ def test_spectral_norm_of_the_average_has_unit_size() -> None:
     torch.testing.assert_close(layer.u.norm(), torch.ones(()))
     assert not average.training
     assert average(torch.zeros(1, 8), torch.tensor([0])).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norms_of_torch_have_unit_size_too(norm: Any, tmp_path: Path) -> None:
+    """Evaluated within ``fit``, exported, and stepped back from with the raw values."""
+    torch.manual_seed(0)
+    generator = nn.Sequential(norm(nn.Linear(4, 16)), nn.ReLU(), norm(nn.Linear(16, 2)))
+    sizes: list[float] = []
+
+    class Measured(GANModule):
+        def validation_step(self, batch: Tensor, _: int) -> None:
+            self.generator(torch.zeros(1, 4))  # the older norm computes its weight in forward
+            sizes.extend(torch.linalg.matrix_norm(layer.weight, ord=2).item() for layer in generator[::2])
+
+    gan = Measured(generator, nn.Linear(2, 1), latent_dim=4, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
+    ema, inside = GeneratorEMA(decay=0.95, start=0), SaveInside(tmp_path / "inside.ckpt")
+    run = trainer(callbacks=[ema, inside], max_steps=40, limit_val_batches=1, val_check_interval=40)
+    loader = torch.utils.data.DataLoader(torch.randn(320, 2), batch_size=4)
+    run.fit(gan, loader, loader)
+    raw = tensors(gan)
+    averaged = ema.averaged()
+    averaged(torch.zeros(1, 4))
+    sizes += [torch.linalg.matrix_norm(layer.weight, ord=2).item() for layer in averaged[::2]]  # type: ignore[index]
+    # Two at each of three validations and two at the end; torch's own is at 1.01 in training.
+    assert len(sizes) == 8
+    assert sizes == pytest.approx([1.0] * 8, abs=0.02)
+    same(torch.load(tmp_path / "inside.ckpt", weights_only=True)["state_dict"], raw)
+    with ema.swapped(gan):
+        assert any(not torch.equal(value, raw[name]) for name, value in tensors(gan).items())
+    same(tensors(gan), raw)
+    # A network that was trained before, whose older norm holds a graph, can be given a new callback.
+    trainer(callbacks=[GeneratorEMA()], max_steps=1, max_epochs=1).fit(gan, loader)
 
 
 def test_an_exception_puts_the_raw_weights_back() -> None:

@@ -139,6 +139,15 @@ def test_what_is_refused(
     assert message.format(folder=tmp_path) in capsys.readouterr().err
 
 
+def test_results_that_cannot_be_written_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "solutions.json").mkdir()
+    with pytest.raises(SystemExit) as status:
+        main(["ride", "--config", "small_ipd", "--output", str(tmp_path), *QUICK])
+    assert status.value.code == 2
+    assert f"--output must be a folder that can be written. Got {tmp_path}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["branches", "solutions.json"]
+
+
 def test_a_game_or_a_configuration_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["ride"])

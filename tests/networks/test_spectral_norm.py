@@ -12,6 +12,7 @@ from lightning_nested.networks import (
     SpectralNormLinear,
     frozen_power_iteration,
 )
+from lightning_nested.networks.spectral_norm import iterate_spectral_norms
 
 CASES: list[tuple[Callable[[], nn.Module], nn.Module, Tensor]] = [
     (lambda: SpectralNormConv2d(3, 5, 3, padding=1), nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 6, 6)),
@@ -140,3 +141,65 @@ def test_autocast_leaves_the_iteration_in_full_precision() -> None:
     twin(x)
     assert out.dtype == torch.bfloat16
     assert torch.equal(layer.u, twin.u)
+
+
+# ---- the spectral norms of torch
+
+
+class UnitSize(nn.Module):
+    """A parametrization of a user's own: weight / r, where r follows the weight's size in train mode."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("r", weight.detach().norm())
+        self.r: Tensor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.r = 0.5 * self.r + 0.5 * weight.norm()
+        return weight / self.r
+
+
+def own_parametrization(layer: nn.Linear) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(layer, "weight", UnitSize(layer.weight))
+    return layer
+
+
+NORMS = [parametrizations.spectral_norm, nn.utils.spectral_norm, own_parametrization]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_other_kinds_are_frozen(norm: Callable[..., nn.Module]) -> None:
+    layer = norm(nn.Linear(4, 7).double())
+    with torch.no_grad():
+        for value in layer.parameters():
+            value.mul_(1.5)
+            value[0].mul_(3.0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    layer(x)
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    with frozen_power_iteration(nn.Sequential(layer)):
+        assert layer.training
+        first, second = layer(x), layer(x)
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, before[name]) for name, value in layer.named_buffers())
+    assert all(part.training for part in layer.modules())
+    assert not torch.equal(layer(x), first)
+    first.sum().backward()  # the later iteration has not changed what this graph holds
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_of_other_kinds_are_matched_to_changed_weights(
+    norm: Callable[..., nn.Module], training: bool
+) -> None:
+    layer = norm(nn.Linear(4, 7).double()).train(training)
+    with torch.no_grad():
+        next(p for name, p in layer.named_parameters() if "weight" in name).copy_(torch.eye(7, 4) * 3)
+    iterate_spectral_norms(layer, times=60, of_training_only=not training)
+    order = "fro" if norm is own_parametrization else 2
+    size = torch.linalg.matrix_norm(layer.weight, ord=order).item()  # type: ignore[arg-type]
+    # In evaluation mode a forward would not have iterated: nothing is done on request.
+    assert (abs(size - 1) < 1e-6) == training
+    assert all(part.training == training for part in layer.modules())

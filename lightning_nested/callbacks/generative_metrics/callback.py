@@ -22,7 +22,9 @@ from lightning_nested.callbacks.generative_metrics.evaluators import (
     Evaluator,
     FeatureExtractor,
     InceptionEvaluator,
+    lent,
 )
+from lightning_nested.callbacks.generative_metrics.images import described, images_and_labels
 from lightning_nested.callbacks.generative_metrics.real_statistics import (
     RealStatistics,
     extract,
@@ -38,6 +40,7 @@ from lightning_nested.callbacks.generative_metrics.scores import (
     kernel_distance,
     precision_recall,
 )
+from lightning_nested.files import append_line
 from lightning_nested.trainer.random_stream import RandomStream
 
 # Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
@@ -61,6 +64,22 @@ def require_sampler(callback: Callback, module: LightningModule) -> None:
             f"{type(callback).__name__} needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
             f"Got {type(module).__name__}."
         )
+    classes = getattr(module, "num_classes", None)
+    if not isinstance(classes, int) or classes < 1:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} asks for samples of each class, so `num_classes` must be at least 1. Got "
+            f"{classes!r} of {type(module).__name__}; set num_classes=1 on it where there is one kind of images."
+        )
+
+
+def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
+    """Return images of ``sample_for_metrics`` as float32; raise MisconfigurationException if they are none."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[:1] != (count,):
+        raise MisconfigurationException(
+            f"{type(module).__name__}.sample_for_metrics must return an image for each label, floating point of shape "
+            f"({count}, C, H, W) in [−1, 1]. Got {described(images)}."
+        )
+    return images.float()
 
 
 class GenerativeMetrics(Callback):
@@ -125,6 +144,8 @@ class GenerativeMetrics(Callback):
         self.last: dict[str, float] = {}
         self._extractor: FeatureExtractor | None = None
         self._real: RealStatistics | None = None
+        # Fingerprint of the extractor that _real was computed with.
+        self._real_of = ""
         self._validations = 0
         self._numbers_per_image = 1
 
@@ -170,47 +191,67 @@ class GenerativeMetrics(Callback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        extractor, real = self._prepare(trainer)
+        extractor = self._prepared_extractor(trainer)
+        with lent(extractor, pl_module.device):
+            self._score_with(extractor, self._prepared_real(trainer, extractor), trainer, pl_module)
+
+    def _score_with(
+        self, extractor: FeatureExtractor, real: RealStatistics, trainer: Trainer, pl_module: LightningModule
+    ) -> None:
         generator_of = cast(ClassConditionalSampler, pl_module)
         labels = torch.arange(self.num_samples) % generator_of.num_classes
         mine = labels[trainer.global_rank :: trainer.world_size]
         self.last = {}
-        extractor.to(pl_module.device)
         for mode in self.batch_norm:
             rng = torch.Generator(pl_module.device).manual_seed(self.seed * 1_000_003 + trainer.global_rank)
             sample = partial(generator_of.sample_for_metrics, batch_norm=mode, generator=rng)
             parts = torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image))
-            features, logits = extract(trainer, extractor, (sample(part).float() for part in parts))
+            images = (check_samples(pl_module, sample(part), len(part)) for part in parts)
+            features, logits = extract(trainer, extractor, images)
             found: dict[str, float] = {}
             if trainer.is_global_zero:
                 asked = labels if extractor.judges_classes else None
                 with RandomStream(self.seed):
                     found = self._scores(real, features, logits, asked, pl_module.device)
             self._report(trainer, pl_module, mode, trainer.strategy.broadcast(found))
-        extractor.cpu()
 
-    def _prepare(self, trainer: Trainer) -> tuple[FeatureExtractor, RealStatistics]:
-        if self._extractor is None or self._real is None:
-            cache = Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "metrics_cache"
+    def _cache(self, trainer: Trainer) -> Path:
+        return Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "metrics_cache"
+
+    def _prepared_extractor(self, trainer: Trainer) -> FeatureExtractor:
+        if self._extractor is None:
             train = self._batches(trainer, "train")
             # Process 0 trains and downloads, the others read.
             for rank in range(trainer.world_size):
                 if rank == trainer.global_rank and (rank == 0 or self._extractor is None):
-                    self._extractor = self.evaluator.build(train, cache).requires_grad_(False)
+                    self._extractor = self.evaluator.build(train, self._cache(trainer))
                 if rank == 0:
                     trainer.strategy.barrier()
             assert self._extractor is not None
             self._check_count("num_samples", self.num_samples, self._extractor)
-            self._extractor.to(trainer.strategy.root_device)
+        return self._extractor
+
+    def _prepared_real(self, trainer: Trainer, extractor: FeatureExtractor) -> RealStatistics:
+        extractor.refresh()
+        if self._real is None or self._real_of != extractor.fingerprint:
+            # Features that move with training are of no use to a later run.
+            cache = self._cache(trainer) if self._real is None else None
+            if cache is None:
+                rank_zero_warn(
+                    f"Features of {self.evaluator.name!r} should be the same at all scorings. Got weights that have "
+                    "changed since the last: scores before and after do not compare. Give "
+                    "ModuleEvaluator(module=copy.deepcopy(...)) to compare them."
+                )
             images = list(self._batches(trainer, self.split)())
-            self._numbers_per_image = max((batch[0][0].numel() for batch in images), default=1)
+            self._numbers_per_image = max((images_and_labels(b)[0][0].numel() for b in images), default=1)
             self._real = real_statistics(
-                trainer, self._extractor, images, num_features_kept=self.num_samples, cache=cache
+                trainer, extractor, images, num_features_kept=self.num_samples, cache=cache
             )
-            self._check_count(f"the real images of split={self.split!r}", self._real.count, self._extractor)
-            if self._extractor.judges_classes:
-                self._test_evaluator(trainer, self._extractor, cache)
-        return self._extractor, self._real
+            self._real_of = extractor.fingerprint
+            self._check_count(f"the real images of split={self.split!r}", self._real.count, extractor)
+            if extractor.judges_classes:
+                self._test_evaluator(trainer, extractor, cache)
+        return self._real
 
     def _check_count(self, what: str, count: int, extractor: FeatureExtractor) -> None:
         if "frechet" in self.scores and count <= extractor.num_features:
@@ -225,7 +266,7 @@ class GenerativeMetrics(Callback):
                 f"({what}). Raise num_samples, lower ScoreOptions(neighborhood=...), or leave them out of scores."
             )
 
-    def _test_evaluator(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path) -> None:
+    def _test_evaluator(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path | None) -> None:
         test = real_statistics(
             trainer, extractor, self._batches(trainer, "test")(), num_features_kept=1, cache=cache
         )
@@ -296,10 +337,7 @@ class GenerativeMetrics(Callback):
                 "evaluator_accuracy": getattr(self, "evaluator_accuracy", None),
                 "scores": found,
             }
-            path = Path(trainer.default_root_dir) / "scores.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(Path(trainer.default_root_dir) / "scores.jsonl", json.dumps(record))
 
 
 def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from lightning_nested.callbacks.generative_metrics.cache import read_cache, write_cache
+from lightning_nested.callbacks.generative_metrics.images import (
+    content_hash,
+    described,
+    gather_batches,
+    raw_bytes,
+    to_bytes,
+)
+from lightning_nested.networks.conditional_batch_norm import restored_modes
+from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.random_stream import RandomStream
 
 Batches = Callable[[], Iterable[Any]]
@@ -28,13 +41,40 @@ class FeatureExtractor(nn.Module):
 
     Attributes:
         num_features: F.
-        fingerprint: Name of the function: equal fingerprints mean equal features.
+        fingerprint: Name of the function. Statistics of real images are kept by it, and by the features of some of
+            the images.
         judges_classes: True if the logits are about the classes of the data set.
     """
 
     num_features: int
     fingerprint: str
     judges_classes: bool = False
+
+    def refresh(self) -> None:
+        """Bring ``fingerprint`` up to date, where the function can change; called before each scoring."""
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Put a module into evaluation mode, on a device or where it is; restore modes, device and buffers on exit."""
+    # On some devices a moved parameter is another object; on the others its data moves.
+    homes = [
+        (m._parameters, key, p, p.data)
+        for m in module.modules()
+        for key, p in m._parameters.items()
+        if p is not None
+    ]
+    try:
+        with restored_modes(module), untouched_buffers(module):
+            module.eval()
+            if device is not None:
+                module.to(device)
+            yield
+    finally:
+        for parameters, key, parameter, value in homes:
+            parameters[key] = parameter
+            if parameter.device != value.device:
+                parameter.data = value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +91,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        """Build the extractor, on CPU, in evaluation mode.
+        """Build the extractor. It is used inside :func:`lent`, which sets its mode and device.
 
         Args:
             train: The training data, for extractors that need training.
@@ -109,8 +149,11 @@ class InceptionEvaluator(Evaluator):
 class ModuleEvaluator(Evaluator):
     """Evaluator with any module from images in [−1, 1] to features ``(N, F)``, or to features and class logits.
 
+    The module may be trained meanwhile: its modes, device and gradients are its own outside of a scoring. Each
+    scoring then computes the statistics of the real images again, by the weights of that time.
+
     Args:
-        module: The module; put into evaluation mode.
+        module: The module; evaluated without gradients, in evaluation mode.
         label: Name of the scores.
         judges_classes: True if its logits are about the classes of the data.
     """
@@ -126,8 +169,8 @@ class ModuleEvaluator(Evaluator):
 
     @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        images = next(iter(train()))[0][:1]
-        return _Wrapped(self.module.eval(), images, self.judges_classes)
+        images, _ = gather_batches(batch for batch, _ in zip(train(), range(1), strict=False))
+        return _Wrapped(self.module, images[:1], self.judges_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +210,12 @@ class ClassifierEvaluator(Evaluator):
                 images.shape[1], int(labels.max()) + 1, self.width, self.num_features
             )
             path = cache / f"classifier_{key}.pt"
-            if path.is_file():
-                network.load_state_dict(torch.load(path, weights_only=True))
-            else:
+            kept = read_cache(path, partial(_with_state, network))
+            if kept is None:
                 _train(network, images, labels, self.epochs, self.batch_size)
-                cache.mkdir(parents=True, exist_ok=True)
-                torch.save(network.state_dict(), path)
+                write_cache(path, network.state_dict())
+            else:
+                network = kept
         network.fingerprint = f"classifier-{key}"
         return network.eval()
 
@@ -208,6 +251,11 @@ class _Inception(FeatureExtractor):
         self.fingerprint = "inception-" + _state_hash(network)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"Inception takes images (N, C, H, W) of 1 or 3 channels. Got {tuple(images.shape)}; use "
+                "ClassifierEvaluator() or ModuleEvaluator(...)."
+            )
         pixels = to_bytes(images)
         features, logits = self.network(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels)
         return features, logits
@@ -217,8 +265,9 @@ class _Wrapped(FeatureExtractor):
     def __init__(self, module: nn.Module, images: Tensor, judges_classes: bool) -> None:
         super().__init__()
         self.module, self.judges_classes = module, judges_classes
-        with torch.no_grad():
-            features, logits = self(images)
+        like = next(iter([*module.parameters(), *module.buffers()]), images)
+        with torch.no_grad(), lent(module):
+            features, logits = self(images.to(like.device))
         if features.ndim != 2:
             raise ValueError(
                 f"ModuleEvaluator's module must return features (N, F). Got {tuple(features.shape)}; "
@@ -229,56 +278,68 @@ class _Wrapped(FeatureExtractor):
                 "judges_classes=True needs a module that returns (features, logits). Got features alone."
             )
         self.num_features = features.shape[1]
-        self.fingerprint = f"{type(module).__name__}-{_state_hash(module)}"
+        self._code = _code_hash(module)
+        self.refresh()
+
+    @override
+    def refresh(self) -> None:
+        self.fingerprint = f"{type(self.module).__name__}-{self._code}-{_state_hash(self.module)}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.module(images)
-        return (found, None) if isinstance(found, Tensor) else (found[0], found[1])
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Convert [−1, 1] to 0 … 255, rounded.
-
-    Example:
-        >>> to_bytes(torch.tensor([-1.0, 0.0, 1.0])).tolist()
-        [0, 128, 255]
-    """
-    return torch.clamp((images + 1.0) * 127.5 + 0.5, 0, 255).to(torch.uint8)
-
-
-def content_hash(images: Tensor, labels: Tensor) -> str:
-    """Return a name for a set of labelled images that does not depend on their order.
-
-    Example:
-        >>> images, labels = torch.rand(3, 1, 2, 2), torch.arange(3)
-        >>> content_hash(images, labels) == content_hash(images.flip(0), labels.flip(0))
-        True
-    """
-    rows = zip(to_bytes(images).cpu().numpy(), labels.tolist(), strict=True)
-    digests = sorted(
-        hashlib.blake2b(row.tobytes() + bytes([y % 256]), digest_size=16).digest() for row, y in rows
-    )
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+        pair = (found, None) if isinstance(found, Tensor) else found
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], Tensor):
+            raise ValueError(
+                "ModuleEvaluator's module must return features (N, F), or (features, logits). "
+                f"Got {described(found)}."
+            )
+        if pair[0].shape[:1] != images.shape[:1]:
+            raise ValueError(
+                "ModuleEvaluator's module must return a row of features for each image. "
+                f"Got {tuple(pair[0].shape)} for {len(images)} images; pool over pixels, not over the batch."
+            )
+        return pair[0], pair[1]
 
 
 def _state_hash(module: nn.Module) -> str:
+    """Return a name for a module's numbers, also for buffers that are not persistent."""
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, value in {**module.state_dict(), **dict(module.named_buffers())}.items():
+        # The extra state of a module can be anything.
+        content = raw_bytes(value) if isinstance(value, Tensor) else repr(value).encode()
+        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "extra"
+        digest.update(f"{name} {kind} {len(content)} ".encode() + content)
     return digest.hexdigest()[:16]
 
 
-def gather_batches(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Join the images and the labels of batches ``(images, labels, …)``."""
-    images, labels = zip(*((batch[0], batch[1]) for batch in batches), strict=True)
-    return torch.cat(images), torch.cat(labels)
+def _code_hash(module: nn.Module) -> str:
+    """Return a name for what a module computes with its numbers: structure, source text and plain attributes.
+
+    It cannot see everything, such as a function that a forward calls; features of real images are compared too.
+    """
+    lines = [repr(module)]
+    for part in module.modules():
+        plain = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str)}
+        lines.append(f"{type(part).__module__}.{type(part).__qualname__} {plain | {'training': None}}")
+        try:
+            lines.append(inspect.getsource(type(part)))
+        # Classes of a console have no source.
+        except (OSError, TypeError):
+            lines.append(repr(getattr(getattr(type(part).forward, "__code__", None), "co_code", None)))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _with_state(network: SmallFeatureNetwork, state: dict[str, Any]) -> SmallFeatureNetwork:
+    """Return a copy with these weights: where they do not fit, the network is still as it was drawn."""
+    copy = deepcopy(network)
+    copy.load_state_dict(state)
+    return copy
 
 
 def _train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int) -> None:
     """Train with Adam and a rate that falls to zero; 91 % on Fashion-MNIST after 4 epochs."""
     # Sorted, so that the result depends on the content alone, not on the loader's shuffling.
-    order = torch.tensor(sorted(range(len(images)), key=lambda i: images[i].numpy().tobytes()))
+    order = torch.tensor(sorted(range(len(images)), key=lambda i: (raw_bytes(images[i]), int(labels[i]))))
     images, labels = images[order], labels[order]
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     steps = epochs * -(-len(images) // batch_size)

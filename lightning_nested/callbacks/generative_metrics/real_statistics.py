@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_nested.callbacks.generative_metrics.evaluators import (
-    FeatureExtractor,
-    content_hash,
-    gather_batches,
-)
+from lightning_nested.callbacks.generative_metrics.cache import read_cache, write_cache
+from lightning_nested.callbacks.generative_metrics.evaluators import FeatureExtractor
+from lightning_nested.callbacks.generative_metrics.images import content_hash, gather_batches, raw_bytes
 
 # Images per forward of the extractor.
 _BATCH_SIZE = 250
+# Images whose features tell one extractor from another.
+_PROBES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,24 +48,26 @@ def real_statistics(
     batches: Iterable[Any],
     *,
     num_features_kept: int,
-    cache: Path,
+    cache: Path | None,
 ) -> RealStatistics:
     """Return the statistics of real images, from the cache if it has them.
 
-    The key is the content of the images, in any order, and the extractor's fingerprint. Processes share the
-    work; process 0 writes the file.
+    The key is the content of the images, in any order, the extractor's fingerprint, and its features of some of the
+    images. Processes share the work; process 0 reads and writes the file.
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("The split of real images must not be empty. Got none; choose another split.")
     images, labels = gather_batches(batches)
-    name = f"{content_hash(images, labels)} {extractor.fingerprint} {num_features_kept}"
-    path = cache / f"real_{hashlib.sha256(name.encode()).hexdigest()[:16]}.pt"
-    if trainer.strategy.broadcast(path.is_file()):
-        return RealStatistics(**torch.load(path, weights_only=True))
     # Sorted by a hash of each image: which images are kept depends on the content, not on the order.
-    keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
+    keys = [hashlib.blake2b(raw_bytes(image), digest_size=8).digest() for image in images]
     order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    path, kept = None, None
+    if trainer.is_global_zero and cache is not None:
+        probe = _digest(extractor, images[order[:_PROBES]].to(trainer.strategy.root_device))
+        name = f"{content_hash(images, labels)} {extractor.fingerprint} {probe} {num_features_kept}"
+        path = cache / f"real_{hashlib.sha256(name.encode()).hexdigest()[:16]}.pt"
+        kept = read_cache(path, partial(_checked, count=len(images), num_features=extractor.num_features))
+    kept = trainer.strategy.broadcast(kept)
+    if kept is not None:
+        return kept
     mine = order[trainer.global_rank :: trainer.world_size]
     features, logits = extract(trainer, extractor, [images[mine]])
     accuracy = float("nan")
@@ -79,13 +81,26 @@ def real_statistics(
         "features": features[:num_features_kept].clone(),
         "accuracy": accuracy,
     }
-    if trainer.is_global_zero:
-        cache.mkdir(parents=True, exist_ok=True)
-        # Under another name first: another run may be writing the same file.
-        partial = path.with_suffix(f".{os.getpid()}")
-        torch.save(found, partial)
-        partial.replace(path)
+    if path is not None:
+        write_cache(path, found)
     return RealStatistics(**found)
+
+
+@torch.no_grad()
+def _digest(extractor: FeatureExtractor, images: Tensor) -> str:
+    """Return a name for the extractor's answers to these images."""
+    answers = [answer for answer in extractor(images) if answer is not None]
+    shapes = [(answer.dtype, tuple(answer.shape)) for answer in answers]
+    return hashlib.sha256(repr(shapes).encode() + b"".join(map(raw_bytes, answers))).hexdigest()
+
+
+def _checked(found: dict[str, Any], *, count: int, num_features: int) -> RealStatistics:
+    """Return what a file holds, if it is of so many images and features."""
+    statistics = RealStatistics(**found)
+    shapes = [tuple(t.shape) for t in (statistics.total, statistics.products, statistics.features[0])]
+    if statistics.count != count or shapes != [(num_features,), (num_features,) * 2, (num_features,)]:
+        raise ValueError(f"sums of {statistics.count} images with shapes {shapes}.")
+    return statistics
 
 
 @torch.no_grad()

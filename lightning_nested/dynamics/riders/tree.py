@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_nested.files import replace_text
 
 PATH_POINTS = 60  # points of a path that are kept
 PATH_SIZE = 64  # parameters up to which paths are kept
@@ -97,22 +100,10 @@ class RideTree:
         self.folder = Path(self.folder)
         kept = self.folder / "branches"
         kept.mkdir(parents=True, exist_ok=True)
-        settings = kept / "settings.txt"
-        if settings.exists() and (before := settings.read_text(encoding="utf-8")) != self.settings:
-            raise ValueError(
-                f"A ride must go on with the settings it began with. Got the folder {self.folder} of another ride "
-                f"({_difference(before, self.settings)}): give an empty folder, or the settings in {settings}."
-            )
-        settings.write_text(self.settings, encoding="utf-8")
-        for file in kept.glob("*.json"):
-            try:
-                branch = Branch(**json.loads(file.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"A finished branch must be a file that this version wrote. Got {file}: {error}. Delete it to ride "
-                    "that branch again."
-                ) from error
+        _check_settings(kept / "settings.txt", self.settings)
+        for branch in map(_read, kept.glob("*.json")):
             self.branches[branch.name] = branch
+        self._leave_out_orphans()
 
     def _ordered(self) -> list[Branch]:
         """Return branches by name, "2" before "10", whatever was finished first."""
@@ -127,10 +118,23 @@ class RideTree:
         for branch in branches:
             self.branches[branch.name] = branch
             if self.folder is not None:
+                values = asdict(branch)
                 file = self.folder / "branches" / f"{branch.name.replace('/', '_')}.json"
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(asdict(branch)), encoding="utf-8")
-                os.replace(part, file)
+                replace_text(file, json.dumps({**values, "digest": _digest(values)}))
+
+    def _leave_out_orphans(self) -> None:
+        """Drop branches without their parent, as when its file was damaged and deleted; a ride makes both again."""
+        left_out: list[str] = []
+        while lost := [b.name for b in self.branches.values() if b.parent not in (None, *self.branches)]:
+            for name in lost:
+                del self.branches[name]
+            left_out += lost
+        if left_out:
+            warnings.warn(
+                f"A branch needs the file of the one it branched from. Got none for {', '.join(sorted(left_out))} "
+                f"in {self.folder}: left out, and made again by the next ride into this folder.",
+                stacklevel=4,
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.branches
@@ -188,6 +192,47 @@ class RideTree:
             }
             for b in self._ordered()
         ]
+
+
+def _check_settings(file: Path, settings: str) -> None:
+    """Write the settings of a new folder; raise ValueError if the folder has others."""
+    if not file.exists():
+        replace_text(file, settings)
+        return
+    before = file.read_text(encoding="utf-8")
+    if before == settings:
+        return
+    if not before:
+        # Versions before the files were written whole could leave this behind.
+        raise ValueError(
+            f"A ride's settings must be in {file}. Got an empty file, as an interruption can leave: delete it to go "
+            "on with this ride, if the folder's branches have the same settings; otherwise give an empty folder."
+        )
+    raise ValueError(
+        f"A ride must go on with the settings it began with. Got the folder {file.parent.parent} of another ride "
+        f"({_difference(before, settings)}): give an empty folder, or the settings in {file}."
+    )
+
+
+def _read(file: Path) -> Branch:
+    """Read a finished branch; files of versions before there were digests are taken as they are."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__} in place of named values")
+        digest = values.pop("digest", None)
+        if digest is not None and digest != _digest(values):
+            raise ValueError("its numbers were changed after it was written")
+        return Branch(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"A finished branch must be a file that this version wrote. Got {file}: {error}. Delete it to ride "
+            "that branch again."
+        ) from error
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 
 def _lists(tensors: Sequence[Tensor]) -> list[list[float]]:

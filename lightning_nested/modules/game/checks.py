@@ -42,6 +42,23 @@ def check_names(what: str, given: Iterable[str], players: Mapping[str, nn.Module
         )
 
 
+def check_factories(what: str, factory: object, by_player: object) -> None:
+    """Refuse an optimizer or scheduler in place of the function that makes one."""
+    if by_player is not None and not isinstance(by_player, Mapping):
+        raise ValueError(
+            f"{what}s must be a dictionary from players to functions. Got a {type(by_player).__name__}; use "
+            f"{what}= for all players."
+        )
+    named = {what: factory, **{f"{what}s[{name!r}]": make for name, make in (by_player or {}).items()}}
+    for name, make in named.items():
+        if make is not None and not callable(make):
+            cls, argument = type(make).__name__, "params" if what == "optimizer" else "optimizer"
+            raise ValueError(
+                f"{name} must be a function that makes one for each player: {argument} in, {what} out. "
+                f"Got a finished {cls}; give lambda {argument}: {cls}({argument}, …)."
+            )
+
+
 def check_trainable(name: str, module: nn.Module) -> None:
     """Refuse a player without parameters, or with all of them frozen."""
     if not any(p.requires_grad for p in module.parameters()):

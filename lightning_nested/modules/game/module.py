@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.modules.game.checks import check_monitors, check_names, check_players
+from lightning_nested.modules.game.checks import check_factories, check_monitors, check_names, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
     Player,
@@ -123,6 +123,8 @@ class GameModule(LightningModule):
             self.save_hyperparameters()
         self.automatic_optimization = False
         check_steps(update, steps_per_player or {})
+        check_factories("optimizer", optimizer, optimizers)
+        check_factories("scheduler", scheduler, schedulers)
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
         self.player_batches: Counter[str] = Counter()

@@ -121,6 +121,11 @@ def build_optimizers(
                 "configure_optimizers."
             )
         made.append(make(p for p in module.parameters() if p.requires_grad))
+        if not isinstance(made[-1], Optimizer):
+            raise MisconfigurationException(
+                f"The optimizer's function must return one optimizer. Got a {type(made[-1]).__name__} for {name!r}; "
+                "return the optimizer alone, and give scheduler= a function of its own."
+            )
         make_scheduler = schedulers.get(name, scheduler)
         if make_scheduler is not None:
             found = make_scheduler(made[-1])

@@ -30,7 +30,6 @@ from lightning_nested.modules.gan.module import GANModule
 from lightning_nested.modules.gan.sampling import interpolate, sample_images, save_images, seeded
 from lightning_nested.networks import Discriminator, Generator, singular_values
 from lightning_nested.networks.adversarial import widened
-from lightning_nested.networks.biggan.tables import check_labels
 from lightning_nested.networks.conditional_batch_norm import batch_norms
 from lightning_nested.trainer.lightning import synchronizes_batch_norm
 
@@ -175,9 +174,6 @@ class BigGAN(GANModule):
     @override
     def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         images, labels = super().real_data(batch)
-        if labels is not None and self.game_updates == 0:
-            # Once only: on a GPU every look waits, and without one a wrong class ends in an assertion of a kernel.
-            check_labels(labels.cpu(), self.networks.num_classes)
         shape = (self.networks.image_channels, self.networks.resolution, self.networks.resolution)
         if images.shape[1:] != shape:
             raise MisconfigurationException(

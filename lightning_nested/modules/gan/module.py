@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nested.modules.game.module import GameModule
+from lightning_nested.modules.gan.checks import check_batch, check_fakes, check_logits
 from lightning_nested.networks import frozen_power_iteration
 from lightning_nested.networks.adversarial import (
     AdversarialLoss,
@@ -20,6 +21,7 @@ from lightning_nested.networks.adversarial import (
     adversarial_loss,
     widened,
 )
+from lightning_nested.networks.biggan.tables import check_labels
 from lightning_nested.trainer.isolation import evaluation_mode
 
 
@@ -35,7 +37,8 @@ class GANModule(GameModule):
 
     Args:
         generator: From latents ``(n, latent_dim)`` to data.
-        discriminator: From data to one logit per example, ``(n,)`` or ``(n, 1)``.
+        discriminator: From data to one logit per example, ``(n,)`` or ``(n, 1)``, or to one for each patch,
+            ``(n, 1, …)``: losses are then means over patches (Isola et al. 2017, CVPR, arXiv 1611.07004).
         latent_dim: Width of z.
         loss: ``"non_saturating"``, ``"hinge"``, ``"wasserstein"``, or an
             :class:`~lightning_nested.networks.adversarial.AdversarialLoss`; their classes have the formulas.
@@ -48,6 +51,10 @@ class GANModule(GameModule):
 
     Attributes:
         scores: Means of D's logits on real and generated data in its last batch, on the device.
+
+    Raises:
+        ValueError: In ``fit``: batches, labels, fakes or logits of other kinds or shapes. Class numbers on a GPU are
+            looked at in the first round only, because every look waits.
 
     Shape:
         ``forward(n)`` or ``sample(n)``: n generated examples.
@@ -98,10 +105,11 @@ class GANModule(GameModule):
         # A spectrum needs the discriminator's dependence on the generator.
         if not self.joint_graph:
             fake = fake.detach()
+        check_fakes(real, fake, labels, fake_labels)
         both = torch.cat((real, fake.to(real.dtype)))
         both_labels = None if labels is None or fake_labels is None else torch.cat((labels, fake_labels))
         logits = widened(self.discriminate(self._augmented(both), both_labels))
-        of_real, of_fake = torch.split(logits, len(real))
+        of_real, of_fake = torch.split(logits, [len(real), len(fake)])
         self.scores.update(real_score=of_real.detach().mean(), fake_score=of_fake.detach().mean())
         loss = self.loss.discriminator(of_real, of_fake)
         for regularizer in self.regularizers:
@@ -123,17 +131,23 @@ class GANModule(GameModule):
 
     def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return data and, in a conditional model, labels of a batch."""
-        if isinstance(batch, Tensor):
-            batch = (batch,)
+        batch = check_batch(batch)
         data: Tensor = batch[0]
         if self.num_classes is None:
             return data, None
-        if len(batch) < 2:
+        if len(batch) < 2 or not isinstance(batch[1], Tensor):
+            got = f"{len(batch)} tensor" if len(batch) < 2 else f"labels of type {type(batch[1]).__name__}"
             raise ValueError(
-                f"num_classes={self.num_classes} needs batches (data, labels). Got {len(batch)} tensor; use "
+                f"num_classes={self.num_classes} needs batches (data, labels). Got {got}; use "
                 "num_classes=None, or a datamodule with labels."
             )
-        return data, batch[1]
+        labels: Tensor = batch[1]
+        if not labels.is_floating_point():
+            labels = labels.long()
+        if labels.ndim == 1 and not labels.is_floating_point():
+            # On a GPU every look waits, and without one a wrong class ends in an assertion of a kernel.
+            check_labels(labels.cpu() if self.game_updates == 0 else labels, self.num_classes)
+        return data, labels
 
     def fakes(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Generate data, and labels in a conditional model."""
@@ -146,9 +160,9 @@ class GANModule(GameModule):
         return data
 
     def discriminate(self, data: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return logits ``(n,)``, positive for data taken for real."""
-        logits: Tensor = self.discriminator(data) if labels is None else self.discriminator(data, labels)
-        return logits.flatten()
+        """Return logits ``(n,)``, or ``(n, p)`` of p patches, positive for data taken for real."""
+        logits = self.discriminator(data) if labels is None else self.discriminator(data, labels)
+        return check_logits(logits, len(data))
 
     def sample_latents(self, count: int) -> Tensor:
         """Draw z ~ N(0, 1), ``(count, latent_dim)``, in the generator's precision and on its device."""
@@ -171,7 +185,8 @@ class GANModule(GameModule):
     def _penalized_score(self, data: Tensor, labels: Tensor | None) -> Tensor:
         """D of augmented data without another power iteration: the function a penalty differentiates."""
         with self.one_function():
-            return self.discriminate(self._augmented(data), labels)
+            logits = self.discriminate(self._augmented(data), labels)
+        return logits if logits.ndim == 1 else logits.mean(dim=1)
 
     @override
     def forward(self, count: int) -> Tensor:

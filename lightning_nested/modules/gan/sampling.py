@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_nested.files import replacing
 from lightning_nested.modules.gan.biggan_options import Sampling
 from lightning_nested.networks import Generator, frozen_power_iteration, standing_statistics
 from lightning_nested.networks.adversarial import widened
@@ -142,9 +143,8 @@ def save_images(images: Tensor, labels: Tensor, folder: Path, prefix: str) -> No
 
     names = ["mixtures"] * len(labels) if labels.ndim > 1 else [f"class_{y}" for y in labels.tolist()]
     for position, (name, image) in enumerate(zip(names, images, strict=True)):
-        path = folder / name / f"{prefix}_{position:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(image, path, normalize=True, value_range=(-1, 1))
+        with replacing(folder / name / f"{prefix}_{position:04d}.png") as file:
+            save_image(image, file, format="png", normalize=True, value_range=(-1, 1))
 
 
 def interpolate(

@@ -36,11 +36,13 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         if labels.ndim != 2 or labels.shape[1] != num_classes:
             raise ValueError(f"Mixtures must have shape (N, {num_classes}). Got {tuple(labels.shape)}.")
         return
+    if labels.ndim != 1:
+        raise ValueError(f"Class numbers must have shape (N,). Got {tuple(labels.shape)}; flatten them.")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"labels must lie in 0 … {num_classes - 1}. Got {low if low < 0 else high}. "
-            "Set num_classes of both networks to the number of classes of the data."
+            "Number the classes from 0. Set num_classes of both networks to the number of classes of the data."
         )
 
 

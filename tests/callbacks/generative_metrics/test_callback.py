@@ -308,3 +308,32 @@ def test_modules_and_data_that_do_not_fit(tmp_path: Path) -> None:
             trainer(callbacks=[callback], max_steps=1).fit(ImageClassifier(input_shape=(3, 32, 32)), data(8))
     with pytest.raises(MisconfigurationException, match="takes the real images from a LightningDataModule"):
         trainer(callbacks=[GenerativeMetrics()], max_steps=1).fit(module(), [data(8)])
+
+
+def test_modules_without_classes_or_images(tmp_path: Path) -> None:
+    class NoClasses(BigGAN):
+        num_classes: Any = None
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, None if name == "num_classes" else value)
+
+    class Few(BigGAN):
+        def sample_for_metrics(self, labels: Tensor, **_: Any) -> Tensor:
+            return torch.zeros(len(labels) - 1, 3, 32, 32)
+
+    class Pixels(BigGAN):
+        def sample_for_metrics(self, labels: Tensor, **_: Any) -> Tensor:
+            return torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
+
+    metrics = GenerativeMetrics(ModuleEvaluator(module=Pool(), label="pool"), num_samples=30)
+    for kind, match in (
+        (NoClasses, "`num_classes` must be at least 1. Got None of NoClasses"),
+        (
+            Few,
+            r"Few.sample_for_metrics must return .* \(30, C, H, W\) .* Got torch.float32 \(29, 3, 32, 32\)",
+        ),
+        (Pixels, r"Got torch.uint8 \(30, 3, 32, 32\)"),
+    ):
+        run = trainer(callbacks=[metrics], limit_val_batches=1, default_root_dir=tmp_path)
+        with pytest.raises(MisconfigurationException, match=match):
+            run.validate(kind(BigGANNetworks(width=2, latent_dim=8)), data(40), verbose=False)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_nested.demos import ZooGame
@@ -313,3 +314,151 @@ def test_resuming_keeps_the_penaltys_turn(tmp_path: Path) -> None:
     resumed, again = run(ckpt_path=tmp_path / "x.ckpt", weights_only=True)
     assert resumed.seen == [2, 5, 8]
     assert again.player_batches == module.player_batches == {"discriminator": 20, "generator": 5}
+
+
+# ---- what the networks and the data must be
+
+
+class Patches(nn.Module):
+    """Logits of the four quarters of an image (n, 1, 4, 4), each the mean of its pixels times a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * nn.functional.avg_pool2d(x, 2)
+
+
+def images(
+    generator: nn.Module | None = None, discriminator: nn.Module | None = None, **options: Any
+) -> GANModule:
+    made = generator or nn.Sequential(nn.Linear(2, 16), nn.Unflatten(1, (1, 4, 4)))
+    return GANModule(
+        made, discriminator or nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), latent_dim=2,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_means_over_patches(loss: Any) -> None:
+    module, real = images(discriminator=Patches(), loss=loss), torch.randn(3, 1, 4, 4)
+    of_d, of_g = LOSSES[loss]
+    with torch.random.fork_rng():
+        found = module.player_loss("discriminator", real).item()
+    with torch.random.fork_rng():
+        found_g = module.player_loss("generator", real).item()
+    with torch.random.fork_rng():
+        fake = module(3)
+    r, f = (module.discriminator(x).flatten().tolist() for x in (real, fake))
+    assert found == pytest.approx(sum(map(of_d, r, f)) / 12, rel=1e-5)
+    assert found_g == pytest.approx(sum(map(of_g, f)) / 12, rel=1e-5)
+
+
+def test_a_penalty_is_on_the_mean_over_patches() -> None:
+    """D is 2 · the mean of 16 pixels: ‖∂D/∂x‖² = 4/16, and R1 half of that."""
+    real = torch.randn(3, 1, 4, 4)
+    values = []
+    for regularizers in ((), (R1(weight=1.0),)):
+        module = images(discriminator=Patches(), regularizers=regularizers)
+        module.sample_latents = lambda count: torch.ones(count, 2)  # type: ignore[method-assign]
+        module.generator[0].weight.data.zero_()  # type: ignore[union-attr,index,operator]
+        module.generator[0].bias.data.zero_()  # type: ignore[union-attr,index,operator]
+        values.append(module.player_loss("discriminator", real).item())
+    assert values[1] - values[0] == pytest.approx(0.125, rel=1e-4)
+
+
+X = torch.randn(4, 1, 4, 4)
+
+
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.head = nn.Embedding(3, 4), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(x.flatten(1)) + self.name(y).sum(dim=-1, keepdim=True)
+
+
+class Painter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draw = nn.Linear(2, 16)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.draw(z).view(-1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("networks", "batch", "match"),
+    [
+        ({}, {"image": X}, r"Got a dict with \['image'\]; .* override real_data"),
+        ({}, ["a"], "must be a tensor of data, or a sequence"),
+        ({}, [], "must be a tensor of data, or a sequence"),
+        ({}, X.to(torch.uint8), "must be floating point.* Got torch.uint8; scale it"),
+        ({"generator": nn.Linear(2, 16)}, X, r"Got \(16,\) and data \(1, 4, 4\)"),
+        (
+            {"discriminator": nn.Sequential(nn.Flatten(), nn.Linear(16, 2))},
+            X,
+            r"one logit per example.*Got \(8, 2\) for 8 examples",
+        ),
+        ({"discriminator": nn.Conv2d(1, 2, 3)}, X, r"Got \(8, 2, 2, 2\) for 8"),
+        ({"discriminator": nn.Flatten(0, 1)}, X, r"Got \(8, 4, 4\) for 8"),
+        ({"discriminator": nn.Flatten(0)}, X, r"Got \(128,\) for 8"),
+    ],
+)
+def test_data_and_logits_that_do_not_fit(networks: Any, batch: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        images(**networks).player_loss("discriminator", batch)
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        (torch.tensor([1, 2, 3, 1]), r"labels must lie in 0 … 2. Got 3. Number the classes from 0"),
+        (torch.tensor([0, 1, 2, -1]), "Got -1"),
+        (
+            torch.tensor([[0], [1], [2], [0]]),
+            r"Got torch.int64 \(4, 1\) for 4 examples, and torch.int64 \(4,\) of sample_labels; flatten",
+        ),
+        (torch.eye(4, 3), r"Got torch.float32 \(4, 3\) for 4"),
+        (torch.tensor([0, 1, 2]), r"Got torch.int64 \(3,\) for 4 examples"),
+        (torch.tensor([0.0, 1.0, 2.0, 0.0]), r"Got torch.float32 \(4,\) for 4 .*; .* as integers"),
+        (["cat", "dog", "cat", "dog"], "Got labels of type list"),
+    ],
+)
+def test_labels_that_do_not_fit(labels: Any, match: str) -> None:
+    module = images(Painter(), Conditional(), num_classes=3)
+    module.player_loss("discriminator", (X, torch.tensor([0, 1, 2, 0], dtype=torch.uint8)))
+    for updates in (0, 5):
+        module.game_updates = updates
+        with pytest.raises(ValueError, match=match):
+            module.player_loss("discriminator", (X, labels))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"optimizer": torch.optim.SGD([X.clone()], lr=0.1)},
+            "optimizer must be a function .*Got a finished SGD; give lambda",
+        ),
+        ({"optimizers": {"generator": torch.optim.Adam([X.clone()])}}, r"optimizers\['generator'\] must be"),
+        ({"optimizers": [torch.optim.SGD]}, "optimizers must be a dictionary .* Got a list"),
+        (
+            {"scheduler": torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([X.clone()]))},
+            "finished ConstantLR",
+        ),
+    ],
+)
+def test_finished_optimizers_in_place_of_functions(options: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        GANModule(Fixed(), First(), latent_dim=2, **options)
+
+
+def test_a_function_that_returns_no_optimizer() -> None:
+    module = GANModule(Fixed(), First(), latent_dim=2, optimizer=lambda p: [torch.optim.SGD(p)])  # type: ignore[arg-type,return-value]
+    with pytest.raises(
+        MisconfigurationException, match="Got a list for 'discriminator'; return the optimizer"
+    ):
+        fit(module, torch.ones(2, 2))
