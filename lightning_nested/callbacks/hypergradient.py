@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
+from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver, LookAhead
+from lightning_nested.hypergradient.evaluation_point import placed_at
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
@@ -29,6 +30,7 @@ from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
 from lightning_nested.trainer.outer_loop import HasOuterLoop, OfLoop, OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
+from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -80,12 +82,14 @@ class HypergradientCallback(HasOuterLoop, Callback):
         self,
         hyperparameters: Hyperparameter | str | Sequence[Hyperparameter | str],
         *,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] = default_outer_optimizer,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         solver: InverseSolver | None = None,
         curvature: Curvature | None = None,
-        every_n_steps: int = 1,
-        warmup_steps: int = 0,
+        at: EvaluationPoint = LookAhead(),  # noqa: B008 - frozen
+        overhead: float = 0.3,
+        every_n_steps: int | None = None,
+        warmup_steps: int | None = None,
         restart_every: int | None = None,
         outer_dataloader: Any = None,
         log_every_n_outer_steps: int = 10,
@@ -93,15 +97,24 @@ class HypergradientCallback(HasOuterLoop, Callback):
     ) -> None:
         self.outer = OuterStep(
             as_hyperparameters(hyperparameters),
-            optimizer=optimizer,
+            optimizer=optimizer if optimizer is not None else default_outer_optimizer,
             scheduler=scheduler,
-            solver=solver if solver is not None else Neumann(),
+            solver=solver,
+        )
+        self.plan = OuterPlan(
+            self.outer,
+            point=at,
+            solver=solver,
+            overhead=overhead,
+            every_n_steps=every_n_steps,
+            warmup_steps=warmup_steps,
+            default_optimizer=optimizer is None and scheduler is None,
         )
         self.outer_loop = OuterLoop(
             "HypergradientCallback",
             self.outer,
-            every_n_steps=every_n_steps,
-            warmup_steps=warmup_steps,
+            every_n_steps=every_n_steps or 1,
+            warmup_steps=warmup_steps or 0,
             restart_every=restart_every,
             max_skipped=max_skipped,
             log_every_n_outer_steps=log_every_n_outer_steps,
@@ -110,6 +123,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
         self._module: LightningModule | None = None
         self._graph: InnerGraph | None = None  # from setup to teardown
+        self._ahead = 0  # inner steps up to the next outer one
         self._attempted = False  # whether this step's hypergradient was tried
         self._placeholders = StandIns()  # attributes of the module, during a fit
         self._methods = StandIns()  # methods of the module, during a batch
@@ -155,6 +169,8 @@ class HypergradientCallback(HasOuterLoop, Callback):
         for hyperparameter in self.outer.hyperparameters:
             hyperparameter.attach_module(pl_module)
         _take_out(optimizer, self.outer)
+        self.outer_loop.start(trainer, self.outer_dataloader)
+        self.plan.schedule(trainer, self.outer_loop)
         self._collect(trainer, pl_module)
         decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
         if any(decays) and self.outer.decays:
@@ -164,12 +180,12 @@ class HypergradientCallback(HasOuterLoop, Callback):
             )
         self.outer_loop.remember_initial(self.outer_loop.parameters)
         if self._saved is not None:
-            self.outer_loop.load_state_dict(self._saved)
+            self._restore(self._saved)
+        rank_zero_info(f"HypergradientCallback: {self.plan.pace}.")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clear_window()
-        self.outer_loop.start(trainer, self.outer_dataloader)
         self._saved = None
 
     @override
@@ -181,9 +197,13 @@ class HypergradientCallback(HasOuterLoop, Callback):
             self._clear_window()
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
+            if self.plan.forecast is not None:
+                self._ahead = self.plan.ahead(partial(self.should_update, trainer), self.inner_steps)
+                self.plan.forecast.watch(self._ahead)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
         if self._inner.observes and (
-            not self._inner.repeats or self.should_update(trainer, self.inner_steps)
+            not (self._inner.repeats or self._inner.repeatable)
+            or self.should_update(trainer, self.inner_steps)
         ):
             self._observe(trainer, pl_module, batch, batch_idx)
 
@@ -199,7 +219,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
             return
         self._attempted = True
         # torch.utils.checkpoint runs the forward again in every product.
-        with untouched_buffers(pl_module):
+        with untouched_buffers(pl_module), self.plan.paused():
             self._find_hypergradient(trainer, pl_module)
 
     @override
@@ -212,9 +232,18 @@ class HypergradientCallback(HasOuterLoop, Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         # A fused optimizer divides by the scale of fp16 itself, after this.
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        for decay in self.outer.decays:
-            decay.add_gradient_(self.outer_loop.parameters, _loss_scale(trainer) if fused else 1.0)
+        scale = _loss_scale(trainer)
+        held = scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+        self.plan.add_decays(self.outer_loop.parameters, held)
+        if self.plan.forecast is not None:
+            self.plan.forecast.gradient(
+                self._ahead,
+                scale=held,
+                hook_scale=scale,
+                reduce=reduction(trainer),
+                batches=trainer.accumulate_grad_batches,
+                processes=trainer.world_size,
+            )
 
     @override
     def on_train_batch_end(
@@ -223,6 +252,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         if accumulates(trainer):
             return
         self.outer_loop.inner_steps += 1
+        self.plan.fit_decays(self.outer_loop.parameters, self.inner_steps)
         if self.outer.pending:
             self.outer_loop.step(pl_module)
         self._clear_window()
@@ -241,7 +271,11 @@ class HypergradientCallback(HasOuterLoop, Callback):
         # Saved before fit began.
         if not self.outer_loop.parameters:
             return dict(self._saved or {})
-        return {**self.outer_loop.state_dict(), "initial": self.outer_loop.initial}
+        return {
+            **self.outer_loop.state_dict(),
+            "initial": self.outer_loop.initial,
+            "plan": self.plan.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,7 +284,13 @@ class HypergradientCallback(HasOuterLoop, Callback):
         self._saved = state_dict
         # Some strategies restore after on_fit_start.
         if self.outer_loop.parameters:
-            self.outer_loop.load_state_dict(state_dict)
+            self._restore(state_dict)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        # The decays' bounds come first: values are read with them.
+        if "plan" in state:
+            self.plan.load_state_dict(state["plan"])
+        self.outer_loop.load_state_dict(state)
 
     # ---- inside a step
 
@@ -274,6 +314,8 @@ class HypergradientCallback(HasOuterLoop, Callback):
             )
         parameters = {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
         self.outer_loop.build(parameters, trainer.strategy.root_device)
+        self.plan.attach(module, parameters, trainer.optimizers[0])
+        self._inner.repeatable = self.plan.forecast is not None
 
     def _observe(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Observe the coming ``training_step``, from its beginning: hooks before it may draw random numbers."""
@@ -295,15 +337,18 @@ class HypergradientCallback(HasOuterLoop, Callback):
     def _find_hypergradient(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop, scale = self.outer_loop, _loss_scale(trainer)
         assert loop.batches is not None
-        outer_loss = evaluate_outer(
-            trainer,
-            pl_module,
-            loop.batches,
-            lambda batch: self.outer_loss(trainer, pl_module, batch),
-            (*loop.parameters.values(), *self.outer.in_graph_tensors),
-            scale=scale,
-        )
+        parameters = tuple(loop.parameters.values())
         try:
+            weights = self.plan.look(trainer, self.inner_steps, self._inner, scale)
+            with placed_at(parameters, weights):
+                outer_loss = evaluate_outer(
+                    trainer,
+                    pl_module,
+                    loop.batches,
+                    lambda batch: self.outer_loss(trainer, pl_module, batch),
+                    (*parameters, *self.outer.in_graph_tensors),
+                    scale=scale,
+                )
             report = self.outer.compute(
                 self._inner.loss(),
                 outer_loss,
@@ -313,6 +358,9 @@ class HypergradientCallback(HasOuterLoop, Callback):
                 fixed_decay=coupled_decay(trainer.optimizers[0]),
                 inner_scale=scale,
                 compare_identity=loop.logs(self.outer_steps + 1),
+                solver=self.plan.bound_solver(),
+                weights=dict(zip(loop.parameters, weights, strict=True)),
+                decay_factors=self.plan.decay_factors(loop.parameters),
             )
         except FloatingPointError as error:
             loop.skip(error)
@@ -333,6 +381,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         self._placeholders.put_back()
         if self._graph is not None:
             self._graph.close()
+        self.plan.stop()
 
 
 def _check_settings(trainer: Trainer, module: LightningModule) -> None:

@@ -67,6 +67,15 @@ class OptimizerPair:
             )
         self._optimizer, self.scheduler = optimizer, scheduler
 
+    def replace(self, make_optimizer: OuterOptimizer, make_scheduler: OuterScheduler | None) -> None:
+        """Make others from now on; an optimizer that is there keeps its state and takes the new rate and schedule."""
+        self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
+        if self._optimizer is not None:
+            fresh = make_optimizer([torch.zeros(1)])
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = fresh.param_groups[0]["lr"]
+            self.scheduler = make_scheduler(self._optimizer) if make_scheduler is not None else None
+
     def carry_over(self, tensors: Sequence[Tensor], origins: Origins) -> None:
         """Start again for ``tensors``, with the schedule and the state of those that have an origin."""
         old, schedule = self._optimizer, self.scheduler

@@ -144,6 +144,10 @@ class OuterStep:
         """The outer scheduler, once built, if there is one."""
         return self._optimization.scheduler
 
+    def set_optimizer(self, optimizer: OuterOptimizer, scheduler: OuterScheduler | None) -> None:
+        """Take another optimizer and schedule; one that runs goes on with its state, at the new rate."""
+        self._optimization.replace(optimizer, scheduler)
+
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str) -> None:
         """Create the tensors and the optimizer over all of them, or continue with those there are.
 

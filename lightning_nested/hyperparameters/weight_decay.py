@@ -17,7 +17,6 @@ from lightning_nested.hyperparameters.transforms import Exp, Transform
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
 from lightning_nested.linalg.vectors import Vector
 
-
 _INIT = 1e-4
 # Units of the run, see WeightDecay.fit_to_run.
 _START, _SMALLEST, _LARGEST = 3.0, 0.1, 30.0

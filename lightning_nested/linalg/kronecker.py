@@ -153,14 +153,25 @@ class KroneckerFisher:
         self._seen[i].append((rows.T @ rows / len(rows), gradients.T @ gradients * batch))
 
     @torch.no_grad()
-    def update(self, scale: float = 1.0, reduce: Reduce | None = None, batches: int = 1) -> None:
+    def update(
+        self,
+        scale: float = 1.0,
+        *,
+        hook_scale: float | None = None,
+        reduce: Reduce | None = None,
+        batches: int = 1,
+        processes: int = 1,
+    ) -> None:
         """Add what was seen, with the gradients that lie in ``.grad``, to the running means.
 
         Args:
-            scale: Factor that the gradients carry.
+            scale: Factor that ``.grad`` carries.
+            hook_scale: Factor that the loss carried in the backward passes; None: the same.
             reduce: Averages a tensor over processes.
             batches: Backward passes that were added up in ``.grad``.
+            processes: Processes over which ``.grad`` is the mean.
         """
+        hook_scale = scale if hook_scale is None else hook_scale
         seen, batch = self._seen, self._batch or 1
         self.stop()
         weight = max(1 - self.memory, 1 / (self.observations + 1))
@@ -170,9 +181,9 @@ class KroneckerFisher:
                 continue
             a = torch.stack([pair[0] for pair in found]).mean(0)
             # The loss of each of several accumulated batches is divided by their number.
-            g = torch.stack([pair[1] for pair in found]).mean(0) * (batches / scale) ** 2
+            g = torch.stack([pair[1] for pair in found]).mean(0) * (batches / hook_scale) ** 2
             new += [a, g]
-        new += [self._square(i, batch * batches, scale) for i in self._others]
+        new += [self._square(i, batch * batches * processes, scale) for i in self._others]
         mean = iter(average(tuple(new), reduce))
         for i, found in enumerate(seen):
             if found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,19 @@ def decoupled_rates(optimizer: Optimizer) -> dict[int, float]:
         if not known.has_coupled_decay(group)
         for p in group["params"]
     }
+
+
+def decay_factors(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return by name the factor rate/R that makes an equal coupled decay of a decoupled one; empty if it is coupled.
+
+    Where the training stands still, R·g + rate·λ·w = 0, as with a coupled decay of λ·rate/R: λ(√v̂ + ε) for AdamW.
+    """
+    rates = decoupled_rates(optimizer)
+    if not rates:
+        return {}
+    inverse = inverse_rates(optimizer, tuple(parameters.values()))
+    pairs = zip(parameters.items(), inverse, strict=True)
+    return {name: rates[id(p)] * r for (name, p), r in pairs if id(p) in rates}
 
 
 def has_complex_momentum(optimizer: Optimizer) -> bool:

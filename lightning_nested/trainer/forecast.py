@@ -17,7 +17,7 @@ from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.solvers.base import check_finite
 from lightning_nested.linalg.vectors import Vector, norm
-from lightning_nested.optim.step_dynamics import decoupled_rates, inverse_rates
+from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates, inverse_rates
 
 # Steps before an outer step whose gradients are averaged; at the memory of the mean the earlier ones weigh nothing.
 WATCHED_STEPS = 20
@@ -64,13 +64,31 @@ class Forecast:
 
     @torch.no_grad()
     def gradient(
-        self, ahead: int, *, scale: float = 1.0, reduce: Reduce | None = None, batches: int = 1
+        self,
+        ahead: int,
+        *,
+        scale: float = 1.0,
+        hook_scale: float = 1.0,
+        reduce: Reduce | None = None,
+        batches: int = 1,
+        processes: int = 1,
     ) -> None:
-        """Take the inner gradient, tuned decays included, that lies in ``.grad`` after the backward passes."""
+        """Take the inner gradient, tuned decays included, that lies in ``.grad`` after the backward passes.
+
+        Args:
+            ahead: Inner steps up to the next outer one.
+            scale: Factor that ``.grad`` carries.
+            hook_scale: Factor that the loss carried in the backward passes.
+            reduce: Averages a tensor over processes.
+            batches: Accumulated batches.
+            processes: Their number.
+        """
         if ahead > WATCHED_STEPS:
             return
         if ahead % _OBSERVED_EVERY == 1:
-            self.fisher.update(scale, reduce, batches)
+            self.fisher.update(
+                scale, hook_scale=hook_scale, reduce=reduce, batches=batches, processes=processes
+            )
         gradients = tuple(
             torch.zeros_like(p) if p.grad is None else p.grad.detach() / scale for p in self._parameters
         )
@@ -88,21 +106,10 @@ class Forecast:
 
     # ---- the outer step
 
-    def decay_factors(self) -> dict[str, Tensor]:
-        """Return by name the factor that makes an equal coupled decay of a decoupled one, rate/R; empty if coupled."""
-        rates = decoupled_rates(self._optimizer)
-        if not rates:
-            return {}
-        inverse = inverse_rates(self._optimizer, self._parameters)
-        return {
-            name: rates[id(p)] * r
-            for name, p, r in zip(self._names, self._parameters, inverse, strict=True)
-            if id(p) in rates
-        }
-
     def _coupled_decays(self) -> list[Tensor | float]:
         """Return D, the tuned decays as coupled ones, for each parameter."""
-        factors = self.decay_factors()
+        parameters = dict(zip(self._names, self._parameters, strict=True))
+        factors = decay_factors(self._optimizer, parameters)
         total: dict[str, Any] = dict.fromkeys(self._names, 0.0)
         for decay in self._decays:
             for name, value in decay.decays().items():
@@ -118,7 +125,7 @@ class Forecast:
 
     def kronecker_inverse(self, damping: float | None = None) -> LinearOperator:
         """Return (F + D + damping)⁻¹, factorized again at every ``refresh_every``-th outer step."""
-        if self._inverse is None or self._solved % self._point.refresh_every == 0:
+        if self._inverse is None or self._solved % self._point.refresh_every == 1 % self._point.refresh_every:
             amounts = [d + r for d, r in zip(self._coupled_decays(), self._reach(damping), strict=True)]
             self._inverse = self.fisher.inverse(amounts)
         return self._inverse

@@ -43,6 +43,8 @@ class InnerGraph:
         # Repeats the evaluation that is being observed.
         self._repeat: Callable[[], Tensor] | None = None
         self._observing = False
+        # Keep the repeats for others than the curvature.
+        self.repeatable = False
         self._handle: RemovableHandle | None = None
         if isinstance(curvature, GaussNewton):
             if accumulate > 1:
@@ -55,7 +57,7 @@ class InnerGraph:
     @property
     def observes(self) -> bool:
         """True if :meth:`observe` must be called before each evaluation."""
-        return isinstance(self._curvature, FiniteDifference | GaussNewton)
+        return self.repeatable or isinstance(self._curvature, FiniteDifference | GaussNewton)
 
     @property
     def repeats(self) -> bool:
@@ -67,7 +69,7 @@ class InnerGraph:
         self._observing, self._outputs = True, []
         if self._handle is None and isinstance(self._curvature, GaussNewton):
             self._hook(self._curvature)
-        if self.repeats:
+        if self.repeats or self.repeatable:
             self._repeat = partial(self._evaluate_again, evaluate, RandomStream.snapshot(self._module.device))
 
     def add(self, loss: Tensor) -> None:
@@ -97,9 +99,13 @@ class InnerGraph:
     def loss(self) -> Tensor | Callable[[], Tensor]:
         """Return the sum of the losses, or with ``FiniteDifference`` a function that evaluates it again."""
         if self.repeats:
-            repeats = list(self._repeats)
-            return lambda: torch.stack([repeat() for repeat in repeats]).sum()
+            return self.repeat()
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
+
+    def repeat(self) -> Callable[[], Tensor]:
+        """Return a function that evaluates the sum of the losses again, without side effects."""
+        repeats = list(self._repeats)
+        return lambda: torch.stack([repeat() for repeat in repeats]).sum()
 
     def curvature(self) -> Curvature | None:
         """Return the curvature, with the outputs that it names.

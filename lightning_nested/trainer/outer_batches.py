@@ -49,6 +49,11 @@ class OuterBatches:
         self._iterator: Iterator[Any] | None = None
         self._stream = self._new_stream()
 
+    @property
+    def loader(self) -> Any:
+        """The loader of the batches."""
+        return self._loader
+
     def next(self) -> Any:
         """Return the next batch, on the CPU; the end of the loader begins the next round.
 

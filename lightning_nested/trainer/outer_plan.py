@@ -1,0 +1,241 @@
+"""The plan of a run: when outer steps are made, where the outer loss is differentiated, and what the decays mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LinearLR
+
+from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
+from lightning_nested.hyperparameters import OuterStep
+from lightning_nested.linalg.solvers.base import InverseSolver
+from lightning_nested.linalg.solvers.from_run import KroneckerFactored
+from lightning_nested.linalg.solvers.given import AnySolver, Identity, as_solver
+from lightning_nested.linalg.vectors import Vector
+from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates, inverse_rates
+from lightning_nested.trainer.forecast import WATCHED_STEPS, Forecast
+from lightning_nested.trainer.inner_graph import InnerGraph
+from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.outer_loop import OuterLoop
+from lightning_nested.trainer.pace import Pace, batch_ratio, plan
+
+# Inner steps after which the optimizer's second moments say how large its steps will be.
+_SETTLED = 10
+
+
+class OuterPlan:
+    """Pace, forecast and decays of one run after another.
+
+    Args:
+        outer: Hyperparameters and their optimizer.
+        point: Where the outer loss is differentiated.
+        solver: The user's solver; None: ``KroneckerFactored()`` where only decays are tuned, else ``Identity()``.
+        overhead: Share of the training's own gradients that outer steps may cost.
+        every_n_steps: Given by the user; None: by the budget.
+        warmup_steps: Given by the user; None: a tenth of the run.
+        default_optimizer: Whether the outer optimizer and its schedule are this class's to choose.
+
+    Attributes:
+        pace: Plan of the current run.
+        forecast: Statistics of the current run; None where nothing needs them.
+    """
+
+    def __init__(
+        self,
+        outer: OuterStep,
+        *,
+        point: EvaluationPoint,
+        solver: AnySolver,
+        overhead: float,
+        every_n_steps: int | None,
+        warmup_steps: int | None,
+        default_optimizer: bool,
+    ) -> None:
+        self.outer, self.point, self.overhead = outer, point, overhead
+        self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
+        default = Identity() if outer.in_graph else KroneckerFactored()
+        self.solver: InverseSolver = default if solver is None else as_solver(solver)
+        self.pace: Pace | None = None
+        self.forecast: Forecast | None = None
+        self._default_optimizer = default_optimizer
+        self._optimizer: Optimizer | None = None
+        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._own_decays: list[float] = []  # of a decoupled optimizer's groups, which ours replace
+        self.units: dict[str, float] = {}  # see WeightDecay.fit_to_run
+
+    # ---- a run
+
+    def schedule(self, trainer: Trainer, loop: OuterLoop) -> None:
+        """Plan the run; called before the hyperparameters are built."""
+        pace = plan(
+            trainer,
+            cost=self._cost(trainer, loop),
+            overhead=self.overhead,
+            every_n_steps=self.every_n_steps,
+            warmup_steps=self.warmup_steps,
+        )
+        self.pace = pace
+        loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
+        if self._default_optimizer:
+            steps = pace.outer_steps
+            # Functions with names: a strategy may pickle them.
+            self.outer.set_optimizer(
+                partial(Adam, lr=pace.rate, betas=(0.9, 0.9), eps=1e-16),
+                partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps) if steps else None,
+            )
+
+    def _cost(self, trainer: Trainer, loop: OuterLoop) -> float:
+        inner = next(iter(getattr(trainer.train_dataloader, "flattened", [trainer.train_dataloader])), None)
+        outer = None if loop.batches is None else loop.batches.loader
+        graph = bool(self.outer.in_graph) or self.solver.needs_operator
+        looks = isinstance(self.point, LookAhead)
+        # A gradient with its graph and a mixed product, two forward passes, what is observed.
+        ratio = batch_ratio(inner, outer) / trainer.accumulate_grad_batches
+        return ratio + 2.5 * graph + self.solver.products + looks
+
+    def attach(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+        """Begin the statistics of these parameters."""
+        self.stop()
+        self._optimizer, self._parameters = optimizer, tuple(parameters.values())
+        looks = isinstance(self.point, LookAhead)
+        if looks or self.solver.needs_statistics:
+            self.forecast = Forecast(
+                module,
+                parameters,
+                optimizer,
+                self.outer.decays,
+                point=self.point if looks else None,  # type: ignore[arg-type]
+            )
+        if self.outer.decays and decoupled_rates(optimizer):
+            self._own_decays = [group["weight_decay"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 0.0
+
+    def stop(self) -> None:
+        """Remove hooks, and give the optimizer its own decay back."""
+        if self.forecast is not None:
+            self.forecast.stop()
+            self.forecast = None
+        if self._optimizer is not None and self._own_decays:
+            for group, decay in zip(self._optimizer.param_groups, self._own_decays, strict=True):
+                group["weight_decay"] = decay
+        self._optimizer, self._own_decays, self._parameters = None, [], ()
+
+    # ---- an inner step
+
+    def ahead(self, due: Callable[[int], bool], step: int) -> int:
+        """Return the steps from ``step`` to the next outer one; many, where it is too far to matter."""
+        return next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9)
+
+    def add_decays(self, parameters: Mapping[str, Tensor], scale: float) -> None:
+        """Apply the tuned decays as the optimizer would its own; ``scale`` is the factor on the gradients."""
+        assert self._optimizer is not None
+        rates = decoupled_rates(self._optimizer) if self.outer.decays else {}
+        for decay in self.outer.decays:
+            if rates:
+                decay.shrink_(parameters, rates)
+            else:
+                decay.add_gradient_(parameters, scale)
+
+    def fit_decays(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        """Start the decays from the length of the run, after ``step`` inner steps; only at one of them."""
+        pace = self.pace
+        if pace is None or pace.total_steps is None or step != max(1, min(_SETTLED, pace.warmup_steps)):
+            return
+        self.units = self._measured_units(parameters, pace.total_steps)
+        self.bound_decays(restart=True)
+
+    def bound_decays(self, *, restart: bool) -> None:
+        """Bound the decays by the units of the run."""
+        if self.pace is None or self.pace.total_steps is None or not self.units:
+            return
+        for decay in self.outer.decays:
+            if decay.init is None and all(name in self.units for name in decay.parameter_names):
+                decay.fit_to_run(self.units, self.pace.total_steps, restart=restart)
+
+    def _measured_units(self, parameters: Mapping[str, nn.Parameter], total: int) -> dict[str, float]:
+        optimizer = self._optimizer
+        assert optimizer is not None
+        decoupled = decoupled_rates(optimizer)
+        # Warm-ups begin far below the rate that most of the run has.
+        now = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        peak = {
+            id(p): max(float(g.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+            for g in optimizer.param_groups
+            for p in g["params"]
+        }
+        inverse = inverse_rates(optimizer, tuple(parameters.values()))
+        units = {}
+        for (name, p), r in zip(parameters.items(), inverse, strict=True):
+            mean = float(r.double().mean()) * now[id(p)] / max(peak[id(p)], 1e-30)
+            units[name] = (1 / max(peak[id(p)], 1e-30) if id(p) in decoupled else mean) / total
+        return {name: u if math.isfinite(u) else 1e-4 for name, u in units.items()}
+
+    # ---- an outer step
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep backward passes that are not the training's own out of the statistics."""
+        if self.forecast is not None:
+            self.forecast.fisher.pause(True)
+        try:
+            yield
+        finally:
+            if self.forecast is not None:
+                self.forecast.fisher.pause(False)
+
+    def look(self, trainer: Trainer, step: int, graph: InnerGraph, scale: float) -> Vector:
+        """Return the weights at which the outer loss is differentiated, one tensor per inner parameter."""
+        if self.forecast is None or self.pace is None:
+            return self._current
+        total = self.pace.total_steps
+        self.forecast.remaining = math.inf if total is None else float(max(1, total - step))
+        self.forecast.count()
+        if not isinstance(self.point, LookAhead):
+            return self._current
+        loss = float(torch.stack([loss.detach() for loss in graph.losses]).sum()) / scale
+        repeat = graph.repeat()
+
+        def evaluate() -> float:
+            with torch.no_grad():
+                return float(repeat()) / scale
+
+        return self.forecast.weights(loss, evaluate, reduction(trainer))
+
+    @property
+    def _current(self) -> Vector:
+        return tuple(p.detach() for p in self._parameters)
+
+    def bound_solver(self) -> InverseSolver:
+        """Return the solver for this outer step."""
+        return self.solver if self.forecast is None else self.solver.bind(self.forecast)
+
+    def decay_factors(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return the factors that make coupled decays of decoupled ones, by name."""
+        if self._optimizer is None or not self.outer.decays:
+            return {}
+        return decay_factors(self._optimizer, parameters)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next outer step depends on."""
+        return {
+            "units": dict(self.units),
+            "forecast": None if self.forecast is None else self.forecast.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore; :meth:`attach` must have run."""
+        self.units = dict(state["units"])
+        self.bound_decays(restart=False)
+        if self.forecast is not None and state["forecast"] is not None:
+            self.forecast.load_state_dict(state["forecast"])
