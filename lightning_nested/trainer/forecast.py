@@ -83,22 +83,21 @@ class Forecast:
             batches: Accumulated batches.
             processes: Their number.
         """
-        if ahead > WATCHED_STEPS:
+        # Every second gradient serves the mean as well.
+        if ahead > WATCHED_STEPS or ahead % 2 == 0:
             return
         if ahead % _OBSERVED_EVERY == 1:
             self.fisher.update(
                 scale, hook_scale=hook_scale, reduce=reduce, batches=batches, processes=processes
             )
-        gradients = tuple(
-            torch.zeros_like(p) if p.grad is None else p.grad.detach() / scale for p in self._parameters
-        )
-        if not all(bool(g.isfinite().all()) for g in gradients):
-            return
-        self._means += 1
+        gradients = [p.grad for p in self._parameters]
         if self._mean is None:
-            self._mean = tuple(g.clone() for g in gradients)
-        else:
-            torch._foreach_lerp_(list(self._mean), list(gradients), max(0.1, 1 / self._means))
+            self._mean = tuple(torch.zeros_like(p) for p in self._parameters)
+        self._means += 1
+        weight = max(0.2, 1 / self._means)
+        pairs = [(m, g) for m, g in zip(self._mean, gradients, strict=True) if g is not None]
+        torch._foreach_mul_([m for m, _ in pairs], 1 - weight)
+        torch._foreach_add_([m for m, _ in pairs], [g.to(m.dtype) for m, g in pairs], alpha=weight / scale)
 
     def stop(self) -> None:
         """Remove all hooks."""
@@ -156,6 +155,9 @@ class Forecast:
         decays = self._coupled_decays()
         if decoupled_rates(self._optimizer):
             mean = tuple(m + d * w for m, d, w in zip(mean, decays, weights, strict=True))
+        if not math.isfinite(agreed_number(norm(mean), reduce)):
+            self._mean, self._means = None, 0
+            raise FloatingPointError("The mean of the inner gradient must be finite. Got one that is not.")
         direction = self.kronecker_inverse() @ mean
         check_finite(agreed_number(norm(direction), reduce), "The direction of the inner training")
         moved = self._point.weights(weights, direction, self.radius)
