@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -84,15 +83,15 @@ def log_by_game_updates(trainer: Trainer) -> None:
     That is the user's ``self.log``, in training, validation and at the end of epochs, and callbacks that ask the
     Trainer for its step, such as ``LearningRateMonitor``. A number per step is logged once an update.
     """
-    for part, clocked in (
-        (trainer.fit_loop.epoch_loop, _ClockedLoop),
-        (trainer._logger_connector, _ClockedConnector),
-    ):
+    parts: dict[type, Any] = {
+        _ClockedLoop: trainer.fit_loop.epoch_loop,
+        _ClockedConnector: trainer._logger_connector,
+    }
+    for clocked, part in parts.items():
         if not isinstance(part, clocked):
             part.__class__ = _mixed(clocked, type(part))
 
 
-@cache
 def _mixed(clocked: type, kind: type) -> type:
     return type(kind.__name__, (clocked, kind), {})
 

@@ -66,8 +66,8 @@ class GameModule(LightningModule):
     **The clock.** ``game_updates`` counts complete rounds, and so does ``trainer.global_step``: in
     ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its file name's ``{step}`` and
     ``EMAWeightAveraging`` a step is a game update. Losses reach loggers every ``log_every_n_steps`` game updates as
-    ``<player>_loss``, and can be monitored at every one. All that is logged has game updates as the x axis: ``self.log``
-    in training and validation, and callbacks such as ``LearningRateMonitor``.
+    ``<player>_loss``, and can be monitored at every one. All that is logged has game updates as the x axis:
+    ``self.log`` in training and validation, and callbacks such as ``LearningRateMonitor``.
 
     **Freezing.** Callbacks such as ``BaseFinetuning`` may freeze and unfreeze parameters in training; open gradient
     sums are then cleared. Players may share frozen parts.
