@@ -131,9 +131,11 @@ class _ClockedConnector:
         is_due = not clock.has_open_update() and clock.game_updates % every == 0
         return is_due or bool(self.trainer.should_stop)
 
-    def update_eval_step_metrics(self, step: int) -> None:
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         clock = _clock(self.trainer)
-        super().update_eval_step_metrics(step if clock is None else clock.game_updates)  # type: ignore[misc]
+        # in validation Lightning gives the number of the validation batch
+        step = step if step is None or clock is None else clock.game_updates
+        super().log_metrics(metrics, step)  # type: ignore[misc]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ThroughputMonitor
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -67,9 +67,11 @@ def halved(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
 
 
+@pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`")
 def test_everything_stands_at_game_updates() -> None:
     logger, module = Rows(), Logs(scheduler=halved)
-    callbacks = LearningRateMonitor(), GameSpectrumCallback(k=None, every_n_updates=2)
+    throughput = ThroughputMonitor(lambda batch: len(batch[0]))
+    callbacks = LearningRateMonitor(), GameSpectrumCallback(k=None, every_n_updates=2), throughput
     options: dict[str, Any] = {"max_epochs": 2, "val_check_interval": 8, "log_every_n_steps": 1}
     trainer(*callbacks, logger=logger, **options).fit(module, steps(18), steps(2))
     # Each epoch has 18 batches: the rounds end in batches 5, 10, 15 of the first, and 2, 7, 12, 17 of the second.
@@ -83,6 +85,8 @@ def test_everything_stands_at_game_updates() -> None:
     assert logger.points("validated_epoch") == [(n, n) for n in (1, 3, 5, 6)]
     assert logger.points("validated_step") == [(n, n) for n in (1, 1, 3, 3, 5, 5, 6, 6)]
     assert logger.points("closed") == [(3, 3), (7, 7)]
+    assert logger.steps("train/time") == updates
+    assert set(logger.steps("validate/time")) <= {1, 3, 5, 6}
     # the rate that the optimizers have after n updates
     assert logger.points("lr-x") == [(n, pytest.approx(0.01 * 0.5**n)) for n in range(8)]
     assert {step for step, _ in logger.rows} <= set(range(8))
