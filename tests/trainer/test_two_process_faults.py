@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,7 +32,7 @@ from lightning_nested.callbacks import (
 )
 from lightning_nested.hypergradient import ConjugateGradient, DenseSolve, Identity, Neumann, Nystrom
 from lightning_nested.hyperparameters import WeightDecay
-from lightning_nested.modules import GameLoop
+from lightning_nested.modules import GameLoop, GradientStrategy, Implicit, NestedModule, Unrolled
 from lightning_nested.optim import Extragradient
 from tests.callbacks import tuned_regression
 from tests.callbacks.generative_metrics.test_callback import Pool
@@ -161,6 +164,37 @@ def tuned(trip: Trip, solver: Any, accumulate: int = 1, **options: Any) -> Parts
     return Tuned(trip), [callback], loaders, {"max_epochs": 2, "accumulate_grad_batches": accumulate}
 
 
+class Nested(NestedModule):
+    def __init__(self, trip: Trip, gradient: GradientStrategy) -> None:
+        super().__init__(
+            WeightDecay("parameter", init=1e-2), gradient=gradient, inner_optimizer=tuned_regression.sgd(0.05)
+        )
+        self.net, self.trip = tuned_regression.smooth(), trip
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean() * self.trip("loss")
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return 0.5 * ((self.net(batch[0]) - batch[1]) ** 2).mean() * self.trip("outer loss")
+
+
+def nested(trip: Trip, gradient: GradientStrategy) -> Parts:
+    loaders = DataLoader(tuned_regression.data(32, 1), 4), DataLoader(tuned_regression.data(16, 2), 4)
+    return Nested(trip, gradient), [], loaders, {"max_epochs": 2, "limit_val_batches": 1}
+
+
+def saved(trip: Trip, folder: Path, *callbacks: Callback) -> Parts:
+    options = {
+        "enable_checkpointing": True,
+        "folder": folder,
+        "logger": CSVLogger(folder),
+        "log_every_n_steps": 1,
+    }
+    save = ModelCheckpoint(folder / "saved", every_n_train_steps=1, save_top_k=-1)
+    module, found, loaders, given = game(trip, save, *callbacks, loop=GameLoop(accumulate_grad_batches=2))
+    return module, found, loaders, given | options
+
+
 def gan(trip: Trip, folder: Path) -> Parts:
     module = tiny.module()
     sample, loss = module.sample_for_metrics, module.player_loss
@@ -188,7 +222,13 @@ RUNS: dict[str, Callable[[Trip, Path], Parts]] = {
     ),
     "spectrum": lambda trip, _: game(trip, GameSpectrumCallback(1, k=None)),
     "lyapunov": lambda trip, _: game(trip, LyapunovCallback(1), update="simultaneous"),
+    "saved": saved,
+    "rescued": lambda trip, folder: saved(trip, folder, OnExceptionCheckpoint(folder / "rescued")),
     "gan": gan,
+    "implicit": lambda trip, _: nested(
+        trip, Implicit(solver=ConjugateGradient(max_iterations=3, damping=1.0))
+    ),
+    "unrolled": lambda trip, _: nested(trip, Unrolled(num_steps=2)),
     "identity": lambda trip, _: tuned(trip, Identity()),
     "neumann": lambda trip, _: tuned(trip, Neumann(num_terms=3)),
     "neumann-power": lambda trip, _: tuned(trip, Neumann(num_terms=3, step_size=None)),
@@ -223,7 +263,20 @@ FAULTS = (
     Fault(run="strict", where="outer loss", ends=_SKIPPED),
     Fault(run="strict", where="loss", rank=0, ends=_SKIPPED),
     *(Fault(run=run, where="loss") for run in ("conjugate", "nystrom", "dense")),
+    *(Fault(run=run, where="outer loss") for run in ("implicit", "unrolled")),
+    *(Fault(run=run, where="loss", rank=0) for run in ("implicit", "unrolled")),
     # an error of one process ends both
+    *(
+        Fault(run=run, where=where, kind="raises", rank=rank, ends=f"fault at {where}")
+        for run, where, rank in (
+            ("saved", "checkpoint", 0),
+            ("saved", "checkpoint", 1),
+            ("rescued", "loss", 1),
+            ("rescued", "loss", 0),
+            ("implicit", "outer loss", 1),
+            ("unrolled", "loss", 0),
+        )
+    ),
     *(
         Fault(run="game", where=where, kind="raises", ends=f"fault at {where}")
         for where in (
@@ -265,7 +318,8 @@ def _run(fault: Fault, folder: Path) -> None:
             fit.fit(module, *data)
         end = ""
     except BaseException as error:
-        end = f"{type(error).__name__}: {error}"
+        # with what came before: a checkpoint on an exception may fail in its turn
+        end = "".join(traceback.format_exception(error))
     (folder / "end").write_text(end or "finished", encoding="utf-8")
 
 
@@ -285,7 +339,7 @@ def test_no_process_waits_for_ever(fault: Fault, tmp_path: Path) -> None:
     if fault.ends:
         assert fault.ends in end
         return
-    assert end == "finished"
+    assert end == "finished", end
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert states[fault.rank]["reached"] >= 2
     for a, b in zip(*(state["weights"] for state in states), strict=True):
