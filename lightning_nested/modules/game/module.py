@@ -26,7 +26,7 @@ from lightning_nested.modules.game.players import (
 )
 from lightning_nested.modules.game.steps import PlayerSteps
 from lightning_nested.trainer.checkpoint_advice import WithoutCheckpointAdvice
-from lightning_nested.trainer.lightning import built_by_command_line, reduction
+from lightning_nested.trainer.lightning import built_by_command_line, log_by_game_updates, reduction
 from lightning_nested.trainer.random_stream import base_seed, random_states, restore_random_state
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
@@ -66,7 +66,8 @@ class GameModule(LightningModule):
     **The clock.** ``game_updates`` counts complete rounds, and so does ``trainer.global_step``: in
     ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its file name's ``{step}`` and
     ``EMAWeightAveraging`` a step is a game update. Losses reach loggers every ``log_every_n_steps`` game updates as
-    ``<player>_loss``, with game updates as the x axis, and can be monitored at every one.
+    ``<player>_loss``, and can be monitored at every one. All that is logged has game updates as the x axis:
+    ``self.log`` in training and validation, and callbacks such as ``LearningRateMonitor``.
 
     **Freezing.** Callbacks such as ``BaseFinetuning`` may freeze and unfreeze parameters in training; open gradient
     sums are then cleared. Players may share frozen parts.
@@ -200,10 +201,15 @@ class GameModule(LightningModule):
         silent = any(isinstance(callback, WithoutCheckpointAdvice) for callback in callbacks)
         return [] if silent else [WithoutCheckpointAdvice()]
 
+    def has_open_update(self) -> bool:
+        """Return True between the first batch of a game update and its last player's step."""
+        return self._position > 0 or self._steps.sums.count > 0
+
     # ---- lifecycle
 
     @override
     def setup(self, stage: str) -> None:
+        log_by_game_updates(self.trainer)
         if stage != "fit":
             return
         self._started = False
@@ -310,6 +316,8 @@ class GameModule(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("game")
+        if self._saved is not None:  # a stand-alone validation logs at this number of updates
+            self.game_updates = self._saved["game_updates"]
 
     def _check_hooks(self, ran: bool) -> None:
         """Refuse to go on where ``setup`` has not run, or another hook that must have."""
@@ -335,7 +343,6 @@ def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if every > 0 and module.game_updates % every == 0:
         metrics |= module.game_metrics()
-        # Not by self.log: Lightning's x axis counts batches.
         for logger in trainer.loggers:
             logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=module.game_updates)
     # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps. Not by self.log: it costs

@@ -186,12 +186,6 @@ class BigGAN(GANModule):
         return images, labels
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        # So that a stand-alone validation reports its scores at the right number of updates.
-        self.game_updates = checkpoint.get("game", {}).get("game_updates", self.game_updates)
-
-    @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # The Trainer converts later, and DDP's own error then says neither which option nor what to do.
