@@ -107,6 +107,7 @@ from .hyperparameters import (
     Saturation as Saturation,
     Scalar as Scalar,
     WeightDecay as WeightDecay,
+    tuned_values as tuned_values,
 )
 from .modules import (
     STN as STN,

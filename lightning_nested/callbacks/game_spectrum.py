@@ -17,7 +17,9 @@ from lightning_nested.figures.game_spectrum import spectrum_figure
 from lightning_nested.games.adaptation import adapt_momenta
 from lightning_nested.games.joint_step import ADAPT_LIMIT
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum, measure_spectrum
+from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import step_dynamics
 from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.joint_losses import (
@@ -30,7 +32,7 @@ from lightning_nested.trainer.joint_losses import (
 from lightning_nested.trainer.lightning import reduction
 
 
-class GameSpectrumCallback(Callback):
+class GameSpectrumCallback(Constructed, Callback):
     """Measures the leading eigenvalues of a running :class:`GameModule`, and adapts its momentum on request.
 
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before
@@ -128,6 +130,7 @@ class GameSpectrumCallback(Callback):
             self._fixed = FixedBatches(trainer)
         saved, self._saved = self._saved, None
         if saved is not None:
+            require_keys(saved, ("seed", "measured", "batches"), "GameSpectrumCallback")
             self._measured = saved["measured"]
             batches = [[] if batch is None else [batch] for batch in saved["batches"]]
             self._fixed.load_state_dict({"seed": saved["seed"], "batches": batches})

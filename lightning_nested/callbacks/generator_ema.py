@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
 
 # Averaged vectors point almost in the right direction; more cost little, once for each evaluation.
 _POWER_ITERATIONS = 10
 
 
-class GeneratorEMA(Callback):
+class GeneratorEMA(Constructed, Callback):
     """Average w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including ``start``.
 
     An update is one step of the optimizer that holds the generator's parameters, so discriminator steps,
@@ -113,6 +115,7 @@ class GeneratorEMA(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = self._network(pl_module)
+        self._warn_if_missing(trainer)
         _, precision = self._matched(network), next(network.parameters()).dtype
         if precision in (torch.float16, torch.bfloat16):
             raise MisconfigurationException(
@@ -191,6 +194,7 @@ class GeneratorEMA(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("updates", "average"), "GeneratorEMA")
         # Kept until the network, its device and its precision are known.
         self.updates, self._saved = state_dict["updates"], state_dict["average"]
 
@@ -215,14 +219,18 @@ class GeneratorEMA(Callback):
     def _stand_in(self, trainer: Trainer | None, pl_module: LightningModule) -> None:
         network = self._network(pl_module)
         average = self._matched(network)
-        if not self._begun and trainer is not None and trainer.ckpt_path is not None:
-            rank_zero_warn(
-                f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
-                "evaluated. Give module and decay as in training."
-            )
+        if trainer is not None:
+            self._warn_if_missing(trainer)
         self._raw = {name: value.clone() for name, value in _tensors(network, shared=True).items()}
         _copy(_tensors(average), network)
         iterate_spectral_norms(network, times=_POWER_ITERATIONS)
+
+    def _warn_if_missing(self, trainer: Trainer) -> None:
+        if trainer.ckpt_path is not None and self._saved is None and not self._begun:
+            rank_zero_warn(
+                f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
+                "evaluated, and a new average begins with them. Give module and decay as in training."
+            )
 
     def _step_back(self, pl_module: LightningModule) -> None:
         assert self._raw is not None

@@ -27,13 +27,13 @@ from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OfLoop, OuterLoop
+from lightning_nested.trainer.outer_loop import OfLoop, OuterLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.stand_ins import StandIns
 
 
-class HypergradientCallback(HasOuterLoop, Callback):
+class HypergradientCallback(OuterLoopCallback):
     """Tunes hyperparameters inside one ``fit``, by the gradient of the validation loss through the training.
 
     At the steps chosen by :meth:`should_update` the callback takes the training loss with its graph, as the Trainer

@@ -19,6 +19,8 @@ from lightning_nested.dynamics.checks import require_at_least, require_window
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Tangents
 from lightning_nested.files import replace_figure
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.game_follower import GameFollower
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class LyapunovCallback(Callback):
+class LyapunovCallback(Constructed, Callback):
     """Measures how fast small differences of the weights grow during training.
 
     ``on_before_backward`` hands over the training loss with its graph: k products with its Hessian push k tangents of
@@ -264,6 +266,7 @@ class LyapunovCallback(Callback):
             self._restore(self._saved)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        require_keys(state, ("windows", "crossings", "chaotic"), "LyapunovCallback")
         self.follower.load_state_dict(state)
         self.windows, self.crossings = list(state["windows"]), list(state["crossings"])
         self._chaotic, self._saved = state["chaotic"], None

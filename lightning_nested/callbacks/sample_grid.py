@@ -18,9 +18,11 @@ from lightning_nested.callbacks.generative_metrics.callback import (
 )
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.files import replacing
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 
 
-class SampleGrid(Callback):
+class SampleGrid(Constructed, Callback):
     """Grid with one row per class, each image from the same z at every time, for TensorBoard and as PNG files.
 
     Files are ``grids/<game updates>.png`` under ``default_root_dir``. If :class:`GeneratorEMA` is among the callbacks,
@@ -79,6 +81,7 @@ class SampleGrid(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("last",), "SampleGrid")
         self._last = state_dict["last"]
 
     def grid(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:

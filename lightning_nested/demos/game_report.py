@@ -11,13 +11,14 @@ from typing_extensions import override
 
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.figures.game_report import game_figure
+from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.trainer.run_folder import run_folder, write_report
 
 # Distances below it, relative to the first, are rounding.
 _FLOOR = 1e-13
 
 
-class GameReport(Callback):
+class GameReport(Constructed, Callback):
     """Report of a :class:`ZooGame` at the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png``.
 
     The measured rate is the mean factor of the distance per game update over the second half of the run, down to the

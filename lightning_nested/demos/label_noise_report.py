@@ -18,6 +18,8 @@ from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.demos.reference_runs import fit_like, test_like
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import run_folder, write_report
 
@@ -25,7 +27,7 @@ _QUANTILES = (0.1, 0.5, 0.9)
 _METRIC = "test_accuracy"
 
 
-class LabelNoiseReport(Callback):
+class LabelNoiseReport(Constructed, Callback):
     """Measure, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
 
     A copy of the untrained module is trained twice more without tuning: on the same noisy labels, and on the
@@ -161,6 +163,7 @@ class LabelNoiseReport(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, asdict(Trace()), "LabelNoiseReport")
         self._trace = Trace(**state_dict)
 
     def _accuracy(self, trainer: Trainer, module: LightningModule) -> float:

@@ -11,11 +11,13 @@ from typing_extensions import override
 
 from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.games import high_quality, modes_covered
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import run_folder, write_report
 
 
-class ModeCoverage(Callback):
+class ModeCoverage(Constructed, Callback):
     """Count the covered modes and good samples of a :class:`GANModule` while it trains.
 
     A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
@@ -129,6 +131,7 @@ class ModeCoverage(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("history", "pictures"), "ModeCoverage")
         self.history, self._pictures = list(state_dict["history"]), list(state_dict["pictures"])
 
     def _count(self, trainer: Trainer, module: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,10 @@ class DropoutRates(BoundHyperparameter):
                 f"Got none in {type(network).__name__}; leave it out, or add the layers."
             )
         return found
+
+    def kind(self) -> dict[str, Any]:
+        """Return too whether each layer has a rate."""
+        return {**super().kind(), "per": self.per}
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         start = self._start or ([self.init] if self.init is not None else [])

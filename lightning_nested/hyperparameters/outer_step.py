@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,12 +24,19 @@ from lightning_nested.hyperparameters.outer_optimizer import (
     default_outer_optimizer,
     described,
 )
-from lightning_nested.hyperparameters.outer_report import OuterReport
+from lightning_nested.hyperparameters.outer_report import OuterReport, Spread, spread
+from lightning_nested.hyperparameters.saved_values import (
+    Placed,
+    load_hyperparameters,
+    saved_hyperparameters,
+    saved_parameters,
+)
 from lightning_nested.hyperparameters.vector import labelled
 from lightning_nested.hyperparameters.weight_decay import FixedDecay, WeightDecay
 from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number, average
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.linalg.solvers.base import InverseSolver, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, clone, norm, zeros_where_none
@@ -131,8 +139,8 @@ class OuterStep:
         self.solver_state = SolverState()
         self._optimization = OptimizerPair(optimizer, scheduler)
         self._pending: Vector | None = None
-        # Shape, dtype and device of the parameters in `build`.
-        self._inner: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
+        self.first: dict[str, Spread] = {}  # of the values that each hyperparameter started from
+        self._inner: dict[str, Placed] = {}  # the parameters in `build`
 
     @property
     def optimizer(self) -> Optimizer:
@@ -167,6 +175,11 @@ class OuterStep:
             located = self._located()
             origins = {t: (*earlier[at], names) for at, (t, names) in located.items() if at in earlier}
             self._optimization.carry_over(self.tensors, origins)
+        self.first = {h.name: self.first.get(h.name) or spread(h.values()) for h in self.hyperparameters}
+
+    def is_built_for(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Return True if the last :meth:`build`, or what was loaded, is of parameters with these names."""
+        return len(parameters) == len(self._inner) and all(map(operator.eq, parameters, self._inner))
 
     def _located(self) -> dict[tuple[str, str], tuple[Tensor, Names]]:
         """Return each tensor and the names of its entries, by its hyperparameter and key."""
@@ -177,7 +190,7 @@ class OuterStep:
         for hyperparameter in self.hyperparameters:
             hyperparameter.reset()
         self._optimization.forget()
-        self.solver_state, self._pending, self._inner = SolverState(), None, {}
+        self.solver_state, self._pending, self._inner, self.first = SolverState(), None, {}, {}
 
     @property
     def tensors(self) -> Vector:
@@ -331,25 +344,53 @@ class OuterStep:
             tensor.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next outer step depends on; loads with ``weights_only=True``."""
+        """Return all that the next outer step depends on, with values in natural units; loads with ``weights_only``."""
         return {
-            "hyperparameters": {h.name: h.state_dict() for h in self.hyperparameters},
+            **saved_hyperparameters(self.hyperparameters),
+            "first": self.first,
+            "inner": {name: list(shape) for name, (shape, _, _) in self._inner.items()},
             **self._optimization.state_dict(),
             "solver": self.solver_state.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Restore; :meth:`build` must have run, with the hyperparameters of the state."""
+    def load_state_dict(
+        self, state: Mapping[str, Any], parameters: Mapping[str, Tensor], *, convert: bool = True
+    ) -> list[str]:
+        """Restore; :meth:`build` must have run, with the hyperparameters of the state.
+
+        Values saved under another range or transform are converted, an outer optimizer or scheduler of another class
+        starts again. Where layers were frozen or unfrozen since :meth:`build`, this object takes the saved
+        parameters' hyperparameters: :meth:`is_built_for` returns False, and the next :meth:`build` carries over.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            parameters: Inner parameters by name.
+            convert: Convert values; False: refuse another range or transform, and another order.
+
+        Returns:
+            Messages for the user: all that was converted, or started again.
+
+        Raises:
+            ValueError: Other hyperparameters, or of another kind, out of range, or of another model.
+        """
+        require_keys(state, ("hyperparameters", "optimizer", "scheduler", "solver"), "the outer steps")
         saved = state["hyperparameters"]
-        if set(saved) != {h.name for h in self.hyperparameters}:
+        own = {h.name: h for h in self.hyperparameters}
+        if set(saved) != set(own) or (not convert and list(saved) != list(own)):
             raise ValueError(
-                f"The saved hyperparameters must be {[h.name for h in self.hyperparameters]}. Got {sorted(saved)}: the "
-                "checkpoint was written with others."
+                f"The saved hyperparameters must be {list(own)}. Got {list(saved)}: the checkpoint was written with "
+                "others."
             )
-        for hyperparameter in self.hyperparameters:
-            hyperparameter.load_state_dict(saved[hyperparameter.name])
-        self._optimization.load_state_dict(state)
-        self.solver_state.load_state_dict(state["solver"], tuple(parameters.values()))
+        inner = saved_parameters(state.get("inner"), self._inner)
+        self._pending = None
+        messages, converted = load_hyperparameters(self.hyperparameters, state, convert=convert)
+        ordered = sorted((own[name] for name in saved), key=self.decays.__contains__)
+        tensors = [h.tensors[key] for h in ordered for key in saved[h.name]]
+        messages += self._optimization.load_state_dict(state, tensors, converted)
+        self._inner, self.first = inner, {**self.first, **state.get("first", {})}
+        like = tuple(torch.empty(0, device=device) for _, _, device in inner.values())
+        self.solver_state.load_state_dict(state["solver"], like or tuple(parameters.values()))
+        return messages
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -92,6 +92,11 @@ class Categorical(BoundHyperparameter):
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"index": functional.one_hot(torch.tensor(self.init), len(self.options)).to(dtype)}
 
+    def kind(self) -> dict[str, Any]:
+        """Return the options too, by name or text: an index means another one if they differ."""
+        names = [getattr(option, "__name__", None) or repr(option) for option in self.options]
+        return {**super().kind(), "options": [name.split(" at 0x")[0] for name in names]}
+
     def natural(self, key: str, raw: Tensor) -> Tensor:
         """Return the index of the option, as floating type."""
         return raw.argmax(-1).to(raw.dtype)

@@ -14,6 +14,11 @@ from torch.nn import functional
 class Transform(ABC):
     """A differentiable map from all reals to the allowed values, with a stable inverse."""
 
+    @property
+    def resolution(self) -> float:
+        """Largest change of an allowed value by :meth:`project_` that is no more than rounding to the range's ends."""
+        return 0.0
+
     @abstractmethod
     def forward(self, raw: Tensor) -> Tensor:
         """Return the natural value of an unconstrained tensor."""
@@ -133,6 +138,11 @@ class Interval(Transform):
             raise ValueError(f"lower < upper must hold. Got lower={self.lower}, upper={self.upper}.")
         if not self.limit > 0:
             raise ValueError(f"limit must be positive. Got {self.limit}.")
+
+    @property
+    def resolution(self) -> float:
+        """(upper − lower)·σ(−limit): how close to an end of the interval values come."""
+        return (self.upper - self.lower) / (1.0 + math.exp(min(self.limit, 700.0)))
 
     def forward(self, raw: Tensor) -> Tensor:
         """lower + (upper − lower)·σ(raw)."""

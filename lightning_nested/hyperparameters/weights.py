@@ -123,10 +123,9 @@ class LossWeights(BoundHyperparameter):
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"weights": torch.tensor(self.init, dtype=dtype)}
 
-    def values(self) -> dict[str, Tensor]:
-        """Return one weight per name."""
-        values = super().values()
-        return dict(zip(self.names, values["weights"].unbind(), strict=True)) if values else {}
+    def entries(self) -> tuple[str, ...]:
+        """Return the names of the parts."""
+        return self.names
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Σ wᵢ·lossᵢ, a scalar, at least float32; the names must be those given at construction."""

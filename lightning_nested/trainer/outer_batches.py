@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.lightning import is_sequential, request_validation_loader, shard, with_loaders
 from lightning_nested.trainer.random_stream import RandomStream
 
@@ -81,7 +82,12 @@ class OuterBatches:
         return {"seed": self.seed, "round": self.round, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore a position: draw and drop the batches before it in its round."""
+        """Restore a position: draw and drop the batches before it in its round.
+
+        Raises:
+            ValueError: A key lacks.
+        """
+        require_keys(state, ("seed", "round", "position"), "the outer batches")
         self.seed, self.round = state["seed"], state["round"]
         self.position, self._iterator, self._stream = 0, None, self._new_stream()
         for _ in range(state["position"]):

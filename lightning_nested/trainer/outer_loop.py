@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_nested.files import replace_text
 from lightning_nested.hyperparameters import OuterReport, OuterStep
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.hyperparameters.outer_report import spread, summary_line
+from lightning_nested.hyperparameters.saved_values import saved_values
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.lightning import logger_step
 from lightning_nested.trainer.outer_batches import OuterBatches
@@ -88,7 +96,8 @@ class OuterLoop:
 
     def build(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         """Take the inner parameters, and build the hyperparameters for them; values that are there stay."""
-        added = {name: p for name, p in parameters.items() if name not in self.parameters}
+        # A checkpoint's values of parameters that are still frozen stay.
+        added = {n: p for n, p in parameters.items() if n not in self.parameters and n not in self.initial}
         self.parameters = dict(parameters)
         self.outer.build(self.parameters, device)
         self.remember_initial(added)
@@ -99,9 +108,13 @@ class OuterLoop:
             self.initial.update({name: p.detach().clone() for name, p in parameters.items()})
 
     def is_built_for(self, optimizer: Optimizer) -> bool:
-        """Return False if a finetuning callback froze or unfroze parameters of the inner optimizer."""
+        """Return False if a finetuning callback froze or unfroze parameters of the inner optimizer.
+
+        Also after loading a state of other parameters: layers are unfrozen only after it has been restored.
+        """
         held = trainable(optimizer)
-        return len(held) == len(self.parameters) and all(map(operator.is_, held, self.parameters.values()))
+        same = len(held) == len(self.parameters) and all(map(operator.is_, held, self.parameters.values()))
+        return same and self.outer.is_built_for(self.parameters)
 
     def reset(self) -> None:
         """Forget values, counters and parameters, for another module."""
@@ -187,16 +200,39 @@ class OuterLoop:
         counters = {name: getattr(self, name) for name in _COUNTERS}
         return {"outer": self.outer.state_dict(), "batches": dict(position), **counters}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; the hyperparameters must have been built."""
-        self.outer.load_state_dict(state["outer"], self.parameters)
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, keys: Sequence[str] = (), convert: bool = True
+    ) -> None:
+        """Restore; the hyperparameters must have been built. See :meth:`OuterStep.load_state_dict`.
+
+        Raises:
+            ValueError: A key lacks, those that the owner reads by itself (``keys``) included, or the hyperparameters
+                are others.
+        """
+        require_keys(state, ("outer", "batches", *_COUNTERS, *keys), self.owner)
+        for message in self.outer.load_state_dict(state["outer"], self.parameters, convert=convert):
+            rank_zero_warn(f"{self.owner}: {message}")
         for name in _COUNTERS:
             setattr(self, name, state[name])
         for name, value in state.get("initial", {}).items():
             self.initial[name] = value.to(next(iter(self.parameters.values())).device)
+        if self.restart_every is not None and not state.get("initial"):
+            rank_zero_warn(
+                f"{self.owner}: the saved run had no restart_every, and so no initial weights. Parameters that no "
+                "reset_parameters reaches restart from those of the checkpoint."
+            )
         self._saved_position = state["batches"] or {}
         if self.batches is not None and self._saved_position:
             self.batches.load_state_dict(self._saved_position)
+
+    def summary(self) -> str:
+        """Describe what was tuned, a line for each hyperparameter."""
+        lines = [
+            summary_line(h.name, self.outer.first[h.name], spread(h.values()))
+            for h in self.outer.hyperparameters
+            if h.built and h.name in self.outer.first
+        ]
+        return "\n  ".join([f"{self.owner} tuned in {self.outer_steps} outer steps:", *lines])
 
 
 class OfLoop:
@@ -226,12 +262,83 @@ class HasOuterLoop:
         inner_steps, outer_steps, skipped_steps, last_report = OfLoop(), OfLoop(), OfLoop(), OfLoop()
 
     def values(self) -> dict[str, Tensor]:
-        """Return tuned values in natural units, by ``name`` or ``name/key``; available from the start of ``fit``.
+        """Return tuned values in natural units, by ``name`` or ``name/key``.
 
-        A strategy that forks or spawns processes trains a copy of the object: there, read them in a hook, or from a
-        checkpoint.
+        Available from the start of ``fit``, or once a checkpoint has been loaded. A strategy that forks or spawns
+        processes trains a copy of the object: there, read them in a hook, or from a checkpoint by
+        :func:`tuned_values`.
+
+        Raises:
+            ValueError: The checkpoint that was loaded is of an earlier version, without values.
         """
-        return self.outer_loop.outer.values()
+        saved = getattr(self, "_saved", None)
+        return saved_values(saved) if saved else self.outer_loop.outer.values()
+
+    def export_values(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return :meth:`values` as plain numbers and lists, and write them to a file if a path is given.
+
+        Args:
+            path: File that ends with ``.json``, ``.yaml`` or ``.yml``; process 0 writes it. Folders are made.
+
+        Raises:
+            ValueError: There are no values yet, or the file's name ends otherwise.
+        """
+        numbers = {label: value.tolist() for label, value in self.values().items()}
+        if not numbers:
+            raise ValueError(
+                f"There must be values to export. Got none from {type(self).__name__}; call it once fit has begun, or "
+                "load a checkpoint first."
+            )
+        if path is not None:
+            write_values(Path(path), numbers)
+        return numbers
+
+    def export(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return values as plain numbers and lists, and write them to a file; see :meth:`export_values`."""
+        return self.export_values(path)
+
+    def on_fit_end(self, *_: Any, **__: Any) -> None:
+        """Report what was tuned, on process 0."""
+        rank_zero_info(self.outer_loop.summary())
+
+
+def state_of_outer_steps(checkpoint: Mapping[str, Any], key: str, owner: str) -> Mapping[str, Any] | None:
+    """Return a module's part of a checkpoint; warn where it lacks, so that hyperparameters start again."""
+    state: Mapping[str, Any] | None = checkpoint.get(key)
+    if state is None:
+        rank_zero_warn(
+            f"The checkpoint must hold tuned values of {owner}. Got none: hyperparameters start from their initial "
+            "values. Was it written by another module, or before fit began?"
+        )
+    return state
+
+
+@rank_zero_only
+def write_values(path: Path, numbers: Mapping[str, Any]) -> None:
+    """Write numbers by name as JSON or YAML, as the file's name ends; a reader never sees half of a file."""
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise ValueError(f"path must end with .json, .yaml or .yml. Got {str(path)!r}.")
+    if path.suffix == ".json":
+        text = json.dumps(dict(numbers), indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(dict(numbers), sort_keys=False)
+    replace_text(path, text)
+
+
+class OuterLoopCallback(HasOuterLoop, Constructed, Callback):
+    """Base of callbacks that run an outer loop."""
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Load a state saved under another key, as with other hyperparameters, or in another order.
+
+        Lightning would go on without it. Loaded, it is restored by name, or refused.
+        """
+        states = checkpoint.get("callbacks", {})
+        found = [state for state in states.values() if isinstance(state, dict) and "outer" in state]
+        if self.state_key not in states and found:
+            self.load_state_dict(found[0])
 
 
 def check_counts(**options: object) -> None:

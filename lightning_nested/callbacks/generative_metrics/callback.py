@@ -41,6 +41,8 @@ from lightning_nested.callbacks.generative_metrics.scores import (
     precision_recall,
 )
 from lightning_nested.files import append_line
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 
 # Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
@@ -82,7 +84,7 @@ def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
     return images.float()
 
 
-class GenerativeMetrics(Callback):
+class GenerativeMetrics(Constructed, Callback):
     """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
 
     Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are
@@ -181,6 +183,7 @@ class GenerativeMetrics(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("validations",), "GenerativeMetrics")
         self._validations = state_dict["validations"]
 
     @override

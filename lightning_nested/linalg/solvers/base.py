@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.linalg.vectors import Vector, norm, zeros_like
 
 
@@ -32,13 +34,18 @@ class SolverState:
         """Return tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
         return {"solution": self.solution, "eigenvector": self.eigenvector, "eigenvalue": self.eigenvalue}
 
-    def load_state_dict(self, state: dict[str, Any], like: Vector) -> None:
-        """Restore, on the devices of ``like``."""
+    def load_state_dict(self, state: Mapping[str, Any], like: Vector) -> None:
+        """Restore, on the devices of ``like``; the state of another number of tensors is dropped, for a cold start."""
+        require_keys(state, ("solution", "eigenvector", "eigenvalue"), "the solver")
+        vectors = [state["solution"], state["eigenvector"]]
+        if any(v is not None and len(v) != len(like) for v in vectors):
+            self.solution = self.eigenvector = self.eigenvalue = None
+            return
 
         def placed(v: Vector | None) -> Vector | None:
             return None if v is None else tuple(a.to(p.device) for a, p in zip(v, like, strict=True))
 
-        self.solution, self.eigenvector = placed(state["solution"]), placed(state["eigenvector"])
+        self.solution, self.eigenvector = (placed(v) for v in vectors)
         self.eigenvalue = state["eigenvalue"]
 
 

@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_factories, check_monitors, check_names, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
@@ -31,6 +33,7 @@ from lightning_nested.trainer.random_stream import base_seed, random_states, res
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 
+_STATE = ("game_updates", "gradient_evaluations", "position", "epoch_open", "sums", "random")
 _HOOKS = "setup, on_fit_start, on_train_start, on_save_checkpoint and on_load_checkpoint"
 
 
@@ -235,6 +238,7 @@ class GameModule(LightningModule):
         check_gradient_counts(self._schedule, self._players, self.loop.accumulate_grad_batches)
         check_monitors(config.scheduler for config in self.trainer.lr_scheduler_configs)
         if self._saved is not None:
+            require_keys(self._saved, _STATE, "GameModule")
             # Here: a finished run that does not start again has its clock too, and callbacks read it at their start.
             self.game_updates = self._saved["game_updates"]
             self.gradient_evaluations = self._saved["gradient_evaluations"]
@@ -260,6 +264,9 @@ class GameModule(LightningModule):
         self._position = saved["position"] % len(self._schedule)
         self._epoch_open = saved["epoch_open"]
         self._steps.sums.load_state_dict(saved["sums"], self.device)
+        if _is_other_round(saved, self._schedule):
+            self._position = 0
+            self._steps.sums.clear()
         if self._epoch_open:
             restore_random_state(saved["random"], self.global_rank)
         else:
@@ -308,6 +315,7 @@ class GameModule(LightningModule):
                 "gradient_evaluations": self.gradient_evaluations,
                 "player_batches": dict(self.player_batches),
                 "position": self._position,
+                "schedule": _plain(self._schedule),
                 "epoch_open": self._epoch_open,
                 "sums": self._steps.sums.state_dict(players, reduction(self.trainer)),
                 "random": random_states(self.trainer),
@@ -351,6 +359,23 @@ def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
     trainer.callback_metrics.update(shown, game_updates=torch.tensor(float(module.game_updates)))
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_metrics.update({k: float(v) for k, v in metrics.items()})
+
+
+def _plain(rounds: Sequence[Slot]) -> list[list[list[str]]]:
+    """Return a schedule as lists, as a checkpoint keeps it."""
+    return [[list(names) for names in slot] for slot in rounds]
+
+
+def _is_other_round(saved: Mapping[str, Any], rounds: Sequence[Slot]) -> bool:
+    """Return True if a checkpoint's position is one in other rounds; warn if that is in the middle of one."""
+    now = _plain(rounds)
+    then = saved.get("schedule", now)
+    if then != now and (saved["position"] or saved["sums"]["count"]):
+        rank_zero_warn(
+            "The checkpoint is from the middle of a round in which players step in another order or number "
+            f"({then}; now {now}): the round starts again."
+        )
+    return bool(then != now)
 
 
 def _begin_next_epoch(trainer: Trainer) -> None:

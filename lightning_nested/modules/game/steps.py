@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_nested.linalg.processes import Reduce, average_gradients
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_losses
 from lightning_nested.modules.game.players import Player
 from lightning_nested.trainer.isolation import silent_logging, untouched_buffers, untouched_metrics
@@ -61,6 +62,7 @@ class GradientSums:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue saved sums."""
+        require_keys(state, ("count", "losses", "gradients"), "the gradient sums")
         self.count = state["count"]
         saved = zip(state["losses"], state["gradients"], strict=True)
         self._rows = [

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +22,7 @@ from lightning_nested.hypernetworks.linearized import Weights
 from lightning_nested.hypernetworks.loops import DeltaSTN, ResponseLoop
 from lightning_nested.hypernetworks.response import Mode
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
+from lightning_nested.hyperparameters.outer_optimizer import restore_optimizer
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
 from lightning_nested.modules.hypernetwork.problem import ResponseLoss, ResponseProblem, two_optimizers
 from lightning_nested.modules.hypernetwork.setup import (
@@ -33,7 +35,7 @@ from lightning_nested.modules.hypernetwork.setup import (
 )
 from lightning_nested.modules.hypernetwork.steps import ResponseSteps
 from lightning_nested.trainer.attributes import bind_hyperparameters
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
 
 
 def default_weights_optimizer(parameters: Any) -> Optimizer:
@@ -169,8 +171,10 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         """Return the network's output at λ̂."""
         return self.network(*inputs, **options)
 
-    def export(self, values: Mapping[str, Any] | None = None) -> nn.Module:
+    def export(self, values: Mapping[str, Any] | None = None) -> nn.Module:  # type: ignore[override]
         """Return the plain network with the best-response weights: no hypernetwork left.
+
+        The values themselves are written by :meth:`export_values`.
 
         Args:
             values: In natural units by ``name`` or ``name/key``; what is not named is at λ̂.
@@ -283,23 +287,33 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
             **self.outer_loop.state_dict(),
             "scale": None if self.scale is None else self.scale.detach().cpu().clone(),
             "scale_optimizer": self._scale_optimizer.state_dict() if self._scale_optimizer else None,
+            "scale_optimizer_class": type(self._scale_optimizer).__name__,
         }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("hypernetwork")
+        state = state_of_outer_steps(checkpoint, "hypernetwork", "HypernetworkModule")
         if state is None:
             return
-        self.outer_loop.load_state_dict(state)
+        # The response was trained as a function of unconstrained tensors, in this order: none may mean anything else.
+        self.outer_loop.load_state_dict(state, keys=("scale", "scale_optimizer"), convert=False)
         if (state["scale"] is None) != (self.scale is None):
             raise ValueError(
                 "The checkpoint must be of a loop that learns the perturbation's scale exactly if this one does. "
                 f"Got {self.loop}."
             )
+        if self.scale is not None and state["scale"].shape != self.scale.shape:
+            raise ValueError(
+                f"The saved scale of the perturbation must have shape {tuple(self.scale.shape)}. Got "
+                f"{tuple(state['scale'].shape)}: the checkpoint belongs to another perturbation; got {self.loop} here."
+            )
         if self.scale is not None and self._scale_optimizer is not None:
             with torch.no_grad():
                 self.scale.copy_(state["scale"])
-            self._scale_optimizer.load_state_dict(state["scale_optimizer"])
+            was = state.get("scale_optimizer_class")
+            refused = restore_optimizer(self._scale_optimizer, state["scale_optimizer"], was)
+            if refused is not None:
+                rank_zero_warn(f"HypernetworkModule: the optimizer of the perturbation's scale {refused}")
 
     # ---- steps
 

@@ -25,7 +25,7 @@ from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.attributes import bind_hyperparameters
 from lightning_nested.trainer.inner_problem import InnerProblem
 from lightning_nested.trainer.outer_batches import OuterBatches
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 
@@ -184,7 +184,7 @@ class NestedModule(HasOuterLoop, LightningModule):
     @override
     def on_train_start(self) -> None:
         if self._saved is not None:
-            self.outer_loop.load_state_dict(self._saved)
+            self.outer_loop.load_state_dict(self._saved, keys=("position",))
             # A checkpoint holds no graph of half a cycle: an unrolled one begins again.
             self._position = 0 if self.gradient.ends_with_epoch else self._saved["position"]
             self._saved = None
@@ -270,7 +270,7 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint.get("nested")
+        self._saved = state_of_outer_steps(checkpoint, "nested", "NestedModule")
 
     def _follow_frozen(self, cycle: Cycle) -> Cycle:
         """Return the cycle, or a new one if a finetuning callback froze or unfroze parameters."""
@@ -287,11 +287,11 @@ class NestedModule(HasOuterLoop, LightningModule):
     def _remaining(self, batch_idx: int) -> int:
         """Return the number of inner steps up to and including the next outer step."""
         warmup = max(0, self.loop.warmup_steps - self.inner_steps)
-        remaining = warmup + self.inner_steps_per_outer - self._position
+        # At least 1: the cycle of a checkpoint may be longer.
+        remaining = warmup + max(1, self.inner_steps_per_outer - self._position)
         if not self.gradient.ends_with_epoch:
             return remaining
-        left: float = math.inf
-        batches = self.trainer.num_training_batches
+        left, batches = math.inf, self.trainer.num_training_batches
         if not math.isinf(batches):
             size = self.loop.accumulate_grad_batches
             left = math.ceil(batches / size) - batch_idx // size
