@@ -125,7 +125,9 @@ class HypergradientCallback(HasOuterLoop, Callback):
         own = getattr(pl_module, "outer_loss", None)
         if callable(own):
             return check_loss("outer_loss", pl_module, own(batch))
-        loss = step_loss(trainer, pl_module, "validation_step", batch, 0)
+        batches = self.outer_loop.batches
+        index = 0 if batches is None else batches.index
+        loss = step_loss(trainer, pl_module, "validation_step", batch, index)
         return check_loss("validation_step", pl_module, loss)
 
     # ---- lifecycle
@@ -302,6 +304,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
             lambda batch: self.outer_loss(trainer, pl_module, batch),
             (*loop.parameters.values(), *self.outer.in_graph_tensors),
             scale=scale,
+            caller=f"HypergradientCallback at inner step {self.inner_steps}",
         )
         try:
             report = self.outer.compute(

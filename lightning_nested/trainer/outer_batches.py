@@ -72,6 +72,11 @@ class OuterBatches:
         self.last = batch
         return batch
 
+    @property
+    def index(self) -> int:
+        """Index of the last batch in its round, as the Trainer's validation would count it."""
+        return max(self.position - 1, 0)
+
     def loss_stream(self) -> RandomStream:
         """Return a stream for the loss of the last batch, apart from the batches', which resuming draws again."""
         return self._new_stream(15_485_863 * self.position)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_nested.linalg.processes import Reduce, average_gradients
 from lightning_nested.modules.game.checks import check_losses
 from lightning_nested.modules.game.players import Player
-from lightning_nested.trainer.isolation import silent_logging, untouched_buffers, untouched_metrics
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import counted, reduction
 from lightning_nested.trainer.random_stream import RandomStream
 
@@ -106,6 +106,7 @@ class PlayerSteps:
                 self._set_gradients(module, players)
         else:
             self._look_ahead(module, players, batch)
+        module.gradient_evaluations += len(players) * players[0].num_gradients
         module.player_batches.update(player.name for player in players)
         if not full:
             return
@@ -118,8 +119,7 @@ class PlayerSteps:
     def _look_ahead(self, module: Any, players: Sequence[Player], batch: Any) -> None:
         """Set the gradients at the extrapolated point, and leave the players there."""
         start = RandomStream.snapshot(module.device)
-        silent = silent_logging(module, module.trainer)
-        with start.replay(), untouched_buffers(module), untouched_metrics(module), silent:
+        with start.replay(), without_trace(module, module.trainer):
             self._evaluate(module, players, batch)
         self._set_gradients(module, players)
         module.step_cache.clear()  # what it holds was computed before the extrapolation
@@ -140,7 +140,6 @@ class PlayerSteps:
         where = f"{type(module).__name__}.player_loss"
         with torch.autocast(module.device.type, enabled=False):  # derivatives are taken outside, as always
             self.sums.add(_gradients(where, players, losses))
-        module.gradient_evaluations += len(players)
 
     def _set_gradients(self, module: Any, players: Sequence[Player]) -> None:
         """Hand the averaged gradients over, if they are finite: decided from what all processes know."""
