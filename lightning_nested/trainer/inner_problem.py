@@ -52,6 +52,7 @@ class InnerProblem:
             self.batches,
             lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
             tensors,
+            attributes=False,
             caller=f"{type(self.module).__name__} at training step {self.module.trainer.global_step}",
         )
 

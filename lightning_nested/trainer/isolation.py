@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
-from lightning_nested.trainer.reachable_state import untouched_state
+from lightning_nested.trainer.reachable_state import untouched_networks, untouched_state
 from lightning_nested.trainer.silent_loggers import SilentLogger
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -75,7 +75,11 @@ def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def without_trace(
-    module: LightningModule, trainer: Trainer, *others: object, caller: str | None = None
+    module: LightningModule,
+    trainer: Trainer,
+    *others: object,
+    attributes: bool = True,
+    caller: str | None = None,
 ) -> Iterator[None]:
     """Restore on exit all that an evaluation of the module may change; see :func:`untouched_state`.
 
@@ -85,11 +89,14 @@ def without_trace(
         module: Module that is evaluated.
         trainer: Trainer whose loggers are silenced.
         others: Further objects that the evaluation may change: a function stands for what it refers to.
+        attributes: Whether plain attributes are restored too, not only networks and metrics; see
+            :func:`untouched_networks`.
         caller: Who evaluates what, and when: added to an exception that comes from inside.
     """
     trained = (p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
     should_stop = trainer.should_stop
-    with untouched_state(module, *others, trained=trained), silent_logging(module, trainer):
+    untouched = untouched_state if attributes else untouched_networks
+    with untouched(module, *others, trained=trained), silent_logging(module, trainer):
         try:
             yield
         except Exception as error:

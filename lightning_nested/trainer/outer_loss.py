@@ -22,6 +22,7 @@ def evaluate_outer(
     tensors: Sequence[Tensor] = (),
     *,
     scale: float = 1.0,
+    attributes: bool = True,
     caller: str | None = None,
 ) -> Tensor:
     """Return the outer loss of the next outer batch, in evaluation mode and the Trainer's validating stage.
@@ -35,6 +36,7 @@ def evaluate_outer(
             ``torch.utils.checkpoint`` runs a forward again inside the backward pass, which would otherwise meet
             dropout and batch statistics. Empty: the graph is returned as it is.
         scale: Factor on the loss while it is differentiated, so that fp16 derivatives do not vanish.
+        attributes: Whether plain attributes are restored too: ``loss`` may be a ``validation_step`` that counts.
         caller: Who asks, and when; for exceptions that come out of ``loss``.
 
     Returns:
@@ -56,7 +58,7 @@ def evaluate_outer(
         batches.loss_stream(),
         validation_stage(trainer),
         evaluation_mode(module),
-        without_trace(module, trainer, evaluate, caller=caller),
+        without_trace(module, trainer, evaluate, attributes=attributes, caller=caller),
     ):
         value = evaluate()
         if not tensors or value.numel() != 1:

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchmetrics import Metric
 
 # Libraries whose plain objects an evaluation may share with the rest of the run. Their modules are looked into.
 _FOREIGN = frozenset(
@@ -86,11 +87,27 @@ def untouched_state(*roots: object, trained: Iterable[Tensor] = ()) -> Iterator[
         state.restore()
 
 
-class ReachableState:
-    """Walk over objects, each visited once, that collects how to restore them."""
+@contextmanager
+def untouched_networks(*roots: object, trained: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Restore on exit the networks and metrics that can be reached: buffers, frozen parameters, states of metrics.
 
-    def __init__(self, trained: Iterable[Tensor] = ()) -> None:
-        self._trained = set(map(id, trained))
+    For the losses of our own modules, which are steps of a user's loop: its attributes are left as the loss made them.
+    See :func:`untouched_state`.
+    """
+    search = ReachableState(copies=False)
+    search.keep(roots)
+    modules = [each for each in search.seen.values() if isinstance(each, nn.Module)]
+    metrics = [each for each in modules if isinstance(each, Metric)]
+    numbers = [held for each in modules for held in (each._buffers, each._parameters) if held]
+    with untouched_state(*metrics, *numbers, trained=trained):
+        yield
+
+
+class ReachableState:
+    """Walk over objects, each visited once, that collects how to restore them, or with ``copies=False`` only them."""
+
+    def __init__(self, trained: Iterable[Tensor] = (), *, copies: bool = True) -> None:
+        self._trained, self._copies = set(map(id, trained)), copies
         self._undo: list[Callable[[], object]] = []
         # Objects by their id, which stays theirs while they are held here.
         self.seen: dict[int, object] = {}
@@ -233,6 +250,8 @@ class ReachableState:
     # ---- numbers
 
     def _tensor(self, value: Tensor) -> Tensor:
+        if not self._copies:
+            return value
         known = self._tensors.get(id(value))
         if known is None:
             known = self._tensors[id(value)] = value, self._copy_of_tensor(value)
@@ -275,7 +294,7 @@ class ReachableState:
 
     def _many(self, values: list[Any]) -> bool:
         """Copy many small tensors of one shape at once; return False if the values are not such."""
-        if len(values) < _MANY or set(map(type, values)) != {Tensor}:
+        if not self._copies or len(values) < _MANY or set(map(type, values)) != {Tensor}:
             return False
         size = len(values) * values[0].nbytes
         if size > _FEW_BYTES or len({t.dtype for t in values}) > 1 or any(t.requires_grad for t in values):
@@ -292,7 +311,7 @@ class ReachableState:
         return True
 
     def _array(self, value: np.ndarray[Any, Any]) -> None:
-        if not value.flags.writeable:
+        if not (self._copies and value.flags.writeable):
             return
         if value.nbytes <= _DATA:
             self._undo.append(partial(np.copyto, value, value.copy()))

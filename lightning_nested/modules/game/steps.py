@@ -106,7 +106,6 @@ class PlayerSteps:
                 self._set_gradients(module, players)
         else:
             self._look_ahead(module, players, batch)
-        module.gradient_evaluations += len(players) * players[0].num_gradients
         module.player_batches.update(player.name for player in players)
         if not full:
             return
@@ -119,7 +118,7 @@ class PlayerSteps:
     def _look_ahead(self, module: Any, players: Sequence[Player], batch: Any) -> None:
         """Set the gradients at the extrapolated point, and leave the players there."""
         start = RandomStream.snapshot(module.device)
-        with start.replay(), without_trace(module, module.trainer):
+        with start.replay(), without_trace(module, module.trainer, attributes=False):
             self._evaluate(module, players, batch)
         self._set_gradients(module, players)
         module.step_cache.clear()  # what it holds was computed before the extrapolation
@@ -140,6 +139,7 @@ class PlayerSteps:
         where = f"{type(module).__name__}.player_loss"
         with torch.autocast(module.device.type, enabled=False):  # derivatives are taken outside, as always
             self.sums.add(_gradients(where, players, losses))
+        module.gradient_evaluations += len(players)
 
     def _set_gradients(self, module: Any, players: Sequence[Player]) -> None:
         """Hand the averaged gradients over, if they are finite: decided from what all processes know."""
