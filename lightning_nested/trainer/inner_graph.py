@@ -128,8 +128,8 @@ class InnerGraph:
     def _evaluate_again(self, evaluate: Callable[[], Tensor], start: RandomStream) -> Tensor:
         trainer = self._module.trainer
         caller = (
-            f"Called again for {type(self._curvature).__name__} at training step {trainer.global_step}, on a batch that "
-            f"{self._method} has seen."
+            f"Called again for {type(self._curvature).__name__} at training step {trainer.global_step}, on a batch "
+            f"that {self._method} has seen."
         )
         with (
             start.replay(),

@@ -14,6 +14,7 @@ from lightning_nested.trainer.reachable_state import untouched_networks, untouch
 from lightning_nested.trainer.silent_loggers import SilentLogger
 from lightning_nested.trainer.stand_ins import StandIns
 
+
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode with gradients, and restore each submodule's own mode on exit."""
@@ -93,7 +94,9 @@ def without_trace(
             :func:`untouched_networks`.
         caller: Who evaluates what, and when: added to an exception that comes from inside.
     """
-    trained = (p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
+    trained = (
+        p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+    )
     should_stop = trainer.should_stop
     untouched = untouched_state if attributes else untouched_networks
     with untouched(module, *others, trained=trained), silent_logging(module, trainer):
