@@ -18,6 +18,7 @@ from lightning_nested.callbacks.generative_metrics.callback import (
 )
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.files import replacing
+from lightning_nested.trainer.isolation import without_trace
 
 
 class SampleGrid(Callback):
@@ -92,6 +93,7 @@ class SampleGrid(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA) and not callback.stands_in:
                     stack.enter_context(callback.swapped(pl_module))
+            stack.enter_context(without_trace(pl_module, trainer))
             images = source.sample_for_metrics(labels, batch_norm=self.batch_norm, generator=generator)
         images = check_samples(pl_module, images, len(labels))
         grid: Tensor = make_grid(

@@ -6,7 +6,7 @@ import array
 import operator
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from types import CellType, FunctionType, MethodType
@@ -29,6 +29,7 @@ from lightning_nested.trainer.user_objects import (
 )
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_HOOKS = frozenset(name for name in _OF_EVERY_MODULE if "hooks" in name)
 # Bytes from which a NumPy array is write-protected instead of copied.
 _DATA = 2**26
 
@@ -200,14 +201,14 @@ class ReachableState:
                 self._undo.extend(partial(held.__setitem__, key, each) for key, each in saved.items())
                 self._replace(saved, held.__setitem__)
             return
-        self._namespace(value.__dict__)
+        # A model has very many dictionaries that are empty and stay so.
+        self._namespace(value.__dict__, _OF_EVERY_MODULE if is_foreign(type(value)) else _HOOKS)
         self._class_of(value)
 
-    def _namespace(self, held: dict[str, Any]) -> None:
+    def _namespace(self, held: dict[str, Any], unless_empty: Collection[str] = ()) -> None:
         saved = dict(held)
         self._undo.append(partial(_restore_names, held, saved))
-        # A model has very many empty dictionaries, most of them for hooks.
-        reached = {k: v for k, v in saved.items() if k not in _OF_EVERY_MODULE or v}
+        reached = {k: v for k, v in saved.items() if k not in unless_empty or v}
         self._replace(reached, held.__setitem__, saved)
 
     def _class_of(self, value: object) -> None:

@@ -41,6 +41,7 @@ from lightning_nested.callbacks.generative_metrics.scores import (
     precision_recall,
 )
 from lightning_nested.files import append_line
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.random_stream import RandomStream
 
 # Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
@@ -207,7 +208,8 @@ class GenerativeMetrics(Callback):
             sample = partial(generator_of.sample_for_metrics, batch_norm=mode, generator=rng)
             parts = torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image))
             images = (check_samples(pl_module, sample(part), len(part)) for part in parts)
-            features, logits = extract(trainer, extractor, images)
+            with without_trace(pl_module, trainer):
+                features, logits = extract(trainer, extractor, images)
             found: dict[str, float] = {}
             if trainer.is_global_zero:
                 asked = labels if extractor.judges_classes else None
