@@ -27,9 +27,12 @@ class SilentLogger:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return type(self._original)
+        kind: type = self._original.__class__
+        return kind
 
     def __getattr__(self, name: str) -> Any:
+        if self._original is None:
+            return self
         value = getattr(self._original, name)
         if isinstance(value, _PLAIN) or (callable(value) and name.startswith("get")):
             return value

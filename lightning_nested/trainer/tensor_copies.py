@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 # Bytes from which a tensor is copied only when it is written to.
 _LAZY = 2**16
@@ -54,7 +56,7 @@ class TensorCopies:
         except RuntimeError:
             return False
         self._known.update((id(t), (t, t)) for t in values)
-        self._undo.append(partial(_restore_many, values, saved))
+        self._undo.append(partial(_restore_many, values, saved, _versions(*values)))
         return True
 
     def _new_copy(self, value: Tensor) -> Tensor:
@@ -63,8 +65,11 @@ class TensorCopies:
                 with torch.enable_grad():
                     return value.clone()
             gradient = value.grad
-            before = None if id(value) in self._trained else self._numbers(value)
-            self._undo.append(partial(_restore_leaf, value, gradient, before))
+            self._undo.append(partial(_restore_leaf, value, gradient))
+            if id(value) not in self._trained:
+                self._undo.append(
+                    partial(_restore_in_place, [value], [self._numbers(value)], _versions(value))
+                )
             if gradient is not None:
                 value.grad = self.copy_of(gradient)
             return value
@@ -93,24 +98,36 @@ class TensorCopies:
         return value.new_empty(0).set_(shared, value.storage_offset(), value.size(), value.stride())
 
 
-def _restore_leaf(value: Tensor, gradient: Tensor | None, before: Tensor | None) -> None:
-    if value.grad is not gradient:
-        value.grad = gradient
-    if before is not None and not torch.equal(value.detach(), before):
-        with torch.no_grad():
-            value.copy_(before)
-    value.requires_grad_(True)
-
-
 def _joined(values: list[Tensor]) -> Tensor:
     return torch.cat(values) if values[0].ndim else torch.stack(values)
 
 
-def _restore_many(values: list[Tensor], saved: Tensor) -> None:
-    if torch.equal(_joined(values), saved):
-        return
-    parts = saved.split([len(value) for value in values]) if values[0].ndim else saved.unbind()
-    with torch.no_grad():
-        for value, before in zip(values, parts, strict=True):
-            if not torch.equal(value, before):
+def _versions(*values: Tensor) -> AbstractContextManager[None]:
+    """Return a context whose exit sets the versions of now: an earlier graph needs what will be there again."""
+    try:
+        return _unsafe_preserve_version_counter(values)
+    # torch 2.5 takes no tuple: there such a graph is refused.
+    except AttributeError:
+        return nullcontext()
+
+
+def _restore_leaf(value: Tensor, gradient: Tensor | None) -> None:
+    if value.grad is not gradient:
+        value.grad = gradient
+    value.requires_grad_(True)
+
+
+def _restore_many(values: list[Tensor], saved: Tensor, versions: AbstractContextManager[None]) -> None:
+    if not torch.equal(_joined(values), saved):
+        parts = saved.split([len(value) for value in values]) if values[0].ndim else saved.unbind()
+        _restore_in_place(values, parts, versions)
+
+
+def _restore_in_place(
+    values: Sequence[Tensor], saved: Sequence[Tensor], versions: AbstractContextManager[None]
+) -> None:
+    changed = [(v, s) for v, s in zip(values, saved, strict=True) if not torch.equal(v.detach(), s)]
+    if changed:
+        with torch.no_grad(), versions:
+            for value, before in changed:
                 value.copy_(before)
