@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,8 +48,10 @@ class OuterBatches:
                 return _prepare(trainer, request_validation_loader(trainer) if loader is None else loader())
 
         # Functions: a copy of what holds these batches must not copy the Trainer.
-        self._load, self._epoch = load, lambda: trainer.current_epoch
-        self._reload_every: int = trainer.reload_dataloaders_every_n_epochs if asks else 0
+        self._load: Callable[[], Any] = load
+        self._epoch: Callable[[], int] = lambda: trainer.current_epoch
+        every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        self._reload_every = every if asks else 0
         self._loader, self._loaded_in = load(), trainer.current_epoch
         self.round, self.position = 0, 0
         self.last: Any = None

@@ -119,7 +119,7 @@ def _restore_leaf(value: Tensor, gradient: Tensor | None) -> None:
 
 def _restore_many(values: list[Tensor], saved: Tensor, versions: AbstractContextManager[None]) -> None:
     if not torch.equal(_joined(values), saved):
-        parts = saved.split([len(value) for value in values]) if values[0].ndim else saved.unbind()
+        parts = torch.split(saved, [len(value) for value in values]) if values[0].ndim else saved.unbind()
         _restore_in_place(values, parts, versions)
 
 
