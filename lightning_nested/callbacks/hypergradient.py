@@ -201,7 +201,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
             return
         self._attempted = True
         # torch.utils.checkpoint runs the forward again in every product.
-        with without_trace(pl_module, trainer):
+        with without_trace(pl_module, trainer, attributes=False):
             self._find_hypergradient(trainer, pl_module)
 
     @override

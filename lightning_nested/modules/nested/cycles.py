@@ -110,7 +110,10 @@ class ImplicitCycle(Cycle):
         )
         try:
             # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
-            with problem.full_precision(), without_trace(problem.module, problem.module.trainer):
+            with (
+                problem.full_precision(),
+                without_trace(problem.module, problem.module.trainer, attributes=False),
+            ):
                 return problem.outer.compute(
                     self._graph.loss(),
                     outer_loss,
