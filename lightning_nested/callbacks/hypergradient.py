@@ -25,7 +25,7 @@ from lightning_nested.optim.step_dynamics import coupled_decay, trainable
 from lightning_nested.trainer.attributes import replace_placeholders
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
-from lightning_nested.trainer.isolation import untouched_buffers
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
 from lightning_nested.trainer.outer_loop import OfLoop, OuterLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_loss import evaluate_outer
@@ -44,9 +44,9 @@ class HypergradientCallback(OuterLoopCallback):
     hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
     The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
-    evaluation mode. Its evaluation leaves buffers, metrics, plain attributes, logs and random numbers of the run as
-    they were. The validation loader is requested a second time, so a random split belongs into ``setup``, not
-    ``val_dataloader``.
+    evaluation mode. Its evaluation leaves the run as it was: logs, random numbers, and all that can be reached from the
+    module, such as buffers, metrics, frozen networks, lists, arrays and objects of your own. The validation loader is
+    requested a second time, so a random split belongs into ``setup``, not ``val_dataloader``.
 
     Under ``accumulate_grad_batches`` the graphs of all batches of an outer step are kept until its last batch.
     A decoupled decay of the inner optimizer (AdamW) is not part of the curvature; a coupled one (SGD) is.
@@ -125,7 +125,9 @@ class HypergradientCallback(OuterLoopCallback):
         own = getattr(pl_module, "outer_loss", None)
         if callable(own):
             return check_loss("outer_loss", pl_module, own(batch))
-        loss = step_loss(trainer, pl_module, "validation_step", batch, 0)
+        batches = self.outer_loop.batches
+        index = 0 if batches is None else batches.index
+        loss = step_loss(trainer, pl_module, "validation_step", batch, index)
         return check_loss("validation_step", pl_module, loss)
 
     # ---- lifecycle
@@ -199,7 +201,7 @@ class HypergradientCallback(OuterLoopCallback):
             return
         self._attempted = True
         # torch.utils.checkpoint runs the forward again in every product.
-        with untouched_buffers(pl_module):
+        with without_trace(pl_module, trainer, attributes=False):
             self._find_hypergradient(trainer, pl_module)
 
     @override
@@ -302,6 +304,7 @@ class HypergradientCallback(OuterLoopCallback):
             lambda batch: self.outer_loss(trainer, pl_module, batch),
             (*loop.parameters.values(), *self.outer.in_graph_tensors),
             scale=scale,
+            caller=f"HypergradientCallback at inner step {self.inner_steps}",
         )
         try:
             report = self.outer.compute(

@@ -20,6 +20,7 @@ from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.files import replacing
 from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
+from lightning_nested.trainer.isolation import without_trace
 
 
 class SampleGrid(Constructed, Callback):
@@ -95,6 +96,7 @@ class SampleGrid(Constructed, Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA) and not callback.stands_in:
                     stack.enter_context(callback.swapped(pl_module))
+            stack.enter_context(without_trace(pl_module, trainer))
             images = source.sample_for_metrics(labels, batch_norm=self.batch_norm, generator=generator)
         images = check_samples(pl_module, images, len(labels))
         grid: Tensor = make_grid(

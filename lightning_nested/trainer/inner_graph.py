@@ -127,9 +127,13 @@ class InnerGraph:
 
     def _evaluate_again(self, evaluate: Callable[[], Tensor], start: RandomStream) -> Tensor:
         trainer = self._module.trainer
+        caller = (
+            f"Called again for {type(self._curvature).__name__} at training step {trainer.global_step}, on a batch "
+            f"that {self._method} has seen."
+        )
         with (
             start.replay(),
-            without_trace(self._module, trainer),
+            without_trace(self._module, trainer, evaluate, caller=caller),
             trainer.precision_plugin.train_step_context(),
         ):
             return evaluate()

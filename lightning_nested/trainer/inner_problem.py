@@ -53,6 +53,7 @@ class InnerProblem:
             lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
             tensors,
             attributes=False,
+            caller=f"{type(self.module).__name__} at training step {self.module.trainer.global_step}",
         )
 
     def full_precision(self) -> torch.autocast:

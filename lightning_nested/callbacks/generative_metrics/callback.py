@@ -43,6 +43,7 @@ from lightning_nested.callbacks.generative_metrics.scores import (
 from lightning_nested.files import append_line
 from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.random_stream import RandomStream
 
 # Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
@@ -210,7 +211,8 @@ class GenerativeMetrics(Constructed, Callback):
             sample = partial(generator_of.sample_for_metrics, batch_norm=mode, generator=rng)
             parts = torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image))
             images = (check_samples(pl_module, sample(part), len(part)) for part in parts)
-            features, logits = extract(trainer, extractor, images)
+            with without_trace(pl_module, trainer):
+                features, logits = extract(trainer, extractor, images)
             found: dict[str, float] = {}
             if trainer.is_global_zero:
                 asked = labels if extractor.judges_classes else None

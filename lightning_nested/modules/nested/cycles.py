@@ -17,7 +17,7 @@ from lightning_nested.linalg.vectors import norm
 from lightning_nested.optim.step_dynamics import coupled_decay
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
-from lightning_nested.trainer.isolation import untouched_buffers
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import reduction
 
 
@@ -110,7 +110,10 @@ class ImplicitCycle(Cycle):
         )
         try:
             # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
-            with problem.full_precision(), untouched_buffers(problem.module):
+            with (
+                problem.full_precision(),
+                without_trace(problem.module, problem.module.trainer, attributes=False),
+            ):
                 return problem.outer.compute(
                     self._graph.loss(),
                     outer_loss,
