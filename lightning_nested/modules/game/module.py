@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.modules.game.checks import check_factories, check_monitors, check_names, check_players
+from lightning_nested.modules.game.checks import check_factories, check_monitors, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
     Player,
@@ -30,11 +30,12 @@ from lightning_nested.trainer.lightning import built_by_command_line, log_by_gam
 from lightning_nested.trainer.random_stream import base_seed, random_states, restore_random_state
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
+from lightning_nested.trainer.use import OneFitModule, Use
 
 _HOOKS = "setup, on_fit_start, on_train_start, on_save_checkpoint and on_load_checkpoint"
 
 
-class GameModule(LightningModule):
+class GameModule(OneFitModule, LightningModule):
     """Players with a loss each: w_i ← w_i − α_i ∂L_i(w_1, …, w_n)/∂w_i, together or in turns; to be extended.
 
     A subclass names the players and writes their losses:
@@ -141,6 +142,7 @@ class GameModule(LightningModule):
         self._steps = PlayerSteps()
         self._players: dict[str, Player] = {}
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
+        self._use = Use()
 
     # ---- to be overridden or read
 
@@ -187,7 +189,7 @@ class GameModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer for each player, and its scheduler."""
         return build_optimizers(  # type: ignore[return-value]
-            self.players(),
+            check_players(type(self).__name__, self.players()),
             self._make_optimizers,
             self._make_optimizer,
             self._make_schedulers,
@@ -212,6 +214,8 @@ class GameModule(LightningModule):
         log_by_game_updates(self.trainer)
         if stage != "fit":
             return
+        self._use.begin(self, self.trainer, self)
+        self._use.at_end(self.step_cache.clear)  # after an exception it holds graphs
         self._started = False
         # What an earlier validate(ckpt_path=...) or load_from_checkpoint read: fit restores after setup.
         self._saved = None
@@ -221,19 +225,18 @@ class GameModule(LightningModule):
                 "GameModule scales no losses: one scale for players of different size would hide which of them "
                 f"overflows. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
-        players = check_players(type(self).__name__, self.players())
-        clip = self.loop.gradient_clip_val
-        check_names("gradient_clip_val", clip if isinstance(clip, dict) else {}, players)
-        self._schedule = schedule(
-            list(players), self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
-        )
 
     @override
     def on_fit_start(self) -> None:
         self._check_hooks(True)
+        players = check_players(type(self).__name__, self.players())
+        self._schedule = schedule(
+            list(players), self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
+        )
         self._match_players()
         check_gradient_counts(self._schedule, self._players, self.loop.accumulate_grad_batches)
         check_monitors(config.scheduler for config in self.trainer.lr_scheduler_configs)
+
         if self._saved is not None:
             # Here: a finished run that does not start again has its clock too, and callbacks read it at their start.
             self.game_updates = self._saved["game_updates"]
@@ -244,6 +247,8 @@ class GameModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        if self._use.searched:
+            GameModule.on_fit_start(self)
         saved, self._saved = self._saved, None
         self._started = True
         if saved is None:
@@ -271,12 +276,21 @@ class GameModule(LightningModule):
         if not all(player.is_current for player in self._players.values()):
             self._match_players()
             self._steps.sums.clear()  # gradients of other parameters
-        self.step_cache.clear()
         last = bool(self.trainer.is_last_batch)
         self._epoch_open = not last
-        full = last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches
+        self._play(batch, full=last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches)
+        # A fast_dev_run tries every player: its last batch serves the rest of a first round.
+        while last and self.trainer.fast_dev_run and self.game_updates == 0:  # type: ignore[attr-defined]
+            self._play(batch, full=True)
+        if last:
+            step_schedulers(self, "epoch", self.current_epoch + 1)
+        return dict(self._steps.losses)
+
+    def _play(self, batch: Any, *, full: bool) -> None:
+        """Let the players of the next slot see a batch, and step if it is their last one."""
         ends = full and self._position + 1 == len(self._schedule)
         slot = self._schedule[self._position]
+        self.step_cache.clear()
         self.batch_players = tuple(name for names in slot for name in names)
         for k, names in enumerate(slot):
             players = [self._players[name] for name in names]
@@ -289,9 +303,6 @@ class GameModule(LightningModule):
             self.on_game_update()
             _log(self, self._steps.losses)
             step_schedulers(self, "step", self.game_updates)
-        if last:
-            step_schedulers(self, "epoch", self.current_epoch + 1)
-        return dict(self._steps.losses)
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -321,7 +332,7 @@ class GameModule(LightningModule):
 
     def _check_hooks(self, ran: bool) -> None:
         """Refuse to go on where ``setup`` has not run, or another hook that must have."""
-        if not (ran and self._schedule):
+        if not (ran and self._use.is_open):
             raise MisconfigurationException(
                 f"GameModule must be started by its hooks ({_HOOKS}). "
                 f"Got a {type(self).__name__} that overrides one without calling super()'s."
