@@ -185,8 +185,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        # A search for the learning rate runs before on_fit_start.
-        if not self.outer_loop.is_built_for(self._optimizer().optimizer):
+        if not self.outer_loop.is_built_for(self._optimizer().optimizer):  # in a search for the learning rate
             self._collect()
         if self._saved is not None:
             self.outer_loop.load_state_dict(self._saved)
