@@ -322,14 +322,14 @@ def test_a_failed_search_for_the_learning_rate_ends_it() -> None:
 def test_a_second_fit_of_another_module_begins_anew(name: str, tmp_path: Path) -> None:
     make, model, data = CALLBACKS[name]
 
-    def fit(callbacks: list[Callback]) -> Any:
+    def fit(callbacks: list[Callback], folder: Path) -> Any:
         module = model()
         torch.manual_seed(0)
-        trainer(*callbacks, folder=tmp_path).fit(module, datamodule=data())
-        return state(callbacks[0])
+        trainer(*callbacks, folder=folder).fit(module, datamodule=data())
+        return state(callbacks[0]), sorted(path.name for path in folder.rglob("*.png"))
 
     callbacks = make()
-    first, second = fit(callbacks), fit(callbacks)
+    first, second = fit(callbacks, tmp_path / "1"), fit(callbacks, tmp_path / "2")
     assert equal(first, second)
 
 
