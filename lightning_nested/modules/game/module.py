@@ -228,10 +228,10 @@ class GameModule(OneFitModule, LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        self._check_hooks(True)
-        players = check_players(type(self).__name__, self.players())
+        _check_hooks(self, True)
+        names = list(check_players(type(self).__name__, self.players()))
         self._schedule = schedule(
-            list(players), self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
+            names, self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
         )
         self._match_players()
         check_gradient_counts(self._schedule, self._players, self.loop.accumulate_grad_batches)
@@ -272,7 +272,7 @@ class GameModule(OneFitModule, LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        self._check_hooks(bool(self._players) and self._started)
+        _check_hooks(self, bool(self._players) and self._started)
         if not all(player.is_current for player in self._players.values()):
             self._match_players()
             self._steps.sums.clear()  # gradients of other parameters
@@ -330,20 +330,21 @@ class GameModule(OneFitModule, LightningModule):
         if self._saved is not None:  # a stand-alone validation logs at this number of updates
             self.game_updates = self._saved["game_updates"]
 
-    def _check_hooks(self, ran: bool) -> None:
-        """Refuse to go on where ``setup`` has not run, or another hook that must have."""
-        if not (ran and self._use.is_open):
-            raise MisconfigurationException(
-                f"GameModule must be started by its hooks ({_HOOKS}). "
-                f"Got a {type(self).__name__} that overrides one without calling super()'s."
-            )
-
     def _match_players(self) -> None:
         """Match the players with the optimizers and the parameters that are not frozen now."""
         found = self.optimizers()
         names = {id(p): name for name, p in self.named_parameters()}
         self._players = match_players(
             self.players(), found if isinstance(found, list) else [found], names, self.loop
+        )
+
+
+def _check_hooks(module: GameModule, ran: bool) -> None:
+    """Refuse to go on where ``setup`` has not run, or another hook that must have."""
+    if not (ran and module._use.is_open):
+        raise MisconfigurationException(
+            f"GameModule must be started by its hooks ({_HOOKS}). "
+            f"Got a {type(module).__name__} that overrides one without calling super()'s."
         )
 
 
