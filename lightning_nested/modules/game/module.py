@@ -279,8 +279,7 @@ class GameModule(OneFitModule, LightningModule):
         last = bool(self.trainer.is_last_batch)
         self._epoch_open = not last
         self._play(batch, full=last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches)
-        # A fast_dev_run tries every player: its last batch serves the rest of a first round.
-        while last and self.trainer.fast_dev_run and self.game_updates == 0:  # type: ignore[attr-defined]
+        while last and _ends_dev_run(self):
             self._play(batch, full=True)
         if last:
             step_schedulers(self, "epoch", self.current_epoch + 1)
@@ -290,7 +289,6 @@ class GameModule(OneFitModule, LightningModule):
         """Let the players of the next slot see a batch, and step if it is their last one."""
         ends = full and self._position + 1 == len(self._schedule)
         slot = self._schedule[self._position]
-        self.step_cache.clear()
         self.batch_players = tuple(name for names in slot for name in names)
         for k, names in enumerate(slot):
             players = [self._players[name] for name in names]
@@ -346,6 +344,11 @@ def _check_hooks(module: GameModule, ran: bool) -> None:
             f"GameModule must be started by its hooks ({_HOOKS}). "
             f"Got a {type(module).__name__} that overrides one without calling super()'s."
         )
+
+
+def _ends_dev_run(module: GameModule) -> bool:
+    """Return True if a ``fast_dev_run``, which tries every player, still lacks a game update."""
+    return bool(module.trainer.fast_dev_run) and module.game_updates == 0  # type: ignore[attr-defined]
 
 
 def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
