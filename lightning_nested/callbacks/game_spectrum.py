@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -30,9 +30,10 @@ from lightning_nested.trainer.joint_losses import (
     warn_if_detached,
 )
 from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.use import OneFitCallback
 
 
-class GameSpectrumCallback(Constructed, Callback):
+class GameSpectrumCallback(Constructed, OneFitCallback):
     """Measures the leading eigenvalues of a running :class:`GameModule`, and adapts its momentum on request.
 
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before
@@ -43,7 +44,7 @@ class GameSpectrumCallback(Constructed, Callback):
 
     All products see one batch, the first of the run, and the same random numbers, without side effects: without
     ``adapt`` training is the same to the last bit. In a data-parallel run the spectrum is that of the global batch, and
-    the same on every process.
+    the same on every process. A fit of another module, datamodule or Trainer is another run.
 
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
     ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``own/<player>``, ``momentum/<player>``,
@@ -70,7 +71,7 @@ class GameSpectrumCallback(Constructed, Callback):
         max_products: Products at which a measurement gives up.
 
     Attributes:
-        history: Measured spectra.
+        history: Measured spectra of all runs, in order; ``game_updates`` of a spectrum counts those of its run.
 
     Raises:
         ValueError: An argument out of range.
@@ -107,7 +108,7 @@ class GameSpectrumCallback(Constructed, Callback):
         self.history: list[MeasuredSpectrum] = []
         self._fixed: FixedBatches | None = None  # the first batch of the run, and its random numbers
         self._measured = 0  # game updates at the last measurement
-        self._told: set[str] = set()  # messages that appear once
+        self._told: set[str] = set()  # messages that appear once a run
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
 
     def should_measure(self, game_updates: int) -> bool:
@@ -118,7 +119,13 @@ class GameSpectrumCallback(Constructed, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not is_game(pl_module):
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if self.use.changed:
+            self._fixed, self._measured, self._told = None, 0, set()
+        self.use.at_end(self._drop_saved)
+        if not is_game(pl_module):
             raise MisconfigurationException(
                 "GameSpectrumCallback measures the game of a GameModule. "
                 f"Got {type(pl_module).__name__}; extend lightning_nested.modules.GameModule."
@@ -185,6 +192,9 @@ class GameSpectrumCallback(Constructed, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None
 
+    def _drop_saved(self) -> None:
+        self._saved = None
+
     def measure(self, trainer: Trainer, pl_module: Any) -> MeasuredSpectrum:
         """Measure the spectrum at the current weights, without side effects.
 
@@ -202,7 +212,8 @@ class GameSpectrumCallback(Constructed, Callback):
         }
         names, tensors = list(players), [each.parameters for each in players.values()]
         losses = joint_losses(pl_module, names, *self._fixed.get(0, None))
-        if not self.history:
+        if "detached" not in self._told:
+            self._told.add("detached")
             warn_if_detached(names, losses, tensors)
         steps = tuple(pl_module.steps_per_player.get(name, 1) for name in names)
         measured = measure_spectrum(

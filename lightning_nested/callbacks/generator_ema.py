@@ -8,22 +8,22 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
+from lightning_nested.trainer.use import OneFitCallback, Use
 
 # Averaged vectors point almost in the right direction; more cost little, once for each evaluation.
 _POWER_ITERATIONS = 10
 
 
-class GeneratorEMA(Constructed, Callback):
+class GeneratorEMA(Constructed, OneFitCallback):
     """Average w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including ``start``.
 
     An update is one step of the optimizer that holds the generator's parameters, so discriminator steps,
@@ -67,7 +67,8 @@ class GeneratorEMA(Constructed, Callback):
         self._begun = False
         # The network's own values, while it has the averaged ones.
         self._raw: dict[str, Tensor] | None = None
-        self._hook: RemovableHandle | None = None
+        # Of the Trainer that evaluates the averaged values.
+        self._evaluation = Use()
 
     @property
     @override
@@ -109,8 +110,10 @@ class GeneratorEMA(Constructed, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._average is None:
-            self._average = _copied(self._network(pl_module)).requires_grad_(False)
+        super().setup(trainer, pl_module, stage)
+        # The average of another run, unless one was loaded for this.
+        if stage == "fit" and self.use.changed and self._saved is None:
+            self._average, self._begun, self.updates = None, False, 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +139,7 @@ class GeneratorEMA(Constructed, Callback):
             self.updates += 1
             self.update(network)
 
-        self._hook = owners[0].register_step_post_hook(after_step)
+        self.use.at_end(owners[0].register_step_post_hook(after_step).remove)
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -155,25 +158,16 @@ class GeneratorEMA(Constructed, Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation.begin(self, trainer, pl_module)
         self._stand_in(trainer, pl_module)
+        self._evaluation.at_end(lambda: self._step_back(pl_module))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step_back(pl_module)
+        self._evaluation.end(trainer)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.stands_in:
-            self._step_back(pl_module)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -204,9 +198,7 @@ class GeneratorEMA(Constructed, Callback):
     def _matched(self, network: nn.Module) -> nn.Module:
         """Return the average, on the network's device and in its precision; before any update the network's values."""
         if self._average is None:
-            raise RuntimeError(
-                "GeneratorEMA needs setup before it is used. Got a callback without an average."
-            )
+            self._average = _copied(network).requires_grad_(False)
         self._average.to(next(network.parameters()))
         if self._saved is not None:
             self._average.load_state_dict(self._saved)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -22,7 +23,7 @@ from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
-from lightning_nested.trainer.attributes import replace_placeholders
+from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import without_trace
@@ -108,8 +109,7 @@ class HypergradientCallback(OuterLoopCallback):
         )
         self.curvature, self.outer_dataloader = curvature, outer_dataloader
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
-        self._module: LightningModule | None = None
-        self._graph: InnerGraph | None = None  # from setup to teardown
+        self._graph: InnerGraph | None = None  # from on_train_start on
         self._attempted = False  # whether this step's hypergradient was tried
         self._placeholders = StandIns()  # attributes of the module, during a fit
         self._methods = StandIns()  # methods of the module, during a batch
@@ -139,23 +139,24 @@ class HypergradientCallback(OuterLoopCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         _check_settings(trainer, pl_module)
+        self.use.at_end(self.outer_loop.stop, self._let_go)
+        # A second fit of the same module continues with the current values.
+        if self.use.changed & {"module", "datamodule"}:
+            self.outer_loop.reset()
         self.outer_loop.prepare()
-        replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders)
-        accumulate = trainer.accumulate_grad_batches
-        self._graph = InnerGraph(pl_module, self.curvature, accumulate=accumulate, method="training_step")
+        # A search for the learning rate or batch size may run before on_fit_start.
+        replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders, complete=False)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         (optimizer,) = trainer.optimizers
-        # A second fit of the same module continues with the current values.
-        if self._module is not None and self._module is not pl_module:
-            self.outer_loop.reset()
-        self._module = pl_module
-        for hyperparameter in self.outer.hyperparameters:
-            hyperparameter.attach_module(pl_module)
+        # The module is complete only now, after its own setup() and configure_model().
+        replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders)
+        attach_hyperparameters(pl_module, self.outer.hyperparameters, self.use)
         _take_out(optimizer, self.outer)
         self._collect(trainer, pl_module)
         decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
@@ -171,6 +172,8 @@ class HypergradientCallback(OuterLoopCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clear_window()
+        accumulate = trainer.accumulate_grad_batches
+        self._graph = InnerGraph(pl_module, self.curvature, accumulate=accumulate, method="training_step")
         self.outer_loop.start(trainer, self.outer_dataloader)
         self._saved = None
 
@@ -184,16 +187,16 @@ class HypergradientCallback(OuterLoopCallback):
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
-        if self._inner.observes and (
-            not self._inner.repeats or self.should_update(trainer, self.inner_steps)
-        ):
+        if self._inner.observes and (not self._inner.repeats or self._is_due(trainer)):
             self._observe(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
-        if self._attempted or not self.should_update(trainer, self.inner_steps):
+        if self._attempted or not self._is_due(trainer):
             return
+        if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
+            self._collect(trainer, pl_module)
         self._inner.add(loss)
         if accumulates(trainer):
             # The last batch of the step needs the graph again.
@@ -230,15 +233,6 @@ class HypergradientCallback(OuterLoopCallback):
         self._clear_window()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
-        self.outer_loop.stop()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         # Saved before fit began.
         if not self.outer_loop.parameters:
@@ -261,6 +255,9 @@ class HypergradientCallback(OuterLoopCallback):
         assert self._graph is not None
         return self._graph
 
+    def _is_due(self, trainer: Trainer) -> bool:
+        return self.should_update(trainer, self.inner_steps) or self.outer_loop.is_last_chance(trainer)
+
     def _collect(self, trainer: Trainer, module: LightningModule) -> None:
         """Name the parameters of the inner optimizer, and build the hyperparameters for them."""
         names = {id(p): n for n, p in module.named_parameters()}
@@ -269,6 +266,8 @@ class HypergradientCallback(OuterLoopCallback):
             raise MisconfigurationException(
                 "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
             )
+        if any(map(is_lazy, held)):  # their shapes are not known yet
+            return
         before = len(self.outer_loop.parameters)
         if before not in (0, len(held)):
             rank_zero_info(
@@ -336,6 +335,7 @@ class HypergradientCallback(OuterLoopCallback):
         self._placeholders.put_back()
         if self._graph is not None:
             self._graph.close()
+        self._saved = None
 
 
 def _check_settings(trainer: Trainer, module: LightningModule) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -26,13 +26,15 @@ from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.game_follower import GameFollower
 from lightning_nested.trainer.joint_losses import is_game, refuse_other_modules
 from lightning_nested.trainer.requirements import refuse_strategy
+from lightning_nested.trainer.run_folder import keeps_files
 from lightning_nested.trainer.training_follower import TrainingFollower
+from lightning_nested.trainer.use import OneFitCallback
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class LyapunovCallback(Constructed, Callback):
+class LyapunovCallback(Constructed, OneFitCallback):
     """Measures how fast small differences of the weights grow during training.
 
     ``on_before_backward`` hands over the training loss with its graph: k products with its Hessian push k tangents of
@@ -156,9 +158,11 @@ class LyapunovCallback(Constructed, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self._follower = None  # of an earlier fit
+        self.use.at_end(self._let_go)
         refuse_other_modules(pl_module)
         refuse_strategy(trainer, "LyapunovCallback", static_graph=False)
         if is_overridden("configure_gradient_clipping", pl_module):
@@ -219,13 +223,8 @@ class LyapunovCallback(Constructed, Callback):
             pl_module.log_dict(self._metrics(), logger=False, sync_dist=trainer.world_size > 1)
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._let_go()
-        if self.figure_wanted and self.windows:
+        if self.figure_wanted and self.windows and keeps_files(trainer):
             self._save_figure(Path(trainer.log_dir or trainer.default_root_dir))
 
     @property
@@ -276,6 +275,7 @@ class LyapunovCallback(Constructed, Callback):
     def _let_go(self) -> None:
         if self._follower is not None:
             self._follower.put_back()
+        self._saved = None
 
     def _end_window(self, trainer: Trainer) -> None:
         """Read the sign of the smoothed exponent, and log."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,9 +21,11 @@ from lightning_nested.files import replacing
 from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.run_folder import keeps_files
+from lightning_nested.trainer.use import OneFitCallback
 
 
-class SampleGrid(Constructed, Callback):
+class SampleGrid(Constructed, OneFitCallback):
     """Grid with one row per class, each image from the same z at every time, for TensorBoard and as PNG files.
 
     Files are ``grids/<game updates>.png`` under ``default_root_dir``. If :class:`GeneratorEMA` is among the callbacks,
@@ -55,7 +57,10 @@ class SampleGrid(Constructed, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_sampler(self, pl_module)
+        if stage == "fit" and self.use.changed:
+            self._last = 0
 
     @override
     def on_train_batch_end(
@@ -111,9 +116,9 @@ class SampleGrid(Constructed, Callback):
         from torchvision.utils import save_image
 
         grid = self.grid(trainer, pl_module)
-        folder = Path(trainer.default_root_dir) / "grids"
-        with replacing(folder / f"{step:06d}.png") as file:
-            save_image(grid, file, format="png")
+        if keeps_files(trainer):
+            with replacing(Path(trainer.default_root_dir) / "grids" / f"{step:06d}.png") as file:
+                save_image(grid, file, format="png")
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if add_image is not None:

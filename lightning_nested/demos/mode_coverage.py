@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -15,9 +15,10 @@ from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import run_folder, write_report
+from lightning_nested.trainer.use import OneFitCallback
 
 
-class ModeCoverage(Constructed, Callback):
+class ModeCoverage(Constructed, OneFitCallback):
     """Count the covered modes and good samples of a :class:`GANModule` while it trains.
 
     A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
@@ -64,6 +65,9 @@ class ModeCoverage(Constructed, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.use.changed:
+            self.history, self._pictures = [], []
         data = getattr(trainer, "datamodule", None)
         if stage == "fit" and not (
             hasattr(pl_module, "sample") and hasattr(data, "centres") and hasattr(data, "std")

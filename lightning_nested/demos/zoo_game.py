@@ -91,6 +91,8 @@ class ZooGame(GameModule):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.game_updates == 0:
+            self.distances, self.path = [], []
         if not self.distances:
             self.on_game_update()
 

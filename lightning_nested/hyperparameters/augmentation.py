@@ -144,7 +144,7 @@ class Cutout(BoundHyperparameter):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return images with holes; a hole may reach over the border."""
-        length, holes = (self.natural(k, self.tensors[k]).reshape(-1, 1, 1) for k in ("length", "holes"))
+        length, holes = (self.natural(k, self.raw(k)).reshape(-1, 1, 1) for k in ("length", "holes"))
         n, _, height, width = images.shape
         rows = torch.arange(height, device=images.device).view(1, -1, 1)
         columns = torch.arange(width, device=images.device).view(1, 1, -1)

@@ -125,7 +125,7 @@ class DropoutRates(BoundHyperparameter):
 
     def rate(self, index: int = 0) -> Tensor:
         """Return a rate in natural units: (), or (batch,)."""
-        return self.transform.forward(self.tensors["rates"])[..., index]
+        return self.transform.forward(self.raw("rates"))[..., index]
 
     def drop(self, x: Tensor, index: int = 0, whole_channels: bool = False, batch_dim: int = 0) -> Tensor:
         """Return x·mask/(1 − p); dimension ``batch_dim`` counts examples."""

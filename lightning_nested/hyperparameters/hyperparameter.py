@@ -63,6 +63,9 @@ class Hyperparameter(Constructed, ABC):
     def attach_module(self, module: nn.Module) -> None:
         """Find tensors that the module has already; called at the start of ``fit``, before :meth:`build`."""
 
+    def detach_module(self) -> None:
+        """Undo what :meth:`attach_module` changed of the module's tensors; called when ``fit`` ends."""
+
     def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Read starting values from the inner optimizer; called before the first :meth:`build`."""
 
@@ -73,6 +76,16 @@ class Hyperparameter(Constructed, ABC):
     def reset(self) -> None:
         """Forget the tensors: the next :meth:`build` starts from the initial values."""
         self.tensors = {}
+
+    def raw(self, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """Return an unconstrained tensor; before :meth:`build` its start value on ``device``, not kept.
+
+        So a loss can be evaluated before ``fit`` has built the tensors, as in a search for the learning rate.
+        """
+        if self.tensors:
+            return self.tensors[key]
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return self._raw_start(key, self._initial(dtype)[key]).to(device)
 
     def entries(self) -> tuple[str, ...] | None:
         """Return names of the entries of its one tensor, by which values are given and saved; None: they have none."""

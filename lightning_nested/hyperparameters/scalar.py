@@ -38,7 +38,7 @@ class Scalar(BoundHyperparameter):
 
     def value(self) -> Tensor:
         """Return the value in natural units: (), or (batch,) where each example has its own."""
-        return self.natural("value", self.tensors["value"])
+        return self.natural("value", self.raw("value"))
 
 
 class Integer(Scalar):
@@ -105,11 +105,11 @@ class Categorical(BoundHyperparameter):
         """Return scores whose largest is that of option ``value``."""
         if not 0 <= int(value) < len(self.options):
             raise ValueError(f"{self.name} must be in 0 … {len(self.options) - 1}. Got {int(value)}.")
-        return functional.one_hot(value.long(), len(self.options)).to(self.tensors["index"].dtype)
+        return functional.one_hot(value.long(), len(self.options)).to(self.raw("index").dtype)
 
     def choice(self) -> Any:
         """Return the chosen option, or a list of one for each example."""
-        index = self.natural("index", self.tensors["index"]).long()
+        index = self.natural("index", self.raw("index")).long()
         return self.options[int(index)] if index.dim() == 0 else [self.options[i] for i in index.tolist()]
 
 

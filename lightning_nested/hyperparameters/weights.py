@@ -82,7 +82,7 @@ class ExampleWeights(BoundHyperparameter):
                     f"index must lie in [0, {self.num_examples}), the {self.num_examples} examples of {self.name}. "
                     f"Got {lowest if lowest < 0 else highest}; num_examples is the size of the training set."
                 )
-        raw = self.tensors["weights"]
+        raw = self.raw("weights", index.device)
         return self.transform.forward(raw[index.to(raw.device)])
 
 
@@ -131,5 +131,5 @@ class LossWeights(BoundHyperparameter):
         """Σ wᵢ·lossᵢ, a scalar, at least float32; the names must be those given at construction."""
         if set(losses) != set(self.names):
             raise ValueError(f"losses must have the names {list(self.names)}. Got {list(losses)}.")
-        weights = self.transform.forward(self.tensors["weights"])
+        weights = self.transform.forward(self.raw("weights"))
         return torch.stack([w * losses[n] for w, n in zip(weights, self.names, strict=True)]).sum()

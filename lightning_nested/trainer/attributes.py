@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_nested.hyperparameters import Hyperparameter
 from lightning_nested.trainer.stand_ins import StandIns
+from lightning_nested.trainer.use import Use
 
 
 def bind_hyperparameters(module: nn.Module, hyperparameters: Iterable[Hyperparameter]) -> None:
@@ -29,10 +31,28 @@ def bind_hyperparameters(module: nn.Module, hyperparameters: Iterable[Hyperparam
         setattr(module, name, hyperparameter)
 
 
+def load_bound(hyperparameters: Iterable[Hyperparameter], state: Mapping[str, Any] | None) -> None:
+    """Give hyperparameters that a loss reads their values in the state of an outer loop, for a module without a fit."""
+    saved = {} if state is None else state["outer"]["hyperparameters"]
+    for hyperparameter in hyperparameters:
+        if hyperparameter.attribute is not None and hyperparameter.name in saved and not hyperparameter.built:
+            hyperparameter.build({})
+            hyperparameter.load_state_dict(saved[hyperparameter.name])
+
+
+def attach_hyperparameters(module: nn.Module, hyperparameters: Iterable[Hyperparameter], use: Use) -> None:
+    """Let hyperparameters find tensors of the module; what that changes of them is undone when the use ends."""
+    for hyperparameter in hyperparameters:
+        use.at_end(hyperparameter.detach_module)
+        hyperparameter.attach_module(module)
+
+
 def replace_placeholders(
-    module: nn.Module, hyperparameters: Iterable[Hyperparameter], replaced: StandIns
+    module: nn.Module, hyperparameters: Iterable[Hyperparameter], replaced: StandIns, *, complete: bool = True
 ) -> None:
     """Replace attributes of a user's module, which are None in untuned runs, until ``replaced.put_back()``.
+
+    A module that is not ``complete``, before its own ``setup`` and ``configure_model``, may still lack one.
 
     Raises:
         MisconfigurationException: The module lacks the attribute, or has another value there.
@@ -46,13 +66,18 @@ def replace_placeholders(
         if name is None:
             continue
         if not hasattr(module, name):
+            if not complete:
+                continue
             raise MisconfigurationException(
                 f"{kind} is read by the training loss through the attribute {name!r}. "
                 f"Got {module_name} without it; add:\n{hyperparameter.usage}"
             )
-        if getattr(module, name) not in (None, hyperparameter):
+        found = getattr(module, name)
+        if found is hyperparameter:
+            continue
+        if found is not None:
             raise MisconfigurationException(
                 f"{kind} replaces the attribute {name!r}, which must be None. "
-                f"Got a {type(getattr(module, name)).__name__} in {module_name}; set another name=."
+                f"Got a {type(found).__name__} in {module_name}; set another name=."
             )
         replaced.put(module, name, hyperparameter)

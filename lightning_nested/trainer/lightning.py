@@ -179,6 +179,13 @@ def with_loaders(combined: CombinedLoader, loaders: Sequence[Any]) -> CombinedLo
     return CombinedLoader(tree_unflatten(list(loaders), combined._spec), combined._mode)
 
 
+def shut_down_workers(iterator: object) -> None:
+    """End the worker processes of a DataLoader's iterator, if it has any; torch has no public name for it."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
 # ---- modules, strategies, command line
 
 

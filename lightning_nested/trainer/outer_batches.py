@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from lightning_nested.linalg.saved import require_keys
-from lightning_nested.trainer.lightning import is_sequential, request_validation_loader, shard, with_loaders
+from lightning_nested.trainer.lightning import (
+    is_sequential,
+    request_validation_loader,
+    shard,
+    shut_down_workers,
+    with_loaders,
+)
 from lightning_nested.trainer.random_stream import RandomStream
 
 _NO_LOADER = (
@@ -130,6 +136,12 @@ class OuterBatches:
         if isinstance(self._loader, DataLoader) and generator is not None:
             generator.manual_seed(self._round_seed())
         return iter(self._loader)
+
+
+def end_workers(batches: OuterBatches) -> None:
+    """End the worker processes of a stream now, also where the traceback of an exception holds the stream."""
+    shut_down_workers(vars(batches).get("_iterator"))
+    batches._iterator = None
 
 
 class LastBatch(OuterBatches):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,8 +23,9 @@ from lightning_nested.hyperparameters.saved_values import saved_values
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.lightning import logger_step
-from lightning_nested.trainer.outer_batches import OuterBatches
+from lightning_nested.trainer.outer_batches import OuterBatches, end_workers
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
+from lightning_nested.trainer.use import OneFitCallback
 
 _COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
 _OPTIONS = ("restart_every", "max_skipped", "log_every_n_outer_steps")
@@ -72,6 +73,7 @@ class OuterLoop:
         self.parameters: dict[str, nn.Parameter] = {}
         self.initial: dict[str, Tensor] = {}
         self.batches: OuterBatches | None = None
+        self._steps_before = 0  # outer steps before this fit
         # Positions in the outer data: at the end of training, and from a checkpoint until start.
         self._position: Mapping[str, int] = {}
         self._saved_position: Mapping[str, int] = {}
@@ -80,6 +82,17 @@ class OuterLoop:
         """Return True if there is an outer step at this inner step, counted from 0."""
         since = inner_step - self.warmup_steps
         return since >= 0 and since % self.every_n_steps == 0
+
+    def needs_step(self, trainer: Trainer) -> bool:
+        """Return True in a ``fast_dev_run``, which is to try every part, as long as it had no outer step."""
+        return bool(trainer.fast_dev_run) and self.outer_steps == self._steps_before  # type: ignore[attr-defined]
+
+    def is_last_chance(self, trainer: Trainer) -> bool:
+        """Return True in the last inner step of a ``fast_dev_run`` if it had no outer step."""
+        if not self.needs_step(trainer):
+            return False
+        size, last = trainer.accumulate_grad_batches, trainer.num_training_batches - 1
+        return bool(trainer.is_last_batch or trainer.fit_loop.batch_idx // size == last // size)
 
     def logs(self, outer_step: int) -> bool:
         """Return True if this outer step, counted from 1, is logged."""
@@ -119,12 +132,15 @@ class OuterLoop:
     def reset(self) -> None:
         """Forget values, counters and parameters, for another module."""
         self.outer.reset()
-        self.parameters, self.initial = {}, {}
+        self.parameters, self.initial, self.last_report = {}, {}, None
+        self._position = self._saved_position = {}
         self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
 
     def start(self, trainer: Trainer, loader: Any) -> OuterBatches:
         """Begin the stream of outer batches, at the position of the checkpoint if there is one."""
+        self.stop()
         self.batches = OuterBatches(trainer, loader, seed=base_seed(trainer))
+        self._steps_before = self.outer_steps
         if self._saved_position:
             self.batches.load_state_dict(self._saved_position)
             self._saved_position = {}
@@ -133,7 +149,9 @@ class OuterLoop:
     def stop(self) -> None:
         """End the stream of outer batches and its worker processes."""
         if self.batches is not None:
-            self._position, self.batches = self.batches.state_dict(), None
+            self._position = self.batches.state_dict()
+            end_workers(self.batches)
+            self.batches = None
 
     # ---- one outer step
 
@@ -325,7 +343,7 @@ def write_values(path: Path, numbers: Mapping[str, Any]) -> None:
     replace_text(path, text)
 
 
-class OuterLoopCallback(HasOuterLoop, Constructed, Callback):
+class OuterLoopCallback(HasOuterLoop, Constructed, OneFitCallback):
     """Base of callbacks that run an outer loop."""
 
     def on_load_checkpoint(

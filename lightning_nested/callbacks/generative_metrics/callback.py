@@ -45,6 +45,8 @@ from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.run_folder import keeps_files
+from lightning_nested.trainer.use import OneFitCallback, Use
 
 # Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
 _NUMBERS_AT_ONCE = 2**28
@@ -85,7 +87,7 @@ def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
     return images.float()
 
 
-class GenerativeMetrics(Constructed, Callback):
+class GenerativeMetrics(Constructed, OneFitCallback):
     """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
 
     Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are
@@ -149,18 +151,30 @@ class GenerativeMetrics(Constructed, Callback):
         self._real: RealStatistics | None = None
         # Fingerprint of the extractor that _real was computed with.
         self._real_of = ""
+        self._scoring = Use()  # also by validate and test
         self._validations = 0
         self._numbers_per_image = 1
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "predict":
             return
+        if stage == "fit" and self.use.changed:
+            self._validations, self.last = 0, {}
         require_sampler(self, pl_module)
         if getattr(trainer, "datamodule", None) is None:
             raise MisconfigurationException(
                 "GenerativeMetrics takes the real images from a LightningDataModule. Got none; pass datamodule=."
             )
+        self._scoring.begin(self, trainer, pl_module)
+        if "datamodule" in self._scoring.changed:
+            self._extractor = self._real = None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._scoring.end(trainer)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -330,7 +344,7 @@ class GenerativeMetrics(Constructed, Callback):
         named = {f"{score}/{where}": value for score, value in found.items()}
         self.last |= named
         pl_module.log_dict(named, on_step=False, on_epoch=True, rank_zero_only=False)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and keeps_files(trainer):
             record = {
                 "evaluator": self.evaluator.name,
                 "fingerprint": self._extractor.fingerprint if self._extractor else None,

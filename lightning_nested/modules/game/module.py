@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nested.linalg.saved import require_keys
-from lightning_nested.modules.game.checks import check_factories, check_monitors, check_names, check_players
+from lightning_nested.modules.game.checks import check_factories, check_monitors, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
     Player,
@@ -32,12 +32,13 @@ from lightning_nested.trainer.lightning import built_by_command_line, log_by_gam
 from lightning_nested.trainer.random_stream import base_seed, random_states, restore_random_state
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
+from lightning_nested.trainer.use import OneFitModule, Use
 
 _STATE = ("game_updates", "gradient_evaluations", "position", "epoch_open", "sums", "random")
 _HOOKS = "setup, on_fit_start, on_train_start, on_save_checkpoint and on_load_checkpoint"
 
 
-class GameModule(LightningModule):
+class GameModule(OneFitModule, LightningModule):
     """Players with a loss each: w_i ← w_i − α_i ∂L_i(w_1, …, w_n)/∂w_i, together or in turns; to be extended.
 
     A subclass names the players and writes their losses:
@@ -144,6 +145,7 @@ class GameModule(LightningModule):
         self._steps = PlayerSteps()
         self._players: dict[str, Player] = {}
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
+        self._use = Use()
 
     # ---- to be overridden or read
 
@@ -190,7 +192,7 @@ class GameModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer for each player, and its scheduler."""
         return build_optimizers(  # type: ignore[return-value]
-            self.players(),
+            check_players(type(self).__name__, self.players()),
             self._make_optimizers,
             self._make_optimizer,
             self._make_schedulers,
@@ -215,6 +217,8 @@ class GameModule(LightningModule):
         log_by_game_updates(self.trainer)
         if stage != "fit":
             return
+        self._use.begin(self, self.trainer, self)
+        self._use.at_end(self.step_cache.clear)  # after an exception it holds graphs
         self._started = False
         # What an earlier validate(ckpt_path=...) or load_from_checkpoint read: fit restores after setup.
         self._saved = None
@@ -224,19 +228,18 @@ class GameModule(LightningModule):
                 "GameModule scales no losses: one scale for players of different size would hide which of them "
                 f"overflows. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
-        players = check_players(type(self).__name__, self.players())
-        clip = self.loop.gradient_clip_val
-        check_names("gradient_clip_val", clip if isinstance(clip, dict) else {}, players)
-        self._schedule = schedule(
-            list(players), self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
-        )
 
     @override
     def on_fit_start(self) -> None:
-        self._check_hooks(True)
+        _check_hooks(self, True)
+        names = list(check_players(type(self).__name__, self.players()))
+        self._schedule = schedule(
+            names, self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
+        )
         self._match_players()
         check_gradient_counts(self._schedule, self._players, self.loop.accumulate_grad_batches)
         check_monitors(config.scheduler for config in self.trainer.lr_scheduler_configs)
+
         if self._saved is not None:
             require_keys(self._saved, _STATE, "GameModule")
             # Here: a finished run that does not start again has its clock too, and callbacks read it at their start.
@@ -248,6 +251,8 @@ class GameModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        if self._use.searched:
+            GameModule.on_fit_start(self)
         saved, self._saved = self._saved, None
         self._started = True
         if saved is None:
@@ -274,14 +279,21 @@ class GameModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        self._check_hooks(bool(self._players) and self._started)
+        _check_hooks(self, bool(self._players) and self._started)
         if not all(player.is_current for player in self._players.values()):
             self._match_players()
             self._steps.sums.clear()  # gradients of other parameters
-        self.step_cache.clear()
         last = bool(self.trainer.is_last_batch)
         self._epoch_open = not last
-        full = last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches
+        self._play(batch, full=last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches)
+        while last and _ends_dev_run(self):
+            self._play(batch, full=True)
+        if last:
+            step_schedulers(self, "epoch", self.current_epoch + 1)
+        return dict(self._steps.losses)
+
+    def _play(self, batch: Any, *, full: bool) -> None:
+        """Let the players of the next slot see a batch, and step if it is their last one."""
         ends = full and self._position + 1 == len(self._schedule)
         slot = self._schedule[self._position]
         self.batch_players = tuple(name for names in slot for name in names)
@@ -296,9 +308,6 @@ class GameModule(LightningModule):
             self.on_game_update()
             _log(self, self._steps.losses)
             step_schedulers(self, "step", self.game_updates)
-        if last:
-            step_schedulers(self, "epoch", self.current_epoch + 1)
-        return dict(self._steps.losses)
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -327,14 +336,6 @@ class GameModule(LightningModule):
         if self._saved is not None:  # a stand-alone validation logs at this number of updates
             self.game_updates = self._saved["game_updates"]
 
-    def _check_hooks(self, ran: bool) -> None:
-        """Refuse to go on where ``setup`` has not run, or another hook that must have."""
-        if not (ran and self._schedule):
-            raise MisconfigurationException(
-                f"GameModule must be started by its hooks ({_HOOKS}). "
-                f"Got a {type(self).__name__} that overrides one without calling super()'s."
-            )
-
     def _match_players(self) -> None:
         """Match the players with the optimizers and the parameters that are not frozen now."""
         found = self.optimizers()
@@ -342,6 +343,20 @@ class GameModule(LightningModule):
         self._players = match_players(
             self.players(), found if isinstance(found, list) else [found], names, self.loop
         )
+
+
+def _check_hooks(module: GameModule, ran: bool) -> None:
+    """Refuse to go on where ``setup`` has not run, or another hook that must have."""
+    if not (ran and module._use.is_open):
+        raise MisconfigurationException(
+            f"GameModule must be started by its hooks ({_HOOKS}). "
+            f"Got a {type(module).__name__} that overrides one without calling super()'s."
+        )
+
+
+def _ends_dev_run(module: GameModule) -> bool:
+    """Return True if a ``fast_dev_run``, which tries every player, still lacks a game update."""
+    return bool(module.trainer.fast_dev_run) and module.game_updates == 0  # type: ignore[attr-defined]
 
 
 def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:

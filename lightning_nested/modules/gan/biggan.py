@@ -200,12 +200,8 @@ class BigGAN(GANModule):
         super().on_train_start()
         if self.execution.flush_denormal and self.device.type == "cpu":
             torch.set_flush_denormal(True)
+            self._use.at_end(partial(torch.set_flush_denormal, False))
         self._shown, self._since = 0, time.perf_counter()
-
-    @override
-    def on_train_end(self) -> None:
-        if self.execution.flush_denormal and self.device.type == "cpu":
-            torch.set_flush_denormal(False)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

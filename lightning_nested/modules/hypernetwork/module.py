@@ -36,6 +36,7 @@ from lightning_nested.modules.hypernetwork.setup import (
 from lightning_nested.modules.hypernetwork.steps import ResponseSteps
 from lightning_nested.trainer.attributes import bind_hyperparameters
 from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
+from lightning_nested.trainer.use import OneFitModule, Use
 
 
 def default_weights_optimizer(parameters: Any) -> Optimizer:
@@ -53,7 +54,7 @@ def default_hyperparameter_optimizer(tensors: Any) -> Optimizer:
     return torch.optim.Adam(tensors, lr=0.01)
 
 
-class HypernetworkModule(HasOuterLoop, LightningModule):
+class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
     """Train a network together with its response to hyperparameters, and tune them through it; to be extended.
 
         class Tuned(HypernetworkModule):
@@ -137,6 +138,7 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
             self._scale_optimizer = scale_optimizer([self.scale])
         self.per_example = each_example_alone(self.vector, self.network, options)
         self._steps: ResponseSteps | None = None
+        self._use = Use()
         bind_hyperparameters(self, tuned)
         self._follow()
 
@@ -207,11 +209,17 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            self._use.begin(self, self.trainer, self)
+            self._use.at_end(self.outer_loop.stop, self._free)
             refuse_settings(self.trainer)
             self.outer_loop.prepare(self.options)
 
     @override
     def on_fit_start(self) -> None:
+        self._move()
+
+    def _move(self) -> None:
+        """Move what the Trainer does not know to the module's device, and the network to λ̂."""
         for tensor in (*self.vector.tensors, *([] if self.scale is None else [self.scale])):
             # the same leaves: their optimizers hold them
             tensor.data = tensor.data.to(self.device)
@@ -223,6 +231,7 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        self._move()  # a search for the batch size runs before on_fit_start
         weights_optimizer, response_optimizer = two_optimizers(self)
         problem = ResponseProblem(
             module=self,
@@ -260,7 +269,8 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         if trained:
             loss = steps.inner(batch, self.inner_steps)
             self.outer_loop.inner_steps += 1
-        for _ in range(self.loop.outer_steps(self.inner_steps)):
+        count = self.loop.outer_steps(self.inner_steps)
+        for _ in range(count or self.outer_loop.is_last_chance(self.trainer)):
             self._outer_step(steps, batch)
         if not trained:
             loss = torch.tensor(self.last_report.outer_loss if self.last_report else math.nan)
@@ -276,9 +286,7 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=self.num_examples(batch))
         return loss
 
-    @override
-    def teardown(self, stage: str) -> None:
-        self.outer_loop.stop()
+    def _free(self) -> None:
         self._steps = None
 
     @override

@@ -22,17 +22,18 @@ from lightning_nested.hyperparameters.outer_optimizer import default_outer_optim
 from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.optim.step_dynamics import trainable
-from lightning_nested.trainer.attributes import bind_hyperparameters
+from lightning_nested.trainer.attributes import attach_hyperparameters, bind_hyperparameters, load_bound
 from lightning_nested.trainer.inner_problem import InnerProblem
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
+from lightning_nested.trainer.use import OneFitModule, Use
 
 _HOOKS = "setup, on_fit_start, on_train_start, on_train_epoch_end, on_save_checkpoint and on_load_checkpoint"
 
 
-class NestedModule(HasOuterLoop, LightningModule):
+class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
     """Alternates inner steps on the training data with outer steps on the validation data; to be extended.
 
     A subclass defines the two losses; hyperparameters are attributes of the module, by their names:
@@ -113,6 +114,7 @@ class NestedModule(HasOuterLoop, LightningModule):
         self._position = 0  # inner steps of the current cycle so far
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
         self._cycle: Cycle | None = None
+        self._use = Use()
         bind_hyperparameters(self, self.outer.hyperparameters)
 
     # ---- what users write, override and read
@@ -157,13 +159,13 @@ class NestedModule(HasOuterLoop, LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        self._use.begin(self, self.trainer, self)
+        self._use.at_end(self.outer_loop.stop, self._close_cycle)
         refuse_strategy(self.trainer, "NestedModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"NestedModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
-        # A fit that failed has torn nothing down.
-        self._close_cycle()
         self.outer_loop.prepare(self.loop)
         bind_hyperparameters(self, self.outer.hyperparameters)
 
@@ -183,6 +185,8 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        if not self.outer_loop.is_built_for(self._optimizer().optimizer):  # in a search for the learning rate
+            self._collect()
         if self._saved is not None:
             self.outer_loop.load_state_dict(self._saved, keys=("position",))
             # A checkpoint holds no graph of half a cycle: an unrolled one begins again.
@@ -250,11 +254,6 @@ class NestedModule(HasOuterLoop, LightningModule):
             self._position = 0
         step_plateau_schedulers(self)
 
-    @override
-    def teardown(self, stage: str) -> None:
-        self._close_cycle()
-        self.outer_loop.stop()
-
     def _close_cycle(self) -> None:
         if self._cycle is not None:
             self._cycle.close()
@@ -262,15 +261,18 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.outer_loop.parameters:
+        if self._use.is_open and not self.outer_loop.parameters:  # saved by a search for the learning rate
+            self._collect()
+        if self._saved is not None:  # saved before training began
+            checkpoint["nested"] = dict(self._saved)
+        elif self.outer_loop.parameters:
             own = {"position": self._position, "initial": self.outer_loop.initial}
             checkpoint["nested"] = {**self.outer_loop.state_dict(), **own}
-        elif self._saved is not None:  # saved before fit began
-            checkpoint["nested"] = dict(self._saved)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = state_of_outer_steps(checkpoint, "nested", "NestedModule")
+        load_bound(self.outer.hyperparameters, self._saved)
 
     def _follow_frozen(self, cycle: Cycle) -> Cycle:
         """Return the cycle, or a new one if a finetuning callback froze or unfroze parameters."""
@@ -289,7 +291,8 @@ class NestedModule(HasOuterLoop, LightningModule):
         warmup = max(0, self.loop.warmup_steps - self.inner_steps)
         # At least 1: the cycle of a checkpoint may be longer.
         remaining = warmup + max(1, self.inner_steps_per_outer - self._position)
-        if not self.gradient.ends_with_epoch:
+        forced = self.outer_loop.needs_step(self.trainer)
+        if not (self.gradient.ends_with_epoch or forced):
             return remaining
         left, batches = math.inf, self.trainer.num_training_batches
         if not math.isinf(batches):
@@ -299,7 +302,7 @@ class NestedModule(HasOuterLoop, LightningModule):
             left = 1
         if self.trainer.max_steps > 0:
             left = min(left, self.trainer.max_steps - self.trainer.global_step)
-        return remaining if left <= warmup else int(min(remaining, left))
+        return remaining if left <= warmup and not forced else int(min(remaining, left))
 
     # ---- optimizers and names
 
@@ -328,9 +331,7 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     def _tuned(self) -> dict[int, str]:
         """Return the name of the hyperparameter of each tuned tensor, by its ``id``."""
-        for hyperparameter in self.outer.hyperparameters:
-            if not hyperparameter.built:
-                hyperparameter.attach_module(self)
+        attach_hyperparameters(self, self.outer.hyperparameters, self._use)
         return {id(t): h.name for h in self.outer.hyperparameters for t in h.tensors.values()}
 
 
