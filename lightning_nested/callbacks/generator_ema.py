@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
 
 # Averaged vectors point almost in the right direction; more cost little, once for each evaluation.
 _POWER_ITERATIONS = 10
 
 
+@checked
 class GeneratorEMA(Callback):
     """Average w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including ``start``.
 
@@ -51,12 +53,8 @@ class GeneratorEMA(Callback):
         buffers: Literal["average", "copy"] = "average",
         module: str = "generator",
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must lie in [0, 1). Got {decay}.")
-        if start < 0:
-            raise ValueError(f"start must be at least 0. Got {start}.")
-        if buffers not in ("average", "copy"):
-            raise ValueError(f"buffers must be 'average' or 'copy'. Got {buffers!r}.")
+        fraction(decay=decay)
+        at_least(0, start=start)
         self.decay, self.start, self.buffers, self.module = decay, start, buffers, module
         self.updates = 0
         self._average: nn.Module | None = None

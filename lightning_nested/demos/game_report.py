@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.figures.game_report import game_figure
 from lightning_nested.trainer.run_folder import run_folder, write_report
@@ -17,6 +18,7 @@ from lightning_nested.trainer.run_folder import run_folder, write_report
 _FLOOR = 1e-13
 
 
+@checked
 class GameReport(Callback):
     """Report of a :class:`ZooGame` at the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png``.
 
