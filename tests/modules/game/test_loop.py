@@ -155,7 +155,7 @@ def test_an_unknown_player_in_the_schedule() -> None:
 
 @pytest.mark.parametrize("count", [1.5, 2.0, "2", True])
 def test_steps_per_player_are_whole_numbers(count: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be whole numbers. Got .* for 'x'"):
+    with pytest.raises(ValueError, match=r"steps_per_player must be .* whole number or None. Got {'x': "):
         Sums(steps_per_player={"x": count})
 
 
