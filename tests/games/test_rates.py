@@ -168,7 +168,7 @@ class TestConvergenceRate:
                 convergence_rate([1j], **{**good, **change})  # type: ignore[call-overload]
         with pytest.raises(ValueError, match=r"at least one eigenvalue\. Got none"):
             convergence_rate([], lr=0.1, momentum=0.5)
-        with pytest.raises(ValueError, match="eigenvalues must be .* finite complex numbers"):
+        with pytest.raises(ValueError, match=r"eigenvalues must be .* finite complex numbers"):
             convergence_rate([complex(math.nan, 0)], lr=0.1, momentum=0.5)
 
 
