@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.figures.game_spectrum import spectrum_figure
 from lightning_nested.games.adaptation import adapt_momenta
 from lightning_nested.games.joint_step import ADAPT_LIMIT
@@ -33,6 +34,7 @@ from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.use import OneFitCallback
 
 
+@checked
 class GameSpectrumCallback(Constructed, OneFitCallback):
     """Measures the leading eigenvalues of a running :class:`GameModule`, and adapts its momentum on request.
 
@@ -91,17 +93,10 @@ class GameSpectrumCallback(Constructed, OneFitCallback):
         max_change: tuple[float, float] = (0.1, math.pi / 8),
         max_products: int = 2000,
     ) -> None:
-        if every_n_updates < 1 or (k is not None and k < 1) or max_products < 1:
-            raise ValueError(
-                "every_n_updates, k and max_products must be at least 1 (k: or None). "
-                f"Got {every_n_updates}, {k} and {max_products}."
-            )
-        if which not in get_args(Which):
-            raise ValueError(f"which must be one of {get_args(Which)}. Got {which!r}.")
+        at_least(1, every_n_updates=every_n_updates, k=k, max_products=max_products)
         if not 0.0 <= max_momentum < 1.0:
             raise ValueError(f"max_momentum must lie in [0, 1): |β| ≥ 1 never converges. Got {max_momentum}.")
-        if not min(max_change) >= 0:
-            raise ValueError(f"max_change must not be negative. Got {max_change}.")
+        at_least(0, max_change=max_change)
         self.every_n_updates, self.k, self.which, self.per_player = every_n_updates, k, which, per_player
         self.adapt, self.max_momentum, self.max_change = adapt, max_momentum, max_change
         self.max_products = max_products

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
@@ -23,6 +24,7 @@ from lightning_nested.trainer.use import OneFitCallback, Use
 _POWER_ITERATIONS = 10
 
 
+@checked
 class GeneratorEMA(Constructed, OneFitCallback):
     """Average w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including ``start``.
 
@@ -53,12 +55,8 @@ class GeneratorEMA(Constructed, OneFitCallback):
         buffers: Literal["average", "copy"] = "average",
         module: str = "generator",
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must lie in [0, 1). Got {decay}.")
-        if start < 0:
-            raise ValueError(f"start must be at least 0. Got {start}.")
-        if buffers not in ("average", "copy"):
-            raise ValueError(f"buffers must be 'average' or 'copy'. Got {buffers!r}.")
+        fraction(decay=decay)
+        at_least(0, start=start)
         self.decay, self.start, self.buffers, self.module = decay, start, buffers, module
         self.updates = 0
         self._average: nn.Module | None = None

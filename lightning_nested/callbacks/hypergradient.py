@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
@@ -34,6 +35,7 @@ from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.stand_ins import StandIns
 
 
+@checked
 class HypergradientCallback(OuterLoopCallback):
     """Tunes hyperparameters inside one ``fit``, by the gradient of the validation loss through the training.
 

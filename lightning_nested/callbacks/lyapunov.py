@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_nested.dynamics.checks import require_at_least, require_window
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Tangents
 from lightning_nested.files import replace_figure
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@checked
 class LyapunovCallback(Constructed, OneFitCallback):
     """Measures how fast small differences of the weights grow during training.
 
@@ -96,10 +97,9 @@ class LyapunovCallback(Constructed, OneFitCallback):
         smoothing: int = 20,
         figure: bool = False,
     ) -> None:
-        require_at_least(1, k=k, every_n_steps=every_n_steps, orthonormalize_every=orthonormalize_every)
-        require_at_least(1, smoothing=smoothing)
-        require_at_least(0, warmup_steps=warmup_steps, align=align)
-        require_window(window)
+        at_least(1, k=k, every_n_steps=every_n_steps, orthonormalize_every=orthonormalize_every)
+        at_least(1, smoothing=smoothing)
+        at_least(0, warmup_steps=warmup_steps, align=align)
         self.k, self.every_n_steps, self.warmup_steps = k, every_n_steps, warmup_steps
         self.orthonormalize_every, self.align, self.fixed_batch = orthonormalize_every, align, fixed_batch
         self.window: Literal["uniform", "bump"] = window

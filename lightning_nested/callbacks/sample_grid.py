@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.callback import (
     ClassConditionalSampler,
     check_samples,
@@ -25,6 +26,7 @@ from lightning_nested.trainer.run_folder import keeps_files
 from lightning_nested.trainer.use import OneFitCallback
 
 
+@checked
 class SampleGrid(Constructed, OneFitCallback):
     """Grid with one row per class, each image from the same z at every time, for TensorBoard and as PNG files.
 
@@ -43,14 +45,15 @@ class SampleGrid(Constructed, OneFitCallback):
     """
 
     def __init__(
-        self, every_n_updates: int = 1000, *, per_class: int = 8, batch_norm: str = "running", seed: int = 0
+        self,
+        every_n_updates: int = 1000,
+        *,
+        per_class: int = 8,
+        batch_norm: Literal["running", "batch", "standing"] = "running",
+        seed: int = 0,
     ) -> None:
-        if every_n_updates < 1 or per_class < 1:
-            raise ValueError(
-                f"every_n_updates and per_class must be at least 1. Got {every_n_updates} and {per_class}."
-            )
-        if batch_norm not in ("running", "batch", "standing"):
-            raise ValueError(f"batch_norm must be running, batch or standing. Got {batch_norm!r}.")
+        at_least(1, every_n_updates=every_n_updates, per_class=per_class)
+        at_least(0, seed=seed)
         self.every_n_updates, self.per_class = every_n_updates, per_class
         self.batch_norm, self.seed = batch_norm, seed
         self._last = 0

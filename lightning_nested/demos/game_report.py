@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.figures.game_report import game_figure
 from lightning_nested.hyperparameters.constructed import Constructed
@@ -19,6 +20,7 @@ from lightning_nested.trainer.use import OneFitCallback
 _FLOOR = 1e-13
 
 
+@checked
 class GameReport(Constructed, OneFitCallback):
     """Report of a :class:`ZooGame` at the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png``.
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.demos.reference_runs import fit_like, test_like
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
@@ -28,6 +29,7 @@ _QUANTILES = (0.1, 0.5, 0.9)
 _METRIC = "test_accuracy"
 
 
+@checked
 class LabelNoiseReport(Constructed, OneFitCallback):
     """Measure, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
 

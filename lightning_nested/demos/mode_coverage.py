@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least as require_at_least, checked
 from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.hyperparameters.constructed import Constructed
@@ -18,6 +19,7 @@ from lightning_nested.trainer.run_folder import run_folder, write_report
 from lightning_nested.trainer.use import OneFitCallback
 
 
+@checked
 class ModeCoverage(Constructed, OneFitCallback):
     """Count the covered modes and good samples of a :class:`GANModule` while it trains.
 
@@ -52,11 +54,8 @@ class ModeCoverage(Constructed, OneFitCallback):
         seed: int = 0,
         name: str = "modes",
     ) -> None:
-        if min(every_n_updates, num_samples, at_least) < 1:
-            raise ValueError(
-                "every_n_updates, num_samples and at_least must be at least 1. "
-                f"Got {every_n_updates}, {num_samples} and {at_least}."
-            )
+        require_at_least(1, every_n_updates=every_n_updates, num_samples=num_samples, at_least=at_least)
+        require_at_least(0, seed=seed)
         self.every_n_updates, self.num_samples, self.at_least = every_n_updates, num_samples, at_least
         self.seed, self.name = seed, name
         self.history: list[tuple[int, int, float]] = []

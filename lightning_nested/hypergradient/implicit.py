@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Linearization, Loss, as_curvature
 from lightning_nested.linalg.graph import refuse_sparse
 from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, UnitProducts
@@ -141,6 +142,7 @@ class _InnerProblem:
         return average(total, self.reduce), tuple(scale_(p.mixed(v), -1.0) for p in self.penalties)
 
 
+@checked
 def implicit_hypergradient(
     inner_loss: Loss,
     outer_loss: Tensor,

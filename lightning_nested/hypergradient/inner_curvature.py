@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked, positive
 from lightning_nested.linalg.curvature import (
     FiniteDifferenceOperator,
     GaussNewtonOperator,
@@ -68,6 +69,7 @@ class Hessian(Curvature):
         return _by_graph(operator, operator.gradient)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton(Curvature):
     """The generalised Gauss-Newton matrix; see :class:`GaussNewtonOperator`.
@@ -91,6 +93,7 @@ class GaussNewton(Curvature):
         return _by_graph(operator, gradient_with_graph(loss, params))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class FiniteDifference(Curvature):
     """The Hessian and the mixed derivative by central differences of gradients: no second derivative is taken.
@@ -103,6 +106,9 @@ class FiniteDifference(Curvature):
     """
 
     epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        positive(epsilon=self.epsilon)
 
     def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
         """Compute one gradient."""

@@ -244,7 +244,10 @@ class Hyperparameter(Constructed, ABC):
     def _use(self, transform: Transform, init: float | Sequence[float]) -> None:
         """Set the transform, and refuse an initial value outside its range at once instead of in ``fit``."""
         self.transform = transform
-        transform.start(torch.tensor(init, dtype=torch.float64))
+        try:
+            transform.start(torch.tensor(init, dtype=torch.float64))
+        except ValueError as error:
+            raise ValueError(f"init of {self.name!r} must lie in its transform's range: {error}") from error
 
     def _create(self, values: Mapping[str, Tensor], device: torch.device | str) -> None:
         """Create leaves at natural ``values``; an earlier tensor of that name and shape keeps its own."""

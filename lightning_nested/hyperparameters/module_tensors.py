@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Unconstrained
 
 
+@checked
 class ModuleTensors(Hyperparameter):
     """A submodule's parameters, or one tensor, of an existing module: an augmentation network, learned images.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.transforms import Interval, Transform, Unconstrained
 from lightning_nested.hyperparameters.weights import BoundHyperparameter
 
 
+@checked
 class Scalar(BoundHyperparameter):
     """One number for any use; ``module.name.value()`` returns it with its graph.
 
@@ -28,8 +29,6 @@ class Scalar(BoundHyperparameter):
 
     def __init__(self, name: str, init: float, transform: Transform | None = None) -> None:
         super().__init__()
-        if not math.isfinite(init):
-            raise ValueError(f"init must be finite. Got {init} for {name!r}.")
         self.name, self.init = name, float(init)
         self._use(transform or Unconstrained(), self.init)
 
@@ -41,6 +40,7 @@ class Scalar(BoundHyperparameter):
         return self.natural("value", self.raw("value"))
 
 
+@checked
 class Integer(Scalar):
     """A whole number in lower … upper: the floor of a real one in (lower, upper + 1).
 
@@ -68,6 +68,7 @@ class Integer(Scalar):
         return self.transform.inverse(value + 0.5)
 
 
+@checked
 class Categorical(BoundHyperparameter):
     """Choice of the option with the largest score. Tuned by hypernetworks, whose perturbations try others.
 
@@ -113,6 +114,7 @@ class Categorical(BoundHyperparameter):
         return self.options[int(index)] if index.dim() == 0 else [self.options[i] for i in index.tolist()]
 
 
+@checked
 class LabelSmoothing(Scalar):
     """Cross-entropy against (1 − ε)·target + ε/classes, with ε tuned; differentiable.
 

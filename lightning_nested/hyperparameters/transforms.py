@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_nested.arguments import checked
+
 
 class Transform(ABC):
     """A differentiable map from all reals to the allowed values, with a stable inverse."""
@@ -72,6 +74,7 @@ class Unconstrained(Transform):
         return value
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Exp(Transform):
     """value = exp(raw) > 0: a step of the optimizer is a factor. Projected into [lower, upper] after each step.
@@ -118,6 +121,7 @@ class Softplus(Transform):
         return value + torch.log(-torch.expm1(-value))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Interval(Transform):
     """value = lower + (upper − lower)·σ(raw), in the open interval (lower, upper).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
@@ -18,6 +18,7 @@ from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
 from lightning_nested.linalg.vectors import Vector
 
 
+@checked
 class WeightDecay(Hyperparameter):
     """L2 penalty ½ Σᵢ dᵢ wᵢ² on the inner loss, with d tuned.
 
@@ -44,9 +45,7 @@ class WeightDecay(Hyperparameter):
         name: str = "weight_decay",
     ) -> None:
         super().__init__()
-        if per not in ("model", "tensor", "parameter"):
-            raise ValueError(f"per must be 'model', 'tensor' or 'parameter'. Got {per!r}.")
-        if not (init > 0 and math.isfinite(init)):
+        if not init > 0:
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
         self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked, is_number
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Interval, Softplus, Transform
 
@@ -30,6 +31,7 @@ class BoundHyperparameter(Hyperparameter):
         return self.name
 
 
+@checked
 class ExampleWeights(BoundHyperparameter):
     """One weight per training example: the validation loss finds the ones that hurt.
 
@@ -86,6 +88,7 @@ class ExampleWeights(BoundHyperparameter):
         return self.transform.forward(raw[index.to(raw.device)])
 
 
+@checked
 class LossWeights(BoundHyperparameter):
     """One weight per named part of a training loss.
 
@@ -112,11 +115,12 @@ class LossWeights(BoundHyperparameter):
         name: str = "loss_weights",
     ) -> None:
         super().__init__()
-        if isinstance(names, str) or not names or len(set(names)) != len(names):
+        if not names or len(set(names)) != len(names):
             raise ValueError(f"names must be a list of different names. Got {names!r}.")
         self.names, self.name = tuple(names), name
-        self.init = tuple([init] * len(self.names) if isinstance(init, (int, float)) else init)
-        if len(self.init) != len(self.names) or not all(math.isfinite(i) for i in self.init):
+        several = [init] * len(self.names) if is_number(init) else init
+        self.init = tuple(cast("Sequence[float]", several))
+        if len(self.init) != len(self.names):
             raise ValueError(f"init must be finite, one or one per name. Got {init!r} for {list(names)}.")
         self._use(transform or Softplus(), self.init)
 

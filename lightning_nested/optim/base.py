@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeAlias, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_nested.arguments import shown
 from lightning_nested.optim.options import Check, checked, flag, non_negative
 
 Closure = Callable[[], float]
@@ -51,6 +52,13 @@ class GameOptimizer(Optimizer, ABC):
     slots: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params must be a list of parameters or of groups. Got {shown(params)}.")
+        # torch itself refuses tensors and sets, with a good message
+        if not isinstance(params, Tensor | set):
+            params = cast("ParamsT", list(params))
+            if not params:
+                raise ValueError("params must hold a parameter or a group. Got an empty parameter list.")
         super().__init__(params, checked(self.checks, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -62,6 +70,10 @@ class GameOptimizer(Optimizer, ABC):
         if not isinstance(param_group, dict):
             raise TypeError(f"A parameter group must be a dict. Got {type(param_group).__name__}.")
         group = dict(param_group)
+        if "params" not in group:
+            raise ValueError(
+                f"A parameter group must have the entry 'params'. Got {sorted(map(str, group))}."
+            )
         group.update(checked(self.checks, {**self.defaults, **group}))
         for name in OF_TORCH:
             if group.get(name):

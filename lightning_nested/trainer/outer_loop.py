@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_nested.arguments import at_least
 from lightning_nested.files import replace_text
 from lightning_nested.hyperparameters import OuterReport, OuterStep
 from lightning_nested.hyperparameters.constructed import Constructed
@@ -29,7 +30,6 @@ from lightning_nested.trainer.use import OneFitCallback
 
 _COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
 _OPTIONS = ("restart_every", "max_skipped", "log_every_n_outer_steps")
-_POSITIVE = {"every_n_steps", "restart_every", "accumulate_grad_batches"}
 
 
 class OuterLoop:
@@ -66,7 +66,9 @@ class OuterLoop:
     ) -> None:
         self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
         self.max_skipped, self.log_every_n_outer_steps = max_skipped, log_every_n_outer_steps
-        check_counts(**vars(self))
+        at_least(1, every_n_steps=every_n_steps, restart_every=restart_every)
+        at_least(0, warmup_steps=warmup_steps, max_skipped=max_skipped)
+        at_least(0, log_every_n_outer_steps=log_every_n_outer_steps)
         self.owner, self.outer = owner, outer
         self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.last_report: OuterReport | None = None
@@ -357,18 +359,6 @@ class OuterLoopCallback(HasOuterLoop, Constructed, OneFitCallback):
         found = [state for state in states.values() if isinstance(state, dict) and "outer" in state]
         if self.state_key not in states and found:
             self.load_state_dict(found[0])
-
-
-def check_counts(**options: object) -> None:
-    """Refuse whole numbers that are too small: below 1 or 0, as the option's name demands.
-
-    Raises:
-        ValueError: It names the first one.
-    """
-    for name, value in options.items():
-        least = int(name in _POSITIVE)
-        if isinstance(value, int | float) and value < least:
-            raise ValueError(f"{name} must be at least {least}. Got {value}.")
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.evaluators import (
     Batches,
     Evaluator,
@@ -87,6 +88,7 @@ def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
     return images.float()
 
 
+@checked
 class GenerativeMetrics(Constructed, OneFitCallback):
     """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
 
@@ -134,15 +136,12 @@ class GenerativeMetrics(Constructed, OneFitCallback):
         cache: str | None = None,
         seed: int = 0,
     ) -> None:
-        if num_samples < 2 or every_n_validations < 1:
-            raise ValueError(
-                "num_samples must be at least 2 and every_n_validations at least 1. "
-                f"Got {num_samples} and {every_n_validations}."
-            )
-        if split not in ("train", "val", "test"):
-            raise ValueError(f"split must be 'train', 'val' or 'test'. Got {split!r}.")
-        _check_among("scores", scores, get_args(Score))
-        _check_among("batch_norm", batch_norm, get_args(BatchNormMode))
+        at_least(2, num_samples=num_samples)
+        at_least(1, every_n_validations=every_n_validations)
+        at_least(0, seed=seed)
+        for name, given in (("scores", scores), ("batch_norm", batch_norm)):
+            if not given:
+                raise ValueError(f"{name} must have at least one entry. Got {given}.")
         self.evaluator, self.num_samples, self.split = evaluator, num_samples, split
         self.batch_norm, self.scores, self.options = tuple(batch_norm), tuple(scores), options
         self.every_n_validations, self.cache, self.seed = every_n_validations, cache, seed
@@ -357,14 +356,6 @@ class GenerativeMetrics(Constructed, OneFitCallback):
                 "scores": found,
             }
             append_line(Path(trainer.default_root_dir) / "scores.jsonl", json.dumps(record))
-
-
-def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown or isinstance(given, str) or not given:
-        raise ValueError(
-            f"{what} must be a list of {', '.join(known)}. Got {given if isinstance(given, str) else list(given)}."
-        )
 
 
 def _whole(loader: Iterable[Any]) -> Iterable[Any]:

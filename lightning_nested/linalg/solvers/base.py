@@ -130,12 +130,6 @@ def check_finite(value: float, what: str) -> float:
     return value
 
 
-def check_positive(name: str, value: float | None, *, zero: bool = False) -> None:
-    """Raise ValueError unless the value is positive, or None; ``zero=True`` allows 0."""
-    if value is not None and not (value > 0 or (zero and value == 0)):
-        raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'}. Got {value}.")
-
-
 def factorizable_dtype(dtype: torch.dtype) -> torch.dtype:
     """Promote to float32: torch has no half-precision factorizations."""
     return torch.promote_types(dtype, torch.float32)

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
     LinearSystem,
     Solution,
     SolverState,
-    check_positive,
 )
 from lightning_nested.linalg.vectors import Vector, add_, clone, dot, norm, scale_, zeros_like
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Neumann(InverseSolver):
     """Truncated series x = α Σ_{k=0}^{K} (I − αA)ᵏ b.
@@ -43,9 +44,9 @@ class Neumann(InverseSolver):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        check_positive("num_terms", self.num_terms, zero=True)
-        check_positive("step_size", self.step_size)
-        check_positive("tolerance", self.tolerance, zero=True)
+        at_least(0, num_terms=self.num_terms)
+        positive(step_size=self.step_size)
+        at_least(0, tolerance=self.tolerance)
 
     def _solve(self, system: LinearSystem) -> Solution:
         products, state = 0, system.state

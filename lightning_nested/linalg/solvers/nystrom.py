@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.solvers.base import (
@@ -15,13 +16,13 @@ from lightning_nested.linalg.solvers.base import (
     LinearSystem,
     Solution,
     check_finite,
-    check_positive,
     factorizable_dtype,
     symmetrized,
 )
 from lightning_nested.linalg.vectors import Vector, add_, clone, flatten, norm, unflatten
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Nystrom(InverseSolver):
     """Nyström inverse: A ≈ U Λ Uᵀ from ``rank`` products, x = U(Λ + ρ)⁻¹Uᵀb + (b − UUᵀb)/ρ.
@@ -44,8 +45,9 @@ class Nystrom(InverseSolver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive("rank", self.rank)
-        check_positive("damping", self.damping, zero=True)
+        positive(rank=self.rank)
+        at_least(0, damping=self.damping)
+        at_least(0, seed=self.seed)
 
     def factor(
         self, operator: LinearOperator, like: Vector, *, reduce: Reduce | None = None

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.arguments import check
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_factories, check_monitors, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
@@ -118,11 +119,12 @@ class GameModule(OneFitModule, LightningModule):
         optimizer: OptimizerCallable | None = None,
         optimizers: dict[str, OptimizerCallable] | None = None,
         scheduler: LRSchedulerCallable | None = None,
-        schedulers: dict[str, LRSchedulerCallable] | None = None,
+        schedulers: dict[str, LRSchedulerCallable | None] | None = None,
         update: Update = "alternating",
         steps_per_player: dict[str, int] | None = None,
         loop: GameLoop = GameLoop(),  # noqa: B008 - frozen
     ) -> None:
+        check(GameModule.__init__, locals())
         super().__init__()
         if built_by_command_line():  # saves the configuration, all plain data, in place of the values
             self.save_hyperparameters()

@@ -99,7 +99,7 @@ def build_optimizers(
     players: Mapping[str, nn.Module],
     optimizers: Mapping[str, OptimizerCallable],
     optimizer: OptimizerCallable | None,
-    schedulers: Mapping[str, LRSchedulerCallable],
+    schedulers: Mapping[str, LRSchedulerCallable | None],
     scheduler: LRSchedulerCallable | None,
 ) -> tuple[list[Optimizer], list[dict[str, Any]]]:
     """Return the optimizer of each player, and Lightning's configurations of the schedulers.

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, check
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.gan.biggan_options import (
     BatchNormMode,
@@ -118,6 +119,8 @@ class BigGAN(GANModule):
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         execution: Execution = Execution(),  # noqa: B008 - frozen
     ) -> None:
+        check(BigGAN.__init__, locals())
+        at_least(1, discriminator_steps=discriminator_steps)
         schedulers = {"generator": generator_scheduler, "discriminator": discriminator_scheduler}
         loop = GameLoop(reuse_batch=True) if loop is None else loop
         if objective.reuse_fakes and not loop.reuse_batch:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypernetworks.linearized import Weights
 from lightning_nested.hypernetworks.loops import DeltaSTN, ResponseLoop
 from lightning_nested.hypernetworks.response import Mode
@@ -54,6 +55,7 @@ def default_hyperparameter_optimizer(tensors: Any) -> Optimizer:
     return torch.optim.Adam(tensors, lr=0.01)
 
 
+@checked
 class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
     """Train a network together with its response to hyperparameters, and tune them through it; to be extended.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
@@ -33,6 +34,7 @@ from lightning_nested.trainer.use import OneFitModule, Use
 _HOOKS = "setup, on_fit_start, on_train_start, on_train_epoch_end, on_save_checkpoint and on_load_checkpoint"
 
 
+@checked
 class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
     """Alternates inner steps on the training data with outer steps on the validation data; to be extended.
 
