@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.vectors import Vector, norm, zeros_like
@@ -111,16 +112,6 @@ class InverseSolver(ABC):
 
     @abstractmethod
     def _solve(self, system: LinearSystem) -> Solution: ...
-
-
-def check_finite(value: float, what: str) -> float:
-    """Return the value, or raise FloatingPointError if it is not finite."""
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{what} must be finite. Got {value}: the loss or its derivatives overflowed; lower the learning rates, "
-            "add damping, or train in a wider precision."
-        )
-    return value
 
 
 def check_positive(name: str, value: float | None, *, zero: bool = False) -> None:
