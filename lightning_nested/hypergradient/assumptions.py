@@ -16,7 +16,7 @@ from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvatu
 from lightning_nested.hypergradient.retraining import Problem
 from lightning_nested.linalg.curvature import HessianOperator
 from lightning_nested.linalg.finite import check_matrix
-from lightning_nested.linalg.graph import DoubleBackwardError, graph_nodes, vjp
+from lightning_nested.linalg.graph import OTHER_FORMS, DoubleBackwardError, graph_nodes, vjp
 from lightning_nested.linalg.operators import as_operator
 from lightning_nested.linalg.vectors import flatten, unflatten
 
@@ -42,9 +42,7 @@ def inspect(
         failures.append(
             "no double backward: every operation of inner_loss must have a second derivative. Got "
             f"{blocking_operations(problem.inner(), str(error))} without: run it in a form that has one "
-            "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH) for attention, torch.backends.cudnn.flags("
-            "enabled=False) for RNNs, no torch.compile), or use curvature=FiniteDifference(), as was done "
-            "for the figures here."
+            f"({OTHER_FORMS}), or use curvature=FiniteDifference(), as was done for the figures here."
         )
         twice, curvature = False, FiniteDifference()
         with suppress(FloatingPointError):  # the solver meets it again, and says so
@@ -185,6 +183,8 @@ def unseen(problem: Problem, *, twice: bool) -> dict[int, bool]:
 
 def blocking_operations(loss: Tensor, message: str) -> str:
     """Name the operation without a second derivative, from autograd's message or as a custom one in the graph."""
+    if "weight_norm" in message:
+        return "weight_norm"
     if found := re.search(r"derivative for (\S+) is not implemented", message):
         return found[1]
     kind = torch.autograd.function.BackwardCFunction

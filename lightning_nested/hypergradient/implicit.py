@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Linearization, Loss, as_curvature
-from lightning_nested.linalg.graph import refuse_sparse
+from lightning_nested.linalg.graph import (
+    HIDDEN,
+    hides_layers,
+    infinite_operations,
+    refuse_sparse,
+    without_hooks,
+)
 from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, UnitProducts
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.solvers.base import Solution, SolverState
@@ -86,14 +92,20 @@ def implicit_result(
     """
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
-    outer = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
-    refuse_sparse(outer)
-    b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
-    problem = as_curvature(curvature).linearize(inner_loss, w)
-    inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
-    solution = as_solver(solver).solve(inner.operator(), b, state=state, reduce=reduce)
-    found = inner.hypergradient(solution.x, direct, allow_unused)
-    plain = inner.hypergradient(b, direct, allow_unused) if compare_identity else None
+    with without_hooks(w):
+        outer = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
+        refuse_sparse(outer)
+        b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
+        problem = as_curvature(curvature).linearize(inner_loss, w)
+        inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
+        try:
+            solution = as_solver(solver).solve(inner.operator(), b, state=state, reduce=reduce)
+        except FloatingPointError as error:
+            if isinstance(inner_loss, Tensor):
+                _explain_infinite_curvature(error, inner_loss, w, problem.gradient)
+            raise
+        found = inner.hypergradient(solution.x, direct, allow_unused)
+        plain = inner.hypergradient(b, direct, allow_unused) if compare_identity else None
     return ImplicitResult(
         hypergradient=found[0],
         penalties=found[1],
@@ -197,6 +209,20 @@ def implicit_hypergradient(
     return result.hypergradient
 
 
+def _explain_infinite_curvature(
+    error: FloatingPointError, loss: Tensor, params: Vector, gradient: Vector
+) -> None:
+    """Raise an error that names the operation, if the gradient is finite and a derivative of it is not."""
+    if not all(bool(g.isfinite().all()) for g in gradient):
+        return
+    if names := infinite_operations(loss, params):
+        raise FloatingPointError(
+            f"The second derivative of the inner loss must be finite. Got a finite gradient whose derivative is not in "
+            f"{names} (as in a norm or a root at 0): use curvature=FiniteDifference(), or keep the operation away from "
+            "there, (x² + ε).sqrt() in place of x.norm() say."
+        ) from error
+
+
 def _unscale(v: Vector, scale: float) -> Vector:
     return v if scale == 1.0 else tuple(a / scale for a in v)
 
@@ -221,12 +247,16 @@ def _check_inputs(
                 f"{name} must carry its graph. Got a tensor that does not require gradients: was it computed under "
                 "torch.no_grad(), detached, or independent of the parameters?"
             )
+    if isinstance(outer_loss, Tensor) and hides_layers(outer_loss):
+        raise RuntimeError(HIDDEN)
     if not params:
         raise ValueError("params must hold at least one tensor. Got none.")
     if not hparams and not penalties:
         raise ValueError("hparams must hold at least one tensor. Got none.")
     for name, group in (("params", params), ("hparams", hparams)):
         for i, x in enumerate(group):
+            if not x.is_floating_point():
+                raise ValueError(f"{name}[{i}] must be a real floating-point tensor. Got {x.dtype}.")
             if not x.requires_grad:
                 raise ValueError(f"{name}[{i}] must require gradients. Got shape {tuple(x.shape)} without.")
     if overlap := {id(p) for p in params} & {id(h) for h in hparams}:

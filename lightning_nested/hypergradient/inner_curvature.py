@@ -18,7 +18,7 @@ from lightning_nested.linalg.curvature import (
     difference_length,
     gradient_with_graph,
 )
-from lightning_nested.linalg.graph import explain_double_backward, refuse_sparse, vjp
+from lightning_nested.linalg.graph import HIDDEN, explain_double_backward, hides_layers, refuse_sparse, vjp
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
 from lightning_nested.linalg.vectors import Vector
 
@@ -112,6 +112,8 @@ class FiniteDifference(Curvature):
                 f"that returns it. Got a {type(inner_loss).__name__}."
             )
         value = inner_loss()
+        if hides_layers(value):
+            raise RuntimeError(HIDDEN)
         length = self.epsilon if self.epsilon is not None else difference_length(params, value)
         gradient = _gradient(value, params)
         operator = FiniteDifferenceOperator(lambda: _gradient(inner_loss(), params), params, epsilon=length)

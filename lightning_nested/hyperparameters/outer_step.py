@@ -151,7 +151,15 @@ class OuterStep:
         removed, hyperparameters of those that stay keep their values and the optimizer's state, the rest starts at
         its initial value, and the solver's state is dropped. Where none stays, or one has another shape, the
         parameters are those of another model: all of this object starts again, as after :meth:`reset`.
+
+        Raises:
+            ValueError: A parameter is complex.
         """
+        if complex_ones := [f"{name} ({p.dtype})" for name, p in parameters.items() if p.is_complex()]:
+            raise ValueError(
+                f"Inner parameters must be real. Got {', '.join(complex_ones)}: freeze them, or make the parameter "
+                "of their real and imaginary parts (torch.view_as_real), and use torch.view_as_complex on it."
+            )
         inner = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
         shared = inner.keys() & self._inner.keys()
         if self._inner and (not shared or any(inner[name][0] != self._inner[name][0] for name in shared)):

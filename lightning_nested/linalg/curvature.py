@@ -14,8 +14,8 @@ from lightning_nested.linalg.graph import (
     Pushforward,
     explain_double_backward,
     graph_nodes,
-    refuse_once_differentiable,
     refuse_sparse,
+    refuse_wrong_derivatives,
     vjp,
 )
 from lightning_nested.linalg.operators import LinearOperator
@@ -58,13 +58,14 @@ def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
     searched for one.
 
     Raises:
-        DoubleBackwardError: An operation of the loss can be differentiated only once.
+        DoubleBackwardError: An operation of the loss can be differentiated only once, or a second time wrongly.
+        RuntimeError: Reentrant checkpointing hides layers.
     """
     one = torch.ones_like(loss, requires_grad=True)
     with explain_double_backward():
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True)
         refuse_sparse(gradient)
-        refuse_once_differentiable(gradient)
+        refuse_wrong_derivatives((loss, *gradient))
     return zeros_where_none(gradient, params)
 
 

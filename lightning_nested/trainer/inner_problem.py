@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_nested.hyperparameters import OuterStep
+from lightning_nested.linalg.graph import HIDDEN, hides_layers
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loss import evaluate_outer
@@ -76,8 +78,12 @@ class InnerProblem:
         self.optimizer.step()
 
 
+# Losses whose graphs were searched for reentrant checkpointing: once is enough, every step would be too dear.
+_SHOWN: WeakKeyDictionary[LightningModule, set[tuple[str, str | None]]] = WeakKeyDictionary()
+
+
 def check_loss(name: str, module: LightningModule, loss: object, *, player: str | None = None) -> Tensor:
-    """Return the loss (of a player of a game); refuse what is not a scalar with its graph."""
+    """Return the loss (of a player of a game); refuse what is not a scalar with its graph, to every layer."""
     where, whose = f"{type(module).__name__}.{name}", "" if player is None else f" for {player!r}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -89,6 +95,11 @@ def check_loss(name: str, module: LightningModule, loss: object, *, player: str 
             f"{where} must return a tensor with its graph{whose}. Got one that does not require gradients: remove "
             "torch.no_grad() and .detach() from its computation."
         )
+    seen = _SHOWN.setdefault(module, set())
+    if (name, player) not in seen:
+        if hides_layers(loss):
+            raise MisconfigurationException(f"{where}: {HIDDEN}")
+        seen.add((name, player))
     return loss.reshape(())
 
 
