@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Linearization, Loss, as_curvature
+from lightning_nested.linalg.curvature import FiniteDifferenceOperator
 from lightning_nested.linalg.graph import (
     HIDDEN,
     hides_layers,
@@ -97,7 +98,10 @@ def implicit_result(
         refuse_sparse(outer)
         b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
         problem = as_curvature(curvature).linearize(inner_loss, w)
-        inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
+        inner, state = (
+            _InnerProblem(problem, hyper, penalties, reduce, inner_scale),
+            _calibrated(problem, b, state),
+        )
         try:
             solution = as_solver(solver).solve(inner.operator(), b, state=state, reduce=reduce)
         except FloatingPointError as error:
@@ -207,6 +211,18 @@ def implicit_hypergradient(
         inner_loss, outer_loss, params, hparams, solver=solver, curvature=curvature, reduce=reduce
     )
     return result.hypergradient
+
+
+def _calibrated(problem: Linearization, b: Vector, state: SolverState | None) -> SolverState:
+    """Take the length of differences from the previous solve; measure it at solves 1, 2, 4, 8 and so on."""
+    operator, state = problem.curvature, state if state is not None else SolverState()
+    if not isinstance(operator, FiniteDifferenceOperator) or not operator.calibrates:
+        return state
+    solves = state.solves + 1
+    operator.length = state.length if state.length is not None else operator.length
+    if state.length is None or solves & (solves - 1) == 0:
+        operator.calibrate(b)
+    return replace(state, length=operator.length, solves=solves)
 
 
 def _explain_infinite_curvature(

@@ -28,10 +28,12 @@ class SolverState:
     solution: Vector | None = None
     eigenvector: Vector | None = None  # of the largest |eigenvalue|, by power iteration
     eigenvalue: float | None = None
+    length: float | None = None  # of the move of products by differences
+    solves: int = 0  # with such products, so far
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
-        return {"solution": self.solution, "eigenvector": self.eigenvector, "eigenvalue": self.eigenvalue}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any], like: Vector) -> None:
         """Restore, on the devices of ``like``."""
@@ -41,6 +43,7 @@ class SolverState:
 
         self.solution, self.eigenvector = placed(state["solution"]), placed(state["eigenvector"])
         self.eigenvalue = state["eigenvalue"]
+        self.length, self.solves = state.get("length"), state.get("solves", 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
