@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -22,11 +21,11 @@ from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
-from lightning_nested.trainer.attributes import replace_placeholders
+from lightning_nested.trainer.attributes import replace_placeholders, take_out
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import untouched_buffers
-from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
+from lightning_nested.trainer.lightning import accumulates, loss_scale, reduction, step_loss
 from lightning_nested.trainer.outer_loop import HasOuterLoop, OfLoop, OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.requirements import refuse_strategy
@@ -66,6 +65,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before the run
             ends with ``FloatingPointError``; failed steps are skipped, counted and logged.
+        self_check: Check products at the first outer step, for about three gradients, and warn of what is wrong.
 
     Raises:
         MisconfigurationException: In ``setup`` or at the start of ``fit``: manual optimization, a strategy that
@@ -90,6 +90,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         outer_dataloader: Any = None,
         log_every_n_outer_steps: int = 10,
         max_skipped: int = 10,
+        self_check: bool = True,
     ) -> None:
         self.outer = OuterStep(
             as_hyperparameters(hyperparameters),
@@ -105,6 +106,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
             restart_every=restart_every,
             max_skipped=max_skipped,
             log_every_n_outer_steps=log_every_n_outer_steps,
+            self_check=self_check,
         )
         self.curvature, self.outer_dataloader = curvature, outer_dataloader
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
@@ -154,7 +156,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         self._module = pl_module
         for hyperparameter in self.outer.hyperparameters:
             hyperparameter.attach_module(pl_module)
-        _take_out(optimizer, self.outer)
+        take_out(optimizer, self.outer)
         self._collect(trainer, pl_module)
         decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
         if any(decays) and self.outer.decays:
@@ -182,15 +184,18 @@ class HypergradientCallback(HasOuterLoop, Callback):
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
-        if self._inner.observes and (
-            not self._inner.repeats or self.should_update(trainer, self.inner_steps)
+        again = self.outer_loop.check.may_repeat(pl_module)
+        if (self._inner.observes or again) and (
+            not (self._inner.repeats or again) or self.should_update(trainer, self.inner_steps)
         ):
-            self._observe(trainer, pl_module, batch, batch_idx)
+            self._inner.observe_step(trainer, self._methods, batch, batch_idx, again=again)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self.should_update(trainer, self.inner_steps):
+            if self.outer_loop.check.takes_probe():
+                self._probe(trainer, pl_module)
             return
         self._inner.add(loss)
         if accumulates(trainer):
@@ -206,6 +211,12 @@ class HypergradientCallback(HasOuterLoop, Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._methods.put_back()
         self.outer.clear_gradients()
+        if self.outer_loop.check.is_due and self._attempted and trainer.world_size == 1:
+            self.outer_loop.check.hidden(self._inner.losses, self.outer_loop.parameters)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.outer_loop.conclude()
 
     @override
     def on_before_optimizer_step(
@@ -214,7 +225,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         # A fused optimizer divides by the scale of fp16 itself, after this.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         for decay in self.outer.decays:
-            decay.add_gradient_(self.outer_loop.parameters, _loss_scale(trainer) if fused else 1.0)
+            decay.add_gradient_(self.outer_loop.parameters, loss_scale(trainer) if fused else 1.0)
 
     @override
     def on_train_batch_end(
@@ -275,37 +286,21 @@ class HypergradientCallback(HasOuterLoop, Callback):
         parameters = {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
         self.outer_loop.build(parameters, trainer.strategy.root_device)
 
-    def _observe(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Observe the coming ``training_step``, from its beginning: hooks before it may draw random numbers."""
-        step = module.training_step
-
-        def evaluate() -> Tensor:
-            loss = step_loss(trainer, module, "training_step", batch, batch_idx)
-            assert isinstance(loss, Tensor)
-            return loss * (_loss_scale(trainer) / trainer.accumulate_grad_batches)
-
-        @functools.wraps(step)
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            self._inner.observe(evaluate)
-            self._methods.put_back()
-            return step(*args, **kwargs)
-
-        self._methods.put(module, "training_step", observed)
-
     def _find_hypergradient(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loop, scale = self.outer_loop, _loss_scale(trainer)
+        loop, scale = self.outer_loop, loss_scale(trainer)
         assert loop.batches is not None
+        inner_loss = self._inner.loss()
         outer_loss = evaluate_outer(
             trainer,
             pl_module,
             loop.batches,
-            lambda batch: self.outer_loss(trainer, pl_module, batch),
+            partial(self.outer_loss, trainer, pl_module),
             (*loop.parameters.values(), *self.outer.in_graph_tensors),
             scale=scale,
         )
         try:
             report = self.outer.compute(
-                self._inner.loss(),
+                inner_loss,
                 outer_loss,
                 loop.parameters,
                 curvature=self._inner.curvature(),
@@ -313,11 +308,18 @@ class HypergradientCallback(HasOuterLoop, Callback):
                 fixed_decay=coupled_decay(trainer.optimizers[0]),
                 inner_scale=scale,
                 compare_identity=loop.logs(self.outer_steps + 1),
+                inspect=loop.check.inspect(inner_loss, loop.parameters, self._inner.again()),
             )
         except FloatingPointError as error:
             loop.skip(error)
         else:
             loop.keep(report)
+
+    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
+        """Evaluate the outer loss long before it is needed, so that its faults show at once."""
+        loop, loss = self.outer_loop, partial(self.outer_loss, trainer, module)
+        assert loop.batches is not None
+        loop.check.probe(evaluate_outer(trainer, module, loop.batches.look_ahead(), loss), loop.parameters)
 
     def _clear_window(self) -> None:
         """Leave nothing of an earlier window of accumulated batches, wherever it was broken off."""
@@ -363,25 +365,3 @@ def _check_settings(trainer: Trainer, module: LightningModule) -> None:
                 "With accumulate_grad_batches the graphs are needed again at the window's last batch. Got "
                 f"{name}.backward{signature}, which cannot keep one; give it **kwargs and pass them to loss.backward."
             )
-
-
-def _take_out(optimizer: Optimizer, outer: OuterStep) -> None:
-    """Remove hyperparameters that are the module's own tensors from the inner optimizer."""
-    tuned = {id(t): h.name for h in outer.hyperparameters for t in h.tensors.values()}
-    removed = [p for group in optimizer.param_groups for p in group["params"] if id(p) in tuned]
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in tuned]
-    for tensor in removed:
-        optimizer.state.pop(tensor, None)
-    if removed:
-        names = dict.fromkeys(tuned[id(p)] for p in removed)
-        rank_zero_info(
-            f"HypergradientCallback tunes {', '.join(names)} by the outer loss and took {len(removed)} tensor(s) out "
-            "of the inner optimizer."
-        )
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """Return the factor on the loss that ``on_before_backward`` receives in fp16."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0

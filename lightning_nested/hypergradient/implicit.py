@@ -10,9 +10,9 @@ Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,11 +52,16 @@ class ImplicitResult:
     solution: Solution  # of the inverse-vector product
     inner_gradient: Vector  # ∂L_T/∂w without the penalties, averaged over processes; should be small
     identity_cosine: float = math.nan  # to the hypergradient of Identity(); NaN unless asked for
+    unreached: tuple[int, ...] = ()  # hyperparameters in no loss's graph; their hypergradients are zero
 
     @property
     def gradients(self) -> Vector:
         """All hypergradients: of the hyperparameters in the graphs, then of the penalties' tensors."""
         return _join(self.hypergradient, self.penalties)
+
+
+Inspect: TypeAlias = Callable[[Linearization, Vector], None]
+"""What is shown the linearized inner loss and the outer gradient, ``inspect(linearization, gradient)``."""
 
 
 def implicit_result(
@@ -73,6 +78,7 @@ def implicit_result(
     inner_scale: float = 1.0,
     allow_unused: bool = False,
     compare_identity: bool = False,
+    inspect: Inspect | None = None,
 ) -> ImplicitResult:
     """Run the engine behind :func:`implicit_hypergradient`, the callback and NestedModule.
 
@@ -90,6 +96,7 @@ def implicit_result(
             given operator is the curvature without it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
+        inspect: Is shown the linearized inner loss and the outer gradient, before the solve.
     """
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
@@ -98,24 +105,25 @@ def implicit_result(
         refuse_sparse(outer)
         b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
         problem = as_curvature(curvature).linearize(inner_loss, w)
-        inner, state = (
-            _InnerProblem(problem, hyper, penalties, reduce, inner_scale),
-            _calibrated(problem, b, state),
-        )
+        inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
+        state = _calibrated(problem, b, state)
+        if inspect is not None:
+            inspect(problem, b)
         try:
             solution = as_solver(solver).solve(inner.operator(), b, state=state, reduce=reduce)
         except FloatingPointError as error:
             if isinstance(inner_loss, Tensor):
                 _explain_infinite_curvature(error, inner_loss, w, problem.gradient)
             raise
-        found = inner.hypergradient(solution.x, direct, allow_unused)
-        plain = inner.hypergradient(b, direct, allow_unused) if compare_identity else None
+        found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
+        plain = inner.hypergradient(b, direct, allow_unused)[:2] if compare_identity else None
     return ImplicitResult(
-        hypergradient=found[0],
-        penalties=found[1],
+        hypergradient=found,
+        penalties=closed,
         solution=solution,
         inner_gradient=average(_unscale(problem.gradient, inner_scale), reduce),
-        identity_cosine=math.nan if plain is None else _cosine(_join(*found), _join(*plain)),
+        identity_cosine=math.nan if plain is None else _cosine(_join(found, closed), _join(*plain)),
+        unreached=unreached,
     )
 
 
@@ -141,8 +149,8 @@ class _InnerProblem:
 
     def hypergradient(
         self, v: Vector, direct: Sequence[Tensor | None], allow_unused: bool
-    ) -> tuple[Vector, tuple[Vector, ...]]:
-        """∂L_V/∂λ − vᵀ ∂²L_T/∂w∂λ, and −vᵀ ∂²P/∂w∂λ of each penalty."""
+    ) -> tuple[Vector, tuple[Vector, ...], tuple[int, ...]]:
+        """∂L_V/∂λ − vᵀ ∂²L_T/∂w∂λ; −vᵀ ∂²P/∂w∂λ of each penalty; and indices of hyperparameters in no graph."""
         # At unit length where the loss carries a factor, as in UnitProducts.
         size = (float(norm(v)) if self.scale != 1.0 else 1.0) or 1.0
         mixed = self.problem.mixed(_unscale(v, size), self.hparams)
@@ -154,7 +162,10 @@ class _InnerProblem:
             (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
             for h, d, m in zip(self.hparams, direct, mixed, strict=True)
         )
-        return average(total, self.reduce), tuple(scale_(p.mixed(v), -1.0) for p in self.penalties)
+        unreached = tuple(
+            i for i, pair in enumerate(zip(mixed, direct, strict=True)) if pair[0] is None and pair[1] is None
+        )
+        return average(total, self.reduce), tuple(scale_(p.mixed(v), -1.0) for p in self.penalties), unreached
 
 
 def implicit_hypergradient(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_nested.hypergradient.implicit import Penalty, implicit_result
+from lightning_nested.hypergradient.implicit import Inspect, Penalty, implicit_result
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, Loss
 from lightning_nested.hyperparameters.carry_over import Names
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
@@ -102,6 +102,9 @@ class OuterStep:
         solver: See :func:`implicit_hypergradient`.
         curvature: See :func:`implicit_hypergradient`.
 
+    Attributes:
+        unreached: Hyperparameters, as in :meth:`values`, that no loss of the last outer step depends on.
+
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: No hyperparameters, or equal names; in :meth:`build`, an optimizer that needs the loss again or a
@@ -129,10 +132,21 @@ class OuterStep:
         self.in_graph = tuple(h for h in hyperparameters if h not in self.decays)
         self.solver, self.curvature = solver, curvature
         self.solver_state = SolverState()
+        self.unreached: list[str] = []
         self._optimization = OptimizerPair(optimizer, scheduler)
         self._pending: Vector | None = None
+        self._moved: set[str] = set()
         # Shape, dtype and device of the parameters in `build`.
         self._inner: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
+
+    @property
+    def unmoved(self) -> list[str]:
+        """Hyperparameters whose hypergradients have been exactly zero in all outer steps so far."""
+        return [label for label in self._labels() if label not in self._moved]
+
+    def _labels(self) -> list[str]:
+        """Return the name of each of :attr:`tensors`, as in :meth:`values`."""
+        return [label for h in (*self.in_graph, *self.decays) for label in labelled(h.name, h.tensors)]
 
     @property
     def optimizer(self) -> Optimizer:
@@ -186,6 +200,7 @@ class OuterStep:
             hyperparameter.reset()
         self._optimization.forget()
         self.solver_state, self._pending, self._inner = SolverState(), None, {}
+        self.unreached, self._moved = [], set()
 
     @property
     def tensors(self) -> Vector:
@@ -212,6 +227,7 @@ class OuterStep:
         reduce: Reduce | None = None,
         inner_scale: float = 1.0,
         compare_identity: bool = False,
+        inspect: Inspect | None = None,
     ) -> OuterReport:
         """Find the hypergradients by :func:`implicit_result`, and hold them for :meth:`apply`.
 
@@ -224,6 +240,7 @@ class OuterStep:
             reduce: Averages a tensor over processes.
             inner_scale: Factor that ``inner_loss`` carries.
             compare_identity: Fill ``identity_cosine`` of the report.
+            inspect: See :func:`implicit_result`.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
@@ -245,7 +262,9 @@ class OuterStep:
             inner_scale=inner_scale,
             allow_unused=True,
             compare_identity=compare_identity,
+            inspect=inspect,
         )
+        self.unreached = [self._labels()[i] for i in result.unreached]
         gradient, solution = _penalized(result.inner_gradient, penalties, parameters), result.solution
         report = self._hold(
             result.gradients,
@@ -280,6 +299,7 @@ class OuterStep:
                 "The outer loss must depend on at least one hyperparameter, through the training steps or directly. "
                 f"Got none of {[h.name for h in self.hyperparameters]}: does the inner loss read them?"
             )
+        self.unreached = [label for label, g in zip(self._labels(), found, strict=True) if g is None]
         return self.hold(found, mean, reduce=reduce, inner_gradient_norm=inner_gradient_norm)
 
     def hold(
@@ -310,6 +330,9 @@ class OuterStep:
         if not math.isfinite(size):
             raise FloatingPointError(f"The hypergradient must be finite. Got norm {size}.")
         self._pending = hypergradient
+        for label, gradient in zip(self._labels(), hypergradient, strict=True):
+            if label not in self._moved and bool(gradient.any()):
+                self._moved.add(label)
         return OuterReport(hypergradient_norm=size, **found)
 
     @property

@@ -17,17 +17,23 @@ _ENOUGH = 1e-3  # relative; better products change no hypergradient that matters
 
 
 def difference_length(params: Vector, loss: Tensor | None = None) -> float:
-    """Return the first guess of the length of a move: half the cube root of the machine epsilon.
+    """Return the first guess of the length of a move: half the cube root of :func:`coarsest_epsilon`.
 
-    The epsilon is that of the coarsest dtype among the parameters and the operations of the loss: under
-    ``torch.autocast`` rounding is the narrow dtype's, whatever the parameters are kept in. It is a length, whatever
-    ‖w‖ is: networks of very different ‖w‖ have their least error between 0.001 and 0.01 in float32.
+    It is a length, whatever ‖w‖ is: networks of very different ‖w‖ have their least error between 0.001 and 0.01 in
+    float32.
+    """
+    return float(coarsest_epsilon(params, loss) ** (1 / 3)) / 2
+
+
+def coarsest_epsilon(params: Vector, loss: Tensor | None = None) -> float:
+    """Return the machine epsilon of the coarsest dtype among the parameters and the operations of the loss.
+
+    Under ``torch.autocast`` rounding is the narrow dtype's, whatever the parameters are kept in.
     """
     dtypes = {p.dtype for p in params}
     for node in graph_nodes([loss]):
         dtypes.update(meta.dtype for meta in node._input_metadata)
-    coarsest: float = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-    return float(coarsest ** (1 / 3)) / 2
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point))
 
 
 def central_difference(function: Callable[[], Vector], params: Vector, v: Vector, length: float) -> Vector:

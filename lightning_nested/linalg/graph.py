@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,8 @@ def infinite_operations(loss: Tensor, params: Sequence[Tensor]) -> str:
     if found is None:
         return ""
     failing = [node for node in graph_nodes(gradient) if node.name() == found[1]]
-    parents = [node.metadata.get("parent_") for node in failing]
+    metadata: list[Any] = [node.metadata for node in failing]
+    parents: list[Node | None] = [found.get("parent_") for found in metadata]
     names = [
         (node if parent is None else parent).name() for node, parent in zip(failing, parents, strict=True)
     ]

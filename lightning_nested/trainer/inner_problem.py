@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from lightning_nested.linalg.graph import HIDDEN, hides_layers
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loss import evaluate_outer
+from lightning_nested.trainer.self_check import SelfCheck
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +30,7 @@ class InnerProblem:
         optimizer: Optimizer of the inner ``parameters``.
         batches: Batches of the outer loss.
         accumulate: Batches per inner step.
+        check: Checks of the first outer step.
     """
 
     module: LightningModule
@@ -41,6 +43,7 @@ class InnerProblem:
     accumulate: int
     clip: float | None
     clip_algorithm: Literal["norm", "value"]
+    check: SelfCheck = field(default_factory=lambda: SelfCheck("", enabled=False))
 
     def evaluate_outer(
         self,
@@ -56,6 +59,11 @@ class InnerProblem:
             tensors,
             attributes=False,
         )
+
+    def probe(self) -> None:
+        """Evaluate the outer loss long before it is needed, so that its faults show at once."""
+        ahead = replace(self, batches=self.batches.look_ahead())
+        self.check.probe(ahead.evaluate_outer(lambda loss, batch: loss(batch)), self.parameters)
 
     def full_precision(self) -> torch.autocast:
         """Leave autocast for derivatives, as in any training."""

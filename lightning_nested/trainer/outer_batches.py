@@ -48,6 +48,7 @@ class OuterBatches:
         self.last: Any = None
         self._iterator: Iterator[Any] | None = None
         self._stream = self._new_stream()
+        self._ahead: tuple[Any, int, int] | None = None  # a batch that was looked at, and its position
 
     def next(self) -> Any:
         """Return the next batch, on the CPU; the end of the loader begins the next round.
@@ -55,6 +56,9 @@ class OuterBatches:
         Raises:
             MisconfigurationException: The loader is empty, or a one-pass iterator is used up.
         """
+        if self._ahead is not None:
+            (self.last, self.round, self.position), self._ahead = self._ahead, None
+            return self.last
         with self._stream:
             if self._iterator is None:
                 self._iterator = self._start()
@@ -72,6 +76,15 @@ class OuterBatches:
         self.last = batch
         return batch
 
+    def look_ahead(self) -> OuterBatches:
+        """Return a stream of the next batch alone, which stays the next one of this stream."""
+        position, last = (self.round, self.position), self.last
+        batch = self.next()
+        ahead = LastBatch(self)
+        self._ahead = batch, self.round, self.position
+        (self.round, self.position), self.last = position, last
+        return ahead
+
     def loss_stream(self) -> RandomStream:
         """Return a stream for the loss of the last batch, apart from the batches', which resuming draws again."""
         return self._new_stream(15_485_863 * self.position)
@@ -82,7 +95,7 @@ class OuterBatches:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore a position: draw and drop the batches before it in its round."""
-        self.seed, self.round = state["seed"], state["round"]
+        self.seed, self.round, self._ahead = state["seed"], state["round"], None
         self.position, self._iterator, self._stream = 0, None, self._new_stream()
         for _ in range(state["position"]):
             self.next()

@@ -17,6 +17,7 @@ from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.lightning import logger_step
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
+from lightning_nested.trainer.self_check import SelfCheck
 
 _COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
 _OPTIONS = ("restart_every", "max_skipped", "log_every_n_outer_steps")
@@ -32,6 +33,7 @@ class OuterLoop:
         **options: See :class:`HypergradientCallback`.
 
     Attributes:
+        check: Checks of the first outer step of a fit.
         inner_steps: Inner steps made so far.
         outer_steps: Outer steps made so far.
         skipped_steps: Outer steps left out because a value was not finite.
@@ -54,11 +56,14 @@ class OuterLoop:
         restart_every: int | None = None,
         max_skipped: int = 10,
         log_every_n_outer_steps: int = 10,
+        self_check: bool = True,
     ) -> None:
         self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
         self.max_skipped, self.log_every_n_outer_steps = max_skipped, log_every_n_outer_steps
         check_counts(**vars(self))
         self.owner, self.outer = owner, outer
+        self.check = SelfCheck(owner, enabled=self_check)
+        self._began, self._last_error = (0, 0), ""  # inner and outer steps at the start of fit
         self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.last_report: OuterReport | None = None
         self.parameters: dict[str, nn.Parameter] = {}
@@ -111,6 +116,8 @@ class OuterLoop:
 
     def start(self, trainer: Trainer, loader: Any) -> OuterBatches:
         """Begin the stream of outer batches, at the position of the checkpoint if there is one."""
+        self.check.begin()
+        self._began, self._last_error = (self.inner_steps, self.outer_steps), ""
         self.batches = OuterBatches(trainer, loader, seed=base_seed(trainer))
         if self._saved_position:
             self.batches.load_state_dict(self._saved_position)
@@ -121,6 +128,29 @@ class OuterLoop:
         """End the stream of outer batches and its worker processes."""
         if self.batches is not None:
             self._position, self.batches = self.batches.state_dict(), None
+
+    def conclude(self, every: str = "every_n_steps", steps: int | None = None) -> None:
+        """Warn at the end of training if there was no outer step, and say why; or a hypergradient was always zero.
+
+        Args:
+            every: Name of the option that says how many inner steps there are for an outer one.
+            steps: Its value; None: ``every_n_steps``.
+        """
+        inner, steps = self.inner_steps - self._began[0], steps or self.every_n_steps
+        if self.outer_steps > self._began[1]:
+            self.check.conclude_fit(self.outer)
+        elif inner:
+            if self._last_error:
+                why = f"all that were tried were skipped, the last one because: {self._last_error}"
+            elif self.warmup_steps >= self.inner_steps:
+                why = f"the warm-up is longer; lower warmup_steps={self.warmup_steps}"
+            elif steps > self.inner_steps - self.warmup_steps:
+                why = f"an outer step takes more of them; lower {every}={steps}"
+            else:
+                why = "should_update returned False at all of them"
+            rank_zero_warn(
+                f"{self.owner} made no outer step in {inner} inner steps, and tuned nothing: {why}."
+            )
 
     # ---- one outer step
 
@@ -134,6 +164,7 @@ class OuterLoop:
         Raises:
             FloatingPointError: More than ``max_skipped`` successive outer steps failed.
         """
+        self._last_error = str(error)
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.max_skipped:
@@ -147,6 +178,7 @@ class OuterLoop:
         """Move the hyperparameters along the held hypergradient; log and restart where that is due."""
         self.outer.apply()
         self.outer_steps += 1
+        self.check.conclude_step(module, self.outer)
         if self.logs(self.outer_steps) and self.last_report is not None:
             self._log(module, self.last_report)
         if self.restart_every is not None and self.outer_steps % self.restart_every == 0:
