@@ -38,7 +38,8 @@ class HypergradientCallback(HasOuterLoop, Callback):
     At the steps chosen by :meth:`should_update` the callback takes the training loss with its graph, as the Trainer
     hands it to ``on_before_backward``, and a batch of the validation data; finds
     dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. There is no second
-    forward of the training loss and no second call of ``training_step``. Weight decays are added to the gradients
+    forward of the training loss and no second call of ``training_step`` (but one, without side effects, in the check of
+    the first outer step). Weight decays are added to the gradients
     in closed form before they are clipped. In a data-parallel run every product is averaged, so that the
     hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
@@ -184,10 +185,10 @@ class HypergradientCallback(HasOuterLoop, Callback):
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
-        again = self.outer_loop.check.may_repeat(pl_module)
-        if (self._inner.observes or again) and (
-            not (self._inner.repeats or again) or self.should_update(trainer, self.inner_steps)
-        ):
+        check, inner = self.outer_loop.check, self._inner
+        foreseen = (inner.repeats or check.is_due) and self.should_update(trainer, self.inner_steps)
+        again = foreseen and check.may_repeat(pl_module)
+        if again or (inner.observes and (foreseen or not inner.repeats)):
             self._inner.observe_step(trainer, self._methods, batch, batch_idx, again=again)
 
     @override

@@ -141,8 +141,8 @@ class OuterStep:
 
     @property
     def unmoved(self) -> list[str]:
-        """Hyperparameters whose hypergradients have been exactly zero in all outer steps so far."""
-        return [label for label in self._labels() if label not in self._moved]
+        """Names of hyperparameters in the losses' graphs whose hypergradients were exactly zero in all outer steps."""
+        return [h.name for h in self.in_graph if self._moved.isdisjoint(labelled(h.name, h.tensors))]
 
     def _labels(self) -> list[str]:
         """Return the name of each of :attr:`tensors`, as in :meth:`values`."""

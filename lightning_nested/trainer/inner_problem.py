@@ -49,6 +49,8 @@ class InnerProblem:
         self,
         evaluate: Callable[[Callable[[Any], Tensor], Any], Tensor],
         tensors: Sequence[Tensor] = (),
+        *,
+        attributes: bool = False,
     ) -> Tensor:
         """Return the outer loss of the next outer batch; see :func:`evaluate_outer`."""
         return evaluate_outer(
@@ -57,13 +59,15 @@ class InnerProblem:
             self.batches,
             lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
             tensors,
-            attributes=False,
+            attributes=attributes,
         )
 
     def probe(self) -> None:
         """Evaluate the outer loss long before it is needed, so that its faults show at once."""
         ahead = replace(self, batches=self.batches.look_ahead())
-        self.check.probe(ahead.evaluate_outer(lambda loss, batch: loss(batch)), self.parameters)
+        self.check.probe(
+            ahead.evaluate_outer(lambda loss, batch: loss(batch), attributes=True), self.parameters
+        )
 
     def full_precision(self) -> torch.autocast:
         """Leave autocast for derivatives, as in any training."""

@@ -139,10 +139,13 @@ class OuterLoop:
         inner, steps = self.inner_steps - self._began[0], steps or self.every_n_steps
         if self.outer_steps > self._began[1]:
             self.check.conclude_fit(self.outer)
+        elif inner and self._last_error:
+            rank_zero_warn(
+                f"{self.owner} skipped the outer step every time, in {inner} inner steps, and tuned nothing. Got at "
+                f"last: {self._last_error}"
+            )
         elif inner:
-            if self._last_error:
-                why = f"all that were tried were skipped, the last one because: {self._last_error}"
-            elif self.warmup_steps >= self.inner_steps:
+            if self.warmup_steps >= self.inner_steps:
                 why = f"the warm-up is longer; lower warmup_steps={self.warmup_steps}"
             elif steps > self.inner_steps - self.warmup_steps:
                 why = f"an outer step takes more of them; lower {every}={steps}"

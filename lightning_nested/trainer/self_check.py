@@ -122,12 +122,12 @@ class SelfCheck:
         for hyperparameter in outer.hyperparameters:
             labels = [x for x in outer.unreached if x.split("/")[0] == hyperparameter.name]
             if labels:
-                self._told.update(labels)
+                self._told.add(hyperparameter.name)
                 self._warn(_unreached(module, hyperparameter, labels))
 
     def conclude_fit(self, outer: OuterStep) -> None:
         """Tell which hyperparameters had a hypergradient of exactly zero in all outer steps."""
-        still = [label for label in outer.unmoved if label not in self._told]
+        still = [name for name in outer.unmoved if name not in self._told]
         if still:
             self._warn(
                 f"The hypergradient of {', '.join(still)} was exactly zero in every outer step, so that the values are "
