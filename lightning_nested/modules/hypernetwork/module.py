@@ -273,6 +273,10 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         return loss
 
     @override
+    def on_train_end(self) -> None:
+        self.outer_loop.conclude(otherwise=f"{self.loop} has the first one later")
+
+    @override
     def teardown(self, stage: str) -> None:
         self.outer_loop.stop()
         self._steps = None
