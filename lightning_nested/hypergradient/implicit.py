@@ -30,7 +30,7 @@ from lightning_nested.linalg.operators import AveragedOperator, LinearOperator, 
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.solvers.base import Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver, as_solver
-from lightning_nested.linalg.vectors import Vector, dot, norm, scale_, zeros_where_none
+from lightning_nested.linalg.vectors import Vector, double_dot, norm, scale_, zeros_where_none
 
 
 class Penalty(Protocol):
@@ -259,8 +259,8 @@ def _join(total: Vector, closed: tuple[Vector, ...]) -> Vector:
 
 
 def _cosine(u: Vector, v: Vector) -> float:
-    scale = float(norm(u) * norm(v))
-    return float(dot(u, v)) / scale if scale > 0 else math.nan
+    scale = float((double_dot(u, u) * double_dot(v, v)).sqrt())
+    return float(double_dot(u, v)) / scale if scale > 0 else math.nan
 
 
 def _check_inputs(

@@ -25,7 +25,7 @@ from lightning_nested.linalg.differences import (
 )
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector, norm
+from lightning_nested.linalg.vectors import Vector, double_dot, norm
 
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
 _SMOOTH, _KINKED = 0.05, 0.3
@@ -101,7 +101,7 @@ def check_products(
     if not math.isfinite(scale):
         return ProductCheck()
     return ProductCheck(
-        asymmetry=abs(_dot(u, av) - _dot(v, au)) * root / scale if scale > 0 else math.nan,
+        asymmetry=abs(float(double_dot(u, av) - double_dot(v, au))) * root / scale if scale > 0 else math.nan,
         difference=_difference(problem, params, v, av, loss, repeat, tolerance),
         tolerance=tolerance,
         noise=_noise(operator, params, loss),
@@ -153,8 +153,3 @@ def _difference(
 def _distance(first: Vector, second: Vector) -> float:
     size = max(float(norm(first)), float(norm(second)), 1e-300)
     return float(norm(tuple(a - b for a, b in zip(first, second, strict=True)))) / size
-
-
-def _dot(u: Vector, v: Vector) -> float:
-    """Return the inner product in double precision: two of them are subtracted, and nearly equal."""
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(u, v, strict=True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.graph import graph_nodes
-from lightning_nested.linalg.vectors import Vector, dot, norm, scale_
+from lightning_nested.linalg.vectors import Vector, double_dot, norm, scale_
 
 _RUNG = 4.0  # ratio of successive lengths
 _RUNGS = 12  # at most, in one direction: lengths a factor of 10⁷ away
@@ -120,5 +120,5 @@ class _Ladder:
     def cosine(self, rung: int) -> float:
         """Return the cosine between D of a rung and of the next one; 1 where one is not finite."""
         here, above = self.at(rung), self.at(rung + 1)
-        found = float(dot(here, above)) / max(float(norm(here)) * float(norm(above)), 1e-300)
+        found = float(double_dot(here, above)) / max(float(norm(here)) * float(norm(above)), 1e-300)
         return found if math.isfinite(found) else 1.0
