@@ -29,7 +29,7 @@ def check_matrix(matrix: Matrix, what: str) -> Matrix:
     Raises:
         FloatingPointError: An entry is not finite.
 
-    >>> check_matrix(torch.tensor([[1.0, float("inf")]]), "The core")
+    >>> check_matrix(torch.tensor([[1.0, float("inf")]]), "The core")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     FloatingPointError: The core must be finite. Got 1 of 2 entries that are not: ...
     """

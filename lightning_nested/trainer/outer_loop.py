@@ -129,18 +129,12 @@ class OuterLoop:
         if self.batches is not None:
             self._position, self.batches = self.batches.state_dict(), None
 
-    def conclude(
-        self,
-        every: str = "every_n_steps",
-        steps: int | None = None,
-        otherwise: str = "should_update returned False at all of them",
-    ) -> None:
+    def conclude(self, every: str = "every_n_steps", steps: int | None = None) -> None:
         """Warn at the end of training if there was no outer step, and say why; or a hypergradient was always zero.
 
         Args:
             every: Name of the option that says how many inner steps there are for an outer one.
             steps: Its value; None: ``every_n_steps``.
-            otherwise: Reason where neither that nor the warm-up is one.
         """
         inner, steps = self.inner_steps - self._began[0], steps or self.every_n_steps
         if self.outer_steps > self._began[1]:
@@ -156,7 +150,7 @@ class OuterLoop:
             elif steps > self.inner_steps - self.warmup_steps:
                 why = f"an outer step takes more of them; lower {every}={steps}"
             else:
-                why = otherwise
+                why = "should_update returned False at all of them"
             rank_zero_warn(
                 f"{self.owner} made no outer step in {inner} inner steps, and tuned nothing: {why}."
             )

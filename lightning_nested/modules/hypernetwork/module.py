@@ -274,7 +274,9 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        self.outer_loop.conclude(otherwise=f"{self.loop} has the first one later")
+        # Loops begin with steps of the response alone: a short run is no mistake.
+        if self.outer_steps:
+            self.outer_loop.conclude()
 
     @override
     def teardown(self, stage: str) -> None:
