@@ -39,9 +39,8 @@ class HypergradientCallback(HasOuterLoop, Callback):
     hands it to ``on_before_backward``, and a batch of the validation data; finds
     dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. There is no second
     forward of the training loss and no second call of ``training_step`` (but one, without side effects, in the check of
-    the first outer step). Weight decays are added to the gradients
-    in closed form before they are clipped. In a data-parallel run every product is averaged, so that the
-    hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
+    the first outer step). Weight decays are added to the gradients in closed form before they are clipped. In a
+    data-parallel run every product is averaged, so that the hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
     The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
     evaluation mode. Its evaluation leaves buffers, metrics, plain attributes, logs and random numbers of the run as
@@ -195,8 +194,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self.should_update(trainer, self.inner_steps):
-            if self.outer_loop.check.takes_probe():
-                self._probe(trainer, pl_module)
+            self.outer_loop.probe(trainer, pl_module, partial(self.outer_loss, trainer, pl_module))
             return
         self._inner.add(loss)
         if accumulates(trainer):
@@ -315,12 +313,6 @@ class HypergradientCallback(HasOuterLoop, Callback):
             loop.skip(error)
         else:
             loop.keep(report)
-
-    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
-        """Evaluate the outer loss long before it is needed, so that its faults show at once."""
-        loop, loss = self.outer_loop, partial(self.outer_loss, trainer, module)
-        assert loop.batches is not None
-        loop.check.probe(evaluate_outer(trainer, module, loop.batches.look_ahead(), loss), loop.parameters)
 
     def _clear_window(self) -> None:
         """Leave nothing of an earlier window of accumulated batches, wherever it was broken off."""

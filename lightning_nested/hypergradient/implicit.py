@@ -92,8 +92,7 @@ def implicit_result(
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
         reduce: Averages a tensor over processes.
-        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product; a
-            given operator is the curvature without it.
+        inner_scale: Factor of ``inner_loss`` (a GradScaler's), taken off after each product; no given operator has it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
         inspect: Is shown the linearized inner loss and the outer gradient, before the solve.

@@ -29,7 +29,7 @@ from lightning_nested.hyperparameters.weight_decay import FixedDecay, WeightDeca
 from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number, average
-from lightning_nested.linalg.solvers.base import InverseSolver, SolverState
+from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, clone, norm, zeros_where_none
 
@@ -77,6 +77,17 @@ def _penalized(gradient: Vector, penalties: Sequence[Penalty], parameters: Mappi
     for penalty in penalties:
         penalty.curvature().add_product_(gradient, weights)
     return gradient
+
+
+def _numbers(solution: Solution) -> dict[str, Any]:
+    """Return what an :class:`OuterReport` says about a solve."""
+    negative = solution.status == "negative_curvature"
+    return {
+        "residual": solution.residual,
+        "iterations": solution.iterations,
+        "curvature": solution.curvature,
+        "negative_curvature": negative,
+    }
 
 
 def _finite_mean(outer_loss: Tensor, reduce: Reduce | None) -> float:
@@ -234,7 +245,7 @@ class OuterStep:
         Args:
             inner_loss: Training loss without the weight decays, or a function that returns it.
             outer_loss: Validation loss with its graph, which is freed.
-            parameters: Inner parameters by the names they had in :meth:`build`.
+            parameters: Inner parameters, named as in :meth:`build`.
             curvature: Curvature for this step in place of the one given at construction.
             fixed_decay: Weight decay that the inner optimizer adds itself, one number per parameter.
             reduce: Averages a tensor over processes.
@@ -270,10 +281,7 @@ class OuterStep:
             result.gradients,
             outer_loss=mean,
             inner_gradient_norm=float(norm(gradient)),
-            residual=solution.residual,
-            iterations=solution.iterations,
-            curvature=solution.curvature,
-            negative_curvature=solution.status == "negative_curvature",
+            **_numbers(solution),
             identity_cosine=result.identity_cosine,
         )
         self.solver_state = solution.state

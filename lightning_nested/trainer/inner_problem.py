@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -49,8 +49,6 @@ class InnerProblem:
         self,
         evaluate: Callable[[Callable[[Any], Tensor], Any], Tensor],
         tensors: Sequence[Tensor] = (),
-        *,
-        attributes: bool = False,
     ) -> Tensor:
         """Return the outer loss of the next outer batch; see :func:`evaluate_outer`."""
         return evaluate_outer(
@@ -59,14 +57,7 @@ class InnerProblem:
             self.batches,
             lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
             tensors,
-            attributes=attributes,
-        )
-
-    def probe(self) -> None:
-        """Evaluate the outer loss long before it is needed, so that its faults show at once."""
-        ahead = replace(self, batches=self.batches.look_ahead())
-        self.check.probe(
-            ahead.evaluate_outer(lambda loss, batch: loss(batch), attributes=True), self.parameters
+            attributes=False,
         )
 
     def full_precision(self) -> torch.autocast:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_nested.hyperparameters import OuterReport, OuterStep
 from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.lightning import logger_step
 from lightning_nested.trainer.outer_batches import OuterBatches
+from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
 from lightning_nested.trainer.self_check import SelfCheck
 
@@ -156,6 +157,13 @@ class OuterLoop:
             )
 
     # ---- one outer step
+
+    def probe(self, trainer: Trainer, module: LightningModule, loss: Callable[[Any], Tensor]) -> None:
+        """Evaluate the outer loss once in a fit, long before it is needed, so that its faults show at once."""
+        if self.check.takes_probe():
+            assert self.batches is not None
+            found = evaluate_outer(trainer, module, self.batches.look_ahead(), loss)
+            self.check.probe(found, self.parameters)
 
     def keep(self, report: OuterReport) -> None:
         """Record that a hypergradient was found."""

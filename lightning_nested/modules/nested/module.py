@@ -23,7 +23,7 @@ from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.attributes import bind_hyperparameters
-from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
 from lightning_nested.trainer.requirements import refuse_strategy
@@ -220,8 +220,10 @@ class NestedModule(HasOuterLoop, LightningModule):
         if batch_idx % self.loop.accumulate_grad_batches == 0:
             self._cycle = self._follow_frozen(self._cycle)
         remaining = self._remaining(batch_idx)
-        if remaining > 1 and self.outer_loop.check.takes_probe():
-            self._cycle.problem.probe()
+        if remaining > 1:
+            self.outer_loop.probe(
+                self.trainer, self, lambda b: check_loss("outer_loss", self, self.outer_loss(b))
+            )
         loss = self._cycle.add(batch, remaining=remaining)
         last = self.trainer.is_last_batch
         if last or (batch_idx + 1) % self.loop.accumulate_grad_batches == 0:
