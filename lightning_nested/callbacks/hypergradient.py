@@ -40,7 +40,8 @@ class HypergradientCallback(HasOuterLoop, Callback):
     dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. There is no second
     forward of the training loss and no second call of ``training_step`` (but one, without side effects, in the check of
     the first outer step). Weight decays are added to the gradients in closed form before they are clipped. In a
-    data-parallel run every product is averaged, so that the hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
+    data-parallel run every product is averaged, so that the hypergradient is that of the global batch.
+    Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
     The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
     evaluation mode. Its evaluation leaves buffers, metrics, plain attributes, logs and random numbers of the run as
