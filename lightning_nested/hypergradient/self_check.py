@@ -64,8 +64,8 @@ def check_products(
 ) -> ProductCheck:
     """Compare products with a curvature among themselves, and with a difference of gradients.
 
-    Two products and one gradient; more gradients only where they disagree, to tell a wrong product from a move that was
-    too long. Random numbers are from a generator of its own, and the parameters come back bit for bit.
+    One product and one gradient where the loss can be evaluated again, two products where it cannot; more only where
+    they disagree, to tell a wrong product from a move that was too long. Random numbers are from a generator of its own, and the parameters come back bit for bit.
 
     Args:
         problem: The inner loss around its parameters.
@@ -90,22 +90,32 @@ def check_products(
     if not known or size == 0.0 or not math.isfinite(size):
         return ProductCheck()
     v = tuple(a / size for a in v)
-    generator = torch.Generator().manual_seed(0)
-    u = tuple(torch.randn(a.shape, generator=generator).to(a) for a in v)
-    u = tuple(a / float(norm(u)) for a in u)
-    av, au = operator.matvec(v), operator.matvec(u)
-    tolerance = _KINKED if any(_KINKS.search(node.name()) for node in graph_nodes([loss])) else _SMOOTH
-    # A random unit vector sees a product of length ‖Av‖ as ‖Av‖/√n.
-    root = math.sqrt(sum(a.numel() for a in v))
-    scale = float(norm(av)) + root * float(norm(au))
-    if not math.isfinite(scale):
+    product = operator.matvec(v)
+    if not math.isfinite(float(norm(product))):  # the solver says so
         return ProductCheck()
+    tolerance = _KINKED if any(_KINKS.search(node.name()) for node in graph_nodes([loss])) else _SMOOTH
+    difference = _difference(problem, params, v, product, loss, repeat, tolerance)
     return ProductCheck(
-        asymmetry=abs(float(double_dot(u, av) - double_dot(v, au))) * root / scale if scale > 0 else math.nan,
-        difference=_difference(problem, params, v, av, loss, repeat, tolerance),
+        # Products that are those of differences are symmetric.
+        asymmetry=math.nan if difference <= tolerance else _asymmetry(operator, v, product),
+        difference=difference,
         tolerance=tolerance,
         noise=_noise(operator, params, loss),
     )
+
+
+def _asymmetry(operator: LinearOperator, v: Vector, product: Vector) -> float:
+    """Return |uᵀAv − vᵀAu| of a random u, relative to the norm of A."""
+    generator = torch.Generator().manual_seed(0)
+    u = tuple(torch.randn(a.shape, generator=generator).to(a) for a in v)
+    size = float(norm(u))
+    u = tuple(a / size for a in u)
+    other = operator.matvec(u)
+    # A random unit vector sees a product of length ‖Av‖ as ‖Av‖/√n.
+    root = math.sqrt(sum(a.numel() for a in v))
+    scale = float(norm(product)) + root * float(norm(other))
+    found = abs(float(double_dot(u, product) - double_dot(v, other))) * root
+    return found / scale if scale > 0 else math.nan
 
 
 def _noise(operator: LinearOperator, params: Vector, loss: Tensor | None) -> float:

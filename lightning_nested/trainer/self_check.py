@@ -34,7 +34,7 @@ _ZERO = (
 class SelfCheck:
     """Examines the first hypergradient of a fit: its products, and what gradients reach.
 
-    Costs two products and one gradient at the first outer step, nothing later, and changes no bit of the run.
+    Costs one product and one gradient at the first outer step, nothing later, and changes no bit of the run.
 
     Args:
         owner: Class name in warnings.
