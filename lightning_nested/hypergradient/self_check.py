@@ -65,7 +65,8 @@ def check_products(
     """Compare products with a curvature among themselves, and with a difference of gradients.
 
     One product and one gradient where the loss can be evaluated again, two products where it cannot; more only where
-    they disagree, to tell a wrong product from a move that was too long. Random numbers are from a generator of its own, and the parameters come back bit for bit.
+    they disagree, to tell a wrong product from a move that was too long. Random numbers are from a generator of its
+    own, and the parameters come back bit for bit.
 
     Args:
         problem: The inner loss around its parameters.
