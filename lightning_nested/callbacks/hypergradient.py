@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -24,11 +23,11 @@ from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
-from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders
+from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import without_trace
-from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
+from lightning_nested.trainer.lightning import accumulates, loss_scale, reduction, step_loss
 from lightning_nested.trainer.outer_loop import OfLoop, OuterLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.requirements import refuse_strategy
@@ -42,9 +41,10 @@ class HypergradientCallback(OuterLoopCallback):
     At the steps chosen by :meth:`should_update` the callback takes the training loss with its graph, as the Trainer
     hands it to ``on_before_backward``, and a batch of the validation data; finds
     dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. There is no second
-    forward of the training loss and no second call of ``training_step``. Weight decays are added to the gradients
-    in closed form before they are clipped. In a data-parallel run every product is averaged, so that the
-    hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
+    forward of the training loss and no second call of ``training_step`` (but one, without side effects, in the check of
+    the first outer step). Weight decays are added to the gradients in closed form before they are clipped. In a
+    data-parallel run every product is averaged, so that the hypergradient is that of the global batch.
+    Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
     The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
     evaluation mode. Its evaluation leaves the run as it was: logs, random numbers, and all that can be reached from the
@@ -69,6 +69,7 @@ class HypergradientCallback(OuterLoopCallback):
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before the run
             ends with ``FloatingPointError``; failed steps are skipped, counted and logged.
+        self_check: Check products at the first outer step (one more, and one gradient); warn of what is wrong.
 
     Raises:
         MisconfigurationException: In ``setup`` or at the start of ``fit``: manual optimization, a strategy that
@@ -93,6 +94,7 @@ class HypergradientCallback(OuterLoopCallback):
         outer_dataloader: Any = None,
         log_every_n_outer_steps: int = 10,
         max_skipped: int = 10,
+        self_check: bool = True,
     ) -> None:
         self.outer = OuterStep(
             as_hyperparameters(hyperparameters),
@@ -108,6 +110,7 @@ class HypergradientCallback(OuterLoopCallback):
             restart_every=restart_every,
             max_skipped=max_skipped,
             log_every_n_outer_steps=log_every_n_outer_steps,
+            self_check=self_check,
         )
         self.curvature, self.outer_dataloader = curvature, outer_dataloader
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
@@ -159,7 +162,7 @@ class HypergradientCallback(OuterLoopCallback):
         # The module is complete only now, after its own setup() and configure_model().
         replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders)
         attach_hyperparameters(pl_module, self.outer.hyperparameters, self.use)
-        _take_out(optimizer, self.outer)
+        take_out(optimizer, self.outer)
         self._collect(trainer, pl_module)
         decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
         if any(decays) and self.outer.decays:
@@ -189,13 +192,17 @@ class HypergradientCallback(OuterLoopCallback):
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
-        if self._inner.observes and (not self._inner.repeats or self._is_due(trainer)):
-            self._observe(trainer, pl_module, batch, batch_idx)
+        check, inner = self.outer_loop.check, self._inner
+        foreseen = (inner.repeats or check.is_due) and self._is_due(trainer)
+        again = foreseen and check.may_repeat(pl_module)
+        if again or (inner.observes and (foreseen or not inner.repeats)):
+            self._inner.observe_step(trainer, self._methods, batch, batch_idx, again=again)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self._is_due(trainer):
+            self.outer_loop.probe(trainer, pl_module, partial(self.outer_loss, trainer, pl_module))
             return
         if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
             self._collect(trainer, pl_module)
@@ -213,6 +220,12 @@ class HypergradientCallback(OuterLoopCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._methods.put_back()
         self.outer.clear_gradients()
+        if self.outer_loop.check.is_due and self._attempted and trainer.world_size == 1:
+            self.outer_loop.check.hidden(self._inner.losses, self.outer_loop.parameters)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.outer_loop.conclude()
 
     @override
     def on_before_optimizer_step(
@@ -221,7 +234,7 @@ class HypergradientCallback(OuterLoopCallback):
         # A fused optimizer divides by the scale of fp16 itself, after this.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         for decay in self.outer.decays:
-            decay.add_gradient_(self.outer_loop.parameters, _loss_scale(trainer) if fused else 1.0)
+            decay.add_gradient_(self.outer_loop.parameters, loss_scale(trainer) if fused else 1.0)
 
     @override
     def on_train_batch_end(
@@ -278,38 +291,22 @@ class HypergradientCallback(OuterLoopCallback):
         parameters = {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
         self.outer_loop.build(parameters, trainer.strategy.root_device)
 
-    def _observe(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Observe the coming ``training_step``, from its beginning: hooks before it may draw random numbers."""
-        step = module.training_step
-
-        def evaluate() -> Tensor:
-            loss = step_loss(trainer, module, "training_step", batch, batch_idx)
-            assert isinstance(loss, Tensor)
-            return loss * (_loss_scale(trainer) / trainer.accumulate_grad_batches)
-
-        @functools.wraps(step)
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            self._inner.observe(evaluate)
-            self._methods.put_back()
-            return step(*args, **kwargs)
-
-        self._methods.put(module, "training_step", observed)
-
     def _find_hypergradient(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loop, scale = self.outer_loop, _loss_scale(trainer)
+        loop, scale = self.outer_loop, loss_scale(trainer)
         assert loop.batches is not None
+        inner_loss = self._inner.loss()
         outer_loss = evaluate_outer(
             trainer,
             pl_module,
             loop.batches,
-            lambda batch: self.outer_loss(trainer, pl_module, batch),
+            partial(self.outer_loss, trainer, pl_module),
             (*loop.parameters.values(), *self.outer.in_graph_tensors),
             scale=scale,
             caller=f"HypergradientCallback at inner step {self.inner_steps}",
         )
         try:
             report = self.outer.compute(
-                self._inner.loss(),
+                inner_loss,
                 outer_loss,
                 loop.parameters,
                 curvature=self._inner.curvature(),
@@ -317,6 +314,7 @@ class HypergradientCallback(OuterLoopCallback):
                 fixed_decay=coupled_decay(trainer.optimizers[0]),
                 inner_scale=scale,
                 compare_identity=loop.logs(self.outer_steps + 1),
+                inspect=loop.check.inspect(inner_loss, loop.parameters, self._inner.again()),
             )
         except FloatingPointError as error:
             loop.skip(error)
@@ -368,25 +366,3 @@ def _check_settings(trainer: Trainer, module: LightningModule) -> None:
                 "With accumulate_grad_batches the graphs are needed again at the window's last batch. Got "
                 f"{name}.backward{signature}, which cannot keep one; give it **kwargs and pass them to loss.backward."
             )
-
-
-def _take_out(optimizer: Optimizer, outer: OuterStep) -> None:
-    """Remove hyperparameters that are the module's own tensors from the inner optimizer."""
-    tuned = {id(t): h.name for h in outer.hyperparameters for t in h.tensors.values()}
-    removed = [p for group in optimizer.param_groups for p in group["params"] if id(p) in tuned]
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in tuned]
-    for tensor in removed:
-        optimizer.state.pop(tensor, None)
-    if removed:
-        names = dict.fromkeys(tuned[id(p)] for p in removed)
-        rank_zero_info(
-            f"HypergradientCallback tunes {', '.join(names)} by the outer loss and took {len(removed)} tensor(s) out "
-            "of the inner optimizer."
-        )
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """Return the factor on the loss that ``on_before_backward`` receives in fp16."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0

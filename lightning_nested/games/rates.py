@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nested.arguments import checked
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.optim.options import ROUNDED_PI
 from lightning_nested.optim.update_rules import Momentum
 
@@ -288,7 +289,9 @@ def _alternating_radius(x: Array, real: Array, square: Array) -> Array:
     row[..., 3] = -c * c - 2 * b * d
     row[..., 4] = -2 * c * d
     row[..., 5] = -d * d
-    radius: Array = np.abs(np.linalg.eigvals(companion)).max(axis=-1)
+    radius: Array = np.abs(
+        np.linalg.eigvals(check_matrix(companion, "The companion matrix of a momentum step"))
+    ).max(axis=-1)
     return radius
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_nested.arguments import checked
 from lightning_nested.hypergradient.arguments import as_scalar, check_tensors
 from lightning_nested.hypergradient.schedule import RandomState, Schedule, cheapest, graph_size
-from lightning_nested.linalg.graph import Pushforward, vjp
+from lightning_nested.linalg.graph import Pushforward, refuse_wrong_derivatives, vjp
 from lightning_nested.linalg.vectors import Vector
 
 Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
@@ -116,6 +116,8 @@ class _Run:
                     f"step must keep shape and dtype of params[{i}], {tuple(b.shape)} {b.dtype}. "
                     f"Got {got} at t={t}."
                 )
+        if t == self.num_steps - 1:
+            refuse_wrong_derivatives(new, once_differentiable=False)
         # A tensor the step cut from the graph still has to serve the next step's own torch.autograd.grad.
         return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in new)
 

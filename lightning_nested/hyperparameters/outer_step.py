@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_nested.hypergradient.implicit import Penalty, implicit_result
+from lightning_nested.hypergradient.implicit import Inspect, Penalty, implicit_result
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, Loss
 from lightning_nested.hyperparameters.carry_over import Names
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
@@ -37,7 +37,7 @@ from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number, average
 from lightning_nested.linalg.saved import require_keys
-from lightning_nested.linalg.solvers.base import InverseSolver, SolverState
+from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, clone, norm, zeros_where_none
 
@@ -87,6 +87,17 @@ def _penalized(gradient: Vector, penalties: Sequence[Penalty], parameters: Mappi
     return gradient
 
 
+def _numbers(solution: Solution) -> dict[str, Any]:
+    """Return what an :class:`OuterReport` says about a solve."""
+    negative = solution.status == "negative_curvature"
+    return {
+        "residual": solution.residual,
+        "iterations": solution.iterations,
+        "curvature": solution.curvature,
+        "negative_curvature": negative,
+    }
+
+
 def _finite_mean(outer_loss: Tensor, reduce: Reduce | None) -> float:
     if outer_loss.numel() != 1:
         raise ValueError(f"outer_loss must be a scalar. Got shape {tuple(outer_loss.shape)}; take its mean.")
@@ -109,6 +120,9 @@ class OuterStep:
         scheduler: Function from that optimizer to a learning-rate scheduler, stepped once per outer step.
         solver: See :func:`implicit_hypergradient`.
         curvature: See :func:`implicit_hypergradient`.
+
+    Attributes:
+        unreached: Hyperparameters, as in :meth:`values`, that no loss of the last outer step depends on.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -137,10 +151,21 @@ class OuterStep:
         self.in_graph = tuple(h for h in hyperparameters if h not in self.decays)
         self.solver, self.curvature = solver, curvature
         self.solver_state = SolverState()
+        self.unreached: list[str] = []
         self._optimization = OptimizerPair(optimizer, scheduler)
         self._pending: Vector | None = None
+        self._moved: set[str] = set()
         self.first: dict[str, Spread] = {}  # of the values that each hyperparameter started from
         self._inner: dict[str, Placed] = {}  # the parameters in `build`
+
+    @property
+    def unmoved(self) -> list[str]:
+        """Names of hyperparameters in the losses' graphs whose hypergradients were exactly zero in all outer steps."""
+        return [h.name for h in self.in_graph if self._moved.isdisjoint(labelled(h.name, h.tensors))]
+
+    def _labels(self) -> list[str]:
+        """Return the name of each of :attr:`tensors`, as in :meth:`values`."""
+        return [label for h in (*self.in_graph, *self.decays) for label in labelled(h.name, h.tensors)]
 
     @property
     def optimizer(self) -> Optimizer:
@@ -159,7 +184,15 @@ class OuterStep:
         removed, hyperparameters of those that stay keep their values and the optimizer's state, the rest starts at
         its initial value, and the solver's state is dropped. Where none stays, or one has another shape, the
         parameters are those of another model: all of this object starts again, as after :meth:`reset`.
+
+        Raises:
+            ValueError: A parameter is complex.
         """
+        if complex_ones := [f"{name} ({p.dtype})" for name, p in parameters.items() if p.is_complex()]:
+            raise ValueError(
+                f"Inner parameters must be real. Got {', '.join(complex_ones)}: freeze them, or make the parameter "
+                "of their real and imaginary parts (torch.view_as_real), and use torch.view_as_complex on it."
+            )
         inner = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
         shared = inner.keys() & self._inner.keys()
         if self._inner and (not shared or any(inner[name][0] != self._inner[name][0] for name in shared)):
@@ -191,6 +224,7 @@ class OuterStep:
             hyperparameter.reset()
         self._optimization.forget()
         self.solver_state, self._pending, self._inner, self.first = SolverState(), None, {}, {}
+        self.unreached, self._moved = [], set()
 
     @property
     def tensors(self) -> Vector:
@@ -217,18 +251,20 @@ class OuterStep:
         reduce: Reduce | None = None,
         inner_scale: float = 1.0,
         compare_identity: bool = False,
+        inspect: Inspect | None = None,
     ) -> OuterReport:
         """Find the hypergradients by :func:`implicit_result`, and hold them for :meth:`apply`.
 
         Args:
             inner_loss: Training loss without the weight decays, or a function that returns it.
             outer_loss: Validation loss with its graph, which is freed.
-            parameters: Inner parameters by the names they had in :meth:`build`.
+            parameters: Inner parameters, named as in :meth:`build`.
             curvature: Curvature for this step in place of the one given at construction.
             fixed_decay: Weight decay that the inner optimizer adds itself, one number per parameter.
             reduce: Averages a tensor over processes.
             inner_scale: Factor that ``inner_loss`` carries.
             compare_identity: Fill ``identity_cosine`` of the report.
+            inspect: See :func:`implicit_result`.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
@@ -250,16 +286,15 @@ class OuterStep:
             inner_scale=inner_scale,
             allow_unused=True,
             compare_identity=compare_identity,
+            inspect=inspect,
         )
+        self.unreached = [self._labels()[i] for i in result.unreached]
         gradient, solution = _penalized(result.inner_gradient, penalties, parameters), result.solution
         report = self._hold(
             result.gradients,
             outer_loss=mean,
             inner_gradient_norm=float(norm(gradient)),
-            residual=solution.residual,
-            iterations=solution.iterations,
-            curvature=solution.curvature,
-            negative_curvature=solution.status == "negative_curvature",
+            **_numbers(solution),
             identity_cosine=result.identity_cosine,
         )
         self.solver_state = solution.state
@@ -285,6 +320,7 @@ class OuterStep:
                 "The outer loss must depend on at least one hyperparameter, through the training steps or directly. "
                 f"Got none of {[h.name for h in self.hyperparameters]}: does the inner loss read them?"
             )
+        self.unreached = [label for label, g in zip(self._labels(), found, strict=True) if g is None]
         return self.hold(found, mean, reduce=reduce, inner_gradient_norm=inner_gradient_norm)
 
     def hold(
@@ -315,6 +351,9 @@ class OuterStep:
         if not math.isfinite(size):
             raise FloatingPointError(f"The hypergradient must be finite. Got norm {size}.")
         self._pending = hypergradient
+        for label, gradient in zip(self._labels(), hypergradient, strict=True):
+            if label not in self._moved and bool(gradient.any()):
+                self._moved.add(label)
         return OuterReport(hypergradient_norm=size, **found)
 
     @property

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
-from lightning_nested.hyperparameters import Hyperparameter
+from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.trainer.stand_ins import StandIns
 from lightning_nested.trainer.use import Use
 
@@ -81,3 +83,19 @@ def replace_placeholders(
                 f"Got a {type(found).__name__} in {module_name}; set another name=."
             )
         replaced.put(module, name, hyperparameter)
+
+
+def take_out(optimizer: Optimizer, outer: OuterStep) -> None:
+    """Remove hyperparameters that are the module's own tensors from the inner optimizer."""
+    tuned = {id(t): h.name for h in outer.hyperparameters for t in h.tensors.values()}
+    removed = [p for group in optimizer.param_groups for p in group["params"] if id(p) in tuned]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in tuned]
+    for tensor in removed:
+        optimizer.state.pop(tensor, None)
+    if removed:
+        names = dict.fromkeys(tuned[id(p)] for p in removed)
+        rank_zero_info(
+            f"HypergradientCallback tunes {', '.join(names)} by the outer loss and took {len(removed)} tensor(s) out "
+            "of the inner optimizer."
+        )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton
 from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.lightning import loss_scale, step_loss
 from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.stand_ins import StandIns
 
 
 class InnerGraph:
@@ -62,13 +65,46 @@ class InnerGraph:
         """True if the curvature evaluates the loss again."""
         return isinstance(self._curvature, FiniteDifference)
 
-    def observe(self, evaluate: Callable[[], Tensor]) -> None:
-        """Observe the coming evaluation of a loss, up to :meth:`add`; ``evaluate`` repeats it."""
+    def observe(self, evaluate: Callable[[], Tensor], *, again: bool = False) -> None:
+        """Observe the coming evaluation of a loss, up to :meth:`add`.
+
+        Args:
+            evaluate: Repeats it.
+            again: Whether :meth:`again` is to repeat it, if the curvature does not.
+        """
         self._observing, self._outputs = True, []
         if self._handle is None and isinstance(self._curvature, GaussNewton):
             self._hook(self._curvature)
-        if self.repeats:
+        if self.repeats or again:
             self._repeat = partial(self._evaluate_again, evaluate, RandomStream.snapshot(self._module.device))
+
+    def observe_step(
+        self, trainer: Trainer, methods: StandIns, batch: Any, batch_idx: int, *, again: bool = False
+    ) -> None:
+        """Observe the coming ``training_step``, from its beginning: hooks before it may draw random numbers.
+
+        Args:
+            trainer: Trainer of the run.
+            methods: Holds the method that replaces ``training_step``, until it is called.
+            batch: The batch of the step.
+            batch_idx: Its index.
+            again: See :meth:`observe`.
+        """
+        module = self._module
+        step = module.training_step
+
+        def evaluate() -> Tensor:
+            loss = step_loss(trainer, module, "training_step", batch, batch_idx)
+            assert isinstance(loss, Tensor)
+            return loss * (loss_scale(trainer) / trainer.accumulate_grad_batches)
+
+        @functools.wraps(step)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            self.observe(evaluate, again=again)
+            methods.put_back()
+            return step(*args, **kwargs)
+
+        methods.put(module, "training_step", observed)
 
     def add(self, loss: Tensor) -> None:
         """Keep a loss with its graph."""
@@ -96,10 +132,17 @@ class InnerGraph:
 
     def loss(self) -> Tensor | Callable[[], Tensor]:
         """Return the sum of the losses, or with ``FiniteDifference`` a function that evaluates it again."""
-        if self.repeats:
-            repeats = list(self._repeats)
-            return lambda: torch.stack([repeat() for repeat in repeats]).sum()
+        repeated = self.again() if self.repeats else None
+        if repeated is not None:
+            return repeated
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
+
+    def again(self) -> Callable[[], Tensor] | None:
+        """Return a function that evaluates the sum of the losses again; None if they were not observed for that."""
+        repeats = list(self._repeats)
+        if not repeats or len(repeats) != len(self.losses):
+            return None
+        return lambda: torch.stack([repeat() for repeat in repeats]).sum()
 
     def curvature(self) -> Curvature | None:
         """Return the curvature, with the outputs that it names.

@@ -55,6 +55,12 @@ def step_loss(
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
+def loss_scale(trainer: Trainer) -> float:
+    """Return the factor on the loss that ``on_before_backward`` receives in fp16."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
 # ---- loops
 
 

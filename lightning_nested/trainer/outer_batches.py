@@ -64,6 +64,7 @@ class OuterBatches:
         self.last: Any = None
         self._iterator: Iterator[Any] | None = None
         self._stream = self._new_stream()
+        self._ahead: tuple[Any, int, int] | None = None  # a batch that was looked at, and its position
 
     def next(self) -> Any:
         """Return the next batch, on the CPU; the end of the loader begins the next round.
@@ -71,6 +72,9 @@ class OuterBatches:
         Raises:
             MisconfigurationException: The loader is empty, or a one-pass iterator is used up.
         """
+        if self._ahead is not None:
+            (self.last, self.round, self.position), self._ahead = self._ahead, None
+            return self.last
         if self._reload_every and self._epoch() - self._loaded_in >= self._reload_every:
             self._loader, self._loaded_in = self._load(), self._epoch()
             if self.position:
@@ -96,6 +100,15 @@ class OuterBatches:
         """Index of the last batch in its round, as the Trainer's validation would count it."""
         return max(self.position - 1, 0)
 
+    def look_ahead(self) -> OuterBatches:
+        """Return a stream of the next batch alone, which stays the next one of this stream."""
+        position, last = (self.round, self.position), self.last
+        batch = self.next()
+        ahead = LastBatch(self)
+        self._ahead = batch, self.round, self.position
+        (self.round, self.position), self.last = position, last
+        return ahead
+
     def loss_stream(self) -> RandomStream:
         """Return a stream for the loss of the last batch, apart from the batches', which resuming draws again."""
         return self._new_stream(15_485_863 * self.position)
@@ -111,7 +124,7 @@ class OuterBatches:
             ValueError: A key lacks.
         """
         require_keys(state, ("seed", "round", "position"), "the outer batches")
-        self.seed, self.round = state["seed"], state["round"]
+        self.seed, self.round, self._ahead = state["seed"], state["round"], None
         self.position, self._iterator, self._stream = 0, None, self._new_stream()
         for _ in range(state["position"]):
             self.next()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.lightning import logger_step
 from lightning_nested.trainer.outer_batches import OuterBatches, end_workers
+from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
+from lightning_nested.trainer.self_check import SelfCheck
 from lightning_nested.trainer.use import OneFitCallback
 
 _COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
@@ -41,6 +43,7 @@ class OuterLoop:
         **options: See :class:`HypergradientCallback`.
 
     Attributes:
+        check: Checks of the first outer step of a fit.
         inner_steps: Inner steps made so far.
         outer_steps: Outer steps made so far.
         skipped_steps: Outer steps left out because a value was not finite.
@@ -63,6 +66,7 @@ class OuterLoop:
         restart_every: int | None = None,
         max_skipped: int = 10,
         log_every_n_outer_steps: int = 10,
+        self_check: bool = True,
     ) -> None:
         self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
         self.max_skipped, self.log_every_n_outer_steps = max_skipped, log_every_n_outer_steps
@@ -70,6 +74,8 @@ class OuterLoop:
         at_least(0, warmup_steps=warmup_steps, max_skipped=max_skipped)
         at_least(0, log_every_n_outer_steps=log_every_n_outer_steps)
         self.owner, self.outer = owner, outer
+        self.check = SelfCheck(owner, enabled=self_check)
+        self._began, self._last_error = (0, 0), ""  # inner and outer steps at the start of fit
         self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.last_report: OuterReport | None = None
         self.parameters: dict[str, nn.Parameter] = {}
@@ -141,6 +147,8 @@ class OuterLoop:
     def start(self, trainer: Trainer, loader: Any) -> OuterBatches:
         """Begin the stream of outer batches, at the position of the checkpoint if there is one."""
         self.stop()
+        self.check.begin()
+        self._began, self._last_error = (self.inner_steps, self.outer_steps), ""
         self.batches = OuterBatches(trainer, loader, seed=base_seed(trainer))
         self._steps_before = self.outer_steps
         if self._saved_position:
@@ -155,7 +163,40 @@ class OuterLoop:
             end_workers(self.batches)
             self.batches = None
 
+    def conclude(self, every: str = "every_n_steps", steps: int | None = None) -> None:
+        """Warn at the end of training if there was no outer step, and say why; or a hypergradient was always zero.
+
+        Args:
+            every: Name of the option that says how many inner steps there are for an outer one.
+            steps: Its value; None: ``every_n_steps``.
+        """
+        inner, steps = self.inner_steps - self._began[0], steps or self.every_n_steps
+        if self.outer_steps > self._began[1]:
+            self.check.conclude_fit(self.outer)
+        elif inner and self._last_error:
+            rank_zero_warn(
+                f"{self.owner} skipped the outer step every time, in {inner} inner steps, and tuned nothing. Got at "
+                f"last: {self._last_error}"
+            )
+        elif inner:
+            if self.warmup_steps >= self.inner_steps:
+                why = f"the warm-up is longer; lower warmup_steps={self.warmup_steps}"
+            elif steps > self.inner_steps - self.warmup_steps:
+                why = f"an outer step takes more of them; lower {every}={steps}"
+            else:
+                why = "should_update returned False at all of them"
+            rank_zero_warn(
+                f"{self.owner} made no outer step in {inner} inner steps, and tuned nothing: {why}."
+            )
+
     # ---- one outer step
+
+    def probe(self, trainer: Trainer, module: LightningModule, loss: Callable[[Any], Tensor]) -> None:
+        """Evaluate the outer loss once in a fit, long before it is needed, so that its faults show at once."""
+        if self.check.takes_probe():
+            assert self.batches is not None
+            found = evaluate_outer(trainer, module, self.batches.look_ahead(), loss)
+            self.check.probe(found, self.parameters)
 
     def keep(self, report: OuterReport) -> None:
         """Record that a hypergradient was found."""
@@ -167,6 +208,7 @@ class OuterLoop:
         Raises:
             FloatingPointError: More than ``max_skipped`` successive outer steps failed.
         """
+        self._last_error = str(error)
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.max_skipped:
@@ -180,6 +222,7 @@ class OuterLoop:
         """Move the hyperparameters along the held hypergradient; log and restart where that is due."""
         self.outer.apply()
         self.outer_steps += 1
+        self.check.conclude_step(module, self.outer)
         if self.logs(self.outer_steps) and self.last_report is not None:
             self._log(module, self.last_report)
         if self.restart_every is not None and self.outer_steps % self.restart_every == 0:

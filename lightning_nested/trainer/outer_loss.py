@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_nested.linalg.graph import without_hooks
 from lightning_nested.trainer.isolation import evaluation_mode, validation_stage, without_trace
 from lightning_nested.trainer.lightning import transfer
 from lightning_nested.trainer.outer_batches import OuterBatches
@@ -75,14 +76,15 @@ def differentiated(loss: Tensor, tensors: tuple[Tensor, ...], scale: float = 1.0
     >>> float(torch.autograd.grad(differentiated(x**2, (x,)), x)[0])
     6.0
     """
-    gradients = torch.autograd.grad(
-        loss * scale if scale != 1.0 else loss, tensors, allow_unused=True, retain_graph=scale != 1.0
-    )
-    if scale != 1.0:
-        gradients = tuple(None if g is None else g / scale for g in gradients)
-        # The scale was too large.
-        if not all(g is None or bool(g.isfinite().all()) for g in gradients):
-            gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+    with without_hooks(tensors):
+        gradients = torch.autograd.grad(
+            loss * scale if scale != 1.0 else loss, tensors, allow_unused=True, retain_graph=scale != 1.0
+        )
+        if scale != 1.0:
+            gradients = tuple(None if g is None else g / scale for g in gradients)
+            # The scale was too large.
+            if not all(g is None or bool(g.isfinite().all()) for g in gradients):
+                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
     value: Tensor = _Differentiated.apply(loss.detach(), gradients, *tensors)
     return value
 

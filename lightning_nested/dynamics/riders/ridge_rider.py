@@ -153,6 +153,8 @@ class _Walker:
             generator = torch.Generator().manual_seed(0)
             first = torch.randn(len(w), generator=generator, dtype=torch.float64).to(w)
             basis, images = krylov(partial(self.product, w), first, _LANCZOS)
+            if not torch.isfinite(images).all():
+                return []
             values, coordinates = symmetric_ritz(basis, images)
             rows = coordinates @ basis
         return [v * v[v.abs().argmax()].sign() for v in rows[values < -self.rider.curvature_tolerance]]

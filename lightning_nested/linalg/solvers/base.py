@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.saved import require_keys
@@ -29,10 +30,12 @@ class SolverState:
     solution: Vector | None = None
     eigenvector: Vector | None = None  # of the largest |eigenvalue|, by power iteration
     eigenvalue: float | None = None
+    length: float | None = None  # of the move of products by differences
+    solves: int = 0  # with such products, so far
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
-        return {"solution": self.solution, "eigenvector": self.eigenvector, "eigenvalue": self.eigenvalue}
+        return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any], like: Vector) -> None:
         """Restore, on the devices of ``like``; the state of another number of tensors is dropped, for a cold start."""
@@ -47,6 +50,7 @@ class SolverState:
 
         self.solution, self.eigenvector = (placed(v) for v in vectors)
         self.eigenvalue = state["eigenvalue"]
+        self.length, self.solves = state.get("length"), state.get("solves", 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,16 +122,6 @@ class InverseSolver(ABC):
 
     @abstractmethod
     def _solve(self, system: LinearSystem) -> Solution: ...
-
-
-def check_finite(value: float, what: str) -> float:
-    """Return the value, or raise FloatingPointError if it is not finite."""
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{what} must be finite. Got {value}: the loss or its derivatives overflowed; lower the learning rates, "
-            "add damping, or train in a wider precision."
-        )
-    return value
 
 
 def factorizable_dtype(dtype: torch.dtype) -> torch.dtype:

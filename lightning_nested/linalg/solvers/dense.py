@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_nested.arguments import at_least, checked
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
     LinearSystem,
@@ -52,7 +53,8 @@ class DenseSolve(InverseSolver):
             matrix[:, i] = flatten(system.operator @ unflatten(unit, system.b))
         matrix.diagonal().add_(self.damping)
         system.finite(torch.linalg.vector_norm(matrix), "The norm of the curvature matrix")
-        smallest = system.number(torch.linalg.eigvalsh(symmetrized(matrix))[0])
+        even = check_matrix(symmetrized(matrix), "The curvature matrix")
+        smallest = system.number(torch.linalg.eigvalsh(even)[0])
         x, failed = torch.linalg.solve_ex(matrix, flat)
         relative = system.number(torch.linalg.vector_norm(flat - matrix @ x)) / system.size
         if int(failed) or not math.isfinite(relative):

@@ -14,7 +14,7 @@ from lightning_nested.linalg.solvers.base import (
     Solution,
     SolverState,
 )
-from lightning_nested.linalg.vectors import Vector, add_, clone, dot, norm, scale_, zeros_like
+from lightning_nested.linalg.vectors import Vector, add_, clone, dot, double_dot, norm, scale_, zeros_like
 
 
 @checked
@@ -99,7 +99,7 @@ class Neumann(InverseSolver):
             small = math.sqrt(next_squared) <= max(self.tolerance * size, math.sqrt(noise))
             if grows or small or count == self.num_terms:
                 # With v₊ = v − αAv: vᵀAv = v₊ᵀAv + α‖Av‖², so the product is looked at only where it matters.
-                energy = number(dot(term, product) + step_size * dot(product, product))
+                energy = number(double_dot(term, product) + step_size * double_dot(product, product))
                 curvature = energy / squared if squared > 0 else math.nan
             if grows and (status == "truncated" or next_squared > size * size):
                 # A positive A with ‖v₊‖ > ‖v‖ has a Rayleigh quotient of at least 2/α along Av: one more product

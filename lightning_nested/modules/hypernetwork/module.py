@@ -288,6 +288,12 @@ class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=self.num_examples(batch))
         return loss
 
+    @override
+    def on_train_end(self) -> None:
+        # Loops begin with steps of the response alone: a short run is no mistake.
+        if self.outer_steps:
+            self.outer_loop.conclude()
+
     def _free(self) -> None:
         self._steps = None
 

@@ -70,7 +70,10 @@ class ImplicitCycle(Cycle):
     def add(self, batch: Any, *, remaining: int) -> Tensor:
         problem, closes = self.problem, remaining == 1
         if closes:
-            self._graph.observe(lambda: problem.inner_loss(batch) / problem.accumulate)
+            self._graph.observe(
+                lambda: problem.inner_loss(batch) / problem.accumulate,
+                again=problem.check.may_repeat(problem.module),
+            )
         loss = check_loss("inner_loss", problem.module, problem.inner_loss(batch)) / problem.accumulate
         if closes:
             self._graph.add(loss)
@@ -103,7 +106,7 @@ class ImplicitCycle(Cycle):
         self._graph.close()
 
     def _find_hypergradient(self) -> OuterReport | FloatingPointError:
-        problem = self.problem
+        problem, inner_loss = self.problem, self._graph.loss()
         outer_loss = problem.evaluate_outer(
             lambda loss, batch: loss(batch),
             (*problem.parameters.values(), *problem.outer.in_graph_tensors),
@@ -115,12 +118,13 @@ class ImplicitCycle(Cycle):
                 without_trace(problem.module, problem.module.trainer, attributes=False),
             ):
                 return problem.outer.compute(
-                    self._graph.loss(),
+                    inner_loss,
                     outer_loss,
                     problem.parameters,
                     curvature=self._graph.curvature(),
                     fixed_decay=coupled_decay(problem.optimizer.optimizer),
                     reduce=reduction(problem.module.trainer),
+                    inspect=problem.check.inspect(inner_loss, problem.parameters, self._graph.again()),
                 )
         except FloatingPointError as error:
             return error

@@ -24,7 +24,7 @@ from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.attributes import attach_hyperparameters, bind_hyperparameters, load_bound
-from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
 from lightning_nested.trainer.requirements import refuse_strategy
@@ -111,6 +111,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             restart_every=loop.restart_every,
             max_skipped=loop.max_skipped,
             log_every_n_outer_steps=loop.log_every_n_outer_steps,
+            self_check=loop.self_check,
         )
         self._make_inner, self._make_inner_scheduler = inner_optimizer, inner_scheduler
         self._position = 0  # inner steps of the current cycle so far
@@ -195,7 +196,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             self._position = 0 if self.gradient.ends_with_epoch else self._saved["position"]
             self._saved = None
         batches = self.outer_loop.start(self.trainer, self.outer_dataloader())
-        self._set_rates()
+        _set_rates(self, self._optimizer())
         self._cycle = self._begin(batches)
 
     def _begin(self, batches: OuterBatches) -> Cycle:
@@ -211,6 +212,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             accumulate=self.loop.accumulate_grad_batches,
             clip=self.loop.gradient_clip_val,
             clip_algorithm=self.loop.gradient_clip_algorithm,
+            check=self.outer_loop.check,
         )
         return self.gradient.begin(problem)
 
@@ -224,6 +226,10 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         if batch_idx % self.loop.accumulate_grad_batches == 0:
             self._cycle = self._follow_frozen(self._cycle)
         remaining = self._remaining(batch_idx)
+        if remaining > 1:
+            self.outer_loop.probe(
+                self.trainer, self, lambda b: check_loss("outer_loss", self, self.outer_loss(b))
+            )
         loss = self._cycle.add(batch, remaining=remaining)
         last = self.trainer.is_last_batch
         if last or (batch_idx + 1) % self.loop.accumulate_grad_batches == 0:
@@ -234,7 +240,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             if isinstance(outcome, OuterReport):
                 self.outer_loop.keep(outcome)
                 self.outer_loop.step(self)
-                self._set_rates()
+                _set_rates(self, self._optimizer())
             elif outcome is not None:
                 self.outer_loop.skip(outcome)
             step_schedulers(self, "step", self.inner_steps)
@@ -255,6 +261,10 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             self._cycle.drop()
             self._position = 0
         step_plateau_schedulers(self)
+
+    @override
+    def on_train_end(self) -> None:
+        self.outer_loop.conclude("inner_steps_per_outer", self.inner_steps_per_outer)
 
     def _close_cycle(self) -> None:
         if self._cycle is not None:
@@ -317,20 +327,6 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             )
         return optimizers
 
-    def _set_rates(self) -> None:
-        """Write tuned learning rates into the inner optimizer."""
-        for hyperparameter in self.outer.hyperparameters:
-            rates = hyperparameter.rates()
-            if rates is None:
-                continue
-            if self.trainer.lr_scheduler_configs:
-                raise MisconfigurationException(
-                    "Either LearningRate or a scheduler sets the inner optimizer's rate. Got both "
-                    f"{hyperparameter.name!r} and an inner scheduler; leave one out."
-                )
-            for group, rate in zip(self._optimizer().param_groups, rates, strict=True):
-                group["lr"] = float(rate.detach())
-
     def _tuned(self) -> dict[int, str]:
         """Return the name of the hyperparameter of each tuned tensor, by its ``id``."""
         attach_hyperparameters(self, self.outer.hyperparameters, self._use)
@@ -377,3 +373,18 @@ def _named_parameters(
             f"Got {f'others of shapes {unknown}' if unknown else 'none'}; give it self.inner_parameters()."
         )
     return {names[id(p)]: p for p in held}
+
+
+def _set_rates(module: NestedModule, optimizer: LightningOptimizer) -> None:
+    """Write tuned learning rates into the inner optimizer."""
+    for hyperparameter in module.outer.hyperparameters:
+        rates = hyperparameter.rates()
+        if rates is None:
+            continue
+        if module.trainer.lr_scheduler_configs:
+            raise MisconfigurationException(
+                "Either LearningRate or a scheduler sets the inner optimizer's rate. Got both "
+                f"{hyperparameter.name!r} and an inner scheduler; leave one out."
+            )
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = float(rate.detach())

@@ -103,6 +103,7 @@ class LoopOptions:
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before
             the run ends with ``FloatingPointError``.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
+        self_check: Check products at the first outer step (one more, and one gradient); warn of what is wrong.
 
     Raises:
         ValueError: A value is out of range.
@@ -115,6 +116,7 @@ class LoopOptions:
     restart_every: int | None = None
     max_skipped: int = 10
     log_every_n_outer_steps: int = 10
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         check_clipping(self.gradient_clip_val, self.gradient_clip_algorithm)
