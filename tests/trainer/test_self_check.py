@@ -209,7 +209,7 @@ def test_a_hyperparameter_that_nothing_reaches_is_named(hyperparameter: Any) -> 
 
 def test_an_attribute_that_was_replaced_is_named() -> None:
     class Resets(Plain):
-        def setup(self, stage: str) -> None:
+        def on_train_start(self) -> None:
             self.example_weights = None
 
     callback = HypergradientCallback(ExampleWeights(32))
