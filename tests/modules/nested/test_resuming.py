@@ -94,7 +94,8 @@ def test_a_cycle_that_is_shorter_than_in_the_saved_run_closes_at_once(tmp_path: 
         fit.fit(module, loader(1), loader(2, batch=5), ckpt_path=resume, weights_only=True)
         return fit, module
 
-    fit, saved = run(8, 1)
+    with pytest.warns(UserWarning, match="made no outer step in 3 inner steps"):
+        fit, saved = run(8, 1)
     fit.save_checkpoint(tmp_path / "a.ckpt")
     assert (saved.inner_steps, saved.outer_steps) == (3, 0)
     _, module = run(2, 2, tmp_path / "a.ckpt")
