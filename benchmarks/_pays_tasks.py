@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from sklearn import datasets
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lightning_nested.datamodules import FashionMNISTDataModule
 
@@ -37,7 +38,7 @@ class Task:
     steps: int
     batch: int = 64
     schedule: str = "constant"
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     counts: bool = True  # whether there is an accuracy
 
     def make_optimizer(self, parameters: Any, decay: float | None) -> torch.optim.Optimizer:
@@ -58,7 +59,7 @@ class Task:
 def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
     """Return a multilayer perceptron."""
     layers: list[nn.Module] = []
-    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+    for i, o in itertools.pairwise(sizes):
         layers += [nn.Linear(i, o), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -255,7 +256,7 @@ TASKS = (
         rate=1e-3,
         steps=700,
         batch=32,
-        loss=F.mse_loss,
+        loss=functional.mse_loss,
         counts=False,
     ),
     Task(

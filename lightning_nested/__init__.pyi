@@ -71,6 +71,7 @@ from .hypergradient import (
     Neumann as Neumann,
     Nystrom as Nystrom,
     check_hypergradient as check_hypergradient,
+    check_products as check_products,
     implicit_hypergradient as implicit_hypergradient,
     unrolled_hypergradient as unrolled_hypergradient,
 )
@@ -107,6 +108,7 @@ from .hyperparameters import (
     Saturation as Saturation,
     Scalar as Scalar,
     WeightDecay as WeightDecay,
+    tuned_values as tuned_values,
 )
 from .modules import (
     STN as STN,

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.figures.game_spectrum import spectrum_figure
 from lightning_nested.games.adaptation import adapt_momenta
 from lightning_nested.games.joint_step import ADAPT_LIMIT
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum, measure_spectrum
+from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import step_dynamics
 from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.joint_losses import (
@@ -28,9 +31,11 @@ from lightning_nested.trainer.joint_losses import (
     warn_if_detached,
 )
 from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.use import OneFitCallback
 
 
-class GameSpectrumCallback(Callback):
+@checked
+class GameSpectrumCallback(Constructed, OneFitCallback):
     """Measures the leading eigenvalues of a running :class:`GameModule`, and adapts its momentum on request.
 
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before
@@ -41,7 +46,7 @@ class GameSpectrumCallback(Callback):
 
     All products see one batch, the first of the run, and the same random numbers, without side effects: without
     ``adapt`` training is the same to the last bit. In a data-parallel run the spectrum is that of the global batch, and
-    the same on every process.
+    the same on every process. A fit of another module, datamodule or Trainer is another run.
 
     Logs ``spectrum/…`` against game updates: ``max_modulus``, ``max_real``, ``min_real``, ``max_imaginary``,
     ``adversarial`` (share of eigenvalues with |Im| > |Re|), ``own/<player>``, ``momentum/<player>``,
@@ -68,7 +73,7 @@ class GameSpectrumCallback(Callback):
         max_products: Products at which a measurement gives up.
 
     Attributes:
-        history: Measured spectra.
+        history: Measured spectra of all runs, in order; ``game_updates`` of a spectrum counts those of its run.
 
     Raises:
         ValueError: An argument out of range.
@@ -88,24 +93,17 @@ class GameSpectrumCallback(Callback):
         max_change: tuple[float, float] = (0.1, math.pi / 8),
         max_products: int = 2000,
     ) -> None:
-        if every_n_updates < 1 or (k is not None and k < 1) or max_products < 1:
-            raise ValueError(
-                "every_n_updates, k and max_products must be at least 1 (k: or None). "
-                f"Got {every_n_updates}, {k} and {max_products}."
-            )
-        if which not in get_args(Which):
-            raise ValueError(f"which must be one of {get_args(Which)}. Got {which!r}.")
+        at_least(1, every_n_updates=every_n_updates, k=k, max_products=max_products)
         if not 0.0 <= max_momentum < 1.0:
             raise ValueError(f"max_momentum must lie in [0, 1): |β| ≥ 1 never converges. Got {max_momentum}.")
-        if not min(max_change) >= 0:
-            raise ValueError(f"max_change must not be negative. Got {max_change}.")
+        at_least(0, max_change=max_change)
         self.every_n_updates, self.k, self.which, self.per_player = every_n_updates, k, which, per_player
         self.adapt, self.max_momentum, self.max_change = adapt, max_momentum, max_change
         self.max_products = max_products
         self.history: list[MeasuredSpectrum] = []
         self._fixed: FixedBatches | None = None  # the first batch of the run, and its random numbers
         self._measured = 0  # game updates at the last measurement
-        self._told: set[str] = set()  # messages that appear once
+        self._told: set[str] = set()  # messages that appear once a run
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
 
     def should_measure(self, game_updates: int) -> bool:
@@ -116,7 +114,13 @@ class GameSpectrumCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not is_game(pl_module):
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if self.use.changed:
+            self._fixed, self._measured, self._told = None, 0, set()
+        self.use.at_end(self._drop_saved)
+        if not is_game(pl_module):
             raise MisconfigurationException(
                 "GameSpectrumCallback measures the game of a GameModule. "
                 f"Got {type(pl_module).__name__}; extend lightning_nested.modules.GameModule."
@@ -128,6 +132,7 @@ class GameSpectrumCallback(Callback):
             self._fixed = FixedBatches(trainer)
         saved, self._saved = self._saved, None
         if saved is not None:
+            require_keys(saved, ("seed", "measured", "batches"), "GameSpectrumCallback")
             self._measured = saved["measured"]
             batches = [[] if batch is None else [batch] for batch in saved["batches"]]
             self._fixed.load_state_dict({"seed": saved["seed"], "batches": batches})
@@ -182,6 +187,9 @@ class GameSpectrumCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None
 
+    def _drop_saved(self) -> None:
+        self._saved = None
+
     def measure(self, trainer: Trainer, pl_module: Any) -> MeasuredSpectrum:
         """Measure the spectrum at the current weights, without side effects.
 
@@ -199,7 +207,8 @@ class GameSpectrumCallback(Callback):
         }
         names, tensors = list(players), [each.parameters for each in players.values()]
         losses = joint_losses(pl_module, names, *self._fixed.get(0, None))
-        if not self.history:
+        if "detached" not in self._told:
+            self._told.add("detached")
             warn_if_detached(names, losses, tensors)
         steps = tuple(pl_module.steps_per_player.get(name, 1) for name in names)
         measured = measure_spectrum(

@@ -8,20 +8,24 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked, fraction
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
+from lightning_nested.trainer.use import OneFitCallback, Use
 
 # Averaged vectors point almost in the right direction; more cost little, once for each evaluation.
 _POWER_ITERATIONS = 10
 
 
-class GeneratorEMA(Callback):
+@checked
+class GeneratorEMA(Constructed, OneFitCallback):
     """Average w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including ``start``.
 
     An update is one step of the optimizer that holds the generator's parameters, so discriminator steps,
@@ -51,12 +55,8 @@ class GeneratorEMA(Callback):
         buffers: Literal["average", "copy"] = "average",
         module: str = "generator",
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must lie in [0, 1). Got {decay}.")
-        if start < 0:
-            raise ValueError(f"start must be at least 0. Got {start}.")
-        if buffers not in ("average", "copy"):
-            raise ValueError(f"buffers must be 'average' or 'copy'. Got {buffers!r}.")
+        fraction(decay=decay)
+        at_least(0, start=start)
         self.decay, self.start, self.buffers, self.module = decay, start, buffers, module
         self.updates = 0
         self._average: nn.Module | None = None
@@ -65,7 +65,8 @@ class GeneratorEMA(Callback):
         self._begun = False
         # The network's own values, while it has the averaged ones.
         self._raw: dict[str, Tensor] | None = None
-        self._hook: RemovableHandle | None = None
+        # Of the Trainer that evaluates the averaged values.
+        self._evaluation = Use()
 
     @property
     @override
@@ -107,12 +108,15 @@ class GeneratorEMA(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._average is None:
-            self._average = _copied(self._network(pl_module)).requires_grad_(False)
+        super().setup(trainer, pl_module, stage)
+        # The average of another run, unless one was loaded for this.
+        if stage == "fit" and self.use.changed and self._saved is None:
+            self._average, self._begun, self.updates = None, False, 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = self._network(pl_module)
+        self._warn_if_missing(trainer)
         _, precision = self._matched(network), next(network.parameters()).dtype
         if precision in (torch.float16, torch.bfloat16):
             raise MisconfigurationException(
@@ -133,7 +137,7 @@ class GeneratorEMA(Callback):
             self.updates += 1
             self.update(network)
 
-        self._hook = owners[0].register_step_post_hook(after_step)
+        self.use.at_end(owners[0].register_step_post_hook(after_step).remove)
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -152,25 +156,16 @@ class GeneratorEMA(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation.begin(self, trainer, pl_module)
         self._stand_in(trainer, pl_module)
+        self._evaluation.at_end(lambda: self._step_back(pl_module))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step_back(pl_module)
+        self._evaluation.end(trainer)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.stands_in:
-            self._step_back(pl_module)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -191,6 +186,7 @@ class GeneratorEMA(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("updates", "average"), "GeneratorEMA")
         # Kept until the network, its device and its precision are known.
         self.updates, self._saved = state_dict["updates"], state_dict["average"]
 
@@ -200,9 +196,7 @@ class GeneratorEMA(Callback):
     def _matched(self, network: nn.Module) -> nn.Module:
         """Return the average, on the network's device and in its precision; before any update the network's values."""
         if self._average is None:
-            raise RuntimeError(
-                "GeneratorEMA needs setup before it is used. Got a callback without an average."
-            )
+            self._average = _copied(network).requires_grad_(False)
         self._average.to(next(network.parameters()))
         if self._saved is not None:
             self._average.load_state_dict(self._saved)
@@ -215,14 +209,18 @@ class GeneratorEMA(Callback):
     def _stand_in(self, trainer: Trainer | None, pl_module: LightningModule) -> None:
         network = self._network(pl_module)
         average = self._matched(network)
-        if not self._begun and trainer is not None and trainer.ckpt_path is not None:
-            rank_zero_warn(
-                f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
-                "evaluated. Give module and decay as in training."
-            )
+        if trainer is not None:
+            self._warn_if_missing(trainer)
         self._raw = {name: value.clone() for name, value in _tensors(network, shared=True).items()}
         _copy(_tensors(average), network)
         iterate_spectral_norms(network, times=_POWER_ITERATIONS)
+
+    def _warn_if_missing(self, trainer: Trainer) -> None:
+        if trainer.ckpt_path is not None and self._saved is None and not self._begun:
+            rank_zero_warn(
+                f"The checkpoint has no average of this callback. Got none for {self.state_key}; its raw weights are "
+                "evaluated, and a new average begins with them. Give module and decay as in training."
+            )
 
     def _step_back(self, pl_module: LightningModule) -> None:
         assert self._raw is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,42 +12,46 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver, LookAhead
 from lightning_nested.hypergradient.evaluation_point import placed_at
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.optim.step_dynamics import coupled_decay, trainable
-from lightning_nested.trainer.attributes import replace_placeholders
+from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
-from lightning_nested.trainer.isolation import untouched_buffers
-from lightning_nested.trainer.lightning import accumulates, reduction, step_loss
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OfLoop, OuterLoop
+from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.lightning import accumulates, loss_scale, reduction, step_loss
+from lightning_nested.trainer.outer_loop import OfLoop, OuterLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.stand_ins import StandIns
 
 
-class HypergradientCallback(HasOuterLoop, Callback):
+@checked
+class HypergradientCallback(OuterLoopCallback):
     """Tunes hyperparameters inside one ``fit``, by the gradient of the validation loss through the training.
 
     At the steps chosen by :meth:`should_update` the callback takes the training loss with its graph, as the Trainer
     hands it to ``on_before_backward``, and a batch of the validation data; finds
     dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. There is no second
-    forward of the training loss and no second call of ``training_step``. Weight decays are added to the gradients
-    in closed form before they are clipped. In a data-parallel run every product is averaged, so that the
-    hypergradient is that of the global batch. Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
+    forward of the training loss and no second call of ``training_step`` (but one, without side effects, in the check of
+    the first outer step). Weight decays are added to the gradients in closed form before they are clipped. In a
+    data-parallel run every product is averaged, so that the hypergradient is that of the global batch.
+    Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
     The outer loss is the module's ``outer_loss(batch)`` if it has one, else what ``validation_step`` returns, in
-    evaluation mode. Its evaluation leaves buffers, metrics, plain attributes, logs and random numbers of the run as
-    they were. The validation loader is requested a second time, so a random split belongs into ``setup``, not
-    ``val_dataloader``.
+    evaluation mode. Its evaluation leaves the run as it was: logs, random numbers, and all that can be reached from the
+    module, such as buffers, metrics, frozen networks, lists, arrays and objects of your own. The validation loader is
+    requested a second time, so a random split belongs into ``setup``, not ``val_dataloader``.
 
     Under ``accumulate_grad_batches`` the graphs of all batches of an outer step are kept until its last batch.
     A decoupled decay of the inner optimizer (AdamW) is not part of the curvature; a coupled one (SGD) is.
@@ -68,6 +71,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before the run
             ends with ``FloatingPointError``; failed steps are skipped, counted and logged.
+        self_check: Check products at the first outer step (one more, and one gradient); warn of what is wrong.
 
     Raises:
         MisconfigurationException: In ``setup`` or at the start of ``fit``: manual optimization, a strategy that
@@ -94,6 +98,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         outer_dataloader: Any = None,
         log_every_n_outer_steps: int = 10,
         max_skipped: int = 10,
+        self_check: bool = True,
     ) -> None:
         self.outer = OuterStep(
             as_hyperparameters(hyperparameters),
@@ -118,11 +123,11 @@ class HypergradientCallback(HasOuterLoop, Callback):
             restart_every=restart_every,
             max_skipped=max_skipped,
             log_every_n_outer_steps=log_every_n_outer_steps,
+            self_check=self_check,
         )
         self.curvature, self.outer_dataloader = curvature, outer_dataloader
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
-        self._module: LightningModule | None = None
-        self._graph: InnerGraph | None = None  # from setup to teardown
+        self._graph: InnerGraph | None = None  # from on_fit_start on
         self._ahead = 0  # inner steps up to the next outer one
         self._attempted = False  # whether this step's hypergradient was tried
         self._placeholders = StandIns()  # attributes of the module, during a fit
@@ -139,7 +144,9 @@ class HypergradientCallback(HasOuterLoop, Callback):
         own = getattr(pl_module, "outer_loss", None)
         if callable(own):
             return check_loss("outer_loss", pl_module, own(batch))
-        loss = step_loss(trainer, pl_module, "validation_step", batch, 0)
+        batches = self.outer_loop.batches
+        index = 0 if batches is None else batches.index
+        loss = step_loss(trainer, pl_module, "validation_step", batch, index)
         return check_loss("validation_step", pl_module, loss)
 
     # ---- lifecycle
@@ -151,24 +158,27 @@ class HypergradientCallback(HasOuterLoop, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         _check_settings(trainer, pl_module)
+        self.use.at_end(self.outer_loop.stop, self._let_go)
+        # A second fit of the same module continues with the current values.
+        if self.use.changed & {"module", "datamodule"}:
+            self.outer_loop.reset()
         self.outer_loop.prepare()
-        replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders)
-        accumulate = trainer.accumulate_grad_batches
-        self._graph = InnerGraph(pl_module, self.curvature, accumulate=accumulate, method="training_step")
+        # A search for the learning rate or batch size may run before on_fit_start.
+        replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders, complete=False)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         (optimizer,) = trainer.optimizers
-        # A second fit of the same module continues with the current values.
-        if self._module is not None and self._module is not pl_module:
-            self.outer_loop.reset()
-        self._module = pl_module
-        for hyperparameter in self.outer.hyperparameters:
-            hyperparameter.attach_module(pl_module)
-        _take_out(optimizer, self.outer)
+        # The module is complete only now, after its own setup() and configure_model().
+        replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders)
+        attach_hyperparameters(pl_module, self.outer.hyperparameters, self.use)
+        take_out(optimizer, self.outer)
+        accumulate = trainer.accumulate_grad_batches
+        self._graph = InnerGraph(pl_module, self.curvature, accumulate=accumulate, method="training_step")
         self.outer_loop.start(trainer, self.outer_dataloader)
         self.plan.schedule(trainer, self.outer_loop)
         self._collect(trainer, pl_module)
@@ -201,17 +211,21 @@ class HypergradientCallback(HasOuterLoop, Callback):
                 self._ahead = self.plan.ahead(partial(self.should_update, trainer), self.inner_steps)
                 self.plan.forecast.watch(self._ahead)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
-        if self._inner.observes and (
-            not (self._inner.repeats or self._inner.repeatable)
-            or self.should_update(trainer, self.inner_steps)
-        ):
-            self._observe(trainer, pl_module, batch, batch_idx)
+        check, inner = self.outer_loop.check, self._inner
+        wanted = inner.repeats or check.is_due or self.plan.looks_ahead
+        foreseen = wanted and self._is_due(trainer)
+        again = foreseen and (self.plan.looks_ahead or check.is_due) and check.may_repeat(pl_module)
+        if again or (inner.observes and (foreseen or not inner.repeats)):
+            self._inner.observe_step(trainer, self._methods, batch, batch_idx, again=again)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
-        if self._attempted or not self.should_update(trainer, self.inner_steps):
+        if self._attempted or not self._is_due(trainer):
+            self.outer_loop.probe(trainer, pl_module, partial(self.outer_loss, trainer, pl_module))
             return
+        if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
+            self._collect(trainer, pl_module)
         self._inner.add(loss)
         if accumulates(trainer):
             # The last batch of the step needs the graph again.
@@ -219,20 +233,26 @@ class HypergradientCallback(HasOuterLoop, Callback):
             return
         self._attempted = True
         # torch.utils.checkpoint runs the forward again in every product.
-        with untouched_buffers(pl_module), self.plan.paused():
+        with without_trace(pl_module, trainer, attributes=False), self.plan.paused():
             self._find_hypergradient(trainer, pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._methods.put_back()
         self.outer.clear_gradients()
+        if self.outer_loop.check.is_due and self._attempted and trainer.world_size == 1:
+            self.outer_loop.check.hidden(self._inner.losses, self.outer_loop.parameters)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.outer_loop.conclude()
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         # A fused optimizer divides by the scale of fp16 itself, after this.
-        scale = _loss_scale(trainer)
+        scale = loss_scale(trainer)
         held = scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
         self.plan.add_decays(self.outer_loop.parameters, held)
         if self.plan.forecast is not None:
@@ -256,15 +276,6 @@ class HypergradientCallback(HasOuterLoop, Callback):
         if self.outer.pending:
             self.outer_loop.step(pl_module)
         self._clear_window()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
-        self.outer_loop.stop()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -299,6 +310,9 @@ class HypergradientCallback(HasOuterLoop, Callback):
         assert self._graph is not None
         return self._graph
 
+    def _is_due(self, trainer: Trainer) -> bool:
+        return self.should_update(trainer, self.inner_steps) or self.outer_loop.is_last_chance(trainer)
+
     def _collect(self, trainer: Trainer, module: LightningModule) -> None:
         """Name the parameters of the inner optimizer, and build the hyperparameters for them."""
         names = {id(p): n for n, p in module.named_parameters()}
@@ -307,6 +321,8 @@ class HypergradientCallback(HasOuterLoop, Callback):
             raise MisconfigurationException(
                 "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
             )
+        if any(map(is_lazy, held)):  # their shapes are not known yet
+            return
         before = len(self.outer_loop.parameters)
         if before not in (0, len(held)):
             rank_zero_info(
@@ -315,29 +331,11 @@ class HypergradientCallback(HasOuterLoop, Callback):
         parameters = {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
         self.outer_loop.build(parameters, trainer.strategy.root_device)
         self.plan.attach(module, parameters, trainer.optimizers[0])
-        self._inner.repeatable = self.plan.forecast is not None
-
-    def _observe(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Observe the coming ``training_step``, from its beginning: hooks before it may draw random numbers."""
-        step = module.training_step
-
-        def evaluate() -> Tensor:
-            loss = step_loss(trainer, module, "training_step", batch, batch_idx)
-            assert isinstance(loss, Tensor)
-            return loss * (_loss_scale(trainer) / trainer.accumulate_grad_batches)
-
-        @functools.wraps(step)
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            self._inner.observe(evaluate)
-            self._methods.put_back()
-            return step(*args, **kwargs)
-
-        self._methods.put(module, "training_step", observed)
 
     def _find_hypergradient(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loop, scale = self.outer_loop, _loss_scale(trainer)
+        loop, scale = self.outer_loop, loss_scale(trainer)
         assert loop.batches is not None
-        parameters = tuple(loop.parameters.values())
+        inner_loss, parameters = self._inner.loss(), tuple(loop.parameters.values())
         try:
             weights = self.plan.look(trainer, self.inner_steps, self._inner, scale)
             with placed_at(parameters, weights):
@@ -345,12 +343,13 @@ class HypergradientCallback(HasOuterLoop, Callback):
                     trainer,
                     pl_module,
                     loop.batches,
-                    lambda batch: self.outer_loss(trainer, pl_module, batch),
+                    partial(self.outer_loss, trainer, pl_module),
                     (*parameters, *self.outer.in_graph_tensors),
                     scale=scale,
+                    caller=f"HypergradientCallback at inner step {self.inner_steps}",
                 )
             report = self.outer.compute(
-                self._inner.loss(),
+                inner_loss,
                 outer_loss,
                 loop.parameters,
                 curvature=self._inner.curvature(),
@@ -361,6 +360,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
                 solver=self.plan.bound_solver(),
                 weights=dict(zip(loop.parameters, weights, strict=True)),
                 decay_factors=self.plan.decay_factors(loop.parameters),
+                inspect=loop.check.inspect(inner_loss, loop.parameters, self._inner.again()),
             )
         except FloatingPointError as error:
             loop.skip(error)
@@ -382,6 +382,7 @@ class HypergradientCallback(HasOuterLoop, Callback):
         if self._graph is not None:
             self._graph.close()
         self.plan.stop()
+        self._saved = None
 
 
 def _check_settings(trainer: Trainer, module: LightningModule) -> None:
@@ -412,25 +413,3 @@ def _check_settings(trainer: Trainer, module: LightningModule) -> None:
                 "With accumulate_grad_batches the graphs are needed again at the window's last batch. Got "
                 f"{name}.backward{signature}, which cannot keep one; give it **kwargs and pass them to loss.backward."
             )
-
-
-def _take_out(optimizer: Optimizer, outer: OuterStep) -> None:
-    """Remove hyperparameters that are the module's own tensors from the inner optimizer."""
-    tuned = {id(t): h.name for h in outer.hyperparameters for t in h.tensors.values()}
-    removed = [p for group in optimizer.param_groups for p in group["params"] if id(p) in tuned]
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in tuned]
-    for tensor in removed:
-        optimizer.state.pop(tensor, None)
-    if removed:
-        names = dict.fromkeys(tuned[id(p)] for p in removed)
-        rank_zero_info(
-            f"HypergradientCallback tunes {', '.join(names)} by the outer loss and took {len(removed)} tensor(s) out "
-            "of the inner optimizer."
-        )
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """Return the factor on the loss that ``on_before_backward`` receives in fp16."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0

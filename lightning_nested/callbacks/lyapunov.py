@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -15,22 +15,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_nested.dynamics.checks import require_at_least, require_window
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Tangents
 from lightning_nested.files import replace_figure
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.game_follower import GameFollower
 from lightning_nested.trainer.joint_losses import is_game, refuse_other_modules
 from lightning_nested.trainer.requirements import refuse_strategy
+from lightning_nested.trainer.run_folder import keeps_files
 from lightning_nested.trainer.training_follower import TrainingFollower
+from lightning_nested.trainer.use import OneFitCallback
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class LyapunovCallback(Callback):
+@checked
+class LyapunovCallback(Constructed, OneFitCallback):
     """Measures how fast small differences of the weights grow during training.
 
     ``on_before_backward`` hands over the training loss with its graph: k products with its Hessian push k tangents of
@@ -92,10 +97,9 @@ class LyapunovCallback(Callback):
         smoothing: int = 20,
         figure: bool = False,
     ) -> None:
-        require_at_least(1, k=k, every_n_steps=every_n_steps, orthonormalize_every=orthonormalize_every)
-        require_at_least(1, smoothing=smoothing)
-        require_at_least(0, warmup_steps=warmup_steps, align=align)
-        require_window(window)
+        at_least(1, k=k, every_n_steps=every_n_steps, orthonormalize_every=orthonormalize_every)
+        at_least(1, smoothing=smoothing)
+        at_least(0, warmup_steps=warmup_steps, align=align)
         self.k, self.every_n_steps, self.warmup_steps = k, every_n_steps, warmup_steps
         self.orthonormalize_every, self.align, self.fixed_batch = orthonormalize_every, align, fixed_batch
         self.window: Literal["uniform", "bump"] = window
@@ -154,9 +158,11 @@ class LyapunovCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self._follower = None  # of an earlier fit
+        self.use.at_end(self._let_go)
         refuse_other_modules(pl_module)
         refuse_strategy(trainer, "LyapunovCallback", static_graph=False)
         if is_overridden("configure_gradient_clipping", pl_module):
@@ -217,13 +223,8 @@ class LyapunovCallback(Callback):
             pl_module.log_dict(self._metrics(), logger=False, sync_dist=trainer.world_size > 1)
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._let_go()
-        if self.figure_wanted and self.windows:
+        if self.figure_wanted and self.windows and keeps_files(trainer):
             self._save_figure(Path(trainer.log_dir or trainer.default_root_dir))
 
     @property
@@ -264,6 +265,7 @@ class LyapunovCallback(Callback):
             self._restore(self._saved)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        require_keys(state, ("windows", "crossings", "chaotic"), "LyapunovCallback")
         self.follower.load_state_dict(state)
         self.windows, self.crossings = list(state["windows"]), list(state["crossings"])
         self._chaotic, self._saved = state["chaotic"], None
@@ -273,6 +275,7 @@ class LyapunovCallback(Callback):
     def _let_go(self) -> None:
         if self._follower is not None:
             self._follower.put_back()
+        self._saved = None
 
     def _end_window(self, trainer: Trainer) -> None:
         """Read the sign of the smoothed exponent, and log."""

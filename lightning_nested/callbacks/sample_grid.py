@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.callback import (
     ClassConditionalSampler,
     check_samples,
@@ -18,9 +19,15 @@ from lightning_nested.callbacks.generative_metrics.callback import (
 )
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.files import replacing
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
+from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.run_folder import keeps_files
+from lightning_nested.trainer.use import OneFitCallback
 
 
-class SampleGrid(Callback):
+@checked
+class SampleGrid(Constructed, OneFitCallback):
     """Grid with one row per class, each image from the same z at every time, for TensorBoard and as PNG files.
 
     Files are ``grids/<game updates>.png`` under ``default_root_dir``. If :class:`GeneratorEMA` is among the callbacks,
@@ -38,21 +45,25 @@ class SampleGrid(Callback):
     """
 
     def __init__(
-        self, every_n_updates: int = 1000, *, per_class: int = 8, batch_norm: str = "running", seed: int = 0
+        self,
+        every_n_updates: int = 1000,
+        *,
+        per_class: int = 8,
+        batch_norm: Literal["running", "batch", "standing"] = "running",
+        seed: int = 0,
     ) -> None:
-        if every_n_updates < 1 or per_class < 1:
-            raise ValueError(
-                f"every_n_updates and per_class must be at least 1. Got {every_n_updates} and {per_class}."
-            )
-        if batch_norm not in ("running", "batch", "standing"):
-            raise ValueError(f"batch_norm must be running, batch or standing. Got {batch_norm!r}.")
+        at_least(1, every_n_updates=every_n_updates, per_class=per_class)
+        at_least(0, seed=seed)
         self.every_n_updates, self.per_class = every_n_updates, per_class
         self.batch_norm, self.seed = batch_norm, seed
         self._last = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_sampler(self, pl_module)
+        if stage == "fit" and self.use.changed:
+            self._last = 0
 
     @override
     def on_train_batch_end(
@@ -79,6 +90,7 @@ class SampleGrid(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("last",), "SampleGrid")
         self._last = state_dict["last"]
 
     def grid(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
@@ -92,6 +104,7 @@ class SampleGrid(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA) and not callback.stands_in:
                     stack.enter_context(callback.swapped(pl_module))
+            stack.enter_context(without_trace(pl_module, trainer))
             images = source.sample_for_metrics(labels, batch_norm=self.batch_norm, generator=generator)
         images = check_samples(pl_module, images, len(labels))
         grid: Tensor = make_grid(
@@ -106,9 +119,9 @@ class SampleGrid(Callback):
         from torchvision.utils import save_image
 
         grid = self.grid(trainer, pl_module)
-        folder = Path(trainer.default_root_dir) / "grids"
-        with replacing(folder / f"{step:06d}.png") as file:
-            save_image(grid, file, format="png")
+        if keeps_files(trainer):
+            with replacing(Path(trainer.default_root_dir) / "grids" / f"{step:06d}.png") as file:
+                save_image(grid, file, format="png")
         for logger in trainer.loggers:
             add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
             if add_image is not None:

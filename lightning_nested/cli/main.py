@@ -45,8 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(_help())
     elif first in ("-V", "--version"):
         print(PROGRAM, lightning_nested.__version__)
-    elif first in COMMANDS:
-        COMMANDS[first].run(arguments)
+    elif first in COMMANDS or first == "--print_shtab":
+        COMMANDS.get(first, COMMANDS["fit"]).run(arguments)
     elif first.startswith("-"):
         _fail(f"the first argument must be a command, --help or --version. Got {first!r}")
     else:
@@ -130,7 +130,9 @@ def _help() -> str:
         f"commands:\n{commands}\n\n"
         f"configurations for --config: {', '.join(shipped_configs())}\n"
         f"configurations for ride --config: {', '.join(shipped_rides())}\n\n"
-        f"examples:\n  {PROGRAM} fit --config digits --trainer.max_epochs 5\n  {PROGRAM} fit --help"
+        f"examples:\n  {PROGRAM} fit --config digits --trainer.max_epochs 5\n"
+        f"  {PROGRAM} fit --config clean_digits --trainer.callbacks.HypergradientCallback.every_n_steps 2\n"
+        f"  {PROGRAM} fit --help"
     )
 
 

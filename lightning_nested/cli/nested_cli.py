@@ -2,60 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
-import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lightning_nested.cli.find_configs import close_matches, resolve_configs
+from lightning_nested.cli.callback_options import callback_options, with_callback_options
+from lightning_nested.cli.find_configs import resolve_configs
+from lightning_nested.cli.messages import PACKAGES, explained
 from lightning_nested.datamodules import InMemoryDataModule
 from lightning_nested.trainer.lightning import config_value, subcommand_parser
 
-# A class can be given by its short name once it has been imported.
-_PACKAGES = (
-    "callbacks",
-    "datamodules",
-    "demos",
-    "dynamics",
-    "games",
-    "hypergradient",
-    "hypernetworks",
-    "hyperparameters",
-    "modules",
-    "networks",
-    "optim",
-)
-_BASES = (
-    LightningModule,
-    LightningDataModule,
-    Callback,
-    Logger,
-    torch.optim.Optimizer,
-    torch.optim.lr_scheduler.LRScheduler,
-)
+_LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
 def import_classes() -> None:
     """Import the classes of this package, which makes their short names known to parsers."""
-    for package in _PACKAGES:
+    for package in PACKAGES:
         import_module(f"lightning_nested.{package}")
 
 
 class NestedArgumentParser(LightningArgumentParser):
-    """Lightning's parser with short errors that end in close matches."""
+    """Lightning's parser with short errors that end in close matches.
+
+    Attributes:
+        configs: Configuration files of the command, for errors about what is missing.
+    """
+
+    configs: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A saved command must not change its meaning when an option with the same beginning is added.
@@ -69,8 +55,10 @@ class NestedArgumentParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        super().error("\n".join([message, *dict.fromkeys(_hints(message, parser))]), ex)
+        # A parser inside another one only reports to it: the outermost one shortens the whole.
+        if self.exit_on_error:
+            message = explained(message, getattr(ex, "subcommand_parser", None) or self, self.configs)
+        super().error(message, ex)
 
 
 class NestedCLI(LightningCLI):
@@ -79,6 +67,10 @@ class NestedCLI(LightningCLI):
     Classes of this package, of Lightning and of ``torch.optim`` have short names (``--model ImageClassifier``),
     others need their import path. ``--config`` takes a file or the name of a configuration of the package. Data
     may be left out for modules that bring their own.
+
+    ``--trainer.callbacks.HypergradientCallback.every_n_steps 2`` changes an option of that callback of a configuration,
+    and ``--trainer.callbacks.HypergradientCallback.solver.num_terms 5`` one inside it; ``--trainer.callbacks.OPTION``
+    is about the last callback. ``--print_shtab bash`` prints a script by which the shell completes options.
 
     There are no options ``--optimizer`` and ``--lr_scheduler``: a module can have several, and takes each as an
     argument of its own (``--model.optimizer Adam``).
@@ -127,8 +119,22 @@ class NestedCLI(LightningCLI):
             arguments = resolve_configs(sys.argv[1:] if args is None else args)
         except ValueError as error:
             parser.error(str(error))
+        pairs = list(pairwise(["", *arguments, ""]))
+        # Before jsonargparse had this method the option was its own.
+        if "--print_shtab" in arguments and hasattr(parser, "get_completion_script"):
+            _print_completion(parser, next(value for option, value in pairs if option == "--print_shtab"))
+        # for errors about what is missing
+        parser.configs = [value for option, value in pairs if option in ("-c", "--config")]  # type: ignore[attr-defined]
+        arguments, changes = callback_options(arguments)
+        shows = bool(changes) and "--print_config" in arguments
         # Not by super(), which warns if both `args` and `sys.argv` are there, as they are here on purpose.
-        self.config = parser.parse_args(arguments)
+        self.config = parser.parse_args([a for a in arguments if not shows or a != "--print_config"])
+        if changes:
+            self.config = with_callback_options(parser, self.config, changes)
+        if shows:
+            self.subcommand = self.config.subcommand
+            print(subcommand_parser(self).dump(self.config[self.subcommand], skip_none=False), end="")
+            parser.exit()
 
     @override
     def instantiate_classes(self) -> None:
@@ -140,12 +146,35 @@ class NestedCLI(LightningCLI):
             if ours is None:
                 raise
             subcommand_parser(self).error(str(ours), ours)
+        if self.subcommand is not None and self.datamodule is None:
+            self._require_data()
+
+    def _require_data(self) -> None:
+        loader = f"{_LOADERS[str(self.subcommand)]}_dataloader"
+        if not is_overridden(loader, self.model):
+            subcommand_parser(self).error(
+                f"--model {type(self.model).__name__} has no {loader} of its own, so --data CLASS is needed "
+                "(--data DigitsDataModule), or a configuration that names both (--config digits)."
+            )
 
     @override
     def after_instantiate_classes(self) -> None:
         if isinstance(self.datamodule, InMemoryDataModule):
             # Data in memory needs no worker processes: they would only cost time.
             warnings.filterwarnings("ignore", message=".*does not have many workers")
+
+
+def _print_completion(parser: LightningArgumentParser, shell: str) -> NoReturn:
+    """Print a script by which a shell completes the options, and exit."""
+    if find_spec("shtab") is None:
+        parser.error("--print_shtab needs shtab: pip install 'lightning-nested[completion]'")
+    try:
+        print(parser.get_completion_script(f"shtab-{shell or 'bash'}"))
+    except ValueError as error:
+        parser.error(
+            f"--print_shtab must be followed by a shell, such as bash or zsh. Got {shell!r}: {error}"
+        )
+    parser.exit()
 
 
 def _raised_here(error: BaseException | None) -> ValueError | None:
@@ -158,61 +187,3 @@ def _raised_here(error: BaseException | None) -> ValueError | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     module = frames[-1].f_globals.get("__name__", "") if frames else ""
     return error if module.startswith("lightning_nested.") else None
-
-
-def _unknown_words(message: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, Iterable[str]]]:
-    """Yield the unknown options, classes and arguments that an error of jsonargparse names, with the known ones."""
-    options = list(_option_strings(parser))
-    for unrecognized in re.findall(r"unrecognized arguments: (.*)", message):
-        for option in re.findall(r"(?:^|\s)(--[^\s=]+)", unrecognized):
-            yield option, options
-    for key in re.findall(r"does not accept option '([^']+)'", message):
-        yield key, [option.removeprefix("--") for option in options]
-    for name in re.findall(r"Expected a dot import path string: (\S+)", message):
-        yield name, _class_names()
-    for module, name in re.findall(r"module '([^']+)' has no attribute '([^']+)'", message):
-        yield name, dir(import_module(module))
-    for path, option in re.findall(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message):
-        yield option, _parameter_names(path)
-    # For a class behind a callable, as an optimizer, the message has the other order.
-    reverse = r"Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'"
-    for option, path in re.findall(reverse, message):
-        yield option, _parameter_names(path)
-
-
-def _hints(message: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    for word, known in _unknown_words(message, parser):
-        question = close_matches(word, known)
-        if question:
-            yield f"{word}{question.replace('. Did', ': did')}"
-    if "arguments are required" in message and "model" in message:
-        yield "Give a configuration (--config NAME, see `lightning-nested configs`) or --model CLASS."
-
-
-def _option_strings(parser: argparse.ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
-        yield from action.option_strings
-        # Subcommands.
-        if isinstance(action.choices, dict):
-            for subparser in action.choices.values():
-                yield from _option_strings(subparser)
-
-
-def _class_names() -> set[str]:
-    ours = {name for package in _PACKAGES for name in import_module(f"lightning_nested.{package}").__all__}
-    return ours | {cls.__name__ for base in _BASES for cls in _subclasses(base)}
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    subclasses: list[type] = base.__subclasses__()
-    for cls in subclasses:
-        if not cls.__name__.startswith("_"):
-            yield cls
-            yield from _subclasses(cls)
-
-
-def _parameter_names(class_path: str) -> set[str]:
-    module, _, name = class_path.rpartition(".")
-    constructors = (vars(owner).get("__init__") for owner in getattr(import_module(module), name).__mro__)
-    names = {p for init in constructors if init for p in inspect.signature(init).parameters}
-    return names - {"self", "args", "kwargs"}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.datamodules.downloaded import DownloadedDataModule
 from lightning_nested.datamodules.in_memory import LabelledImages
 
@@ -19,6 +20,7 @@ _TRAIN = tuple(f"data_batch_{k}" for k in range(1, 6))
 _TEST = "test_batch"
 
 
+@checked
 class CIFAR10DataModule(DownloadedDataModule):
     """CIFAR-10: 60 000 colour 32×32 images of ten classes, shape ``(n, 3, 32, 32)``.
 

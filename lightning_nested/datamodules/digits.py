@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
 
 
+@checked
 class DigitsDataModule(InMemoryDataModule):
     """The 1 797 handwritten 8×8 digits of scikit-learn, shape ``(n, 1, 8, 8)``, pixels in [0, 1].
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.datamodules.downloaded import DownloadedDataModule
 from lightning_nested.datamodules.in_memory import LabelledImages
 
@@ -20,6 +21,7 @@ _SIDE, _PADDED = 28, 32
 _UNSIGNED_BYTE = 0x08  # idx type code; the only one the MNIST family uses
 
 
+@checked
 class FashionMNISTDataModule(DownloadedDataModule):
     """Fashion-MNIST: 70 000 grey 28×28 images of clothes, shape ``(n, 1, 28, 28)``, pixels in [0, 1].
 

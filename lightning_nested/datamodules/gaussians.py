@@ -10,9 +10,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.games import ring
 
 
+@checked
 class MixtureOfGaussiansDataModule(LightningDataModule):
     """A ring or a grid of Gaussians with equal weights: the usual test of whether a GAN finds every mode.
 
@@ -55,18 +57,13 @@ class MixtureOfGaussiansDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_batches < 1:
-            raise ValueError(
-                f"batch_size, num_batches must be at least 1. Got {batch_size} and {num_batches}."
-            )
-        if not std > 0:
-            raise ValueError(f"std must be positive. Got {std}.")
+        at_least(1, batch_size=batch_size, num_batches=num_batches)
+        at_least(0, seed=seed)
+        positive(std=std)
         if layout == "ring":
             self.centres = ring(num_modes, radius, dtype=torch.float32)
-        elif layout == "grid":
-            self.centres = _grid(num_modes, radius)
         else:
-            raise ValueError(f"layout must be 'ring' or 'grid'. Got {layout!r}.")
+            self.centres = _grid(num_modes, radius)
         self.std, self.batch_size, self.num_batches, self.seed = std, batch_size, num_batches, seed
 
     @override

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
+
 Batch = tuple[Tensor, ...]
 
 
@@ -58,6 +60,7 @@ class TensorBatches(Dataset[Batch]):
         return DataLoader(self, batch_size=batch_size, collate_fn=tuple, **options)
 
 
+@checked
 class InMemoryDataModule(LightningDataModule):
     """Train, validation and test images as float tensors, batched without per-example work.
 
@@ -115,16 +118,10 @@ class InMemoryDataModule(LightningDataModule):
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        if train_size < 1 or val_size < 0:
-            raise ValueError(
-                f"`train_size` must be at least 1 and `val_size` at least 0. Got {train_size} and {val_size}."
-            )
+        at_least(1, train_size=train_size, batch_size=batch_size, val_batch_size=val_batch_size)
+        at_least(0, val_size=val_size, seed=seed, num_workers=num_workers)
         if not 0.0 <= wrong_label_fraction <= 1.0:
             raise ValueError(f"`wrong_label_fraction` must lie in [0, 1]. Got {wrong_label_fraction}.")
-        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
-            raise ValueError(
-                f"`batch_size` and `val_batch_size` must be at least 1. Got {batch_size} and {val_batch_size}."
-            )
         self.train_size, self.val_size, self.seed = train_size, val_size, seed
         self.wrong_label_fraction, self.use_clean_labels = wrong_label_fraction, use_clean_labels
         self.with_index, self.symmetric, self.drop_last = with_index, symmetric, drop_last

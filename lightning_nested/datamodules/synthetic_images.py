@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
 
 
+@checked
 class SyntheticImagesDataModule(InMemoryDataModule):
     """A coloured disc on a dark ground; the class is where it sits on a circle and its hue.
 

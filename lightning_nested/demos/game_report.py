@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.figures.game_report import game_figure
+from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.trainer.run_folder import run_folder, write_report
+from lightning_nested.trainer.use import OneFitCallback
 
 # Distances below it, relative to the first, are rounding.
 _FLOOR = 1e-13
 
 
-class GameReport(Callback):
+@checked
+class GameReport(Constructed, OneFitCallback):
     """Report of a :class:`ZooGame` at the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png``.
 
     The measured rate is the mean factor of the distance per game update over the second half of the run, down to the
@@ -37,6 +41,7 @@ class GameReport(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and not (hasattr(pl_module, "distances") and hasattr(pl_module, "path")):
             raise MisconfigurationException(
                 "GameReport needs a module that records its distances. "

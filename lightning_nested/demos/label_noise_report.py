@@ -8,24 +8,29 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.demos.reference_runs import fit_like, test_like
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import run_folder, write_report
+from lightning_nested.trainer.use import OneFitCallback
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _METRIC = "test_accuracy"
 
 
-class LabelNoiseReport(Callback):
+@checked
+class LabelNoiseReport(Constructed, OneFitCallback):
     """Measure, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
 
     A copy of the untrained module is trained twice more without tuning: on the same noisy labels, and on the
@@ -63,8 +68,11 @@ class LabelNoiseReport(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if self.use.changed:
+            self._trace, self._traced = Trace(), 0
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 "LabelNoiseReport trains its references in one process. "
@@ -161,6 +169,7 @@ class LabelNoiseReport(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, asdict(Trace()), "LabelNoiseReport")
         self._trace = Trace(**state_dict)
 
     def _accuracy(self, trainer: Trainer, module: LightningModule) -> float:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least as require_at_least, checked
 from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.games import high_quality, modes_covered
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import run_folder, write_report
+from lightning_nested.trainer.use import OneFitCallback
 
 
-class ModeCoverage(Callback):
+@checked
+class ModeCoverage(Constructed, OneFitCallback):
     """Count the covered modes and good samples of a :class:`GANModule` while it trains.
 
     A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
@@ -49,11 +54,8 @@ class ModeCoverage(Callback):
         seed: int = 0,
         name: str = "modes",
     ) -> None:
-        if min(every_n_updates, num_samples, at_least) < 1:
-            raise ValueError(
-                "every_n_updates, num_samples and at_least must be at least 1. "
-                f"Got {every_n_updates}, {num_samples} and {at_least}."
-            )
+        require_at_least(1, every_n_updates=every_n_updates, num_samples=num_samples, at_least=at_least)
+        require_at_least(0, seed=seed)
         self.every_n_updates, self.num_samples, self.at_least = every_n_updates, num_samples, at_least
         self.seed, self.name = seed, name
         self.history: list[tuple[int, int, float]] = []
@@ -62,6 +64,9 @@ class ModeCoverage(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.use.changed:
+            self.history, self._pictures = [], []
         data = getattr(trainer, "datamodule", None)
         if stage == "fit" and not (
             hasattr(pl_module, "sample") and hasattr(data, "centres") and hasattr(data, "std")
@@ -129,6 +134,7 @@ class ModeCoverage(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("history", "pictures"), "ModeCoverage")
         self.history, self._pictures = list(state_dict["history"]), list(state_dict["pictures"])
 
     def _count(self, trainer: Trainer, module: Any) -> None:

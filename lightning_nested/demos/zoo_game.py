@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, check
 from lightning_nested.games import Game
 from lightning_nested.modules.game.module import GameModule
 
@@ -47,9 +48,10 @@ class ZooGame(GameModule):
         batches_per_epoch: int = 1000,
         **game_options: Any,
     ) -> None:
+        check(ZooGame.__init__, locals())
         super().__init__(**game_options)
-        if batches_per_epoch < 1:
-            raise ValueError(f"batches_per_epoch must be at least 1. Got {batches_per_epoch}.")
+        at_least(1, batches_per_epoch=batches_per_epoch)
+        at_least(0, seed=seed)
         self.game, self.batches_per_epoch = game, batches_per_epoch
         random = torch.Generator().manual_seed(seed)
         values = game.initial(random) if start is None else self._fit("start", start)
@@ -91,6 +93,8 @@ class ZooGame(GameModule):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.game_updates == 0:
+            self.distances, self.path = [], []
         if not self.distances:
             self.on_game_update()
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.vectors import Vector
 
 Product: TypeAlias = Callable[[Tensor], Tensor]  # of an operator with a flat vector (n,)
@@ -120,7 +121,7 @@ def krylov(product: Product, start: Tensor, count: int, *, tolerance: float = 1e
 def symmetric_ritz(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return Ritz values (m,), ascending, and the rows (m, m) of their coordinates in ``basis``."""
     small = basis @ images.mT
-    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    values, vectors = torch.linalg.eigh(check_matrix((small + small.mT) / 2, "Products in a Krylov space"))
     return values, vectors.mT
 
 

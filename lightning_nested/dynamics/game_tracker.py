@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.games.jacobian import JacobianOperator, derivative
 from lightning_nested.linalg.curvature import gradient_with_graph
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 from lightning_nested.optim.update_rules import UpdateRule
 
@@ -135,7 +136,9 @@ class GameTracker(Tangents):
             return flatten(a * d for a, d in zip(found, scale, strict=True))
 
         def choose(basis: Tensor, images: Tensor) -> Tensor:
-            values, vectors = torch.linalg.eig((basis @ images.mT).double())
+            values, vectors = torch.linalg.eig(
+                check_matrix((basis @ images.mT).double(), "The projected Jacobian")
+            )
             chosen: list[Tensor] = []
             for i in (1 - values).abs().argsort(descending=True).tolist():
                 if values[i].imag >= 0:  # of a conjugate pair both parts of one

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_nested.dynamics.checks import require_at_least, require_memory, require_window
+from lightning_nested.arguments import at_least, checked, positive
+from lightning_nested.dynamics.checks import require_memory
 from lightning_nested.dynamics.frames import (
     covariant_directions,
     from_rows,
@@ -89,6 +90,7 @@ class LyapunovSpectrum:
         return kaplan_yorke_dimension(self.exponents)
 
 
+@checked
 def kaplan_yorke_dimension(exponents: Tensor) -> Tensor:
     """Compute D = j + Σ_{i≤j} λ_i / |λ_{j+1}|, j the largest number of leading exponents with a sum ≥ 0.
 
@@ -123,11 +125,12 @@ class SpectrumOptions(TypedDict, total=False):
 
     orthonormalize_every: int
     batched: bool
-    window: str
+    window: Literal["uniform", "bump"]
     frame: Tensor | None
     generator: torch.Generator | None
 
 
+@checked
 def lyapunov_exponents(
     step: Step | DifferentiableMap,
     x0: State,
@@ -171,6 +174,7 @@ def lyapunov_exponents(
     return lyapunov_spectrum(step, x0, k=k, num_steps=num_steps, burn_in=burn_in, dt=dt, **options).exponents
 
 
+@checked
 @torch.no_grad()
 def lyapunov_spectrum(
     step: Step | DifferentiableMap,
@@ -196,7 +200,7 @@ def lyapunov_spectrum(
     """
     _refuse_unknown(options)
     every, window = options.get("orthonormalize_every", 1), options.get("window", "uniform")
-    require_window(window)
+    at_least(0, burn_out=burn_out)
     run = _Run(as_map(step, x0), x0, batched=options.get("batched", False), every=every)
     k = run.n if k is None else k
     _check_counts(k, run.n, num_steps, burn_in, every, dt)
@@ -244,8 +248,8 @@ class _Run:
         self.like = differentiable.coordinates(self.state)
         if not self.like or any(not a.is_floating_point() for a in self.like):
             raise ValueError(
-                f"The state must be tensors of real floating-point numbers. Got {[a.dtype for a in self.state]}; view "
-                "complex ones as real (torch.view_as_real)."
+                f"The state x0 must be tensors of real floating-point numbers. Got "
+                f"{[a.dtype for a in self.state]}; view complex ones as real (torch.view_as_real)."
             )
         self._every, self._batch_dims = every, int(batched)
         self.batch = tuple(self.like[0].shape[: self._batch_dims])
@@ -342,13 +346,12 @@ def _refuse_unknown(options: Mapping[str, object]) -> None:
 def _check_counts(k: int, n: int, num_steps: int, burn_in: int, every: int, dt: float) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..n, the number of coordinates of the state. Got k={k} and n={n}.")
-    require_at_least(1, num_steps=num_steps, orthonormalize_every=every)
-    require_at_least(0, burn_in=burn_in)
+    at_least(1, num_steps=num_steps, orthonormalize_every=every)
+    at_least(0, burn_in=burn_in)
     if num_steps % every or burn_in % every:
         got = f"Got {num_steps}, {burn_in} and {every}."
         raise ValueError(f"num_steps and burn_in must be multiples of orthonormalize_every. {got}")
-    if not dt > 0:
-        raise ValueError(f"dt must be positive. Got {dt}.")
+    positive(dt=dt)
 
 
 def _check_sum(total: Tensor, log_determinant: Tensor) -> None:

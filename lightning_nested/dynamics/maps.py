@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.linalg.vectors import Vector
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -156,6 +157,7 @@ _REPLACED: dict[Any, Any] = {
 }
 
 
+@checked
 def rk4_step(field: Step, dt: float) -> Step:
     """Return a step of the classical Runge-Kutta method for the flow ẋ = field(x).
 

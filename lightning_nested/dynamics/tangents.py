@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics.checks import require_at_least, require_window
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.dynamics.frames import Product, krylov, orthonormalize, window_weights
 from lightning_nested.linalg.processes import Reduce
 from lightning_nested.linalg.vectors import Vector
@@ -20,6 +20,7 @@ from lightning_nested.optim.registry import SGDRule, known_rule
 from lightning_nested.optim.update_rules import Descent, LinearRule, UpdateRule
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     """Clipping of an optimizer's gradient, differentiated as a part of its step.
@@ -59,6 +60,7 @@ class Clip:
         return torch.addr(factor * dg, -shrink * (dg @ g), g)
 
 
+@checked
 class Tangents:
     """Base class of trackers: pushes k tangents through optimizer steps, and records how fast they grow.
 
@@ -88,9 +90,8 @@ class Tangents:
         seed: int = 0,
         reduce: Reduce | None = None,
     ) -> None:
-        require_at_least(0, align=align)
-        require_at_least(1, orthonormalize_every=orthonormalize_every)
-        require_window(window)
+        at_least(0, align=align, seed=seed)
+        at_least(1, orthonormalize_every=orthonormalize_every)
         self.k, self.align, self.every, self.seed, self.reduce = k, align, orthonormalize_every, seed, reduce
         self.window = window
         self.alignment, self.steps = math.nan, 0

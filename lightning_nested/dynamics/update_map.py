@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_nested.arguments import checked
 from lightning_nested.dynamics.maps import DifferentiableMap, forward_derivative
 from lightning_nested.linalg.vectors import Vector, clone
 from lightning_nested.optim.registry import known_rule
@@ -19,6 +20,7 @@ Losses: TypeAlias = Callable[..., Any]
 """Function from a tuple of parameters to a scalar, or from a tuple of players to a tuple of scalars."""
 
 
+@checked
 def update_map(
     optimizer: Optimizer | Sequence[Optimizer],
     loss: Losses,
@@ -80,6 +82,8 @@ class UpdateMap(DifferentiableMap):
     ) -> None:
         self._grouped = not isinstance(optimizer, Optimizer)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        if not optimizers:
+            raise ValueError("optimizer must be one, or one for each player. Got an empty list.")
         entries = [
             (player, o, group, p)
             for player, o in enumerate(optimizers)

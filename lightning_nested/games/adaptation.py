@@ -14,6 +14,7 @@ from lightning_nested.games.joint_step import ADAPT_LIMIT, JointStep
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.optim.step_dynamics import has_complex_momentum, set_momentum
 from lightning_nested.optim.update_rules import Momentum
 
@@ -130,7 +131,7 @@ def _nearby(
 
 def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], float] | None:
     """Return the function to minimise: the largest modulus of a mode that some momentum contracts; None without any."""
-    values, vectors = np.linalg.eig(step.matrix)
+    values, vectors = np.linalg.eig(check_matrix(step.matrix, "The matrix of the joint step"))
     good = _contracted(values.astype(np.complex128), step.alternating, max_momentum)
     if good.all() or not good.any():
         return JointStep.rate if good.any() else None
@@ -138,7 +139,7 @@ def _rate_of(step: JointStep, max_momentum: float) -> Callable[[JointStep], floa
     bad = int((~good).sum())
 
     def rate_of(other: JointStep) -> float:
-        z, modes = np.linalg.eig(other.map())
+        z, modes = np.linalg.eig(check_matrix(other.map(), "The matrix of the joint step"))
         w = modes[2 * len(values) :]
         inside = onto_bad @ w
         sizes = [(np.abs(part) ** 2).sum(axis=0) for part in (inside, w - inside)]

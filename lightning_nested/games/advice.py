@@ -14,6 +14,7 @@ from typing import Literal, NoReturn
 import numpy as np
 from scipy.optimize import differential_evolution, minimize_scalar
 
+from lightning_nested.arguments import checked
 from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
 from lightning_nested.optim.options import ROUNDED_PI
@@ -56,6 +57,7 @@ class MomentumSuggestion:
         return {"lr": self.lr, "momentum": self.momentum, "phase": self.phase}
 
 
+@checked
 def suggest_momentum(
     eigenvalues: Eigenvalues,
     *,

@@ -13,21 +13,23 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.linalg.curvature import gradient_with_graph, owned
 from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 
-Player: TypeAlias = "Tensor | tuple[Tensor, ...]"
+Player: TypeAlias = Tensor | tuple[Tensor, ...]
 """A tensor, or the parameters of a network, that one player holds."""
 
 PlayersT = TypeVar("PlayersT", bound="tuple[Player, ...]")
 
-Losses: TypeAlias = "Callable[[PlayersT], Sequence[Tensor]] | Sequence[Tensor]"
+Losses: TypeAlias = Callable[[PlayersT], Sequence[Tensor]] | Sequence[Tensor]
 """A function of the players, or the losses themselves with graphs that reach the players' tensors."""
 
 
+@checked
 def joint_gradient(
     losses: Losses[PlayersT], players: PlayersT, *, create_graph: bool = False, reduce: Reduce | None = None
 ) -> PlayersT:
@@ -66,6 +68,7 @@ def joint_gradient(
     return _structured(average(tuple(gradient), reduce), players)
 
 
+@checked
 def game_jacobian(losses: Losses[PlayersT], players: PlayersT, *, reduce: Reduce | None = None) -> Tensor:
     """Compute the dense Jacobian J of the joint gradient, shape (n, n), row i the gradient of ξ_i.
 
@@ -296,7 +299,7 @@ def _checked_losses(losses: object, num_players: int, reduce: Reduce | None) -> 
             )
     if len(values) != num_players or any(v.numel() != 1 for v in values):
         raise ValueError(
-            f"There must be one scalar loss for each of the {num_players} players. "
+            f"losses must hold one scalar loss for each of the {num_players} players. "
             f"Got shapes {[tuple(v.shape) for v in values]}."
         )
     for index, value in enumerate(values):

@@ -10,6 +10,7 @@ import torch
 
 from lightning_nested.games.jacobian import JacobianOperator
 from lightning_nested.games.rates import Array, momentum_matrix
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.vectors import Vector, flatten
 from lightning_nested.optim.step_dynamics import StepDynamics
@@ -62,7 +63,9 @@ class JointStep:
 
     def rate(self) -> float:
         """Return its spectral radius."""
-        return float(np.abs(np.linalg.eigvals(self.map())).max())
+        return float(
+            np.abs(np.linalg.eigvals(check_matrix(self.map(), "The matrix of the joint step"))).max()
+        )
 
     def where(self, players: Mapping[int, tuple[float, float]]) -> JointStep:
         """Return the step with another |β| and arg β of some players, by their index."""

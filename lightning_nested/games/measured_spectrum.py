@@ -13,6 +13,7 @@ from lightning_nested.games.jacobian import JacobianOperator
 from lightning_nested.games.joint_step import JointStep, StepJacobian, joint_step, step_matrix
 from lightning_nested.games.rates import Array, predicted_rate
 from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.processes import Reduce
 from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.step_dynamics import StepDynamics
@@ -145,7 +146,7 @@ def measure_spectrum(
 
 def _all_eigenvalues(matrix: Array, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues, the largest first, and the players' shares of each."""
-    values, vectors = np.linalg.eig(matrix)
+    values, vectors = np.linalg.eig(check_matrix(matrix, "The matrix of the joint step"))
     mass = np.add.reduceat(np.abs(vectors) ** 2, np.cumsum((0, *sizes[:-1])), axis=0).T
     order = np.argsort(-np.abs(values), kind="stable")
     shares = (mass / mass.sum(axis=1, keepdims=True))[order]

@@ -18,19 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_nested.arguments import checked
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.optim.options import ROUNDED_PI
 from lightning_nested.optim.update_rules import Momentum
 
-Eigenvalues: TypeAlias = "Tensor | Sequence[complex]"
+Eigenvalues: TypeAlias = Tensor | Sequence[complex]
 Array: TypeAlias = "NDArray[Any]"
 
 _SHIFT = np.eye(5)
 
 
+@checked
 @overload
 def convergence_rate(
     eigenvalues: Eigenvalues, *, lr: float, momentum: float, phase: float = ..., alternating: bool = ...
 ) -> float: ...
+@checked
 @overload
 def convergence_rate(
     eigenvalues: Eigenvalues,
@@ -40,6 +44,7 @@ def convergence_rate(
     phase: float | Tensor = ...,
     alternating: bool = ...,
 ) -> float | Tensor: ...
+@checked
 def convergence_rate(
     eigenvalues: Eigenvalues,
     *,
@@ -85,6 +90,7 @@ def convergence_rate(
     return _returned(worst, lr, momentum, phase)
 
 
+@checked
 def eigenvalue_rates(
     eigenvalues: Eigenvalues, *, lr: float, momentum: float, phase: float = 0.0, alternating: bool = False
 ) -> Tensor:
@@ -98,6 +104,7 @@ def eigenvalue_rates(
     return torch.from_numpy(rates.reshape(values.shape))
 
 
+@checked
 def extragradient_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Tensor:
     """Compute the worst |1 − αλ + α²λ²| of w ← w − αξ(w − αξ(w)); a step takes two gradients. √(1−α²+α⁴) on xy.
 
@@ -107,6 +114,7 @@ def extragradient_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float
     return _worst(lambda x: np.abs(1 - x + x**2), eigenvalues, lr)
 
 
+@checked
 def optimistic_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Tensor:
     """Compute the worst root of z² − (1 − 2αλ)z − αλ of w ← w − 2αξ_t + αξ_{t−1}. √((1+√(1−4α²))/2) on xy, for α ≤ ½.
 
@@ -124,6 +132,7 @@ def optimistic_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | 
     return _worst(radius, eigenvalues, lr)
 
 
+@checked
 def proximal_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Tensor:
     """Compute the worst 1/|1 + αλ| of the implicit step w ← w − αξ(w_new): the ideal that the others approximate.
 
@@ -156,6 +165,7 @@ def predicted_rate(
     return float(rate(eigenvalues, lr=1.0))
 
 
+@checked
 def momentum_map(
     jacobian: Tensor,
     *,
@@ -279,7 +289,9 @@ def _alternating_radius(x: Array, real: Array, square: Array) -> Array:
     row[..., 3] = -c * c - 2 * b * d
     row[..., 4] = -2 * c * d
     row[..., 5] = -d * d
-    radius: Array = np.abs(np.linalg.eigvals(companion)).max(axis=-1)
+    radius: Array = np.abs(
+        np.linalg.eigvals(check_matrix(companion, "The companion matrix of a momentum step"))
+    ).max(axis=-1)
     return radius
 
 
@@ -295,7 +307,7 @@ def as_eigenvalues(eigenvalues: Eigenvalues) -> Array:
         eigenvalues = eigenvalues.detach().cpu().resolve_conj()
     values = np.asarray(eigenvalues, dtype=np.complex128)
     if values.size == 0:
-        raise ValueError("There must be at least one eigenvalue. Got none.")
+        raise ValueError("eigenvalues must hold at least one eigenvalue. Got none.")
     if not np.isfinite(values).all():
         raise ValueError(f"Eigenvalues must be finite. Got {values[~np.isfinite(values)][0]}.")
     return values

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.games.jacobian import JacobianOperator, Losses, PlayersT
 from lightning_nested.linalg.eigenvalues import Which, leading_eigenvalues
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce
 
 
+@checked
 def game_spectrum(
     losses: Losses[PlayersT],
     players: PlayersT,

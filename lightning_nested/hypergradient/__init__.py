@@ -5,6 +5,7 @@ from lightning_nested.hypergradient.evaluation_point import Current, EvaluationP
 from lightning_nested.hypergradient.implicit import ImplicitResult, implicit_hypergradient, implicit_result
 from lightning_nested.hypergradient.inner_curvature import Curvature, FiniteDifference, GaussNewton, Hessian
 from lightning_nested.hypergradient.retraining import Minimize, Unroll
+from lightning_nested.hypergradient.self_check import ProductCheck, check_products
 from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
 from lightning_nested.linalg.graph import DoubleBackwardError
@@ -46,10 +47,12 @@ __all__ = [
     "Minimize",
     "Neumann",
     "Nystrom",
+    "ProductCheck",
     "Solution",
     "SolverState",
     "Unroll",
     "check_hypergradient",
+    "check_products",
     "implicit_hypergradient",
     "implicit_result",
     "unrolled_hypergradient",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from lightning_nested.hypergradient.implicit import unseen_hyperparameter
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, FiniteDifference, Hessian
 from lightning_nested.hypergradient.retraining import Problem
 from lightning_nested.linalg.curvature import HessianOperator
-from lightning_nested.linalg.graph import DoubleBackwardError, graph_nodes, vjp
+from lightning_nested.linalg.finite import check_matrix
+from lightning_nested.linalg.graph import OTHER_FORMS, DoubleBackwardError, graph_nodes, vjp
 from lightning_nested.linalg.operators import as_operator
 from lightning_nested.linalg.vectors import flatten, unflatten
 
@@ -23,29 +25,33 @@ _PRODUCTS = 30  # enough for the end of a spectrum; a stronger search is a matte
 
 def inspect(
     problem: Problem, curvature: AnyCurvature, tolerance: float, generator: torch.Generator
-) -> tuple[list[str], Neighbourhood, AnyCurvature]:
+) -> tuple[list[str], Neighbourhood | None, AnyCurvature]:
     """Test every assumption about the inner loss, also after one has failed.
 
     Returns:
-        One sentence per assumption that fails, the inner loss around the parameters, and a curvature that works.
+        One sentence per assumption that fails; the inner loss around the parameters, if it is finite there; and a
+        curvature that works.
     """
     failures, twice = [], True
+    around: Neighbourhood | None = None
     try:
         around = explore(problem, curvature, generator)
+    except FloatingPointError as error:
+        failures.append(f"not finite: {error}")
     except DoubleBackwardError as error:
         failures.append(
             "no double backward: every operation of inner_loss must have a second derivative. Got "
             f"{blocking_operations(problem.inner(), str(error))} without: run it in a form that has one "
-            "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH) for attention, torch.backends.cudnn.flags("
-            "enabled=False) for RNNs, no torch.compile), or use curvature=FiniteDifference(), as was done "
-            "for the figures here."
+            f"({OTHER_FORMS}), or use curvature=FiniteDifference(), as was done for the figures here."
         )
         twice, curvature = False, FiniteDifference()
-        around = explore(problem, curvature, generator)
+        with suppress(FloatingPointError):  # the solver meets it again, and says so
+            around = explore(problem, curvature, generator)
     twice = twice and not isinstance(curvature, FiniteDifference)
     not_seen = unseen(problem, twice=twice)
     failures += [unseen_hyperparameter(i, outer_sees=sees) for i, sees in not_seen.items()]
-    failures += _failures_around(around, tolerance, problem.eps)
+    if around is not None:
+        failures += _failures_around(around, tolerance, problem.eps)
     return failures, around, curvature
 
 
@@ -113,7 +119,7 @@ def explore(problem: Problem, curvature: AnyCurvature, generator: torch.Generato
     start = start / start.norm()
     if isinstance(operator, HessianOperator):
         _refuse_wrong_product(problem, start, product(start))
-    projected = _project(product, start)
+    projected = check_matrix(_project(product, start), "Products with the curvature")
     ritz = torch.linalg.eigvalsh((projected + projected.T) / 2)
     scale = float(torch.linalg.matrix_norm(projected))
     largest = float(ritz.abs().max())
@@ -177,6 +183,8 @@ def unseen(problem: Problem, *, twice: bool) -> dict[int, bool]:
 
 def blocking_operations(loss: Tensor, message: str) -> str:
     """Name the operation without a second derivative, from autograd's message or as a custom one in the graph."""
+    if "weight_norm" in message:
+        return "weight_norm"
     if found := re.search(r"derivative for (\S+) is not implemented", message):
         return found[1]
     kind = torch.autograd.function.BackwardCFunction

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked, positive
 from lightning_nested.hypergradient.arguments import check_tensors
 from lightning_nested.hypergradient.assumptions import Neighbourhood, inspect
 from lightning_nested.hypergradient.implicit import implicit_result
@@ -25,7 +26,6 @@ from lightning_nested.hypergradient.retraining import (
     Response,
     as_response,
 )
-from lightning_nested.linalg.solvers.base import check_positive
 from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, dot, norm, unflatten
 
@@ -69,6 +69,7 @@ class HypergradientReport:
         return "\n".join([*lines, *(f"  * {failure}" for failure in self.failures)])
 
 
+@checked
 def check_hypergradient(
     inner_loss: LossFunction,
     outer_loss: LossFunction,
@@ -254,5 +255,5 @@ def _check_arguments(
         )
     if num_directions < 1:
         raise ValueError(f"num_directions must be >= 1. Got {num_directions}.")
-    check_positive("epsilon", epsilon)
-    check_positive("tolerance", tolerance)
+    positive(epsilon=epsilon)
+    positive(tolerance=tolerance)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.linalg.solvers.base import check_positive
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.vectors import Vector
 
 
@@ -26,6 +26,7 @@ class Current(EvaluationPoint):
     """The current weights: exact where the inner training has converged."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LookAhead(EvaluationPoint):
     """The weights that the rest of the training is predicted to reach, w′ = w − z·min(1, r‖w‖/‖z‖) per tensor.
@@ -53,8 +54,8 @@ class LookAhead(EvaluationPoint):
     max_size: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("start_radius", "min_radius", "max_radius", "refresh_every", "max_size"):
-            check_positive(name, getattr(self, name))
+        positive(start_radius=self.start_radius, min_radius=self.min_radius, max_radius=self.max_radius)
+        at_least(1, refresh_every=self.refresh_every, max_size=self.max_size)
         if not self.min_radius <= self.start_radius <= self.max_radius:
             raise ValueError(
                 "min_radius <= start_radius <= max_radius must hold. "

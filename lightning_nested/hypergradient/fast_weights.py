@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_nested.linalg.graph import explain_double_backward, refuse_once_differentiable
+from lightning_nested.linalg.graph import explain_double_backward, refuse_wrong_derivatives
 from lightning_nested.optim.registry import KNOWN
 
 
@@ -68,8 +68,8 @@ class FastWeights:
             one = torch.ones_like(loss, requires_grad=True)
             gradients = torch.autograd.grad(loss, values, one, create_graph=True, allow_unused=True)
             if self.steps == 0:  # later graphs hold the same operations, and all earlier steps
-                refuse_once_differentiable(gradients)
-        return gradients
+                refuse_wrong_derivatives((loss, *gradients))
+        return tuple(map(_hooked, self._parameters.values(), gradients))
 
     def step(self, gradients: Sequence[Tensor | None], rates: Sequence[Tensor] | None = None) -> None:
         """Repeat the optimizer's update with its graph; call it before the real step.
@@ -101,6 +101,14 @@ class FastWeights:
             for name, parameter in self._parameters.items():
                 # Through .data: no operation for autograd, which has saved none of these tensors yet.
                 self.values[name].data.copy_(parameter)
+
+
+def _hooked(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+    """Return what the hooks of ``Tensor.register_hook`` on the real parameter make of its gradient."""
+    for hook in (parameter._backward_hooks or {}).values():
+        changed = None if gradient is None else hook(gradient)
+        gradient = gradient if changed is None else changed
+    return gradient
 
 
 class _Caller(nn.Module):

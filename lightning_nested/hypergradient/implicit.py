@@ -10,20 +10,28 @@ Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Linearization, Loss, as_curvature
-from lightning_nested.linalg.graph import refuse_sparse
+from lightning_nested.linalg.curvature import FiniteDifferenceOperator
+from lightning_nested.linalg.graph import (
+    HIDDEN,
+    hides_layers,
+    infinite_operations,
+    refuse_sparse,
+    without_hooks,
+)
 from lightning_nested.linalg.operators import AveragedOperator, DiagonalOperator, LinearOperator, UnitProducts
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.solvers.base import Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver, as_solver
-from lightning_nested.linalg.vectors import Vector, dot, norm, scale_, zeros_where_none
+from lightning_nested.linalg.vectors import Vector, double_dot, norm, scale_, zeros_where_none
 
 
 class Penalty(Protocol):
@@ -46,11 +54,16 @@ class ImplicitResult:
     # ∂L_T/∂w without the penalties, averaged over processes; should be small. None: nothing needed it.
     inner_gradient: Vector | None
     identity_cosine: float = math.nan  # to the hypergradient of Identity(); NaN unless asked for
+    unreached: tuple[int, ...] = ()  # hyperparameters in no loss's graph; their hypergradients are zero
 
     @property
     def gradients(self) -> Vector:
         """All hypergradients: of the hyperparameters in the graphs, then of the penalties' tensors."""
         return _join(self.hypergradient, self.penalties)
+
+
+Inspect: TypeAlias = Callable[[Linearization, Vector], None]
+"""What is shown the linearized inner loss and the outer gradient, ``inspect(linearization, gradient)``."""
 
 
 def implicit_result(
@@ -67,6 +80,7 @@ def implicit_result(
     inner_scale: float = 1.0,
     allow_unused: bool = False,
     compare_identity: bool = False,
+    inspect: Inspect | None = None,
 ) -> ImplicitResult:
     """Run the engine behind :func:`implicit_hypergradient`, the callback and NestedModule.
 
@@ -80,29 +94,39 @@ def implicit_result(
         penalties: Regularizers in closed form, added to H and to the mixed derivative.
         state: The solver's state from the previous call.
         reduce: Averages a tensor over processes.
-        inner_scale: Factor that ``inner_loss`` already carries (a GradScaler's), taken off after each product; a
-            given operator is the curvature without it.
+        inner_scale: Factor of ``inner_loss`` (a GradScaler's), taken off after each product; no given operator has it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
+        inspect: Is shown the linearized inner loss and the outer gradient, before the solve.
     """
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
-    outer = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
-    refuse_sparse(outer)
-    b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
-    inverse = as_solver(solver)
-    needed = bool(hyper) or inverse.needs_operator
-    problem = as_curvature(curvature).linearize(inner_loss, w) if needed else None
-    inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
-    solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
-    found = inner.hypergradient(solution.x, direct, allow_unused)
-    plain = inner.hypergradient(b, direct, allow_unused) if compare_identity else None
+    with without_hooks(w):
+        outer = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
+        refuse_sparse(outer)
+        b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
+        inverse, problem = as_solver(solver), None
+        if hyper or inverse.needs_operator:
+            problem = as_curvature(curvature).linearize(inner_loss, w)
+            state = _calibrated(problem, b, state)
+            if inspect is not None:
+                inspect(problem, b)
+        inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
+        try:
+            solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
+        except FloatingPointError as error:
+            if isinstance(inner_loss, Tensor) and problem is not None:
+                _explain_infinite_curvature(error, inner_loss, w, problem.gradient)
+            raise
+        found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
+        plain = inner.hypergradient(b, direct, allow_unused)[:2] if compare_identity else None
     return ImplicitResult(
-        hypergradient=found[0],
-        penalties=found[1],
+        hypergradient=found,
+        penalties=closed,
         solution=solution,
         inner_gradient=None if problem is None else average(_unscale(problem.gradient, inner_scale), reduce),
-        identity_cosine=math.nan if plain is None else _cosine(_join(*found), _join(*plain)),
+        identity_cosine=math.nan if plain is None else _cosine(_join(found, closed), _join(*plain)),
+        unreached=unreached,
     )
 
 
@@ -132,8 +156,8 @@ class _InnerProblem:
 
     def hypergradient(
         self, v: Vector, direct: Sequence[Tensor | None], allow_unused: bool
-    ) -> tuple[Vector, tuple[Vector, ...]]:
-        """∂L_V/∂λ − vᵀ ∂²L_T/∂w∂λ, and −vᵀ ∂²P/∂w∂λ of each penalty."""
+    ) -> tuple[Vector, tuple[Vector, ...], tuple[int, ...]]:
+        """∂L_V/∂λ − vᵀ ∂²L_T/∂w∂λ; −vᵀ ∂²P/∂w∂λ of each penalty; and indices of hyperparameters in no graph."""
         # At unit length where the loss carries a factor, as in UnitProducts.
         size = (float(norm(v)) if self.scale != 1.0 else 1.0) or 1.0
         mixed = () if self.problem is None else self.problem.mixed(_unscale(v, size), self.hparams)
@@ -145,9 +169,13 @@ class _InnerProblem:
             (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
             for h, d, m in zip(self.hparams, direct, mixed, strict=True)
         )
-        return average(total, self.reduce), tuple(scale_(p.mixed(v), -1.0) for p in self.penalties)
+        unreached = tuple(
+            i for i, pair in enumerate(zip(mixed, direct, strict=True)) if pair[0] is None and pair[1] is None
+        )
+        return average(total, self.reduce), tuple(scale_(p.mixed(v), -1.0) for p in self.penalties), unreached
 
 
+@checked
 def implicit_hypergradient(
     inner_loss: Loss,
     outer_loss: Tensor,
@@ -204,6 +232,32 @@ def implicit_hypergradient(
     return result.hypergradient
 
 
+def _calibrated(problem: Linearization, b: Vector, state: SolverState | None) -> SolverState:
+    """Take the length of differences from the previous solve; measure it at solves 1, 2, 4, 8 and so on."""
+    operator, state = problem.curvature, state if state is not None else SolverState()
+    if not isinstance(operator, FiniteDifferenceOperator) or not operator.calibrates:
+        return state
+    solves = state.solves + 1
+    operator.length = state.length if state.length is not None else operator.length
+    if state.length is None or solves & (solves - 1) == 0:
+        operator.calibrate(b)
+    return replace(state, length=operator.length, solves=solves)
+
+
+def _explain_infinite_curvature(
+    error: FloatingPointError, loss: Tensor, params: Vector, gradient: Vector
+) -> None:
+    """Raise an error that names the operation, if the gradient is finite and a derivative of it is not."""
+    if not all(bool(g.isfinite().all()) for g in gradient):
+        return
+    if names := infinite_operations(loss, params):
+        raise FloatingPointError(
+            f"The second derivative of the inner loss must be finite. Got a finite gradient whose derivative is not in "
+            f"{names} (as in a norm or a root at 0): use curvature=FiniteDifference(), or keep the operation away from "
+            "there, (x² + ε).sqrt() in place of x.norm() say."
+        ) from error
+
+
 def _unscale(v: Vector, scale: float) -> Vector:
     return v if scale == 1.0 else tuple(a / scale for a in v)
 
@@ -213,8 +267,8 @@ def _join(total: Vector, closed: tuple[Vector, ...]) -> Vector:
 
 
 def _cosine(u: Vector, v: Vector) -> float:
-    scale = float(norm(u) * norm(v))
-    return float(dot(u, v)) / scale if scale > 0 else math.nan
+    scale = float((double_dot(u, u) * double_dot(v, v)).sqrt())
+    return float(double_dot(u, v)) / scale if scale > 0 else math.nan
 
 
 def _check_inputs(
@@ -228,12 +282,16 @@ def _check_inputs(
                 f"{name} must carry its graph. Got a tensor that does not require gradients: was it computed under "
                 "torch.no_grad(), detached, or independent of the parameters?"
             )
+    if isinstance(outer_loss, Tensor) and hides_layers(outer_loss):
+        raise RuntimeError(HIDDEN)
     if not params:
         raise ValueError("params must hold at least one tensor. Got none.")
     if not hparams and not penalties:
         raise ValueError("hparams must hold at least one tensor. Got none.")
     for name, group in (("params", params), ("hparams", hparams)):
         for i, x in enumerate(group):
+            if not x.is_floating_point():
+                raise ValueError(f"{name}[{i}] must be a real floating-point tensor. Got {x.dtype}.")
             if not x.requires_grad:
                 raise ValueError(f"{name}[{i}] must require gradients. Got shape {tuple(x.shape)} without.")
     if overlap := {id(p) for p in params} & {id(h) for h in hparams}:

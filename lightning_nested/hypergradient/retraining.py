@@ -14,6 +14,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypergradient.arguments import as_scalar
 from lightning_nested.hypergradient.schedule import RandomState
 from lightning_nested.hypergradient.unrolled import Step
@@ -117,6 +118,7 @@ class Response(ABC):
         """Train at ``hparams``, from ``start`` where the strategy has no start of its own."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Minimize(Response):
     """Minimize the inner loss: L-BFGS, then Newton steps that bring the gradient down to rounding.
@@ -131,6 +133,9 @@ class Minimize(Response):
 
     max_iterations: int = 1000
     newton_steps: int = 20
+
+    def __post_init__(self) -> None:
+        at_least(0, max_iterations=self.max_iterations, newton_steps=self.newton_steps)
 
     def start(self, inner_loss: LossFunction, params: Vector, hparams: Vector) -> Vector:
         """Return the minimum next to ``params``."""
@@ -207,6 +212,7 @@ def _distance(step: Vector | None, w: Vector) -> float:
     return math.inf if step is None else float(norm(step)) / size
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unroll(Response):
     """Run ``num_steps`` optimizer steps from the start, those that ``unrolled_hypergradient`` differentiates.

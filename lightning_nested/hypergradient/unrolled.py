@@ -15,9 +15,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypergradient.arguments import as_scalar, check_tensors
 from lightning_nested.hypergradient.schedule import RandomState, Schedule, cheapest, graph_size
-from lightning_nested.linalg.graph import Pushforward, vjp
+from lightning_nested.linalg.graph import Pushforward, refuse_wrong_derivatives, vjp
 from lightning_nested.linalg.vectors import Vector
 
 Step: TypeAlias = Callable[[Vector, Vector, int], Sequence[Tensor]]
@@ -32,6 +33,7 @@ smaller it is. ``"sqrt"`` uses √T equal segments, each re-run once."""
 _RERUNS = 1.25
 
 
+@checked
 def unrolled_hypergradient(
     step: Step,
     outer_loss: OuterLoss,
@@ -114,6 +116,8 @@ class _Run:
                     f"step must keep shape and dtype of params[{i}], {tuple(b.shape)} {b.dtype}. "
                     f"Got {got} at t={t}."
                 )
+        if t == self.num_steps - 1:
+            refuse_wrong_derivatives(new, once_differentiable=False)
         # A tensor the step cut from the graph still has to serve the next step's own torch.autograd.grad.
         return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in new)
 
@@ -158,8 +162,6 @@ def _check_options(num_steps: int, truncate: int | None, mode: str, checkpoint: 
         raise ValueError(f"num_steps must be >= 1. Got {num_steps}.")
     if truncate is not None and truncate < 1:
         raise ValueError(f"truncate must be >= 1, or None for all steps. Got {truncate}.")
-    if mode not in ("reverse", "forward"):
-        raise ValueError(f"mode must be 'reverse' or 'forward'. Got {mode!r}.")
     if isinstance(checkpoint, str) and checkpoint != "sqrt":
         raise ValueError(f"checkpoint must be a bool, an integer >= 1 or 'sqrt'. Got {checkpoint!r}.")
     if not isinstance(checkpoint, bool | str) and checkpoint < 1:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypernetworks import layers
 from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, RowResponse
 from lightning_nested.hypernetworks.linearized import ForwardModeError, Weights, dual_change
@@ -59,6 +60,7 @@ class LowRankResponse(nn.Module):
         return (self.scale @ delta.to(self.scale.dtype)).to(self.directions.dtype)
 
 
+@checked
 class BestResponse(Response):
     """Response of any module, layer by layer; see :func:`best_response` for the arguments."""
 
@@ -161,6 +163,7 @@ def _kind(layer: nn.Module) -> type[HyperLayer] | None:
     return _LAYERS.get(type(layer))
 
 
+@checked
 def best_response(
     module: nn.Module, num_hyperparameters: int, *, rank: int | None = None, batch_dim: int = 0
 ) -> BestResponse:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypernetworks.response import Response
 from lightning_nested.linalg.vectors import unflatten
 
@@ -20,6 +21,7 @@ def _by_name(vector: Tensor, response: Response) -> dict[str, Tensor]:
     return dict(zip(general, unflatten(vector, list(general.values())), strict=True))
 
 
+@checked
 class DenseResponse(Response):
     """w(h) = w₀ + g(h) − g(0) with g an MLP from h to all N weights; h is h − center.
 
@@ -51,6 +53,7 @@ class DenseResponse(Response):
         return _by_name(self.hypernetwork[-1](both[0] - both[1]), self)
 
 
+@checked
 class FactorisedResponse(Response):
     """w(h) = w₀ + B A h with a bottleneck of k units: ``k·(n + N)`` parameters beside w₀. One h for the batch.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypernetworks.response import Response
 from lightning_nested.linalg.vectors import unflatten
 
 
+@checked
 class DiagonalResponse(Response):
     """wᵢ(h) = w₀ᵢ + dᵢ hᵢ: each weight responds to a hyperparameter of its own, with N parameters beside w₀.
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypernetworks.perturbation import (
     FixedScale,
     GlobalNormal,
@@ -38,6 +39,7 @@ class TrainingLoss(Protocol):
         """Return a scalar with its graph at h; if ``repeated``, running statistics do not move."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ResponseLoop(ABC):
     """Order of the steps, distribution of h in training, and the gradients that train w₀ and φ.
@@ -57,11 +59,8 @@ class ResponseLoop(ABC):
     centred: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.train_steps < 1 or self.valid_steps < 1 or self.warmup_steps < 0:
-            raise ValueError(
-                "train_steps and valid_steps must be at least 1, warmup_steps at least 0. "
-                f"Got {self.train_steps}, {self.valid_steps} and {self.warmup_steps}."
-            )
+        at_least(1, train_steps=self.train_steps, valid_steps=self.valid_steps)
+        at_least(0, warmup_steps=self.warmup_steps)
 
     def trains(self, inner_steps: int) -> bool:
         """Return True if the next batch is used for a training step, after ``inner_steps`` of them."""
@@ -81,6 +80,7 @@ class ResponseLoop(ABC):
         return value.detach(), found[: len(general)], found[len(general) :]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Global(ResponseLoop):
     """First the response everywhere, h ~ p(λ), for ``response_steps``; then only steps of the hyperparameters.
@@ -94,6 +94,11 @@ class Global(ResponseLoop):
     """
 
     response_steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, response_steps=self.response_steps)
+
     perturbation: Perturbation = GlobalNormal()  # noqa: RUF009 - frozen
 
     def trains(self, inner_steps: int) -> bool:
@@ -105,6 +110,7 @@ class Global(ResponseLoop):
         return 0 if self.trains(inner_steps) else self.valid_steps
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Local(ResponseLoop):
     """Alternating steps, h ~ N(λ, σ²) of fixed scale. Lorraine & Duvenaud (2018), algorithm 3."""
@@ -112,6 +118,7 @@ class Local(ResponseLoop):
     perturbation: Perturbation = FixedScale()  # noqa: RUF009 - frozen
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Simplified(ResponseLoop):
     """Alternating steps at h = λ. The response learns its slope only from λ's own movement."""
@@ -119,6 +126,7 @@ class Simplified(ResponseLoop):
     perturbation: Perturbation = field(default=NoPerturbation(), init=False)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class STN(ResponseLoop):
     """Self-Tuning Networks: alternating steps, h ~ N(λ, σ²) with σ learned against an entropy bonus.
@@ -130,6 +138,7 @@ class STN(ResponseLoop):
     perturbation: Perturbation = LearnedScale()  # noqa: RUF009 - frozen
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DeltaSTN(STN):
     """Delta-STN: w(h) = w₀ + Δ(h − λ); w₀ is trained at the unperturbed λ, Δ on the output linearized in it.
@@ -154,8 +163,7 @@ class DeltaSTN(STN):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.response_every < 1:
-            raise ValueError(f"response_every must be at least 1. Got {self.response_every}.")
+        at_least(1, response_every=self.response_every)
 
     def gradients(
         self, loss: TrainingLoss, batch: Any, center: Tensor, h: Tensor, general: Leaves, phi: Leaves

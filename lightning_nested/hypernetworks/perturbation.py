@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_nested.arguments import at_least, checked, positive
+
 
 class Perturbation(ABC):
     """Strategy for the distribution of h during training, in unconstrained units."""
@@ -45,6 +47,7 @@ class Perturbation(ABC):
         return torch.where(noise < 0, -1.0, 1.0).to(like.dtype) if self.signs else noise
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LearnedScale(Perturbation):
     """h = λ + softplus(s) ∘ ε, ε ~ N(0, I); s descends L_V − τ · entropy. The scale of Self-Tuning Networks.
@@ -65,11 +68,8 @@ class LearnedScale(Perturbation):
     signs: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.init > 0 and math.isfinite(self.init)) or self.entropy_weight < 0:
-            raise ValueError(
-                "init must be positive and finite, entropy_weight not negative. "
-                f"Got {self.init} and {self.entropy_weight}."
-            )
+        positive(init=self.init)
+        at_least(0, entropy_weight=self.entropy_weight)
 
     def initial(self, center: Tensor) -> Tensor | None:
         """s with softplus(s) = init."""
@@ -87,6 +87,7 @@ class LearnedScale(Perturbation):
         return self.entropy_weight * (functional.softplus(scale).log() + constant).sum()
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class FixedScale(Perturbation):
     """h = λ + σ ε: the local hypernetwork.
@@ -102,16 +103,15 @@ class FixedScale(Perturbation):
     signs: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(
-                f"scale must be positive and finite. Got {self.scale}; for none give NoPerturbation()."
-            )
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive. Got {self.scale}; for none give NoPerturbation().")
 
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
         """λ + σ ε."""
         return center + self.scale * noise
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GlobalNormal(Perturbation):
     """h ~ N(mean, scale²) wherever λ is: the global hypernetwork's p(λ).
@@ -127,8 +127,7 @@ class GlobalNormal(Perturbation):
     signs: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(f"scale must be positive and finite. Got {self.scale}.")
+        positive(scale=self.scale)
 
     def sample(self, center: Tensor, scale: Tensor | None, noise: Tensor) -> Tensor:
         """mean + scale ε."""
@@ -138,6 +137,7 @@ class GlobalNormal(Perturbation):
         return mean + self.scale * noise
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GlobalUniform(Perturbation):
     """h uniform in [low, high] wherever λ is.

@@ -7,6 +7,7 @@ from lightning_nested.hyperparameters.learning_rate import LearningRate
 from lightning_nested.hyperparameters.module_tensors import ModuleTensors
 from lightning_nested.hyperparameters.outer_report import OuterReport
 from lightning_nested.hyperparameters.outer_step import OuterStep
+from lightning_nested.hyperparameters.saved_values import tuned_values
 from lightning_nested.hyperparameters.scalar import Categorical, Integer, LabelSmoothing, Scalar
 from lightning_nested.hyperparameters.transforms import (
     Exp,
@@ -49,4 +50,5 @@ __all__ = [
     "Transform",
     "Unconstrained",
     "WeightDecay",
+    "tuned_values",
 ]

@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.scalar import Scalar, whole
 from lightning_nested.hyperparameters.transforms import Interval
 from lightning_nested.hyperparameters.weights import BoundHyperparameter
@@ -51,6 +52,7 @@ def _stretch(images: Tensor, strength: Tensor, around: Tensor | float) -> Tensor
     return around + (images - around) * (1 + strength * u)
 
 
+@checked
 class Brightness(Strength):
     """x ← x·(1 + s·u), u uniform in [−1, 1] for each image."""
 
@@ -61,6 +63,7 @@ class Brightness(Strength):
         return _stretch(images, strength, 0.0)
 
 
+@checked
 class Contrast(Strength):
     """x ← m + (x − m)·(1 + s·u) with m the image's mean, u uniform in [−1, 1] for each image."""
 
@@ -71,6 +74,7 @@ class Contrast(Strength):
         return _stretch(images, strength, images.mean(dim=(1, 2, 3), keepdim=True))
 
 
+@checked
 class Saturation(Strength):
     """x ← g + (x − g)·(1 + s·u) with g the grey image (mean over channels), u uniform in [−1, 1] for each image."""
 
@@ -83,6 +87,7 @@ class Saturation(Strength):
         return _stretch(images, strength, images.mean(dim=1, keepdim=True))
 
 
+@checked
 class InputNoise(Strength):
     """x ← x + s·ε, ε standard normal for each pixel."""
 
@@ -93,6 +98,7 @@ class InputNoise(Strength):
         return images + strength * torch.randn_like(images)
 
 
+@checked
 class Cutout(BoundHyperparameter):
     """Square holes set to zero: their side and their number are tuned, both whole numbers.
 
@@ -144,7 +150,7 @@ class Cutout(BoundHyperparameter):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return images with holes; a hole may reach over the border."""
-        length, holes = (self.natural(k, self.tensors[k]).reshape(-1, 1, 1) for k in ("length", "holes"))
+        length, holes = (self.natural(k, self.raw(k)).reshape(-1, 1, 1) for k in ("length", "holes"))
         n, _, height, width = images.shape
         rows = torch.arange(height, device=images.device).view(1, -1, 1)
         columns = torch.arange(width, device=images.device).view(1, 1, -1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.scalar import Scalar
 from lightning_nested.hyperparameters.transforms import Interval
 from lightning_nested.hyperparameters.weights import BoundHyperparameter
@@ -46,6 +47,7 @@ class TunedDropout2d(TunedDropout):
 _KINDS: dict[type[nn.Module], type[TunedDropout]] = {nn.Dropout: TunedDropout, nn.Dropout2d: TunedDropout2d}
 
 
+@checked
 class DropoutRates(BoundHyperparameter):
     """The rates of all ``nn.Dropout`` and ``nn.Dropout2d`` layers of a network.
 
@@ -72,8 +74,6 @@ class DropoutRates(BoundHyperparameter):
         name: str = "dropout",
     ) -> None:
         super().__init__()
-        if per not in ("layer", "model"):
-            raise ValueError(f"per must be 'layer' or 'model'. Got {per!r}.")
         if not 0 < upper < 1 or (init is not None and not 0 < init < upper):
             raise ValueError(f"0 < init < upper < 1 must hold. Got init={init}, upper={upper}.")
         if temperature is not None and not temperature > 0:
@@ -113,6 +113,10 @@ class DropoutRates(BoundHyperparameter):
             )
         return found
 
+    def kind(self) -> dict[str, Any]:
+        """Return too whether each layer has a rate."""
+        return {**super().kind(), "per": self.per}
+
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         start = self._start or ([self.init] if self.init is not None else [])
         if not start:
@@ -121,7 +125,7 @@ class DropoutRates(BoundHyperparameter):
 
     def rate(self, index: int = 0) -> Tensor:
         """Return a rate in natural units: (), or (batch,)."""
-        return self.transform.forward(self.tensors["rates"])[..., index]
+        return self.transform.forward(self.raw("rates"))[..., index]
 
     def drop(self, x: Tensor, index: int = 0, whole_channels: bool = False, batch_dim: int = 0) -> Tensor:
         """Return x·mask/(1 − p); dimension ``batch_dim`` counts examples."""
@@ -142,6 +146,7 @@ class DropoutRates(BoundHyperparameter):
         return self.drop(x)
 
 
+@checked
 class DropConnect(Scalar):
     """Each weight of the chosen tensors is zero with probability p, one mask for the batch.
 
@@ -162,7 +167,7 @@ class DropConnect(Scalar):
         self,
         init: float = 0.1,
         upper: float = 0.9,
-        include: Sequence[str] = ("*",),
+        include: str | Sequence[str] = ("*",),
         name: str = "drop_connect",
     ) -> None:
         super().__init__(name, init, Interval(lower=0.0, upper=upper))

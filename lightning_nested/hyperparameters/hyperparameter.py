@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.hyperparameters.transforms import Transform
+from lightning_nested.linalg.saved import require_keys
 
 
-class Hyperparameter(ABC):
+class Hyperparameter(Constructed, ABC):
     """A named group of tensors that an outer optimizer moves.
 
     ``tensors`` are unconstrained leaves; ``values()`` returns them in natural units. A hyperparameter is built once
@@ -57,10 +60,13 @@ class Hyperparameter(ABC):
         """Name of the module's attribute through which the training loss reads this object; None: it does not."""
         return None
 
-    def attach_module(self, module: nn.Module) -> None:  # noqa: B027 - optional
+    def attach_module(self, module: nn.Module) -> None:
         """Find tensors that the module has already; called at the start of ``fit``, before :meth:`build`."""
 
-    def attach_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027 - optional
+    def detach_module(self) -> None:
+        """Undo what :meth:`attach_module` changed of the module's tensors; called when ``fit`` ends."""
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Read starting values from the inner optimizer; called before the first :meth:`build`."""
 
     def rates(self) -> tuple[Tensor, ...] | None:
@@ -71,14 +77,29 @@ class Hyperparameter(ABC):
         """Forget the tensors: the next :meth:`build` starts from the initial values."""
         self.tensors = {}
 
+    def raw(self, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """Return an unconstrained tensor; before :meth:`build` its start value on ``device``, not kept.
+
+        So a loss can be evaluated before ``fit`` has built the tensors, as in a search for the learning rate.
+        """
+        if self.tensors:
+            return self.tensors[key]
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return self._raw_start(key, self._initial(dtype)[key]).to(device)
+
     def entries(self) -> tuple[str, ...] | None:
-        """Return names of the entries of its one tensor, if they come and go with the inner parameters; else None."""
+        """Return names of the entries of its one tensor, by which values are given and saved; None: they have none."""
         return None
 
     def values(self) -> dict[str, Tensor]:
-        """Return detached values in natural units, by the names of ``tensors``."""
+        """Return detached values in natural units, by the names of ``tensors``, or of :meth:`entries`."""
         with torch.no_grad():
-            return {key: self.natural(key, raw).clone() for key, raw in self.tensors.items()}
+            values = {key: self.natural(key, raw).clone() for key, raw in self.tensors.items()}
+        entries = self.entries()
+        if entries is None or not values:
+            return values
+        (value,) = values.values()
+        return dict(zip(entries, value.unbind(), strict=True))
 
     def natural(self, key: str, raw: Tensor) -> Tensor:
         """Return the value in natural units of ``raw`` in place of ``tensors[key]``, with its graph."""
@@ -102,13 +123,77 @@ class Hyperparameter(ABC):
         """Return detached copies of the unconstrained tensors on the CPU."""
         return {key: raw.detach().cpu().clone() for key, raw in self.tensors.items()}
 
+    def kind(self) -> dict[str, Any]:
+        """Return what saved numbers mean, as plain data: class, transform, names of entries.
+
+        A subclass whose values mean something else under another setting adds that setting: another one is then
+        refused when a checkpoint is loaded. Ranges need not be added; natural values are saved too.
+        """
+        entries = self.entries()
+        return {
+            "class": type(self).__name__,
+            "transform": re.sub(" at 0x[0-9a-f]+", "", repr(self.transform)),
+            "entries": None if entries is None else list(entries),
+        }
+
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the unconstrained tensors in place.
+    def load_state_dict(
+        self,
+        state: Mapping[str, Tensor],
+        kind: Mapping[str, Any] | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> list[str]:
+        """Restore in place: unconstrained tensors, or natural values where the saved range or transform was another.
+
+        Args:
+            state: Unconstrained tensors, see :meth:`state_dict`.
+            kind: What :meth:`kind` returned; None: not known, and not checked.
+            values: What :meth:`values` returned; None: the transform is taken to be the same.
+
+        Returns:
+            Names of the tensors whose values were converted.
 
         Raises:
-            ValueError: Names or shapes differ.
+            ValueError: Class, settings, names or shapes differ, or a value lies outside the range.
         """
+        if kind is not None:
+            self._check_kind(kind)
+        state = self._arrange(state, None if kind is None else kind.get("entries"))
+        natural = self._arrange_values(values) if values is not None else {}
+        restored, converted = {}, []
+        for key, raw in self.tensors.items():
+            restored[key] = state[key].to(raw)
+            if key not in natural:
+                continue
+            value = natural[key].to(raw)
+            if not _agree(self.natural(key, restored[key]), value):
+                restored[key] = self._converted(key, value, kind or {})
+                converted.append(key)
+            self._check_range(key, restored[key], value)
+        for key, raw in self.tensors.items():
+            raw.copy_(restored[key])
+        return converted
+
+    def _check_kind(self, kind: Mapping[str, Any]) -> None:
+        now = self.kind()
+        for key in (kind.keys() & now.keys()) - {"transform", "entries"}:
+            if kind[key] != now[key]:
+                raise ValueError(
+                    f"The saved {self.name} must have {key}={now[key]!r}. Got {key}={kind[key]!r}: its numbers mean "
+                    "something else; build it as it was saved, or start without the checkpoint."
+                )
+
+    def _arrange(self, state: Mapping[str, Tensor], entries: Sequence[str] | None) -> Mapping[str, Tensor]:
+        """Return saved tensors in the order of this object's entries; refuse other names and shapes."""
+        own = self.entries()
+        if own is not None and entries is not None and tuple(entries) != own:
+            if set(entries) != set(own):
+                raise ValueError(
+                    f"The saved {self.name} must have the entries {list(own)}. Got {list(entries)}: the checkpoint "
+                    "belongs to other settings."
+                )
+            order = [list(entries).index(name) for name in own]
+            state = {key: value[order] for key, value in state.items()}
         if set(state) != set(self.tensors):
             raise ValueError(
                 f"The saved {self.name} must have the tensors {sorted(self.tensors)}. Got {sorted(state)}: the "
@@ -120,12 +205,49 @@ class Hyperparameter(ABC):
                     f"The saved {self.name}[{key!r}] must have shape {tuple(raw.shape)}. "
                     f"Got {tuple(state[key].shape)}: the checkpoint belongs to other settings."
                 )
-            raw.copy_(state[key])
+        return state
+
+    def _arrange_values(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return saved natural values by the names of ``tensors``."""
+        entries = self.entries()
+        if entries is None:
+            return values
+        require_keys(values, entries, self.name)
+        return {key: torch.stack([values[name] for name in entries]) for key in self.tensors}
+
+    def _converted(self, key: str, value: Tensor, kind: Mapping[str, Any]) -> Tensor:
+        """Return the unconstrained tensor of a natural value that was saved under another transform."""
+        try:
+            raw = self.unconstrained(key, value)
+        except ValueError as error:
+            raise ValueError(
+                f"The saved {self.name} must lie in the range of {self.transform}. Got a checkpoint written with "
+                f"{kind.get('transform')}: {error} Widen the range, or start without the checkpoint."
+            ) from error
+        raw = raw.to(self.tensors[key]).clone()
+        self.transform.project_(raw)
+        return raw
+
+    def _check_range(self, key: str, raw: Tensor, value: Tensor) -> None:
+        """Refuse a value that the first outer step would move to the end of its range."""
+        moved = raw.clone()
+        self.transform.project_(moved)
+        end = self.natural(key, moved)
+        off = (end - value).abs() > self.transform.resolution + 1e-5 * value.abs()
+        if bool(off.any()):
+            start, bound = (float(v[off].flatten()[0]) for v in (value, end))
+            raise ValueError(
+                f"The saved {self.name} must lie in the range of {self.transform}. Got {start:g}, which the first "
+                f"outer step would move to {bound:g}; widen the range, or start without the checkpoint."
+            )
 
     def _use(self, transform: Transform, init: float | Sequence[float]) -> None:
         """Set the transform, and refuse an initial value outside its range at once instead of in ``fit``."""
         self.transform = transform
-        transform.start(torch.tensor(init, dtype=torch.float64))
+        try:
+            transform.start(torch.tensor(init, dtype=torch.float64))
+        except ValueError as error:
+            raise ValueError(f"init of {self.name!r} must lie in its transform's range: {error}") from error
 
     def _create(self, values: Mapping[str, Tensor], device: torch.device | str) -> None:
         """Create leaves at natural ``values``; an earlier tensor of that name and shape keeps its own."""
@@ -149,3 +271,9 @@ class Hyperparameter(ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.tensors = {key: raw.requires_grad_(True) for key, raw in state["tensors"].items()}
+
+
+def _agree(found: Tensor, saved: Tensor) -> bool:
+    """Return True if values are equal but for rounding, which may differ between devices."""
+    scale = float(saved.abs().max()) if saved.numel() else 0.0
+    return found.shape == saved.shape and torch.allclose(found, saved, rtol=1e-5, atol=1e-7 * scale)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Unconstrained
 
 
+@checked
 class ModuleTensors(Hyperparameter):
     """A submodule's parameters, or one tensor, of an existing module: an augmentation network, learned images.
 
@@ -25,6 +27,7 @@ class ModuleTensors(Hyperparameter):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path, self.name, self.transform = path, path, Unconstrained()
+        self._frozen: list[Tensor] = []  # tensors that required no gradient before attach
 
     def attach(self, module: nn.Module) -> None:
         """Find the tensors in ``module``."""
@@ -34,7 +37,9 @@ class ModuleTensors(Hyperparameter):
         if isinstance(found, nn.Module):
             self.tensors = {name: p for name, p in found.named_parameters() if p.requires_grad}
         elif isinstance(found, Tensor) and found.is_leaf and found.is_floating_point():
-            self.tensors = {self.path.rsplit(".", 1)[-1]: found.requires_grad_(True)}
+            if not found.requires_grad:
+                self._frozen.append(found.requires_grad_(True))
+            self.tensors = {self.path.rsplit(".", 1)[-1]: found}
         elif found is None:
             names = [n for n, _ in module.named_modules() if n] + [n for n, _ in module.named_parameters()]
             close = difflib.get_close_matches(self.path, names, n=3, cutoff=0.4)
@@ -49,6 +54,11 @@ class ModuleTensors(Hyperparameter):
             )
 
     attach_module = attach
+
+    def detach_module(self) -> None:
+        """Freeze again what was frozen before :meth:`attach`."""
+        while self._frozen:
+            self._frozen.pop().requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the base's copies: copied together with their module the tensors are the copy's.

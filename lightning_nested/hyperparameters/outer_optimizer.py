@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_nested.hyperparameters.carry_over import Origins, carry_optimizer_
+from lightning_nested.linalg.saved import require_keys
 
 OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], Optimizer]
 OuterScheduler: TypeAlias = Callable[[Optimizer], LRScheduler]
+_OPTIONS = ("lr", "momentum", "betas", "weight_decay")  # those that a user sets, and no optimizer moves
 
 
 def default_outer_optimizer(tensors: Iterable[Tensor]) -> Optimizer:
@@ -37,6 +39,7 @@ class OptimizerPair:
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self._optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
+        self._tensors: tuple[Tensor, ...] = ()  # in the order of the optimizer's state
         self._copied: dict[str, Any] | None = None  # state of a copy that has no tensors yet
 
     @property
@@ -65,7 +68,7 @@ class OptimizerPair:
                 "The outer scheduler must step by itself. Got ReduceLROnPlateau, which waits for a metric; give "
                 "ExponentialLR or CosineAnnealingLR, for example."
             )
-        self._optimizer, self.scheduler = optimizer, scheduler
+        self._optimizer, self.scheduler, self._tensors = optimizer, scheduler, tuple(tensors)
 
     def replace(self, make_optimizer: OuterOptimizer, make_scheduler: OuterScheduler | None) -> None:
         """Make others from now on; an optimizer that is there keeps its state and takes the new rate and schedule."""
@@ -100,18 +103,67 @@ class OptimizerPair:
 
     def forget(self) -> None:
         """Drop both."""
-        self._optimizer = self.scheduler = None
+        self._optimizer, self.scheduler, self._tensors = None, None, ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of both."""
-        scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+        """Return the states and classes of both."""
+        scheduler = self.scheduler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
+            "scheduler_class": None if scheduler is None else type(scheduler).__name__,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore both."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+    def load_state_dict(
+        self, state: Mapping[str, Any], tensors: Sequence[Tensor] = (), without: Iterable[Tensor] = ()
+    ) -> list[str]:
+        """Restore both, or start again what was of another class; saved options win, as in torch.
+
+        Args:
+            state: What :meth:`state_dict` returned, or an earlier version without classes.
+            tensors: The tensors, in the order in which they were saved; none: those there are.
+            without: Tensors whose saved state has no meaning any more.
+
+        Returns:
+            Messages for the user.
+        """
+        if tensors and [id(t) for t in tensors] != [id(t) for t in self._tensors]:
+            self.start(tensors)
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        refused = restore_optimizer(self.optimizer, state["optimizer"], state.get("optimizer_class"))
+        if refused is not None:
+            return [f"The outer optimizer {refused}"]
+        for tensor in without:
+            self.optimizer.state.pop(tensor, None)
+        return self._load_schedule(state, options)
+
+    def _load_schedule(self, state: Mapping[str, Any], options: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Restore the scheduler of a restored optimizer, whose ``options`` were these before."""
+        groups, schedule = self.optimizer.param_groups, state["scheduler"]
+        own = None if self.scheduler is None else type(self.scheduler).__name__
+        was = state.get("scheduler_class", own if schedule is not None else None)
+        if own != was:
+            # All of them: a scheduler keeps its bounds there too.
+            for group, option in zip(groups, options, strict=True):
+                tensors = group["params"]
+                group.clear()
+                group.update({"params": tensors, **option})
+            return [
+                f"The outer scheduler is {own}, and was {was} in the checkpoint: the learning rate starts again."
+            ]
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(schedule)
+        kept = _OPTIONS if self.scheduler is None else _OPTIONS[1:]
+        others = [
+            f"{key}={group[key]} instead of {key}={option[key]}"
+            for group, option in zip(groups, options, strict=True)
+            for key in kept
+            if key in option and key in group and group[key] != option[key]
+        ]
+        if not others:
+            return []
+        return [f"The outer optimizer goes on with the options of the checkpoint: {', '.join(others)}."]
 
     def resume(self, tensors: Sequence[Tensor]) -> None:
         """Continue a copy, on tensors of its own."""
@@ -123,7 +175,25 @@ class OptimizerPair:
     def __getstate__(self) -> dict[str, Any]:
         # Copies of hyperparameters have tensors of their own, which a copied optimizer would not know.
         copied = self.state_dict() if self._optimizer is not None else None
-        return {**self.__dict__, "_optimizer": None, "scheduler": None, "_copied": copied}
+        return {**self.__dict__, "_optimizer": None, "scheduler": None, "_tensors": (), "_copied": copied}
+
+
+def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any], was: str | None) -> str | None:
+    """Restore an optimizer from a state of its class ``was`` (None: not known), and of its groups.
+
+    Returns:
+        None, or the reason why it was left as it is: torch would load the state of any other class, and fail in the
+        next step.
+    """
+    require_keys(state, ("state", "param_groups"), "the outer optimizer")
+    own, groups, saved = type(optimizer).__name__, optimizer.param_groups, state["param_groups"]
+    if own != was if was is not None else groups[0].keys() - saved[0].keys():
+        was = was or "of another class"
+        return f"is {own}, and was {was} in the checkpoint: it starts again, without memory."
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+        return f"{own} has other groups of tensors than in the checkpoint: it starts again, without memory."
+    optimizer.load_state_dict(dict(state))
+    return None
 
 
 def described(value: object) -> str:

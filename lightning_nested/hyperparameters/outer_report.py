@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Spread: TypeAlias = list[float]
+"""Mean, smallest and largest value of a hyperparameter, and the number of its values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +30,30 @@ class OuterReport:
     def metrics(self) -> dict[str, float]:
         """Return the finite numbers by name, to log."""
         return {key: float(value) for key, value in asdict(self).items() if math.isfinite(value)}
+
+
+def spread(values: Mapping[str, Tensor]) -> Spread:
+    """Return mean, smallest and largest of all values, and their number.
+
+    >>> spread({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(6.0)})
+    [3.0, 1.0, 6.0, 3]
+    """
+    if not any(value.numel() for value in values.values()):
+        return [math.nan, math.nan, math.nan, 0]
+    flat = torch.cat([value.detach().reshape(-1).double() for value in values.values()])
+    return [float(flat.mean()), float(flat.min()), float(flat.max()), flat.numel()]
+
+
+def summary_line(name: str, first: Spread, last: Spread) -> str:
+    """Describe what became of a hyperparameter in a line.
+
+    >>> summary_line("label_smoothing", [0.05, 0.05, 0.05, 1], [0.0712, 0.0712, 0.0712, 1])
+    'label_smoothing: 0.05 → 0.0712'
+    >>> summary_line("weight_decay", [1e-4, 1e-4, 1e-4, 3], [3e-4, 2e-5, 8e-4, 3])
+    'weight_decay (3 values): mean 0.0001 → 0.0003, min 0.0001 → 2e-05, max 0.0001 → 0.0008'
+    """
+    pairs = [f"{a:.4g} → {b:.4g}" for a, b in zip(first[:3], last[:3], strict=True)]
+    if last[3] == 1 and first[3] == 1:
+        return f"{name}: {pairs[0]}"
+    parts = ", ".join(f"{what} {pair}" for what, pair in zip(("mean", "min", "max"), pairs, strict=True))
+    return f"{name} ({last[3]} values): {parts}"

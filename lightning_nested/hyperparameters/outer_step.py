@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_nested.hypergradient.implicit import Penalty, implicit_result
+from lightning_nested.hypergradient.implicit import Inspect, Penalty, implicit_result
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, Loss
 from lightning_nested.hyperparameters.carry_over import Names
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
@@ -23,13 +24,20 @@ from lightning_nested.hyperparameters.outer_optimizer import (
     default_outer_optimizer,
     described,
 )
-from lightning_nested.hyperparameters.outer_report import OuterReport
+from lightning_nested.hyperparameters.outer_report import OuterReport, Spread, spread
+from lightning_nested.hyperparameters.saved_values import (
+    Placed,
+    load_hyperparameters,
+    saved_hyperparameters,
+    saved_parameters,
+)
 from lightning_nested.hyperparameters.vector import labelled
 from lightning_nested.hyperparameters.weight_decay import FixedDecay, WeightDecay
 from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number, average
-from lightning_nested.linalg.solvers.base import InverseSolver, SolverState
+from lightning_nested.linalg.saved import require_keys
+from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector, clone, norm, zeros_where_none
 
@@ -79,6 +87,17 @@ def _penalized(gradient: Vector, penalties: Sequence[Penalty], parameters: Mappi
     return gradient
 
 
+def _numbers(solution: Solution) -> dict[str, Any]:
+    """Return what an :class:`OuterReport` says about a solve."""
+    negative = solution.status == "negative_curvature"
+    return {
+        "residual": solution.residual,
+        "iterations": solution.iterations,
+        "curvature": solution.curvature,
+        "negative_curvature": negative,
+    }
+
+
 def _finite_mean(outer_loss: Tensor, reduce: Reduce | None) -> float:
     if outer_loss.numel() != 1:
         raise ValueError(f"outer_loss must be a scalar. Got shape {tuple(outer_loss.shape)}; take its mean.")
@@ -101,6 +120,9 @@ class OuterStep:
         scheduler: Function from that optimizer to a learning-rate scheduler, stepped once per outer step.
         solver: See :func:`implicit_hypergradient`.
         curvature: See :func:`implicit_hypergradient`.
+
+    Attributes:
+        unreached: Hyperparameters, as in :meth:`values`, that no loss of the last outer step depends on.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -129,10 +151,21 @@ class OuterStep:
         self.in_graph = tuple(h for h in hyperparameters if h not in self.decays)
         self.solver, self.curvature = solver, curvature
         self.solver_state = SolverState()
+        self.unreached: list[str] = []
         self._optimization = OptimizerPair(optimizer, scheduler)
         self._pending: Vector | None = None
-        # Shape, dtype and device of the parameters in `build`.
-        self._inner: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
+        self._moved: set[str] = set()
+        self.first: dict[str, Spread] = {}  # of the values that each hyperparameter started from
+        self._inner: dict[str, Placed] = {}  # the parameters in `build`
+
+    @property
+    def unmoved(self) -> list[str]:
+        """Names of hyperparameters in the losses' graphs whose hypergradients were exactly zero in all outer steps."""
+        return [h.name for h in self.in_graph if self._moved.isdisjoint(labelled(h.name, h.tensors))]
+
+    def _labels(self) -> list[str]:
+        """Return the name of each of :attr:`tensors`, as in :meth:`values`."""
+        return [label for h in (*self.in_graph, *self.decays) for label in labelled(h.name, h.tensors)]
 
     @property
     def optimizer(self) -> Optimizer:
@@ -155,7 +188,15 @@ class OuterStep:
         removed, hyperparameters of those that stay keep their values and the optimizer's state, the rest starts at
         its initial value, and the solver's state is dropped. Where none stays, or one has another shape, the
         parameters are those of another model: all of this object starts again, as after :meth:`reset`.
+
+        Raises:
+            ValueError: A parameter is complex.
         """
+        if complex_ones := [f"{name} ({p.dtype})" for name, p in parameters.items() if p.is_complex()]:
+            raise ValueError(
+                f"Inner parameters must be real. Got {', '.join(complex_ones)}: freeze them, or make the parameter "
+                "of their real and imaginary parts (torch.view_as_real), and use torch.view_as_complex on it."
+            )
         inner = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
         shared = inner.keys() & self._inner.keys()
         if self._inner and (not shared or any(inner[name][0] != self._inner[name][0] for name in shared)):
@@ -171,6 +212,11 @@ class OuterStep:
             located = self._located()
             origins = {t: (*earlier[at], names) for at, (t, names) in located.items() if at in earlier}
             self._optimization.carry_over(self.tensors, origins)
+        self.first = {h.name: self.first.get(h.name) or spread(h.values()) for h in self.hyperparameters}
+
+    def is_built_for(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Return True if the last :meth:`build`, or what was loaded, is of parameters with these names."""
+        return len(parameters) == len(self._inner) and all(map(operator.eq, parameters, self._inner))
 
     def _located(self) -> dict[tuple[str, str], tuple[Tensor, Names]]:
         """Return each tensor and the names of its entries, by its hyperparameter and key."""
@@ -181,7 +227,8 @@ class OuterStep:
         for hyperparameter in self.hyperparameters:
             hyperparameter.reset()
         self._optimization.forget()
-        self.solver_state, self._pending, self._inner = SolverState(), None, {}
+        self.solver_state, self._pending, self._inner, self.first = SolverState(), None, {}, {}
+        self.unreached, self._moved = [], set()
 
     @property
     def tensors(self) -> Vector:
@@ -211,13 +258,14 @@ class OuterStep:
         solver: AnySolver = None,
         weights: Mapping[str, Tensor] | None = None,
         decay_factors: Mapping[str, Tensor] | None = None,
+        inspect: Inspect | None = None,
     ) -> OuterReport:
         """Find the hypergradients by :func:`implicit_result`, and hold them for :meth:`apply`.
 
         Args:
             inner_loss: Training loss without the weight decays, or a function that returns it.
             outer_loss: Validation loss with its graph, which is freed.
-            parameters: Inner parameters by the names they had in :meth:`build`.
+            parameters: Inner parameters, named as in :meth:`build`.
             curvature: Curvature for this step in place of the one given at construction.
             fixed_decay: Weight decay that the inner optimizer adds itself, one number per parameter.
             reduce: Averages a tensor over processes.
@@ -226,6 +274,7 @@ class OuterStep:
             solver: Solver for this step in place of the one given at construction.
             weights: Weights at which the penalties' mixed derivatives are taken; None: the current ones.
             decay_factors: Factors that make coupled decays of decoupled ones, by name.
+            inspect: See :func:`implicit_result`.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
@@ -249,17 +298,16 @@ class OuterStep:
             inner_scale=inner_scale,
             allow_unused=True,
             compare_identity=compare_identity,
+            inspect=inspect,
         )
+        self.unreached = [self._labels()[i] for i in result.unreached]
         inner, solution = result.inner_gradient, result.solution
         size = math.nan if inner is None else float(norm(_penalized(inner, penalties, parameters)))
         report = self._hold(
             result.gradients,
             outer_loss=mean,
             inner_gradient_norm=size,
-            residual=solution.residual,
-            iterations=solution.iterations,
-            curvature=solution.curvature,
-            negative_curvature=solution.status == "negative_curvature",
+            **_numbers(solution),
             identity_cosine=result.identity_cosine,
         )
         self.solver_state = solution.state
@@ -285,6 +333,7 @@ class OuterStep:
                 "The outer loss must depend on at least one hyperparameter, through the training steps or directly. "
                 f"Got none of {[h.name for h in self.hyperparameters]}: does the inner loss read them?"
             )
+        self.unreached = [label for label, g in zip(self._labels(), found, strict=True) if g is None]
         return self.hold(found, mean, reduce=reduce, inner_gradient_norm=inner_gradient_norm)
 
     def hold(
@@ -315,6 +364,9 @@ class OuterStep:
         if not math.isfinite(size):
             raise FloatingPointError(f"The hypergradient must be finite. Got norm {size}.")
         self._pending = hypergradient
+        for label, gradient in zip(self._labels(), hypergradient, strict=True):
+            if label not in self._moved and bool(gradient.any()):
+                self._moved.add(label)
         return OuterReport(hypergradient_norm=size, **found)
 
     @property
@@ -344,25 +396,53 @@ class OuterStep:
             tensor.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next outer step depends on; loads with ``weights_only=True``."""
+        """Return all that the next outer step depends on, with values in natural units; loads with ``weights_only``."""
         return {
-            "hyperparameters": {h.name: h.state_dict() for h in self.hyperparameters},
+            **saved_hyperparameters(self.hyperparameters),
+            "first": self.first,
+            "inner": {name: list(shape) for name, (shape, _, _) in self._inner.items()},
             **self._optimization.state_dict(),
             "solver": self.solver_state.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Restore; :meth:`build` must have run, with the hyperparameters of the state."""
+    def load_state_dict(
+        self, state: Mapping[str, Any], parameters: Mapping[str, Tensor], *, convert: bool = True
+    ) -> list[str]:
+        """Restore; :meth:`build` must have run, with the hyperparameters of the state.
+
+        Values saved under another range or transform are converted, an outer optimizer or scheduler of another class
+        starts again. Where layers were frozen or unfrozen since :meth:`build`, this object takes the saved
+        parameters' hyperparameters: :meth:`is_built_for` returns False, and the next :meth:`build` carries over.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            parameters: Inner parameters by name.
+            convert: Convert values; False: refuse another range or transform, and another order.
+
+        Returns:
+            Messages for the user: all that was converted, or started again.
+
+        Raises:
+            ValueError: Other hyperparameters, or of another kind, out of range, or of another model.
+        """
+        require_keys(state, ("hyperparameters", "optimizer", "scheduler", "solver"), "the outer steps")
         saved = state["hyperparameters"]
-        if set(saved) != {h.name for h in self.hyperparameters}:
+        own = {h.name: h for h in self.hyperparameters}
+        if set(saved) != set(own) or (not convert and list(saved) != list(own)):
             raise ValueError(
-                f"The saved hyperparameters must be {[h.name for h in self.hyperparameters]}. Got {sorted(saved)}: the "
-                "checkpoint was written with others."
+                f"The saved hyperparameters must be {list(own)}. Got {list(saved)}: the checkpoint was written with "
+                "others."
             )
-        for hyperparameter in self.hyperparameters:
-            hyperparameter.load_state_dict(saved[hyperparameter.name])
-        self._optimization.load_state_dict(state)
-        self.solver_state.load_state_dict(state["solver"], tuple(parameters.values()))
+        inner = saved_parameters(state.get("inner"), self._inner)
+        self._pending = None
+        messages, converted = load_hyperparameters(self.hyperparameters, state, convert=convert)
+        ordered = sorted((own[name] for name in saved), key=self.decays.__contains__)
+        tensors = [h.tensors[key] for h in ordered for key in saved[h.name]]
+        messages += self._optimization.load_state_dict(state, tensors, converted)
+        self._inner, self.first = inner, {**self.first, **state.get("first", {})}
+        like = tuple(torch.empty(0, device=device) for _, _, device in inner.values())
+        self.solver_state.load_state_dict(state["solver"], like or tuple(parameters.values()))
+        return messages
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.transforms import Interval, Transform, Unconstrained
 from lightning_nested.hyperparameters.weights import BoundHyperparameter
 
 
+@checked
 class Scalar(BoundHyperparameter):
     """One number for any use; ``module.name.value()`` returns it with its graph.
 
@@ -28,8 +29,6 @@ class Scalar(BoundHyperparameter):
 
     def __init__(self, name: str, init: float, transform: Transform | None = None) -> None:
         super().__init__()
-        if not math.isfinite(init):
-            raise ValueError(f"init must be finite. Got {init} for {name!r}.")
         self.name, self.init = name, float(init)
         self._use(transform or Unconstrained(), self.init)
 
@@ -38,9 +37,10 @@ class Scalar(BoundHyperparameter):
 
     def value(self) -> Tensor:
         """Return the value in natural units: (), or (batch,) where each example has its own."""
-        return self.natural("value", self.tensors["value"])
+        return self.natural("value", self.raw("value"))
 
 
+@checked
 class Integer(Scalar):
     """A whole number in lower … upper: the floor of a real one in (lower, upper + 1).
 
@@ -68,6 +68,7 @@ class Integer(Scalar):
         return self.transform.inverse(value + 0.5)
 
 
+@checked
 class Categorical(BoundHyperparameter):
     """Choice of the option with the largest score. Tuned by hypernetworks, whose perturbations try others.
 
@@ -92,6 +93,11 @@ class Categorical(BoundHyperparameter):
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"index": functional.one_hot(torch.tensor(self.init), len(self.options)).to(dtype)}
 
+    def kind(self) -> dict[str, Any]:
+        """Return the options too, by name or text: an index means another one if they differ."""
+        names = [getattr(option, "__name__", None) or repr(option) for option in self.options]
+        return {**super().kind(), "options": [name.split(" at 0x")[0] for name in names]}
+
     def natural(self, key: str, raw: Tensor) -> Tensor:
         """Return the index of the option, as floating type."""
         return raw.argmax(-1).to(raw.dtype)
@@ -100,14 +106,15 @@ class Categorical(BoundHyperparameter):
         """Return scores whose largest is that of option ``value``."""
         if not 0 <= int(value) < len(self.options):
             raise ValueError(f"{self.name} must be in 0 … {len(self.options) - 1}. Got {int(value)}.")
-        return functional.one_hot(value.long(), len(self.options)).to(self.tensors["index"].dtype)
+        return functional.one_hot(value.long(), len(self.options)).to(self.raw("index").dtype)
 
     def choice(self) -> Any:
         """Return the chosen option, or a list of one for each example."""
-        index = self.natural("index", self.tensors["index"]).long()
+        index = self.natural("index", self.raw("index")).long()
         return self.options[int(index)] if index.dim() == 0 else [self.options[i] for i in index.tolist()]
 
 
+@checked
 class LabelSmoothing(Scalar):
     """Cross-entropy against (1 − ε)·target + ε/classes, with ε tuned; differentiable.
 

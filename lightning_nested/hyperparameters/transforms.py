@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_nested.arguments import checked
+
 
 class Transform(ABC):
     """A differentiable map from all reals to the allowed values, with a stable inverse."""
+
+    @property
+    def resolution(self) -> float:
+        """Largest change of an allowed value by :meth:`project_` that is no more than rounding to the range's ends."""
+        return 0.0
 
     @abstractmethod
     def forward(self, raw: Tensor) -> Tensor:
@@ -67,6 +74,7 @@ class Unconstrained(Transform):
         return value
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Exp(Transform):
     """value = exp(raw) > 0: a step of the optimizer is a factor. Projected into [lower, upper] after each step.
@@ -113,6 +121,7 @@ class Softplus(Transform):
         return value + torch.log(-torch.expm1(-value))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Interval(Transform):
     """value = lower + (upper − lower)·σ(raw), in the open interval (lower, upper).
@@ -133,6 +142,11 @@ class Interval(Transform):
             raise ValueError(f"lower < upper must hold. Got lower={self.lower}, upper={self.upper}.")
         if not self.limit > 0:
             raise ValueError(f"limit must be positive. Got {self.limit}.")
+
+    @property
+    def resolution(self) -> float:
+        """(upper − lower)·σ(−limit): how close to an end of the interval values come."""
+        return (self.upper - self.lower) / (1.0 + math.exp(min(self.limit, 700.0)))
 
     def forward(self, raw: Tensor) -> Tensor:
         """lower + (upper − lower)·σ(raw)."""

@@ -6,11 +6,12 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
@@ -22,6 +23,7 @@ _INIT = 1e-4
 _START, _SMALLEST, _LARGEST = 3.0, 0.1, 30.0
 
 
+@checked
 class WeightDecay(Hyperparameter):
     """L2 penalty ½ Σᵢ dᵢ wᵢ² on the inner loss, with d tuned.
 
@@ -50,9 +52,7 @@ class WeightDecay(Hyperparameter):
         name: str = "weight_decay",
     ) -> None:
         super().__init__()
-        if per not in ("model", "tensor", "parameter"):
-            raise ValueError(f"per must be 'model', 'tensor' or 'parameter'. Got {per!r}.")
-        if init is not None and not (init > 0 and math.isfinite(init)):
+        if init is not None and not init > 0:
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
         self.include = None if include is None else _patterns("include", include)
@@ -66,12 +66,14 @@ class WeightDecay(Hyperparameter):
         self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
         # Patterns that have matched a name: the parameters they match may be frozen later.
         self._matched: set[str] = set()
+        # Unconstrained decays of parameters that were frozen, for when they come back.
+        self._frozen: dict[str, Tensor] = {}
 
     def build(self, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Create one unconstrained tensor: shapes (), (number of tensors,), or as the parameters.
 
-        A second call, with parameters that were added (unfrozen) or removed, keeps the decays of those that stay; new
-        ones start at ``init``.
+        A second call, with parameters that were added (unfrozen) or removed (frozen), keeps the decays of those that
+        stay or come back; new ones start at ``init``.
         """
         for pattern in {*(self.include or ()), *self.exclude} - self._matched:
             if not any(fnmatchcase(name, pattern) for name in parameters):
@@ -91,11 +93,15 @@ class WeightDecay(Hyperparameter):
         self._shapes = {name: p.shape for name, p in chosen.items()}
         # The entries of an earlier vector are the decays of others, even if it has the same size.
         earlier = self.tensors.pop("tensor", None) if before != self.parameter_names else None
+        gone = set(before) - set(chosen)
+        self._frozen.update({name: raw.detach() for name, raw in self.tensors.items() if name in gone})
         super().build(chosen, device)
         if earlier is not None:
+            self._frozen.update(zip(before, earlier.detach().unbind(), strict=True))
             kept = carry_entries(earlier, self.tensors["tensor"], before, self.parameter_names)
             if kept is not None:
                 self.tensors["tensor"] = kept.requires_grad_(True)
+        self._thaw(before)
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         shapes: Mapping[str, Sequence[int]] = self._shapes
@@ -106,21 +112,44 @@ class WeightDecay(Hyperparameter):
             for key, shape in shapes.items()
         }
 
+    @torch.no_grad()
+    def _thaw(self, before: Sequence[str]) -> None:
+        """Give parameters that were not among those ``before``, but once were, the decays they had."""
+        vector = self.tensors.get("tensor") if self.per == "tensor" else None
+        for i, name in enumerate(self.parameter_names):
+            had = self._frozen.pop(name, None)
+            now = self.tensors.get(name) if vector is None else vector[i]
+            if had is not None and now is not None and name not in before and had.shape == now.shape:
+                now.copy_(had)
+
     def reset(self) -> None:
         """Forget the decays and their parameters."""
         super().reset()
-        self.parameter_names, self._matched, self._bounds = (), set(), {}
+        self.parameter_names, self._matched, self._frozen, self._bounds = (), set(), {}, {}
 
     def entries(self) -> tuple[str, ...] | None:
         """Return the names of the parameters, with ``per="tensor"``."""
         return self.parameter_names if self.per == "tensor" else None
 
-    def values(self) -> dict[str, Tensor]:
-        """Return decays in natural units; with ``per="tensor"`` one scalar under each parameter's name."""
-        values = super().values()
-        if self.per == "tensor" and values:
-            return dict(zip(self.parameter_names, values["tensor"].unbind(), strict=True))
-        return values
+    def kind(self) -> dict[str, Any]:
+        """Return ``per`` and the names of the parameters too."""
+        return {**super().kind(), "per": self.per, "entries": list(self.parameter_names)}
+
+    def _arrange(self, state: Mapping[str, Tensor], entries: Sequence[str] | None) -> Mapping[str, Tensor]:
+        # Decays of other parameters, some of them the same: layers are frozen now that were not, or the other way
+        # round. They are taken as they are, and the next build goes on from there as it does in training.
+        names = tuple(entries or ())
+        shared = set(names) & set(self.parameter_names)
+        if self.per == "model" or not shared or names == self.parameter_names:
+            return super()._arrange(state, entries)
+        if self.per == "parameter":
+            for key in shared:
+                if state[key].shape != self.tensors[key].shape:
+                    return super()._arrange({**self.tensors, key: state[key]}, entries)
+        like = next(iter(self.tensors.values()))
+        self.tensors = {key: raw.detach().to(like).clone().requires_grad_(True) for key, raw in state.items()}
+        self.parameter_names = names
+        return state
 
     def decays(self) -> dict[str, Tensor]:
         """Return each chosen parameter's decay by name, with the graph to the unconstrained tensors."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked, is_number
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Interval, Softplus, Transform
 
@@ -30,6 +31,7 @@ class BoundHyperparameter(Hyperparameter):
         return self.name
 
 
+@checked
 class ExampleWeights(BoundHyperparameter):
     """One weight per training example: the validation loss finds the ones that hurt.
 
@@ -82,10 +84,11 @@ class ExampleWeights(BoundHyperparameter):
                     f"index must lie in [0, {self.num_examples}), the {self.num_examples} examples of {self.name}. "
                     f"Got {lowest if lowest < 0 else highest}; num_examples is the size of the training set."
                 )
-        raw = self.tensors["weights"]
+        raw = self.raw("weights", index.device)
         return self.transform.forward(raw[index.to(raw.device)])
 
 
+@checked
 class LossWeights(BoundHyperparameter):
     """One weight per named part of a training loss.
 
@@ -112,25 +115,25 @@ class LossWeights(BoundHyperparameter):
         name: str = "loss_weights",
     ) -> None:
         super().__init__()
-        if isinstance(names, str) or not names or len(set(names)) != len(names):
+        if not names or len(set(names)) != len(names):
             raise ValueError(f"names must be a list of different names. Got {names!r}.")
         self.names, self.name = tuple(names), name
-        self.init = tuple([init] * len(self.names) if isinstance(init, (int, float)) else init)
-        if len(self.init) != len(self.names) or not all(math.isfinite(i) for i in self.init):
+        several = [init] * len(self.names) if is_number(init) else init
+        self.init = tuple(cast("Sequence[float]", several))
+        if len(self.init) != len(self.names):
             raise ValueError(f"init must be finite, one or one per name. Got {init!r} for {list(names)}.")
         self._use(transform or Softplus(), self.init)
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"weights": torch.tensor(self.init, dtype=dtype)}
 
-    def values(self) -> dict[str, Tensor]:
-        """Return one weight per name."""
-        values = super().values()
-        return dict(zip(self.names, values["weights"].unbind(), strict=True)) if values else {}
+    def entries(self) -> tuple[str, ...]:
+        """Return the names of the parts."""
+        return self.names
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Σ wᵢ·lossᵢ, a scalar, at least float32; the names must be those given at construction."""
         if set(losses) != set(self.names):
             raise ValueError(f"losses must have the names {list(self.names)}. Got {list(losses)}.")
-        weights = self.transform.forward(self.tensors["weights"])
+        weights = self.transform.forward(self.raw("weights"))
         return torch.stack([w * losses[n] for w, n in zip(weights, self.names, strict=True)]).sum()

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.differences import calibrated_length, central_difference, difference_length
 from lightning_nested.linalg.graph import (
     Pushforward,
     explain_double_backward,
-    graph_nodes,
-    refuse_once_differentiable,
     refuse_sparse,
+    refuse_wrong_derivatives,
     vjp,
 )
 from lightning_nested.linalg.operators import LinearOperator
@@ -34,21 +34,6 @@ def owned(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
     return tuple(result)
 
 
-def difference_length(params: Vector, loss: Tensor | None = None) -> float:
-    """Relative length of the move for central differences: half the cube root of the machine epsilon.
-
-    The epsilon is that of the coarsest dtype among the parameters and the operations of the loss: under
-    ``torch.autocast`` rounding is the narrow dtype's, whatever the parameters are kept in. The half is measured:
-    networks of bfloat16 and float16 have their least error at 0.08–0.15 and 0.05–0.08; in float32 the two lengths
-    serve alike.
-    """
-    dtypes = {p.dtype for p in params}
-    for node in graph_nodes([loss]):
-        dtypes.update(meta.dtype for meta in node._input_metadata)
-    coarsest: float = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-    return float(coarsest ** (1 / 3)) / 2
-
-
 def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
     """∂L/∂w with a graph of its own, zeros where the loss does not depend on a parameter.
 
@@ -58,13 +43,14 @@ def gradient_with_graph(loss: Tensor, params: Vector) -> Vector:
     searched for one.
 
     Raises:
-        DoubleBackwardError: An operation of the loss can be differentiated only once.
+        DoubleBackwardError: An operation of the loss can be differentiated only once, or a second time wrongly.
+        RuntimeError: Reentrant checkpointing hides layers.
     """
     one = torch.ones_like(loss, requires_grad=True)
     with explain_double_backward():
         gradient = torch.autograd.grad(loss, params, one, create_graph=True, allow_unused=True)
         refuse_sparse(gradient)
-        refuse_once_differentiable(gradient)
+        refuse_wrong_derivatives((loss, *gradient))
     return zeros_where_none(gradient, params)
 
 
@@ -123,40 +109,41 @@ class FiniteDifferenceOperator(LinearOperator):
     """Hessian product by central differences of gradients: Hv ≈ (g(w + εv) − g(w − εv)) / 2ε.
 
     Two gradients a product and no second derivative: for compiled models, flash attention, sharded models.
-    The truncation error is O(ε²), rounding O(eps/ε).
+    The truncation error is O(ε²), rounding O(eps/ε); :meth:`calibrate` balances them.
+
+    Attributes:
+        length: Length of the move.
+        calibrates: Whether the length is ours to measure.
 
     Args:
         gradient: Returns the gradients at the parameters' current values; noise and statistics frozen.
         params: Leaf parameters; they are moved through ``.data`` and restored, so graphs that hold them stay valid.
         epsilon: Length of the move relative to ``1 + ‖w‖``; None: half the cube root of the parameters' machine
-            epsilon. Give one where gradients are computed in a narrower dtype, see :func:`difference_length`.
+            epsilon, not relative.
+        length: First guess of the length, where ``epsilon`` is None.
     """
 
     def __init__(
-        self, gradient: Callable[[], Vector], params: Vector, *, epsilon: float | None = None
+        self,
+        gradient: Callable[[], Vector],
+        params: Vector,
+        *,
+        epsilon: float | None = None,
+        length: float | None = None,
     ) -> None:
         self.gradient, self.like = gradient, params
-        relative = epsilon if epsilon is not None else difference_length(params)
-        self.length = relative * (1.0 + float(norm(tuple(p.detach() for p in params))))
+        self.calibrates = epsilon is None
+        self.length = length if length is not None else difference_length(params)
+        if epsilon is not None:
+            self.length = epsilon * (1.0 + float(norm(tuple(p.detach() for p in params))))
+
+    def calibrate(self, v: Vector) -> float:
+        """Set the length to nearly the best one along v, and return it."""
+        assert self.like is not None
+        self.length = calibrated_length(self.gradient, self.like, v, self.length)
+        return self.length
 
     def matvec(self, v: Vector) -> Vector:
         """(g(w + εv) − g(w − εv)) / 2ε."""
         assert self.like is not None
         return central_difference(self.gradient, self.like, v, self.length)
-
-
-def central_difference(function: Callable[[], Vector], params: Vector, v: Vector, length: float) -> Vector:
-    """Derivative of ``function`` along v at the parameters' current values, moving them by ``length``."""
-    size = float(norm(v))
-    if size == 0.0:
-        return tuple(torch.zeros_like(a) for a in function())
-    epsilon, home, values = length / size, [p.data for p in params], []
-    try:
-        for move in (epsilon, -epsilon):
-            for p, here, direction in zip(params, home, v, strict=True):
-                p.data = here.add(direction, alpha=move)
-            values.append(function())
-    finally:
-        for p, here in zip(params, home, strict=True):
-            p.data = here
-    return tuple((a - b) / (2 * epsilon) for a, b in zip(*values, strict=True))

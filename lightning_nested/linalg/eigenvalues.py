@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import linalg as sparse
 from torch import Tensor
 
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.vectors import flatten, unflatten
 
@@ -130,7 +131,7 @@ class _Counted:
 def _dense(product: _Counted) -> tuple[NDArray[Any], NDArray[Any]]:
     product.matrix = np.stack([product(e) for e in np.eye(product.size)], axis=1)
     solve: Callable[..., Any] = np.linalg.eigh if product.operator.symmetric else np.linalg.eig
-    values, vectors = solve(product.matrix)
+    values, vectors = solve(check_matrix(product.matrix, "The dense matrix of the operator"))
     return values, vectors
 
 

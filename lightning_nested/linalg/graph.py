@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointError
 
 
 class DoubleBackwardError(RuntimeError):
     """An operation of the loss cannot be differentiated twice."""
 
 
+OTHER_FORMS = (
+    "attention with torch.nn.attention.sdpa_kernel(SDPBackend.MATH), RNNs with "
+    "torch.backends.cudnn.flags(enabled=False), both around the whole of trainer.fit, because checkpointed layers run "
+    "again outside of the training step; no torch.compile"
+)
+"""How operations are run in a form that can be differentiated twice, for messages."""
+
+_MARKS = (
+    "double backward",
+    "Double backward",
+    "is not implemented",
+    "once_differentiable",
+    "differentiate twice",
+    "donated buffer",  # torch.compile; with those disabled it has no double backward either
+)
+
+
 @contextmanager
 def explain_double_backward() -> Iterator[None]:
-    """Turn autograd's error about a missing second derivative into one that names the ways out."""
+    """Turn autograd's errors about a missing second derivative into some that name the ways out."""
     try:
         yield
+    except CheckpointError as error:
+        raise DoubleBackwardError(
+            "A checkpointed layer must do the same when it runs again for a derivative. Got: "
+            f"{str(error).splitlines()[0]} A context that it depends on (sdpa_kernel, cudnn.flags, autocast) must be "
+            "open around the whole of trainer.fit or inside the checkpointed function, not inside the training step; "
+            "or use curvature=FiniteDifference()."
+        ) from error
     except RuntimeError as error:
         text = str(error)
-        marks = (
-            "double backward",
-            "Double backward",
-            "is not implemented",
-            "once_differentiable",
-            "differentiate twice",
-            "donated buffer",  # torch.compile; with those disabled it has no double backward either
-        )
-        if not any(mark in text for mark in marks):
+        if isinstance(error, DoubleBackwardError) or not any(mark in text for mark in _MARKS):
             raise
         raise DoubleBackwardError(
             "A Hessian product needs the gradient to be differentiable, and an operation of the loss is not. "
             f"Got: {text.splitlines()[0]} Either run that operation in a form with a second derivative "
-            "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH) for attention, "
-            "torch.backends.cudnn.flags(enabled=False) for RNNs, no torch.compile), "
-            "or use curvature=FiniteDifference(), which needs first derivatives only."
+            f"({OTHER_FORMS}), or use curvature=FiniteDifference(), which needs first derivatives only."
         ) from error
 
 
@@ -63,10 +81,98 @@ def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
         stack.extend(following for following, _ in node.next_functions)
 
 
-def refuse_once_differentiable(gradient: Sequence[Tensor | None]) -> None:
-    """Raise if a gradient's graph holds an operation that autograd would pass over in silence when asked again."""
-    if any(node.name().endswith("Error") for node in graph_nodes(gradient)):
-        raise RuntimeError("an operation marked once_differentiable: differentiate twice is not implemented.")
+HIDDEN = (
+    "A loss must show every layer in its graph. Got one with torch.utils.checkpoint(use_reentrant=True), behind which "
+    "torch.autograd.grad sees no parameters: their gradients would be missing. Pass use_reentrant=False."
+)
+"""Message about layers that only ``loss.backward()`` reaches."""
+
+
+def hides_layers(loss: Tensor) -> bool:
+    """Return True if reentrant checkpointing keeps layers of a loss out of its graph."""
+    return any(_is_reentrant(node) for node in graph_nodes([loss]))
+
+
+def _is_reentrant(node: Node) -> bool:
+    return node.name() == "CheckpointFunctionBackward"
+
+
+def refuse_wrong_derivatives(tensors: Iterable[Tensor | None], *, once_differentiable: bool = True) -> None:
+    """Raise if autograd would answer wrongly, and in silence, when a gradient is differentiated.
+
+    Args:
+        tensors: The loss and its gradient with a graph, or all that was computed from such a gradient.
+        once_differentiable: Whether operations marked so are refused, which a derivative may never reach.
+
+    Raises:
+        RuntimeError: Reentrant checkpointing hides layers; an operation is marked once_differentiable.
+        DoubleBackwardError: ``weight_norm`` of torch, whose second derivative takes the norms as constants.
+    """
+    for node in graph_nodes(tensors):
+        name = node.name()
+        if once_differentiable and name.endswith("Error"):
+            raise RuntimeError(
+                "an operation marked once_differentiable: differentiate twice is not implemented."
+            )
+        if _is_reentrant(node):
+            raise RuntimeError(HIDDEN)
+        if name.startswith("WeightNormInterfaceBackward"):
+            raise DoubleBackwardError(
+                "Every operation of the loss must have a right second derivative. Got weight_norm, whose fused form in "
+                "torch takes the norms as constants there: products would be wrong. Use "
+                "curvature=FiniteDifference(), or compute the weight yourself, by a parametrization that returns "
+                "v * (g / torch.linalg.vector_norm(v, dim=1, keepdim=True))."
+            )
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Suspend hooks of ``Tensor.register_hook``, which are meant for the training's gradient.
+
+    Autograd runs them on every gradient with respect to the tensor: on an outer gradient, and on products too.
+    """
+    hooked = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    for live, _ in hooked:
+        live.clear()
+    try:
+        yield
+    finally:
+        for live, kept in hooked:
+            live.update(kept)
+
+
+def infinite_operations(loss: Tensor, params: Sequence[Tensor]) -> str:
+    """Name the operations of a loss whose second derivative is not finite; empty if none is found.
+
+    Anomaly detection names the operation of the gradient that fails, and remembers which operation of the loss made it.
+    """
+    if not loss.requires_grad:
+        return ""
+    gradient: Sequence[Tensor | None] = ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.autograd.detect_anomaly(check_nan=True):
+                gradient = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+                vjp(
+                    gradient,
+                    params,
+                    [None if g is None else torch.ones_like(g) for g in gradient],
+                    retain_graph=True,
+                )
+        except RuntimeError as error:
+            found = re.search(r"Function '(\w+)' returned nan", str(error))
+        else:
+            return ""
+    if found is None:
+        return ""
+    failing = [node for node in graph_nodes(gradient) if node.name() == found[1]]
+    metadata: list[Any] = [node.metadata for node in failing]
+    parents: list[Node | None] = [found.get("parent_") for found in metadata]
+    names = [
+        (node if parent is None else parent).name() for node, parent in zip(failing, parents, strict=True)
+    ]
+    return ", ".join(sorted({re.sub(r"Backward\d*$", "", name) for name in names or [found[1]]}))
 
 
 def vjp(

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
-from lightning_nested.linalg.solvers.base import check_finite, factorizable_dtype
+from lightning_nested.linalg.solvers.base import factorizable_dtype
 from lightning_nested.linalg.vectors import Vector
 
 _Factors = tuple[Tensor, Tensor]
@@ -41,7 +42,7 @@ class _Layer:
         m = self.module
         if isinstance(m, nn.Conv2d):
             padding = _same_padding(m) if isinstance(m.padding, str) else m.padding
-            a = F.unfold(a, m.kernel_size, m.dilation, padding, m.stride).transpose(1, 2)
+            a = functional.unfold(a, m.kernel_size, m.dilation, padding, m.stride).transpose(1, 2)
         rows = a.reshape(-1, a.shape[-1])
         return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
@@ -139,7 +140,7 @@ class KroneckerFisher:
     def _forward(self, i: int, module: nn.Module, args: Any, output: Any) -> None:
         if not self._on or not isinstance(output, Tensor) or not output.requires_grad:
             return
-        output.register_hook(partial(self._backward, i, args[0].detach()))
+        output.register_hook(partial(self._backward, i, args[0].detach()))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _backward(self, i: int, a: Tensor, g: Tensor) -> None:
@@ -176,7 +177,7 @@ class KroneckerFisher:
         self.stop()
         weight = max(1 - self.memory, 1 / (self.observations + 1))
         new: list[Tensor] = []
-        for i, found in enumerate(seen):
+        for found in seen:
             if not found:
                 continue
             a = torch.stack([pair[0] for pair in found]).mean(0)
@@ -342,20 +343,19 @@ def _damped_inverse(factor: Tensor, damping: float) -> Tensor:
 def _find_layers(module: nn.Module, parameters: Iterable[Tensor], max_size: int) -> list[_Layer]:
     position = {id(p): i for i, p in enumerate(parameters)}
     owners = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+
+    def is_own(p: Tensor | None) -> bool:
+        return p is None or (id(p) in position and owners[id(p)] == 1)
+
     layers = []
     for m in module.modules():
         # Exact classes: a subclass may compute something else.
         plain = type(m) is nn.Linear or (
             type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros" and _is_symmetric(m)
         )
-        if not plain or m._parameters.get("weight") is None:
+        weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+        if not plain or weight is None or not is_own(weight) or not is_own(bias):
             continue
-        weight, bias = m._parameters["weight"], m._parameters.get("bias")
-        assert weight is not None
-        held: Callable[[Tensor | None], bool] = lambda p: (
-            p is None or (id(p) in position and owners[id(p)] == 1)
-        )
-        if not held(weight) or not held(bias) or max(len(weight), weight[0].numel()) > max_size:
-            continue
-        layers.append(_Layer(m, position[id(weight)], None if bias is None else position[id(bias)]))
+        if max(len(weight), weight[0].numel()) <= max_size:
+            layers.append(_Layer(m, position[id(weight)], None if bias is None else position[id(bias)]))
     return layers

@@ -24,6 +24,19 @@ def dot(u: Vector, v: Vector) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def double_dot(u: Vector, v: Vector) -> Tensor:
+    """Inner product in double precision, 0-dimensional: for a small difference of large sums.
+
+    >>> big = (torch.tensor([1e8, 1.0, -1e8]),)
+    >>> float(double_dot(big, (torch.ones(3),)))
+    1.0
+    """
+    # Apple's GPUs have no double precision.
+    wide = torch.float32 if u[0].device.type == "mps" else torch.float64
+    parts = [(a.to(wide) * b.to(wide)).sum() for a, b in zip(u, v, strict=True)]
+    return torch.stack(parts).sum()
+
+
 def norm(v: Vector) -> Tensor:
     """Euclidean norm ‖v‖₂ over all tensors, 0-dimensional."""
     size: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in v]))

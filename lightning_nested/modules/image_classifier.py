@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.arguments import check
 from lightning_nested.networks import build_network
 from lightning_nested.trainer.lightning import built_by_command_line
 
@@ -130,6 +131,7 @@ class ImageClassifier(ClassificationSteps):
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        check(ImageClassifier.__init__, locals())
         super().__init__()
         live = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
         # LightningCLI saves the configuration instead of the values: all plain data.

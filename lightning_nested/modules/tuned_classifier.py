@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.arguments import check
 from lightning_nested.hyperparameters import Cutout, Hyperparameter, LabelSmoothing
 from lightning_nested.hyperparameters.augmentation import Strength
 from lightning_nested.modules.hypernetwork.module import HypernetworkModule
@@ -39,6 +40,7 @@ class TunedImageClassifier(ClassificationSteps, HypernetworkModule):
         network_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        check(TunedImageClassifier.__init__, locals())
         network = classification_network(network, num_classes, input_shape, network_options)
         super().__init__(network, hyperparameters, **options)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
+
+from lightning_nested.arguments import at_least, checked, positive
 
 Score = Callable[[Tensor], Tensor]
 """From images to one number each, at labels that are fixed."""
@@ -108,6 +110,7 @@ def adversarial_loss(loss: GANLoss | AdversarialLoss) -> AdversarialLoss:
     return _BY_NAME[loss]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GradientRegularizer(ABC):
     """Penalty on ∂D/∂x, added to the discriminator's loss; differentiable twice.
@@ -122,10 +125,8 @@ class GradientRegularizer(ABC):
     every: int = 1
 
     def __post_init__(self) -> None:
-        if self.weight <= 0 or self.every < 1:
-            raise ValueError(
-                f"weight must be positive and every at least 1. Got weight={self.weight}, every={self.every}."
-            )
+        positive(weight=self.weight)
+        at_least(1, every=self.every)
 
     @abstractmethod
     def penalty(
@@ -134,6 +135,7 @@ class GradientRegularizer(ABC):
         """Return the penalty of a batch, a scalar with its graph, without the factor ``every``."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class R1(GradientRegularizer):
     """R1 penalty (weight/2) E ‖∂D/∂x‖² at real images x.
@@ -148,6 +150,7 @@ class R1(GradientRegularizer):
         return 0.5 * self.weight * _squared_gradient_norm(score, real).mean()
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GradientPenalty(GradientRegularizer):
     """Gradient penalty weight · E (‖∂D/∂x‖ − 1)² at x = ε·real + (1 − ε)·fake, ε uniform per example.
@@ -181,6 +184,7 @@ def widened(x: Tensor) -> Tensor:
 Policy = Literal["color", "translation", "cutout"]
 
 
+@checked
 @dataclass(frozen=True)
 class DiffAugment:
     """Differentiable random changes of every image the discriminator sees, real or generated.
@@ -199,11 +203,6 @@ class DiffAugment:
     """
 
     policy: tuple[Policy, ...] = ("color", "translation", "cutout")
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.policy if name not in get_args(Policy)]
-        if unknown:
-            raise ValueError(f"policy must hold {', '.join(get_args(Policy))}. Got {unknown}.")
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Change images ``(N, C, H, W)``; random numbers come from ``generator``."""

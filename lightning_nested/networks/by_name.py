@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_nested.arguments import checked
 from lightning_nested.networks.cnn import SmallCNN
 from lightning_nested.networks.conditional_batch_norm import restored_modes
 from lightning_nested.networks.mlp import MLP
@@ -18,6 +19,7 @@ from lightning_nested.networks.mlp import MLP
 _NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": False}
 
 
+@checked
 def build_network(
     name: str,
     *,
@@ -58,7 +60,7 @@ def build_network(
     except TypeError as error:
         # An option the constructor does not have; Python's message names it.
         raise ValueError(
-            f"The options of network {name!r} must be its constructor's. Got {chosen}: {error}."
+            f"The network_options of {name!r} must be its constructor's arguments. Got {chosen}: {error}."
         ) from error
 
 

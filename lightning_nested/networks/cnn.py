@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least, checked
+
 # Side of the last feature map: keeps positions, and any input of 8×8 or more fits.
 _POOLED = 4
 
 
+@checked
 class SmallCNN(nn.Module):
     """Network of two 3×3 convolutions, a 4×4 average pool and a linear layer; 10 k parameters by default.
 
@@ -33,11 +36,7 @@ class SmallCNN(nn.Module):
         self, in_channels: int = 1, num_classes: int = 10, width: int = 16, batch_norm: bool = False
     ) -> None:
         super().__init__()
-        if min(in_channels, num_classes, width) < 1:
-            raise ValueError(
-                "`in_channels`, `num_classes` and `width` must be at least 1. "
-                f"Got {in_channels}, {num_classes} and {width}."
-            )
+        at_least(1, in_channels=in_channels, num_classes=num_classes, width=width)
         self.features = nn.Sequential(
             *_block(in_channels, width, batch_norm),
             nn.MaxPool2d(2),

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.networks.spectral_norm import frozen_power_iteration
 
 
@@ -28,6 +29,7 @@ class ClassEmbedding(nn.Embedding):
         return super().forward(labels)
 
 
+@checked
 class ConditionalBatchNorm2d(nn.Module):
     """Conditional batch norm h = (1 + gain(y)) ⊙ (x − μ)/√(σ² + ε) + bias(y), per example and channel.
 
@@ -75,6 +77,7 @@ def restored_modes(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@checked
 @torch.no_grad()
 def standing_statistics(module: nn.Module, forward: Callable[[], object], *, num_batches: int) -> None:
     """Replace running statistics by the plain mean over ``num_batches`` calls of ``forward``.
@@ -94,8 +97,7 @@ def standing_statistics(module: nn.Module, forward: Callable[[], object], *, num
         >>> norm.running_mean
         tensor([2.5000])
     """
-    if num_batches < 1:
-        raise ValueError(f"num_batches must be at least 1. Got {num_batches}.")
+    at_least(1, num_batches=num_batches)
     with restored_modes(module), frozen_power_iteration(module), ExitStack() as momenta:
         for norm in batch_norms(module):
             momenta.callback(setattr, norm, "momentum", norm.momentum)

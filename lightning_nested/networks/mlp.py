@@ -8,9 +8,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least, checked, fraction
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
+@checked
 class MLP(nn.Module):
     """Fully connected network ``x → W_L σ(… σ(W_1 x + b_1) …) + b_L``.
 
@@ -48,16 +51,9 @@ class MLP(nn.Module):
         flatten: bool = True,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"`activation` must be one of {sorted(_ACTIVATIONS)}. Got {activation!r}.")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"`dropout` must lie in [0, 1). Got {dropout}.")
+        fraction(dropout=dropout)
         widths = [in_features, *hidden, num_classes]
-        if min(widths) < 1:
-            raise ValueError(
-                f"Every width must be at least 1. Got in_features={in_features}, hidden={tuple(hidden)}, "
-                f"num_classes={num_classes}."
-            )
+        at_least(1, in_features=in_features, hidden=hidden, num_classes=num_classes)
         layers: list[nn.Module] = [nn.Flatten()] if flatten else []
         for fan_in, fan_out in pairwise(widths[:-1]):
             layers += [nn.Linear(fan_in, fan_out), _ACTIVATIONS[activation]()]

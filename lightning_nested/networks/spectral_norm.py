@@ -14,6 +14,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 # The function of this name hides the module in torch.nn.utils.
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
+from lightning_nested.arguments import checked
+
 
 class SpectralNormLayer(nn.Module):
     """Weight W̄ = W / σ with σ = uᵀ W v, where u and v are constants and W, ``(out, …)``, is seen as a matrix.
@@ -192,6 +194,7 @@ def spectral_norm_layers(module: nn.Module) -> dict[str, SpectralNormLayer]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, SpectralNormLayer)}
 
 
+@checked
 def singular_values(module: nn.Module) -> dict[str, Tensor]:
     """Return σ of every spectrally normalized layer by dotted name, a scalar each; a jump is a sign of collapse.
 

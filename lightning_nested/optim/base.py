@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeAlias, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_nested.arguments import shown
 from lightning_nested.optim.options import Check, checked, flag, non_negative
 
 Closure = Callable[[], float]
+# options of torch's optimizers that would change a step; foreach and fused only choose an implementation
+OF_TORCH = ("amsgrad", "capturable", "dampening", "decoupled_weight_decay", "differentiable", "nesterov")
 Step: TypeAlias = float | Tensor
 """A number of steps; a float64 vector of them, one for each parameter, while ``torch.compile`` traces."""
 
@@ -30,6 +33,11 @@ class GameOptimizer(Optimizer, ABC):
     of another option, of the parameters that have a gradient, or of the state by ``load_state_dict`` does. Compile
     before a scheduler is created: it replaces ``step`` by a function that torch does not trace, and the graph breaks.
 
+    Numbers may be 0-dimensional tensors. They are stored as floats, so a tensor that is changed later has no effect:
+    set ``group["lr"]``, as schedulers do. Of the options that torch's optimizers share, only ``maximize`` is one here.
+    The device chooses the implementation, so ``foreach`` and ``fused`` in a group are ignored; ``capturable`` and
+    ``differentiable`` are refused.
+
     Args:
         params: Parameters, named parameters, or groups of them, as for every ``torch.optim.Optimizer``.
         defaults: Options of the groups that do not give them.
@@ -44,18 +52,34 @@ class GameOptimizer(Optimizer, ABC):
     slots: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params must be a list of parameters or of groups. Got {shown(params)}.")
+        # torch itself refuses tensors and sets, with a good message
+        if not isinstance(params, Tensor | set):
+            params = cast("ParamsT", list(params))
+            if not params:
+                raise ValueError("params must hold a parameter or a group. Got an empty parameter list.")
         super().__init__(params, checked(self.checks, defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, also late in a run; nothing is added if an option is out of range.
 
         Raises:
-            ValueError: An option is out of range, or a parameter is complex.
+            ValueError: An option is out of range, or one of torch that is not supported; or a parameter is complex.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"A parameter group must be a dict. Got {type(param_group).__name__}.")
         group = dict(param_group)
+        if "params" not in group:
+            raise ValueError(
+                f"A parameter group must have the entry 'params'. Got {sorted(map(str, group))}."
+            )
         group.update(checked(self.checks, {**self.defaults, **group}))
+        for name in OF_TORCH:
+            if group.get(name):
+                raise ValueError(
+                    f"{type(self).__name__} has no option {name}. Got {name}={group[name]!r}; leave it out."
+                )
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # torch refuses sets itself, with a good message
             params = group["params"] = list(params)

@@ -6,6 +6,7 @@ Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,6 +42,10 @@ class ComplexAdam(GameOptimizer):
             AdamW).
         debias: Adam's factor and correction of the first moment.
         maximize: Ascend. As in torch, weight decay still decays.
+
+    Raises:
+        ValueError: An option is out of range, or a loaded state is of Adam with ``amsgrad``, or with weight decay as in
+            AdamW.
 
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
@@ -78,13 +83,9 @@ class ComplexAdam(GameOptimizer):
         moments = {"betas": betas, "phase": phase, "eps": eps, "debias": debias}
         super().__init__(params, {"lr": lr, **moments, "weight_decay": weight_decay, "maximize": maximize})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of ``torch.optim.Adam``: its first moment is (1 − β₁) times ours.
-
-        Raises:
-            ValueError: Adam had ``amsgrad``, or weight decay as in AdamW.
-        """
-        super().load_state_dict(_from_adam(state_dict))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # here, and not in load_state_dict: hooks of load_state_dict may replace the state before
+        super().__setstate__(_from_adam(state))
 
     def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
         params, grads, steps, *moments = columns
@@ -92,22 +93,21 @@ class ComplexAdam(GameOptimizer):
             _step(options, step, *parts)
 
 
-def _from_adam(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the state with a ``momentum_buffer`` for every ``exp_avg``, without changing the given one."""
-    states = dict(saved["state"])
-    for group in saved["param_groups"]:
-        for key in group["params"]:
-            state = states.get(key, {})
-            if "exp_avg" not in state:
+def _from_adam(loaded: dict[str, Any]) -> dict[str, Any]:
+    """Return the state with a ``momentum_buffer`` for every ``exp_avg``: Adam's first moment is (1 − β₁) times ours."""
+    states = defaultdict(dict, loaded["state"])
+    for group in loaded["param_groups"]:
+        for p in group["params"]:
+            if "exp_avg" not in states.get(p, {}):
                 continue
             if group.get("amsgrad") or (group.get("decoupled_weight_decay") and group["weight_decay"]):
                 raise ValueError(
                     "A loaded state must be of ComplexAdam, or of torch.optim.Adam without amsgrad and without "
                     "decoupled weight decay, which ComplexAdam does not have. Got one with; start without it."
                 )
-            rest = {name: value for name, value in state.items() if name != "exp_avg"}
-            states[key] = {**rest, "momentum_buffer": state["exp_avg"] / (1 - float(group["betas"][0]))}
-    return {**saved, "state": states}
+            rest = {name: value for name, value in states[p].items() if name != "exp_avg"}
+            states[p] = {**rest, "momentum_buffer": states[p]["exp_avg"] / (1 - float(group["betas"][0]))}
+    return {**loaded, "state": states}
 
 
 def _step(options: dict[str, Any], step: Step, *columns: list[Tensor]) -> None:

@@ -41,6 +41,10 @@ class ComplexSGD(GameOptimizer):
         weight_decay: λ of a penalty ½λ‖w‖², whose gradient λw is added to g (coupled: it enters the momentum).
         maximize: Ascend. As in torch, weight decay still decays.
 
+    Raises:
+        ValueError: An option is out of range, or a loaded state is of SGD with ``nesterov`` or ``dampening``: another
+            momentum.
+
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7742-7765.
 
     >>> x = torch.tensor([1.0], requires_grad=True)
@@ -76,19 +80,15 @@ class ComplexSGD(GameOptimizer):
         turned = {"momentum": momentum, "phase": phase}
         super().__init__(params, {"lr": lr, **turned, "weight_decay": weight_decay, "maximize": maximize})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of ``torch.optim.SGD``.
-
-        Raises:
-            ValueError: SGD had ``nesterov`` or ``dampening``: another momentum.
-        """
-        for group in state_dict["param_groups"]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # here, and not in load_state_dict: hooks of load_state_dict may replace the state before
+        for group in state["param_groups"]:
             if group.get("nesterov") or (group.get("dampening") and group["momentum"]):
                 raise ValueError(
                     "A loaded state must be of ComplexSGD, or of torch.optim.SGD with nesterov=False and dampening=0. "
                     f"Got nesterov={group.get('nesterov')} and dampening={group.get('dampening')}; start without it."
                 )
-        super().load_state_dict(state_dict)
+        super().__setstate__(state)
 
     def _update(self, options: dict[str, Any], *columns: list[Any]) -> None:
         for turned, parts in by_key([b is not None for b in columns[3]], *columns):

@@ -23,7 +23,9 @@ class Extragradient(PlainOptimizer):
         backward(); for o in optimizers: o.extrapolate()
         backward(); for o in optimizers: o.step()
 
-    For one loss, ``step(closure)`` does both. On the bilinear game the rate is √(1 − lr² + lr⁴).
+    For one loss, ``step(closure)`` does both. The closure clears the gradients, as closures in torch do; gradients
+    accumulated over several batches are refused, because the second gradient would be of the last batch alone. On the
+    bilinear game the rate is √(1 − lr² + lr⁴).
 
     The saved w is in the state between the two halves only, so that a checkpoint between updates holds nothing. Its
     memory, one number per parameter, is kept for the next update.
@@ -51,8 +53,15 @@ class Extragradient(PlainOptimizer):
 
     num_gradients: ClassVar[int] = 2
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as every optimizer does; between the two halves, they are stepped from where they are."""
+        super().add_param_group(param_group)
+        self.param_groups[-1].setdefault("extrapolated", False)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("extrapolated", False)
         self.__dict__.pop("_room", None)  # a copy, or a loaded state, shares no memory with what it came from
 
     @torch.no_grad()
@@ -63,14 +72,14 @@ class Extragradient(PlainOptimizer):
             closure: Recomputes the gradients and returns the loss.
 
         Raises:
-            RuntimeError: The parameters are extrapolated already.
+            RuntimeError: The parameters are extrapolated already, or the closure adds to earlier gradients.
         """
         if self.is_extrapolated:
             raise RuntimeError(
                 "extrapolate() needs parameters that are not extrapolated. Got a second call; recompute the gradients "
                 "and call step()."
             )
-        loss = evaluated(closure)
+        loss = self._evaluated(closure)
         self._update_groups(self._look_ahead, 1)
         for group in self.param_groups:
             group["extrapolated"] = True
@@ -91,7 +100,8 @@ class Extragradient(PlainOptimizer):
         """Set w to w_saved − lr·g with the gradients at the extrapolated point.
 
         A parameter without a gradient there gets its saved value back; one that had none before is stepped from its
-        current value.
+        current value. Without a closure and without ``extrapolate``, a step that moves nothing is accepted: gradients
+        or learning rates of zero, by which ``torch.distributed.checkpoint`` lets an optimizer make its state.
 
         Args:
             closure: Recomputes the gradients and returns the loss. It is called before and after the extrapolation;
@@ -101,24 +111,68 @@ class Extragradient(PlainOptimizer):
             The loss of the closure's first call; None without one.
 
         Raises:
-            RuntimeError: There is no closure, and ``extrapolate`` was not called.
+            RuntimeError: There is no closure, and ``extrapolate`` was not called; or the closure adds to earlier
+                gradients.
         """
         loss, own = None, not self.is_extrapolated
         if own:
             if closure is None:
+                if self._moves_nothing():
+                    return None
                 raise RuntimeError(
                     "step() needs extrapolated parameters. Got neither a call of extrapolate() nor a closure; call "
                     "extrapolate(), recompute the gradients, then step(); or give step() a closure."
                 )
             loss = self.extrapolate(closure)
+            self.zero_grad()  # for a closure that leaves it to its caller, who can clear the first gradients only
         try:
-            second = super().step(closure)
+            second = self._evaluated(closure)
+            super().step()
         except BaseException:
             if own:
                 self._return()  # as if the step had never begun
             raise
         self._return()
         return loss if own else second
+
+    def _moves_nothing(self) -> bool:
+        """Return True if ±g + λw, or the learning rate, is 0 for every parameter that has a gradient."""
+        for group, options in zip(self.param_groups, self._checked(), strict=True):
+            sign, decay = -1 if options["maximize"] else 1, options["weight_decay"]
+            for p in group["params"] if options["lr"] else ():
+                if p.grad is not None and bool((sign * p.grad + decay * p.detach()).any()):
+                    return False
+        return True
+
+    def _evaluated(self, closure: Closure | None) -> float | None:
+        """Return the closure's loss; refuse a closure that adds to the gradients that are there.
+
+        The smallest gradient tells: backward has then added to the same tensor, which nothing else has changed.
+        """
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is None or not held or torch.compiler.is_compiling():
+            return evaluated(closure)
+        smallest = min(held, key=Tensor.numel)
+        before, version = smallest.grad, smallest.grad._version
+        added: list[bool] = []
+
+        def first(p: Tensor) -> None:
+            handle.remove()
+            added.append(p.grad is before and p.grad._version == version + 1)
+
+        handle = smallest.register_post_accumulate_grad_hook(first)
+        try:
+            loss = evaluated(closure)
+        finally:
+            handle.remove()
+        if any(added):
+            raise RuntimeError(
+                "The closure of Extragradient must clear the gradients before its backward pass. Got one that adds to "
+                "gradients that are there, as the Trainer's does with accumulate_grad_batches > 1: the second gradient "
+                "would be of the last batch alone. Set accumulate_grad_batches=1 and make batches larger, use "
+                "ExtrapolationFromThePast, or call zero_grad() in the closure."
+            )
+        return loss
 
     def _look_ahead(self, options: dict[str, Any], *columns: list[Any]) -> None:
         def many(ws: Tensors, es: Tensors, anchors: Tensors) -> None:

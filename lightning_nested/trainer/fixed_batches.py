@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
 
@@ -42,6 +43,7 @@ class FixedBatches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore saved batches; a process that had none stores its next ones."""
+        require_keys(state, ("seed", "batches"), "the fixed batches")
         self.seed = state["seed"]
         every = state["batches"]
         mine = every[self._rank] if self._rank < len(every) else []

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nested.dynamics.tangents import Tangents
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.registry import known_rule
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
@@ -62,6 +63,7 @@ class Follower(ABC):
         self.trainer, self.module, self.rule = trainer, module, rule
         self.fixed = FixedBatches(trainer) if fixed else None
         self.steps, self.is_open, self.stopped = 0, False, False
+        self._waiting: dict[str, Any] | None = None  # saved tangents of parameters that are frozen now
         self.call = 0  # evaluations in the current step, each with a fixed batch of its own
         for optimizer in optimizers:
             for group in optimizer.param_groups if rule is None else ():
@@ -111,11 +113,50 @@ class Follower(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume needs; called on all processes together."""
         fixed = None if self.fixed is None else self.fixed.state_dict()
-        return {"tracker": self.tracker.state_dict(), "steps": self.steps, "fixed": fixed, "call": self.call}
+        waits = self._waiting or {
+            "tracker": self.tracker.state_dict(),
+            "parameters": self._parameter_shapes(),
+        }
+        return {**waits, "steps": self.steps, "fixed": fixed, "call": self.call}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.tracker.load_state_dict(state["tracker"])
+        """Restore what :meth:`state_dict` returned.
+
+        Where some of the saved parameters are frozen now, or others are not any more, tangents wait for
+        :meth:`resume_tangents`: finetuning callbacks unfreeze layers only after a checkpoint has been restored.
+
+        Raises:
+            ValueError: A key lacks, or the tangents are of other parameters.
+        """
+        require_keys(state, ("tracker", "steps", "fixed", "call"), "LyapunovCallback")
+        saved, own = state.get("parameters"), self._parameter_shapes()
+        if saved is None or list(saved.items()) == list(own.items()):
+            self.tracker.load_state_dict(state["tracker"])
+        else:
+            shared = saved.keys() & own.keys()
+            if not shared or any(list(saved[name]) != own[name] for name in shared):
+                raise ValueError(
+                    f"Saved tangents must be of this model's parameters {own}. Got those of {saved}."
+                )
+            self._waiting = {"tracker": state["tracker"], "parameters": saved}
+            self.tracker.load_state_dict({**state["tracker"], "frame": None, "slots": []})
         self.steps, self.call = state["steps"], state["call"]
         if self.fixed is not None and state["fixed"] is not None:
             self.fixed.load_state_dict(state["fixed"])
+
+    def resume_tangents(self) -> None:
+        """Restore tangents that wait for the parameters that are followed now; drop them once others have begun."""
+        waiting = self._waiting
+        if waiting is None:
+            return
+        matches = list(waiting["parameters"].items()) == list(self._parameter_shapes().items())
+        if matches and self.tracker.frame is None:
+            self.tracker.load_state_dict(waiting["tracker"])
+        if matches or self.tracker.frame is not None:
+            self._waiting = None
+
+    def _parameter_shapes(self) -> dict[str, list[int]]:
+        """Return the shapes of the parameters that are followed, by name, in their order."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        params = self.tracker.params
+        return {names.get(id(p), f"parameter{i}"): list(p.shape) for i, p in enumerate(params)}

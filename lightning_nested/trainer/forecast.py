@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_nested.hypergradient.evaluation_point import LookAhead, placed_at
 from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.kronecker import KroneckerFisher, KroneckerInverse
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
-from lightning_nested.linalg.solvers.base import check_finite
 from lightning_nested.linalg.vectors import Vector, norm
 from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates, inverse_rates
 
@@ -164,7 +164,10 @@ class Forecast:
         with placed_at(self._parameters, moved):
             after = evaluate()
         change = after - loss + _penalty(decays, moved) - _penalty(decays, weights)
-        fell = agreed_number(torch.tensor(change, dtype=torch.float64), reduce) < 0
+        agreed = agreed_number(torch.tensor(change, dtype=torch.float64), reduce)
+        if math.isnan(agreed):
+            return moved
+        fell = agreed < 0
         self.radius = self._point.next_radius(self.radius, fell=fell)
         return moved if fell else self._point.weights(weights, direction, self.radius)
 

@@ -97,6 +97,7 @@ class GameFollower(Follower):
         with self.stopping():
             if not self.tracker.holds(p for held in players for p in held):
                 self.tracker.follow_players(players)
+            self.resume_tangents()
             self._look_ahead(names)
             self._observe(names, batch)
 

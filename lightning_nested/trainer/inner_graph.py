@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton
 from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.lightning import loss_scale, step_loss
 from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.stand_ins import StandIns
 
 
 class InnerGraph:
@@ -43,8 +46,6 @@ class InnerGraph:
         # Repeats the evaluation that is being observed.
         self._repeat: Callable[[], Tensor] | None = None
         self._observing = False
-        # Keep the repeats for others than the curvature.
-        self.repeatable = False
         self._handle: RemovableHandle | None = None
         if isinstance(curvature, GaussNewton):
             if accumulate > 1:
@@ -57,20 +58,53 @@ class InnerGraph:
     @property
     def observes(self) -> bool:
         """True if :meth:`observe` must be called before each evaluation."""
-        return self.repeatable or isinstance(self._curvature, FiniteDifference | GaussNewton)
+        return isinstance(self._curvature, FiniteDifference | GaussNewton)
 
     @property
     def repeats(self) -> bool:
         """True if the curvature evaluates the loss again."""
         return isinstance(self._curvature, FiniteDifference)
 
-    def observe(self, evaluate: Callable[[], Tensor]) -> None:
-        """Observe the coming evaluation of a loss, up to :meth:`add`; ``evaluate`` repeats it."""
+    def observe(self, evaluate: Callable[[], Tensor], *, again: bool = False) -> None:
+        """Observe the coming evaluation of a loss, up to :meth:`add`.
+
+        Args:
+            evaluate: Repeats it.
+            again: Whether :meth:`again` is to repeat it, if the curvature does not.
+        """
         self._observing, self._outputs = True, []
         if self._handle is None and isinstance(self._curvature, GaussNewton):
             self._hook(self._curvature)
-        if self.repeats or self.repeatable:
+        if self.repeats or again:
             self._repeat = partial(self._evaluate_again, evaluate, RandomStream.snapshot(self._module.device))
+
+    def observe_step(
+        self, trainer: Trainer, methods: StandIns, batch: Any, batch_idx: int, *, again: bool = False
+    ) -> None:
+        """Observe the coming ``training_step``, from its beginning: hooks before it may draw random numbers.
+
+        Args:
+            trainer: Trainer of the run.
+            methods: Holds the method that replaces ``training_step``, until it is called.
+            batch: The batch of the step.
+            batch_idx: Its index.
+            again: See :meth:`observe`.
+        """
+        module = self._module
+        step = module.training_step
+
+        def evaluate() -> Tensor:
+            loss = step_loss(trainer, module, "training_step", batch, batch_idx)
+            assert isinstance(loss, Tensor)
+            return loss * (loss_scale(trainer) / trainer.accumulate_grad_batches)
+
+        @functools.wraps(step)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            self.observe(evaluate, again=again)
+            methods.put_back()
+            return step(*args, **kwargs)
+
+        methods.put(module, "training_step", observed)
 
     def add(self, loss: Tensor) -> None:
         """Keep a loss with its graph."""
@@ -98,13 +132,16 @@ class InnerGraph:
 
     def loss(self) -> Tensor | Callable[[], Tensor]:
         """Return the sum of the losses, or with ``FiniteDifference`` a function that evaluates it again."""
-        if self.repeats:
-            return self.repeat()
+        repeated = self.again() if self.repeats else None
+        if repeated is not None:
+            return repeated
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
 
-    def repeat(self) -> Callable[[], Tensor]:
-        """Return a function that evaluates the sum of the losses again, without side effects."""
+    def again(self) -> Callable[[], Tensor] | None:
+        """Return a function that evaluates the sum of the losses again; None if they were not observed for that."""
         repeats = list(self._repeats)
+        if not repeats or len(repeats) != len(self.losses):
+            return None
         return lambda: torch.stack([repeat() for repeat in repeats]).sum()
 
     def curvature(self) -> Curvature | None:
@@ -133,9 +170,13 @@ class InnerGraph:
 
     def _evaluate_again(self, evaluate: Callable[[], Tensor], start: RandomStream) -> Tensor:
         trainer = self._module.trainer
+        caller = (
+            f"Called again for {type(self._curvature).__name__} at training step {trainer.global_step}, on a batch "
+            f"that {self._method} has seen."
+        )
         with (
             start.replay(),
-            without_trace(self._module, trainer),
+            without_trace(self._module, trainer, evaluate, caller=caller),
             trainer.precision_plugin.train_step_context(),
         ):
             return evaluate()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,9 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_nested.hyperparameters import OuterStep
+from lightning_nested.linalg.graph import HIDDEN, hides_layers
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loss import evaluate_outer
+from lightning_nested.trainer.self_check import SelfCheck
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +30,7 @@ class InnerProblem:
         optimizer: Optimizer of the inner ``parameters``.
         batches: Batches of the outer loss.
         accumulate: Batches per inner step.
+        check: Checks of the first outer step.
     """
 
     module: LightningModule
@@ -39,6 +43,7 @@ class InnerProblem:
     accumulate: int
     clip: float | None
     clip_algorithm: Literal["norm", "value"]
+    check: SelfCheck = field(default_factory=lambda: SelfCheck("", enabled=False))
 
     def evaluate_outer(
         self,
@@ -53,6 +58,7 @@ class InnerProblem:
             lambda batch: check_loss("outer_loss", self.module, evaluate(self.outer_loss, batch)),
             tensors,
             attributes=False,
+            caller=f"{type(self.module).__name__} at training step {self.module.trainer.global_step}",
         )
 
     def full_precision(self) -> torch.autocast:
@@ -76,8 +82,12 @@ class InnerProblem:
         self.optimizer.step()
 
 
+# Losses whose graphs were searched for reentrant checkpointing: once is enough, every step would be too dear.
+_SHOWN: WeakKeyDictionary[LightningModule, set[tuple[str, str | None]]] = WeakKeyDictionary()
+
+
 def check_loss(name: str, module: LightningModule, loss: object, *, player: str | None = None) -> Tensor:
-    """Return the loss (of a player of a game); refuse what is not a scalar with its graph."""
+    """Return the loss (of a player of a game); refuse what is not a scalar with its graph, to every layer."""
     where, whose = f"{type(module).__name__}.{name}", "" if player is None else f" for {player!r}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -89,6 +99,11 @@ def check_loss(name: str, module: LightningModule, loss: object, *, player: str 
             f"{where} must return a tensor with its graph{whose}. Got one that does not require gradients: remove "
             "torch.no_grad() and .detach() from its computation."
         )
+    seen = _SHOWN.setdefault(module, set())
+    if (name, player) not in seen:
+        if hides_layers(loss):
+            raise MisconfigurationException(f"{where}: {HIDDEN}")
+        seen.add((name, player))
     return loss.reshape(())
 
 

@@ -1,32 +1,25 @@
-"""Extra evaluations of a user's module without side effects: on modes, buffers, metrics, attributes and logs."""
+"""Extra evaluations of a user's module without side effects: on its modes, its state, and the logs."""
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import nn
 
+from lightning_nested.trainer.reachable_state import untouched_networks, untouched_state
+from lightning_nested.trainer.silent_loggers import SilentLogger
 from lightning_nested.trainer.stand_ins import StandIns
-
-_CONTAINERS = (list, dict, set, deque)
-# Parameters, hooks, the Trainer: no attributes of a user's.
-_OF_EVERY_MODULE = frozenset(LightningModule().__dict__)
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode with gradients, and restore each submodule's own mode on exit."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
+    modes = [(m, m.training) for m in module.modules()]
+    for m, _ in modes:
         m.training = False
     try:
         # A cuDNN RNN in evaluation mode has no backward; the native one has.
@@ -37,8 +30,8 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
-        for m in training:
-            m.training = True
+        for m, training in modes:
+            m.training = training
 
 
 @contextmanager
@@ -55,60 +48,6 @@ def untouched_buffers(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched_metrics(module: nn.Module) -> Iterator[None]:
-    """Restore the states of the module's torchmetrics on exit."""
-    kept = []
-    for metric in module.modules():
-        if not isinstance(metric, Metric):
-            continue
-        kept.append((metric, dict(metric.__dict__)))
-        # A metric may add to its states in place.
-        for name in metric._defaults:
-            value = getattr(metric, name)
-            setattr(metric, name, value.clone() if isinstance(value, Tensor) else list(value))
-    try:
-        yield
-    finally:
-        for metric, attributes in kept:
-            metric.__dict__.update(attributes)
-
-
-@contextmanager
-def untouched_attributes(module: nn.Module) -> Iterator[None]:
-    """Restore plain attributes on exit, and the contents of lists, dicts, sets and deques among them.
-
-    For example counters, and the outputs that a ``validation_step`` collects for the epoch's end. Objects of other
-    classes are not looked into.
-    """
-    kept = []
-    for m in module.modules():
-        if not isinstance(m, Metric):  # see untouched_metrics
-            attributes = {key: value for key, value in m.__dict__.items() if key not in _OF_EVERY_MODULE}
-            contents = [
-                (value, copy.copy(value)) for value in attributes.values() if isinstance(value, _CONTAINERS)
-            ]
-            kept.append((m, attributes, contents))
-    try:
-        yield
-    finally:
-        for m, attributes, contents in kept:
-            for key in m.__dict__.keys() - attributes.keys() - _OF_EVERY_MODULE:
-                del m.__dict__[key]
-            m.__dict__.update(attributes)
-            for value, content in contents:
-                _refill(value, content)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Put ``content`` back into ``container``, which other names may hold."""
-    container.clear()
-    if isinstance(container, list | deque):
-        container.extend(content)
-    else:
-        container.update(content)
-
-
-@contextmanager
 def validation_stage(trainer: Trainer) -> Iterator[None]:
     """Set ``trainer.validating`` instead of ``trainer.training``: batch hooks decide by it about augmentation."""
     stage = trainer.state.stage
@@ -121,12 +60,12 @@ def validation_stage(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
-    """Drop what ``self.log``, ``self.log_dict`` and the loggers are given."""
+    """Drop what ``self.log``, ``self.log_dict`` and the loggers are given; folders and names can still be read."""
     loggers, replaced = trainer.loggers, StandIns()
     for name in ("log", "log_dict"):
         replaced.put(module, name, lambda *_, **__: None)
     if loggers:
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [SilentLogger(logger) for logger in loggers]  # type: ignore[misc]
     try:
         yield
     finally:
@@ -136,18 +75,53 @@ def silent_logging(module: LightningModule, trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def without_trace(module: LightningModule, trainer: Trainer, *, attributes: bool = True) -> Iterator[None]:
-    """Restore buffers, metrics, attributes and logging on exit. The caller handles train/eval mode and random state.
+def without_trace(
+    module: LightningModule,
+    trainer: Trainer,
+    *others: object,
+    attributes: bool = True,
+    caller: str | None = None,
+) -> Iterator[None]:
+    """Restore on exit all that an evaluation of the module may change; see :func:`untouched_state`.
+
+    Logs are dropped, and so is a wish to stop the run. The caller handles train/eval mode and random state.
 
     Args:
         module: Module that is evaluated.
         trainer: Trainer whose loggers are silenced.
-        attributes: Whether plain attributes are restored too.
+        others: Further objects that the evaluation may change: a function stands for what it refers to.
+        attributes: Whether plain attributes are restored too, not only networks and metrics; see
+            :func:`untouched_networks`.
+        caller: Who evaluates what, and when: added to an exception that comes from inside.
     """
-    with ExitStack() as stack:
-        if attributes:
-            stack.enter_context(untouched_attributes(module))
-        stack.enter_context(untouched_buffers(module))
-        stack.enter_context(untouched_metrics(module))
-        stack.enter_context(silent_logging(module, trainer))
-        yield
+    trained = (
+        p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+    )
+    should_stop = trainer.should_stop
+    untouched = untouched_state if attributes else untouched_networks
+    with untouched(module, *others, trained=trained), silent_logging(module, trainer):
+        try:
+            yield
+        except Exception as error:
+            if caller is not None:
+                add_note(error, caller)
+            raise
+        finally:
+            trainer.should_stop = should_stop
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a line to an exception, below its message.
+
+    >>> try:
+    ...     raise ValueError("No shape")
+    ... except ValueError as error:
+    ...     add_note(error, "Called by a test.")
+    ...     "test" in str(error) or "test" in error.__notes__[0]
+    True
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    # Python 3.10.
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])

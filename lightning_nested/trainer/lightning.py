@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import RunningStage
@@ -54,6 +55,12 @@ def step_loss(
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
+def loss_scale(trainer: Trainer) -> float:
+    """Return the factor on the loss that ``on_before_backward`` receives in fp16."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
 # ---- loops
 
 
@@ -65,6 +72,76 @@ def accumulates(trainer: Trainer) -> bool:
 def logger_step(trainer: Trainer) -> int:
     """Return the step that the Trainer gives to its loggers, in automatic and manual optimization."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+class Clock(Protocol):
+    """What a module with a clock of its own tells: updates made, and whether another has begun."""
+
+    game_updates: int
+
+    def has_open_update(self) -> bool:
+        """Return True from the first batch of an update until its last player has stepped."""
+
+
+def log_by_game_updates(trainer: Trainer) -> None:
+    """Let all that is logged stand at the game updates of the module, while the Trainer runs a module that has them.
+
+    That is the user's ``self.log``, in training, validation and at the end of epochs, and callbacks that ask the
+    Trainer for its step, such as ``LearningRateMonitor``. A number per step is logged once an update.
+    """
+    parts: dict[type, Any] = {
+        _ClockedLoop: trainer.fit_loop.epoch_loop,
+        _ClockedConnector: trainer._logger_connector,
+    }
+    for clocked, part in parts.items():
+        if not isinstance(part, clocked):
+            part.__class__ = _mixed(clocked, type(part))
+
+
+def _mixed(clocked: type, kind: type) -> type:
+    return type(kind.__name__, (clocked, kind), {})
+
+
+def _clock(trainer: Trainer) -> Clock | None:
+    """Return the running module if it has game updates; the Trainer may run another one next."""
+    module = trainer.lightning_module
+    return cast(Clock, module) if hasattr(module, "has_open_update") else None
+
+
+class _ClockedLoop:
+    """Part of Lightning's loop over batches: ``_batches_that_stepped`` is the step that loggers get."""
+
+    trainer: Trainer
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        clock = _clock(self.trainer)
+        return int(self.__dict__["_batches_that_stepped"]) if clock is None else clock.game_updates
+
+    @_batches_that_stepped.setter
+    def _batches_that_stepped(self, count: int) -> None:
+        if _clock(self.trainer) is None:
+            self.__dict__["_batches_that_stepped"] = count
+
+
+class _ClockedConnector:
+    """Part of Lightning's connector to loggers that chooses when they are due, and the step in validation."""
+
+    trainer: Trainer
+
+    @property
+    def should_update_logs(self) -> bool:
+        clock, every = _clock(self.trainer), self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if clock is None or every == 0 or not isinstance(self.trainer._active_loop, _FitLoop):
+            return bool(super().should_update_logs)  # type: ignore[misc]
+        is_due = not clock.has_open_update() and clock.game_updates % every == 0
+        return is_due or bool(self.trainer.should_stop)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        clock = _clock(self.trainer)
+        # in validation Lightning gives the number of the validation batch
+        step = step if step is None or clock is None else clock.game_updates
+        super().log_metrics(metrics, step)  # type: ignore[misc]
 
 
 @contextmanager
@@ -106,6 +183,13 @@ def is_sequential(loader: CombinedLoader) -> bool:
 def with_loaders(combined: CombinedLoader, loaders: Sequence[Any]) -> CombinedLoader:
     """Return a loader that combines others in the same structure and mode."""
     return CombinedLoader(tree_unflatten(list(loaders), combined._spec), combined._mode)
+
+
+def shut_down_workers(iterator: object) -> None:
+    """End the worker processes of a DataLoader's iterator, if it has any; torch has no public name for it."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 # ---- modules, strategies, command line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lightning_nested.trainer.lightning import is_sequential, request_validation_loader, shard, with_loaders
+from lightning_nested.linalg.saved import require_keys
+from lightning_nested.trainer.lightning import (
+    is_sequential,
+    request_validation_loader,
+    shard,
+    shut_down_workers,
+    with_loaders,
+)
 from lightning_nested.trainer.random_stream import RandomStream
 
 _NO_LOADER = (
@@ -28,6 +35,7 @@ class OuterBatches:
 
     Round r uses the seed (seed, r, rank), so the position is two numbers and no generator state is saved. The
     loader is a new instance with the same dataset, sampler and options: the Trainer's validation is not disturbed.
+    Under ``reload_dataloaders_every_n_epochs`` it is asked for again as often as the Trainer's own.
 
     Args:
         trainer: Trainer of the run, whose validation loader is taken unless ``loader`` is given.
@@ -38,16 +46,25 @@ class OuterBatches:
     def __init__(self, trainer: Trainer, loader: Any = None, *, seed: int) -> None:
         self.seed, self._rank = seed, trainer.global_rank
         self._device = trainer.strategy.root_device
-        with RandomStream(seed, self._device):
-            if loader is None:
-                loader = request_validation_loader(trainer)
-            elif callable(loader) and not isinstance(loader, Iterable):
-                loader = loader()
-            self._loader = _prepare(trainer, loader)
+        asks = loader is None or (callable(loader) and not isinstance(loader, Iterable))
+
+        def load() -> Any:
+            with RandomStream(seed, self._device):
+                if not asks:
+                    return _prepare(trainer, loader)
+                return _prepare(trainer, request_validation_loader(trainer) if loader is None else loader())
+
+        # Functions: a copy of what holds these batches must not copy the Trainer.
+        self._load: Callable[[], Any] = load
+        self._epoch: Callable[[], int] = lambda: trainer.current_epoch
+        every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        self._reload_every = every if asks else 0
+        self._loader, self._loaded_in = load(), trainer.current_epoch
         self.round, self.position = 0, 0
         self.last: Any = None
         self._iterator: Iterator[Any] | None = None
         self._stream = self._new_stream()
+        self._ahead: tuple[Any, int, int] | None = None  # a batch that was looked at, and its position
 
     @property
     def loader(self) -> Any:
@@ -60,6 +77,13 @@ class OuterBatches:
         Raises:
             MisconfigurationException: The loader is empty, or a one-pass iterator is used up.
         """
+        if self._ahead is not None:
+            (self.last, self.round, self.position), self._ahead = self._ahead, None
+            return self.last
+        if self._reload_every and self._epoch() - self._loaded_in >= self._reload_every:
+            self._loader, self._loaded_in = self._load(), self._epoch()
+            if self.position:
+                self._next_round()
         with self._stream:
             if self._iterator is None:
                 self._iterator = self._start()
@@ -70,12 +94,25 @@ class OuterBatches:
                     "The outer dataloader must yield at least one batch. Got an empty one: check the size of the "
                     "validation set, its batch size with drop_last=True, and that it is no one-pass generator."
                 )
-            self.round, self.position, self._iterator = self.round + 1, 0, None
-            self._stream = self._new_stream()
+            self._next_round()
             return self.next()
         self.position += 1
         self.last = batch
         return batch
+
+    @property
+    def index(self) -> int:
+        """Index of the last batch in its round, as the Trainer's validation would count it."""
+        return max(self.position - 1, 0)
+
+    def look_ahead(self) -> OuterBatches:
+        """Return a stream of the next batch alone, which stays the next one of this stream."""
+        position, last = (self.round, self.position), self.last
+        batch = self.next()
+        ahead = LastBatch(self)
+        self._ahead = batch, self.round, self.position
+        (self.round, self.position), self.last = position, last
+        return ahead
 
     def loss_stream(self) -> RandomStream:
         """Return a stream for the loss of the last batch, apart from the batches', which resuming draws again."""
@@ -86,11 +123,20 @@ class OuterBatches:
         return {"seed": self.seed, "round": self.round, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore a position: draw and drop the batches before it in its round."""
-        self.seed, self.round = state["seed"], state["round"]
+        """Restore a position: draw and drop the batches before it in its round.
+
+        Raises:
+            ValueError: A key lacks.
+        """
+        require_keys(state, ("seed", "round", "position"), "the outer batches")
+        self.seed, self.round, self._ahead = state["seed"], state["round"], None
         self.position, self._iterator, self._stream = 0, None, self._new_stream()
         for _ in range(state["position"]):
             self.next()
+
+    def _next_round(self) -> None:
+        self.round, self.position, self._iterator = self.round + 1, 0, None
+        self._stream = self._new_stream()
 
     def _new_stream(self, offset: int = 0) -> RandomStream:
         return RandomStream(self._round_seed() + offset, self._device)
@@ -108,6 +154,12 @@ class OuterBatches:
         if isinstance(self._loader, DataLoader) and generator is not None:
             generator.manual_seed(self._round_seed())
         return iter(self._loader)
+
+
+def end_workers(batches: OuterBatches) -> None:
+    """End the worker processes of a stream now, also where the traceback of an exception holds the stream."""
+    shut_down_workers(vars(batches).get("_iterator"))
+    batches._iterator = None
 
 
 class LastBatch(OuterBatches):

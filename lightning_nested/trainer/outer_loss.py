@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_nested.linalg.graph import without_hooks
 from lightning_nested.trainer.isolation import evaluation_mode, validation_stage, without_trace
 from lightning_nested.trainer.lightning import transfer
 from lightning_nested.trainer.outer_batches import OuterBatches
@@ -23,12 +24,13 @@ def evaluate_outer(
     *,
     scale: float = 1.0,
     attributes: bool = True,
+    caller: str | None = None,
 ) -> Tensor:
     """Return the outer loss of the next outer batch, in evaluation mode and the Trainer's validating stage.
 
     Args:
         trainer: Trainer whose hooks move the batch and whose precision applies.
-        module: Module whose modes, buffers, metrics, attributes and logs are restored.
+        module: Module that is evaluated: its modes and all that can be reached from it are restored.
         batches: Source of the batch and of the loss's own random numbers.
         loss: Function from a batch to a scalar with its graph.
         tensors: The loss is differentiated with respect to these while the module still is in evaluation mode:
@@ -36,20 +38,30 @@ def evaluate_outer(
             dropout and batch statistics. Empty: the graph is returned as it is.
         scale: Factor on the loss while it is differentiated, so that fp16 derivatives do not vanish.
         attributes: Whether plain attributes are restored too: ``loss`` may be a ``validation_step`` that counts.
+        caller: Who asks, and when; for exceptions that come out of ``loss``.
 
     Returns:
         A scalar with a graph to ``tensors``.
     """
     batch = batches.next()
+
+    def evaluate() -> Tensor:
+        moved = transfer(trainer, module, batch)
+        with trainer.precision_plugin.val_step_context():
+            return loss(moved)
+
+    if caller is not None:
+        caller = (
+            f"Called by {caller}, for the outer loss of batch {batches.index} of its data: in evaluation mode, "
+            "with gradients, and outside the Trainer's validation, whose hooks may not have run."
+        )
     with (
         batches.loss_stream(),
         validation_stage(trainer),
         evaluation_mode(module),
-        without_trace(module, trainer, attributes=attributes),
+        without_trace(module, trainer, evaluate, attributes=attributes, caller=caller),
     ):
-        batch = transfer(trainer, module, batch)
-        with trainer.precision_plugin.val_step_context():
-            value = loss(batch)
+        value = evaluate()
         if not tensors or value.numel() != 1:
             return value
         # Derivatives are taken outside autocast, as in any training.
@@ -64,14 +76,15 @@ def differentiated(loss: Tensor, tensors: tuple[Tensor, ...], scale: float = 1.0
     >>> float(torch.autograd.grad(differentiated(x**2, (x,)), x)[0])
     6.0
     """
-    gradients = torch.autograd.grad(
-        loss * scale if scale != 1.0 else loss, tensors, allow_unused=True, retain_graph=scale != 1.0
-    )
-    if scale != 1.0:
-        gradients = tuple(None if g is None else g / scale for g in gradients)
-        # The scale was too large.
-        if not all(g is None or bool(g.isfinite().all()) for g in gradients):
-            gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+    with without_hooks(tensors):
+        gradients = torch.autograd.grad(
+            loss * scale if scale != 1.0 else loss, tensors, allow_unused=True, retain_graph=scale != 1.0
+        )
+        if scale != 1.0:
+            gradients = tuple(None if g is None else g / scale for g in gradients)
+            # The scale was too large.
+            if not all(g is None or bool(g.isfinite().all()) for g in gradients):
+                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
     value: Tensor = _Differentiated.apply(loss.detach(), gradients, *tensors)
     return value
 

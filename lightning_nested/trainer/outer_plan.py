@@ -199,16 +199,24 @@ class OuterPlan:
         total = self.pace.total_steps
         self.forecast.remaining = math.inf if total is None else float(max(1, total - step))
         self.forecast.count()
-        if not isinstance(self.point, LookAhead):
+        if not self.looks_ahead:
             return self._current
         loss = float(torch.stack([loss.detach() for loss in graph.losses]).sum()) / scale
-        repeat = graph.repeat()
+        repeat = graph.again()
 
         def evaluate() -> float:
+            # A step that cannot be evaluated again leaves the trust radius as it is.
+            if repeat is None:
+                return math.nan
             with torch.no_grad():
                 return float(repeat()) / scale
 
         return self.forecast.weights(loss, evaluate, reduction(trainer))
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True if outer steps evaluate the training loss elsewhere."""
+        return isinstance(self.point, LookAhead)
 
     @property
     def _current(self) -> Vector:

@@ -84,7 +84,7 @@ def total_steps(trainer: Trainer) -> int | None:
 
 def batch_ratio(inner: Any, outer: Any) -> float:
     """Return examples of an outer batch per example of an inner one, 1 where loaders do not say."""
-    sizes = [getattr(loader, "batch_size", None) for loader in (inner, outer)]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    own, other = (getattr(loader, "batch_size", None) for loader in (inner, outer))
+    if not (isinstance(own, int) and isinstance(other, int) and own > 0):
         return 1.0
-    return sizes[1] / sizes[0]
+    return other / own

@@ -9,6 +9,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_nested.trainer.lightning import has_static_graph
 
 
+def refuse_other_lightning(trainer: object, who: str) -> None:
+    """Refuse a Trainer of the twin package ``pytorch_lightning``, whose classes are others, for class ``who``.
+
+    Raises:
+        MisconfigurationException: With a cure.
+    """
+    packages = {base.__module__.partition(".")[0] for base in type(trainer).__mro__}
+    if not isinstance(trainer, Trainer) and "pytorch_lightning" in packages:
+        raise MisconfigurationException(
+            f"{who} must be used with the package lightning.pytorch. Got a Trainer of pytorch_lightning, whose classes "
+            "are different ones; replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl` "
+            "everywhere."
+        )
+
+
 def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) -> None:
     """Refuse strategies that shard parameters or own the backward pass, in the name of class ``who``.
 

@@ -20,6 +20,11 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def keeps_files(trainer: Trainer) -> bool:
+    """Return False in a ``fast_dev_run``, which leaves no files behind, as Lightning's own callbacks leave none."""
+    return not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+
 def write_report(
     trainer: Trainer,
     folder: Path,
@@ -31,7 +36,13 @@ def write_report(
     *,
     file: str = "results.json",
 ) -> None:
-    """Write the results and ``<name>.png``, and the figure to loggers that take figures; print the text."""
+    """Write the results and ``<name>.png``, and the figure to loggers that take figures; print the text.
+
+    A ``fast_dev_run`` only prints.
+    """
+    if not keeps_files(trainer):
+        print(text, flush=True)
+        return
     replace_text(folder / file, json.dumps(results, indent=2) + "\n")
     replace_figure(folder / f"{name}.png", figure)
     for logger in trainer.loggers:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 
 class StandIns:
-    """Attributes of modules that are replaced until :meth:`put_back`.
+    """Attributes of objects that are replaced until :meth:`put_back`.
 
+    >>> from torch import nn
     >>> module, stand_ins = nn.Linear(1, 1), StandIns()
     >>> stand_ins.put(module, "forward", lambda x: x)
     >>> module.forward(3)
@@ -20,18 +19,18 @@ class StandIns:
     _ABSENT = object()
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[nn.Module, str, object]] = []
+        self._replaced: list[tuple[object, str, object]] = []
 
-    def put(self, module: nn.Module, name: str, value: object) -> None:
+    def put(self, owner: object, name: str, value: object) -> None:
         """Replace an attribute of the instance; the value may hide an attribute of the class."""
-        self._replaced.append((module, name, module.__dict__.get(name, self._ABSENT)))
-        module.__dict__[name] = value
+        self._replaced.append((owner, name, owner.__dict__.get(name, self._ABSENT)))
+        owner.__dict__[name] = value
 
     def put_back(self) -> None:
         """Restore every attribute, the last one first."""
         while self._replaced:
-            module, name, value = self._replaced.pop()
+            owner, name, value = self._replaced.pop()
             if value is self._ABSENT:
-                module.__dict__.pop(name, None)
+                owner.__dict__.pop(name, None)
             else:
-                module.__dict__[name] = value
+                owner.__dict__[name] = value

@@ -67,6 +67,7 @@ class TrainingFollower(Follower):
         params = trainable(self.optimizer)
         if not self.tracker.holds(params):
             self.tracker.follow(params)
+        self.resume_tangents()
 
     @override
     def observe(self, loss: Tensor) -> None:

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_the_command_line_loads_in_python(tmp_path: Path) -> Non
             "EarlyStoping: did you mean EarlyStopping?",
         ),
         (["--model.network", "resnet81"], "Got 'resnet81'. Close matches: resnet18"),
-        (["--data.train_size", "0"], "Got 0 and 300."),
+        (["--data.train_size", "0"], "train_size must be at least 1. Got 0."),
     ],
 )
 def test_typos_get_close_matches(
@@ -127,6 +127,101 @@ def test_typos_get_close_matches(
     text = error_of("fit", "--config", "digits", *arguments, capsys=capsys)
     assert answer in text
     assert len(text.splitlines()) < 30, "the error must not be buried under the usage"
+
+
+CALLBACKS = """
+trainer:
+  callbacks:
+    - class_path: HypergradientCallback
+      init_args: {%s}
+    - class_path: LearningRateMonitor
+"""
+
+
+@pytest.mark.parametrize(
+    ("inside", "answer"),
+    [
+        ("hyperparameters: WeightDecay, solvr: Neumann", "HypergradientCallback has no option 'solvr'."),
+        ("hyperparameters: WeightDecay, solvr: Neumann", "max_skipped.\nsolvr: did you mean solver?"),
+        (
+            "hyperparameters: WeightDecay, solver: {class_path: Neumann, init_args: {num_term: 3}}",
+            "trainer.callbacks.solver: Neumann has no option 'num_term'.\n"
+            "Options of Neumann: num_terms, step_size, tolerance, warm_start.\nnum_term: did you mean num_terms?",
+        ),
+        (
+            "hyperparameters: [{class_path: WeightDecay, init_args: {inti: 1}}]",
+            "trainer.callbacks.hyperparameters: WeightDecay has no option 'inti'.",
+        ),
+        (
+            "hyperparameters: WeightDecay, every_n_steps: many",
+            "trainer.callbacks.every_n_steps must be of type int. Got many.",
+        ),
+    ],
+)
+def test_a_slip_in_a_list_of_callbacks_ends_in_the_innermost_cause(
+    inside: str, answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slip.yaml").write_text(CALLBACKS % inside)
+    text = error_of("fit", "--config", "digits", "--config", "slip.yaml", capsys=capsys)
+    assert answer in text
+    assert len(text.splitlines()) < 10
+
+
+def test_only_callbacks_are_suggested_for_a_callback(capsys: pytest.CaptureFixture[str]) -> None:
+    text = error_of("fit", "--config", "digits", "--trainer.callbacks", "HypergradientCallbak", capsys=capsys)
+    assert "HypergradientCallbak: did you mean HypergradientCallback?\n" in text
+    assert len(text.splitlines()) < 10
+
+
+OF = "--trainer.callbacks.HypergradientCallback"
+
+
+def test_an_option_of_one_callback_can_be_set(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"{OF}.every_n_steps", "3", f"{OF}.solver.num_terms=7", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "clean_digits", *options])
+    callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert [c["class_path"].rpartition(".")[2] for c in callbacks][1:] == [
+        "HypergradientCallback",
+        "LabelNoiseReport",
+    ]
+    tuned = callbacks[1]["init_args"]
+    assert tuned["every_n_steps"] == 3
+    assert tuned["solver"]["init_args"]["num_terms"] == 7
+    assert len(tuned["hyperparameters"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "answer"),
+    [
+        (f"{OF}.solvr=1", "solvr: did you mean solver?"),
+        (f"{OF}.solver.num_term=1", "num_term: did you mean num_terms?"),
+        ("--trainer.callbacks.HypergradintCallback.solver=1", "Did you mean HypergradientCallback?"),
+        # the last callback of the list is another one
+        ("--trainer.callbacks.init_args.solvr=Neumann", f"solvr: did you mean {OF}.solver?"),
+    ],
+)
+def test_a_slip_in_an_option_of_one_callback(
+    option: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = error_of("fit", "--config", "clean_digits", option, capsys=capsys)
+    assert answer in text
+    assert len(text.splitlines()) < 10
+
+
+def test_a_configuration_that_changes_another_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    text = error_of("fit", "--config", "biggan_cifar10_1gpu", capsys=capsys)
+    assert "give --config biggan_cifar10 --config biggan_cifar10_1gpu." in text
+
+
+def test_a_model_without_data_is_refused_before_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    text = error_of("fit", "--model", "ImageClassifier", "--seed_everything=0", capsys=capsys)
+    assert "--model ImageClassifier has no train_dataloader of its own, so --data CLASS is needed" in text
+
+
+def test_completion_needs_shtab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_nested.cli.nested_cli.find_spec", lambda name: None)
+    assert "pip install 'lightning-nested[completion]'" in error_of("--print_shtab", "bash", capsys=capsys)
 
 
 def test_a_missing_model_names_the_configurations(capsys: pytest.CaptureFixture[str]) -> None:

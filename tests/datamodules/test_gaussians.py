@@ -74,8 +74,8 @@ def test_a_loader_goes_on_where_it_was(stop: int) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"batch_size": 0}, "at least 1. Got 0 and 1000"),
-        ({"num_batches": 0}, "at least 1. Got 128 and 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1. Got 0"),
+        ({"num_batches": 0}, "num_batches must be at least 1. Got 0"),
         ({"std": 0.0}, "std must be positive. Got 0.0"),
         ({"layout": "line"}, "'ring' or 'grid'. Got 'line'"),
         ({"num_modes": 8, "layout": "grid"}, "square number. Got 8"),

@@ -250,7 +250,7 @@ class TestBadInput:
             (lambda p: {"x": p[0].sum()}, r"player 0 must be a scalar tensor with its graph\. Got a str"),
             (lambda p: p[0].sum(), r"for each player, in a tuple\. Got a Tensor; return \(loss_1"),
             (lambda p: None, r"for each player, in a tuple\. Got a NoneType"),
-            ([1.0, 2.0], r"player 0 must be a scalar tensor with its graph\. Got a float"),
+            ([1.0, 2.0], r"losses must be .* a list of Tensors\. Got \[1.0, 2.0\]"),
         ],
     )
     def test_losses_that_are_no_tensors(self, function: Any, losses: Any, message: str) -> None:

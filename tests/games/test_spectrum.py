@@ -129,7 +129,7 @@ class TestErrors:
         for arguments, message in (
             ({"k": 0}, r"k must lie in \[1, 6\]\. Got 0"),
             ({"k": 7}, r"k must lie in \[1, 6\]\. Got 7"),
-            ({"which": "LM"}, "which must be one of"),
+            ({"which": "LM"}, "which must be 'largest_magnitude', "),
             ({"tolerance": -1.0}, "tolerance must be non-negative"),
             ({"max_products": 0}, "max_products must be at least 1"),
             ({"player": 2}, r"player must lie in \[0, 2\)"),

@@ -400,7 +400,7 @@ def test_report_is_frozen(normal: Any) -> None:
     ("change", "match"),
     [
         ({"params": []}, "params must be a sequence"),
-        ({"hparams": double(1)}, "hparams must be a sequence"),
+        ({"hparams": double(1)}, "hparams must be a list of Tensors"),
         ({"hparams": [torch.ones(5, dtype=torch.long)]}, r"hparams\[0\] must be a floating-point tensor"),
         ({"hypergradient": [double(1)]}, "shaped as hparams"),
         ({"num_directions": 0}, "num_directions must be >= 1"),

@@ -96,7 +96,7 @@ def test_a_parameter_without_gradient_gets_none(parameters: dict[str, Tensor]) -
     [
         (lambda: WeightDecay("layer"), "per must be"),  # type: ignore[arg-type]
         (lambda: WeightDecay(init=0.0), "positive and finite. Got 0.0"),
-        (lambda: WeightDecay(init=float("nan")), "positive and finite"),
+        (lambda: WeightDecay(init=float("nan")), "finite number. Got nan"),
         (lambda: WeightDecay(include="a.weight"), r"write \['a.weight'\]"),
     ],
 )

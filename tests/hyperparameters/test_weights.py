@@ -58,7 +58,7 @@ def test_loss_weights_sum_the_named_parts() -> None:
     [
         (lambda: ExampleWeights(0), "num_examples must be at least 1"),
         (lambda: ExampleWeights(2, init=2.0, transform=Interval()), r"inside \(0.0, 1.0\). Got 2"),
-        (lambda: LossWeights("ce"), "list of different names"),
+        (lambda: LossWeights("ce"), r"list of strings. Got 'ce'; write \['ce'\]"),
         (lambda: LossWeights(["a", "a"]), "different names"),
         (lambda: LossWeights([]), "different names"),
         (lambda: LossWeights(["a", "b"], init=[1.0]), "one per name"),

@@ -98,9 +98,12 @@ def test_cutout_removes_at_most_a_quarter() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DiffAugment(("rotation",)), "policy must hold color, translation, cutout"),  # type: ignore[arg-type]
+        (
+            lambda: DiffAugment(("rotation",)),
+            "policy must be a list, each 'color', 'translation' or 'cutout'",
+        ),  # type: ignore[arg-type]
         (lambda: R1(weight=0.0), "weight must be positive"),
-        (lambda: GradientPenalty(every=0), "every at least 1"),
+        (lambda: GradientPenalty(every=0), "every must be at least 1"),
     ],
 )
 def test_wrong_options(build: object, message: str) -> None:

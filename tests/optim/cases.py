@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -145,6 +146,19 @@ CASES: tuple[OptimizerCase, ...] = (
 )
 
 BAD = tuple((case, options, message) for case in CASES for options, message in (*COMMON, *case.bad))
+
+
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Expect the same numbers to the last bit."""
+    close(left, right, 0.0)
+
+
+def close(left: Sequence[Tensor], right: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def game_step(

@@ -1,42 +1,26 @@
-"""What every optimizer owes to torch.optim: one suite over all of them."""
+"""What every optimizer owes to torch.optim: the steps it makes, on every kind of tensor."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.optim import Extragradient, GameOptimizer
+from lightning_nested.optim import Extragradient
 from lightning_nested.optim.kernels import walk
-from tests.optim.cases import BAD, CASES, OptimizerCase, Quadratic, follow, game_step
-
-every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def close(left: Sequence[Tensor], right: Sequence[Tensor], tolerance: float = 1e-12) -> None:
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+from tests.optim.cases import OptimizerCase, Quadratic, close, equal, every, follow, game_step
+from tests.trainers import trainer
 
 
 def run(case: OptimizerCase, steps: int = 5, **options: Any) -> list[Tensor]:
     problem = Quadratic()
     follow(case.make(problem.params, **options), problem.gradients, steps)
     return problem.values()
-
-
-# --- what it does
 
 
 @every
@@ -181,101 +165,6 @@ def test_parameters_without_a_gradient_are_left_alone(case: OptimizerCase) -> No
     equal([frozen.detach()], [alone.params[1].detach()])
 
 
-# --- what it keeps
-
-
-@every
-def test_a_saved_state_continues_bit_for_bit(case: OptimizerCase) -> None:
-    problem, resumed = Quadratic(), Quadratic()
-    optimizer = case.make([{"params": problem.params[:1]}, {"params": problem.params[1:], **case.group}])
-    follow(optimizer, problem.gradients, 4)
-    file = io.BytesIO()
-    torch.save({"params": problem.values(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    with torch.no_grad():
-        for p, value in zip(resumed.params, saved["params"], strict=True):
-            p.copy_(value)
-    other = case.make([{"params": resumed.params[:1], "lr": 9.0}, {"params": resumed.params[1:]}])
-    other.load_state_dict(saved["optimizer"])
-    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
-    follow(optimizer, problem.gradients, 4)
-    follow(other, resumed.gradients, 4)
-    equal(problem.values(), resumed.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@every
-def test_a_state_of_another_dtype_is_converted(case: OptimizerCase, dtype: torch.dtype) -> None:
-    exact, other = Quadratic(), Quadratic(dtype=dtype)
-    options = {"eps": 1e-3} if "Adam" in case.name else {}
-    optimizer, resumed = case.make(exact.params, **options), case.make(other.params)
-    follow(optimizer, exact.gradients, 4)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    with torch.no_grad():
-        for p, value in zip(other.params, exact.params, strict=True):
-            p.copy_(value)
-    for p in other.params:
-        kept = resumed.state.get(p, {}).items()
-        assert all(a.dtype is dtype for name, a in kept if name != "step")
-    follow(optimizer, exact.gradients, 4)
-    follow(resumed, other.gradients, 4)
-    close([p.double() for p in other.values()], exact.values(), 50 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@every
-def test_copies_and_pickles_continue_alone(case: OptimizerCase, copy_of: Any) -> None:
-    problem = Quadratic()
-    optimizer = case.make(problem.params)
-    follow(optimizer, problem.gradients, 3)
-    params, other = copy_of((problem.params, optimizer))
-    twin = Quadratic()
-    twin.params = params
-    assert other.param_groups[0]["params"][0] is params[0]
-    follow(optimizer, problem.gradients, 3)
-    follow(other, twin.gradients, 3)
-    equal(problem.values(), twin.values())
-
-
-@every
-def test_states_of_older_versions_get_the_options_they_lack(case: OptimizerCase) -> None:
-    problem = Quadratic()
-    optimizer = case.make(problem.params)
-    state = optimizer.__getstate__()
-    state = {
-        **state,
-        "param_groups": [{k: v for k, v in g.items() if k != "maximize"} for g in state["param_groups"]],
-    }
-    older = case.kind.__new__(case.kind)
-    older.__setstate__(state)
-    assert older.param_groups[0]["maximize"] is False
-    follow(older, problem.gradients, 1)
-    assert case.name in repr(older) or case.kind.__name__ in repr(older)
-
-
-@every
-def test_schedulers_change_the_rate(case: OptimizerCase) -> None:
-    problem, by_hand = Quadratic(), Quadratic()
-    optimizer = case.make(problem.params)
-    schedulers = [
-        lr_scheduler.StepLR(optimizer, 2, gamma=0.5),
-        lr_scheduler.LinearLR(optimizer, total_iters=4),
-    ]
-    manual = case.make(by_hand.params)
-    start = manual.param_groups[0]["lr"]
-    for k in range(6):
-        manual.param_groups[0]["lr"] = start * 0.5 ** (k // 2) * (1 / 3 + 2 / 3 * min(k, 4) / 4)
-        game_step([manual], by_hand.gradients)
-        game_step([optimizer], problem.gradients)
-        for scheduler in schedulers:
-            scheduler.step()
-    close(problem.values(), by_hand.values())
-
-
-# --- kinds of tensors
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @every
 def test_dtypes(case: OptimizerCase, dtype: torch.dtype) -> None:
@@ -329,74 +218,85 @@ def test_step_hooks_and_the_profiler_see_a_step(case: OptimizerCase) -> None:
     assert any(e.key == f"Optimizer.step#{case.kind.__name__}.step" for e in record.key_averages())
 
 
-# --- what it refuses
+# --- closures
 
 
-@pytest.mark.parametrize(("case", "options", "message"), BAD, ids=lambda x: getattr(x, "name", str(x)))
-def test_bad_options(case: OptimizerCase, options: Mapping[str, Any], message: str) -> None:
-    problem = Quadratic()
-    with pytest.raises(ValueError, match=message):
-        case.make(problem.params, **options)
-    optimizer = case.make(problem.params[:1])
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": problem.params[1:], **options})
-    assert len(optimizer.param_groups) == 1
-    problem.gradients()
-    if isinstance(optimizer, Extragradient):
-        optimizer.extrapolate()
-    before = problem.values()
-    optimizer.param_groups[0].update(options)
-    with pytest.raises(ValueError, match=message):
-        optimizer.step()
-    equal(problem.values(), before)
+@pytest.mark.parametrize("to_none", [True, False])
+@every
+def test_a_closure_may_clear_in_either_way(case: OptimizerCase, to_none: bool) -> None:
+    problem, other = Quadratic(), Quadratic()
+    optimizer = case.make(problem.params)
+
+    def closure() -> float:
+        optimizer.zero_grad(set_to_none=to_none)
+        loss = problem.loss()
+        loss.backward()
+        return loss.item()
+
+    for _ in range(3):
+        optimizer.step(closure)
+    follow(case.make(other.params), other.gradients, 3)
+    close(problem.values(), other.values())
 
 
 @every
-def test_integers_and_tensors_are_converted(case: OptimizerCase) -> None:
-    problem = Quadratic()
-    options: dict[str, Any] = {"betas": [0, 0.999]} if "Adam" in case.name else {"lr": torch.tensor(1)}
-    group = case.make(problem.params, weight_decay=0, **options).param_groups[0]
-    assert isinstance(group["lr"], float)
-    assert isinstance(group["weight_decay"], float)
-    if "betas" in group:
-        assert group["betas"] == (0.0, 0.999)
-        assert all(isinstance(b, float) for b in group["betas"])
+def test_a_closure_may_leave_clearing_to_its_caller(case: OptimizerCase) -> None:
+    problem, other = Quadratic(), Quadratic()
+    optimizer = case.make(problem.params)
+
+    def closure() -> Tensor:
+        loss = problem.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.step(closure)
+    follow(case.make(other.params), other.gradients, 3)
+    close(problem.values(), other.values())
+
+
+class Line(LightningModule):
+    """Least squares in float64."""
+
+    def __init__(self, case: OptimizerCase) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.map, self.case = nn.Linear(3, 1).double(), case
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        # some modules differentiate before the Trainer clears the gradients
+        penalty = torch.autograd.grad(self.map(x).square().mean(), self.map.weight, create_graph=True)[0]
+        return (self.map(x) - x.sum(1, keepdim=True)).square().mean() + 1e-3 * penalty.sum()
+
+    def configure_optimizers(self) -> Any:
+        return self.case.make(self.map.parameters())
 
 
 @every
-def test_sparse_gradients_are_refused_before_anything_moves(case: OptimizerCase) -> None:
-    table = nn.Embedding(4, 2, sparse=True)
-    dense = torch.ones(2, requires_grad=True)
-    optimizer = case.make([dense, *table.parameters()])
-    (table(torch.tensor([1])).sum() + dense.sum()).backward()
-    with pytest.raises(RuntimeError, match=r"needs dense gradients\. Got one of layout torch\.sparse_coo"):
-        optimizer.extrapolate() if isinstance(optimizer, Extragradient) else optimizer.step()
-    equal([dense.detach()], [torch.ones(2)])
+def test_accumulation_in_the_trainer_is_right_or_refused(case: OptimizerCase) -> None:
+    x = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
+    def fitted(size: int, *callbacks: Callback, **options: Any) -> list[Tensor]:
+        module = Line(case)
+        before = [p.detach().clone() for p in module.parameters()]
+        try:
+            fit = trainer(*callbacks, max_epochs=2, **options)
+            fit.fit(module, DataLoader(TensorDataset(x), batch_size=size))
+        except RuntimeError:
+            equal([p.detach() for p in module.parameters()], before)
+            raise
+        return [p.detach() for p in module.parameters()]
 
-@every
-def test_complex_parameters_are_refused(case: OptimizerCase) -> None:
-    p = torch.ones(2, dtype=torch.complex64, requires_grad=True)
-    for params in ([p], [("p", p)], p, [{"params": p}]):
-        with pytest.raises(ValueError, match=r"needs real parameters\. Got one of torch\.complex64"):
-            case.make(params if isinstance(params, list) else [{"params": params}])
-
-
-@every
-def test_what_torch_refuses(case: OptimizerCase) -> None:
-    with pytest.raises(ValueError, match="empty parameter list"):
-        case.make([])
-    with pytest.raises(TypeError):
-        case.make(torch.ones(2))
-    with pytest.raises(TypeError, match="ordered collections"):
-        case.make([{"params": {torch.ones(2, requires_grad=True)}}])
-    with pytest.raises(TypeError, match="can only optimize Tensors"):
-        case.make(["weights"])
-    optimizer = case.make([torch.ones(2, requires_grad=True)])
-    with pytest.raises(TypeError, match="must be a dict"):
-        optimizer.add_param_group([torch.ones(2)])  # type: ignore[arg-type]
-
-
-def test_the_base_makes_no_optimizer() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        GameOptimizer([torch.ones(1)], {})  # type: ignore[abstract]
+    whole = fitted(32)
+    if case.kind.num_gradients == 1:
+        close(fitted(16, accumulate_grad_batches=2), whole)
+        return
+    message = (
+        r"must clear the gradients before its backward pass\. Got one that adds .*accumulate_grad_batches=1"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        fitted(16, accumulate_grad_batches=2)
+    with pytest.raises(RuntimeError, match=message):
+        fitted(16, GradientAccumulationScheduler({0: 2}))

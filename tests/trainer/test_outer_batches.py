@@ -213,3 +213,37 @@ def test_the_losss_random_numbers_are_those_of_its_batch() -> None:
         assert drawn(second, 2) == expected[3:]
 
     during_fit(use, DataLoader(numbers(6), 2, shuffle=True))
+
+
+class ByEpoch(Regression):
+    """Validation data that depend on the epoch."""
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.full((4,), float(self.current_epoch))), 2)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Take any data."""
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, [0, 0, 0, 0]), (1, [0, 1, 2, 3]), (2, [0, 0, 2, 2])])
+def test_the_loader_is_asked_for_again_with_the_trainers_own(every: int, expected: list[int]) -> None:
+    class Read(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+            self.indices: list[tuple[int, int]] = []
+
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.batches = OuterBatches(trainer, seed=0)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen.append(float(self.batches.next()[0][0]))
+            self.indices.append((self.batches.round, self.batches.index))
+
+    read = Read()
+    module = ByEpoch(smooth())
+    options: dict[str, Any] = {"reload_dataloaders_every_n_epochs": every, "limit_val_batches": 0}
+    trainer(read, max_epochs=4, limit_train_batches=1, **options).fit(module, DataLoader(data(8, 1), 8))
+    assert read.seen == expected
+    started = [0] + [i for i in range(1, 4) if expected[i] != expected[i - 1]]
+    if every:
+        assert [i for i, (_, index) in enumerate(read.indices) if index == 0] == started

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.evaluators import (
     Batches,
     Evaluator,
@@ -41,7 +42,12 @@ from lightning_nested.callbacks.generative_metrics.scores import (
     precision_recall,
 )
 from lightning_nested.files import append_line
+from lightning_nested.hyperparameters.constructed import Constructed
+from lightning_nested.linalg.saved import require_keys
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.run_folder import keeps_files
+from lightning_nested.trainer.use import OneFitCallback, Use
 
 # Generated images in memory, 1 GB: all 50 000 of 32 px, 1 365 of 256 px.
 _NUMBERS_AT_ONCE = 2**28
@@ -82,7 +88,8 @@ def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
     return images.float()
 
 
-class GenerativeMetrics(Callback):
+@checked
+class GenerativeMetrics(Constructed, OneFitCallback):
     """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
 
     Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are
@@ -129,15 +136,12 @@ class GenerativeMetrics(Callback):
         cache: str | None = None,
         seed: int = 0,
     ) -> None:
-        if num_samples < 2 or every_n_validations < 1:
-            raise ValueError(
-                "num_samples must be at least 2 and every_n_validations at least 1. "
-                f"Got {num_samples} and {every_n_validations}."
-            )
-        if split not in ("train", "val", "test"):
-            raise ValueError(f"split must be 'train', 'val' or 'test'. Got {split!r}.")
-        _check_among("scores", scores, get_args(Score))
-        _check_among("batch_norm", batch_norm, get_args(BatchNormMode))
+        at_least(2, num_samples=num_samples)
+        at_least(1, every_n_validations=every_n_validations)
+        at_least(0, seed=seed)
+        for name, given in (("scores", scores), ("batch_norm", batch_norm)):
+            if not given:
+                raise ValueError(f"{name} must have at least one entry. Got {given}.")
         self.evaluator, self.num_samples, self.split = evaluator, num_samples, split
         self.batch_norm, self.scores, self.options = tuple(batch_norm), tuple(scores), options
         self.every_n_validations, self.cache, self.seed = every_n_validations, cache, seed
@@ -146,18 +150,30 @@ class GenerativeMetrics(Callback):
         self._real: RealStatistics | None = None
         # Fingerprint of the extractor that _real was computed with.
         self._real_of = ""
+        self._scoring = Use()  # also by validate and test
         self._validations = 0
         self._numbers_per_image = 1
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "predict":
             return
+        if stage == "fit" and self.use.changed:
+            self._validations, self.last = 0, {}
         require_sampler(self, pl_module)
         if getattr(trainer, "datamodule", None) is None:
             raise MisconfigurationException(
                 "GenerativeMetrics takes the real images from a LightningDataModule. Got none; pass datamodule=."
             )
+        self._scoring.begin(self, trainer, pl_module)
+        if "datamodule" in self._scoring.changed:
+            self._extractor = self._real = None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._scoring.end(trainer)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,6 +197,7 @@ class GenerativeMetrics(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_keys(state_dict, ("validations",), "GenerativeMetrics")
         self._validations = state_dict["validations"]
 
     @override
@@ -207,7 +224,8 @@ class GenerativeMetrics(Callback):
             sample = partial(generator_of.sample_for_metrics, batch_norm=mode, generator=rng)
             parts = torch.split(mine, max(1, _NUMBERS_AT_ONCE // self._numbers_per_image))
             images = (check_samples(pl_module, sample(part), len(part)) for part in parts)
-            features, logits = extract(trainer, extractor, images)
+            with without_trace(pl_module, trainer):
+                features, logits = extract(trainer, extractor, images)
             found: dict[str, float] = {}
             if trainer.is_global_zero:
                 asked = labels if extractor.judges_classes else None
@@ -325,7 +343,7 @@ class GenerativeMetrics(Callback):
         named = {f"{score}/{where}": value for score, value in found.items()}
         self.last |= named
         pl_module.log_dict(named, on_step=False, on_epoch=True, rank_zero_only=False)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and keeps_files(trainer):
             record = {
                 "evaluator": self.evaluator.name,
                 "fingerprint": self._extractor.fingerprint if self._extractor else None,
@@ -338,14 +356,6 @@ class GenerativeMetrics(Callback):
                 "scores": found,
             }
             append_line(Path(trainer.default_root_dir) / "scores.jsonl", json.dumps(record))
-
-
-def _check_among(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown or isinstance(given, str) or not given:
-        raise ValueError(
-            f"{what} must be a list of {', '.join(known)}. Got {given if isinstance(given, str) else list(given)}."
-        )
 
 
 def _whole(loader: Iterable[Any]) -> Iterable[Any]:

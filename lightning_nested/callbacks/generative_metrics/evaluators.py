@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.cache import read_cache, write_cache
 from lightning_nested.callbacks.generative_metrics.images import (
     content_hash,
@@ -99,6 +100,7 @@ class Evaluator(ABC):
         """
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class InceptionEvaluator(Evaluator):
     """Evaluator with torch-fidelity's Inception v3 of the original FID: 2 048 features, scores named FID, KID, IS.
@@ -145,6 +147,7 @@ class InceptionEvaluator(Evaluator):
         return _Inception(network)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ModuleEvaluator(Evaluator):
     """Evaluator with any module from images in [−1, 1] to features ``(N, F)``, or to features and class logits.
@@ -173,6 +176,7 @@ class ModuleEvaluator(Evaluator):
         return _Wrapped(self.module, images[:1], self.judges_classes)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ClassifierEvaluator(Evaluator):
     """Evaluator with a small convolutional classifier trained on the training images; needs no download.
@@ -194,6 +198,16 @@ class ClassifierEvaluator(Evaluator):
     num_features: int = 64
     batch_size: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            epochs=self.epochs,
+            width=self.width,
+            num_features=self.num_features,
+            batch_size=self.batch_size,
+        )
+        at_least(0, seed=self.seed)
 
     @property
     @override

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
 
 Split = Literal["train", "val", "test"]
@@ -16,6 +17,7 @@ Score = Literal["frechet", "kernel", "inception_score", "precision_recall", "agr
 BatchNormMode = Literal["running", "batch", "standing"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
     """Details of the scores.
@@ -33,9 +35,7 @@ class ScoreOptions:
     neighborhood: int = 3
 
     def __post_init__(self) -> None:
-        wrong = {name: value for name, value in asdict(self).items() if value < 1}
-        if wrong:
-            raise ValueError(f"Options of scores must be at least 1. Got {wrong}.")
+        at_least(1, **vars(self))
 
 
 # ---- the libraries' scores, from the features of all processes. Process 0 alone computes them, so no metric may

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_nested.dynamics.checks import require_at_least, require_memory
+from lightning_nested.arguments import at_least, checked, positive
+from lightning_nested.dynamics.checks import require_memory
 from lightning_nested.dynamics.frames import from_rows, to_rows
 from lightning_nested.dynamics.maps import recorded
 from lightning_nested.dynamics.update_map import UpdateMap
@@ -22,6 +23,7 @@ _OBJECTIVES = ("max", "min", "sum", "positive")
 _SCREENED = 1024  # candidates at a time: states and frames of more leave the cache
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Branching:
     """Options of the search for branching points: gradient ascent of finite-time Lyapunov exponents on a start point.
@@ -59,14 +61,13 @@ class Branching:
     def __post_init__(self) -> None:
         if self.objective not in _OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}. Got {self.objective!r}.")
-        require_at_least(1, num_exponents=self.num_exponents, horizon=self.horizon)
-        require_at_least(1, candidates=self.candidates, points=self.points, segment=self.segment)
+        at_least(1, num_exponents=self.num_exponents, horizon=self.horizon)
+        at_least(1, candidates=self.candidates, points=self.points, segment=self.segment)
         if self.points > self.candidates:
             got = f"Got {self.points} and {self.candidates}."
             raise ValueError(f"points must be at most candidates, from which they begin. {got}")
-        require_at_least(0, ascent_steps=self.ascent_steps)
-        if not self.ascent_rate > 0:
-            raise ValueError(f"ascent_rate must be positive. Got {self.ascent_rate}.")
+        at_least(0, ascent_steps=self.ascent_steps, spread=self.spread)
+        positive(ascent_rate=self.ascent_rate)
 
     def value(self, exponents: Tensor) -> Tensor:
         """Evaluate the objective for exponents (..., n), largest first."""

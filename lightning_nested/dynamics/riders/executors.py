@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from typing_extensions import override
 
-from lightning_nested.dynamics.checks import require_at_least
+from lightning_nested.arguments import at_least, checked
 
 Chunk: TypeAlias = Sequence[Any]
 Work: TypeAlias = Callable[[Chunk], Any]
@@ -36,7 +36,7 @@ class Executor(ABC):
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(1, batch_size=self.batch_size)
+        at_least(1, batch_size=self.batch_size)
 
     def chunks(self, jobs: Chunk) -> list[Chunk]:
         """Split jobs into chunks of ``batch_size``."""
@@ -59,6 +59,7 @@ class Executor(ABC):
         """
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class InProcess(Executor):
     """Runs in this process, one chunk after the other."""
@@ -68,6 +69,7 @@ class InProcess(Executor):
         return map(function, chunks)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Processes(Executor):
     """Runs in several processes of this machine, each with one thread.
@@ -80,7 +82,7 @@ class Processes(Executor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(1, max_workers=self.max_workers)
+        at_least(1, max_workers=self.max_workers)
 
     @override
     def _workers(self) -> int:
@@ -98,6 +100,7 @@ class Processes(Executor):
             pool.shutdown(cancel_futures=True)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Ray(Executor):
     """Runs on a Ray cluster; needs ``pip install lightning-nested[ray]``.

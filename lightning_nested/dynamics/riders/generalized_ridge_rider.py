@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.dynamics.checks import require_at_least
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.dynamics.maps import recorded
 from lightning_nested.dynamics.riders.branching import Branching, FiniteTime, screen
 from lightning_nested.dynamics.riders.executors import Executor, InProcess
@@ -26,6 +26,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 Job: TypeAlias = tuple[str, Tensor]  # the name of a place, and its parameters, flat
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GeneralizedRidgeRider:
     """Finds different solutions of one training problem, of a loss or of a game.
@@ -68,7 +69,8 @@ class GeneralizedRidgeRider:
     executor: Executor = field(default_factory=InProcess)
 
     def __post_init__(self) -> None:
-        require_at_least(1, num_directions=self.num_directions, ride_steps=self.ride_steps, depth=self.depth)
+        at_least(1, num_directions=self.num_directions, ride_steps=self.ride_steps, depth=self.depth)
+        at_least(0, tolerance=self.tolerance)
         if not self.distances or min(self.distances) <= 0:
             raise ValueError(f"distances must be positive, at least one. Got {self.distances}.")
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_nested.dynamics.checks import require_at_least
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.dynamics.frames import krylov, symmetric_ritz
 from lightning_nested.dynamics.maps import recorded
 from lightning_nested.dynamics.riders.tree import PATH_POINTS, PATH_SIZE, Branch, RideTree
@@ -23,6 +23,7 @@ _DENSE = 256  # parameters up to which a saddle's whole Hessian is formed
 _LANCZOS = 60  # iterations for the directions of a larger one
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RidgeRider:
     """Finds different minima of one loss from one saddle.
@@ -65,12 +66,12 @@ class RidgeRider:
     tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
-        require_at_least(1, num_directions=self.num_directions, max_ridge_steps=self.max_ridge_steps)
-        require_at_least(1, refinements=self.refinements)
-        require_at_least(1, max_depth=self.max_depth, max_branches=self.max_branches)
-        if not (self.step_size > 0 and self.descent_rate > 0):
-            got = f"Got {self.step_size} and {self.descent_rate}."
-            raise ValueError(f"step_size and descent_rate must be positive. {got}")
+        at_least(1, num_directions=self.num_directions, max_ridge_steps=self.max_ridge_steps)
+        at_least(1, refinements=self.refinements)
+        at_least(1, max_depth=self.max_depth, max_branches=self.max_branches)
+        at_least(0, descent_steps=self.descent_steps)
+        at_least(0, curvature_tolerance=self.curvature_tolerance, tolerance=self.tolerance)
+        positive(step_size=self.step_size, descent_rate=self.descent_rate)
 
     def ride(
         self,
@@ -152,6 +153,8 @@ class _Walker:
             generator = torch.Generator().manual_seed(0)
             first = torch.randn(len(w), generator=generator, dtype=torch.float64).to(w)
             basis, images = krylov(partial(self.product, w), first, _LANCZOS)
+            if not torch.isfinite(images).all():
+                return []
             values, coordinates = symmetric_ritz(basis, images)
             rows = coordinates @ basis
         return [v * v[v.abs().argmax()].sign() for v in rows[values < -self.rider.curvature_tolerance]]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_nested.arguments import checked
 from lightning_nested.games.zoo.game import Game
 
 
+@checked
 class DiracGAN(Game):
     """A generator that places one point θ, a linear discriminator D(x) = ψx, and data that are all at 0.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -48,10 +47,3 @@ class Game(ABC):
                 f"Got {list(got)}; `game.initial()` gives such players."
             )
         return players
-
-
-def check_positive(**values: float) -> None:
-    """Raise unless every value is positive and finite."""
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive. Got {value}.")

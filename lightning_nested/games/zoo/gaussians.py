@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_nested.games.zoo.game import Game, check_positive
+from lightning_nested.arguments import checked, positive
+from lightning_nested.games.zoo.game import Game
 from lightning_nested.games.zoo.modes import ring
 
 
+@checked
 class GaussiansGAN(Game):
     """Game of a generator and a discriminator, small tanh networks, with a ring of Gaussians as data.
 
@@ -61,7 +63,7 @@ class GaussiansGAN(Game):
         widths = (noise_dim, batch_size, *hidden)
         if min(widths) < 1:
             raise ValueError(f"noise_dim, batch_size and hidden must be at least 1. Got {widths}.")
-        check_positive(std=std)
+        positive(std=std)
         self.centres, self.std, self.saturating = ring(num_modes, radius), std, saturating
         self.noise_dim, self.batch_size = noise_dim, batch_size
         self._widths = ((2, *hidden, 1), (noise_dim, *hidden, 2))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nested.games.zoo.game import Game, check_positive
+from lightning_nested.arguments import checked, positive
+from lightning_nested.games.zoo.game import Game
 
 # After (own, other's) moves CC, CD, DC, DD: costs, minus the rewards −1, −3, 0, −2.
 _COSTS = (1.0, 3.0, 0.0, 2.0)
@@ -42,6 +43,7 @@ class MatchingPennies(PolicyGame):
         return -matched, matched
 
 
+@checked
 class IteratedPrisonersDilemma(PolicyGame):
     """The prisoner's dilemma played for ever, with memory of one round: 5 logits of cooperation a player.
 
@@ -71,6 +73,7 @@ class IteratedPrisonersDilemma(PolicyGame):
         return policy_losses(first, second, self.discount)
 
 
+@checked
 class SmallIPD(PolicyGame):
     """The iterated dilemma with one logit a player: to cooperate at first, and after the other cooperated.
 
@@ -105,6 +108,7 @@ class SmallIPD(PolicyGame):
         return policy_losses(policy(first), policy(second), self.discount)
 
 
+@checked
 class PenniesAndDilemma(PolicyGame):
     """τ times the small iterated dilemma and 1−τ times matching pennies, on the same two logits.
 
@@ -160,6 +164,6 @@ def policy_losses(first: Tensor, second: Tensor, discount: float) -> tuple[Tenso
 
 
 def _check_discount(discount: float) -> None:
-    check_positive(discount=discount)
+    positive(discount=discount)
     if not discount < 1:
         raise ValueError(f"discount must be below 1. Got {discount}.")

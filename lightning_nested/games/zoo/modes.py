@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_nested.games.zoo.game import check_positive
+from lightning_nested.arguments import checked, positive
 
 
+@checked
 def ring(num_modes: int = 8, radius: float = 2.0, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return centres at equal distances on a circle, shape (num_modes, 2), the first on the positive x axis.
 
@@ -18,11 +19,12 @@ def ring(num_modes: int = 8, radius: float = 2.0, *, dtype: torch.dtype = torch.
     """
     if num_modes < 1:
         raise ValueError(f"num_modes must be at least 1. Got {num_modes}.")
-    check_positive(radius=radius)
+    positive(radius=radius)
     angle = torch.arange(num_modes, dtype=dtype) * (2 * math.pi / num_modes)
     return radius * torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
+@checked
 def high_quality(samples: Tensor, centres: Tensor, std: float, *, within: float = 3.0) -> Tensor:
     """Return the share of samples within ``within`` standard deviations of a centre, 0-dimensional in [0, 1].
 
@@ -38,10 +40,11 @@ def high_quality(samples: Tensor, centres: Tensor, std: float, *, within: float 
     0.5
     """
     distance, _ = _nearest(samples, centres)
-    check_positive(std=std, within=within)
+    positive(std=std, within=within)
     return (distance <= within * std).to(torch.float64).mean()
 
 
+@checked
 def modes_covered(
     samples: Tensor, centres: Tensor, std: float, *, within: float = 3.0, at_least: int = 1
 ) -> int:
@@ -62,7 +65,7 @@ def modes_covered(
     5
     """
     distance, mode = _nearest(samples, centres)
-    check_positive(std=std, within=within, at_least=at_least)
+    positive(std=std, within=within, at_least=at_least)
     hits = torch.bincount(mode[distance <= within * std], minlength=len(centres))
     return int((hits >= at_least).sum())
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.games.zoo.game import Game
 
 
+@checked
 class QuadraticGame(Game):
     """L₁ = ½xᵀAx + xᵀBy and L₂ = ½yᵀCy − xᵀBy: own curvature A and C is cooperative, the coupling B adversarial.
 
@@ -101,6 +103,7 @@ class QuadraticGame(Game):
         return torch.cat([(a + c) / 2 + root, (a + c) / 2 - root])
 
 
+@checked
 class Bilinear(QuadraticGame):
     """L₁ = xᵀMy = −L₂, purely adversarial: the eigenvalues of its Jacobian are ± i times the singular values of M.
 

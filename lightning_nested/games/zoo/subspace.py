@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import checked
 from lightning_nested.games.zoo.game import Game
 
 
+@checked
 class RandomSubspace(Game):
     """The game in which player i holds zᵢ of shape (d,) and plays θᵢ = Pᵢ zᵢ + bᵢ in the given one.
 

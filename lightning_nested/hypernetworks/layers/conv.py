@@ -6,15 +6,20 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, check_examples, placement
 
 
+@checked
 class _HyperConv(HyperLayer):
     """Convolutions, with one coefficient per output channel."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Any, num_hyperparameters: int, **options: Any
     ) -> None:
+        at_least(
+            1, in_channels=in_channels, out_channels=out_channels, num_hyperparameters=num_hyperparameters
+        )
         super().__init__(in_channels, out_channels, kernel_size, **options)
         self.respond(num_hyperparameters)
 

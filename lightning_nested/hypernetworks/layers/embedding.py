@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypernetworks.layers.arithmetic import linearly_moved, moved
 from lightning_nested.hypernetworks.layers.base import HyperLayer, check_examples, placement
 
 
+@checked
 class HyperEmbedding(HyperLayer, nn.Embedding):
     """Row of token t: e₀ₜ + (vₜ·h) e₁ₜ.
 
@@ -29,6 +31,8 @@ class HyperEmbedding(HyperLayer, nn.Embedding):
     def __init__(
         self, num_embeddings: int, embedding_dim: int, num_hyperparameters: int, **options: Any
     ) -> None:
+        at_least(1, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        at_least(1, num_hyperparameters=num_hyperparameters)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **options)
         self.respond(num_hyperparameters)
 

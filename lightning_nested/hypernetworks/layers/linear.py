@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypernetworks.layers.arithmetic import linear
 from lightning_nested.hypernetworks.layers.base import HyperLayer, check_examples, placement
 
 
+@checked
 class HyperLinear(HyperLayer, nn.Linear):
     """y = W₀x + b₀ + (V h) ⊙ (W₁x) + (U h) ⊙ b₁.
 
@@ -42,6 +44,8 @@ class HyperLinear(HyperLayer, nn.Linear):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        at_least(0, in_features=in_features, out_features=out_features)
+        at_least(1, num_hyperparameters=num_hyperparameters)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.respond(num_hyperparameters)
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypernetworks.layers.arithmetic import linear, make_dual, total, unpack_dual
 from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, check_examples, placement
 from lightning_nested.hypernetworks.layers.recurrence import Hidden, lstm_recurrence
 
 
+@checked
 class HyperLSTM(HyperLayer, nn.LSTM):
     """``nn.LSTM`` with W(h) = W₀ + diag(V h) W₁ in each of its matrices, four rows per unit.
 
@@ -32,6 +34,7 @@ class HyperLSTM(HyperLayer, nn.LSTM):
     plain = nn.LSTM
 
     def __init__(self, input_size: int, hidden_size: int, num_hyperparameters: int, **options: Any) -> None:
+        at_least(1, num_hyperparameters=num_hyperparameters)
         nn.LSTM.__init__(self, input_size, hidden_size, **options)
         self.respond(num_hyperparameters)
 

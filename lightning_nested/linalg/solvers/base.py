@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.linalg.vectors import Vector, norm, zeros_like
 
 
@@ -27,19 +30,27 @@ class SolverState:
     solution: Vector | None = None
     eigenvector: Vector | None = None  # of the largest |eigenvalue|, by power iteration
     eigenvalue: float | None = None
+    length: float | None = None  # of the move of products by differences
+    solves: int = 0  # with such products, so far
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
-        return {"solution": self.solution, "eigenvector": self.eigenvector, "eigenvalue": self.eigenvalue}
+        return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any], like: Vector) -> None:
-        """Restore, on the devices of ``like``."""
+    def load_state_dict(self, state: Mapping[str, Any], like: Vector) -> None:
+        """Restore, on the devices of ``like``; the state of another number of tensors is dropped, for a cold start."""
+        require_keys(state, ("solution", "eigenvector", "eigenvalue"), "the solver")
+        vectors = [state["solution"], state["eigenvector"]]
+        if any(v is not None and len(v) != len(like) for v in vectors):
+            self.solution = self.eigenvector = self.eigenvalue = None
+            return
 
         def placed(v: Vector | None) -> Vector | None:
             return None if v is None else tuple(a.to(p.device) for a, p in zip(v, like, strict=True))
 
-        self.solution, self.eigenvector = placed(state["solution"]), placed(state["eigenvector"])
+        self.solution, self.eigenvector = (placed(v) for v in vectors)
         self.eigenvalue = state["eigenvalue"]
+        self.length, self.solves = state.get("length"), state.get("solves", 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,22 +149,6 @@ class InverseSolver(ABC):
 
     @abstractmethod
     def _solve(self, system: LinearSystem) -> Solution: ...
-
-
-def check_finite(value: float, what: str) -> float:
-    """Return the value, or raise FloatingPointError if it is not finite."""
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{what} must be finite. Got {value}: the loss or its derivatives overflowed; lower the learning rates, "
-            "add damping, or train in a wider precision."
-        )
-    return value
-
-
-def check_positive(name: str, value: float | None, *, zero: bool = False) -> None:
-    """Raise ValueError unless the value is positive, or None; ``zero=True`` allows 0."""
-    if value is not None and not (value > 0 or (zero and value == 0)):
-        raise ValueError(f"{name} must be {'non-negative' if zero else 'positive'}. Got {value}.")
 
 
 def factorizable_dtype(dtype: torch.dtype) -> torch.dtype:

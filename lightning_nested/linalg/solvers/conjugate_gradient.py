@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator, as_operator
-from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution, check_positive
+from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
 from lightning_nested.linalg.vectors import Vector, add_, clone, dot, norm, scale_, zeros_like
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ConjugateGradient(InverseSolver):
     """Conjugate gradient for symmetric positive A (+ damping·I); independent of any step size.
@@ -36,9 +38,9 @@ class ConjugateGradient(InverseSolver):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        check_positive("max_iterations", self.max_iterations)
-        check_positive("tolerance", self.tolerance, zero=True)
-        check_positive("damping", self.damping, zero=True)
+        positive(max_iterations=self.max_iterations)
+        at_least(0, tolerance=self.tolerance)
+        at_least(0, damping=self.damping)
 
     @property
     def products(self) -> int:

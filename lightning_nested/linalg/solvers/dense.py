@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_nested.arguments import at_least, checked
+from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
     LinearSystem,
     Solution,
-    check_positive,
     factorizable_dtype,
     symmetrized,
 )
 from lightning_nested.linalg.vectors import flatten, unflatten
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DenseSolve(InverseSolver):
     """x = (A + damping·I)⁻¹b with the matrix written out: n products, n² memory, the reference on small problems.
@@ -33,7 +35,7 @@ class DenseSolve(InverseSolver):
     max_size: int = 5000
 
     def __post_init__(self) -> None:
-        check_positive("damping", self.damping, zero=True)
+        at_least(0, damping=self.damping, max_size=self.max_size)
 
     def _solve(self, system: LinearSystem) -> Solution:
         flat = flatten(system.b)
@@ -51,7 +53,8 @@ class DenseSolve(InverseSolver):
             matrix[:, i] = flatten(system.operator @ unflatten(unit, system.b))
         matrix.diagonal().add_(self.damping)
         system.finite(torch.linalg.vector_norm(matrix), "The norm of the curvature matrix")
-        smallest = system.number(torch.linalg.eigvalsh(symmetrized(matrix))[0])
+        even = check_matrix(symmetrized(matrix), "The curvature matrix")
+        smallest = system.number(torch.linalg.eigvalsh(even)[0])
         x, failed = torch.linalg.solve_ex(matrix, flat)
         relative = system.number(torch.linalg.vector_norm(flat - matrix @ x)) / system.size
         if int(failed) or not math.isfinite(relative):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_nested.arguments import checked, positive
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
     LinearSystem,
     RunStatistics,
     Solution,
-    check_positive,
 )
 from lightning_nested.linalg.solvers.given import GivenInverse
 
@@ -26,6 +26,7 @@ class _FromRun(InverseSolver):
         )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class KroneckerFactored(_FromRun):
     """x = (F + D + γ)⁻¹b with F the Kronecker-factored Fisher information of the layers, D the weight decay.
@@ -46,13 +47,14 @@ class KroneckerFactored(_FromRun):
     damping: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive("damping", self.damping)
+        positive(damping=self.damping)
 
     def bind(self, statistics: RunStatistics) -> InverseSolver:
         """Return the inverse at the present state of a training."""
         return GivenInverse(inverse=statistics.kronecker_inverse(self.damping))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class AdamDiagonal(_FromRun):
     """x = (1/(R·t) + D)⁻¹b with R the diagonal in front of the inner optimizer's step, t the remaining steps.
@@ -70,7 +72,7 @@ class AdamDiagonal(_FromRun):
     damping: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive("damping", self.damping)
+        positive(damping=self.damping)
 
     def bind(self, statistics: RunStatistics) -> InverseSolver:
         """Return the inverse at the present state of a training."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+from lightning_nested.arguments import checked
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
 from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
 from lightning_nested.linalg.solvers.neumann import Neumann
@@ -29,6 +30,7 @@ class Identity(InverseSolver):
         return Solution(x=x, residual=unknown, iterations=0, status="truncated", state=system.state)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GivenInverse(InverseSolver):
     """x = M b with an inverse that the user brings: any object with ``M @ v`` on a flat vector.

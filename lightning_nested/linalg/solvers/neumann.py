@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
     LinearSystem,
     Solution,
     SolverState,
-    check_positive,
 )
-from lightning_nested.linalg.vectors import Vector, add_, clone, dot, norm, scale_, zeros_like
+from lightning_nested.linalg.vectors import Vector, add_, clone, dot, double_dot, norm, scale_, zeros_like
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Neumann(InverseSolver):
     """Truncated series x = α Σ_{k=0}^{K} (I − αA)ᵏ b.
@@ -43,9 +44,9 @@ class Neumann(InverseSolver):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        check_positive("num_terms", self.num_terms, zero=True)
-        check_positive("step_size", self.step_size)
-        check_positive("tolerance", self.tolerance, zero=True)
+        at_least(0, num_terms=self.num_terms)
+        positive(step_size=self.step_size)
+        at_least(0, tolerance=self.tolerance)
 
     @property
     def products(self) -> int:
@@ -103,7 +104,7 @@ class Neumann(InverseSolver):
             small = math.sqrt(next_squared) <= max(self.tolerance * size, math.sqrt(noise))
             if grows or small or count == self.num_terms:
                 # With v₊ = v − αAv: vᵀAv = v₊ᵀAv + α‖Av‖², so the product is looked at only where it matters.
-                energy = number(dot(term, product) + step_size * dot(product, product))
+                energy = number(double_dot(term, product) + step_size * double_dot(product, product))
                 curvature = energy / squared if squared > 0 else math.nan
             if grows and (status == "truncated" or next_squared > size * size):
                 # A positive A with ‖v₊‖ > ‖v‖ has a Rayleigh quotient of at least 2/α along Av: one more product

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_nested.arguments import at_least, checked, positive
+from lightning_nested.linalg.finite import check_finite, check_matrix
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.solvers.base import (
     InverseSolver,
     LinearSystem,
     Solution,
-    check_finite,
-    check_positive,
     factorizable_dtype,
     symmetrized,
 )
 from lightning_nested.linalg.vectors import Vector, add_, clone, flatten, norm, unflatten
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Nystrom(InverseSolver):
     """Nyström inverse: A ≈ U Λ Uᵀ from ``rank`` products, x = U(Λ + ρ)⁻¹Uᵀb + (b − UUᵀb)/ρ.
@@ -44,8 +45,9 @@ class Nystrom(InverseSolver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive("rank", self.rank)
-        check_positive("damping", self.damping, zero=True)
+        positive(rank=self.rank)
+        at_least(0, damping=self.damping)
+        at_least(0, seed=self.seed)
 
     def factor(
         self, operator: LinearOperator, like: Vector, *, reduce: Reduce | None = None
@@ -63,10 +65,14 @@ class Nystrom(InverseSolver):
         sketch = torch.linalg.qr(sketch.to(flat.device))[0].to(flat.dtype).to(wide)
         columns = [flatten(operator @ unflatten(sketch[:, i].contiguous(), like)) for i in range(rank)]
         image = torch.stack(columns, dim=1).to(wide)
-        core = symmetrized(sketch.T @ image)
+        # Its norm is one number that every process agrees on, and it is not finite where an entry is not.
+        size = check_finite(
+            agreed_number(torch.linalg.vector_norm(image), reduce), "The norm of the Nyström sketch"
+        )
+        core = check_matrix(symmetrized(sketch.T @ image), "The Nyström core")
         curvature = check_finite(agreed_number(torch.linalg.eigvalsh(core)[0], reduce), "The Nyström core")
         # A shift of rounding size makes the Cholesky factor exist; it is taken off the eigenvalues again.
-        shift = float(torch.finfo(wide).eps * torch.linalg.vector_norm(image) * math.sqrt(n))
+        shift = torch.finfo(wide).eps * size * math.sqrt(n)
         shift += max(0.0, -2.0 * curvature)
         shifted = image + shift * sketch
         factor, failed = torch.linalg.cholesky_ex(symmetrized(sketch.T @ shifted))
@@ -76,7 +82,7 @@ class Nystrom(InverseSolver):
                 "raise damping, or use GaussNewton() or ConjugateGradient()."
             )
         half = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T
-        basis, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        basis, singular, _ = torch.linalg.svd(check_matrix(half, "The Nyström factor"), full_matrices=False)
         eigenvalues = (singular**2 - shift).clamp_min(0.0)
         return NystromInverse(basis, eigenvalues, self.damping, like, curvature, rank)
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_nested.arguments import at_least, checked
+
 Update = Literal["simultaneous", "alternating"]
 Slot = tuple[tuple[str, ...], ...]
 """Steps on one batch in order, each with the names of the players that step together."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GameLoop:
     """Options of a game's loop: what the Trainer refuses in manual optimization, and the batches of steps.
@@ -32,17 +35,11 @@ class GameLoop:
     reuse_batch: bool = False
 
     def __post_init__(self) -> None:
-        count = self.accumulate_grad_batches
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"accumulate_grad_batches must be a whole number of at least 1. Got {count!r}.")
+        at_least(1, accumulate_grad_batches=self.accumulate_grad_batches)
         clip = self.gradient_clip_val
         limits = [] if clip is None else list(clip.values()) if isinstance(clip, dict) else [clip]
-        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits):
+        if not all(limit > 0 for limit in limits):
             raise ValueError(f"gradient_clip_val must be positive, or None. Got {clip}.")
-        if self.gradient_clip_algorithm not in ("norm", "value"):
-            raise ValueError(
-                f"gradient_clip_algorithm must be 'norm' or 'value'. Got {self.gradient_clip_algorithm!r}."
-            )
         if self.reuse_batch and self.accumulate_grad_batches > 1:
             raise ValueError(
                 "reuse_batch=True lets two steps see one batch, which accumulation over several cannot do. Got "
@@ -99,8 +96,6 @@ def check_steps(update: str, steps: Mapping[str, int]) -> None:
     if update not in ("simultaneous", "alternating"):
         raise ValueError(f"update must be 'simultaneous' or 'alternating'. Got {update!r}.")
     for name, k in steps.items():
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise ValueError(f"steps_per_player must be whole numbers. Got {k!r} for {name!r}; use an int.")
         if k < 1:
             raise ValueError(
                 f"steps_per_player must be at least 1 for every player. Got {k} for {name!r}; a player that never "

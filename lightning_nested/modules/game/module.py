@@ -12,11 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.modules.game.checks import check_factories, check_monitors, check_names, check_players
+from lightning_nested.arguments import check
+from lightning_nested.linalg.saved import require_keys
+from lightning_nested.modules.game.checks import check_factories, check_monitors, check_players
 from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
     Player,
@@ -26,15 +29,17 @@ from lightning_nested.modules.game.players import (
 )
 from lightning_nested.modules.game.steps import PlayerSteps
 from lightning_nested.trainer.checkpoint_advice import WithoutCheckpointAdvice
-from lightning_nested.trainer.lightning import built_by_command_line, reduction
+from lightning_nested.trainer.lightning import built_by_command_line, log_by_game_updates, reduction
 from lightning_nested.trainer.random_stream import base_seed, random_states, restore_random_state
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
+from lightning_nested.trainer.use import OneFitModule, Use
 
+_STATE = ("game_updates", "gradient_evaluations", "position", "epoch_open", "sums", "random")
 _HOOKS = "setup, on_fit_start, on_train_start, on_save_checkpoint and on_load_checkpoint"
 
 
-class GameModule(LightningModule):
+class GameModule(OneFitModule, LightningModule):
     """Players with a loss each: w_i ← w_i − α_i ∂L_i(w_1, …, w_n)/∂w_i, together or in turns; to be extended.
 
     A subclass names the players and writes their losses:
@@ -66,7 +71,8 @@ class GameModule(LightningModule):
     **The clock.** ``game_updates`` counts complete rounds, and so does ``trainer.global_step``: in
     ``Trainer(max_steps=n)``, ``ModelCheckpoint(every_n_train_steps=n)``, its file name's ``{step}`` and
     ``EMAWeightAveraging`` a step is a game update. Losses reach loggers every ``log_every_n_steps`` game updates as
-    ``<player>_loss``, with game updates as the x axis, and can be monitored at every one.
+    ``<player>_loss``, and can be monitored at every one. All that is logged has game updates as the x axis:
+    ``self.log`` in training and validation, and callbacks such as ``LearningRateMonitor``.
 
     **Freezing.** Callbacks such as ``BaseFinetuning`` may freeze and unfreeze parameters in training; open gradient
     sums are then cleared. Players may share frozen parts.
@@ -113,11 +119,12 @@ class GameModule(LightningModule):
         optimizer: OptimizerCallable | None = None,
         optimizers: dict[str, OptimizerCallable] | None = None,
         scheduler: LRSchedulerCallable | None = None,
-        schedulers: dict[str, LRSchedulerCallable] | None = None,
+        schedulers: dict[str, LRSchedulerCallable | None] | None = None,
         update: Update = "alternating",
         steps_per_player: dict[str, int] | None = None,
         loop: GameLoop = GameLoop(),  # noqa: B008 - frozen
     ) -> None:
+        check(GameModule.__init__, locals())
         super().__init__()
         if built_by_command_line():  # saves the configuration, all plain data, in place of the values
             self.save_hyperparameters()
@@ -140,6 +147,7 @@ class GameModule(LightningModule):
         self._steps = PlayerSteps()
         self._players: dict[str, Player] = {}
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
+        self._use = Use()
 
     # ---- to be overridden or read
 
@@ -186,7 +194,7 @@ class GameModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer for each player, and its scheduler."""
         return build_optimizers(  # type: ignore[return-value]
-            self.players(),
+            check_players(type(self).__name__, self.players()),
             self._make_optimizers,
             self._make_optimizer,
             self._make_schedulers,
@@ -200,12 +208,19 @@ class GameModule(LightningModule):
         silent = any(isinstance(callback, WithoutCheckpointAdvice) for callback in callbacks)
         return [] if silent else [WithoutCheckpointAdvice()]
 
+    def has_open_update(self) -> bool:
+        """Return True between the first batch of a game update and its last player's step."""
+        return self._position > 0 or self._steps.sums.count > 0
+
     # ---- lifecycle
 
     @override
     def setup(self, stage: str) -> None:
+        log_by_game_updates(self.trainer)
         if stage != "fit":
             return
+        self._use.begin(self, self.trainer, self)
+        self._use.at_end(self.step_cache.clear)  # after an exception it holds graphs
         self._started = False
         # What an earlier validate(ckpt_path=...) or load_from_checkpoint read: fit restores after setup.
         self._saved = None
@@ -215,20 +230,20 @@ class GameModule(LightningModule):
                 "GameModule scales no losses: one scale for players of different size would hide which of them "
                 f"overflows. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
-        players = check_players(type(self).__name__, self.players())
-        clip = self.loop.gradient_clip_val
-        check_names("gradient_clip_val", clip if isinstance(clip, dict) else {}, players)
-        self._schedule = schedule(
-            list(players), self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
-        )
 
     @override
     def on_fit_start(self) -> None:
-        self._check_hooks(True)
+        _check_hooks(self, True)
+        names = list(check_players(type(self).__name__, self.players()))
+        self._schedule = schedule(
+            names, self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
+        )
         self._match_players()
         check_gradient_counts(self._schedule, self._players, self.loop.accumulate_grad_batches)
         check_monitors(config.scheduler for config in self.trainer.lr_scheduler_configs)
+
         if self._saved is not None:
+            require_keys(self._saved, _STATE, "GameModule")
             # Here: a finished run that does not start again has its clock too, and callbacks read it at their start.
             self.game_updates = self._saved["game_updates"]
             self.gradient_evaluations = self._saved["gradient_evaluations"]
@@ -238,6 +253,8 @@ class GameModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        if self._use.searched:
+            GameModule.on_fit_start(self)
         saved, self._saved = self._saved, None
         self._started = True
         if saved is None:
@@ -254,6 +271,9 @@ class GameModule(LightningModule):
         self._position = saved["position"] % len(self._schedule)
         self._epoch_open = saved["epoch_open"]
         self._steps.sums.load_state_dict(saved["sums"], self.device)
+        if _is_other_round(saved, self._schedule):
+            self._position = 0
+            self._steps.sums.clear()
         if self._epoch_open:
             restore_random_state(saved["random"], self.global_rank)
         else:
@@ -261,14 +281,21 @@ class GameModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        self._check_hooks(bool(self._players) and self._started)
+        _check_hooks(self, bool(self._players) and self._started)
         if not all(player.is_current for player in self._players.values()):
             self._match_players()
             self._steps.sums.clear()  # gradients of other parameters
-        self.step_cache.clear()
         last = bool(self.trainer.is_last_batch)
         self._epoch_open = not last
-        full = last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches
+        self._play(batch, full=last or self._steps.sums.count + 1 >= self.loop.accumulate_grad_batches)
+        while last and _ends_dev_run(self):
+            self._play(batch, full=True)
+        if last:
+            step_schedulers(self, "epoch", self.current_epoch + 1)
+        return dict(self._steps.losses)
+
+    def _play(self, batch: Any, *, full: bool) -> None:
+        """Let the players of the next slot see a batch, and step if it is their last one."""
         ends = full and self._position + 1 == len(self._schedule)
         slot = self._schedule[self._position]
         self.batch_players = tuple(name for names in slot for name in names)
@@ -283,9 +310,6 @@ class GameModule(LightningModule):
             self.on_game_update()
             _log(self, self._steps.losses)
             step_schedulers(self, "step", self.game_updates)
-        if last:
-            step_schedulers(self, "epoch", self.current_epoch + 1)
-        return dict(self._steps.losses)
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -302,6 +326,7 @@ class GameModule(LightningModule):
                 "gradient_evaluations": self.gradient_evaluations,
                 "player_batches": dict(self.player_batches),
                 "position": self._position,
+                "schedule": _plain(self._schedule),
                 "epoch_open": self._epoch_open,
                 "sums": self._steps.sums.state_dict(players, reduction(self.trainer)),
                 "random": random_states(self.trainer),
@@ -310,14 +335,8 @@ class GameModule(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get("game")
-
-    def _check_hooks(self, ran: bool) -> None:
-        """Refuse to go on where ``setup`` has not run, or another hook that must have."""
-        if not (ran and self._schedule):
-            raise MisconfigurationException(
-                f"GameModule must be started by its hooks ({_HOOKS}). "
-                f"Got a {type(self).__name__} that overrides one without calling super()'s."
-            )
+        if self._saved is not None:  # a stand-alone validation logs at this number of updates
+            self.game_updates = self._saved["game_updates"]
 
     def _match_players(self) -> None:
         """Match the players with the optimizers and the parameters that are not frozen now."""
@@ -328,6 +347,20 @@ class GameModule(LightningModule):
         )
 
 
+def _check_hooks(module: GameModule, ran: bool) -> None:
+    """Refuse to go on where ``setup`` has not run, or another hook that must have."""
+    if not (ran and module._use.is_open):
+        raise MisconfigurationException(
+            f"GameModule must be started by its hooks ({_HOOKS}). "
+            f"Got a {type(module).__name__} that overrides one without calling super()'s."
+        )
+
+
+def _ends_dev_run(module: GameModule) -> bool:
+    """Return True if a ``fast_dev_run``, which tries every player, still lacks a game update."""
+    return bool(module.trainer.fast_dev_run) and module.game_updates == 0  # type: ignore[attr-defined]
+
+
 def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
     """Show the losses to callbacks and the progress bar, and to loggers where they are due."""
     trainer = module.trainer
@@ -335,7 +368,6 @@ def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if every > 0 and module.game_updates % every == 0:
         metrics |= module.game_metrics()
-        # Not by self.log: Lightning's x axis counts batches.
         for logger in trainer.loggers:
             logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=module.game_updates)
     # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps. Not by self.log: it costs
@@ -344,6 +376,23 @@ def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
     trainer.callback_metrics.update(shown, game_updates=torch.tensor(float(module.game_updates)))
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_metrics.update({k: float(v) for k, v in metrics.items()})
+
+
+def _plain(rounds: Sequence[Slot]) -> list[list[list[str]]]:
+    """Return a schedule as lists, as a checkpoint keeps it."""
+    return [[list(names) for names in slot] for slot in rounds]
+
+
+def _is_other_round(saved: Mapping[str, Any], rounds: Sequence[Slot]) -> bool:
+    """Return True if a checkpoint's position is one in other rounds; warn if that is in the middle of one."""
+    now = _plain(rounds)
+    then = saved.get("schedule", now)
+    if then != now and (saved["position"] or saved["sums"]["count"]):
+        rank_zero_warn(
+            "The checkpoint is from the middle of a round in which players step in another order or number "
+            f"({then}; now {now}): the round starts again."
+        )
+    return bool(then != now)
 
 
 def _begin_next_epoch(trainer: Trainer) -> None:

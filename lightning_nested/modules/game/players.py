@@ -99,7 +99,7 @@ def build_optimizers(
     players: Mapping[str, nn.Module],
     optimizers: Mapping[str, OptimizerCallable],
     optimizer: OptimizerCallable | None,
-    schedulers: Mapping[str, LRSchedulerCallable],
+    schedulers: Mapping[str, LRSchedulerCallable | None],
     scheduler: LRSchedulerCallable | None,
 ) -> tuple[list[Optimizer], list[dict[str, Any]]]:
     """Return the optimizer of each player, and Lightning's configurations of the schedulers.
@@ -153,6 +153,8 @@ def match_players(
         MisconfigurationException: A parameter that is trained or held by an optimizer belongs to two players,
             an optimizer to several or none, a player has not exactly one optimizer, or is wholly frozen.
     """
+    clip = loop.gradient_clip_val
+    check_names("gradient_clip_val", clip if isinstance(clip, dict) else {}, modules)
     owner = _owners(modules, optimizers, names)
     found: dict[str, Player] = {}
     for optimizer in optimizers:

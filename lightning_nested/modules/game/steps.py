@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_nested.linalg.processes import Reduce, average_gradients
+from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_losses
 from lightning_nested.modules.game.players import Player
-from lightning_nested.trainer.isolation import silent_logging, untouched_buffers, untouched_metrics
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import counted, reduction
 from lightning_nested.trainer.random_stream import RandomStream
 
@@ -61,6 +62,7 @@ class GradientSums:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue saved sums."""
+        require_keys(state, ("count", "losses", "gradients"), "the gradient sums")
         self.count = state["count"]
         saved = zip(state["losses"], state["gradients"], strict=True)
         self._rows = [
@@ -118,8 +120,7 @@ class PlayerSteps:
     def _look_ahead(self, module: Any, players: Sequence[Player], batch: Any) -> None:
         """Set the gradients at the extrapolated point, and leave the players there."""
         start = RandomStream.snapshot(module.device)
-        silent = silent_logging(module, module.trainer)
-        with start.replay(), untouched_buffers(module), untouched_metrics(module), silent:
+        with start.replay(), without_trace(module, module.trainer, attributes=False):
             self._evaluate(module, players, batch)
         self._set_gradients(module, players)
         module.step_cache.clear()  # what it holds was computed before the extrapolation

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, check
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.gan.biggan_options import (
     BatchNormMode,
@@ -118,6 +119,8 @@ class BigGAN(GANModule):
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         execution: Execution = Execution(),  # noqa: B008 - frozen
     ) -> None:
+        check(BigGAN.__init__, locals())
+        at_least(1, discriminator_steps=discriminator_steps)
         schedulers = {"generator": generator_scheduler, "discriminator": discriminator_scheduler}
         loop = GameLoop(reuse_batch=True) if loop is None else loop
         if objective.reuse_fakes and not loop.reuse_batch:
@@ -186,12 +189,6 @@ class BigGAN(GANModule):
         return images, labels
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        # So that a stand-alone validation reports its scores at the right number of updates.
-        self.game_updates = checkpoint.get("game", {}).get("game_updates", self.game_updates)
-
-    @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # The Trainer converts later, and DDP's own error then says neither which option nor what to do.
@@ -206,12 +203,8 @@ class BigGAN(GANModule):
         super().on_train_start()
         if self.execution.flush_denormal and self.device.type == "cpu":
             torch.set_flush_denormal(True)
+            self._use.at_end(partial(torch.set_flush_denormal, False))
         self._shown, self._since = 0, time.perf_counter()
-
-    @override
-    def on_train_end(self) -> None:
-        if self.execution.flush_denormal and self.device.type == "cpu":
-            torch.set_flush_denormal(False)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.networks.adversarial import AdversarialLoss, DiffAugment, GradientRegularizer, Hinge
 from lightning_nested.networks.biggan.tables import Initialization
 
 BatchNormMode = Literal["running", "batch", "standing"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class BigGANNetworks:
     """Sizes of both networks, as :class:`~lightning_nested.networks.Generator` names them.
@@ -37,7 +39,13 @@ class BigGANNetworks:
     hierarchical: bool = False
     initialization: Initialization = "normal"
 
+    def __post_init__(self) -> None:
+        at_least(1, width=self.width, latent_dim=self.latent_dim, num_classes=self.num_classes)
+        at_least(1, resolution=self.resolution, image_channels=self.image_channels, attention=self.attention)
+        at_least(0, shared_dim=self.shared_dim)
 
+
+@checked
 @dataclass(frozen=True, kw_only=True)
 class BigGANObjective:
     """Losses that the players minimize.
@@ -56,6 +64,7 @@ class BigGANObjective:
     reuse_fakes: bool = False
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Options of images made outside training.
@@ -78,15 +87,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.truncation is not None and not self.truncation > 0:
             raise ValueError(f"truncation must be positive, or None for none. Got {self.truncation}.")
-        if self.batch_norm not in ("running", "batch", "standing"):
-            raise ValueError(f"batch_norm must be running, batch or standing. Got {self.batch_norm!r}.")
-        if self.standing_batches < 1 or self.batch_size < 1:
-            raise ValueError(
-                "standing_batches and batch_size must be at least 1. "
-                f"Got {self.standing_batches} and {self.batch_size}."
-            )
+        at_least(1, standing_batches=self.standing_batches, batch_size=self.batch_size)
+        at_least(0, seed=self.seed)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """Options of speed, memory and logging; they do not change the game.

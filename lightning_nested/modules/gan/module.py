@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, check
 from lightning_nested.modules.game.module import GameModule
 from lightning_nested.modules.gan.checks import check_batch, check_fakes, check_logits
 from lightning_nested.networks import frozen_power_iteration
@@ -73,12 +74,9 @@ class GANModule(GameModule):
         augment: DiffAugment | None = None,
         **game: Any,
     ) -> None:
+        check(GANModule.__init__, locals())
         super().__init__(**game)
-        if latent_dim < 1 or (num_classes is not None and num_classes < 1):
-            raise ValueError(
-                "latent_dim must be at least 1, and num_classes too, or None. "
-                f"Got {latent_dim} and {num_classes}."
-            )
+        at_least(1, latent_dim=latent_dim, num_classes=num_classes)
         self.generator, self.discriminator = generator, discriminator
         self.latent_dim, self.loss, self.num_classes = latent_dim, adversarial_loss(loss), num_classes
         self.reuse_fakes, self.regularizers, self.augment = reuse_fakes, tuple(regularizers), augment

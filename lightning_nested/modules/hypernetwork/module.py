@@ -11,16 +11,19 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.hypernetworks.linearized import Weights
 from lightning_nested.hypernetworks.loops import DeltaSTN, ResponseLoop
 from lightning_nested.hypernetworks.response import Mode
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
+from lightning_nested.hyperparameters.outer_optimizer import restore_optimizer
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
 from lightning_nested.modules.hypernetwork.problem import ResponseLoss, ResponseProblem, two_optimizers
 from lightning_nested.modules.hypernetwork.setup import (
@@ -33,7 +36,8 @@ from lightning_nested.modules.hypernetwork.setup import (
 )
 from lightning_nested.modules.hypernetwork.steps import ResponseSteps
 from lightning_nested.trainer.attributes import bind_hyperparameters
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
+from lightning_nested.trainer.use import OneFitModule, Use
 
 
 def default_weights_optimizer(parameters: Any) -> Optimizer:
@@ -51,7 +55,8 @@ def default_hyperparameter_optimizer(tensors: Any) -> Optimizer:
     return torch.optim.Adam(tensors, lr=0.01)
 
 
-class HypernetworkModule(HasOuterLoop, LightningModule):
+@checked
+class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
     """Train a network together with its response to hyperparameters, and tune them through it; to be extended.
 
         class Tuned(HypernetworkModule):
@@ -135,6 +140,7 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
             self._scale_optimizer = scale_optimizer([self.scale])
         self.per_example = each_example_alone(self.vector, self.network, options)
         self._steps: ResponseSteps | None = None
+        self._use = Use()
         bind_hyperparameters(self, tuned)
         self._follow()
 
@@ -169,8 +175,10 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         """Return the network's output at λ̂."""
         return self.network(*inputs, **options)
 
-    def export(self, values: Mapping[str, Any] | None = None) -> nn.Module:
+    def export(self, values: Mapping[str, Any] | None = None) -> nn.Module:  # type: ignore[override]
         """Return the plain network with the best-response weights: no hypernetwork left.
+
+        The values themselves are written by :meth:`export_values`.
 
         Args:
             values: In natural units by ``name`` or ``name/key``; what is not named is at λ̂.
@@ -203,11 +211,17 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            self._use.begin(self, self.trainer, self)
+            self._use.at_end(self.outer_loop.stop, self._free)
             refuse_settings(self.trainer)
             self.outer_loop.prepare(self.options)
 
     @override
     def on_fit_start(self) -> None:
+        self._move()
+
+    def _move(self) -> None:
+        """Move what the Trainer does not know to the module's device, and the network to λ̂."""
         for tensor in (*self.vector.tensors, *([] if self.scale is None else [self.scale])):
             # the same leaves: their optimizers hold them
             tensor.data = tensor.data.to(self.device)
@@ -219,6 +233,7 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        self._move()  # a search for the batch size runs before on_fit_start
         weights_optimizer, response_optimizer = two_optimizers(self)
         problem = ResponseProblem(
             module=self,
@@ -256,7 +271,8 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         if trained:
             loss = steps.inner(batch, self.inner_steps)
             self.outer_loop.inner_steps += 1
-        for _ in range(self.loop.outer_steps(self.inner_steps)):
+        count = self.loop.outer_steps(self.inner_steps)
+        for _ in range(count or self.outer_loop.is_last_chance(self.trainer)):
             self._outer_step(steps, batch)
         if not trained:
             loss = torch.tensor(self.last_report.outer_loss if self.last_report else math.nan)
@@ -273,8 +289,12 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
         return loss
 
     @override
-    def teardown(self, stage: str) -> None:
-        self.outer_loop.stop()
+    def on_train_end(self) -> None:
+        # Loops begin with steps of the response alone: a short run is no mistake.
+        if self.outer_steps:
+            self.outer_loop.conclude()
+
+    def _free(self) -> None:
         self._steps = None
 
     @override
@@ -283,23 +303,33 @@ class HypernetworkModule(HasOuterLoop, LightningModule):
             **self.outer_loop.state_dict(),
             "scale": None if self.scale is None else self.scale.detach().cpu().clone(),
             "scale_optimizer": self._scale_optimizer.state_dict() if self._scale_optimizer else None,
+            "scale_optimizer_class": type(self._scale_optimizer).__name__,
         }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("hypernetwork")
+        state = state_of_outer_steps(checkpoint, "hypernetwork", "HypernetworkModule")
         if state is None:
             return
-        self.outer_loop.load_state_dict(state)
+        # The response was trained as a function of unconstrained tensors, in this order: none may mean anything else.
+        self.outer_loop.load_state_dict(state, keys=("scale", "scale_optimizer"), convert=False)
         if (state["scale"] is None) != (self.scale is None):
             raise ValueError(
                 "The checkpoint must be of a loop that learns the perturbation's scale exactly if this one does. "
                 f"Got {self.loop}."
             )
+        if self.scale is not None and state["scale"].shape != self.scale.shape:
+            raise ValueError(
+                f"The saved scale of the perturbation must have shape {tuple(self.scale.shape)}. Got "
+                f"{tuple(state['scale'].shape)}: the checkpoint belongs to another perturbation; got {self.loop} here."
+            )
         if self.scale is not None and self._scale_optimizer is not None:
             with torch.no_grad():
                 self.scale.copy_(state["scale"])
-            self._scale_optimizer.load_state_dict(state["scale_optimizer"])
+            was = state.get("scale_optimizer_class")
+            refused = restore_optimizer(self._scale_optimizer, state["scale_optimizer"], was)
+            if refused is not None:
+                rank_zero_warn(f"HypernetworkModule: the optimizer of the perturbation's scale {refused}")
 
     # ---- steps
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.hypergradient import implicit_hypergradient
+from lightning_nested.linalg.vectors import double_dot
 from lightning_nested.modules.hypernetwork.options import ResponseMonitor
 from lightning_nested.modules.hypernetwork.problem import ResponseProblem
 from lightning_nested.trainer.inner_problem import check_loss
@@ -48,9 +49,10 @@ def monitor_response(problem: ResponseProblem, monitor: ResponseMonitor, batch: 
         # no positive curvature at the current weights: there is nothing to compare with
         return result
     seen = implicit != 0
-    scale = float(ours[seen].norm() * implicit[seen].norm())
+    found, expected = (ours[seen],), (implicit[seen],)
+    scale = float((double_dot(found, found) * double_dot(expected, expected)).sqrt())
     if scale > 0 and math.isfinite(scale):
-        result["implicit_cosine"] = float((ours[seen] * implicit[seen]).sum()) / scale
+        result["implicit_cosine"] = float(double_dot(found, expected)) / scale
     return result
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypergradient import ConjugateGradient, InverseSolver
 from lightning_nested.trainer.inner_problem import check_clipping
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ResponseMonitor:
     """Log whether w_φ(λ̂) is trained, and whether its slope is that of the implicit function theorem.
@@ -28,13 +30,11 @@ class ResponseMonitor:
     solver: InverseSolver | None = ConjugateGradient(max_iterations=20, damping=1e-3)  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        if self.every_n_outer_steps < 1 or self.num_steps < 0:
-            raise ValueError(
-                "every_n_outer_steps must be at least 1 and num_steps at least 0. "
-                f"Got {self.every_n_outer_steps} and {self.num_steps}."
-            )
+        at_least(1, every_n_outer_steps=self.every_n_outer_steps)
+        at_least(0, num_steps=self.num_steps)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ResponseOptions:
     """Options of the response, and of gradient clipping, which the Trainer leaves to manual optimization.
@@ -59,7 +59,6 @@ class ResponseOptions:
     log_every_n_outer_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("refine_steps", "max_skipped", "log_every_n_outer_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0. Got {getattr(self, name)}.")
+        at_least(0, refine_steps=self.refine_steps, max_skipped=self.max_skipped)
+        at_least(0, log_every_n_outer_steps=self.log_every_n_outer_steps)
         check_clipping(self.gradient_clip_val, self.gradient_clip_algorithm)

@@ -20,8 +20,9 @@ from lightning_nested.hypernetworks.response import Mode, Response
 from lightning_nested.hyperparameters import DropConnect, HyperparameterVector, OuterStep
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
 from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
-from lightning_nested.trainer.isolation import untouched_buffers, without_trace
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import has_trainer
+from lightning_nested.trainer.reachable_state import untouched_networks
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class ResponseLoss:
     def isolated(self) -> AbstractContextManager[None]:
         """Restore running statistics, metrics and logging on exit."""
         if not has_trainer(self.module):
-            return untouched_buffers(self.module)
+            return untouched_networks(self.module)
         return without_trace(self.module, self.module.trainer, attributes=False)
 
     def _general_weights(self, h: Tensor, mode: Mode) -> Weights:

@@ -17,7 +17,7 @@ from lightning_nested.linalg.vectors import norm
 from lightning_nested.optim.step_dynamics import coupled_decay
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
-from lightning_nested.trainer.isolation import untouched_buffers
+from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import reduction
 
 
@@ -70,7 +70,10 @@ class ImplicitCycle(Cycle):
     def add(self, batch: Any, *, remaining: int) -> Tensor:
         problem, closes = self.problem, remaining == 1
         if closes:
-            self._graph.observe(lambda: problem.inner_loss(batch) / problem.accumulate)
+            self._graph.observe(
+                lambda: problem.inner_loss(batch) / problem.accumulate,
+                again=problem.check.may_repeat(problem.module),
+            )
         loss = check_loss("inner_loss", problem.module, problem.inner_loss(batch)) / problem.accumulate
         if closes:
             self._graph.add(loss)
@@ -103,21 +106,25 @@ class ImplicitCycle(Cycle):
         self._graph.close()
 
     def _find_hypergradient(self) -> OuterReport | FloatingPointError:
-        problem = self.problem
+        problem, inner_loss = self.problem, self._graph.loss()
         outer_loss = problem.evaluate_outer(
             lambda loss, batch: loss(batch),
             (*problem.parameters.values(), *problem.outer.in_graph_tensors),
         )
         try:
             # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
-            with problem.full_precision(), untouched_buffers(problem.module):
+            with (
+                problem.full_precision(),
+                without_trace(problem.module, problem.module.trainer, attributes=False),
+            ):
                 return problem.outer.compute(
-                    self._graph.loss(),
+                    inner_loss,
                     outer_loss,
                     problem.parameters,
                     curvature=self._graph.curvature(),
                     fixed_decay=coupled_decay(problem.optimizer.optimizer),
                     reduce=reduction(problem.module.trainer),
+                    inspect=problem.check.inspect(inner_loss, problem.parameters, self._graph.again()),
                 )
         except FloatingPointError as error:
             return error

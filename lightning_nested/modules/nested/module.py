@@ -16,23 +16,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.optim.step_dynamics import trainable
-from lightning_nested.trainer.attributes import bind_hyperparameters
-from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.trainer.attributes import attach_hyperparameters, bind_hyperparameters, load_bound
+from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop
+from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
+from lightning_nested.trainer.use import OneFitModule, Use
 
 _HOOKS = "setup, on_fit_start, on_train_start, on_train_epoch_end, on_save_checkpoint and on_load_checkpoint"
 
 
-class NestedModule(HasOuterLoop, LightningModule):
+@checked
+class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
     """Alternates inner steps on the training data with outer steps on the validation data; to be extended.
 
     A subclass defines the two losses; hyperparameters are attributes of the module, by their names:
@@ -108,11 +111,13 @@ class NestedModule(HasOuterLoop, LightningModule):
             restart_every=loop.restart_every,
             max_skipped=loop.max_skipped,
             log_every_n_outer_steps=loop.log_every_n_outer_steps,
+            self_check=loop.self_check,
         )
         self._make_inner, self._make_inner_scheduler = inner_optimizer, inner_scheduler
         self._position = 0  # inner steps of the current cycle so far
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
         self._cycle: Cycle | None = None
+        self._use = Use()
         bind_hyperparameters(self, self.outer.hyperparameters)
 
     # ---- what users write, override and read
@@ -157,13 +162,13 @@ class NestedModule(HasOuterLoop, LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        self._use.begin(self, self.trainer, self)
+        self._use.at_end(self.outer_loop.stop, self._close_cycle)
         refuse_strategy(self.trainer, "NestedModule")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"NestedModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
             )
-        # A fit that failed has torn nothing down.
-        self._close_cycle()
         self.outer_loop.prepare(self.loop)
         bind_hyperparameters(self, self.outer.hyperparameters)
 
@@ -183,13 +188,15 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @override
     def on_train_start(self) -> None:
+        if not self.outer_loop.is_built_for(self._optimizer().optimizer):  # in a search for the learning rate
+            self._collect()
         if self._saved is not None:
-            self.outer_loop.load_state_dict(self._saved)
+            self.outer_loop.load_state_dict(self._saved, keys=("position",))
             # A checkpoint holds no graph of half a cycle: an unrolled one begins again.
             self._position = 0 if self.gradient.ends_with_epoch else self._saved["position"]
             self._saved = None
         batches = self.outer_loop.start(self.trainer, self.outer_dataloader())
-        self._set_rates()
+        _set_rates(self, self._optimizer())
         self._cycle = self._begin(batches)
 
     def _begin(self, batches: OuterBatches) -> Cycle:
@@ -205,6 +212,7 @@ class NestedModule(HasOuterLoop, LightningModule):
             accumulate=self.loop.accumulate_grad_batches,
             clip=self.loop.gradient_clip_val,
             clip_algorithm=self.loop.gradient_clip_algorithm,
+            check=self.outer_loop.check,
         )
         return self.gradient.begin(problem)
 
@@ -218,6 +226,10 @@ class NestedModule(HasOuterLoop, LightningModule):
         if batch_idx % self.loop.accumulate_grad_batches == 0:
             self._cycle = self._follow_frozen(self._cycle)
         remaining = self._remaining(batch_idx)
+        if remaining > 1:
+            self.outer_loop.probe(
+                self.trainer, self, lambda b: check_loss("outer_loss", self, self.outer_loss(b))
+            )
         loss = self._cycle.add(batch, remaining=remaining)
         last = self.trainer.is_last_batch
         if last or (batch_idx + 1) % self.loop.accumulate_grad_batches == 0:
@@ -228,7 +240,7 @@ class NestedModule(HasOuterLoop, LightningModule):
             if isinstance(outcome, OuterReport):
                 self.outer_loop.keep(outcome)
                 self.outer_loop.step(self)
-                self._set_rates()
+                _set_rates(self, self._optimizer())
             elif outcome is not None:
                 self.outer_loop.skip(outcome)
             step_schedulers(self, "step", self.inner_steps)
@@ -251,9 +263,8 @@ class NestedModule(HasOuterLoop, LightningModule):
         step_plateau_schedulers(self)
 
     @override
-    def teardown(self, stage: str) -> None:
-        self._close_cycle()
-        self.outer_loop.stop()
+    def on_train_end(self) -> None:
+        self.outer_loop.conclude("inner_steps_per_outer", self.inner_steps_per_outer)
 
     def _close_cycle(self) -> None:
         if self._cycle is not None:
@@ -262,15 +273,18 @@ class NestedModule(HasOuterLoop, LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.outer_loop.parameters:
+        if self._use.is_open and not self.outer_loop.parameters:  # saved by a search for the learning rate
+            self._collect()
+        if self._saved is not None:  # saved before training began
+            checkpoint["nested"] = dict(self._saved)
+        elif self.outer_loop.parameters:
             own = {"position": self._position, "initial": self.outer_loop.initial}
             checkpoint["nested"] = {**self.outer_loop.state_dict(), **own}
-        elif self._saved is not None:  # saved before fit began
-            checkpoint["nested"] = dict(self._saved)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint.get("nested")
+        self._saved = state_of_outer_steps(checkpoint, "nested", "NestedModule")
+        load_bound(self.outer.hyperparameters, self._saved)
 
     def _follow_frozen(self, cycle: Cycle) -> Cycle:
         """Return the cycle, or a new one if a finetuning callback froze or unfroze parameters."""
@@ -287,11 +301,12 @@ class NestedModule(HasOuterLoop, LightningModule):
     def _remaining(self, batch_idx: int) -> int:
         """Return the number of inner steps up to and including the next outer step."""
         warmup = max(0, self.loop.warmup_steps - self.inner_steps)
-        remaining = warmup + self.inner_steps_per_outer - self._position
-        if not self.gradient.ends_with_epoch:
+        # At least 1: the cycle of a checkpoint may be longer.
+        remaining = warmup + max(1, self.inner_steps_per_outer - self._position)
+        forced = self.outer_loop.needs_step(self.trainer)
+        if not (self.gradient.ends_with_epoch or forced):
             return remaining
-        left: float = math.inf
-        batches = self.trainer.num_training_batches
+        left, batches = math.inf, self.trainer.num_training_batches
         if not math.isinf(batches):
             size = self.loop.accumulate_grad_batches
             left = math.ceil(batches / size) - batch_idx // size
@@ -299,7 +314,7 @@ class NestedModule(HasOuterLoop, LightningModule):
             left = 1
         if self.trainer.max_steps > 0:
             left = min(left, self.trainer.max_steps - self.trainer.global_step)
-        return remaining if left <= warmup else int(min(remaining, left))
+        return remaining if left <= warmup and not forced else int(min(remaining, left))
 
     # ---- optimizers and names
 
@@ -312,25 +327,9 @@ class NestedModule(HasOuterLoop, LightningModule):
             )
         return optimizers
 
-    def _set_rates(self) -> None:
-        """Write tuned learning rates into the inner optimizer."""
-        for hyperparameter in self.outer.hyperparameters:
-            rates = hyperparameter.rates()
-            if rates is None:
-                continue
-            if self.trainer.lr_scheduler_configs:
-                raise MisconfigurationException(
-                    "Either LearningRate or a scheduler sets the inner optimizer's rate. Got both "
-                    f"{hyperparameter.name!r} and an inner scheduler; leave one out."
-                )
-            for group, rate in zip(self._optimizer().param_groups, rates, strict=True):
-                group["lr"] = float(rate.detach())
-
     def _tuned(self) -> dict[int, str]:
         """Return the name of the hyperparameter of each tuned tensor, by its ``id``."""
-        for hyperparameter in self.outer.hyperparameters:
-            if not hyperparameter.built:
-                hyperparameter.attach_module(self)
+        attach_hyperparameters(self, self.outer.hyperparameters, self._use)
         return {id(t): h.name for h in self.outer.hyperparameters for t in h.tensors.values()}
 
 
@@ -374,3 +373,18 @@ def _named_parameters(
             f"Got {f'others of shapes {unknown}' if unknown else 'none'}; give it self.inner_parameters()."
         )
     return {names[id(p)]: p for p in held}
+
+
+def _set_rates(module: NestedModule, optimizer: LightningOptimizer) -> None:
+    """Write tuned learning rates into the inner optimizer."""
+    for hyperparameter in module.outer.hyperparameters:
+        rates = hyperparameter.rates()
+        if rates is None:
+            continue
+        if module.trainer.lr_scheduler_configs:
+            raise MisconfigurationException(
+                "Either LearningRate or a scheduler sets the inner optimizer's rate. Got both "
+                f"{hyperparameter.name!r} and an inner scheduler; leave one out."
+            )
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = float(rate.detach())

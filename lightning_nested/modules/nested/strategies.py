@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
 from lightning_nested.trainer.inner_problem import InnerProblem, check_clipping
-from lightning_nested.trainer.outer_loop import check_counts
 
 
 class GradientStrategy(ABC):
@@ -28,6 +28,7 @@ class GradientStrategy(ABC):
         """Return a cycle for one ``fit``."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Implicit(GradientStrategy):
     """dL_V/dλ = ∂L_V/∂λ − (∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ, at the weights before the cycle's last inner step.
@@ -49,6 +50,7 @@ class Implicit(GradientStrategy):
         return ImplicitCycle(problem, self.curvature)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(GradientStrategy):
     """Differentiate the outer loss through the last ``truncate`` of ``num_steps`` training steps.
@@ -75,10 +77,7 @@ class Unrolled(GradientStrategy):
     ends_with_epoch = True
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1. Got {self.num_steps}.")
-        if self.truncate is not None and self.truncate < 1:
-            raise ValueError(f"truncate must be at least 1, or None for all steps. Got {self.truncate}.")
+        at_least(1, num_steps=self.num_steps, truncate=self.truncate)
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -90,6 +89,7 @@ class Unrolled(GradientStrategy):
         return UnrolledCycle(problem, min(self.num_steps, self.truncate or self.num_steps))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
     """Accumulation and clipping, which the Trainer refuses in manual optimization, and the times of outer steps.
@@ -103,6 +103,7 @@ class LoopOptions:
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before
             the run ends with ``FloatingPointError``.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
+        self_check: Check products at the first outer step (one more, and one gradient); warn of what is wrong.
 
     Raises:
         ValueError: A value is out of range.
@@ -115,7 +116,10 @@ class LoopOptions:
     restart_every: int | None = None
     max_skipped: int = 10
     log_every_n_outer_steps: int = 10
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         check_clipping(self.gradient_clip_val, self.gradient_clip_algorithm)
-        check_counts(**vars(self))
+        at_least(1, accumulate_grad_batches=self.accumulate_grad_batches, restart_every=self.restart_every)
+        at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
+        at_least(0, log_every_n_outer_steps=self.log_every_n_outer_steps)

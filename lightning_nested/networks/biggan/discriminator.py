@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_nested.arguments import checked
 from lightning_nested.networks.biggan.blocks import DiscriminatorBlock, attention_layers
 from lightning_nested.networks.biggan.tables import (
     DISCRIMINATORS,
@@ -19,6 +20,7 @@ from lightning_nested.networks.biggan.tables import (
 from lightning_nested.networks.spectral_norm import SpectralNormEmbedding, SpectralNormLinear
 
 
+@checked
 class Discriminator(nn.Module):
     """Discriminator from an image and a class to one number, by residual blocks without activation norms.
 

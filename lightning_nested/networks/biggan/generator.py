@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_nested.arguments import checked
 from lightning_nested.networks.biggan.blocks import GeneratorBlock, attention_layers
 from lightning_nested.networks.biggan.tables import (
     FIRST_SIDE,
@@ -23,6 +24,7 @@ from lightning_nested.networks.conditional_batch_norm import ClassEmbedding, Con
 from lightning_nested.networks.spectral_norm import SpectralNormConv2d, SpectralNormLinear
 
 
+@checked
 class Generator(nn.Module):
     """Generator from z and a class to an image in [−1, 1], by residual blocks that each double the side.
 

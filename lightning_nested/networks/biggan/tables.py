@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least
 from lightning_nested.networks.spectral_norm import SpectralNormLayer
 
 Initialization = Literal["normal", "orthogonal"]
@@ -59,15 +60,11 @@ def check_sizes(resolution: int, **sizes: int) -> None:
             f"resolution must be one of {', '.join(map(str, GENERATORS))}. Got {resolution}. "
             "Resize or pad the images to the next of them."
         )
-    wrong = {name: size for name, size in sizes.items() if size < 1}
-    if wrong:
-        raise ValueError(f"{', '.join(sizes)} must be at least 1. Got {wrong}.")
+    at_least(1, **sizes)
 
 
 def initialize(module: nn.Module, initialization: Initialization) -> None:
     """Initialize all layers in place."""
-    if initialization not in ("normal", "orthogonal"):
-        raise ValueError(f"initialization must be 'normal' or 'orthogonal'. Got {initialization!r}.")
     orthogonal = initialization == "orthogonal"
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

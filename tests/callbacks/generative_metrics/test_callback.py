@@ -284,15 +284,18 @@ def test_every_other_validation_also_of_a_resumed_run(tmp_path: Path) -> None:
     [
         (lambda: GenerativeMetrics(num_samples=1), "num_samples must be at least 2"),
         (lambda: GenerativeMetrics(split="all"), "split must be 'train', 'val' or 'test'"),  # type: ignore[arg-type]
-        (lambda: GenerativeMetrics(scores=("fid",)), r"scores must be a list of frechet, .* Got \['fid'\]"),  # type: ignore[arg-type]
-        (lambda: GenerativeMetrics(scores="frechet"), "scores must be a list of .* Got frechet"),  # type: ignore[arg-type]
+        (
+            lambda: GenerativeMetrics(scores=("fid",)),
+            r"scores must be a list, each 'frechet', .* Got \('fid',\)",
+        ),  # type: ignore[arg-type]
+        (lambda: GenerativeMetrics(scores="frechet"), "scores must be a list, .* Got 'frechet'"),  # type: ignore[arg-type]
         (
             lambda: GenerativeMetrics(batch_norm=("train",)),
-            "batch_norm must be a list of running, batch, standing",
+            "batch_norm must be a list, each 'running', 'batch' or 'standing'",
         ),  # type: ignore[arg-type]
-        (lambda: ScoreOptions(kernel_subsets=0), r"at least 1. Got \{'kernel_subsets': 0\}"),
-        (lambda: SampleGrid(batch_norm="train"), "running, batch or standing. Got 'train'"),
-        (lambda: SampleGrid(0), "every_n_updates and per_class must be at least 1"),
+        (lambda: ScoreOptions(kernel_subsets=0), "kernel_subsets must be at least 1. Got 0"),
+        (lambda: SampleGrid(batch_norm="train"), "'running', 'batch' or 'standing'. Got 'train'"),
+        (lambda: SampleGrid(0), "every_n_updates must be at least 1"),
     ],
 )
 def test_wrong_options(build: Any, message: str) -> None:

@@ -187,7 +187,7 @@ def test_depth_branches_again_from_every_end() -> None:
         (lambda: InProcess(batch_size=0), "batch_size must be at least 1. Got 0"),
         (lambda: Branching(horizon=0), "horizon must be at least 1. Got 0"),
         (lambda: GeneralizedRidgeRider(distances=()), "distances must be positive"),
-        (lambda: RidgeRider(step_size=0.0), "step_size and descent_rate must be positive"),
+        (lambda: RidgeRider(step_size=0.0), "step_size must be positive"),
     ],
 )
 def test_options_out_of_range(make: Any, message: str) -> None:

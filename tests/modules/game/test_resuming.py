@@ -196,6 +196,23 @@ def test_a_checkpoint_read_for_its_weights_does_not_move_the_next_fits_clock(
     assert (module.game_updates, resumed.global_step, module.gradient_evaluations) == (8, 8, 16)
 
 
+def test_a_round_of_another_schedule_starts_again_and_missing_keys_are_named(tmp_path: Path) -> None:
+    """In the middle of a round of one step of x and two of y."""
+    run = trainer(At(tmp_path / "a.ckpt", 2), limit_train_batches=3)
+    run.fit(Sums(steps_per_player={"y": 2}), BATCHES)
+    other, order = Sums(steps_per_player={"x": 2}), []
+    other.on_player_step = order.append  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="the round starts again"):
+        trainer(max_epochs=2).fit(other, BATCHES, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert order[:3] == ["x", "x", "y"]
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert checkpoint["game"]["position"] == 2
+    del checkpoint["game"]["random"]
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="state of GameModule must have 'random'"):
+        trainer(max_epochs=2).fit(Sums(), BATCHES, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
 def test_a_finished_run_that_is_resumed_knows_its_clock(tmp_path: Path) -> None:
     fit = trainer(max_epochs=3)
     fit.fit(Sums(), BATCHES)

@@ -119,9 +119,9 @@ def test_samples_are_of_the_evaluation_mode() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"loss": "minimax"}, "loss must be one of .* Got 'minimax'"),
+        ({"loss": "minimax"}, "loss must be 'hinge', .* Got 'minimax'"),
         ({"latent_dim": 0}, "latent_dim must be at least 1"),
-        ({"num_classes": 0}, "Got 2 and 0"),
+        ({"num_classes": 0}, "num_classes must be at least 1. Got 0"),
     ],
 )
 def test_wrong_arguments(options: Any, match: str) -> None:

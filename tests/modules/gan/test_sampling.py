@@ -115,7 +115,7 @@ def test_synchronised_batch_norm_waits_for_nobody(mode: str, monkeypatch: pytest
     ("options", "message"),
     [
         ({"truncation": 0.0}, "truncation must be positive, or None"),
-        ({"batch_norm": "train"}, "running, batch or standing"),
+        ({"batch_norm": "train"}, "'running', 'batch' or 'standing'"),
         ({"batch_size": 0}, "at least 1"),
     ],
 )

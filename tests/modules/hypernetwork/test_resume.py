@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_nested.hyperparameters import DropConnect, DropoutRates, WeightDecay
+from lightning_nested.hyperparameters import DropConnect, DropoutRates, LabelSmoothing, WeightDecay
 from lightning_nested.modules import STN, DeltaSTN, Global, ResponseLoop
 from tests.modules.hypernetwork.problems import (
     Classifier,
@@ -106,3 +106,31 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_exact(loop: ResponseLoop, tmp_p
     resumed = run(tmp_path / "step=3.ckpt")
     assert (resumed.inner_steps, resumed.outer_steps) == (whole.inner_steps, whole.outer_steps)
     torch.testing.assert_close(tensors(resumed), tensors(whole), rtol=0, atol=0)
+
+
+def test_another_range_is_refused_for_the_response_answers_to_unconstrained_tensors(tmp_path: Path) -> None:
+    fit = trainer(limit_val_batches=0)
+    fit.fit(Small(tuned=[LabelSmoothing(upper=0.3)]), batches(), batches())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    other = Small(tuned=[LabelSmoothing(upper=0.9)])
+    with pytest.raises(
+        ValueError, match="label_smoothing must have the range and transform it was saved with"
+    ):
+        trainer(max_epochs=2).fit(
+            other, batches(), batches(), ckpt_path=tmp_path / "a.ckpt", weights_only=True
+        )
+
+
+def test_another_optimizer_of_the_scales_is_reported_and_missing_keys_are_named(tmp_path: Path) -> None:
+    fit = trainer(limit_val_batches=0)
+    fit.fit(Classifier(), loader(1), loader(2, batch=5))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    other = Classifier(scale_optimizer=lambda t: torch.optim.SGD(t, lr=0.1))
+    with pytest.warns(UserWarning, match="perturbation's scale is SGD, and was Adam"):
+        trainer(max_epochs=2, limit_val_batches=0).fit(
+            other, loader(1), loader(2, batch=5), ckpt_path=tmp_path / "a.ckpt", weights_only=True
+        )
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del checkpoint["hypernetwork"]["scale"]
+    with pytest.raises(ValueError, match="state of HypernetworkModule must have 'scale'"):
+        Classifier().on_load_checkpoint(checkpoint)

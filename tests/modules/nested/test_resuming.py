@@ -83,3 +83,20 @@ def test_resuming_after_a_fit_that_failed_restores_the_position_of_the_outer_bat
     assert module.outer_loop.state_dict()["batches"] == whole.outer_loop.state_dict()["batches"]
     same(tensors(module), tensors(whole))
     assert not module.net._forward_hooks
+
+
+def test_a_cycle_that_is_shorter_than_in_the_saved_run_closes_at_once(tmp_path: Path) -> None:
+    def run(length: int, epochs: int, resume: Path | None = None) -> tuple[Trainer, Classifier]:
+        module = Classifier(
+            gradient=Implicit(solver=ConjugateGradient(damping=0.3)), inner_steps_per_outer=length
+        )
+        fit = trainer(max_epochs=epochs)
+        fit.fit(module, loader(1), loader(2, batch=5), ckpt_path=resume, weights_only=True)
+        return fit, module
+
+    with pytest.warns(UserWarning, match="made no outer step in 3 inner steps"):
+        fit, saved = run(8, 1)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    assert (saved.inner_steps, saved.outer_steps) == (3, 0)
+    _, module = run(2, 2, tmp_path / "a.ckpt")
+    assert (module.inner_steps, module.outer_steps) == (6, 2)  # after steps 4 and 6

@@ -1,0 +1,164 @@
+"""Checks of one fit: its first outer step is examined, and what never happened is told at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_nested.hypergradient.implicit import Inspect
+from lightning_nested.hypergradient.inner_curvature import Linearization
+from lightning_nested.hypergradient.self_check import ProductCheck, check_products
+from lightning_nested.hyperparameters import Hyperparameter, OuterStep
+from lightning_nested.linalg.graph import graph_nodes
+
+_WRONG_PRODUCTS = (
+    "Products with the curvature are not the derivative of the training gradient: they differ by {difference:.0%} from "
+    "a difference of gradients. The loss detaches a factor, or a custom torch.autograd.Function has a wrong or missing "
+    "second derivative; use curvature=FiniteDifference(), or look with check_hypergradient."
+)
+_ASYMMETRIC = (
+    "Products with the curvature are not symmetric: |uᵀHv − vᵀHu| is {asymmetry:.0%} of ‖H‖. A hook on an activation "
+    "or a custom torch.autograd.Function (gradient reversal, straight-through) changes gradients, a second derivative "
+    "is wrong, or rounding is too coarse (bfloat16); use precision=32, or curvature=FiniteDifference()."
+)
+_ZERO = (
+    "The outer loss has a gradient of exactly zero at the weights, and so every hypergradient through them is zero. "
+    "Compute it from the parameters that the inner optimizer trains, without detach()."
+)
+
+
+class SelfCheck:
+    """Examines the first hypergradient of a fit: its products, and what gradients reach.
+
+    Costs one product and one gradient at the first outer step, nothing later, and changes no bit of the run.
+
+    Args:
+        owner: Class name in warnings.
+        enabled: Whether products are checked.
+
+    Attributes:
+        result: What was found about products, after the first outer step.
+    """
+
+    def __init__(self, owner: str, *, enabled: bool = True) -> None:
+        self.owner, self.enabled = owner, enabled
+        self.result: ProductCheck | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin with a new fit."""
+        self._checked, self._probed = not self.enabled, not self.enabled
+        self._told: set[str] = set()
+
+    @property
+    def is_due(self) -> bool:
+        """True until the first outer step of a fit."""
+        return not self._checked
+
+    def may_repeat(self, module: LightningModule) -> bool:
+        """Return True if a step of the module may be evaluated again: it draws from no iterator, say."""
+        return self.is_due and not any(
+            isinstance(value, Iterator) for m in module.modules() for value in vars(m).values()
+        )
+
+    def takes_probe(self) -> bool:
+        """Return True once in a fit: the outer loss is to be evaluated now, so that its faults show before warm-up."""
+        probed, self._probed = self._probed, True
+        return not probed
+
+    def probe(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        """Look at the graph of an outer loss."""
+        if not reached(loss, parameters):
+            self._warn(_ZERO)
+
+    def inspect(
+        self, loss: object, parameters: Mapping[str, Tensor], repeat: Callable[[], Tensor] | None
+    ) -> Inspect | None:
+        """Return what looks at products in the first outer step; None later."""
+        if not self.is_due:
+            return None
+
+        def look(problem: Linearization, v: Sequence[Tensor]) -> None:
+            if not any(bool(a.any()) for a in v):
+                self._warn(_ZERO)
+            graph = loss if isinstance(loss, Tensor) else None
+            found = check_products(problem, tuple(parameters.values()), tuple(v), loss=graph, repeat=repeat)
+            self.result = found
+            if found.wrong:
+                self._warn(_WRONG_PRODUCTS.format(difference=found.difference))
+            elif found.asymmetric:
+                self._warn(_ASYMMETRIC.format(asymmetry=found.asymmetry))
+
+        return look
+
+    def hidden(self, losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Refuse parameters that ``loss.backward()`` gave a gradient, though the losses' graphs do not hold them.
+
+        Raises:
+            MisconfigurationException: It names them.
+        """
+        seen = set().union(*(reached(loss, parameters) for loss in losses))
+        lost = [
+            name
+            for name, p in parameters.items()
+            if name not in seen and p.grad is not None and bool(p.grad.any())
+        ]
+        if lost:
+            raise MisconfigurationException(
+                f"{self.owner} needs every layer in the training loss's graph. Got {', '.join(lost[:5])}"
+                f"{' and others' if len(lost) > 5 else ''}, which only loss.backward() reaches: a function that calls "
+                "backward itself (reentrant checkpointing) hides them; pass use_reentrant=False, or take it out."
+            )
+
+    def conclude_step(self, module: LightningModule, outer: OuterStep) -> None:
+        """Tell which hyperparameters no loss of the first outer step depends on."""
+        if not self.is_due:
+            return
+        self._checked = True
+        for hyperparameter in outer.hyperparameters:
+            labels = [x for x in outer.unreached if x.split("/")[0] == hyperparameter.name]
+            if labels:
+                self._told.add(hyperparameter.name)
+                self._warn(_unreached(module, hyperparameter, labels))
+
+    def conclude_fit(self, outer: OuterStep) -> None:
+        """Tell which hyperparameters had a hypergradient of exactly zero in all outer steps."""
+        still = [name for name in outer.unmoved if name not in self._told]
+        if still:
+            self._warn(
+                f"The hypergradient of {', '.join(still)} was exactly zero in every outer step, so that the values are "
+                "those that the run began with: the loss multiplies them by zero, or its gradient does not depend on "
+                "them."
+            )
+
+    def _warn(self, message: str) -> None:
+        rank_zero_warn(f"{self.owner}: {message}")
+
+
+def reached(loss: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the parameters that the graph of a loss holds."""
+    names = {id(p): name for name, p in parameters.items()}
+    leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
+    return {names[id(leaf)] for leaf in leaves if id(leaf) in names}
+
+
+def _unreached(module: LightningModule, hyperparameter: Hyperparameter, labels: Sequence[str]) -> str:
+    name, attribute = ", ".join(labels), hyperparameter.attribute
+    kind = type(hyperparameter).__name__
+    start = f"No gradient reaches {kind} {name!r}, so that it stays as it is: "
+    if attribute is not None and getattr(module, attribute, None) is not hyperparameter:
+        got = type(getattr(module, attribute, None)).__name__
+        return start + (
+            f"self.{attribute} is no longer the hyperparameter. Got a {got}, "
+            f"set after the fit began; set self.{attribute} = None in __init__, and nowhere else."
+        )
+    return start + (
+        "the training loss must depend on it, differentiably. "
+        f"Read it in the training step{f' as self.{attribute}' if attribute else ''}, without detach(), item() or "
+        "rounding. Hard masks (DropoutRates, DropConnect) and whole numbers (Integer) have no derivative: give a "
+        "temperature, or tune them by HypernetworkModule."
+    )

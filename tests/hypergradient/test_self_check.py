@@ -1,0 +1,185 @@
+"""The check of products finds wrong second derivatives, and lets right ones of every precision pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_nested.hypergradient import FiniteDifference, GaussNewton, Hessian, check_products
+from lightning_nested.hypergradient.inner_curvature import GivenCurvature
+from lightning_nested.hypergradient.self_check import ProductCheck
+
+
+class Reversed(torch.autograd.Function):
+    """Gradient reversal: the gradient is that of no function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return -g[0]
+
+
+class Turned(torch.autograd.Function):
+    """A gradient whose derivative is a matrix that is not symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g[0] * (1 + x.roll(1, -1))
+
+
+class WrongTwice(torch.autograd.Function):
+    """x³ whose gradient is right and whose second derivative lacks a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x.detach() * x * g[0]
+
+
+class Problem:
+    """A small network, its training loss and an outer gradient."""
+
+    def __init__(
+        self,
+        change: Callable[[Tensor], Tensor] = lambda x: x,
+        *,
+        dtype: torch.dtype = torch.float32,
+        half: bool = False,
+    ) -> None:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3)]
+        self.net, self.change, self.half = nn.Sequential(*layers).to(dtype), change, half
+        self.x, self.y = torch.randn(32, 6, dtype=dtype), torch.randint(3, (32,))
+        self.params = tuple(self.net.parameters())
+        self.v = torch.autograd.grad(self.net(torch.randn(32, 6, dtype=dtype)).pow(2).mean(), self.params)
+        self.calls = 0
+
+    def loss(self) -> Tensor:
+        self.calls += 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            hidden = self.net[:2](self.x)
+            return functional.cross_entropy(self.net[2:](self.change(hidden)), self.y)
+
+    def check(self, curvature: Any = None, **options: Any) -> ProductCheck:
+        curvature, loss = curvature or Hessian(), self.loss()
+        given = self.loss if isinstance(curvature, FiniteDifference) else loss
+        problem = curvature.linearize(given, self.params)
+        return check_products(problem, self.params, self.v, loss=loss, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)], ids=str
+)
+def test_right_products_pass(dtype: torch.dtype, half: bool) -> None:
+    problem = Problem(dtype=dtype, half=half)
+    found = problem.check(repeat=problem.loss)
+    assert not found.asymmetric
+    assert not found.wrong
+    assert problem.check().asymmetry < found.noise / 2
+    if not half:  # whose differences are rounding to about a tenth
+        assert found.difference < 0.01
+
+
+def test_a_network_with_kinks_passes() -> None:
+    for width in range(4, 20):
+        problem = Problem(change=lambda x: (3 * x).relu())
+        problem.x = problem.x[:width]
+        problem.y = problem.y[:width]
+        assert not problem.check(repeat=problem.loss).wrong
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x * x.detach(), WrongTwice.apply, Reversed.apply, Turned.apply],
+    ids=["detached factor", "wrong double backward", "gradient reversal", "not symmetric"],
+)
+def test_wrong_products_are_found(change: Any) -> None:
+    problem = Problem(change)
+    assert problem.check(repeat=problem.loss).wrong
+
+
+def test_asymmetry_is_found_without_a_second_evaluation() -> None:
+    problem = Problem(Turned.apply, dtype=torch.float64)
+    found = problem.check()
+    assert found.asymmetric
+    assert math.isnan(found.difference)
+    assert problem.calls == 1
+
+
+def test_it_costs_one_product_and_one_gradient_or_two_products() -> None:
+    problem = Problem()
+    loss = problem.loss()
+    for repeat, products, calls in ((problem.loss, 1, 2), (None, 2, 2)):
+        linear = Hessian().linearize(loss, problem.params)
+        made: list[Any] = []
+        product = linear.curvature.matvec
+        setattr(linear.curvature, "matvec", lambda v, p=product, made=made: (made.append(1), p(v))[1])  # noqa: B010
+        check_products(linear, problem.params, problem.v, loss=loss, repeat=repeat)
+        assert len(made) == products
+        assert problem.calls == calls
+
+
+def test_a_step_that_cannot_be_repeated_is_no_wrong_product() -> None:
+    problem = Problem()
+    first = problem.x
+
+    def elsewhere() -> Tensor:
+        problem.x = torch.randn(32, 6)
+        return problem.loss()
+
+    found = problem.check(repeat=elsewhere)
+    problem.x = first
+    assert math.isnan(found.difference)
+    assert not found.wrong
+
+
+def test_other_curvatures_are_compared_among_themselves_alone() -> None:
+    problem = Problem(dtype=torch.float64)
+    outputs = problem.net(problem.x)
+    loss = functional.cross_entropy(outputs, problem.y)
+    newton = GaussNewton(outputs=outputs).linearize(loss, problem.params)
+    found = check_products(newton, problem.params, problem.v, loss=loss, repeat=problem.loss)
+    assert found.asymmetry < 1e-8
+    assert math.isnan(found.difference)
+    assert problem.check(FiniteDifference()).asymmetry < 1e-3
+    matrix = torch.randn(211, 211, dtype=torch.float64)
+    assert math.isnan(problem.check(GivenCurvature(operator=matrix)).asymmetry)
+
+
+def test_nothing_is_left_behind() -> None:
+    problem = Problem(lambda x: x * x.detach())
+    before, state = [p.clone() for p in problem.params], torch.get_rng_state()
+    assert problem.check(repeat=problem.loss).wrong
+    assert all(torch.equal(p, q) for p, q in zip(before, problem.params, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in problem.params)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_directions_without_length_are_not_compared(value: float) -> None:
+    problem = Problem()
+    problem.v = tuple(torch.full_like(a, value) for a in problem.v)
+    found = problem.check(repeat=problem.loss)
+    assert math.isnan(found.asymmetry)
+    assert not found.asymmetric
+    assert not found.wrong
