@@ -62,6 +62,8 @@ class WeightDecay(Hyperparameter):
         self._default_transform = transform is None
         # Natural bounds of each tensor's entries, once they are fitted to a run.
         self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
+        # The decays as numbers, and the state of the tensor that they belong to.
+        self._numbers: tuple[tuple[object, ...], dict[str, float]] | None = None
         self.parameter_names: tuple[str, ...] = ()
         self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
         # Patterns that have matched a name: the parameters they match may be frozen later.
@@ -165,10 +167,12 @@ class WeightDecay(Hyperparameter):
 
         ``rates`` are learning rates by the ``id`` of the parameters.
         """
-        for name, decay in self.decays().items():
+        for name, decay in self._applied().items():
             parameter = parameters[name]
-            if parameter.grad is not None:
-                parameter.mul_((1 - rates[id(parameter)] * decay).to(parameter.dtype))
+            if parameter.grad is None:
+                continue
+            factor = 1 - rates[id(parameter)] * decay
+            parameter.mul_(factor.to(parameter.dtype) if isinstance(factor, Tensor) else factor)
 
     @torch.no_grad()
     def add_gradient_(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
@@ -176,10 +180,26 @@ class WeightDecay(Hyperparameter):
 
         ``scale`` is the factor that gradients carry (a GradScaler's, before a fused optimizer takes it off).
         """
-        for name, decay in self.decays().items():
+        for name, decay in self._applied().items():
             parameter = parameters[name]
-            if parameter.grad is not None:
+            if parameter.grad is None:
+                continue
+            if isinstance(decay, Tensor):
                 parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter, value=scale)
+            else:
+                parameter.grad.add_(parameter, alpha=decay * scale)
+
+    def _applied(self) -> dict[str, Tensor | float]:
+        """Return the decays by name, as numbers where they are few: read once for each change of the tensors."""
+        if self.per == "parameter":
+            return dict(self.decays())
+        raw = self.tensors[self.per]
+        key = (id(raw), raw._version, self.parameter_names)
+        if self._numbers is None or self._numbers[0] != key:
+            values = self.transform.forward(raw.detach()).double().reshape(-1).tolist()
+            each = values if self.per == "tensor" else values * len(self.parameter_names)
+            self._numbers = key, dict(zip(self.parameter_names, each, strict=True))
+        return dict(self._numbers[1])
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""

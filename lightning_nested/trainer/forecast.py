@@ -53,7 +53,8 @@ class Forecast:
         self._mean: Vector | None = None
         self._means = 0
         self._inverse: KroneckerInverse | None = None
-        self._solved = 0  # outer steps so far
+        # Outer steps so far, and at the last factorization.
+        self._solved = self._factorized = 0
 
     # ---- the inner steps before an outer one
 
@@ -124,7 +125,9 @@ class Forecast:
 
     def kronecker_inverse(self, damping: float | None = None) -> LinearOperator:
         """Return (F + D + damping)⁻¹, factorized again at every ``refresh_every``-th outer step."""
-        if self._inverse is None or self._solved % self._point.refresh_every == 1 % self._point.refresh_every:
+        due = self._solved - self._factorized >= self._point.refresh_every
+        if self._inverse is None or due:
+            self._factorized = self._solved
             amounts = [d + r for d, r in zip(self._coupled_decays(), self._reach(damping), strict=True)]
             self._inverse = self.fisher.inverse(amounts)
         return self._inverse
@@ -183,14 +186,15 @@ class Forecast:
             "radius": self.radius,
             "mean": self._mean,
             "means": self._means,
-            "solved": self._solved,
+            "solved": (self._solved, self._factorized),
             "fisher": self.fisher.state_dict(),
             "inverse": None if self._inverse is None else self._inverse.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore; the statistics of another model begin again."""
-        self.radius, self._means, self._solved = state["radius"], state["means"], state["solved"]
+        self.radius, self._means = state["radius"], state["means"]
+        self._solved, self._factorized = state["solved"]
         mean = state["mean"]
         fits = mean is not None and [m.shape for m in mean] == [p.shape for p in self._parameters]
         self._mean = (

@@ -138,7 +138,7 @@ class OuterPlan:
     def add_decays(self, parameters: Mapping[str, Tensor], scale: float) -> None:
         """Apply the tuned decays as the optimizer would its own; ``scale`` is the factor on the gradients."""
         assert self._optimizer is not None
-        rates = decoupled_rates(self._optimizer) if self.outer.decays else {}
+        rates = decoupled_rates(self._optimizer) if self._own_decays else {}
         for decay in self.outer.decays:
             if rates:
                 decay.shrink_(parameters, rates)
