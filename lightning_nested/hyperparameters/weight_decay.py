@@ -20,7 +20,7 @@ from lightning_nested.linalg.vectors import Vector
 
 _INIT = 1e-4
 # Units of the run, see WeightDecay.fit_to_run.
-_START, _SMALLEST, _LARGEST = 3.0, 0.1, 30.0
+_START, _SMALLEST, _LARGEST = 3.0, 0.1, 15.0
 
 
 @checked
@@ -234,7 +234,7 @@ class WeightDecay(Hyperparameter):
         A decay of one unit shrinks a weight that gets no gradient by a factor e in the run: 1/(lr·steps) for a
         decoupled decay, mean(1/R)/steps for a coupled one, with R the optimizer's long-run step per unit of gradient.
         The decays start at three units, which was within a few per cent of the best fixed decay on most tasks that
-        were tried, and stay within a tenth of a unit and 30 units; for the time scale see Wang & Aitchison (2024),
+        were tried, and stay within a tenth of a unit and 15 units; for the time scale see Wang & Aitchison (2024),
         arXiv:2405.13698.
 
         Args:

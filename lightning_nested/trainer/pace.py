@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 _MOST, _FEWEST = 100, 25
 # Sum of the steps' lengths, in natural logarithms of a decay: from the start to either bound, with some to spare.
 _TRAVEL = 4.0
-_LONGEST = 0.35
+_LONGEST = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
