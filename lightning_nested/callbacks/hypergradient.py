@@ -59,13 +59,16 @@ class HypergradientCallback(OuterLoopCallback):
     Args:
         hyperparameters: :class:`Hyperparameter` objects, or dotted names of tensors or submodules of the module,
             which are then taken out of the inner optimizer.
-        optimizer: Function from the list of unconstrained tensors to a torch optimizer; default Adam of rate 0.05.
+        optimizer: Function from the list of unconstrained tensors to a torch optimizer; default Adam with a rate that
+            ends at zero with the run.
         scheduler: Function from that optimizer to a scheduler, stepped once an outer step.
-        solver: Solver that finds H⁻¹v.
+        solver: Solver that finds H⁻¹v; default ``KroneckerFactored()`` with ``LookAhead()``, else ``Neumann()``.
         curvature: Approximation of H: ``Hessian()`` (None), ``GaussNewton(outputs="name of the submodule that returns
             the logits")``, ``FiniteDifference()`` (evaluates ``training_step`` again, without side effects).
-        every_n_steps: Inner optimizer steps per outer step.
-        warmup_steps: Inner steps before the first outer step.
+        at: Where the outer loss is differentiated: ``LookAhead()``, or ``Current()`` for the current weights.
+        overhead: Share of the training's gradients that outer steps may cost, if ``every_n_steps`` is not given.
+        every_n_steps: Inner optimizer steps per outer step; default by ``overhead`` and the length of the run.
+        warmup_steps: Inner steps before the first outer step; default a tenth of the run.
         restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None: never.
         outer_dataloader: Loader, or function that returns one, in place of the validation data of ``fit``.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.

@@ -18,7 +18,7 @@ from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, Loo
 from lightning_nested.hyperparameters import OuterStep
 from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
-from lightning_nested.linalg.solvers.given import AnySolver, Identity, as_solver
+from lightning_nested.linalg.solvers.given import AnySolver, as_solver
 from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates, inverse_rates
 from lightning_nested.trainer.forecast import WATCHED_STEPS, Forecast
@@ -37,7 +37,7 @@ class OuterPlan:
     Args:
         outer: Hyperparameters and their optimizer.
         point: Where the outer loss is differentiated.
-        solver: The user's solver; None: ``KroneckerFactored()`` where only decays are tuned, else ``Identity()``.
+        solver: The user's solver; None: ``KroneckerFactored()`` with :class:`LookAhead`, else ``Neumann()``.
         overhead: Share of the training's own gradients that outer steps may cost.
         every_n_steps: Given by the user; None: by the budget.
         warmup_steps: Given by the user; None: a tenth of the run.
@@ -61,8 +61,8 @@ class OuterPlan:
     ) -> None:
         self.outer, self.point, self.overhead = outer, point, overhead
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
-        default = Identity() if outer.in_graph else KroneckerFactored()
-        self.solver: InverseSolver = default if solver is None else as_solver(solver)
+        default = KroneckerFactored() if isinstance(point, LookAhead) else None
+        self.solver: InverseSolver = as_solver(solver if solver is not None else default)
         self.pace: Pace | None = None
         self.forecast: Forecast | None = None
         self._default_optimizer = default_optimizer
@@ -81,6 +81,8 @@ class OuterPlan:
             overhead=self.overhead,
             every_n_steps=self.every_n_steps,
             warmup_steps=self.warmup_steps,
+            # Of weights per example, each outer step moves those of one batch.
+            limited=not any(h.moves_one_batch for h in self.outer.hyperparameters),
         )
         self.pace = pace
         loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps

@@ -52,7 +52,13 @@ class Pace:
 
 
 def plan(
-    trainer: Trainer, *, cost: float, overhead: float, every_n_steps: int | None, warmup_steps: int | None
+    trainer: Trainer,
+    *,
+    cost: float,
+    overhead: float,
+    every_n_steps: int | None,
+    warmup_steps: int | None,
+    limited: bool = True,
 ) -> Pace:
     """Return the plan of a run.
 
@@ -65,12 +71,13 @@ def plan(
         overhead: Share of the training's own gradients that outer steps may cost.
         every_n_steps: Given by the user; None: by the budget.
         warmup_steps: Given by the user; None: a tenth of the run.
+        limited: Whether a hundred outer steps are enough.
     """
     total = total_steps(trainer)
     warmup = warmup_steps if warmup_steps is not None else (total or 0) // 10
     if every_n_steps is None:
         every_n_steps = max(1, math.ceil(cost / overhead))
-        if total is not None:
+        if total is not None and limited:
             most = min(_MOST, max(_FEWEST, (total - warmup) // 40))
             every_n_steps = max(every_n_steps, (total - warmup) // most)
     return Pace(total_steps=total, every_n_steps=every_n_steps, warmup_steps=warmup, cost=cost)
