@@ -18,7 +18,6 @@ from lightning_nested.figures.game_spectrum import spectrum_figure
 from lightning_nested.games.adaptation import adapt_momenta
 from lightning_nested.games.joint_step import ADAPT_LIMIT
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum, measure_spectrum
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.eigenvalues import DENSE_LIMIT, SpectrumError, Which
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import step_dynamics
@@ -35,7 +34,7 @@ from lightning_nested.trainer.use import OneFitCallback
 
 
 @checked
-class GameSpectrumCallback(Constructed, OneFitCallback):
+class GameSpectrumCallback(OneFitCallback):
     """Measures the leading eigenvalues of a running :class:`GameModule`, and adapts its momentum on request.
 
     With J the Jacobian of the joint gradient (∂L_i/∂w_i)_i and D the diagonal that each optimizer puts before

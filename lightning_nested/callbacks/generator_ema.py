@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked, fraction
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
 from lightning_nested.trainer.use import OneFitCallback, Use
@@ -25,7 +24,7 @@ _POWER_ITERATIONS = 10
 
 
 @checked
-class GeneratorEMA(Constructed, OneFitCallback):
+class GeneratorEMA(OneFitCallback):
     """Average w̄ ← w̄ + (1 − d)(w − w̄) after each update of the generator; w̄ ← w up to and including ``start``.
 
     An update is one step of the optimizer that holds the generator's parameters, so discriminator steps,

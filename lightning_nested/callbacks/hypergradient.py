@@ -29,7 +29,8 @@ from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import accumulates, loss_scale, reduction, step_loss
-from lightning_nested.trainer.outer_loop import OfLoop, OuterLoop, OuterLoopCallback
+from lightning_nested.trainer.outer_loop import OuterLoop
+from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.requirements import refuse_strategy

@@ -19,7 +19,6 @@ from lightning_nested.arguments import at_least, checked
 from lightning_nested.dynamics.lyapunov import kaplan_yorke_dimension
 from lightning_nested.dynamics.tangents import Tangents
 from lightning_nested.files import replace_figure
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.follower import Follower
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @checked
-class LyapunovCallback(Constructed, OneFitCallback):
+class LyapunovCallback(OneFitCallback):
     """Measures how fast small differences of the weights grow during training.
 
     ``on_before_backward`` hands over the training loss with its graph: k products with its Hessian push k tangents of

@@ -19,7 +19,6 @@ from lightning_nested.callbacks.generative_metrics.callback import (
 )
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.files import replacing
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.run_folder import keeps_files
@@ -27,7 +26,7 @@ from lightning_nested.trainer.use import OneFitCallback
 
 
 @checked
-class SampleGrid(Constructed, OneFitCallback):
+class SampleGrid(OneFitCallback):
     """Grid with one row per class, each image from the same z at every time, for TensorBoard and as PNG files.
 
     Files are ``grids/<game updates>.png`` under ``default_root_dir``. If :class:`GeneratorEMA` is among the callbacks,

@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.figures.game_report import game_figure
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.trainer.run_folder import run_folder, write_report
 from lightning_nested.trainer.use import OneFitCallback
 
@@ -21,7 +20,7 @@ _FLOOR = 1e-13
 
 
 @checked
-class GameReport(Constructed, OneFitCallback):
+class GameReport(OneFitCallback):
     """Report of a :class:`ZooGame` at the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png``.
 
     The measured rate is the mean factor of the distance per game update over the second half of the run, down to the

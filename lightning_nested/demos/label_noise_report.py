@@ -19,7 +19,6 @@ from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.demos.reference_runs import fit_like, test_like
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import run_folder, write_report
@@ -30,7 +29,7 @@ _METRIC = "test_accuracy"
 
 
 @checked
-class LabelNoiseReport(Constructed, OneFitCallback):
+class LabelNoiseReport(OneFitCallback):
     """Measure, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
 
     A copy of the untrained module is trained twice more without tuning: on the same noisy labels, and on the

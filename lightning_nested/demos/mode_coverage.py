@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_nested.arguments import at_least as require_at_least, checked
 from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.games import high_quality, modes_covered
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import run_folder, write_report
@@ -20,7 +19,7 @@ from lightning_nested.trainer.use import OneFitCallback
 
 
 @checked
-class ModeCoverage(Constructed, OneFitCallback):
+class ModeCoverage(OneFitCallback):
     """Count the covered modes and good samples of a :class:`GANModule` while it trains.
 
     A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.trainer.requirements import refuse_other_lightning
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -86,8 +87,8 @@ class Use:
         return Use, ()
 
 
-class OneFitCallback(Callback):
-    """Callback that one ``fit`` uses at a time: base of the package's callbacks.
+class OneFitCallback(Constructed, Callback):
+    """Callback that one ``fit`` uses at a time, and that prints as its constructor call: base of the package's callbacks.
 
     A subclass calls ``super()`` in ``setup`` and ``teardown``. ``use.at_end`` takes what is to be undone when the fit
     ends, and ``use.changed`` tells in ``setup`` whether this fit is of another run.

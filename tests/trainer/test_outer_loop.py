@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hyperparameters import OuterReport, OuterStep, WeightDecay
-from lightning_nested.trainer.outer_loop import OuterLoop, reinitialize
+from lightning_nested.trainer.outer_loop import OuterLoop
+from lightning_nested.trainer.restart import reinitialize
 from tests.trainers import trainer
 
 

@@ -42,7 +42,6 @@ from lightning_nested.callbacks.generative_metrics.scores import (
     precision_recall,
 )
 from lightning_nested.files import append_line
-from lightning_nested.hyperparameters.constructed import Constructed
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.random_stream import RandomStream
@@ -89,7 +88,7 @@ def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
 
 
 @checked
-class GenerativeMetrics(Constructed, OneFitCallback):
+class GenerativeMetrics(OneFitCallback):
     """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
 
     Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are

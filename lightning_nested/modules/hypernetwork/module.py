@@ -36,7 +36,8 @@ from lightning_nested.modules.hypernetwork.setup import (
 )
 from lightning_nested.modules.hypernetwork.steps import ResponseSteps
 from lightning_nested.trainer.attributes import bind_hyperparameters
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
+from lightning_nested.trainer.outer_loop import OuterLoop
+from lightning_nested.trainer.outer_loop_owners import HasOuterLoop, state_of_outer_steps
 from lightning_nested.trainer.use import OneFitModule, Use
 
 

@@ -26,7 +26,8 @@ from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.attributes import attach_hyperparameters, bind_hyperparameters, load_bound
 from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
-from lightning_nested.trainer.outer_loop import HasOuterLoop, OuterLoop, state_of_outer_steps
+from lightning_nested.trainer.outer_loop import OuterLoop
+from lightning_nested.trainer.outer_loop_owners import HasOuterLoop, state_of_outer_steps
 from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 from lightning_nested.trainer.use import OneFitModule, Use
