@@ -10,7 +10,8 @@ Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -112,12 +113,8 @@ def implicit_result(
             if inspect is not None:
                 inspect(problem, b)
         inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
-        try:
+        with _explain_infinite_curvature(inner_loss, w, problem):
             solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
-        except FloatingPointError as error:
-            if isinstance(inner_loss, Tensor) and problem is not None:
-                _explain_infinite_curvature(error, inner_loss, w, problem.gradient)
-            raise
         found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
         plain = inner.hypergradient(b, direct, allow_unused)[:2] if compare_identity else None
     return ImplicitResult(
@@ -244,15 +241,20 @@ def _calibrated(problem: Linearization, b: Vector, state: SolverState | None) ->
     return replace(state, length=operator.length, solves=solves)
 
 
-def _explain_infinite_curvature(
-    error: FloatingPointError, loss: Tensor, params: Vector, gradient: Vector
-) -> None:
+@contextmanager
+def _explain_infinite_curvature(loss: Loss, params: Vector, problem: Linearization | None) -> Iterator[None]:
     """Raise an error that names the operation, if the gradient is finite and a derivative of it is not."""
-    if not all(bool(g.isfinite().all()) for g in gradient):
-        return
-    if names := infinite_operations(loss, params):
+    try:
+        yield
+    except FloatingPointError as error:
+        if not isinstance(loss, Tensor) or problem is None:
+            raise
+        finite = all(bool(g.isfinite().all()) for g in problem.gradient)
+        names = infinite_operations(loss, params) if finite else ""
+        if not names:
+            raise
         raise FloatingPointError(
-            f"The second derivative of the inner loss must be finite. Got a finite gradient whose derivative is not in "
+            "The second derivative of the inner loss must be finite. Got a finite gradient whose derivative is not in "
             f"{names} (as in a norm or a root at 0): use curvature=FiniteDifference(), or keep the operation away from "
             "there, (x² + ε).sqrt() in place of x.norm() say."
         ) from error

@@ -88,7 +88,7 @@ class Use:
 
 
 class OneFitCallback(Constructed, Callback):
-    """Callback that one ``fit`` uses at a time, and that prints as its constructor call: base of the package's callbacks.
+    """Base of the package's callbacks: one ``fit`` uses it at a time, and it prints as its constructor call.
 
     A subclass calls ``super()`` in ``setup`` and ``teardown``. ``use.at_end`` takes what is to be undone when the fit
     ends, and ``use.changed`` tells in ``setup`` whether this fit is of another run.
