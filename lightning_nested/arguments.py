@@ -67,38 +67,48 @@ def check(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
 
 
 def at_least(least: float, /, **values: Any) -> None:
-    """Refuse the first of these numbers, or lists of numbers, that is less; None is allowed.
+    """Refuse the first of these numbers, or lists or mappings of numbers, that is less; None is allowed.
 
     Raises:
         ValueError: It names the number.
     """
-    for name, value in values.items():
-        if value is not None and not all(
-            v >= least for v in (value if isinstance(value, Iterable) else [value])
-        ):
-            raise ValueError(f"{name} must be at least {least}. Got {shown(value)}.")
+    _refuse(values, lambda v: v >= least, f"be at least {least}")
 
 
 def positive(**values: Any) -> None:
-    """Refuse the first of these numbers that is not above 0, or infinite; None is allowed.
+    """Refuse the first of these numbers that is not above 0, or infinite; see :func:`at_least`.
 
     Raises:
         ValueError: It names the number.
     """
-    for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive. Got {shown(value)}.")
+    _refuse(values, lambda v: 0 < v < math.inf, "be positive")
 
 
 def fraction(**values: Any) -> None:
-    """Refuse the first of these numbers that does not lie in [0, 1); None is allowed.
+    """Refuse the first of these numbers that does not lie in [0, 1); see :func:`at_least`.
 
     Raises:
         ValueError: It names the number.
     """
+    _refuse(values, lambda v: 0 <= v < 1, "lie in [0, 1)")
+
+
+def within(least: float, most: float, /, **values: Any) -> None:
+    """Refuse the first of these numbers that lies outside of the closed interval; see :func:`at_least`.
+
+    Raises:
+        ValueError: It names the number.
+    """
+    _refuse(values, lambda v: least <= v <= most, f"lie in [{least}, {most}]")
+
+
+def _refuse(values: Mapping[str, Any], fits: Callable[[Any], bool], condition: str) -> None:
     for name, value in values.items():
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1). Got {shown(value)}.")
+        held = value.values() if isinstance(value, Mapping) else value
+        # A tensor of one number is iterable to Python, until it is asked for its items.
+        several = isinstance(held, Iterable) and getattr(held, "ndim", 1) > 0
+        if value is not None and not all(map(fits, held if several else [held])):
+            raise ValueError(f"{name} must {condition}. Got {shown(value)}.")
 
 
 def shown(value: Any) -> str:

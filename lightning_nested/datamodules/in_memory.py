@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_nested.arguments import at_least, checked
+from lightning_nested.arguments import at_least, checked, within
 
 Batch = tuple[Tensor, ...]
 
@@ -120,8 +120,7 @@ class InMemoryDataModule(LightningDataModule):
         super().__init__()
         at_least(1, train_size=train_size, batch_size=batch_size, val_batch_size=val_batch_size)
         at_least(0, val_size=val_size, seed=seed, num_workers=num_workers)
-        if not 0.0 <= wrong_label_fraction <= 1.0:
-            raise ValueError(f"`wrong_label_fraction` must lie in [0, 1]. Got {wrong_label_fraction}.")
+        within(0, 1, wrong_label_fraction=wrong_label_fraction)
         self.train_size, self.val_size, self.seed = train_size, val_size, seed
         self.wrong_label_fraction, self.use_clean_labels = wrong_label_fraction, use_clean_labels
         self.with_index, self.symmetric, self.drop_last = with_index, symmetric, drop_last

@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 import numpy as np
 from scipy.optimize import differential_evolution, minimize_scalar
 
-from lightning_nested.arguments import checked
+from lightning_nested.arguments import checked, fraction
 from lightning_nested.games.rates import Array, Eigenvalues, as_eigenvalues, momentum_radii
 from lightning_nested.games.search import search
 from lightning_nested.optim.options import ROUNDED_PI
@@ -96,7 +96,7 @@ def suggest_momentum(
         >>> round(suggest_momentum([1j], phase=math.pi / 8).rate, 4), round(suggest_momentum([1j]).rate, 4)
         (0.9354, 0.8882)
     """
-    phase = _checked_phase(phase, noise, cutoff, unstable)
+    phase = _checked_phase(phase, noise, cutoff)
     kept, scale = _upper_half(as_eigenvalues(eigenvalues).reshape(-1), cutoff)
     kept, dropped = _stable(kept, unstable, noise)
     targets = _perturbed(kept, noise) / scale
@@ -285,13 +285,9 @@ def _spread(values: Array, count: int) -> Array:
     return np.array(chosen)
 
 
-def _checked_phase(phase: float | None, noise: float, cutoff: float, unstable: str) -> float | None:
+def _checked_phase(phase: float | None, noise: float, cutoff: float) -> float | None:
     """Refuse arguments out of range, and return the phase in [−π, π]."""
     if phase is not None and not abs(phase) <= ROUNDED_PI:
         raise ValueError(f"phase must lie in [-π, π], or be None. Got {phase}.")
-    for name, value in (("noise", noise), ("cutoff", cutoff)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1). Got {value}.")
-    if unstable not in ("raise", "drop"):
-        raise ValueError(f"unstable must be 'raise' or 'drop'. Got {unstable!r}.")
+    fraction(noise=noise, cutoff=cutoff)
     return None if phase is None else min(max(float(phase), -math.pi), math.pi)

@@ -255,5 +255,4 @@ def _check_arguments(
         )
     if num_directions < 1:
         raise ValueError(f"num_directions must be >= 1. Got {num_directions}.")
-    positive(epsilon=epsilon)
-    positive(tolerance=tolerance)
+    positive(epsilon=epsilon, tolerance=tolerance)

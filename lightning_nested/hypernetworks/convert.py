@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.arguments import checked
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypernetworks import layers
 from lightning_nested.hypernetworks.layers.base import HyperLayer, OnePointError, RowResponse
 from lightning_nested.hypernetworks.linearized import ForwardModeError, Weights, dual_change
@@ -69,8 +69,7 @@ class BestResponse(Response):
     ) -> None:
         super().__init__(module, num_hyperparameters, batch_dim)
         rank = min(2, num_hyperparameters) if rank is None else rank
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1. Got {rank}.")
+        at_least(1, rank=rank)
         general = self.general_parameters()
         by_layers: dict[int, RowResponse] = {}
         elsewhere: set[int] = set()  # parameters that another kind of module reads too

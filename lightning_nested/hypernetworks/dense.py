@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lightning_nested.arguments import checked
+from lightning_nested.arguments import at_least, checked
 from lightning_nested.hypernetworks.response import Response
 from lightning_nested.linalg.vectors import unflatten
 
@@ -67,8 +67,7 @@ class FactorisedResponse(Response):
 
     def __init__(self, module: nn.Module, num_hyperparameters: int, rank: int = 10) -> None:
         super().__init__(module, num_hyperparameters)
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1. Got {rank}.")
+        at_least(1, rank=rank)
         example = next(iter(self.general_parameters().values())).detach()
         encoder = torch.randn(rank, num_hyperparameters).to(example)
         self.encoder = nn.Parameter(encoder / num_hyperparameters**0.5)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_nested.arguments import at_least
 from lightning_nested.hypernetworks.layers.base import Point, check_hyperparameters
 from lightning_nested.hypernetworks.layers.reads import check_reads
 from lightning_nested.hypernetworks.linearized import (
@@ -67,8 +68,7 @@ class Response(nn.Module):
 
     def __init__(self, module: nn.Module, num_hyperparameters: int, batch_dim: int = 0) -> None:
         super().__init__()
-        if num_hyperparameters < 1:
-            raise ValueError(f"num_hyperparameters must be at least 1. Got {num_hyperparameters}.")
+        at_least(1, num_hyperparameters=num_hyperparameters)
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
             raise ValueError(
                 f"The parameters must be initialised. Got lazy ones in {type(module).__name__}; call it once."

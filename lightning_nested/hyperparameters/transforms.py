@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_nested.arguments import checked
+from lightning_nested.arguments import checked, positive
 
 
 class Transform(ABC):
@@ -140,8 +140,7 @@ class Interval(Transform):
     def __post_init__(self) -> None:
         if not self.lower < self.upper:
             raise ValueError(f"lower < upper must hold. Got lower={self.lower}, upper={self.upper}.")
-        if not self.limit > 0:
-            raise ValueError(f"limit must be positive. Got {self.limit}.")
+        positive(limit=self.limit)
 
     @property
     def resolution(self) -> float:

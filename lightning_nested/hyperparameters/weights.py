@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lightning_nested.arguments import checked, is_number
+from lightning_nested.arguments import at_least, checked, is_number
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Interval, Softplus, Transform
 
@@ -60,8 +60,7 @@ class ExampleWeights(BoundHyperparameter):
         name: str = "example_weights",
     ) -> None:
         super().__init__()
-        if num_examples < 1:
-            raise ValueError(f"num_examples must be at least 1. Got {num_examples}.")
+        at_least(1, num_examples=num_examples)
         self.num_examples, self.init, self.name = num_examples, init, name
         self._use(transform or Interval(upper=1.0 if init < 1.0 else 2.0 * init), init)
 

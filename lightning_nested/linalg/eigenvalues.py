@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import linalg as sparse
 from torch import Tensor
 
+from lightning_nested.arguments import at_least, checked, within
 from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.vectors import flatten, unflatten
@@ -46,6 +47,7 @@ class Spectrum:
     size: int  # N, of the space
 
 
+@checked
 def leading_eigenvalues(
     operator: LinearOperator,
     k: int | None = None,
@@ -220,8 +222,6 @@ def _check_arguments(
     product: _Counted, k: int | None, which: Which, tolerance: float | None, max_products: int
 ) -> None:
     size = product.size
-    if which not in get_args(Which):
-        raise ValueError(f"which must be one of {get_args(Which)}. Got {which!r}.")
     if which == "largest_imaginary" and product.operator.symmetric:
         raise ValueError(
             "which='largest_imaginary' needs an operator that is not symmetric, whose eigenvalues are not all real. "
@@ -229,14 +229,11 @@ def _check_arguments(
         )
     if k is None and size > DENSE_LIMIT:
         raise ValueError(f"All eigenvalues need n <= {DENSE_LIMIT}. Got n={size}; give k.")
-    if k is not None and not 1 <= k <= size:
-        raise ValueError(f"k must lie in [1, {size}]. Got {k}.")
+    within(1, size, k=k)
     if k is not None and size > DENSE_LIMIT and _subspace(size, k) >= size:
         raise ValueError(
             f"k must be at most (n - 2)/2 = {(size - 2) // 2} where n={size} > {DENSE_LIMIT}, "
             f"for more need the dense matrix. Got {k}."
         )
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance must be non-negative. Got {tolerance}.")
-    if max_products < 1:
-        raise ValueError(f"max_products must be at least 1. Got {max_products}.")
+    at_least(0, tolerance=tolerance)
+    at_least(1, max_products=max_products)

@@ -105,15 +105,3 @@ def check_loss(name: str, module: LightningModule, loss: object, *, player: str 
             raise MisconfigurationException(f"{where}: {HIDDEN}")
         seen.add((name, player))
     return loss.reshape(())
-
-
-def check_clipping(limit: float | None, algorithm: str) -> None:
-    """Refuse options of gradient clipping that :meth:`InnerProblem.limit` has no meaning for.
-
-    Raises:
-        ValueError: The limit is not positive, or the algorithm is unknown.
-    """
-    if limit is not None and not limit > 0:
-        raise ValueError(f"gradient_clip_val must be positive, or None. Got {limit}.")
-    if algorithm not in ("norm", "value"):
-        raise ValueError(f"gradient_clip_algorithm must be 'norm' or 'value'. Got {algorithm!r}.")

@@ -65,6 +65,7 @@ class OuterPlan:
         self.solver: InverseSolver = as_solver(solver if solver is not None else default)
         self.pace: Pace | None = None
         self.forecast: Forecast | None = None
+        self._ahead = 0  # inner steps up to the next outer one
         self._default_optimizer = default_optimizer
         self._optimizer: Optimizer | None = None
         self._parameters: tuple[nn.Parameter, ...] = ()
@@ -133,9 +134,24 @@ class OuterPlan:
 
     # ---- an inner step
 
-    def ahead(self, due: Callable[[int], bool], step: int) -> int:
-        """Return the steps from ``step`` to the next outer one; many, where it is too far to matter."""
-        return next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9)
+    def foresee(self, due: Callable[[int], bool], step: int) -> None:
+        """Find how far the next outer step is from ``step``, and what the forecast watches until then."""
+        if self.forecast is not None:
+            # Many, where it is too far to matter.
+            self._ahead = next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9)
+            self.forecast.watch(self._ahead)
+
+    def observe_gradient(self, trainer: Trainer, *, scale: float, hook_scale: float) -> None:
+        """Give the forecast the gradients of this inner step; see :meth:`Forecast.gradient`."""
+        if self.forecast is not None:
+            self.forecast.gradient(
+                self._ahead,
+                scale=scale,
+                hook_scale=hook_scale,
+                reduce=reduction(trainer),
+                batches=trainer.accumulate_grad_batches,
+                processes=trainer.world_size,
+            )
 
     def add_decays(self, parameters: Mapping[str, Tensor], scale: float) -> None:
         """Apply the tuned decays as the optimizer would its own; ``scale`` is the factor on the gradients."""

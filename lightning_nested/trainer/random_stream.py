@@ -79,6 +79,15 @@ def base_seed(trainer: Trainer) -> int:
     return int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))
 
 
+def seed_processes_apart(trainer: Trainer) -> None:
+    """Let each process but the first draw random numbers of its own from now on."""
+    if trainer.world_size > 1:
+        # Every process takes part in agreeing on it.
+        seed = base_seed(trainer)
+        if trainer.global_rank > 0:
+            torch.manual_seed(seed + 7_368_787 * trainer.global_rank)
+
+
 def random_states(trainer: Trainer) -> list[dict[str, Any]]:
     """Return states of torch, NumPy and ``random``, one dictionary per process; called on all of them together."""
     numpy_state: Any = np.random.get_state()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -43,4 +43,29 @@ def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) ->
         raise MisconfigurationException(
             f"{who} differentiates the training loss before DDP does, so DDP must not take the graph to be static. "
             "Got DDPStrategy(static_graph=True); leave it out."
+        )
+
+
+def refuse_loss_scaling(trainer: Trainer, who: str, why: str = "") -> None:
+    """Refuse a precision that scales losses (fp16), in the name of class ``who``, which steps optimizers itself.
+
+    Raises:
+        MisconfigurationException: With a cure.
+    """
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"{who} scales no losses{why}. Got precision={trainer.precision}; use 'bf16-mixed'."
+        )
+
+
+def require_hooks(ran: bool, module: LightningModule, who: str, hooks: str) -> None:
+    """Refuse to go on where ``hooks`` of class ``who`` have not run, because a subclass overrides one.
+
+    Raises:
+        MisconfigurationException: With a cure.
+    """
+    if not ran:
+        raise MisconfigurationException(
+            f"{who} must be started by its hooks ({hooks}). "
+            f"Got a {type(module).__name__} that overrides one without calling super()'s."
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from lightning_nested.dynamics.maps import recorded
 from lightning_nested.dynamics.update_map import UpdateMap
 from lightning_nested.linalg.vectors import Vector
 
-_OBJECTIVES = ("max", "min", "sum", "positive")
 _SCREENED = 1024  # candidates at a time: states and frames of more leave the cache
 
 
@@ -48,7 +48,7 @@ class Branching:
             forward pass.
     """
 
-    objective: str = "max"
+    objective: Literal["max", "min", "sum", "positive"] = "max"
     num_exponents: int = 1  # n
     horizon: int = 20  # H
     candidates: int = 1
@@ -59,8 +59,6 @@ class Branching:
     segment: int | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in _OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}. Got {self.objective!r}.")
         at_least(1, num_exponents=self.num_exponents, horizon=self.horizon)
         at_least(1, candidates=self.candidates, points=self.points, segment=self.segment)
         if self.points > self.candidates:

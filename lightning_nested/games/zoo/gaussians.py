@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_nested.arguments import checked, positive
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.games.zoo.game import Game
 from lightning_nested.games.zoo.modes import ring
 
@@ -60,9 +60,7 @@ class GaussiansGAN(Game):
         saturating: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        widths = (noise_dim, batch_size, *hidden)
-        if min(widths) < 1:
-            raise ValueError(f"noise_dim, batch_size and hidden must be at least 1. Got {widths}.")
+        at_least(1, noise_dim=noise_dim, batch_size=batch_size, hidden=hidden)
         positive(std=std)
         self.centres, self.std, self.saturating = ring(num_modes, radius), std, saturating
         self.noise_dim, self.batch_size = noise_dim, batch_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nested.arguments import checked, positive
+from lightning_nested.arguments import checked, positive, within
 from lightning_nested.games.zoo.game import Game
 
 # After (own, other's) moves CC, CD, DC, DD: costs, minus the rewards −1, −3, 0, −2.
@@ -124,8 +124,7 @@ class PenniesAndDilemma(PolicyGame):
     """
 
     def __init__(self, share: float = 0.5, dilemma: SmallIPD | None = None) -> None:
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"share must lie in [0, 1]. Got {share}.")
+        within(0, 1, share=share)
         self.share = share
         self.dilemma = dilemma if dilemma is not None else SmallIPD()
         self.pennies = MatchingPennies()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_nested.arguments import checked, positive
+from lightning_nested.arguments import at_least, checked, positive
 
 
 @checked
@@ -17,8 +17,7 @@ def ring(num_modes: int = 8, radius: float = 2.0, *, dtype: torch.dtype = torch.
     >>> ring(4, 1.0).round(decimals=6).abs().tolist()
     [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
     """
-    if num_modes < 1:
-        raise ValueError(f"num_modes must be at least 1. Got {num_modes}.")
+    at_least(1, num_modes=num_modes)
     positive(radius=radius)
     angle = torch.arange(num_modes, dtype=dtype) * (2 * math.pi / num_modes)
     return radius * torch.stack([angle.cos(), angle.sin()], dim=1)

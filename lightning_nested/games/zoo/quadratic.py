@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_nested.arguments import checked
+from lightning_nested.arguments import at_least, checked, within
 from lightning_nested.games.zoo.game import Game
 
 
@@ -74,10 +74,8 @@ class QuadraticGame(Game):
         Raises:
             ValueError: ``adversarial`` outside [0, 1] or ``size`` below 1.
         """
-        if not 0.0 <= adversarial <= 1.0:
-            raise ValueError(f"adversarial must lie in [0, 1]. Got {adversarial}.")
-        if size < 1:
-            raise ValueError(f"size must be at least 1. Got {size}.")
+        within(0, 1, adversarial=adversarial)
+        at_least(1, size=size)
         a, b, share = torch.rand(3, size, generator=generator, dtype=torch.float64)
         share = share * adversarial
         return cls((1 - share) * a, share * b, (1 - share) * a)

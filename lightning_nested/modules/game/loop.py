@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_nested.arguments import at_least, checked
+from lightning_nested.arguments import at_least, checked, positive
 
 Update = Literal["simultaneous", "alternating"]
 Slot = tuple[tuple[str, ...], ...]
@@ -36,10 +36,7 @@ class GameLoop:
 
     def __post_init__(self) -> None:
         at_least(1, accumulate_grad_batches=self.accumulate_grad_batches)
-        clip = self.gradient_clip_val
-        limits = [] if clip is None else list(clip.values()) if isinstance(clip, dict) else [clip]
-        if not all(limit > 0 for limit in limits):
-            raise ValueError(f"gradient_clip_val must be positive, or None. Got {clip}.")
+        positive(gradient_clip_val=self.gradient_clip_val)
         if self.reuse_batch and self.accumulate_grad_batches > 1:
             raise ValueError(
                 "reuse_batch=True lets two steps see one batch, which accumulation over several cannot do. Got "
@@ -93,8 +90,6 @@ def schedule(
 
 def check_steps(update: str, steps: Mapping[str, int]) -> None:
     """Refuse orders and numbers of steps that are wrong for any players."""
-    if update not in ("simultaneous", "alternating"):
-        raise ValueError(f"update must be 'simultaneous' or 'alternating'. Got {update!r}.")
     for name, k in steps.items():
         if k < 1:
             raise ValueError(

@@ -8,11 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
@@ -20,18 +17,20 @@ from typing_extensions import override
 from lightning_nested.arguments import check
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_factories, check_monitors, check_players
-from lightning_nested.modules.game.loop import GameLoop, Slot, Update, check_steps, schedule
+from lightning_nested.modules.game.log_losses import log_losses
+from lightning_nested.modules.game.loop import GameLoop, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
     Player,
     build_optimizers,
     check_gradient_counts,
     match_players,
 )
+from lightning_nested.modules.game.round import Round
 from lightning_nested.modules.game.steps import PlayerSteps
 from lightning_nested.trainer.checkpoint_advice import WithoutCheckpointAdvice
 from lightning_nested.trainer.lightning import built_by_command_line, log_by_game_updates, reduction
-from lightning_nested.trainer.random_stream import base_seed, random_states, restore_random_state
-from lightning_nested.trainer.requirements import refuse_strategy
+from lightning_nested.trainer.random_stream import random_states, restore_random_state, seed_processes_apart
+from lightning_nested.trainer.requirements import refuse_loss_scaling, refuse_strategy, require_hooks
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 from lightning_nested.trainer.use import OneFitModule, Use
 
@@ -124,14 +123,15 @@ class GameModule(OneFitModule, LightningModule):
         steps_per_player: dict[str, int] | None = None,
         loop: GameLoop = GameLoop(),  # noqa: B008 - frozen
     ) -> None:
+        # First: these errors say how to write the function.
+        check_factories("optimizer", optimizer, optimizers)
+        check_factories("scheduler", scheduler, schedulers)
         check(GameModule.__init__, locals())
         super().__init__()
         if built_by_command_line():  # saves the configuration, all plain data, in place of the values
             self.save_hyperparameters()
         self.automatic_optimization = False
         check_steps(update, steps_per_player or {})
-        check_factories("optimizer", optimizer, optimizers)
-        check_factories("scheduler", scheduler, schedulers)
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
         self.player_batches: Counter[str] = Counter()
@@ -140,8 +140,7 @@ class GameModule(OneFitModule, LightningModule):
         self.joint_graph = False
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._make_optimizers, self._make_schedulers = dict(optimizers or {}), dict(schedulers or {})
-        self._schedule: list[Slot] = []
-        self._position = 0  # slots of the current round that are done
+        self._round = Round()
         self._started = False  # True once on_train_start has run in this fit
         self._epoch_open = False  # True where a checkpoint would be from the middle of an epoch
         self._steps = PlayerSteps()
@@ -210,7 +209,7 @@ class GameModule(OneFitModule, LightningModule):
 
     def has_open_update(self) -> bool:
         """Return True between the first batch of a game update and its last player's step."""
-        return self._position > 0 or self._steps.sums.count > 0
+        return self._round.position > 0 or self._steps.sums.count > 0
 
     # ---- lifecycle
 
@@ -225,21 +224,18 @@ class GameModule(OneFitModule, LightningModule):
         # What an earlier validate(ckpt_path=...) or load_from_checkpoint read: fit restores after setup.
         self._saved = None
         refuse_strategy(self.trainer, "GameModule")
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise MisconfigurationException(
-                "GameModule scales no losses: one scale for players of different size would hide which of them "
-                f"overflows. Got precision={self.trainer.precision}; use 'bf16-mixed'."
-            )
+        why = ": one scale for players of different size would hide which of them overflows"
+        refuse_loss_scaling(self.trainer, "GameModule", why)
 
     @override
     def on_fit_start(self) -> None:
         _check_hooks(self, True)
         names = list(check_players(type(self).__name__, self.players()))
-        self._schedule = schedule(
+        self._round.slots = schedule(
             names, self.update, self.steps_per_player, reuse_batch=self.loop.reuse_batch
         )
         self._match_players()
-        check_gradient_counts(self._schedule, self._players, self.loop.accumulate_grad_batches)
+        check_gradient_counts(self._round.slots, self._players, self.loop.accumulate_grad_batches)
         check_monitors(config.scheduler for config in self.trainer.lr_scheduler_configs)
 
         if self._saved is not None:
@@ -260,19 +256,15 @@ class GameModule(OneFitModule, LightningModule):
         if saved is None:
             # A Trainer that fits again goes on.
             if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
-                self.game_updates = self.gradient_evaluations = self._position = 0
+                self.game_updates = self.gradient_evaluations = self._round.position = 0
                 self.player_batches.clear()
                 self._steps = PlayerSteps()
-            if self.trainer.world_size > 1:
-                seed = base_seed(self.trainer)  # every process takes part in agreeing on it
-                if self.global_rank > 0:  # with the latents of process 0, the batch would only seem larger
-                    torch.manual_seed(seed + 7_368_787 * self.global_rank)
+            # With the latents of process 0 in every process, the batch would only seem larger.
+            seed_processes_apart(self.trainer)
             return
-        self._position = saved["position"] % len(self._schedule)
         self._epoch_open = saved["epoch_open"]
         self._steps.sums.load_state_dict(saved["sums"], self.device)
-        if _is_other_round(saved, self._schedule):
-            self._position = 0
+        if not self._round.resume(saved):
             self._steps.sums.clear()
         if self._epoch_open:
             restore_random_state(saved["random"], self.global_rank)
@@ -296,19 +288,18 @@ class GameModule(OneFitModule, LightningModule):
 
     def _play(self, batch: Any, *, full: bool) -> None:
         """Let the players of the next slot see a batch, and step if it is their last one."""
-        ends = full and self._position + 1 == len(self._schedule)
-        slot = self._schedule[self._position]
+        slot, ends = self._round.slot, full and self._round.is_last
         self.batch_players = tuple(name for names in slot for name in names)
         for k, names in enumerate(slot):
             players = [self._players[name] for name in names]
             self._steps.play(self, players, batch, full=full, last=ends and k + 1 == len(slot))
         self.step_cache.clear()
         if full:
-            self._position = 0 if ends else self._position + 1
+            self._round.advance()
         if ends:
             self.game_updates += 1
             self.on_game_update()
-            _log(self, self._steps.losses)
+            log_losses(self, self._steps.losses)
             step_schedulers(self, "step", self.game_updates)
 
     @override
@@ -320,13 +311,12 @@ class GameModule(OneFitModule, LightningModule):
         if self._saved is not None:
             checkpoint["game"] = dict(self._saved)
         elif self._players:
-            players = [self._players[name] for name in self._schedule[self._position][0]]
+            players = [self._players[name] for name in self._round.slot[0]]
             checkpoint["game"] = {
                 "game_updates": self.game_updates,
                 "gradient_evaluations": self.gradient_evaluations,
                 "player_batches": dict(self.player_batches),
-                "position": self._position,
-                "schedule": _plain(self._schedule),
+                **self._round.state_dict(),
                 "epoch_open": self._epoch_open,
                 "sums": self._steps.sums.state_dict(players, reduction(self.trainer)),
                 "random": random_states(self.trainer),
@@ -349,50 +339,12 @@ class GameModule(OneFitModule, LightningModule):
 
 def _check_hooks(module: GameModule, ran: bool) -> None:
     """Refuse to go on where ``setup`` has not run, or another hook that must have."""
-    if not (ran and module._use.is_open):
-        raise MisconfigurationException(
-            f"GameModule must be started by its hooks ({_HOOKS}). "
-            f"Got a {type(module).__name__} that overrides one without calling super()'s."
-        )
+    require_hooks(ran and module._use.is_open, module, "GameModule", _HOOKS)
 
 
 def _ends_dev_run(module: GameModule) -> bool:
     """Return True if a ``fast_dev_run``, which tries every player, still lacks a game update."""
     return bool(module.trainer.fast_dev_run) and module.game_updates == 0  # type: ignore[attr-defined]
-
-
-def _log(module: GameModule, losses: Mapping[str, Tensor]) -> None:
-    """Show the losses to callbacks and the progress bar, and to loggers where they are due."""
-    trainer = module.trainer
-    metrics: dict[str, Any] = {f"{name}_loss": loss for name, loss in losses.items()}
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    if every > 0 and module.game_updates % every == 0:
-        metrics |= module.game_metrics()
-        for logger in trainer.loggers:
-            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=module.game_updates)
-    # Every time: callbacks monitor them also in an epoch shorter than log_every_n_steps. Not by self.log: it costs
-    # as much as a small game's update, to aggregate what nobody asks for.
-    shown = {k: torch.as_tensor(v, device=module.device) for k, v in metrics.items()}
-    trainer.callback_metrics.update(shown, game_updates=torch.tensor(float(module.game_updates)))
-    if trainer.progress_bar_callback is not None:
-        trainer.progress_bar_metrics.update({k: float(v) for k, v in metrics.items()})
-
-
-def _plain(rounds: Sequence[Slot]) -> list[list[list[str]]]:
-    """Return a schedule as lists, as a checkpoint keeps it."""
-    return [[list(names) for names in slot] for slot in rounds]
-
-
-def _is_other_round(saved: Mapping[str, Any], rounds: Sequence[Slot]) -> bool:
-    """Return True if a checkpoint's position is one in other rounds; warn if that is in the middle of one."""
-    now = _plain(rounds)
-    then = saved.get("schedule", now)
-    if then != now and (saved["position"] or saved["sums"]["count"]):
-        rank_zero_warn(
-            "The checkpoint is from the middle of a round in which players step in another order or number "
-            f"({then}; now {now}): the round starts again."
-        )
-    return bool(then != now)
 
 
 def _begin_next_epoch(trainer: Trainer) -> None:

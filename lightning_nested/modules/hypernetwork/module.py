@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,9 +21,9 @@ from lightning_nested.hypernetworks.linearized import Weights
 from lightning_nested.hypernetworks.loops import DeltaSTN, ResponseLoop
 from lightning_nested.hypernetworks.response import Mode
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
-from lightning_nested.hyperparameters.outer_optimizer import restore_optimizer
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
 from lightning_nested.modules.hypernetwork.problem import ResponseLoss, ResponseProblem, two_optimizers
+from lightning_nested.modules.hypernetwork.saved_scale import load_scale_state, scale_state
 from lightning_nested.modules.hypernetwork.setup import (
     build_response,
     each_example_alone,
@@ -38,7 +36,10 @@ from lightning_nested.modules.hypernetwork.steps import ResponseSteps
 from lightning_nested.trainer.attributes import bind_hyperparameters
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop, state_of_outer_steps
+from lightning_nested.trainer.requirements import require_hooks
 from lightning_nested.trainer.use import OneFitModule, Use
+
+_HOOKS = "setup, on_fit_start and on_train_start"
 
 
 def default_weights_optimizer(parameters: Any) -> Optimizer:
@@ -262,12 +263,9 @@ class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        require_hooks(self._steps is not None, self, "HypernetworkModule", _HOOKS)
         steps = self._steps
-        if steps is None:
-            raise MisconfigurationException(
-                "HypernetworkModule must be started by its hooks. "
-                f"Got a {type(self).__name__} that overrides setup, on_fit_start or on_train_start without super()'s."
-            )
+        assert steps is not None
         trained = self.loop.trains(self.inner_steps)
         if trained:
             loss = steps.inner(batch, self.inner_steps)
@@ -302,9 +300,7 @@ class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hypernetwork"] = {
             **self.outer_loop.state_dict(),
-            "scale": None if self.scale is None else self.scale.detach().cpu().clone(),
-            "scale_optimizer": self._scale_optimizer.state_dict() if self._scale_optimizer else None,
-            "scale_optimizer_class": type(self._scale_optimizer).__name__,
+            **scale_state(self.scale, self._scale_optimizer),
         }
 
     @override
@@ -314,23 +310,7 @@ class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
             return
         # The response was trained as a function of unconstrained tensors, in this order: none may mean anything else.
         self.outer_loop.load_state_dict(state, keys=("scale", "scale_optimizer"), convert=False)
-        if (state["scale"] is None) != (self.scale is None):
-            raise ValueError(
-                "The checkpoint must be of a loop that learns the perturbation's scale exactly if this one does. "
-                f"Got {self.loop}."
-            )
-        if self.scale is not None and state["scale"].shape != self.scale.shape:
-            raise ValueError(
-                f"The saved scale of the perturbation must have shape {tuple(self.scale.shape)}. Got "
-                f"{tuple(state['scale'].shape)}: the checkpoint belongs to another perturbation; got {self.loop} here."
-            )
-        if self.scale is not None and self._scale_optimizer is not None:
-            with torch.no_grad():
-                self.scale.copy_(state["scale"])
-            was = state.get("scale_optimizer_class")
-            refused = restore_optimizer(self._scale_optimizer, state["scale_optimizer"], was)
-            if refused is not None:
-                rank_zero_warn(f"HypernetworkModule: the optimizer of the perturbation's scale {refused}")
+        load_scale_state(state, self.scale, self._scale_optimizer, self.loop)
 
     # ---- steps
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_nested.arguments import at_least, checked
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.hypergradient import ConjugateGradient, InverseSolver
-from lightning_nested.trainer.inner_problem import check_clipping
 
 
 @checked
@@ -61,4 +60,4 @@ class ResponseOptions:
     def __post_init__(self) -> None:
         at_least(0, refine_steps=self.refine_steps, max_skipped=self.max_skipped)
         at_least(0, log_every_n_outer_steps=self.log_every_n_outer_steps)
-        check_clipping(self.gradient_clip_val, self.gradient_clip_algorithm)
+        positive(gradient_clip_val=self.gradient_clip_val)

@@ -21,7 +21,7 @@ from lightning_nested.hyperparameters import (
     OuterStep,
 )
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
-from lightning_nested.trainer.requirements import refuse_strategy
+from lightning_nested.trainer.requirements import refuse_loss_scaling, refuse_strategy
 
 
 def through_the_loss(hyperparameters: Hyperparameter | Sequence[Hyperparameter]) -> list[Hyperparameter]:
@@ -113,10 +113,7 @@ def epoch_schedulers(
 def refuse_settings(trainer: Trainer) -> None:
     """Refuse strategies that shard parameters, and precisions that scale losses."""
     refuse_strategy(trainer, "HypernetworkModule")
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise MisconfigurationException(
-            f"HypernetworkModule scales no losses. Got precision={trainer.precision}; use 'bf16-mixed'."
-        )
+    refuse_loss_scaling(trainer, "HypernetworkModule")
 
 
 def _count(tuned: Sequence[Hyperparameter], network: nn.Module) -> int:

@@ -28,7 +28,7 @@ from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop, state_of_outer_steps
-from lightning_nested.trainer.requirements import refuse_strategy
+from lightning_nested.trainer.requirements import refuse_loss_scaling, refuse_strategy, require_hooks
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 from lightning_nested.trainer.use import OneFitModule, Use
 
@@ -166,10 +166,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         self._use.begin(self, self.trainer, self)
         self._use.at_end(self.outer_loop.stop, self._close_cycle)
         refuse_strategy(self.trainer, "NestedModule")
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise MisconfigurationException(
-                f"NestedModule scales no losses. Got precision={self.trainer.precision}; use 'bf16-mixed'."
-            )
+        refuse_loss_scaling(self.trainer, "NestedModule")
         self.outer_loop.prepare(self.loop)
         bind_hyperparameters(self, self.outer.hyperparameters)
 
@@ -219,11 +216,8 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        if self._cycle is None:
-            raise MisconfigurationException(
-                "NestedModule must be started by its hooks. "
-                f"Got a {type(self).__name__} that overrides one of {_HOOKS} without calling super()'s."
-            )
+        require_hooks(self._cycle is not None, self, "NestedModule", _HOOKS)
+        assert self._cycle is not None
         if batch_idx % self.loop.accumulate_grad_batches == 0:
             self._cycle = self._follow_frozen(self._cycle)
         remaining = self._remaining(batch_idx)

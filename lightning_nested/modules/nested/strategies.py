@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_nested.arguments import at_least, checked
+from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
-from lightning_nested.trainer.inner_problem import InnerProblem, check_clipping
+from lightning_nested.trainer.inner_problem import InnerProblem
 
 
 class GradientStrategy(ABC):
@@ -119,7 +119,7 @@ class LoopOptions:
     self_check: bool = True
 
     def __post_init__(self) -> None:
-        check_clipping(self.gradient_clip_val, self.gradient_clip_algorithm)
+        positive(gradient_clip_val=self.gradient_clip_val)
         at_least(1, accumulate_grad_batches=self.accumulate_grad_batches, restart_every=self.restart_every)
         at_least(0, warmup_steps=self.warmup_steps, max_skipped=self.max_skipped)
         at_least(0, log_every_n_outer_steps=self.log_every_n_outer_steps)

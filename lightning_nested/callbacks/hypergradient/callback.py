@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
+from lightning_nested.callbacks.hypergradient.checks import check_settings, warn_of_own_decay
+from lightning_nested.callbacks.hypergradient.find import find_hypergradient
+from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
 from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver, LookAhead
-from lightning_nested.hypergradient.evaluation_point import placed_at
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
-from lightning_nested.optim.step_dynamics import coupled_decay, trainable
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.isolation import without_trace
-from lightning_nested.trainer.lightning import accumulates, loss_scale, reduction, step_loss
+from lightning_nested.trainer.lightning import accumulates, loss_scale, step_loss
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
-from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.outer_plan import OuterPlan
-from lightning_nested.trainer.requirements import refuse_strategy
 from lightning_nested.trainer.stand_ins import StandIns
 
 
@@ -132,7 +127,6 @@ class HypergradientCallback(OuterLoopCallback):
         self.curvature, self.outer_dataloader = curvature, outer_dataloader
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
         self._graph: InnerGraph | None = None  # from on_fit_start on
-        self._ahead = 0  # inner steps up to the next outer one
         self._attempted = False  # whether this step's hypergradient was tried
         self._placeholders = StandIns()  # attributes of the module, during a fit
         self._methods = StandIns()  # methods of the module, during a batch
@@ -165,7 +159,7 @@ class HypergradientCallback(OuterLoopCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        _check_settings(trainer, pl_module)
+        check_settings(trainer, pl_module, HypergradientCallback)
         self.use.at_end(self.outer_loop.stop, self._let_go)
         # A second fit of the same module continues with the current values.
         if self.use.changed & {"module", "datamodule"}:
@@ -186,12 +180,8 @@ class HypergradientCallback(OuterLoopCallback):
         self.outer_loop.start(trainer, self.outer_dataloader)
         self.plan.schedule(trainer, self.outer_loop)
         self._collect(trainer, pl_module)
-        decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
-        if any(decays) and self.outer.decays:
-            rank_zero_warn(
-                "The inner optimizer has a weight_decay of its own beside the tuned one. Got "
-                f"{type(optimizer).__name__} with {decays}; set it to 0, so that the tuned decay is the whole decay."
-            )
+        if self.outer.decays:
+            warn_of_own_decay(optimizer)
         self.outer_loop.remember_initial(self.outer_loop.parameters)
         if self._saved is not None:
             self._restore(self._saved)
@@ -211,9 +201,7 @@ class HypergradientCallback(OuterLoopCallback):
             self._clear_window()
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
-            if self.plan.forecast is not None:
-                self._ahead = self.plan.ahead(partial(self.should_update, trainer), self.inner_steps)
-                self.plan.forecast.watch(self._ahead)
+            self.plan.foresee(partial(self.should_update, trainer), self.inner_steps)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
         check, inner = self.outer_loop.check, self._inner
         wanted = inner.repeats or check.is_due or self.plan.looks_ahead
@@ -238,7 +226,14 @@ class HypergradientCallback(OuterLoopCallback):
         self._attempted = True
         # torch.utils.checkpoint runs the forward again in every product.
         with without_trace(pl_module, trainer, attributes=False), self.plan.paused():
-            self._find_hypergradient(trainer, pl_module)
+            find_hypergradient(
+                trainer,
+                pl_module,
+                self.outer_loop,
+                self.plan,
+                self._inner,
+                partial(self.outer_loss, trainer, pl_module),
+            )
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,15 +254,7 @@ class HypergradientCallback(OuterLoopCallback):
         scale = loss_scale(trainer)
         held = scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
         self.plan.add_decays(self.outer_loop.parameters, held)
-        if self.plan.forecast is not None:
-            self.plan.forecast.gradient(
-                self._ahead,
-                scale=held,
-                hook_scale=scale,
-                reduce=reduction(trainer),
-                batches=trainer.accumulate_grad_batches,
-                processes=trainer.world_size,
-            )
+        self.plan.observe_gradient(trainer, scale=held, hook_scale=scale)
 
     @override
     def on_train_batch_end(
@@ -319,57 +306,10 @@ class HypergradientCallback(OuterLoopCallback):
 
     def _collect(self, trainer: Trainer, module: LightningModule) -> None:
         """Name the parameters of the inner optimizer, and build the hyperparameters for them."""
-        names = {id(p): n for n, p in module.named_parameters()}
-        held = trainable(trainer.optimizers[0])
-        if not held:
-            raise MisconfigurationException(
-                "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
-            )
-        if any(map(is_lazy, held)):  # their shapes are not known yet
-            return
-        before = len(self.outer_loop.parameters)
-        if before not in (0, len(held)):
-            rank_zero_info(
-                f"HypergradientCallback: the inner optimizer moves {len(held)} tensors from now on, {before} before."
-            )
-        parameters = {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
-        self.outer_loop.build(parameters, trainer.strategy.root_device)
-        self.plan.attach(module, parameters, trainer.optimizers[0])
-
-    def _find_hypergradient(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loop, scale = self.outer_loop, loss_scale(trainer)
-        assert loop.batches is not None
-        inner_loss, parameters = self._inner.loss(), tuple(loop.parameters.values())
-        try:
-            weights = self.plan.look(trainer, self.inner_steps, self._inner, scale)
-            with placed_at(parameters, weights):
-                outer_loss = evaluate_outer(
-                    trainer,
-                    pl_module,
-                    loop.batches,
-                    partial(self.outer_loss, trainer, pl_module),
-                    (*parameters, *self.outer.in_graph_tensors),
-                    scale=scale,
-                    caller=f"HypergradientCallback at inner step {self.inner_steps}",
-                )
-            report = self.outer.compute(
-                inner_loss,
-                outer_loss,
-                loop.parameters,
-                curvature=self._inner.curvature(),
-                reduce=reduction(trainer),
-                fixed_decay=coupled_decay(trainer.optimizers[0]),
-                inner_scale=scale,
-                compare_identity=loop.logs(self.outer_steps + 1),
-                solver=self.plan.bound_solver(),
-                weights=dict(zip(loop.parameters, weights, strict=True)),
-                decay_factors=self.plan.decay_factors(loop.parameters),
-                inspect=loop.check.inspect(inner_loss, loop.parameters, self._inner.again()),
-            )
-        except FloatingPointError as error:
-            loop.skip(error)
-        else:
-            loop.keep(report)
+        parameters = named_parameters(module, trainer.optimizers[0], len(self.outer_loop.parameters))
+        if parameters:
+            self.outer_loop.build(parameters, trainer.strategy.root_device)
+            self.plan.attach(module, parameters, trainer.optimizers[0])
 
     def _clear_window(self) -> None:
         """Leave nothing of an earlier window of accumulated batches, wherever it was broken off."""
@@ -387,33 +327,3 @@ class HypergradientCallback(OuterLoopCallback):
             self._graph.close()
         self.plan.stop()
         self._saved = None
-
-
-def _check_settings(trainer: Trainer, module: LightningModule) -> None:
-    name = type(module).__name__
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"HypergradientCallback works with automatic optimization. Got {name} with "
-            "automatic_optimization=False; extend lightning_nested.modules.NestedModule for a loop of your own."
-        )
-    refuse_strategy(trainer, "HypergradientCallback", static_graph=False)
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    count = sum(isinstance(callback, HypergradientCallback) for callback in callbacks)
-    if count > 1:
-        raise MisconfigurationException(
-            "One HypergradientCallback tunes all hyperparameters: another's decays would be missing from its "
-            f"curvature. Got {count}; give one of them the list."
-        )
-    if not callable(getattr(module, "outer_loss", None)) and not is_overridden("validation_step", module):
-        raise MisconfigurationException(
-            f"HypergradientCallback needs an outer loss. Got {name} without outer_loss and validation_step; "
-            "add:\ndef outer_loss(self, batch):\n    x, y = batch\n    return F.cross_entropy(self(x), y)"
-        )
-    if trainer.accumulate_grad_batches > 1:
-        signature = inspect.signature(module.backward)
-        kinds = [p.kind for p in signature.parameters.values()]
-        if "retain_graph" not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise MisconfigurationException(
-                "With accumulate_grad_batches the graphs are needed again at the window's last batch. Got "
-                f"{name}.backward{signature}, which cannot keep one; give it **kwargs and pass them to loss.backward."
-            )
