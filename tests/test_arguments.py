@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_nested as ln
+from lightning_nested.arguments import at_least, fraction, positive, within
 from tests.public_arguments import ANY, CASES, RESULTS, TEXT, Case
 
 REFUSALS = (ValueError, TypeError, MisconfigurationException)
@@ -180,3 +181,21 @@ def test_whole_numbers_of_numpy_are_taken(make: Any) -> None:
     ln.Neumann(num_terms=make(3))
     ln.HypergradientCallback(ln.WeightDecay(), every_n_steps=make(3))
     ln.DigitsDataModule(batch_size=make(3))
+
+
+@pytest.mark.parametrize(
+    ("refuse", "message"),
+    [
+        (lambda: at_least(1, a=2, b=[1, 0]), r"b must be at least 1\. Got \[1, 0\]\."),
+        (
+            lambda: positive(a=None, b={"x": 1.0, "y": 0.0}),
+            r"b must be positive\. Got {'x': 1\.0, 'y': 0\.0}\.",
+        ),
+        (lambda: positive(a=math.inf), r"a must be positive\. Got inf\."),
+        (lambda: fraction(a=0.0, b=torch.tensor(1.0)), r"b must lie in \[0, 1\)\. Got tensor\(1\.\)\."),
+        (lambda: within(0, 1, a=1.0, b=1.5), r"b must lie in \[0, 1\]\. Got 1\.5\."),
+    ],
+)
+def test_ranges_of_numbers_lists_mappings_and_tensors(refuse: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refuse()
