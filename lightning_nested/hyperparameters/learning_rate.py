@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nested.arguments import checked, positive
+from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
 
@@ -34,7 +34,8 @@ class LearningRate(Hyperparameter):
         self, init: float | None = None, transform: Transform | None = None, name: str = "learning_rate"
     ) -> None:
         super().__init__()
-        positive(init=init)
+        if init is not None and not init > 0:
+            raise ValueError(f"init must be positive and finite. Got {init}.")
         self.init, self.name = init, name
         self.transform = transform or Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0)))
         if init is not None:

@@ -55,8 +55,8 @@ class WeightDecay(Hyperparameter):
         if init is not None and not init > 0:
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
         self.per, self.init, self.name = per, init, name
-        self.include = None if include is None else _patterns("include", include)
-        self.exclude = _patterns("exclude", exclude)
+        self.include = None if include is None else tuple(include)
+        self.exclude = tuple(exclude)
         start = init if init is not None else _INIT
         self._use(transform or Exp(lower=min(1e-12, start), upper=max(1.0, 2 * start)), start)
         self._default_transform = transform is None
@@ -320,9 +320,3 @@ class DecayPenalty:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        raise ValueError(f"{name} must be a list of names. Got string {patterns!r}; write [{patterns!r}].")
-    return tuple(patterns)

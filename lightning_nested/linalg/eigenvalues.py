@@ -235,5 +235,6 @@ def _check_arguments(
             f"k must be at most (n - 2)/2 = {(size - 2) // 2} where n={size} > {DENSE_LIMIT}, "
             f"for more need the dense matrix. Got {k}."
         )
-    at_least(0, tolerance=tolerance)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance must be non-negative. Got {tolerance}.")
     at_least(1, max_products=max_products)
