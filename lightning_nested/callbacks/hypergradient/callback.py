@@ -212,9 +212,10 @@ class HypergradientCallback(OuterLoopCallback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        outer_loss = partial(self.outer_loss, trainer, pl_module)
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self._is_due(trainer):
-            self.outer_loop.probe(trainer, pl_module, partial(self.outer_loss, trainer, pl_module))
+            self.outer_loop.probe(trainer, pl_module, outer_loss)
             return
         if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
             self._collect(trainer, pl_module)
@@ -226,14 +227,7 @@ class HypergradientCallback(OuterLoopCallback):
         self._attempted = True
         # torch.utils.checkpoint runs the forward again in every product.
         with without_trace(pl_module, trainer, attributes=False), self.plan.paused():
-            find_hypergradient(
-                trainer,
-                pl_module,
-                self.outer_loop,
-                self.plan,
-                self._inner,
-                partial(self.outer_loss, trainer, pl_module),
-            )
+            find_hypergradient(trainer, pl_module, self.outer_loop, self.plan, self._inner, outer_loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,11 +267,8 @@ class HypergradientCallback(OuterLoopCallback):
         # Saved before fit began.
         if not self.outer_loop.parameters:
             return dict(self._saved or {})
-        return {
-            **self.outer_loop.state_dict(),
-            "initial": self.outer_loop.initial,
-            "plan": self.plan.state_dict(),
-        }
+        own = {"initial": self.outer_loop.initial, "plan": self.plan.state_dict()}
+        return {**self.outer_loop.state_dict(), **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
