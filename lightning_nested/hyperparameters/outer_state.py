@@ -118,6 +118,10 @@ class OuterState:
         """Return each tensor and the names of its entries, by its hyperparameter and key."""
         return {(h.name, key): (t, h.entries()) for h in self.hyperparameters for key, t in h.tensors.items()}
 
+    def remember_first(self, hyperparameter: Hyperparameter) -> None:
+        """Let the present values of a hyperparameter be those that the tuning began with."""
+        self.first[hyperparameter.name] = spread(hyperparameter.values())
+
     def reset(self) -> None:
         """Forget all values, the optimizer and the solver's state: the next :meth:`build` starts from the beginning."""
         for hyperparameter in self.hyperparameters:

@@ -178,6 +178,8 @@ class OuterPlan:
         for decay in self.outer.decays:
             if decay.init is None and all(name in self.units for name in decay.parameter_names):
                 decay.fit_to_run(self.units, self.pace.total_steps, restart=restart)
+                if restart:
+                    self.outer.remember_first(decay)
 
     def _measured_units(self, parameters: Mapping[str, nn.Parameter], total: int) -> dict[str, float]:
         optimizer = self._optimizer
