@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -34,7 +35,7 @@ SOLVERS = [
     Identity(),
     Neumann(num_terms=3),
     Neumann(num_terms=3, step_size=0.1),
-    ConjugateGradient(max_iterations=4, damping=1.0),
+    ConjugateGradient(max_iterations=4, damping=10.0),
     Nystrom(rank=3, damping=0.5),
     DenseSolve(damping=1.0),
 ]
@@ -72,10 +73,10 @@ class Weather:
     places = ("loss", "outer loss", "outer gradient", "curvature")
 
     def __init__(self, seed: int) -> None:
-        self.draws, self.struck = random.Random(seed), ""
+        self.draws, self.struck, self.next = random.Random(seed), "", itertools.cycle(self.places)
 
     def change(self) -> None:
-        self.struck = self.draws.choice(self.places) if self.draws.random() < 0.5 else ""
+        self.struck = next(self.next) if self.draws.random() < 0.5 else ""
 
     def inner(self, loss: Tensor, weight: Tensor) -> Tensor:
         if self.struck == "loss":
@@ -149,7 +150,7 @@ class Watch(Callback):
 @pytest.mark.parametrize(
     "curvature", [Hessian(), GaussNewton(outputs="net"), FiniteDifference()], ids=lambda c: type(c).__name__
 )
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 def test_a_storm_skips_the_steps_it_strikes(solver: InverseSolver, curvature: Curvature) -> None:
     weather = Weather(seed=0)
     callback = HypergradientCallback(
@@ -160,17 +161,15 @@ def test_a_storm_skips_the_steps_it_strikes(solver: InverseSolver, curvature: Cu
     trainer(callback, watch, limit_val_batches=1).fit(Tuned(weather), *loaders)
     assert callback.inner_steps == callback.outer_steps + callback.skipped_steps == STEPS
     assert len(watch.struck) == callback.skipped_steps
-    print(
-        "SEEN",
-        type(solver).__name__,
-        type(curvature).__name__,
-        sorted(set(watch.struck)),
-        callback.skipped_steps,
-    )
+    # Differences see no second derivative, Gauss-Newton none behind the outputs; no products see no inner loss.
+    seen = {"outer loss", "outer gradient"}
+    if not isinstance(solver, Identity):
+        seen |= {"loss", "curvature"} if isinstance(curvature, Hessian) else {"loss"}
+    assert set(watch.struck) == seen
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*skipped")
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 def test_a_storm_over_a_nested_module(solver: InverseSolver) -> None:
     weather = Weather(seed=0)
     module = Nested(weather, solver)
