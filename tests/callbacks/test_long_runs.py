@@ -117,7 +117,7 @@ class Forgets(GameSpectrumCallback):
 
 @pytest.mark.parametrize("k", [3, None])
 def test_measured_spectra_hold_nothing(k: int | None, tmp_path: Path) -> None:
-    callback = Forgets(every_n_updates=5, k=k)
+    callback = Forgets(every_n_updates=20, k=k)
     soak(GAN(), (loader(1),), tmp_path, callback)
     assert callback.history[0].game_updates == LATE
 

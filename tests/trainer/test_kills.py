@@ -126,7 +126,7 @@ def fit(name: str, folder: Path) -> None:
 
 
 def ride(folder: Path) -> None:
-    quick = ["--rider.ride_steps=100", "--rider.branching.horizon=3", "--rider.branching.ascent_steps=1"]
+    quick = ["--rider.ride_steps=400", "--rider.branching.horizon=3", "--rider.branching.ascent_steps=1"]
     small = ["--starts=2", "--rider.branching.candidates=2", "--rider.distances=[0.5,1.0,2.0,4.0]"]
     options = ["--executor.batch_size=2", "--figure=true", "--output", str(folder / "ride")]
     main(["ride", "--config", "small_ipd", *quick, *small, *options])
