@@ -56,6 +56,12 @@ def smooth(dtype: torch.dtype = DOUBLE) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype)
 
 
+def unit() -> nn.Module:
+    """Return one neuron: six numbers, for runs of many products."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 1), nn.Tanh()).double()
+
+
 def noisy() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)]
