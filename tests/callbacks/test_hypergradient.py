@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import ConjugateGradient, GaussNewton, Identity, Neumann
-from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
+from lightning_nested.hyperparameters import ExampleWeights
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, data, noisy, sgd, smooth, values, weights
 from tests.cases import DOUBLE, ridge_data, ridge_solution
 from tests.trainers import trainer
@@ -26,8 +26,8 @@ def test_one_outer_step_on_ridge_is_the_closed_form() -> None:
     log_decay = torch.tensor(-2.0, dtype=DOUBLE)
     net = nn.Linear(8, 1, bias=False).to(DOUBLE)
     net.weight.data = ridge_solution(log_decay).reshape(1, 8).clone()
-    callback = HypergradientCallback(
-        WeightDecay("model", init=float(log_decay.exp())),
+    callback = exact(
+        decay_all("model", init=float(log_decay.exp())),
         optimizer=sgd(0.5),
         solver=ConjugateGradient(tolerance=1e-13),
     )
@@ -41,7 +41,7 @@ def test_one_outer_step_on_ridge_is_the_closed_form() -> None:
 
 
 def test_training_step_runs_once_a_batch_and_outer_steps_follow_the_schedule() -> None:
-    callback = HypergradientCallback(WeightDecay(), solver=Identity(), every_n_steps=3, warmup_steps=4)
+    callback = exact(decay_all(), solver=Identity(), every_n_steps=3, warmup_steps=4)
     module = Regression(smooth())
     trainer(callback, max_epochs=2).fit(module, DataLoader(data(64, 1), 8), DataLoader(data(8, 2), 8))
     assert module.calls == 16
@@ -50,7 +50,7 @@ def test_training_step_runs_once_a_batch_and_outer_steps_follow_the_schedule() -
 
 
 def test_a_submodule_by_name_leaves_the_inner_optimizer() -> None:
-    callback = HypergradientCallback("net.2", optimizer=sgd(0.1), solver=Identity())
+    callback = exact("net.2", optimizer=sgd(0.1), solver=Identity())
     module, fit = Regression(smooth()), trainer(callback)
     before = module.net[2].weight.detach().clone()  # type: ignore[index,union-attr]
     fit.fit(module, DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8))
@@ -66,12 +66,12 @@ def test_non_finite_outer_losses_are_skipped_counted_and_limited() -> None:
             return self.net(batch[0]).mean() * float("nan")
 
     train, val = DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8)
-    callback = HypergradientCallback(WeightDecay())
+    callback = exact(decay_all())
     trainer(callback).fit(Broken(smooth()), train, val)
     assert callback.skipped_steps == 4
     assert callback.outer_steps == 0
     with pytest.raises(FloatingPointError, match="max_skipped=2"):
-        trainer(HypergradientCallback(WeightDecay(), max_skipped=2)).fit(Broken(smooth()), train, val)
+        trainer(exact(decay_all(), max_skipped=2)).fit(Broken(smooth()), train, val)
 
 
 class Grouped(Regression):
@@ -109,7 +109,7 @@ def test_the_decay_is_the_written_out_penalty_under_clipping_groups_and_schedule
         fit.fit(module, DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8))
         return weights(module), module.net[0].bias.detach()  # type: ignore[index,union-attr,return-value]
 
-    untuned = HypergradientCallback(WeightDecay("model", init=0.5), optimizer=sgd(0.0), every_n_steps=3)
+    untuned = exact(decay_all("model", init=0.5), optimizer=sgd(0.0), every_n_steps=3)
     ours, frozen = run(untuned, penalty=None)
     expected, _ = run(penalty=0.5)
     plain, _ = run(penalty=None)
@@ -120,8 +120,8 @@ def test_the_decay_is_the_written_out_penalty_under_clipping_groups_and_schedule
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
-    callback = HypergradientCallback(
-        [WeightDecay("model", init=1e-2), WeightDecay("parameter", name="second")],
+    callback = exact(
+        [decay_all("model", init=1e-2), decay_all("parameter", name="second")],
         solver=Neumann(num_terms=2),
         log_every_n_outer_steps=2,
     )
@@ -171,7 +171,7 @@ def test_example_weights_reach_the_module_that_reads_them(curvature: Any, tmp_pa
     seed_everything(0, verbose=False)
     x, y = data(32, 1, torch.float32).tensors
     train = torch.utils.data.TensorDataset(x, y, torch.arange(32))
-    callback = HypergradientCallback(
+    callback = exact(
         ExampleWeights(32),
         curvature=curvature,
         warmup_steps=2,
@@ -198,9 +198,7 @@ class Unfreeze(Callback):
 
 @pytest.mark.parametrize("per", ["model", "tensor", "parameter"])
 def test_parameters_unfrozen_during_training_are_decayed_and_part_of_the_curvature(per: Any) -> None:
-    callback = HypergradientCallback(
-        WeightDecay(per, init=0.1), optimizer=sgd(0.1), solver=Neumann(num_terms=2)
-    )
+    callback = exact(decay_all(per, init=0.1), optimizer=sgd(0.1), solver=Neumann(num_terms=2))
     module = Regression(smooth())
     first = module.net[0].weight.detach().clone()  # type: ignore[index,union-attr]
     fit = trainer(Unfreeze(), callback, max_epochs=2)
@@ -226,6 +224,6 @@ class Newton(Regression):
 
 @pytest.mark.filterwarnings("ignore:HypergradientCallback skipped")
 def test_a_closure_called_many_times_is_one_attempt() -> None:
-    callback = HypergradientCallback(WeightDecay())
+    callback = exact(decay_all())
     trainer(callback).fit(Newton(smooth()), DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8))
     assert callback.skipped_steps == callback.inner_steps == 4

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Neumann
-from lightning_nested.hyperparameters import WeightDecay
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, data, sgd, smooth, values
 from tests.trainers import trainer
 
@@ -22,9 +21,7 @@ pytestmark = [
 
 
 def run(dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor]:
-    callback = HypergradientCallback(
-        WeightDecay("tensor", init=0.5), optimizer=sgd(1.0), solver=Neumann(num_terms=3)
-    )
+    callback = exact(decay_all("tensor", init=0.5), optimizer=sgd(1.0), solver=Neumann(num_terms=3))
     module = Regression(smooth(dtype), rate=1e-2)
     trainer(callback, **options).fit(
         module, DataLoader(data(64, 1, dtype), 16), DataLoader(data(64, 2, dtype), 64)

@@ -20,7 +20,7 @@ from lightning_nested.hypergradient import (
     Neumann,
     implicit_hypergradient,
 )
-from lightning_nested.hyperparameters import WeightDecay
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import (
     Checkpointed,
     Regression,
@@ -38,8 +38,8 @@ from tests.trainers import trainer
 @pytest.mark.parametrize("curvature", [None, FiniteDifference()])
 def test_accumulated_halves_equal_the_whole_batch(curvature: Any) -> None:
     def run(batch: int, accumulate: int) -> tuple[Tensor, Tensor]:
-        callback = HypergradientCallback(
-            WeightDecay("tensor", init=1e-2),
+        callback = exact(
+            decay_all("tensor", init=1e-2),
             optimizer=sgd(1.0),
             solver=Neumann(num_terms=5, step_size=0.1),
             curvature=curvature,
@@ -93,8 +93,8 @@ def test_dropout_and_batch_norm_are_those_of_the_training_loss() -> None:
     ).double()
     module, independent = OneBatch(net, rate=0.01), Independent()
     independent.batch = next(iter(DataLoader(data(16, 2), 16)))
-    callback = HypergradientCallback(
-        WeightDecay("parameter", init=100.0),
+    callback = exact(
+        decay_all("parameter", init=100.0),
         optimizer=sgd(1.0),
         solver=ConjugateGradient(max_iterations=200, tolerance=1e-13),
     )
@@ -112,9 +112,7 @@ def test_dropout_and_batch_norm_are_those_of_the_training_loss() -> None:
 
 def test_a_checkpointed_network_has_the_hypergradient_of_the_plain_one() -> None:
     def run(net: nn.Module) -> Tensor:
-        callback = HypergradientCallback(
-            WeightDecay("parameter", init=0.1), optimizer=sgd(1.0), solver=Neumann()
-        )
+        callback = exact(decay_all("parameter", init=0.1), optimizer=sgd(1.0), solver=Neumann())
         fit = trainer(callback, limit_train_batches=1)
         seed_everything(0, verbose=False)
         fit.fit(Regression(net), DataLoader(data(16, 1), 16), DataLoader(data(16, 2), 16))
@@ -132,7 +130,7 @@ class Twice(Regression):
 
 
 def test_gauss_newton_of_outputs_computed_twice_is_refused() -> None:
-    callback = HypergradientCallback(WeightDecay(), curvature=GaussNewton(outputs="net"))
+    callback = exact(decay_all(), curvature=GaussNewton(outputs="net"))
     with pytest.raises(MisconfigurationException, match=r"calls once .* Got 2 outputs"):
         trainer(callback).fit(Twice(smooth()), DataLoader(data(16, 1), 8), DataLoader(data(8, 2), 8))
 
@@ -150,8 +148,8 @@ def test_finite_differences_see_the_masks_of_the_step() -> None:
     def run(curvature: Any) -> Tensor:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 1)).double()
-        callback = HypergradientCallback(
-            WeightDecay("parameter", init=0.5),
+        callback = exact(
+            decay_all("parameter", init=0.5),
             optimizer=sgd(1.0),
             solver=Neumann(num_terms=3),
             curvature=curvature,
@@ -170,6 +168,6 @@ def test_an_outer_step_may_be_decided_in_the_training_step(curvature: Any) -> No
         def should_update(self, trainer: Trainer, step: int) -> bool:
             return float(trainer.callback_metrics.get("train", 0.0)) > 0.0
 
-    callback = Deciding(WeightDecay(), curvature=curvature, solver=Neumann(num_terms=2))
+    callback = exact(decay_all(), Deciding, curvature=curvature, solver=Neumann(num_terms=2))
     trainer(callback).fit(Regression(smooth()), DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8))
     assert callback.outer_steps == 4

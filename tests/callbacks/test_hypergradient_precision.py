@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Identity, Neumann
-from lightning_nested.hyperparameters import WeightDecay
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, ScalerAlone, data, sgd, smooth, values, weights
 from tests.trainers import trainer
 
@@ -19,9 +18,7 @@ from tests.trainers import trainer
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_scale_of_fp16_cancels(accumulate: int) -> None:
     def run(*, plugins: Any = None) -> tuple[Tensor, Tensor]:
-        callback = HypergradientCallback(
-            WeightDecay("tensor", init=1e-2), optimizer=sgd(1.0), solver=Neumann(num_terms=5)
-        )
+        callback = exact(decay_all("tensor", init=1e-2), optimizer=sgd(1.0), solver=Neumann(num_terms=5))
         module = Regression(smooth())
         fit = trainer(callback, plugins=plugins, gradient_clip_val=0.5, accumulate_grad_batches=accumulate)
         fit.fit(module, DataLoader(data(32, 1), 8), DataLoader(data(16, 2), 16))
@@ -36,9 +33,7 @@ def test_the_scale_of_fp16_cancels(accumulate: int) -> None:
 
 def test_bf16_gives_the_hypergradient_to_bf16() -> None:
     def run(precision: Any) -> Tensor:
-        callback = HypergradientCallback(
-            WeightDecay("tensor", init=0.5), optimizer=sgd(1.0), solver=Neumann(num_terms=3)
-        )
+        callback = exact(decay_all("tensor", init=0.5), optimizer=sgd(1.0), solver=Neumann(num_terms=3))
         module = Regression(smooth(torch.float32), rate=1e-3)
         fit = trainer(callback, precision=precision, limit_train_batches=1)
         fit.fit(
@@ -59,7 +54,7 @@ class Fused(Regression):
 
 def test_a_fused_optimizer_takes_the_scale_off_the_decay_too() -> None:
     def run(kind: type[Regression], **options: Any) -> Tensor:
-        callback = HypergradientCallback(WeightDecay(init=0.5), optimizer=sgd(0.0), solver=Identity())
+        callback = exact(decay_all(init=0.5), optimizer=sgd(0.0), solver=Identity())
         module = kind(smooth())
         trainer(callback, **options).fit(module, DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8))
         return weights(module)

@@ -19,7 +19,7 @@ from lightning_nested.hypergradient import (
     Neumann,
     Nystrom,
 )
-from lightning_nested.hyperparameters import WeightDecay
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, data, sgd, smooth, values
 from tests.trainers import trainer
 
@@ -33,9 +33,7 @@ SOLVERS: list[InverseSolver] = [
 
 
 def _fit_all_solvers(folder: Path, devices: int, index: int) -> None:
-    callback = HypergradientCallback(
-        WeightDecay("parameter", init=1e-2), optimizer=sgd(1.0), solver=SOLVERS[index]
-    )
+    callback = exact(decay_all("parameter", init=1e-2), optimizer=sgd(1.0), solver=SOLVERS[index])
     module = Regression(smooth())
     processes = {"devices": 2, "strategy": "ddp_fork"} if devices == 2 else {}
     # A distributed sampler deals the examples out in turn: rank 0 takes 0, 2, 4, …; two batches of 4 make one of 8.

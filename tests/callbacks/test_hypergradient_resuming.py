@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Identity, Neumann
-from lightning_nested.hyperparameters import WeightDecay
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, data, sgd, smooth, values, weights
 from tests.trainers import trainer
 
 
 def test_resuming_at_an_epochs_end_is_bit_exact(tmp_path: Path) -> None:
     def run(epochs: int, resume: Path | None = None) -> tuple[Trainer, HypergradientCallback, Regression]:
-        callback = HypergradientCallback(WeightDecay("parameter", init=1e-2), solver=Neumann(num_terms=3))
+        callback = exact(decay_all("parameter", init=1e-2), solver=Neumann(num_terms=3))
         module = Regression(smooth())
         fit = trainer(callback, max_epochs=epochs)
         # Three outer batches a round against four steps an epoch: the position matters.
@@ -53,7 +53,7 @@ def test_restart_brings_new_weights_and_an_optimizer_without_memory() -> None:
             if idx in (0, 2):  # after restarts at outer steps 2 and 4, and before the first step
                 assert self.memory == 0
 
-    callback = HypergradientCallback(WeightDecay(), restart_every=2, solver=Neumann(num_terms=2))
+    callback = exact(decay_all(), restart_every=2, solver=Neumann(num_terms=2))
     trainer(Watch(), callback).fit(
         Regression(smooth()), DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8)
     )
@@ -67,7 +67,7 @@ def test_restart_leaves_frozen_layers_alone() -> None:
     module = Regression(smooth())
     module.net[0].requires_grad_(False)  # type: ignore[index,union-attr]
     frozen, moving = (module.net[i].weight.detach().clone() for i in (0, 2))  # type: ignore[index,union-attr]
-    callback = HypergradientCallback(WeightDecay(), restart_every=1, solver=Identity())
+    callback = exact(decay_all(), restart_every=1, solver=Identity())
     trainer(callback).fit(module, DataLoader(data(16, 1), 8), DataLoader(data(8, 2), 8))
     assert torch.equal(frozen, module.net[0].weight.detach())  # type: ignore[index,union-attr]
     assert not torch.equal(moving, module.net[2].weight.detach())  # type: ignore[index,union-attr]
@@ -83,7 +83,7 @@ class Break(Callback):
 
 def test_an_interrupted_window_does_not_reach_the_next_fit() -> None:
     loaders = DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8)
-    callback = HypergradientCallback(WeightDecay(), optimizer=sgd(0.1), solver=Identity(), every_n_steps=2)
+    callback = exact(decay_all(), optimizer=sgd(0.1), solver=Identity(), every_n_steps=2)
     module = Regression(smooth())
     with pytest.raises(RuntimeError, match="interrupted"):
         trainer(callback, Break()).fit(module, *loaders)
@@ -97,7 +97,7 @@ def test_an_interrupted_window_does_not_reach_the_next_fit() -> None:
 
 def test_a_second_fit_with_another_module_begins_anew() -> None:
     loaders = DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8)
-    callback = HypergradientCallback(WeightDecay("parameter"), warmup_steps=2, solver=Neumann(num_terms=2))
+    callback = exact(decay_all("parameter"), warmup_steps=2, solver=Neumann(num_terms=2))
     trainer(callback).fit(Regression(smooth()), *loaders)
     torch.manual_seed(1)
     other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
@@ -105,7 +105,7 @@ def test_a_second_fit_with_another_module_begins_anew() -> None:
         trainer(callback).fit(Regression(net), *loaders)
         assert callback.inner_steps == 4
         assert callback.outer_steps == 2
-        fresh = HypergradientCallback(WeightDecay("parameter"), warmup_steps=2, solver=Neumann(num_terms=2))
+        fresh = exact(decay_all("parameter"), warmup_steps=2, solver=Neumann(num_terms=2))
         if net is not other:
             trainer(fresh).fit(Regression(smooth()), *loaders)
             assert torch.equal(values(callback), values(fresh))
@@ -117,7 +117,7 @@ def test_resuming_after_a_fit_that_failed_restores_the_position_of_the_outer_bat
     loaders = DataLoader(data(32, 1), 8), DataLoader(data(12, 2), 4)
 
     def build() -> tuple[HypergradientCallback, Regression]:
-        return HypergradientCallback(WeightDecay(), solver=Identity()), Regression(smooth())
+        return exact(decay_all(), solver=Identity()), Regression(smooth())
 
     callback, module = build()
     fit = trainer(callback)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
-from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import FiniteDifference, Neumann
-from lightning_nested.hyperparameters import WeightDecay
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Checkpointed, Regression, data, noisy, sgd, weights
 from tests.trainers import trainer
 
@@ -31,9 +30,7 @@ def test_a_callback_whose_hyperparameters_do_nothing_leaves_no_trace() -> None:
         fit.fit(module, DataLoader(train, 16, shuffle=True), DataLoader(val, 8))
         return module.state_dict(), fit.callback_metrics, torch.get_rng_state()
 
-    callback = HypergradientCallback(
-        WeightDecay("parameter", init=1e-30), optimizer=sgd(0.0), solver=Neumann(num_terms=3)
-    )
+    callback = exact(decay_all("parameter", init=1e-30), optimizer=sgd(0.0), solver=Neumann(num_terms=3))
     plain, tuned = run(), run(callback)
     assert callback.outer_steps == 12
     for key, value in plain[0].items():
@@ -115,9 +112,7 @@ def test_no_trace_is_left(name: str) -> None:
         fit.fit(module, *loaders)
         return weights(module), dict(module.named_buffers()), fit.callback_metrics, torch.get_rng_state()
 
-    callback = HypergradientCallback(
-        WeightDecay("parameter", init=1e-30), optimizer=sgd(0.0), solver=Neumann(num_terms=2)
-    )
+    callback = exact(decay_all("parameter", init=1e-30), optimizer=sgd(0.0), solver=Neumann(num_terms=2))
     plain, tuned = run(), run(callback)
     assert callback.outer_steps == 8
     assert torch.equal(plain[0], tuned[0])
@@ -191,8 +186,8 @@ def test_isolation_is_deep(curvature: Any) -> None:
         )
         return module.found()
 
-    callback = HypergradientCallback(
-        WeightDecay("parameter", init=1e-30),
+    callback = exact(
+        decay_all("parameter", init=1e-30),
         optimizer=sgd(0.0),
         solver=Neumann(num_terms=2, step_size=1e-3),
         curvature=curvature,
@@ -229,7 +224,7 @@ SEEN: list[list[Any]] = []  # where no isolation reaches
 
 def test_an_outer_evaluation_sees_the_trainer_and_writes_nothing(tmp_path: Path) -> None:
     SEEN.clear()
-    callback = HypergradientCallback(WeightDecay(), log_every_n_outer_steps=0)
+    callback = exact(decay_all(), log_every_n_outer_steps=0)
     train, val = data(32, 1, torch.float32), data(24, 2, torch.float32)
     fit = trainer(
         callback,
@@ -256,9 +251,7 @@ class Fails(Regression):
 def test_an_exception_says_that_the_callback_called() -> None:
     train, val = data(32, 1, torch.float32), data(16, 2, torch.float32)
     with pytest.raises(KeyError) as caught:
-        trainer(HypergradientCallback(WeightDecay())).fit(
-            Fails(noisy()), DataLoader(train, 8), DataLoader(val, 8)
-        )
+        trainer(exact(decay_all())).fit(Fails(noisy()), DataLoader(train, 8), DataLoader(val, 8))
     text = "".join(traceback.format_exception(caught.value))
     assert "Called by HypergradientCallback at inner step 2, for the outer loss of batch 0" in text
 
@@ -272,7 +265,7 @@ class FailsAgain(Regression):
 
 def test_an_exception_says_that_a_step_was_repeated() -> None:
     train, val = data(32, 1, torch.float32), data(16, 2, torch.float32)
-    callback = HypergradientCallback(WeightDecay(), curvature=FiniteDifference())
+    callback = exact(decay_all(), curvature=FiniteDifference())
     with pytest.raises(KeyError) as caught:
         trainer(callback).fit(FailsAgain(noisy()), DataLoader(train, 8), DataLoader(val, 8))
     text = "".join(traceback.format_exception(caught.value))

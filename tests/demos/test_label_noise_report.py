@@ -22,6 +22,7 @@ from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
 from lightning_nested.modules import ImageClassifier
 from tests import trainers
+from tests.callbacks.exact import decay_all, exact
 
 SIZE, EPOCHS = 60, 6
 
@@ -47,7 +48,7 @@ def adam(rate: float) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
 
 
 def tuner(rate: float = 0.3, size: int = SIZE) -> HypergradientCallback:
-    return HypergradientCallback([ExampleWeights(size), WeightDecay()], optimizer=adam(rate))
+    return exact([ExampleWeights(size), decay_all()], optimizer=adam(rate))
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
@@ -144,8 +145,8 @@ def test_it_does_not_disturb_the_run(fitted: Fitted, tmp_path: Path) -> None:
 
 def late_tuner() -> HypergradientCallback:
     """Steps after batches 4, 6, 8 …"""
-    tuned = [ExampleWeights(SIZE), WeightDecay()]
-    return HypergradientCallback(tuned, optimizer=adam(0.3), warmup_steps=3, every_n_steps=2)
+    tuned = [ExampleWeights(SIZE), decay_all()]
+    return exact(tuned, optimizer=adam(0.3), warmup_steps=3, every_n_steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from lightning_nested.hyperparameters import (
 
 
 def test_the_vector_is_all_tensors_end_to_end() -> None:
-    decay, scalar = WeightDecay(per="parameter", init=0.1), Scalar("factor", 2.0)
+    decay, scalar = WeightDecay(per="parameter", init=0.1, include=["*"]), Scalar("factor", 2.0)
     tuned: list[Hyperparameter] = [decay, scalar]
     for hyperparameter in tuned:
         hyperparameter.build({"a": torch.zeros(2, 3), "b": torch.zeros(4)})

@@ -33,7 +33,7 @@ def spread(decay: WeightDecay, normal: Normal) -> None:
 def test_gradient_curvature_and_mixed_derivative_are_autograds(
     per: Any, parameters: dict[str, Tensor], normal: Normal
 ) -> None:
-    decay = WeightDecay(per, init=0.3, exclude=["norm.*"])
+    decay = WeightDecay(per, init=0.3, include=["*"], exclude=["norm.*"])
     decay.build(parameters)
     spread(decay, normal)
     weights, raws = tuple(parameters.values()), tuple(decay.tensors.values())
@@ -62,7 +62,7 @@ def test_gradient_curvature_and_mixed_derivative_are_autograds(
 
 @pytest.mark.parametrize(("per", "shapes"), [("model", [()]), ("tensor", [(4,)]), ("parameter", None)])
 def test_sizes_and_names(per: Any, shapes: Any, parameters: dict[str, Tensor]) -> None:
-    decay = WeightDecay(per, init=1e-3)
+    decay = WeightDecay(per, init=1e-3, include=["*"])
     assert not decay.built
     decay.build(parameters)
     assert decay.built
@@ -96,7 +96,7 @@ def test_a_parameter_without_gradient_gets_none(parameters: dict[str, Tensor]) -
     [
         (lambda: WeightDecay("layer"), "per must be"),  # type: ignore[arg-type]
         (lambda: WeightDecay(init=0.0), "positive and finite. Got 0.0"),
-        (lambda: WeightDecay(init=float("nan")), "finite number. Got nan"),
+        (lambda: WeightDecay(init=float("nan")), "finite number or None. Got nan"),
         (lambda: WeightDecay(include="a.weight"), r"write \['a.weight'\]"),
     ],
 )

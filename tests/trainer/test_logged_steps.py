@@ -10,10 +10,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Neumann
-from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.modules import Implicit, LoopOptions, NestedModule
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, data, sgd, smooth
 from tests.modules.game.test_logged_steps import Rows
 from tests.trainers import trainer
@@ -30,9 +29,7 @@ def test_outer_steps_of_the_callback_stand_at_optimizer_steps(accumulate: int) -
             return super().training_step(batch, batch_idx)
 
     logger, solver = Rows(), Neumann(num_terms=2)
-    callback = HypergradientCallback(
-        WeightDecay("model"), optimizer=sgd(0.1), solver=solver, log_every_n_outer_steps=1
-    )
+    callback = exact(decay_all("model"), optimizer=sgd(0.1), solver=solver, log_every_n_outer_steps=1)
     fit = trainer(
         callback, LearningRateMonitor(), logger=logger, accumulate_grad_batches=accumulate, **WINDOW
     )
@@ -48,7 +45,7 @@ def test_outer_steps_of_the_module_stand_at_its_batches(accumulate: int) -> None
     class Nested(NestedModule):
         def __init__(self) -> None:
             super().__init__(
-                [WeightDecay("model")],
+                [decay_all("model")],
                 gradient=Implicit(solver=Neumann(num_terms=2)),
                 inner_optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
                 outer_optimizer=sgd(0.1),

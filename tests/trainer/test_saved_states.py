@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback, LyapunovCallback
 from lightning_nested.hypergradient import Identity, Neumann
-from lightning_nested.hyperparameters import ExampleWeights, Softplus, WeightDecay, tuned_values
+from lightning_nested.hyperparameters import ExampleWeights, Softplus, tuned_values
 from lightning_nested.modules import NestedModule
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, data, smooth, values, weights
 from tests.modules.nested.problems import SIZE, Classifier, loader, tensors
 from tests.trainers import trainer
@@ -30,7 +31,7 @@ def fitted(
     folder: Path, *hyperparameters: Any, **options: Any
 ) -> tuple[HypergradientCallback, Regression, Path]:
     """Return the callback, module and checkpoint of a run of one epoch."""
-    tuned = HypergradientCallback(list(hyperparameters), **{"solver": Identity(), **options})
+    tuned = exact(list(hyperparameters), **{"solver": Identity(), **options})
     fit, module = trainer(tuned), Regression(smooth())
     fit.fit(module, *LOADERS)
     fit.save_checkpoint(folder / "a.ckpt")
@@ -41,15 +42,15 @@ def fitted(
 
 
 def test_values_are_there_without_a_fit(tmp_path: Path) -> None:
-    tuned, module, path = fitted(tmp_path, WeightDecay(init=1e-2))
+    tuned, module, path = fitted(tmp_path, decay_all(init=1e-2))
     expected = tuned.values()
     assert list(expected) == [f"weight_decay/{name}" for name, _ in module.named_parameters()]
     assert tuned_values(path) == expected
     state = torch.load(path, weights_only=True)["callbacks"][tuned.state_key]
-    loaded = HypergradientCallback([WeightDecay(init=1e-2)])
+    loaded = exact([decay_all(init=1e-2)])
     loaded.load_state_dict(state)
     assert loaded.values() == expected
-    validated = HypergradientCallback([WeightDecay(init=1e-2)])
+    validated = exact([decay_all(init=1e-2)])
     run = trainer(validated, enable_model_summary=False)
     run.validate(Regression(smooth()), LOADERS[1], ckpt_path=path, weights_only=True, verbose=False)
     assert validated.values() == expected
@@ -71,7 +72,7 @@ def test_values_of_a_nested_module_are_there_once_it_is_loaded(tmp_path: Path) -
 
 
 def test_export_writes_plain_numbers(tmp_path: Path) -> None:
-    tuned, _, _ = fitted(tmp_path, WeightDecay("parameter"))
+    tuned, _, _ = fitted(tmp_path, decay_all("parameter"))
     numbers = tuned.export()
     assert numbers["weight_decay/net.2.bias"] == tuned.values()["weight_decay/net.2.bias"].tolist()
     for name, read in (("a.json", json.loads), ("b/c.yaml", yaml.safe_load), ("d.yml", yaml.safe_load)):
@@ -83,16 +84,16 @@ def test_export_writes_plain_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end with .json, .yaml or .yml"):
         tuned.export(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="load a checkpoint first"):
-        HypergradientCallback([WeightDecay()]).export()
+        exact([decay_all()]).export()
 
 
 def test_a_fit_ends_with_what_it_tuned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        tuned, _, path = fitted(tmp_path, WeightDecay("model", init=1e-2))
+        tuned, _, path = fitted(tmp_path, decay_all("model", init=1e-2))
     value = float(tuned.values()["weight_decay"])
     assert f"HypergradientCallback tuned in 4 outer steps:\n  weight_decay: 0.01 → {value:.4g}" in caplog.text
     caplog.clear()
-    resumed = HypergradientCallback([WeightDecay("model", init=1e-2)], solver=Identity())
+    resumed = exact([decay_all("model", init=1e-2)], solver=Identity())
     with caplog.at_level(logging.INFO):
         trainer(resumed, max_epochs=2).fit(Regression(smooth()), *LOADERS, ckpt_path=path, weights_only=True)
     value = float(resumed.values()["weight_decay"])
@@ -103,9 +104,9 @@ def test_a_fit_ends_with_what_it_tuned(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_another_transform_or_optimizer_is_reported_and_keeps_the_values(tmp_path: Path) -> None:
-    tuned, _, path = fitted(tmp_path, WeightDecay(init=1e-2))
-    other = HypergradientCallback(
-        [WeightDecay(init=1e-2, transform=Softplus())], optimizer=lambda t: torch.optim.SGD(t, lr=0.0)
+    tuned, _, path = fitted(tmp_path, decay_all(init=1e-2))
+    other = exact(
+        [decay_all(init=1e-2, transform=Softplus())], optimizer=lambda t: torch.optim.SGD(t, lr=0.0)
     )
     with (
         pytest.warns(UserWarning, match="another range or transform"),
@@ -117,18 +118,18 @@ def test_another_transform_or_optimizer_is_reported_and_keeps_the_values(tmp_pat
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 def test_other_hyperparameters_are_refused_instead_of_starting_again(tmp_path: Path) -> None:
-    _, _, path = fitted(tmp_path, WeightDecay())
-    other = HypergradientCallback([WeightDecay(), "net.0"])
+    _, _, path = fitted(tmp_path, decay_all())
+    other = exact([decay_all(), "net.0"])
     with pytest.raises(ValueError, match=r"must be \['weight_decay', 'net.0'\]. Got \['weight_decay'\]"):
         trainer(other, max_epochs=2).fit(Regression(smooth()), *LOADERS, ckpt_path=path, weights_only=True)
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    tuned, _, path = fitted(tmp_path, WeightDecay())
+    tuned, _, path = fitted(tmp_path, decay_all())
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["callbacks"][tuned.state_key]["inner_steps"]
     torch.save(checkpoint, path)
-    again = HypergradientCallback([WeightDecay()])
+    again = exact([decay_all()])
     with pytest.raises(ValueError, match="state of HypergradientCallback must have 'inner_steps'"):
         trainer(again, max_epochs=2).fit(Regression(smooth()), *LOADERS, ckpt_path=path, weights_only=True)
 
@@ -184,8 +185,8 @@ def halves(make: Any, first: bool, path: Path) -> tuple[Any, nn.Module, Any, nn.
 @pytest.mark.parametrize("per", ["model", "tensor", "parameter"])
 def test_a_run_that_unfroze_a_layer_resumes_bit_for_bit(per: Any, first: bool, tmp_path: Path) -> None:
     whole, module, resumed, again = halves(
-        lambda: HypergradientCallback(
-            WeightDecay(per, init=1e-2), solver=Neumann(num_terms=3, warm_start=True), restart_every=100
+        lambda: exact(
+            decay_all(per, init=1e-2), solver=Neumann(num_terms=3, warm_start=True), restart_every=100
         ),
         first,
         tmp_path / "a.ckpt",
@@ -214,7 +215,7 @@ class Watch(Callback):
 @pytest.mark.parametrize("per", ["tensor", "parameter"])
 def test_decays_of_a_layer_that_stays_frozen_come_back_with_it(per: Any, tmp_path: Path) -> None:
     def run(epochs: int, resume: Path | None = None) -> tuple[Trainer, Watch]:
-        watch = Watch(HypergradientCallback(WeightDecay(per, init=1e-2), solver=Identity()))
+        watch = Watch(exact(decay_all(per, init=1e-2), solver=Identity()))
         fit = trainer(Forgetful(), watch.tuned, watch, max_epochs=epochs)
         fit.fit(Partly(smooth()), *LOADERS, ckpt_path=resume, weights_only=True)
         return fit, watch
@@ -236,7 +237,7 @@ def test_tangents_resume_in_a_run_that_unfroze_a_layer(tmp_path: Path) -> None:
 
 def test_a_nested_module_that_unfroze_a_layer_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(epochs: int, resume: Path | None = None) -> tuple[Trainer, NestedModule]:
-        module = Classifier([WeightDecay(), ExampleWeights(SIZE)])
+        module = Classifier([decay_all(), ExampleWeights(SIZE)])
         fit = trainer(Unfreeze(), max_epochs=epochs)
         fit.fit(module, loader(1), loader(2, batch=5), ckpt_path=resume, weights_only=True)
         return fit, module

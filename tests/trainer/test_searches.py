@@ -32,6 +32,7 @@ from lightning_nested.hyperparameters import (
 from lightning_nested.modules import GANModule, HypernetworkModule, NestedModule
 from lightning_nested.modules.game import GameLoop
 from lightning_nested.modules.nested import GradientStrategy, Implicit, LoopOptions, Unrolled
+from tests.callbacks.exact import decay_all, exact
 from tests.trainers import trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -114,7 +115,7 @@ def gan(**options: Any) -> GANModule:
 
 
 def tuner(**options: Any) -> HypergradientCallback:
-    return HypergradientCallback([ExampleWeights(24), WeightDecay()], solver=Identity(), **options)
+    return exact([ExampleWeights(24), decay_all()], solver=Identity(), **options)
 
 
 # ---- searches
@@ -291,9 +292,7 @@ class AtStart(InSetup):
 def test_names_are_those_of_the_complete_module(make: Callable[[], Any]) -> None:
     weights = ExampleWeights(24, name="my_weights")
     module = make()
-    callback = HypergradientCallback(
-        [weights, "head.bias"], curvature=GaussNewton(outputs="head"), solver=Identity()
-    )
+    callback = exact([weights, "head.bias"], curvature=GaussNewton(outputs="head"), solver=Identity())
     trainer(callback).fit(module, datamodule=Data())
     assert callback.outer_steps == 12
     assert float(callback.values()["my_weights"].std()) > 0
@@ -368,7 +367,7 @@ class Fails(Callback):
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_tuned_tensor_is_frozen_again_after_the_fit(fails: bool) -> None:
     module = Pictures()
-    callback = HypergradientCallback("shift", solver=Identity())
+    callback = exact("shift", solver=Identity())
     if fails:
         with pytest.raises(RuntimeError, match="interrupted"):
             trainer(callback, Fails()).fit(module, datamodule=Data())

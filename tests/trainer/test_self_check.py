@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import ConjugateGradient, Identity
-from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing, WeightDecay
+from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing
 from lightning_nested.modules import Implicit, NestedModule, Unrolled
 from lightning_nested.modules.nested import LoopOptions
+from tests.callbacks.exact import decay_all, exact
 from tests.trainers import trainer
 
 
@@ -61,7 +62,7 @@ class Nested(NestedModule):
     """The same classifier with a loop of its own."""
 
     def __init__(self, net: nn.Module | None = None, **options: Any) -> None:
-        hyperparameters = options.pop("hyperparameters", WeightDecay())
+        hyperparameters = options.pop("hyperparameters", decay_all())
         super().__init__(hyperparameters, inner_optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
         self.net = net or network()
 
@@ -121,8 +122,8 @@ def fit(which: str, net: nn.Module | None = None, *, check: bool = True, **optio
     seed_everything(0, verbose=False)
     if which == "callback":
         module: LightningModule = Plain(net)
-        callback = HypergradientCallback(
-            options.pop("hyperparameters", WeightDecay()),
+        callback = exact(
+            options.pop("hyperparameters", decay_all()),
             solver=ConjugateGradient(damping=1.0),
             self_check=check,
             **options,
@@ -177,7 +178,7 @@ def test_a_module_that_draws_from_an_iterator_is_not_evaluated_again() -> None:
             next(self.unlabelled)
             return super().training_step(batch, batch_idx)
 
-    callback = HypergradientCallback(WeightDecay(), solver=ConjugateGradient(damping=1.0))
+    callback = exact(decay_all(), solver=ConjugateGradient(damping=1.0))
     trainer(callback).fit(Draws(), loader(1), loader(2))
     assert callback.outer_loop.check.result is not None
     assert not callback.outer_loop.check.result.wrong
@@ -212,7 +213,7 @@ def test_an_attribute_that_was_replaced_is_named() -> None:
         def on_train_start(self) -> None:
             self.example_weights = None
 
-    callback = HypergradientCallback(ExampleWeights(32))
+    callback = exact(ExampleWeights(32))
     with pytest.warns(UserWarning, match=r"self\.example_weights is no longer the hyperparameter"):
         trainer(callback).fit(Resets(), loader(1), loader(2))
 
@@ -225,7 +226,7 @@ def test_a_hypergradient_that_is_always_zero_is_told() -> None:
             return (losses * (1 + 0 * weights)).mean()
 
     with pytest.warns(UserWarning, match="example_weights was exactly zero in every outer step"):
-        trainer(HypergradientCallback(ExampleWeights(32))).fit(Zero(), loader(1), loader(2))
+        trainer(exact(ExampleWeights(32))).fit(Zero(), loader(1), loader(2))
 
 
 @pytest.mark.parametrize(
@@ -248,11 +249,11 @@ def test_should_update_that_never_does_is_told() -> None:
             return False
 
     with pytest.warns(UserWarning, match="should_update returned False"):
-        trainer(Never(WeightDecay())).fit(Plain(), loader(1), loader(2))
+        trainer(exact(decay_all(), Never)).fit(Plain(), loader(1), loader(2))
 
 
 def test_a_second_fit_counts_its_own_steps() -> None:
-    callback, module = HypergradientCallback(WeightDecay(), solver=Identity()), Plain()
+    callback, module = exact(decay_all(), solver=Identity()), Plain()
     trainer(callback).fit(module, loader(1), loader(2))
     callback.outer_loop.warmup_steps = 1000
     with pytest.warns(UserWarning, match="made no outer step in 4 inner steps"):
@@ -273,7 +274,7 @@ class BlindNested(Nested):
 def test_an_outer_loss_without_a_graph_is_told_before_the_warm_up(which: str) -> None:
     if which == "callback":
         module: LightningModule = Blind()
-        fit = trainer(HypergradientCallback(WeightDecay(), warmup_steps=3), limit_val_batches=0)
+        fit = trainer(exact(decay_all(), warmup_steps=3), limit_val_batches=0)
     else:
         gradient = Implicit() if which == "implicit" else Unrolled(num_steps=4)
         module, fit = (
@@ -298,7 +299,7 @@ def test_an_outer_loss_of_no_inner_parameter_is_told() -> None:
             return torch.optim.SGD(self.net.parameters(), lr=0.1)
 
     for options in ({}, {"warmup_steps": 1}):
-        callback = HypergradientCallback(WeightDecay(), solver=Identity(), **options)
+        callback = exact(decay_all(), solver=Identity(), **options)
         with pytest.warns(UserWarning, match="gradient of exactly zero at the weights"):
             trainer(callback).fit(Elsewhere(), loader(1), loader(2))
 
@@ -313,7 +314,7 @@ def test_complex_parameters_are_named() -> None:
             return (x.to(torch.cfloat) @ self.w).abs()
 
     with pytest.raises(ValueError, match=r"must be real\. Got w \(torch\.complex64\)"):
-        trainer(HypergradientCallback(WeightDecay())).fit(Complex(), loader(1), loader(2))
+        trainer(exact(decay_all())).fit(Complex(), loader(1), loader(2))
 
 
 def test_unrolled_steps_apply_the_hooks_of_the_parameters() -> None:
@@ -331,7 +332,7 @@ def test_unrolled_steps_apply_the_hooks_of_the_parameters() -> None:
 
 def test_a_batch_that_was_looked_at_is_still_the_next_one() -> None:
     seed_everything(0, verbose=False)
-    callback = HypergradientCallback(WeightDecay(), solver=Identity(), warmup_steps=2)
+    callback = exact(decay_all(), solver=Identity(), warmup_steps=2)
     seen: list[float] = []
 
     class Sees(Plain):

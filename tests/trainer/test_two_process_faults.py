@@ -25,16 +25,15 @@ from lightning_nested.callbacks import (
     GameSpectrumCallback,
     GenerativeMetrics,
     GeneratorEMA,
-    HypergradientCallback,
     LyapunovCallback,
     ModuleEvaluator,
     SampleGrid,
 )
 from lightning_nested.hypergradient import ConjugateGradient, DenseSolve, Identity, Neumann, Nystrom
-from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.modules import GameLoop, GradientStrategy, Implicit, NestedModule, Unrolled
 from lightning_nested.optim import Extragradient
 from tests.callbacks import tuned_regression
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.generative_metrics.test_callback import Pool
 from tests.modules.game.games import Bilinear, sgd, steps
 from tests.modules.gan import tiny
@@ -156,8 +155,8 @@ def game(trip: Trip, *callbacks: Callback, **options: Any) -> Parts:
 
 
 def tuned(trip: Trip, solver: Any, accumulate: int = 1, **options: Any) -> Parts:
-    decay = WeightDecay("parameter", init=1e-2)
-    callback = HypergradientCallback(
+    decay = decay_all("parameter", init=1e-2)
+    callback = exact(
         decay, optimizer=tuned_regression.sgd(1.0), solver=solver, log_every_n_outer_steps=1, **options
     )
     loaders = DataLoader(tuned_regression.data(32, 1), 4), DataLoader(tuned_regression.data(16, 2), 4)
@@ -167,7 +166,7 @@ def tuned(trip: Trip, solver: Any, accumulate: int = 1, **options: Any) -> Parts
 class Nested(NestedModule):
     def __init__(self, trip: Trip, gradient: GradientStrategy) -> None:
         super().__init__(
-            WeightDecay("parameter", init=1e-2), gradient=gradient, inner_optimizer=tuned_regression.sgd(0.05)
+            decay_all("parameter", init=1e-2), gradient=gradient, inner_optimizer=tuned_regression.sgd(0.05)
         )
         self.net, self.trip = tuned_regression.smooth(), trip
 

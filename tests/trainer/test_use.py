@@ -33,6 +33,7 @@ from lightning_nested.hypergradient import FiniteDifference, GaussNewton, Identi
 from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
 from lightning_nested.modules import GANModule, HypernetworkModule, ImageClassifier, NestedModule
 from lightning_nested.trainer.use import Use
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.running_games import zoo
 from tests.trainers import trainer
 
@@ -154,7 +155,7 @@ def classifier() -> ImageClassifier:
 
 
 def tuner(size: int = 24, **options: Any) -> HypergradientCallback:
-    return HypergradientCallback([ExampleWeights(size), WeightDecay()], solver=Identity(), **options)
+    return exact([ExampleWeights(size), decay_all()], solver=Identity(), **options)
 
 
 @pytest.fixture(autouse=True)

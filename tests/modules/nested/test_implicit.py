@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import (
     ConjugateGradient,
     DenseSolve,
@@ -20,8 +19,9 @@ from lightning_nested.hypergradient import (
     Neumann,
     implicit_hypergradient,
 )
-from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
+from lightning_nested.hyperparameters import ExampleWeights
 from lightning_nested.modules import Implicit, LoopOptions
+from tests.callbacks.exact import decay_all, exact
 from tests.modules.nested.problems import SIZE, Classifier, loader, network, same, sgd, tensors, weighted
 from tests.trainers import trainer
 
@@ -54,8 +54,8 @@ def test_implicit_is_the_callback(accumulate: int) -> None:
         loop=LoopOptions(gradient_clip_val=clip, accumulate_grad_batches=accumulate, warmup_steps=1),
     )
     trainer(limit_val_batches=0, max_epochs=4).fit(module, loader(1), loader(2, batch=5))
-    callback = HypergradientCallback(
-        [ExampleWeights(SIZE), WeightDecay(init=1e-2)], optimizer=lambda p: torch.optim.Adam(p, lr=0.1),
+    callback = exact(
+        [ExampleWeights(SIZE), decay_all(init=1e-2)], optimizer=lambda p: torch.optim.Adam(p, lr=0.1),
         solver=ConjugateGradient(damping=1.0), warmup_steps=1, log_every_n_outer_steps=0,
     )  # fmt: skip
     plain = Plain()
@@ -75,7 +75,7 @@ def test_implicit_is_the_callback(accumulate: int) -> None:
 
 def test_implicit_is_implicit_hypergradient() -> None:
     """Both the decays' closed form and the graph of the example weights, before the first step."""
-    weights, decay = ExampleWeights(SIZE), WeightDecay(init=1e-2)
+    weights, decay = ExampleWeights(SIZE), decay_all(init=1e-2)
     solver = Neumann(num_terms=7, step_size=0.3)
     module = Classifier([weights, decay], gradient=Implicit(solver=solver), outer_optimizer=sgd(1.0))
     before: list[Tensor] = []
