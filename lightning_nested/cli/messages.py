@@ -45,7 +45,10 @@ _CAUSES = (
     r"Expected a dot import path string: (?P<name>\S+)",
     r"Expected a <class '(?P<kind>[^']+)'>\. Got value: (?P<value>.*)",
     r"module '(?P<module>[^']+)' has no attribute '(?P<attribute>[^']+)'",
+    # of a plain value that may be None, too
+    r"^Given value: (?P<given>.*)",
 )
+_PLAIN = r"Subtypes: \[<class '(?P<kind>bool|int|float|str)'>, <class 'NoneType'>\]"
 
 
 class Cause(NamedTuple):
@@ -86,6 +89,8 @@ def innermost(message: str) -> Cause | None:
             expected.append((depth, text))
         for pattern in _CAUSES:
             if (match := re.search(pattern, text)) and (best is None or depth > best[0]):
+                if text.startswith("Given value: ") and not (expected and re.match(_PLAIN, expected[-1][1])):
+                    continue
                 keys = tuple(value for _, what, value in around if what == "key")
                 owner = next((value for _, what, value in reversed(around) if what == "class"), "")
                 later = re.search(r"Got value: Namespace\(class_path='([^']+)'", text)
@@ -110,6 +115,9 @@ def _told(cause: Cause) -> Iterator[str]:
         yield f"{where}: no class is called {name!r}; give a short name or an import path."
     elif kind := found.get("kind"):
         yield f"{where} must be of type {kind}. Got {found['value']}."
+    elif (given := found.get("given")) is not None:
+        kind = re.sub(_PLAIN, r"\g<kind>", cause.expected)
+        yield f"{where} must be of type {kind}. Got {given}."
     else:
         yield f"{where}: module {found['module']!r} has no attribute {found['attribute']!r}."
 

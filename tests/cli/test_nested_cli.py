@@ -142,7 +142,10 @@ trainer:
     ("inside", "answer"),
     [
         ("hyperparameters: WeightDecay, solvr: Neumann", "HypergradientCallback has no option 'solvr'."),
-        ("hyperparameters: WeightDecay, solvr: Neumann", "max_skipped.\nsolvr: did you mean solver?"),
+        (
+            "hyperparameters: WeightDecay, solvr: Neumann",
+            "max_skipped, self_check.\nsolvr: did you mean solver?",
+        ),
         (
             "hyperparameters: WeightDecay, solver: {class_path: Neumann, init_args: {num_term: 3}}",
             "trainer.callbacks.solver: Neumann has no option 'num_term'.\n"
