@@ -75,7 +75,6 @@ class OuterLoop:
         self.parameters: dict[str, nn.Parameter] = {}
         self.initial: dict[str, Tensor] = {}
         self.batches: OuterBatches | None = None
-        self._steps_before = 0  # outer steps before this fit
         # Positions in the outer data: at the end of training, and from a checkpoint until start.
         self._position: Mapping[str, int] = {}
         self._saved_position: Mapping[str, int] = {}
@@ -87,7 +86,7 @@ class OuterLoop:
 
     def needs_step(self, trainer: Trainer) -> bool:
         """Return True in a ``fast_dev_run``, which is to try every part, as long as it had no outer step."""
-        return bool(trainer.fast_dev_run) and self.outer_steps == self._steps_before  # type: ignore[attr-defined]
+        return bool(trainer.fast_dev_run) and self.outer_steps == self._began[1]  # type: ignore[attr-defined]
 
     def is_last_chance(self, trainer: Trainer) -> bool:
         """Return True in the last inner step of a ``fast_dev_run`` if it had no outer step."""
@@ -142,13 +141,17 @@ class OuterLoop:
         """Begin the stream of outer batches, at the position of the checkpoint if there is one."""
         self.stop()
         self.check.begin()
-        self._began, self._last_error = (self.inner_steps, self.outer_steps), ""
+        self._last_error = ""
         self.batches = OuterBatches(trainer, loader, seed=base_seed(trainer))
-        self._steps_before = self.outer_steps
-        if self._saved_position:
+        self._go_on()
+        return self.batches
+
+    def _go_on(self) -> None:
+        """Count from here, and take the batches from the checkpoint's position on."""
+        self._began = self.inner_steps, self.outer_steps
+        if self.batches is not None and self._saved_position:
             self.batches.load_state_dict(self._saved_position)
             self._saved_position = {}
-        return self.batches
 
     def stop(self) -> None:
         """End the stream of outer batches and its worker processes."""
@@ -279,8 +282,7 @@ class OuterLoop:
                 "reset_parameters reaches restart from those of the checkpoint."
             )
         self._saved_position = state["batches"] or {}
-        if self.batches is not None and self._saved_position:
-            self.batches.load_state_dict(self._saved_position)
+        self._go_on()
 
     def summary(self) -> str:
         """Describe what was tuned, a line for each hyperparameter."""
