@@ -6,7 +6,7 @@ weights rewards what the training would do anyway: while a network still learns,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,9 +88,3 @@ def placed_at(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
     finally:
         for p, data in zip(parameters, kept, strict=True):
             p.data = data
-
-
-def training_loss(evaluate: Callable[[], Tensor], penalty: Callable[[], float]) -> float:
-    """Return the regularized training loss without its graph."""
-    with torch.no_grad():
-        return float(evaluate().detach()) + penalty()

@@ -63,8 +63,8 @@ class ImplicitResult:
         return _join(self.hypergradient, self.penalties)
 
 
-Inspect: TypeAlias = Callable[[Linearization, Vector], None]
-"""What is shown the linearized inner loss and the outer gradient, ``inspect(linearization, gradient)``."""
+Inspect: TypeAlias = Callable[[Linearization | None, Vector], None]
+"""What is shown the linearized inner loss, None where nothing needs it, and the outer gradient."""
 
 
 def implicit_result(
@@ -110,8 +110,8 @@ def implicit_result(
         if hyper or inverse.needs_operator:
             problem = as_curvature(curvature).linearize(inner_loss, w)
             state = _calibrated(problem, b, state)
-            if inspect is not None:
-                inspect(problem, b)
+        if inspect is not None:
+            inspect(problem, b)
         inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
         with _explain_infinite_curvature(inner_loss, w, problem):
             solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)

@@ -170,8 +170,9 @@ class InnerGraph:
 
     def _evaluate_again(self, evaluate: Callable[[], Tensor], start: RandomStream) -> Tensor:
         trainer = self._module.trainer
+        what = type(self._curvature).__name__ if self.repeats else "the outer step"
         caller = (
-            f"Called again for {type(self._curvature).__name__} at training step {trainer.global_step}, on a batch "
+            f"Called again for {what} at training step {trainer.global_step}, on a batch "
             f"that {self._method} has seen."
         )
         with (

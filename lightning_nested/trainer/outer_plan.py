@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
+from lightning_nested.arguments import positive
 from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
 from lightning_nested.hyperparameters import OuterStep
 from lightning_nested.linalg.solvers.base import InverseSolver
@@ -59,6 +61,7 @@ class OuterPlan:
         warmup_steps: int | None,
         default_optimizer: bool,
     ) -> None:
+        positive(overhead=overhead)
         self.outer, self.point, self.overhead = outer, point, overhead
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
         default = KroneckerFactored() if isinstance(point, LookAhead) else None
@@ -96,7 +99,9 @@ class OuterPlan:
             )
 
     def _cost(self, trainer: Trainer, loop: OuterLoop) -> float:
-        inner = next(iter(getattr(trainer.train_dataloader, "flattened", [trainer.train_dataloader])), None)
+        # Batch sizes are read from the loaders, which the Trainer itself makes after on_fit_start only.
+        trainer.fit_loop.setup_data()
+        inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
         outer = None if loop.batches is None else loop.batches.loader
         graph = bool(self.outer.in_graph) or self.solver.needs_operator
         looks = isinstance(self.point, LookAhead)

@@ -61,9 +61,7 @@ class SelfCheck:
 
     def may_repeat(self, module: LightningModule) -> bool:
         """Return True if a step of the module may be evaluated again: it draws from no iterator, say."""
-        return self.is_due and not any(
-            isinstance(value, Iterator) for m in module.modules() for value in vars(m).values()
-        )
+        return not any(isinstance(value, Iterator) for m in module.modules() for value in vars(m).values())
 
     def takes_probe(self) -> bool:
         """Return True once in a fit: the outer loss is to be evaluated now, so that its faults show before warm-up."""
@@ -82,9 +80,11 @@ class SelfCheck:
         if not self.is_due:
             return None
 
-        def look(problem: Linearization, v: Sequence[Tensor]) -> None:
+        def look(problem: Linearization | None, v: Sequence[Tensor]) -> None:
             if not any(bool(a.any()) for a in v):
                 self._warn(_ZERO)
+            if problem is None:
+                return
             graph = loss if isinstance(loss, Tensor) else None
             found = check_products(problem, tuple(parameters.values()), tuple(v), loss=graph, repeat=repeat)
             self.result = found

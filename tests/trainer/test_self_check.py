@@ -255,7 +255,7 @@ def test_should_update_that_never_does_is_told() -> None:
 def test_a_second_fit_counts_its_own_steps() -> None:
     callback, module = exact(decay_all(), solver=Identity()), Plain()
     trainer(callback).fit(module, loader(1), loader(2))
-    callback.outer_loop.warmup_steps = 1000
+    callback.warmup_steps = 1000
     with pytest.warns(UserWarning, match="made no outer step in 4 inner steps"):
         trainer(callback).fit(module, loader(1), loader(2))
 

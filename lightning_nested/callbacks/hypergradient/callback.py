@@ -32,6 +32,14 @@ from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.stand_ins import StandIns
 
 
+class _Planned(OfLoop):
+    """Option that is planned anew for each run, unless it was given or set."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance.plan, self._name, value)
+        super().__set__(instance, value)
+
+
 @checked
 class HypergradientCallback(OuterLoopCallback):
     """Tunes hyperparameters inside one ``fit``, by the gradient of the validation loss through the training.
@@ -78,8 +86,8 @@ class HypergradientCallback(OuterLoopCallback):
         ValueError: An argument is out of range.
     """
 
-    every_n_steps, warmup_steps, restart_every = OfLoop(), OfLoop(), OfLoop()
-    log_every_n_outer_steps, max_skipped = OfLoop(), OfLoop()
+    every_n_steps, warmup_steps = _Planned(), _Planned()
+    restart_every, log_every_n_outer_steps, max_skipped = OfLoop(), OfLoop(), OfLoop()
 
     def __init__(
         self,
@@ -117,8 +125,8 @@ class HypergradientCallback(OuterLoopCallback):
         self.outer_loop = OuterLoop(
             "HypergradientCallback",
             self.outer,
-            every_n_steps=every_n_steps or 1,
-            warmup_steps=warmup_steps or 0,
+            every_n_steps=1 if every_n_steps is None else every_n_steps,
+            warmup_steps=0 if warmup_steps is None else warmup_steps,
             restart_every=restart_every,
             max_skipped=max_skipped,
             log_every_n_outer_steps=log_every_n_outer_steps,

@@ -72,7 +72,7 @@ class ImplicitCycle(Cycle):
         if closes:
             self._graph.observe(
                 lambda: problem.inner_loss(batch) / problem.accumulate,
-                again=problem.check.may_repeat(problem.module),
+                again=problem.check.is_due and problem.check.may_repeat(problem.module),
             )
         loss = check_loss("inner_loss", problem.module, problem.inner_loss(batch)) / problem.accumulate
         if closes:

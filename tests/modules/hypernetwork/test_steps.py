@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_nested.hypernetworks import FactorisedResponse, FixedScale, LearnedScale
 from lightning_nested.hyperparameters import DropConnect, LabelSmoothing, WeightDecay
 from lightning_nested.modules import STN, DeltaSTN, HypernetworkModule, ResponseOptions
+from tests.callbacks.exact import decay_all
 from tests.modules.hypernetwork.problems import (
     SPECTRUM,
     X_VAL,
@@ -38,7 +39,7 @@ from tests.trainers import trainer
 @pytest.mark.parametrize("per", ["model", "tensor", "parameter"])
 def test_decay_is_in_the_inner_loss(per: Any) -> None:
     """Against the penalty written out, in both of Delta-STN's losses."""
-    module = Classifier([WeightDecay(per=per, init=0.1)])
+    module = Classifier([decay_all(per=per, init=0.1)])
     response = module.network
     for p in response.response_parameters().values():
         nn.init.normal_(p, std=0.1)

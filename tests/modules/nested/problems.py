@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.hyperparameters import ExampleWeights, WeightDecay
+from lightning_nested.hyperparameters import ExampleWeights
 from lightning_nested.modules import NestedModule
+from tests.callbacks.exact import decay_all
 from tests.trainers import trainer
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
@@ -92,7 +93,7 @@ class Classifier(NestedModule):
     """Loops of its own around a small network."""
 
     def __init__(self, hyperparameters: Any = None, net: nn.Module | None = None, **kw: Any) -> None:
-        tuned = [ExampleWeights(SIZE), WeightDecay(init=1e-2)] if hyperparameters is None else hyperparameters
+        tuned = [ExampleWeights(SIZE), decay_all(init=1e-2)] if hyperparameters is None else hyperparameters
         kw = {"inner_optimizer": sgd(0.2, momentum=0.9, weight_decay=1e-3), **kw}
         super().__init__(tuned, **{"outer_optimizer": lambda p: torch.optim.Adam(p, lr=0.1), **kw})
         self.net = net if net is not None else network()
