@@ -103,7 +103,7 @@ class Tuned(HypernetworkModule):
 def decay(per: Per, start: float) -> WeightDecay:
     """Bounded to the range that is searched."""
     within = Exp(lower=float(torch.tensor(LOWEST).exp()), upper=float(torch.tensor(HIGHEST).exp()))
-    return WeightDecay(per=per, init=float(torch.tensor(start).exp()), transform=within)
+    return WeightDecay(per=per, init=float(torch.tensor(start).exp()), include=["*"], transform=within)
 
 
 def fit(

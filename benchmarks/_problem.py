@@ -38,7 +38,7 @@ class Problem:
         )
         self.named = dict(self.network.named_parameters())
         self.params: Hypergradient = tuple(self.named.values())
-        self.weight_decay = WeightDecay(per="parameter", init=0.5)
+        self.weight_decay = WeightDecay(per="parameter", init=0.5, include=["*"])
         self.weight_decay.build(self.named)
         self.decays: Hypergradient = tuple(self.weight_decay.tensors.values())
         self.step_size = 0.5

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.datamodules import DigitsDataModule, FashionMNISTDataModule
 from lightning_nested.files import replace_figure
-from lightning_nested.hypergradient import ConjugateGradient, GaussNewton
+from lightning_nested.hypergradient import ConjugateGradient, Current, GaussNewton
 from lightning_nested.hypergradient.implicit import implicit_result
 from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.hyperparameters.transforms import Exp
@@ -169,12 +169,13 @@ def tune(
     """One run of the callback: its curve, a fresh training with its last decays, and skipped steps."""
     # The same range: beyond it SGD with this rate diverges, whoever chose the decay.
     within = Exp(lower=LOWEST, upper=HIGHEST)
-    decay = WeightDecay(per=per, init=START, transform=within)  # type: ignore[arg-type]
+    decay = WeightDecay(per=per, init=START, include=["*"], transform=within)  # type: ignore[arg-type]
     tuner = HypergradientCallback(
         decay,
         optimizer=lambda tensors: torch.optim.Adam(tensors, lr=rate),
         solver=SOLVER,
         curvature=GaussNewton(outputs="network"),
+        at=Current(),
         every_n_steps=every,
         warmup_steps=warmup,
         outer_dataloader=DataLoader([data.val], batch_size=None),  # type: ignore[arg-type]
@@ -203,7 +204,7 @@ def price_of_hypergradient(data: Data) -> float:
     model = Model(data.widths, 0)
     named = dict(model.named_parameters())
     params = tuple(named.values())
-    decay = WeightDecay(per="parameter", init=START)
+    decay = WeightDecay(per="parameter", init=START, include=["*"])
     decay.build(named)
 
     def gradient() -> None:

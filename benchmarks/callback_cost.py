@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hypergradient import Current, Neumann
 from lightning_nested.hyperparameters import WeightDecay
 
 
@@ -111,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Spread]:
     warnings.simplefilter("ignore")
 
     def waiting(per: str, **schedule: int) -> HypergradientCallback:
-        return HypergradientCallback(WeightDecay(per=per), **schedule)  # type: ignore[arg-type]
+        decay = WeightDecay(per=per, init=1e-4, include=["*"])  # type: ignore[arg-type]
+        return HypergradientCallback(decay, at=Current(), solver=Neumann(), every_n_steps=1, **schedule)
 
     never = 10**9
     makers: dict[str, Callable[[], list[Callback]]] = {

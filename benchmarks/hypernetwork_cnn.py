@@ -87,7 +87,7 @@ def hyperparameters() -> list[Hyperparameter]:
         InputNoise(init=0.1, upper=STRENGTH),
         Cutout(length=4, holes=1, max_length=LENGTH, max_holes=HOLES),
         LabelSmoothing(init=0.05, upper=SMOOTHING),
-        WeightDecay(per="model", init=1e-4, transform=Exp(lower=1e-6, upper=1e-2)),
+        WeightDecay(per="model", init=1e-4, include=["*"], transform=Exp(lower=1e-6, upper=1e-2)),
     ]
 
 

@@ -100,7 +100,7 @@ def training_run(
     named = dict(network.named_parameters())
     params = tuple(named.values())
     # A floor under the decays keeps the Hessian positive definite, so that a dense solution means something.
-    decay = WeightDecay(per="parameter", init=1e-2, transform=Exp(lower=1e-3, upper=1.0))
+    decay = WeightDecay(per="parameter", init=1e-2, include=["*"], transform=Exp(lower=1e-3, upper=1.0))
     decay.build(named)
     optimizer = torch.optim.SGD(params, lr=0.3, momentum=0.9)
     outer = torch.optim.Adam(list(decay.tensors.values()), lr=0.05)

@@ -62,12 +62,18 @@ from .games import (
     suggest_momentum as suggest_momentum,
 )
 from .hypergradient import (
+    AdamDiagonal as AdamDiagonal,
     ConjugateGradient as ConjugateGradient,
+    Current as Current,
     DenseSolve as DenseSolve,
+    EvaluationPoint as EvaluationPoint,
     FiniteDifference as FiniteDifference,
     GaussNewton as GaussNewton,
     Hessian as Hessian,
     Identity as Identity,
+    KroneckerFactored as KroneckerFactored,
+    KroneckerFisher as KroneckerFisher,
+    LookAhead as LookAhead,
     Neumann as Neumann,
     Nystrom as Nystrom,
     check_hypergradient as check_hypergradient,

@@ -24,7 +24,7 @@ class TunedDigits(NestedModule):
 
     def __init__(self, num_steps: int, rate: float, tune: bool) -> None:
         super().__init__(
-            [LearningRate(), WeightDecay(per="tensor", init=1e-4)],
+            [LearningRate(), WeightDecay(per="tensor", init=1e-4, include=["*"])],
             gradient=Unrolled(num_steps=num_steps),
             inner_optimizer=lambda params: torch.optim.SGD(params, lr=rate, momentum=0.9),
             outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.2 if tune else 0.0),

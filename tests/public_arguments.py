@@ -33,9 +33,13 @@ ANY = object()  # for an argument that takes any object, or whose kinds its own 
 
 # What results hold is not an argument of a user's.
 RESULTS = {"LyapunovSpectrum"}
+# A file is: tests/hyperparameters/test_saved_values.py has some.
+READERS = {"tuned_values"}
 
 w, h = torch.ones(2, requires_grad=True), torch.tensor(0.5, requires_grad=True)
 parameters = [nn.Parameter(torch.ones(2))]
+line = nn.Linear(2, 1)
+linearized = ln.Hessian().linearize((w**4).sum(), (w,))
 sgd = partial(torch.optim.SGD, lr=0.1)
 step_scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=3)
 point = (torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64))
@@ -128,7 +132,8 @@ CASES = {
     "GeneratorEMA": Case(ln.GeneratorEMA, {"module": (TEXT,)}),
     "HypergradientCallback": Case(
         ln.HypergradientCallback,
-        {"hyperparameters": (TEXT, [ln.WeightDecay()], [TEXT]), "solver": (ln.Neumann(),), "restart_every": (3,)}
+        {"hyperparameters": (TEXT, [ln.WeightDecay()], [TEXT]), "solver": (ln.Neumann(),), "optimizer": (sgd,)}
+        | dict.fromkeys(("every_n_steps", "warmup_steps", "restart_every"), (3,))
         | {"curvature": (ln.Hessian(),), "outer_dataloader": (ANY,), **_schedules},
         hyperparameters=ln.WeightDecay(),
     ),
@@ -187,15 +192,25 @@ CASES = {
         ln.suggest_momentum, {"phase": (-0.1,), "alternating": (None,), "eigenvalues": ([1j],)}, eigenvalues=eigenvalues
     ),
     # hypergradient
+    "AdamDiagonal": Case(ln.AdamDiagonal, {"damping": (0.1,)}),
     "ConjugateGradient": Case(ln.ConjugateGradient, {"preconditioner": (ANY,)}),
+    "Current": Case(ln.Current),
     "DenseSolve": Case(ln.DenseSolve),
+    "EvaluationPoint": Case(ln.EvaluationPoint),
     "FiniteDifference": Case(ln.FiniteDifference, {"epsilon": (0.1,)}),
     "GaussNewton": Case(ln.GaussNewton, {"outputs": (TEXT,)}, outputs=torch.ones(2)),
     "Hessian": Case(ln.Hessian),
     "Identity": Case(ln.Identity),
+    "KroneckerFactored": Case(ln.KroneckerFactored, {"damping": (0.1,)}),
+    "KroneckerFisher": Case(ln.KroneckerFisher, module=line, parameters=dict(line.named_parameters())),
+    "LookAhead": Case(ln.LookAhead),
     "Minimize": Case(Minimize),
     "Neumann": Case(ln.Neumann, {"step_size": (0.1,)}),
     "Nystrom": Case(ln.Nystrom),
+    "check_products": Case(
+        ln.check_products, dict.fromkeys(("problem", "params", "v", "loss", "repeat"), (ANY,)),
+        problem=linearized, params=(w,), v=(torch.ones(2),),
+    ),
     "check_hypergradient": Case(
         ln.check_hypergradient,
         {**_solvers, "hypergradient": ([h],), "retrain": (ANY,), "epsilon": (0.1,), "generator": (generator,)},
@@ -244,7 +259,9 @@ CASES = {
     "ModuleTensors": Case(ln.ModuleTensors, path=TEXT),
     "Saturation": Case(ln.Saturation, _named),
     "Scalar": Case(ln.Scalar, _transform | {"init": (-1.0,)}, name=TEXT, init=0.5),
-    "WeightDecay": Case(ln.WeightDecay, _named | _transform | {"include": ([TEXT],), "exclude": ([TEXT],)}),
+    "WeightDecay": Case(
+        ln.WeightDecay, _named | _transform | {"include": ([TEXT],), "exclude": ([TEXT],), "init": (0.1,)}
+    ),
     # modules
     "BigGAN": Case(
         ln.BigGAN, {"generator_scheduler": (step_scheduler,), "discriminator_scheduler": (step_scheduler,)}

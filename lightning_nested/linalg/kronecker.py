@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
@@ -66,6 +67,7 @@ def _is_symmetric(conv: nn.Conv2d) -> bool:
     )
 
 
+@checked
 class KroneckerFisher:
     """Running mean of the Kronecker-factored empirical Fisher information of a module.
 
@@ -98,6 +100,8 @@ class KroneckerFisher:
         memory: float = 0.9,
         max_size: int = 2048,
     ) -> None:
+        fraction(memory=memory)
+        at_least(1, max_size=max_size)
         self.memory = memory
         self._parameters = tuple(parameters.values())
         self._layers = _find_layers(module, self._parameters, max_size)

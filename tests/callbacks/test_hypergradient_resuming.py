@@ -130,3 +130,14 @@ def test_resuming_after_a_fit_that_failed_restores_the_position_of_the_outer_bat
     trainer(callback, max_epochs=2).fit(module, *loaders, ckpt_path=path)
     assert callback.state_dict()["batches"] == whole.state_dict()["batches"]
     assert torch.equal(values(callback), values(whole))
+
+
+def test_a_resumed_fit_counts_its_own_outer_steps(tmp_path: Path) -> None:
+    loaders = DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8)
+    fit = trainer(exact(decay_all(), solver=Identity()))
+    fit.fit(Regression(smooth()), *loaders)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = exact(decay_all(), solver=Identity(), warmup_steps=1000)
+    with pytest.warns(UserWarning, match="made no outer step in 4 inner steps"):
+        trainer(resumed, max_epochs=2).fit(Regression(smooth()), *loaders, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.outer_steps == 4

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
-from lightning_nested.hypergradient import FiniteDifference, Neumann
+from lightning_nested.hypergradient import FiniteDifference, LookAhead, Neumann
 from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Checkpointed, Regression, data, noisy, sgd, weights
 from tests.trainers import trainer
@@ -263,12 +263,14 @@ class FailsAgain(Regression):
         return super().training_step(batch, batch_idx)
 
 
-def test_an_exception_says_that_a_step_was_repeated() -> None:
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"curvature": FiniteDifference()}, "FiniteDifference"), ({"at": LookAhead()}, "the outer step")],
+)
+def test_an_exception_says_that_a_step_was_repeated(options: Any, what: str) -> None:
     train, val = data(32, 1, torch.float32), data(16, 2, torch.float32)
-    callback = exact(decay_all(), curvature=FiniteDifference())
+    callback = exact(decay_all(), **options)
     with pytest.raises(KeyError) as caught:
         trainer(callback).fit(FailsAgain(noisy()), DataLoader(train, 8), DataLoader(val, 8))
     text = "".join(traceback.format_exception(caught.value))
-    assert (
-        "Called again for FiniteDifference at training step 0, on a batch that training_step has seen" in text
-    )
+    assert f"Called again for {what} at training step 0, on a batch that training_step has seen" in text

@@ -254,7 +254,8 @@ def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "lightning_nested", "fit", "--config", "digits", *QUICK),
         *("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.callbacks+=HypergradientCallback"),
-        "--trainer.callbacks.hyperparameters=WeightDecay",
+        *("--trainer.callbacks.hyperparameters=WeightDecay", "--trainer.callbacks.at=Current"),
+        *("--trainer.callbacks.every_n_steps=1", "--trainer.callbacks.warmup_steps=0"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

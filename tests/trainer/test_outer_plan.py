@@ -1,0 +1,72 @@
+"""The plan of a run: its cost, what the user sets, and how the look ahead is tried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.trainer.forecast import Forecast
+from tests.callbacks.tuned_regression import Regression, data, smooth
+from tests.trainers import trainer
+
+
+def fitted(
+    callback: HypergradientCallback, *, outer_batch: int = 8, epochs: int = 2
+) -> HypergradientCallback:
+    loaders = DataLoader(data(64, 1), 8), DataLoader(data(64, 2), outer_batch)
+    trainer(callback, max_epochs=epochs).fit(Regression(smooth()), *loaders)
+    return callback
+
+
+def test_larger_outer_batches_cost_more_and_are_rarer() -> None:
+    """One gradient of an outer batch for each inner batch that would fit into it, and one for the look ahead."""
+    small, large = (fitted(HypergradientCallback(WeightDecay()), outer_batch=n) for n in (8, 32))
+    assert small.plan.pace is not None
+    assert large.plan.pace is not None
+    assert (small.plan.pace.cost, large.plan.pace.cost) == (2.0, 5.0)
+    assert (small.every_n_steps, large.every_n_steps) == (7, 17)  # ⌈cost / 0.3⌉
+
+
+def test_what_is_set_between_two_fits_is_kept() -> None:
+    callback = fitted(HypergradientCallback(WeightDecay(), every_n_steps=3))
+    assert (callback.every_n_steps, callback.warmup_steps) == (3, 1)  # a tenth of 16 steps
+    callback.every_n_steps, callback.warmup_steps = 1, 10
+    fitted(callback, epochs=3)
+    assert (callback.every_n_steps, callback.warmup_steps) == (1, 10)
+    assert callback.outer_steps == 24 - 10  # another module: counted again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, r"every_n_steps must be at least 1\. Got 0"),
+        ({"warmup_steps": -1}, r"warmup_steps must be at least 0\. Got -1"),
+        ({"overhead": 0.0}, r"overhead must be positive\. Got 0\.0"),
+        ({"overhead": float("inf")}, r"overhead must be a finite number\. Got inf"),
+    ],
+)
+def test_options_out_of_range(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HypergradientCallback(WeightDecay(), **options)
+
+
+def test_every_outer_step_looks_at_the_training_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look moves the trust radius, by a factor of 1.5 or 0.5."""
+    radii: list[float] = []
+    look = Forecast.weights
+
+    def weights(self: Forecast, *args: Any) -> tuple[Tensor, ...]:
+        radii.append(self.radius)
+        found = look(self, *args)
+        radii[-1] = self.radius / radii[-1]
+        return found
+
+    monkeypatch.setattr(Forecast, "weights", weights)
+    fitted(HypergradientCallback(WeightDecay(), every_n_steps=4, warmup_steps=2))
+    assert len(radii) == 4
+    assert all(ratio == pytest.approx(1.5) or ratio == pytest.approx(0.5) for ratio in radii)
