@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_nested.callbacks import HypergradientCallback, LyapunovCallback
-from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.callbacks import LyapunovCallback
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.regression import Regression, data, smooth
 from tests.trainers import trainer
 
@@ -122,7 +122,7 @@ def test_tuned_decays_are_told_to_be_left_out() -> None:
             pass
 
     module = Validated(smooth(), lambda p: torch.optim.SGD(p, lr=0.05))
-    both = (LyapunovCallback(), HypergradientCallback(WeightDecay()))
+    both = (LyapunovCallback(), exact(decay_all()))
     with pytest.warns(
         UserWarning, match="adds decays to the gradients: the exponents are those without them"
     ):
