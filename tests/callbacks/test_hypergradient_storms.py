@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import (
     ConjugateGradient,
     Curvature,
@@ -26,8 +25,8 @@ from lightning_nested.hypergradient import (
     Neumann,
     Nystrom,
 )
-from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.modules import Implicit, LoopOptions, NestedModule
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.tuned_regression import Regression, data, sgd, unit
 from tests.trainers import trainer
 
@@ -112,7 +111,7 @@ class Tuned(Regression):
 class Nested(NestedModule):
     def __init__(self, weather: Weather, solver: InverseSolver) -> None:
         super().__init__(
-            WeightDecay("parameter", init=1e-2), gradient=Implicit(solver=solver),
+            decay_all("parameter", init=1e-2), gradient=Implicit(solver=solver),
             inner_optimizer=sgd(0.05), loop=LoopOptions(max_skipped=STEPS),
         )  # fmt: skip
         self.net, self.weather = unit(), weather
@@ -153,9 +152,7 @@ class Watch(Callback):
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 def test_a_storm_skips_the_steps_it_strikes(solver: InverseSolver, curvature: Curvature) -> None:
     weather = Weather(seed=0)
-    callback = HypergradientCallback(
-        WeightDecay("parameter", init=1e-2), solver=solver, curvature=curvature, max_skipped=STEPS
-    )
+    callback = exact(decay_all("parameter", init=1e-2), solver=solver, curvature=curvature, max_skipped=STEPS)
     watch = Watch(weather, callback)
     loaders = DataLoader(data(4 * STEPS, 1), 4), DataLoader(data(12, 2), 4)
     trainer(callback, watch, limit_val_batches=1).fit(Tuned(weather), *loaders)

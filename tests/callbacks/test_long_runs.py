@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nested.callbacks import GameSpectrumCallback, HypergradientCallback, LyapunovCallback
+from lightning_nested.callbacks import GameSpectrumCallback, LyapunovCallback
 from lightning_nested.hypergradient import (
     ConjugateGradient,
     Curvature,
@@ -29,7 +29,7 @@ from lightning_nested.hypergradient import (
     Neumann,
     Nystrom,
 )
-from lightning_nested.hyperparameters import WeightDecay
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.running_games import GAN, loader
 from tests.callbacks.tuned_regression import Regression, data, unit
 from tests.trainers import trainer
@@ -104,7 +104,7 @@ CASES: list[tuple[InverseSolver, Curvature]] = [
 
 @pytest.mark.parametrize(("solver", "curvature"), CASES, ids=lambda part: type(part).__name__)
 def test_outer_steps_hold_nothing(solver: InverseSolver, curvature: Curvature, tmp_path: Path) -> None:
-    callback = HypergradientCallback(WeightDecay("parameter", init=1e-2), solver=solver, curvature=curvature)
+    callback = exact(decay_all("parameter", init=1e-2), solver=solver, curvature=curvature)
     loaders = DataLoader(data(400, 1), 4), DataLoader(data(12, 2), 4)
     soak(Regression(unit()), loaders, tmp_path, callback)
     assert callback.outer_steps == LATE

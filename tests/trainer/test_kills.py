@@ -31,7 +31,6 @@ from lightning_nested.callbacks import (
     GameSpectrumCallback,
     GenerativeMetrics,
     GeneratorEMA,
-    HypergradientCallback,
     LyapunovCallback,
     ModuleEvaluator,
     SampleGrid,
@@ -39,9 +38,9 @@ from lightning_nested.callbacks import (
 from lightning_nested.cli.main import main
 from lightning_nested.files import append_line, replace_figure
 from lightning_nested.hypergradient import Neumann, Nystrom
-from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.modules import DeltaSTN
 from tests.callbacks import tuned_regression
+from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.generative_metrics.test_callback import Pool
 from tests.modules.game.games import GAN, points
 from tests.modules.gan import tiny
@@ -60,7 +59,7 @@ def regression(*callbacks: Callback) -> Parts:
 
 
 def hypergradient(solver: Any) -> Parts:
-    return regression(HypergradientCallback(WeightDecay("parameter", init=1e-2), solver=solver))
+    return regression(exact(decay_all("parameter", init=1e-2), solver=solver))
 
 
 def game() -> Parts:
