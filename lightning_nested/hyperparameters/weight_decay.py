@@ -60,10 +60,11 @@ class WeightDecay(Hyperparameter):
         start = init if init is not None else _INIT
         self._use(transform or Exp(lower=min(1e-12, start), upper=max(1.0, 2 * start)), start)
         self._default_transform = transform is None
-        # Natural bounds of each tensor's entries, once they are fitted to a run.
-        self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
-        # The decays as numbers, and the state of the tensor that they belong to.
-        self._numbers: tuple[tuple[object, ...], dict[str, float]] | None = None
+        # One unit by name, and the largest decay in units, once they are fitted to a run.
+        self._units: dict[str, float] = {}
+        self._largest = _LARGEST
+        # The decays as numbers, with the tensor and its version that they are of.
+        self._numbers: tuple[Tensor, tuple[object, ...], dict[str, float]] | None = None
         self.parameter_names: tuple[str, ...] = ()
         self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
         # Patterns that have matched a name: the parameters they match may be frozen later.
@@ -109,10 +110,10 @@ class WeightDecay(Hyperparameter):
         shapes: Mapping[str, Sequence[int]] = self._shapes
         if self.per != "parameter":
             shapes = {self.per: () if self.per == "model" else (len(shapes),)}
-        return {
-            key: torch.full(tuple(shape), self.init if self.init is not None else _INIT, dtype=dtype)
-            for key, shape in shapes.items()
-        }
+        if self.init is None and self._units:
+            return {key: self._run_units(key, _START).to(dtype).expand(tuple(s)) for key, s in shapes.items()}
+        start = self.init if self.init is not None else _INIT
+        return {key: torch.full(tuple(shape), start, dtype=dtype) for key, shape in shapes.items()}
 
     @torch.no_grad()
     def _thaw(self, before: Sequence[str]) -> None:
@@ -127,7 +128,7 @@ class WeightDecay(Hyperparameter):
     def reset(self) -> None:
         """Forget the decays and their parameters."""
         super().reset()
-        self.parameter_names, self._matched, self._frozen, self._bounds = (), set(), {}, {}
+        self.parameter_names, self._matched, self._frozen, self._units = (), set(), {}, {}
 
     def entries(self) -> tuple[str, ...] | None:
         """Return the names of the parameters, with ``per="tensor"``."""
@@ -194,12 +195,12 @@ class WeightDecay(Hyperparameter):
         if self.per == "parameter":
             return dict(self.decays())
         raw = self.tensors[self.per]
-        key = (id(raw), raw._version, self.parameter_names)
-        if self._numbers is None or self._numbers[0] != key:
+        key = (raw._version, self.parameter_names)
+        if self._numbers is None or self._numbers[0] is not raw or self._numbers[1] != key:
             values = self.transform.forward(raw.detach()).double().reshape(-1).tolist()
             each = values if self.per == "tensor" else values * len(self.parameter_names)
-            self._numbers = key, dict(zip(self.parameter_names, each, strict=True))
-        return dict(self._numbers[1])
+            self._numbers = raw, key, dict(zip(self.parameter_names, each, strict=True))
+        return dict(self._numbers[2])
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""
@@ -238,29 +239,38 @@ class WeightDecay(Hyperparameter):
         arXiv:2405.13698.
 
         Args:
-            units: One unit for each decayed parameter by name.
+            units: One unit for each decayed parameter by name; those that are unfrozen later take the mean.
             steps: Inner steps of the run; a decay of more than a tenth of them in units would be unstable.
             restart: Whether the decays move to their start; else they are only bounded.
         """
-        largest = min(_LARGEST, 0.1 * steps)
-        for key, raw in self.tensors.items():
-            names = self.parameter_names if key in ("tensor", "model") else (key,)
-            logs = torch.tensor([math.log(max(units[name], 1e-10)) for name in names], dtype=torch.float64)
-            unit = (logs if key == "tensor" else logs.mean()).exp().to(raw.device)
-            self._bounds[key] = _SMALLEST * unit, largest * unit
-            if self._default_transform:
-                upper = max(getattr(self.transform, "upper", 1.0), 2 * largest * float(unit.max()))
-                self.transform = Exp(lower=1e-12, upper=upper)
-            if restart:
-                raw.copy_(self.transform.inverse((min(_START, largest) * unit).to(raw.dtype)))
+        if not self._default_transform:
+            return
+        self._units = {name: max(unit, 1e-10) for name, unit in units.items()}
+        self._largest = min(_LARGEST, 0.1 * steps)
+        upper = max(getattr(self.transform, "upper", 1.0), 2 * self._largest * max(self._units.values()))
+        self.transform = Exp(lower=1e-12, upper=upper)
+        if restart:
+            for key, raw in self.tensors.items():
+                raw.copy_(self.transform.inverse(self._run_units(key, _START).to(raw)))
+
+    def _run_units(self, key: str, amount: float) -> Tensor:
+        """Return so many units, at most the largest decay, for a tensor's entries."""
+        names = (key,) if self.per == "parameter" else self.parameter_names
+        mean = sum(map(math.log, self._units.values())) / len(self._units)
+        logs = [math.log(self._units[name]) if name in self._units else mean for name in names]
+        # One decay for the whole model has the mean of its units.
+        amounts = torch.tensor(logs, dtype=torch.float64)
+        return (amounts if self.per == "tensor" else amounts.mean()).exp() * min(amount, self._largest)
 
     @torch.no_grad()
     def project_(self) -> None:
         """Move the decays into the transform's range, and into the bounds of :meth:`fit_to_run`."""
         super().project_()
-        for key, (lower, upper) in self._bounds.items():
-            raw = self.tensors[key]
-            low, high = (self.transform.inverse(b.to(raw.dtype)) for b in (lower, upper))
+        for key, raw in self.tensors.items() if self._units else ():
+            low, high = (
+                self.transform.inverse(self._run_units(key, amount).to(raw))
+                for amount in (_SMALLEST, self._largest)
+            )
             raw.copy_(torch.minimum(torch.maximum(raw, low), high))
 
 

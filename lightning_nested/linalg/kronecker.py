@@ -9,62 +9,24 @@ counts as an example ("expand"). Martens & Grosse (2015), ICML, PMLR 37:2408-241
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.linalg.finite import check_finite
+from lightning_nested.linalg.kronecker_layers import Factors, Layer, find_layers
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.solvers.base import factorizable_dtype
 from lightning_nested.linalg.vectors import Vector
 
-_Factors = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """A layer whose weight, seen as a matrix (outputs, inputs), has two Kronecker factors."""
-
-    module: nn.Module
-    weight: int  # position among the parameters
-    bias: int | None
-
-    def inputs(self, a: Tensor) -> Tensor:
-        """Return the rows that the weight matrix multiplies, of shape (positions, inputs), with 1 for the bias."""
-        m = self.module
-        if isinstance(m, nn.Conv2d):
-            padding = _same_padding(m) if isinstance(m.padding, str) else m.padding
-            a = functional.unfold(a, m.kernel_size, m.dilation, padding, m.stride).transpose(1, 2)
-        rows = a.reshape(-1, a.shape[-1])
-        return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-
-    def gradients(self, g: Tensor) -> Tensor:
-        """Return the gradients of the outputs, of shape (positions, outputs)."""
-        if isinstance(self.module, nn.Conv2d):
-            g = g.flatten(2).transpose(1, 2)
-        return g.reshape(-1, g.shape[-1])
-
-
-def _same_padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    if conv.padding == "valid":
-        return 0, 0
-    return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-
-
-def _is_symmetric(conv: nn.Conv2d) -> bool:
-    """Return False where padding="same" adds more on one side."""
-    return conv.padding != "same" or all(
-        d * (k - 1) % 2 == 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-    )
+_Call = tuple[Tensor, Tensor, int]
 
 
 @checked
@@ -104,13 +66,14 @@ class KroneckerFisher:
         at_least(1, max_size=max_size)
         self.memory = memory
         self._parameters = tuple(parameters.values())
-        self._layers = _find_layers(module, self._parameters, max_size)
-        self.factors: list[_Factors | None] = [None] * len(self._layers)
-        covered = {i for layer in self._layers for i in (layer.weight, layer.bias)}
+        self._layers = find_layers(module, self._parameters, max_size)
+        self.factors: list[Factors | None] = [None] * len(self._layers)
+        covered = {i for layer in self._layers for i in layer.positions}
         self._others = [i for i in range(len(self._parameters)) if i not in covered]
         self.squares: list[Tensor | None] = [None] * len(self._parameters)
         self.observations = 0
-        self._seen: list[list[_Factors]] = [[] for _ in self._layers]
+        # By layer and call: sums over positions, and their number.
+        self._seen: list[list[_Call | None]] = [[] for _ in self._layers]
         self._batch = 0
         self._handles: list[RemovableHandle] = []
         self._on = False
@@ -122,7 +85,7 @@ class KroneckerFisher:
         self.stop()
         self._on = True
         self._handles = [
-            layer.module.register_forward_hook(partial(self._forward, i))
+            layer.module.register_forward_hook(partial(self._forward, i), with_kwargs=True)
             for i, layer in enumerate(self._layers)
         ]
 
@@ -141,21 +104,26 @@ class KroneckerFisher:
         """Return a context in which one training step is observed; end it by :meth:`update`."""
         return _Observing(self)
 
-    def _forward(self, i: int, module: nn.Module, args: Any, output: Any) -> None:
+    def _forward(self, i: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         if not self._on or not isinstance(output, Tensor) or not output.requires_grad:
             return
-        output.register_hook(partial(self._backward, i, args[0].detach()))  # type: ignore[no-untyped-call]
+        a: Tensor = args[0] if args else kwargs["input"]
+        calls = self._seen[i]
+        calls.append(None)
+        hook = partial(self._backward, self._layers[i], calls, len(calls) - 1, a.detach())
+        output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def _backward(self, i: int, a: Tensor, g: Tensor) -> None:
+    def _backward(self, layer: Layer, calls: list[_Call | None], call: int, a: Tensor, g: Tensor) -> None:
         if not self._on:
             return
-        layer, batch = self._layers[i], max(1, g.shape[0])
-        rows, gradients = (
-            x.float() if x.dtype.itemsize < 4 else x for x in (layer.inputs(a), layer.gradients(g))
-        )
+        if a.dim() == layer.unbatched:
+            a, g = a[None], g[None]
+        batch = max(1, g.shape[0])
+        rows, gradients = (x.to(factorizable_dtype(x.dtype)) for x in (layer.inputs(a), layer.gradients(g)))
         self._batch = max(self._batch, batch)
-        self._seen[i].append((rows.T @ rows / len(rows), gradients.T @ gradients * batch))
+        # The training's own backward pass comes after others through the same graph (a gradient penalty's).
+        calls[call] = rows.T @ rows, gradients.T @ gradients * batch, len(rows)
 
     @torch.no_grad()
     def update(
@@ -167,7 +135,7 @@ class KroneckerFisher:
         batches: int = 1,
         processes: int = 1,
     ) -> None:
-        """Add what was seen, with the gradients that lie in ``.grad``, to the running means.
+        """Add what was seen, with the gradients that lie in ``.grad``, to the running means, if it is finite.
 
         Args:
             scale: Factor that ``.grad`` carries.
@@ -181,19 +149,24 @@ class KroneckerFisher:
         self.stop()
         weight = max(1 - self.memory, 1 / (self.observations + 1))
         new: list[Tensor] = []
-        for found in seen:
-            if not found:
-                continue
-            a = torch.stack([pair[0] for pair in found]).mean(0)
-            # The loss of each of several accumulated batches is divided by their number.
-            g = torch.stack([pair[1] for pair in found]).mean(0) * (batches / hook_scale) ** 2
-            new += [a, g]
-        new += [self._square(i, batch * batches * processes, scale) for i in self._others]
-        mean = iter(average(tuple(new), reduce))
-        for i, found in enumerate(seen):
+        for layer, calls in zip(self._layers, seen, strict=True):
+            found = [call for call in calls if call is not None]
+            a, g = layer.zeros()
             if found:
-                pair = next(mean), next(mean)
-                old = self.factors[i]
+                a = torch.stack([call[0] for call in found]).sum(0) / max(1, sum(call[2] for call in found))
+                # The loss of each of several accumulated batches is divided by their number.
+                g = torch.stack([call[1] for call in found]).sum(0) * (batches / hook_scale**2)
+            # Processes may call different layers.
+            new += [a, g, a.new_tensor(float(bool(found)))]
+        new += [self._square(i, batch * batches * processes, scale) for i in self._others]
+        new = list(average(tuple(new), reduce))
+        if new and not bool(torch.stack([x.sum().double() for x in new]).isfinite().all()):
+            return
+        mean = iter(new)
+        for i in range(len(self._layers)):
+            a, g, share = next(mean), next(mean), float(next(mean))
+            if share:
+                old, pair = self.factors[i], (a / share, g)
                 self.factors[i] = (
                     pair if old is None else (old[0].lerp(pair[0], weight), old[1].lerp(pair[1], weight))
                 )
@@ -203,10 +176,11 @@ class KroneckerFisher:
         self.observations += 1
 
     def _square(self, i: int, batch: int, scale: float) -> Tensor:
-        gradient = self._parameters[i].grad
-        if gradient is None:
-            return torch.zeros_like(self._parameters[i])
-        return gradient.detach().float().div(scale).square().mul_(batch).to(gradient.dtype)
+        parameter = self._parameters[i]
+        dtype = factorizable_dtype(parameter.dtype)
+        if parameter.grad is None:
+            return torch.zeros_like(parameter, dtype=dtype)
+        return parameter.grad.to(dtype).div(scale).square().mul_(batch)
 
     # ---- the inverse
 
@@ -222,9 +196,10 @@ class KroneckerFisher:
         solves: list[_Solve] = []
         for layer, pair in zip(self._layers, self.factors, strict=True):
             if pair is not None:
-                amount = float(torch.as_tensor(damping[layer.weight]).double().mean())
+                given = damping[layer.weight]
+                amount = float(given.mean()) if isinstance(given, Tensor) else given
                 solves.append(_Solve(layer, *_inverses(pair, amount)))
-        covered = {i for solve in solves for i in (solve.layer.weight, solve.layer.bias)}
+        covered = {i for solve in solves for i in solve.layer.positions}
         diagonal = {
             i: (0.0 if (s := self.squares[i]) is None else s) + damping[i]
             for i in range(len(self._parameters))
@@ -232,18 +207,19 @@ class KroneckerFisher:
         }
         return KroneckerInverse(solves, diagonal, self._parameters, self._layers)
 
-    def restored_inverse(self, state: Mapping[str, Any] | None) -> KroneckerInverse | None:
+    def restored_inverse(self, state: Mapping[str, Any]) -> KroneckerInverse | None:
         """Return the inverse whose :meth:`KroneckerInverse.state_dict` is given; None if the layers are others."""
-        if state is None or any(i >= len(self._layers) for i in state["factors"]):
+        factors, diagonal = state["factors"], state["diagonal"]
+        covered = {j for i in factors if i < len(self._layers) for j in self._layers[i].positions}
+        if {*covered, *diagonal} != set(range(len(self._parameters))) or not all(
+            i < len(self._layers) and self._layers[i].fits(pair) for i, pair in factors.items()
+        ):
             return None
         like = self._parameters
         solves = [
-            _Solve(self._layers[i], *(f.to(like[0].device) for f in pair))
-            for i, pair in state["factors"].items()
+            _Solve(self._layers[i], *(f.to(like[0].device) for f in pair)) for i, pair in factors.items()
         ]
-        diagonal = {
-            i: d.to(like[i].device) if isinstance(d, Tensor) else d for i, d in state["diagonal"].items()
-        }
+        diagonal = {i: d.to(like[i].device) if isinstance(d, Tensor) else d for i, d in diagonal.items()}
         return KroneckerInverse(solves, diagonal, like, self._layers)
 
     # ---- checkpoints
@@ -258,7 +234,12 @@ class KroneckerFisher:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore, if the layers are the same; otherwise begin again."""
-        if len(state["factors"]) != len(self.factors) or len(state["squares"]) != len(self.squares):
+        pairs, squares = state["factors"], state["squares"]
+        if len(pairs) != len(self.factors) or len(squares) != len(self.squares):
+            return
+        if not all(f is None or layer.fits(f) for layer, f in zip(self._layers, pairs, strict=True)):
+            return
+        if any(s is not None and s.shape != self._parameters[i].shape for i, s in enumerate(squares)):
             return
         device = self._parameters[0].device
         self.factors = [None if f is None else (f[0].to(device), f[1].to(device)) for f in state["factors"]]
@@ -279,7 +260,7 @@ class _Observing:
 
 @dataclass(frozen=True, eq=False)
 class _Solve:
-    layer: _Layer
+    layer: Layer
     inputs: Tensor  # inverse of the damped factor of the inputs
     outputs: Tensor  # and of the outputs' gradients
 
@@ -304,7 +285,7 @@ class KroneckerInverse(LinearOperator):
         solves: Sequence[_Solve],
         diagonal: Mapping[int, Tensor | float],
         like: Vector,
-        layers: Sequence[_Layer],
+        layers: Sequence[Layer],
     ) -> None:
         self._solves, self._diagonal, self.like, self._layers = solves, diagonal, like, layers
 
@@ -312,7 +293,7 @@ class KroneckerInverse(LinearOperator):
         """Return G⁻¹ V A⁻¹ for each layer, and the quotient by the diagonal elsewhere."""
         out = list(v)
         for i, d in self._diagonal.items():
-            out[i] = v[i] / d
+            out[i] = (v[i] / d).to(v[i].dtype)
         for solve in self._solves:
             solve.apply(v, out)
         return tuple(out)
@@ -324,7 +305,7 @@ class KroneckerInverse(LinearOperator):
         return {"factors": factors, "diagonal": dict(self._diagonal)}
 
 
-def _inverses(pair: _Factors, damping: float) -> _Factors:
+def _inverses(pair: Factors, damping: float) -> Factors:
     a, g = (f.to(factorizable_dtype(f.dtype)) for f in pair)
     sizes = [check_finite(float(f.diagonal().double().mean()), "A Kronecker factor") for f in (a, g)]
     ratio = math.sqrt(max(sizes[0], 1e-30) / max(sizes[1], 1e-30))
@@ -342,24 +323,3 @@ def _damped_inverse(factor: Tensor, damping: float) -> Tensor:
             "A Kronecker factor must be positive definite. Got one that is not; raise damping."
         )
     return torch.cholesky_inverse(root)
-
-
-def _find_layers(module: nn.Module, parameters: Iterable[Tensor], max_size: int) -> list[_Layer]:
-    position = {id(p): i for i, p in enumerate(parameters)}
-    owners = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
-
-    def is_own(p: Tensor | None) -> bool:
-        return p is None or (id(p) in position and owners[id(p)] == 1)
-
-    layers = []
-    for m in module.modules():
-        # Exact classes: a subclass may compute something else.
-        plain = type(m) is nn.Linear or (
-            type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros" and _is_symmetric(m)
-        )
-        weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
-        if not plain or weight is None or not is_own(weight) or not is_own(bias):
-            continue
-        if max(len(weight), weight[0].numel()) <= max_size:
-            layers.append(_Layer(m, position[id(weight)], None if bias is None else position[id(bias)]))
-    return layers

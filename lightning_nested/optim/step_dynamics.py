@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.registry import KNOWN, Description, find_rule
-from lightning_nested.optim.update_rules import Momentum
+from lightning_nested.optim.update_rules import AdaptiveRule, Momentum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,8 +79,13 @@ def inverse_rates(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Vector:
     R = D·Re 1/(1 − β) with D and β of :func:`step_dynamics`: α/(1 − β) for SGD, α/(√v̂ + ε) for Adam.
     """
     dynamics = step_dynamics(optimizer, parameters)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found = []
-    for scale, momentum in zip(dynamics.scale, dynamics.momenta, strict=True):
+    for p, scale, momentum in zip(parameters, dynamics.scale, dynamics.momenta, strict=True):
+        rule, state = find_rule(optimizer, groups[id(p)]), optimizer.state.get(p, {})
+        if isinstance(rule, AdaptiveRule) and rule.second in state:
+            # A young average weighs its newest gradient more.
+            scale = scale * (rule.gain(math.inf) / rule.gain(float(state["step"])))
         beta = momentum.momentum * complex(math.cos(momentum.phase), math.sin(momentum.phase))
         gain = (1 / (1 - beta)).real if abs(beta) < 1 else 1.0
         found.append(1.0 / (scale.detach() * max(gain, 1e-3)).clamp_min(torch.finfo(scale.dtype).tiny * 1e3))

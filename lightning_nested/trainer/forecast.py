@@ -52,7 +52,7 @@ class Forecast:
         self.remaining = math.inf  # inner steps up to the end of the run
         self._mean: Vector | None = None
         self._means = 0
-        self._inverse: KroneckerInverse | None = None
+        self._inverses: dict[float | None, KroneckerInverse] = {}  # by their damping
         # Outer steps so far, and at the last factorization.
         self._solved = self._factorized = 0
 
@@ -100,6 +100,10 @@ class Forecast:
         torch._foreach_mul_([m for m, _ in pairs], 1 - weight)
         torch._foreach_add_([m for m, _ in pairs], [g.to(m.dtype) for m, g in pairs], alpha=weight / scale)
 
+    def is_of(self, state: Mapping[str, Any] | None) -> bool:
+        """Return True if a state is of these parameters."""
+        return state is not None and state["names"] == list(self._names)
+
     def stop(self) -> None:
         """Remove all hooks."""
         self.fisher.stop()
@@ -126,11 +130,12 @@ class Forecast:
     def kronecker_inverse(self, damping: float | None = None) -> LinearOperator:
         """Return (F + D + damping)⁻¹, factorized again at every ``refresh_every``-th outer step."""
         due = self._solved - self._factorized >= self._point.refresh_every
-        if self._inverse is None or due:
-            self._factorized = self._solved
+        if due or not self._inverses:
+            self._factorized, self._inverses = self._solved, {}
+        if damping not in self._inverses:
             amounts = [d + r for d, r in zip(self._coupled_decays(), self._reach(damping), strict=True)]
-            self._inverse = self.fisher.inverse(amounts)
-        return self._inverse
+            self._inverses[damping] = self.fisher.inverse(amounts)
+        return self._inverses[damping]
 
     def diagonal_inverse(self, damping: float | None = None) -> LinearOperator:
         """Return (D + 1/(R·t))⁻¹; ``damping`` is relative to the mean of 1/R."""
@@ -183,12 +188,13 @@ class Forecast:
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next outer step depends on."""
         return {
+            "names": list(self._names),
             "radius": self.radius,
             "mean": self._mean,
             "means": self._means,
             "solved": (self._solved, self._factorized),
             "fisher": self.fisher.state_dict(),
-            "inverse": None if self._inverse is None else self._inverse.state_dict(),
+            "inverses": [(damping, inverse.state_dict()) for damping, inverse in self._inverses.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -201,7 +207,8 @@ class Forecast:
             tuple(m.to(p.device) for m, p in zip(mean, self._parameters, strict=True)) if fits else None
         )
         self.fisher.load_state_dict(state["fisher"])
-        self._inverse = self.fisher.restored_inverse(state["inverse"])
+        restored = {damping: self.fisher.restored_inverse(saved) for damping, saved in state["inverses"]}
+        self._inverses = {damping: inverse for damping, inverse in restored.items() if inverse is not None}
 
 
 def _penalty(decays: Sequence[Tensor | float], weights: Vector) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -73,6 +73,7 @@ class OuterPlan:
         self._optimizer: Optimizer | None = None
         self._parameters: tuple[nn.Parameter, ...] = ()
         self._own_decays: list[float] = []  # of a decoupled optimizer's groups, which ours replace
+        self._kept: Mapping[str, Any] | None = None  # a forecast's state, until there are its parameters
         self.units: dict[str, float] = {}  # see WeightDecay.fit_to_run
 
     # ---- a run
@@ -111,7 +112,7 @@ class OuterPlan:
 
     def attach(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Begin the statistics of these parameters."""
-        self.stop()
+        self._detach()
         self._optimizer, self._parameters = optimizer, tuple(parameters.values())
         looks = isinstance(self.point, LookAhead)
         if looks or self.solver.needs_statistics:
@@ -122,19 +123,44 @@ class OuterPlan:
                 self.outer.decays,
                 point=self.point if looks else None,  # type: ignore[arg-type]
             )
-        if self.outer.decays and decoupled_rates(optimizer):
-            self._own_decays = [group["weight_decay"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["weight_decay"] = 0.0
+        if self.forecast is not None and self.forecast.is_of(self._kept):
+            self.forecast.load_state_dict(self._kept)  # type: ignore[arg-type]
+            self._kept = None
+        self.take_decays()
+
+    def take_decays(self) -> None:
+        """Take the place of a decoupled optimizer's own decay; again once a checkpoint has restored it."""
+        optimizer = self._optimizer
+        if optimizer is None or not self.outer.decays or not decoupled_rates(optimizer):
+            return
+        own = [group["weight_decay"] for group in optimizer.param_groups]
+        if any(own) or not self._own_decays:
+            self._own_decays = own
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+
+    def give_back(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Give the groups of an optimizer, or of its saved state, their own decay back."""
+        # Groups that were added since have theirs.
+        for group, decay in zip(groups, self._own_decays, strict=False):
+            group["weight_decay"] = decay
 
     def stop(self) -> None:
-        """Remove hooks, and give the optimizer its own decay back."""
+        """Remove hooks, and give the optimizer its own decay back; a second fit goes on from the statistics."""
+        if self.forecast is not None:
+            self._kept = self.forecast.state_dict()
+        self._detach()
+
+    def reset(self) -> None:
+        """Forget the statistics, for another module."""
+        self._kept, self.units = None, {}
+
+    def _detach(self) -> None:
         if self.forecast is not None:
             self.forecast.stop()
             self.forecast = None
-        if self._optimizer is not None and self._own_decays:
-            for group, decay in zip(self._optimizer.param_groups, self._own_decays, strict=True):
-                group["weight_decay"] = decay
+        if self._optimizer is not None:
+            self.give_back(self._optimizer.param_groups)
         self._optimizer, self._own_decays, self._parameters = None, [], ()
 
     # ---- an inner step
@@ -181,7 +207,7 @@ class OuterPlan:
         if self.pace is None or self.pace.total_steps is None or not self.units:
             return
         for decay in self.outer.decays:
-            if decay.init is None and all(name in self.units for name in decay.parameter_names):
+            if decay.init is None and any(name in self.units for name in decay.parameter_names):
                 decay.fit_to_run(self.units, self.pace.total_steps, restart=restart)
                 if restart:
                     self.outer.remember_first(decay)
@@ -209,20 +235,23 @@ class OuterPlan:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Keep backward passes that are not the training's own out of the statistics."""
-        if self.forecast is not None:
-            self.forecast.fisher.pause(True)
+        self.pause(True)
         try:
             yield
         finally:
-            if self.forecast is not None:
-                self.forecast.fisher.pause(False)
+            self.pause(False)
 
-    def look(self, trainer: Trainer, step: int, graph: InnerGraph, scale: float) -> Vector:
+    def pause(self, paused: bool) -> None:
+        """Observe the training, or stop that for a while."""
+        if self.forecast is not None:
+            self.forecast.fisher.pause(paused)
+
+    def look(self, trainer: Trainer, graph: InnerGraph, scale: float) -> Vector:
         """Return the weights at which the outer loss is differentiated, one tensor per inner parameter."""
         if self.forecast is None or self.pace is None:
             return self._current
         total = self.pace.total_steps
-        self.forecast.remaining = math.inf if total is None else float(max(1, total - step))
+        self.forecast.remaining = math.inf if total is None else float(max(1, total - trainer.global_step))
         self.forecast.count()
         if not self.looks_ahead:
             return self._current
@@ -233,8 +262,7 @@ class OuterPlan:
             # A step that cannot be evaluated again leaves the trust radius as it is.
             if repeat is None:
                 return math.nan
-            with torch.no_grad():
-                return float(repeat()) / scale
+            return _value(repeat) / scale
 
         return self.forecast.weights(loss, evaluate, reduction(trainer))
 
@@ -263,12 +291,37 @@ class OuterPlan:
         """Return all that the next outer step depends on."""
         return {
             "units": dict(self.units),
-            "forecast": None if self.forecast is None else self.forecast.state_dict(),
+            "forecast": self._kept if self.forecast is None else self.forecast.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore; :meth:`attach` must have run."""
         self.units = dict(state["units"])
         self.bound_decays(restart=False)
-        if self.forecast is not None and state["forecast"] is not None:
+        self._kept = state["forecast"]
+        if self.forecast is not None and self.forecast.is_of(self._kept):
             self.forecast.load_state_dict(state["forecast"])
+            self._kept = None
+
+    def continue_schedule(self) -> None:
+        """Let the default schedule of a restored outer optimizer end with this run: it may be longer than the saved."""
+        steps, schedule = None if self.pace is None else self.pace.outer_steps, self.outer.scheduler
+        if not steps or not self._default_optimizer or not isinstance(schedule, LinearLR):
+            return
+        if self.pace is None or schedule.total_iters == steps:
+            return
+        schedule.total_iters, rate = steps, self.pace.rate
+        schedule.base_lrs = [rate] * len(schedule.base_lrs)
+        for group in schedule.optimizer.param_groups:
+            group["initial_lr"], group["lr"] = rate, rate * max(0.0, 1 - schedule.last_epoch / steps)
+
+
+def _value(evaluate: Callable[[], Tensor]) -> float:
+    """Return a loss without its graph, unless its evaluation differentiates, as a gradient penalty does."""
+    try:
+        with torch.no_grad():
+            return float(evaluate())
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    return float(evaluate().detach())

@@ -172,6 +172,7 @@ class HypergradientCallback(OuterLoopCallback):
         # A second fit of the same module continues with the current values.
         if self.use.changed & {"module", "datamodule"}:
             self.outer_loop.reset()
+            self.plan.reset()
         self.outer_loop.prepare()
         # A search for the learning rate or batch size may run before on_fit_start.
         replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders, complete=False)
@@ -199,6 +200,8 @@ class HypergradientCallback(OuterLoopCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clear_window()
         self._saved = None
+        # The optimizer's state has been restored since.
+        self.plan.take_decays()
 
     @override
     def on_train_batch_start(
@@ -210,6 +213,7 @@ class HypergradientCallback(OuterLoopCallback):
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
             self.plan.foresee(partial(self.should_update, trainer), self.inner_steps)
+        self.plan.pause(False)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
         check, inner = self.outer_loop.check, self._inner
         wanted = inner.repeats or check.is_due or self.plan.looks_ahead
@@ -240,6 +244,7 @@ class HypergradientCallback(OuterLoopCallback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._methods.put_back()
+        self.plan.pause(True)
         self.outer.clear_gradients()
         if self.outer_loop.check.is_due and self._attempted and trainer.world_size == 1:
             self.outer_loop.check.hidden(self._inner.losses, self.outer_loop.parameters)
@@ -292,6 +297,15 @@ class HypergradientCallback(OuterLoopCallback):
         if "plan" in state:
             self.plan.load_state_dict(state["plan"])
         self.outer_loop.load_state_dict(state)
+        self.plan.continue_schedule()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # A run without this callback may go on from there.
+        for state in checkpoint.get("optimizer_states", []):
+            self.plan.give_back(state["param_groups"])
 
     # ---- inside a step
 

@@ -42,7 +42,7 @@ def find_hypergradient(
     assert loop.batches is not None
     inner_loss, parameters = graph.loss(), tuple(loop.parameters.values())
     try:
-        weights = plan.look(trainer, loop.inner_steps, graph, scale)
+        weights = plan.look(trainer, graph, scale)
         with placed_at(parameters, weights):
             found = evaluate_outer(
                 trainer,

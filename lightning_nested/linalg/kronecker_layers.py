@@ -1,0 +1,98 @@
+"""Layers whose weight is a matrix that multiplies rows: what a Kronecker-factored curvature needs to know of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_nested.linalg.solvers.base import factorizable_dtype
+
+Factors: TypeAlias = tuple[Tensor, Tensor]
+"""Second moments of the inputs and of the gradients of the outputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer whose weight, seen as a matrix (outputs, inputs), has two Kronecker factors."""
+
+    module: nn.Module
+    weight: int  # position among the parameters
+    bias: int | None
+
+    def inputs(self, a: Tensor) -> Tensor:
+        """Return the rows that the weight matrix multiplies, of shape (positions, inputs), with 1 for the bias."""
+        m = self.module
+        if isinstance(m, nn.Conv2d):
+            padding = _same_padding(m) if isinstance(m.padding, str) else m.padding
+            a = functional.unfold(a, m.kernel_size, m.dilation, padding, m.stride).transpose(1, 2)
+        rows = a.reshape(-1, a.shape[-1])
+        return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """Return the gradients of the outputs, of shape (positions, outputs)."""
+        if isinstance(self.module, nn.Conv2d):
+            g = g.flatten(2).transpose(1, 2)
+        return g.reshape(-1, g.shape[-1])
+
+    @property
+    def unbatched(self) -> int:
+        """Dimensions of an input without a batch dimension."""
+        return 3 if isinstance(self.module, nn.Conv2d) else 1
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of its parameters among all."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def fits(self, factors: Sequence[Tensor]) -> bool:
+        """Return True if factors have the shapes of this layer's."""
+        return [f.shape for f in factors] == [f.shape for f in self.zeros()]
+
+    def zeros(self) -> Factors:
+        """Return factors of zeros."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        inputs = weight[0].numel() + (self.bias is not None)
+        new = partial(torch.zeros, dtype=factorizable_dtype(weight.dtype), device=weight.device)
+        return new(inputs, inputs), new(len(weight), len(weight))
+
+
+def _same_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    if conv.padding == "valid":
+        return 0, 0
+    return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+
+
+def _is_symmetric(conv: nn.Conv2d) -> bool:
+    """Return False where padding="same" adds more on one side."""
+    return conv.padding != "same" or all(
+        d * (k - 1) % 2 == 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    )
+
+
+def find_layers(module: nn.Module, parameters: Iterable[Tensor], max_size: int) -> list[Layer]:
+    """Return the layers that have factors, with the positions of their parameters among ``parameters``."""
+    position = {id(p): i for i, p in enumerate(parameters)}
+    owners = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+
+    def is_own(p: Tensor | None) -> bool:
+        return p is None or (id(p) in position and owners[id(p)] == 1)
+
+    layers = []
+    for m in module.modules():
+        # Exact classes: a subclass may compute something else.
+        plain = type(m) is nn.Linear or (
+            type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros" and _is_symmetric(m)
+        )
+        weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+        if not plain or weight is None or not is_own(weight) or not is_own(bias):
+            continue
+        if max(len(weight), weight[0].numel()) <= max_size:
+            layers.append(Layer(m, position[id(weight)], None if bias is None else position[id(bias)]))
+    return layers

@@ -1,0 +1,136 @@
+"""The plan of outer steps: from the length of the run and a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.trainer.pace import _LONGEST, _TRAVEL, Pace, batch_ratio, plan
+from tests.callbacks.tuned_regression import Regression, data, smooth
+from tests.trainers import trainer
+
+
+class Length:
+    """A Trainer that knows the steps of its run."""
+
+    def __init__(self, steps: float) -> None:
+        self.estimated_stepping_batches = steps
+
+
+def planned(steps: float, **options: Any) -> Pace:
+    defaults: dict[str, Any] = {"cost": 2.0, "overhead": 0.3, "every_n_steps": None, "warmup_steps": None}
+    return plan(Length(steps), **{**defaults, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "warmup", "outer"),
+    [
+        (1, 7, 0, 1),
+        (10, 7, 1, 2),
+        (100, 7, 10, 13),
+        (1000, 36, 100, 25),  # 900 // 25: more outer steps buy nothing
+        (4000, 40, 400, 90),
+        (100_000, 900, 10_000, 100),
+    ],
+)
+def test_plans_of_known_lengths(steps: int, every: int, warmup: int, outer: int) -> None:
+    pace = planned(steps)
+    assert (pace.total_steps, pace.every_n_steps, pace.warmup_steps) == (steps, every, warmup)
+    assert pace.outer_steps == outer == len(range(warmup, steps, every))
+    # Rates that fall to zero in a line have half their number times the first as their sum.
+    assert pace.rate == pytest.approx(min(_LONGEST, 2 * _TRAVEL / outer))
+
+
+@pytest.mark.parametrize("cost", [0.5, 2.0, 41.0])
+@pytest.mark.parametrize("overhead", [0.01, 0.3, 1.0, 100.0])
+@pytest.mark.parametrize("steps", [float("inf"), 7, 300, 50_000])
+def test_the_budget_is_kept(cost: float, overhead: float, steps: float) -> None:
+    pace = planned(steps, cost=cost, overhead=overhead)
+    assert pace.cost / pace.every_n_steps <= overhead
+    assert pace.outer_steps is None or pace.outer_steps <= 102  # a hundred, and a remainder
+
+
+def test_a_run_without_an_end_is_planned_by_the_budget() -> None:
+    for steps in (float("inf"), -1):
+        pace = planned(steps)
+        assert (pace.total_steps, pace.every_n_steps, pace.warmup_steps, pace.outer_steps) == (
+            None,
+            7,
+            0,
+            None,
+        )
+        assert pace.rate == _LONGEST
+
+
+def test_weights_of_examples_get_all_steps_that_the_budget_allows() -> None:
+    assert planned(100_000, limited=False).every_n_steps == 7
+
+
+def test_what_the_user_gives_is_taken() -> None:
+    pace = planned(1000, every_n_steps=1, warmup_steps=0)
+    assert (pace.every_n_steps, pace.warmup_steps, pace.outer_steps) == (1, 0, 1000)
+    assert planned(10, warmup_steps=20).outer_steps == 0
+
+
+def test_batch_sizes_make_the_ratio() -> None:
+    loaders = [DataLoader(data(32, 1), size) for size in (4, 8)]
+    assert batch_ratio(*loaders) == 2.0
+    assert (
+        batch_ratio(loaders[0], None) == batch_ratio(None, loaders[0]) == batch_ratio([1], loaders[0]) == 1.0
+    )
+
+
+class Stream(IterableDataset[tuple[Tensor, ...]]):
+    """Examples without a number."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        x, y = data(64, 1).tensors
+        yield from zip(x, y, strict=True)
+
+
+def paced(train: Any, val: int = 8, **options: Any) -> Pace:
+    callback = HypergradientCallback(WeightDecay())
+    trainer(callback, **options).fit(Regression(smooth()), train, DataLoader(data(16, 2), val))
+    assert callback.plan.pace is not None
+    assert callback.outer_steps == len(
+        range(callback.plan.pace.warmup_steps, callback.inner_steps, callback.plan.pace.every_n_steps)
+    )
+    return callback.plan.pace
+
+
+def test_the_trainer_says_how_long_its_run_is() -> None:
+    train = DataLoader(data(64, 1), 8)
+    assert paced(train, max_epochs=3).total_steps == 24
+    assert paced(train, max_epochs=3, accumulate_grad_batches=2).total_steps == 12
+    assert paced(train, max_epochs=-1, max_steps=5).total_steps == 5
+    assert paced(train, max_epochs=3, limit_train_batches=2).total_steps == 6
+    assert paced(train, fast_dev_run=1).total_steps == 1
+    assert paced(DataLoader(Stream(), 8), max_epochs=2).total_steps is None
+
+
+def test_large_outer_batches_cost_more() -> None:
+    small, large = (paced(DataLoader(data(64, 1), 2), val) for val in (2, 16))
+    assert (small.cost, large.cost) == (2.0, 9.0)
+    assert (small.every_n_steps, large.every_n_steps) == (7, 30)
+
+
+@pytest.mark.filterwarnings("default")  # forking is commented on by the Trainer
+def test_every_process_has_the_same_plan(tmp_path: Path) -> None:
+    class Keep(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            torch.save(str(callback.plan.pace), tmp_path / f"{trainer.global_rank}.pt")
+
+    callback = HypergradientCallback(WeightDecay())
+    fit = trainer(callback, Keep(), devices=2, strategy="ddp_fork", max_epochs=2)
+    fit.fit(Regression(smooth()), DataLoader(data(37, 1), 4), DataLoader(data(16, 2), 8))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
