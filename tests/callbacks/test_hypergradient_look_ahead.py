@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hyperparameters import WeightDecay
 from tests.callbacks.test_hypergradient_processes import _Dealt
-from tests.callbacks.tuned_regression import Regression, data, noisy, smooth, values, weights
+from tests.callbacks.tuned_regression import Regression, ScalerAlone, data, noisy, smooth, values, weights
 from tests.trainers import trainer
 
 OPTIMIZERS: dict[str, Any] = {
@@ -356,3 +356,15 @@ def test_a_second_fit_goes_on_and_another_module_starts_again() -> None:
     trainer(fresh, max_epochs=2).fit(same, *loaders())
     assert torch.equal(values(callback), values(fresh))
     assert torch.equal(weights(other), weights(same))
+
+
+def test_the_scale_of_fp16_cancels() -> None:
+    def run(**options: Any) -> tuple[HypergradientCallback, Trained]:
+        callback, module = frequent(), Trained(smooth(), "adamw")
+        trainer(callback, max_epochs=2, **options).fit(module, *loaders())
+        return callback, module
+
+    (plain, module), (scaled, again) = run(), run(plugins=[ScalerAlone()])
+    torch.testing.assert_close(values(scaled), values(plain), rtol=1e-10, atol=0)
+    torch.testing.assert_close(weights(again), weights(module), rtol=1e-10, atol=1e-13)
+    assert scaled.outer_steps == 5
