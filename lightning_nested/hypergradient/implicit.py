@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -63,8 +63,9 @@ class ImplicitResult:
         return _join(self.hypergradient, self.penalties)
 
 
-Inspect: TypeAlias = Callable[[Linearization | None, Vector], None]
-"""What is shown the linearized inner loss, None where nothing needs it, and the outer gradient."""
+Inspect: TypeAlias = Callable[[Linearization | None, Vector], AbstractContextManager[Linearization | None]]
+"""What looks at a solve: given the linearized inner loss, None where nothing needs it, and the outer gradient, it
+returns a context that is open during the solve and gives the linearized loss whose products are solved with."""
 
 
 def implicit_result(
@@ -98,7 +99,7 @@ def implicit_result(
         inner_scale: Factor of ``inner_loss`` (a GradScaler's), taken off after each product; no given operator has it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
-        inspect: Is shown the linearized inner loss and the outer gradient, before the solve.
+        inspect: See :data:`Inspect`.
     """
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
@@ -110,11 +111,11 @@ def implicit_result(
         if hyper or inverse.needs_operator:
             problem = as_curvature(curvature).linearize(inner_loss, w)
             state = _calibrated(problem, b, state)
-        if inspect is not None:
-            inspect(problem, b)
         inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
-        with _explain_infinite_curvature(inner_loss, w, problem):
-            solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
+        watch = nullcontext(problem) if inspect is None else inspect(problem, b)
+        with _explain_infinite_curvature(inner_loss, w, problem), watch as watched:
+            operator = replace(inner, problem=watched).operator()
+            solution = inverse.solve(operator, b, state=state, reduce=reduce)
         found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
         plain = inner.hypergradient(b, direct, allow_unused)[:2] if compare_identity else None
     return ImplicitResult(

@@ -1,11 +1,12 @@
-"""Check of products with the curvature at one point, cheap enough for the middle of a training run."""
+"""Check of products with the curvature at one point: of those that a solver has formed, or of one on request."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,10 +26,15 @@ from lightning_nested.linalg.differences import (
 )
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector, double_dot, norm
+from lightning_nested.linalg.vectors import Vector, clone, dot, double_dot, norm
 
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
 _SMOOTH, _KINKED = 0.05, 0.3
+_PARALLEL = 0.999  # cosine
+
+Pair: TypeAlias = tuple[Vector, Vector]
+"""A vector v and its product Av."""
+
 _KINKS = re.compile(
     r"Relu|Hardtanh|Hardsw|Hardsig|Threshold|MaxPool|Clamp|Abs|Maximum|Minimum|L1Loss|Huber|Where|Sort|TopK"
 )
@@ -36,9 +42,9 @@ _KINKS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ProductCheck:
-    """Result of :func:`check_products`; NaN where nothing could be compared."""
+    """Result of :func:`check_products` or :func:`check_formed_products`; NaN where nothing could be compared."""
 
-    asymmetry: float = math.nan  # |uᵀAv − vᵀAu|, relative to the norm of A
+    asymmetry: float = math.nan  # |uᵀAv − vᵀAu|, relative to what it is where A is not symmetric at all
     difference: float = math.nan  # ‖Av − (g(w + εv) − g(w))/ε‖, relative to the longer of both
     tolerance: float = _SMOOTH  # difference up to which products are right, more where the loss has kinks
     noise: float = 0.0  # asymmetry that rounding of the coarsest dtype may give
@@ -87,36 +93,129 @@ def check_products(
         True
     """
     operator, size = problem.curvature, float(norm(v))
-    known = isinstance(operator, HessianOperator | GaussNewtonOperator | FiniteDifferenceOperator)
-    if not known or size == 0.0 or not math.isfinite(size):
+    if not _is_known(operator) or size == 0.0 or not math.isfinite(size):
         return ProductCheck()
-    v = tuple(a / size for a in v)
-    product = operator.matvec(v)
-    if not math.isfinite(float(norm(product))):  # the solver says so
+    pair = _unit(v, operator.matvec(v))
+    if pair is None:  # the solver says so
         return ProductCheck()
-    tolerance = _KINKED if any(_KINKS.search(node.name()) for node in graph_nodes([loss])) else _SMOOTH
-    difference = _difference(problem, params, v, product, loss, repeat, tolerance)
+    tolerance, difference = _tolerance(loss), math.nan
+    if repeat is not None and isinstance(operator, HessianOperator):
+        gradient = _gradient(repeat, params)
+        difference = _difference(problem, params, pair, gradient, loss, tolerance)
+        if math.isnan(difference):
+            difference = _measured_difference(problem, params, pair, gradient, loss, tolerance)
+    pairs = [pair]
+    if not difference <= tolerance:
+        generator = torch.Generator().manual_seed(0)
+        u = tuple(torch.randn(a.shape, generator=generator).to(a) for a in v)
+        pairs += filter(None, [_unit(u, operator.matvec(u))])
+    return _found(operator, params, loss, pairs, difference, tolerance)
+
+
+class FormedProducts(LinearOperator):
+    """A curvature that keeps two of the products that a solver forms with it.
+
+    The first one, of a power iteration say, and the one with the outer gradient, where products matter; the second
+    one where there is none with the outer gradient. Products are those of the curvature, bit for bit.
+
+    Args:
+        operator: The curvature.
+        outer_gradient: See above.
+    """
+
+    def __init__(self, operator: LinearOperator, outer_gradient: Vector) -> None:
+        self.operator, self.symmetric, self.like = operator, operator.symmetric, operator.like
+        self._outer_gradient: Vector | None = outer_gradient  # None once its product is kept
+        self.pairs: list[Pair] = []  # (v, Av), copies: solvers overwrite theirs
+
+    def matvec(self, v: Vector) -> Vector:
+        """A v."""
+        product = self.operator.matvec(v)
+        outer = self._outer_gradient is not None and _are_parallel(v, self._outer_gradient)
+        if outer or len(self.pairs) < 2:
+            self.pairs = [*self.pairs[:1], (clone(v), clone(product))]
+        if outer:
+            self._outer_gradient = None
+        return product
+
+
+def check_formed_products(
+    problem: Linearization,
+    params: Vector,
+    formed: FormedProducts,
+    *,
+    loss: Tensor | None = None,
+    repeat: Callable[[], Tensor] | None = None,
+) -> ProductCheck:
+    """Compare products that a solver has formed among themselves, and one of them with a difference of gradients.
+
+    No product, and one gradient, or two where the first leaves doubt; none where the loss cannot be evaluated again.
+    Otherwise as :func:`check_products`.
+    """
+    pairs = [pair for v, product in formed.pairs if (pair := _unit(v, product)) is not None]
+    if not pairs or not _is_known(formed.operator):
+        return ProductCheck()
+    tolerance, difference = _tolerance(loss), math.nan
+    if repeat is not None and isinstance(formed.operator, HessianOperator):
+        # Rounding of differences matters least where products are long.
+        pair = max(pairs, key=lambda pair: float(norm(pair[1])))
+        difference = _difference(problem, params, pair, _gradient(repeat, params), loss, tolerance)
+    return _found(formed.operator, params, loss, pairs, difference, tolerance)
+
+
+def _is_known(operator: LinearOperator) -> bool:
+    return isinstance(operator, HessianOperator | GaussNewtonOperator | FiniteDifferenceOperator)
+
+
+def _are_parallel(u: Vector, v: Vector) -> bool:
+    size = float(norm(u)) * float(norm(v))
+    return size > 0.0 and abs(float(dot(u, v))) > _PARALLEL * size
+
+
+def _unit(v: Vector, product: Vector) -> Pair | None:
+    """Return v and Av for ‖v‖ = 1; None where they are not finite, or v is zero."""
+    size = float(norm(v))
+    if size == 0.0 or not math.isfinite(size) or not math.isfinite(float(norm(product))):
+        return None
+    return tuple(a / size for a in v), tuple(a / size for a in product)
+
+
+def _tolerance(loss: Tensor | None) -> float:
+    return _KINKED if any(_KINKS.search(node.name()) for node in graph_nodes([loss])) else _SMOOTH
+
+
+def _found(
+    operator: LinearOperator,
+    params: Vector,
+    loss: Tensor | None,
+    pairs: Sequence[Pair],
+    difference: float,
+    tolerance: float,
+) -> ProductCheck:
+    # Products that are those of differences are symmetric.
+    compared = len(pairs) > 1 and not difference <= tolerance
     return ProductCheck(
-        # Products that are those of differences are symmetric.
-        asymmetry=math.nan if difference <= tolerance else _asymmetry(operator, v, product),
+        asymmetry=_asymmetry(*pairs) if compared else math.nan,
         difference=difference,
         tolerance=tolerance,
         noise=_noise(operator, params, loss),
     )
 
 
-def _asymmetry(operator: LinearOperator, v: Vector, product: Vector) -> float:
-    """Return |uᵀAv − vᵀAu| of a random u, relative to the norm of A."""
-    generator = torch.Generator().manual_seed(0)
-    u = tuple(torch.randn(a.shape, generator=generator).to(a) for a in v)
-    size = float(norm(u))
-    u = tuple(a / size for a in u)
-    other = operator.matvec(u)
-    # A random unit vector sees a product of length ‖Av‖ as ‖Av‖/√n.
+def _asymmetry(first: Pair, second: Pair) -> float:
+    """Return |uᵀAv − vᵀAu| of u and v, made orthogonal, relative to the size that it has where A is not symmetric."""
+    (v, av), (u, au) = first, second
+    share = float(double_dot(u, v))
+    pair = _unit(*(tuple(a - share * b for a, b in zip(x, y, strict=True)) for x, y in ((u, v), (au, av))))
+    if pair is None or abs(share) > _PARALLEL:
+        return math.nan
+    u, au = pair
+    there, back = float(double_dot(u, av)), float(double_dot(v, au))
     root = math.sqrt(sum(a.numel() for a in v))
-    scale = float(norm(product)) + root * float(norm(other))
-    found = abs(float(double_dot(u, product) - double_dot(v, other))) * root
-    return found / scale if scale > 0 else math.nan
+    sizes = float(norm(au)), float(norm(av))
+    # A unit vector that has nothing to do with a product of length ‖Av‖ sees ‖Av‖/√n of it.
+    scale = abs(there) + abs(back) + min(sizes) + max(sizes) / root
+    return abs(there - back) / scale if scale > 0 else math.nan
 
 
 def _noise(operator: LinearOperator, params: Vector, loss: Tensor | None) -> float:
@@ -132,24 +231,40 @@ def _noise(operator: LinearOperator, params: Vector, loss: Tensor | None) -> flo
 def _difference(
     problem: Linearization,
     params: Vector,
-    v: Vector,
-    product: Vector,
+    pair: Pair,
+    gradient: Callable[[], Vector],
     loss: Tensor | None,
-    repeat: Callable[[], Tensor] | None,
     tolerance: float,
 ) -> float:
-    if repeat is None or not isinstance(problem.curvature, HessianOperator):
-        return math.nan
+    """Return the distance of a product from a difference of gradients, by one gradient or two.
 
-    def gradient() -> Vector:
-        return torch.autograd.grad(repeat(), params, allow_unused=True, materialize_grads=True)
+    NaN where the differences to both sides disagree: the move was too long or too short for them, a kink lay in its
+    way, or the step draws its batch elsewhere and cannot be evaluated again.
+    """
+    (v, product), length = pair, difference_length(params, loss)
 
-    length = difference_length(params, loss)
-    there = moved(gradient, params, v, length)
-    found = _distance(product, tuple((a - b) / length for a, b in zip(there, problem.gradient, strict=True)))
-    if found <= tolerance:
+    def one_sided(length: float) -> Vector:
+        there = moved(gradient, params, v, length)
+        return tuple((a - b) / length for a, b in zip(there, problem.gradient, strict=True))
+
+    ahead = one_sided(length)
+    if (found := _distance(product, ahead)) <= tolerance:
         return found
-    # A step that draws its batch elsewhere, say, cannot be evaluated again.
+    behind = one_sided(-length)
+    found = _distance(product, tuple((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
+    return found if found <= tolerance or found > 2 * _distance(ahead, behind) else math.nan
+
+
+def _measured_difference(
+    problem: Linearization,
+    params: Vector,
+    pair: Pair,
+    gradient: Callable[[], Vector],
+    loss: Tensor | None,
+    tolerance: float,
+) -> float:
+    """Return the same by central differences whose length is measured."""
+    (v, product), length = pair, difference_length(params, loss)
     again, reach = gradient(), float(norm(problem.gradient)) + float(norm(product)) * length
     change = float(norm(tuple(a - b for a, b in zip(again, problem.gradient, strict=True))))
     if not change <= 1e-2 * reach:
@@ -159,6 +274,10 @@ def _difference(
     found, noise = _distance(product, near), _distance(here, near)
     # Differences that disagree among themselves (kinks, rounding) say nothing.
     return found if found <= tolerance or found > 4 * noise else math.nan
+
+
+def _gradient(repeat: Callable[[], Tensor], params: Vector) -> Callable[[], Vector]:
+    return lambda: torch.autograd.grad(repeat(), params, allow_unused=True, materialize_grads=True)
 
 
 def _distance(first: Vector, second: Vector) -> float:

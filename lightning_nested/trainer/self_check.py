@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from lightning_nested.hypergradient.implicit import Inspect
 from lightning_nested.hypergradient.inner_curvature import Linearization
-from lightning_nested.hypergradient.self_check import ProductCheck, check_products
+from lightning_nested.hypergradient.self_check import FormedProducts, ProductCheck, check_formed_products
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.linalg.graph import graph_nodes
+from lightning_nested.linalg.vectors import Vector
 
 _WRONG_PRODUCTS = (
     "Products with the curvature are not the derivative of the training gradient: they differ by {difference:.0%} from "
@@ -34,7 +37,8 @@ _ZERO = (
 class SelfCheck:
     """Examines the first hypergradient of a fit: its products, and what gradients reach.
 
-    Costs one product and one gradient at the first outer step, nothing later, and changes no bit of the run.
+    Costs one gradient at the first outer step, two where the first leaves doubt, nothing later: products are those
+    that the solver forms anyway. Changes no bit of the run.
 
     Args:
         owner: Class name in warnings.
@@ -76,24 +80,42 @@ class SelfCheck:
     def inspect(
         self, loss: object, parameters: Mapping[str, Tensor], repeat: Callable[[], Tensor] | None
     ) -> Inspect | None:
-        """Return what looks at products in the first outer step; None later."""
+        """Return what looks at the solve of the first outer step; None later."""
         if not self.is_due:
             return None
 
-        def look(problem: Linearization | None, v: Sequence[Tensor]) -> None:
+        @contextmanager
+        def look(problem: Linearization | None, v: Vector) -> Iterator[Linearization | None]:
             if not any(bool(a.any()) for a in v):
                 self._warn(_ZERO)
             if problem is None:
+                yield None
                 return
-            graph = loss if isinstance(loss, Tensor) else None
-            found = check_products(problem, tuple(parameters.values()), tuple(v), loss=graph, repeat=repeat)
-            self.result = found
-            if found.wrong:
-                self._warn(_WRONG_PRODUCTS.format(difference=found.difference))
-            elif found.asymmetric:
-                self._warn(_ASYMMETRIC.format(asymmetry=found.asymmetry))
+            formed = FormedProducts(problem.curvature, v)
+            try:
+                yield replace(problem, curvature=formed)
+            except FloatingPointError:  # which wrong products may be the reason of
+                self._compare(problem, formed, loss, parameters, repeat)
+                raise
+            self._compare(problem, formed, loss, parameters, repeat)
 
         return look
+
+    def _compare(
+        self,
+        problem: Linearization,
+        formed: FormedProducts,
+        loss: object,
+        parameters: Mapping[str, Tensor],
+        repeat: Callable[[], Tensor] | None,
+    ) -> None:
+        graph = loss if isinstance(loss, Tensor) else None
+        found = check_formed_products(problem, tuple(parameters.values()), formed, loss=graph, repeat=repeat)
+        self.result = found
+        if found.wrong:
+            self._warn(_WRONG_PRODUCTS.format(difference=found.difference))
+        elif found.asymmetric:
+            self._warn(_ASYMMETRIC.format(asymmetry=found.asymmetry))
 
     def hidden(self, losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
         """Refuse parameters that ``loss.backward()`` gave a gradient, though the losses' graphs do not hold them.
@@ -136,7 +158,9 @@ class SelfCheck:
             )
 
     def _warn(self, message: str) -> None:
-        rank_zero_warn(f"{self.owner}: {message}")
+        if message not in self._told:
+            self._told.add(message)
+            rank_zero_warn(f"{self.owner}: {message}")
 
 
 def reached(loss: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
