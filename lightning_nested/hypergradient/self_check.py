@@ -113,29 +113,31 @@ def check_products(
 
 
 class FormedProducts(LinearOperator):
-    """A curvature that keeps two of the products that a solver forms with it.
-
-    The first one, of a power iteration say, and the one with the outer gradient, where products matter; the second
-    one where there is none with the outer gradient. Products are those of the curvature, bit for bit.
+    """A curvature that keeps some of the products that a solver forms with it, which are those of it bit for bit.
 
     Args:
         operator: The curvature.
-        outer_gradient: See above.
+        outer_gradient: Right-hand side of the solve.
+
+    Attributes:
+        first: The first two, of a power iteration say.
+        outer: The one with the outer gradient, where products matter; None before it is formed.
     """
 
     def __init__(self, operator: LinearOperator, outer_gradient: Vector) -> None:
         self.operator, self.symmetric, self.like = operator, operator.symmetric, operator.like
-        self._outer_gradient: Vector | None = outer_gradient  # None once its product is kept
-        self.pairs: list[Pair] = []  # (v, Av), copies: solvers overwrite theirs
+        self.outer_gradient = outer_gradient
+        self.first: list[Pair] = []
+        self.outer: Pair | None = None
 
     def matvec(self, v: Vector) -> Vector:
         """A v."""
         product = self.operator.matvec(v)
-        outer = self._outer_gradient is not None and _are_parallel(v, self._outer_gradient)
-        if outer or len(self.pairs) < 2:
-            self.pairs = [*self.pairs[:1], (clone(v), clone(product))]
-        if outer:
-            self._outer_gradient = None
+        outer = self.outer is None and _are_parallel(v, self.outer_gradient)
+        if outer or len(self.first) < 2:
+            pair = clone(v), clone(product)  # solvers overwrite theirs
+            self.outer = pair if outer else self.outer
+            self.first = [*self.first, pair][:2]
         return product
 
 
@@ -152,14 +154,13 @@ def check_formed_products(
     No product, and one gradient, or two where the first leaves doubt; none where the loss cannot be evaluated again.
     Otherwise as :func:`check_products`.
     """
-    pairs = [pair for v, product in formed.pairs if (pair := _unit(v, product)) is not None]
+    kept = formed.first if formed.outer is None else [*formed.first, formed.outer]
+    pairs = [pair for v, product in kept if (pair := _unit(v, product)) is not None]
     if not pairs or not _is_known(formed.operator):
         return ProductCheck()
     tolerance, difference = _tolerance(loss), math.nan
     if repeat is not None and isinstance(formed.operator, HessianOperator):
-        # Rounding of differences matters least where products are long.
-        pair = max(pairs, key=lambda pair: float(norm(pair[1])))
-        difference = _difference(problem, params, pair, _gradient(repeat, params), loss, tolerance)
+        difference = _difference(problem, params, pairs[-1], _gradient(repeat, params), loss, tolerance)
     return _found(formed.operator, params, loss, pairs, difference, tolerance)
 
 
@@ -193,9 +194,10 @@ def _found(
     tolerance: float,
 ) -> ProductCheck:
     # Products that are those of differences are symmetric.
-    compared = len(pairs) > 1 and not difference <= tolerance
+    others = () if difference <= tolerance else pairs[1:]
+    found = (_asymmetry(pairs[0], pair) for pair in others)
     return ProductCheck(
-        asymmetry=_asymmetry(*pairs) if compared else math.nan,
+        asymmetry=max((a for a in found if not math.isnan(a)), default=math.nan),
         difference=difference,
         tolerance=tolerance,
         noise=_noise(operator, params, loss),
@@ -214,7 +216,7 @@ def _asymmetry(first: Pair, second: Pair) -> float:
     root = math.sqrt(sum(a.numel() for a in v))
     sizes = float(norm(au)), float(norm(av))
     # A unit vector that has nothing to do with a product of length ‖Av‖ sees ‖Av‖/√n of it.
-    scale = abs(there) + abs(back) + min(sizes) + max(sizes) / root
+    scale = max(abs(there), abs(back), min(sizes) + max(sizes) / root)
     return abs(there - back) / scale if scale > 0 else math.nan
 
 
@@ -252,7 +254,8 @@ def _difference(
         return found
     behind = one_sided(-length)
     found = _distance(product, tuple((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
-    return found if found <= tolerance or found > 2 * _distance(ahead, behind) else math.nan
+    # Rounding moves their mean by half as much as it moves them apart.
+    return found if found <= tolerance or found > _distance(ahead, behind) else math.nan
 
 
 def _measured_difference(
