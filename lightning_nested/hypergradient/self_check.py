@@ -16,6 +16,7 @@ from lightning_nested.linalg.curvature import (
     FiniteDifferenceOperator,
     GaussNewtonOperator,
     HessianOperator,
+    owned,
 )
 from lightning_nested.linalg.differences import (
     calibrated_length,
@@ -26,7 +27,7 @@ from lightning_nested.linalg.differences import (
 )
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector, clone, dot, double_dot, norm
+from lightning_nested.linalg.vectors import Vector, add_, clone, dot, double_dot, norm, scale_
 
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
 _SMOOTH, _KINKED = 0.05, 0.3
@@ -95,8 +96,9 @@ def check_products(
     operator, size = problem.curvature, float(norm(v))
     if not _is_known(operator) or size == 0.0 or not math.isfinite(size):
         return ProductCheck()
-    pair = _unit(v, operator.matvec(v))
-    if pair is None:  # the solver says so
+    v = tuple(a / size for a in v)  # half precision has little range
+    pair = v, operator.matvec(v)
+    if not _has_length(pair):  # the solver says so
         return ProductCheck()
     tolerance, difference = _tolerance(loss), math.nan
     if repeat is not None and isinstance(operator, HessianOperator):
@@ -108,7 +110,9 @@ def check_products(
     if not difference <= tolerance:
         generator = torch.Generator().manual_seed(0)
         u = tuple(torch.randn(a.shape, generator=generator).to(a) for a in v)
-        pairs += filter(None, [_unit(u, operator.matvec(u))])
+        length = float(norm(u))
+        u = tuple(a / length for a in u)
+        pairs.append((u, operator.matvec(u)))
     return _found(operator, params, loss, pairs, difference, tolerance)
 
 
@@ -129,11 +133,15 @@ class FormedProducts(LinearOperator):
         self.outer_gradient = outer_gradient
         self.first: list[Pair] = []
         self.outer: Pair | None = None
+        # The smallest tensor tells most vectors apart from the outer gradient, at no cost.
+        sizes = sorted(range(len(outer_gradient)), key=lambda i: outer_gradient[i].numel())
+        self._sample = next((i for i in sizes if bool(outer_gradient[i].any())), 0)
 
     def matvec(self, v: Vector) -> Vector:
         """A v."""
         product = self.operator.matvec(v)
-        outer = self.outer is None and _are_parallel(v, self.outer_gradient)
+        i, b = self._sample, self.outer_gradient
+        outer = self.outer is None and _are_parallel((v[i],), (b[i],)) and _are_parallel(v, b)
         if outer or len(self.first) < 2:
             pair = clone(v), clone(product)  # solvers overwrite theirs
             self.outer = pair if outer else self.outer
@@ -155,7 +163,7 @@ def check_formed_products(
     Otherwise as :func:`check_products`.
     """
     kept = formed.first if formed.outer is None else [*formed.first, formed.outer]
-    pairs = [pair for v, product in kept if (pair := _unit(v, product)) is not None]
+    pairs = [pair for pair in kept if _has_length(pair)]
     if not pairs or not _is_known(formed.operator):
         return ProductCheck()
     tolerance, difference = _tolerance(loss), math.nan
@@ -173,12 +181,10 @@ def _are_parallel(u: Vector, v: Vector) -> bool:
     return size > 0.0 and abs(float(dot(u, v))) > _PARALLEL * size
 
 
-def _unit(v: Vector, product: Vector) -> Pair | None:
-    """Return v and Av for ‖v‖ = 1; None where they are not finite, or v is zero."""
-    size = float(norm(v))
-    if size == 0.0 or not math.isfinite(size) or not math.isfinite(float(norm(product))):
-        return None
-    return tuple(a / size for a in v), tuple(a / size for a in product)
+def _has_length(pair: Pair) -> bool:
+    """Return True if v and Av are finite, and v is not zero."""
+    size, product = (float(norm(a)) for a in pair)
+    return size > 0.0 and math.isfinite(size) and math.isfinite(product)
 
 
 def _tolerance(loss: Tensor | None) -> float:
@@ -207,14 +213,15 @@ def _found(
 def _asymmetry(first: Pair, second: Pair) -> float:
     """Return |uᵀAv − vᵀAu| of u and v, made orthogonal, relative to the size that it has where A is not symmetric."""
     (v, av), (u, au) = first, second
-    share = float(double_dot(u, v))
-    pair = _unit(*(tuple(a - share * b for a, b in zip(x, y, strict=True)) for x, y in ((u, v), (au, av))))
-    if pair is None or abs(share) > _PARALLEL:
+    size = float(norm(v))
+    share = float(double_dot(u, v)) / size**2
+    if abs(share) * size > _PARALLEL * float(norm(u)):
         return math.nan
-    u, au = pair
-    there, back = float(double_dot(u, av)), float(double_dot(v, au))
+    u, au = (tuple(a - share * b for a, b in zip(x, y, strict=True)) for x, y in ((u, v), (au, av)))
+    lengths = float(norm(u)) * size
+    there, back = float(double_dot(u, av)) / lengths, float(double_dot(v, au)) / lengths
     root = math.sqrt(sum(a.numel() for a in v))
-    sizes = float(norm(au)), float(norm(av))
+    sizes = float(norm(au)) * size / lengths, float(norm(av)) / size
     # A unit vector that has nothing to do with a product of length ‖Av‖ sees ‖Av‖/√n of it.
     scale = max(abs(there), abs(back), min(sizes) + max(sizes) / root)
     return abs(there - back) / scale if scale > 0 else math.nan
@@ -244,15 +251,16 @@ def _difference(
     way, or the step draws its batch elsewhere and cannot be evaluated again.
     """
     (v, product), length = pair, difference_length(params, loss)
+    size = float(norm(v))
 
-    def one_sided(length: float) -> Vector:
-        there = moved(gradient, params, v, length)
-        return tuple((a - b) / length for a, b in zip(there, problem.gradient, strict=True))
+    def one_sided(sign: float) -> Vector:
+        there = moved(gradient, params, v, sign * length / size)
+        return scale_(add_(there, problem.gradient, alpha=-1.0), sign * size / length)
 
-    ahead = one_sided(length)
+    ahead = one_sided(1.0)
     if (found := _distance(product, ahead)) <= tolerance:
         return found
-    behind = one_sided(-length)
+    behind = one_sided(-1.0)
     found = _distance(product, tuple((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
     # Rounding moves their mean by half as much as it moves them apart.
     return found if found <= tolerance or found > _distance(ahead, behind) else math.nan
@@ -268,7 +276,7 @@ def _measured_difference(
 ) -> float:
     """Return the same by central differences whose length is measured."""
     (v, product), length = pair, difference_length(params, loss)
-    again, reach = gradient(), float(norm(problem.gradient)) + float(norm(product)) * length
+    again, reach = gradient(), float(norm(problem.gradient)) + float(norm(product)) / float(norm(v)) * length
     change = float(norm(tuple(a - b for a, b in zip(again, problem.gradient, strict=True))))
     if not change <= 1e-2 * reach:
         return math.nan
@@ -280,7 +288,13 @@ def _measured_difference(
 
 
 def _gradient(repeat: Callable[[], Tensor], params: Vector) -> Callable[[], Vector]:
-    return lambda: torch.autograd.grad(repeat(), params, allow_unused=True, materialize_grads=True)
+    """Return what gives the gradient, in tensors of its own."""
+
+    def gradient() -> Vector:
+        found = torch.autograd.grad(repeat(), params, allow_unused=True)
+        return owned(found, params, ())
+
+    return gradient
 
 
 def _distance(first: Vector, second: Vector) -> float:

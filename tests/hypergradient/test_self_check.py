@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_nested.hypergradient import FiniteDifference, GaussNewton, Hessian, check_products
+from lightning_nested.hypergradient import (
+    ConjugateGradient,
+    FiniteDifference,
+    GaussNewton,
+    Hessian,
+    Identity,
+    Neumann,
+    Nystrom,
+    check_products,
+)
 from lightning_nested.hypergradient.inner_curvature import GivenCurvature
-from lightning_nested.hypergradient.self_check import ProductCheck
+from lightning_nested.hypergradient.self_check import FormedProducts, ProductCheck, check_formed_products
+from lightning_nested.linalg.operators import DiagonalOperator
 
 
 class Reversed(torch.autograd.Function):
@@ -183,3 +193,65 @@ def test_directions_without_length_are_not_compared(value: float) -> None:
     assert math.isnan(found.asymmetry)
     assert not found.asymmetric
     assert not found.wrong
+
+
+class TestFormedProducts:
+    """The same from products that a solver has formed."""
+
+    def check(
+        self, problem: Problem, solver: Any, *, repeat: bool = True, curvature: Any = None
+    ) -> ProductCheck:
+        curvature, loss = curvature or Hessian(), problem.loss()
+        given = problem.loss if isinstance(curvature, FiniteDifference) else loss
+        linear = curvature.linearize(given, problem.params)
+        formed = FormedProducts(linear.curvature, problem.v)
+        solver.solve(formed + DiagonalOperator(0.1), problem.v)
+        again = problem.loss if repeat else None
+        return check_formed_products(linear, problem.params, formed, loss=loss, repeat=again)
+
+    SOLVERS = (Neumann(), Neumann(num_terms=3, step_size=0.1), ConjugateGradient(), Nystrom(rank=5))
+
+    @pytest.mark.parametrize("solver", SOLVERS, ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "half"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)], ids=str
+    )
+    def test_right_products_pass(self, solver: Any, dtype: torch.dtype, half: bool) -> None:
+        problem = Problem(dtype=dtype, half=half)
+        found = self.check(problem, solver)
+        assert not found.wrong
+        assert not found.asymmetric
+        assert self.check(problem, solver, repeat=False).asymmetry < found.noise / 2
+
+    @pytest.mark.parametrize("solver", SOLVERS, ids=str)
+    @pytest.mark.parametrize(
+        "change", [lambda x: x * x.detach(), WrongTwice.apply, Reversed.apply, Turned.apply], ids=range(4)
+    )
+    def test_wrong_products_are_found(self, solver: Any, change: Any) -> None:
+        assert self.check(Problem(change), solver).wrong
+
+    @pytest.mark.parametrize("solver", SOLVERS, ids=str)
+    def test_asymmetry_is_found_without_a_second_evaluation(self, solver: Any) -> None:
+        problem = Problem(Turned.apply, dtype=torch.float64)
+        assert self.check(problem, solver, repeat=False).asymmetric
+        assert problem.calls == 1
+
+    def test_products_that_are_rounding_are_found(self) -> None:
+        # Moves of 1e-6 under bfloat16 change nothing but rounding.
+        problem = Problem(half=True)
+        found = self.check(problem, Neumann(num_terms=1), curvature=FiniteDifference(epsilon=1e-6))
+        assert found.asymmetric
+
+    def test_products_are_those_of_the_curvature(self) -> None:
+        problem = Problem()
+        curvature = Hessian().linearize(problem.loss(), problem.params).curvature
+        formed = FormedProducts(curvature, problem.v)
+        for solver in self.SOLVERS:
+            plain, kept = (solver.solve(a + DiagonalOperator(0.1), problem.v).x for a in (curvature, formed))
+            assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+        assert formed.outer is not None
+        assert all(torch.equal(a, b) for a, b in zip(formed.outer[0], problem.v, strict=True))
+
+    def test_no_product_is_nothing_to_compare(self) -> None:
+        found = self.check(Problem(), Identity())
+        assert math.isnan(found.asymmetry)
+        assert math.isnan(found.difference)

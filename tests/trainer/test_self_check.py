@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import HypergradientCallback
-from lightning_nested.hypergradient import ConjugateGradient, Identity
+from lightning_nested.hypergradient import ConjugateGradient, Identity, Neumann, Nystrom
 from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing
 from lightning_nested.modules import Implicit, NestedModule, Unrolled
 from lightning_nested.modules.nested import LoopOptions
@@ -155,6 +155,48 @@ def test_the_check_changes_no_bit_of_the_run(which: str, options: dict[str, int]
         assert torch.equal(a, b)
     assert torch.equal(with_check[2], without[2])
     assert with_check[3] == without[3]
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(damping=1.0), Neumann(num_terms=3), Nystrom(rank=3)])
+@pytest.mark.parametrize(
+    ("net", "most"), [(network, 1), (lambda: DetachedFactor(), 2)], ids=["right", "wrong"]
+)
+def test_the_check_takes_no_product_and_at_most_two_gradients(
+    solver: Any, net: Any, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(check: bool) -> tuple[int, int]:
+        passes: list[Any] = []
+        grad = torch.autograd.grad
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", lambda *a, **k: (passes.append(a), grad(*a, **k))[1])
+            steps: list[int] = []
+
+            class Counts(Plain):
+                def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                    steps.append(batch_idx)
+                    return super().training_step(batch, batch_idx)
+
+            seed_everything(0, verbose=False)
+            trainer(exact(decay_all(), solver=solver, self_check=check)).fit(
+                Counts(net()), loader(1), loader(2)
+            )
+        return len(passes), len(steps)
+
+    (passes, steps), (plain_passes, plain_steps) = count(True), count(False)
+    assert steps - plain_steps == passes - plain_passes
+    assert 1 <= passes - plain_passes <= most
+
+
+def test_a_zero_outer_gradient_is_told_where_no_product_is_formed() -> None:
+    class Flat(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 0.0 * super().validation_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="gradient of exactly zero at the weights") as told:
+        trainer(HypergradientCallback(decay_all(), every_n_steps=1, warmup_steps=0)).fit(
+            Flat(), loader(1), loader(2)
+        )
+    assert sum("exactly zero at the weights" in str(warning.message) for warning in told) == 1
 
 
 @pytest.mark.parametrize("which", ["callback", "nested"])

@@ -1,0 +1,180 @@
+"""What the self-check at the first outer step costs, in gradients.
+
+One optimizer step of a real ``fit`` with an outer step in it, with the check and without, in the same rounds, beside
+one forward and backward pass of the same batch. The solver is short, so that its own time hides nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from _measuring import Spread, clock, load, parser, print_table, report, start
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hypergradient import Current, InverseSolver, Neumann
+from lightning_nested.hyperparameters import WeightDecay
+
+
+class Attention(nn.Module):
+    """A pre-norm block of causal attention and an MLP, in operations that can be differentiated twice."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) → the same."""
+        batch, tokens, width = x.shape
+        parts = self.qkv(self.norms[0](x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = parts[0] @ parts[1].transpose(-1, -2) * (width // self.heads) ** -0.5
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        seen = scores.masked_fill(future, float("-inf")).softmax(-1) @ parts[2]
+        x = x + self.out(seen.transpose(1, 2).reshape(x.shape))
+        return x + self.mlp(self.norms[1](x))
+
+
+class GPT(nn.Module):
+    """Four blocks of width 256 on 64 tokens, 3.7 million weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(1000, 256), nn.Parameter(torch.randn(64, 256) / 50)
+        self.blocks = nn.Sequential(*(Attention(256, 4) for _ in range(4)), nn.LayerNorm(256))
+        self.head = nn.Linear(256, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens) → (batch, vocabulary, tokens)."""
+        out: Tensor = self.head(self.blocks(self.tokens(x) + self.places)).transpose(1, 2)
+        return out
+
+
+def mlp() -> tuple[nn.Module, Tensor, Tensor]:
+    """784-500-500-10 with tanh, batch 256, as in ``one_hypergradient.py``."""
+    net = nn.Sequential(nn.Linear(784, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 10))
+    return net, torch.randn(256, 784), torch.randint(10, (256,))
+
+
+def group_norm() -> tuple[nn.Module, Tensor, Tensor]:
+    """Five convolutions with GroupNorm and SiLU on 32-pixel images, batch 16."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1), nn.GroupNorm(8, fan_out), nn.SiLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return net, torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+
+
+def gpt() -> tuple[nn.Module, Tensor, Tensor]:
+    """Batch 4 of 64 tokens."""
+    x = torch.randint(1000, (4, 65))
+    return GPT(), x[:, :-1], x[:, 1:]
+
+
+class Model(LightningModule):
+    """A classifier of one batch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The same."""
+        return self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def seconds(
+    model: Model, batch: Any, solver: InverseSolver, now: Callable[[], float], *, check: bool
+) -> float:
+    """Time of the hypergradient of the first outer step."""
+    taken: list[float] = []
+
+    class Timed(HypergradientCallback):
+        def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+            begin = now()
+            super().on_before_backward(trainer, pl_module, loss)
+            taken.append(now() - begin)
+
+    callback = Timed(
+        WeightDecay(per="model"),
+        solver=solver,
+        at=Current(),
+        every_n_steps=1,
+        warmup_steps=0,
+        self_check=check,
+    )
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        callbacks=[callback],
+    )
+    loader = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(model, loader, loader)
+    if check:
+        found = callback.outer_loop.check.result
+        assert found is not None, "the products must have been checked"
+        assert not found.wrong, f"right products must pass. Got {found}"
+        assert not found.asymmetric, f"right products must pass. Got {found}"
+    return taken[0]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Spread]:
+    arguments = parser(__doc__, rounds=9).parse_args(argv)
+    start(arguments)
+    before = load()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    now = clock(arguments.threads)
+    makers = {"MLP": mlp, "GroupNorm": group_norm, "GPT": gpt}
+    solver, results = Neumann(num_terms=2, step_size=1e-3), {}
+    for name, make in makers.items():
+        torch.manual_seed(0)
+        net, *batch = make()
+        model, costs = Model(net), []
+
+        def gradient(model: Model = model, batch: Any = batch) -> float:
+            begin = now()
+            loss = model.training_step(batch, 0)
+            torch.autograd.grad(loss, tuple(model.parameters()))
+            return now() - begin
+
+        for round_ in range(arguments.rounds + 1):
+            unit = statistics.median(gradient() for _ in range(3))
+            times = [seconds(model, batch, solver, now, check=check) for check in (False, True, True, False)]
+            if round_:  # the first one warms up
+                costs.append((times[1] + times[2] - times[0] - times[3]) / 2 / unit)
+            gc.collect()
+        results[name] = Spread.of(costs)
+    print_table(["network", "gradients [quartiles]"], [[n, s.text()] for n, s in results.items()])
+    print("\nReach: at most 3 gradients.")
+    report(arguments, results, packages=(), load_before=before)
+    return results
+
+
+if __name__ == "__main__":
+    main()
