@@ -27,7 +27,7 @@ from lightning_nested.linalg.differences import (
 )
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector, add_, clone, dot, double_dot, norm, scale_
+from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_
 
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
 _SMOOTH, _KINKED = 0.05, 0.3
@@ -133,19 +133,16 @@ class FormedProducts(LinearOperator):
         self.outer_gradient = outer_gradient
         self.first: list[Pair] = []
         self.outer: Pair | None = None
-        # The smallest tensor tells most vectors apart from the outer gradient, at no cost.
-        sizes = sorted(range(len(outer_gradient)), key=lambda i: outer_gradient[i].numel())
-        self._sample = next((i for i in sizes if bool(outer_gradient[i].any())), 0)
 
     def matvec(self, v: Vector) -> Vector:
         """A v."""
         product = self.operator.matvec(v)
-        i, b = self._sample, self.outer_gradient
-        outer = self.outer is None and _are_parallel((v[i],), (b[i],)) and _are_parallel(v, b)
-        if outer or len(self.first) < 2:
-            pair = clone(v), clone(product)  # solvers overwrite theirs
-            self.outer = pair if outer else self.outer
-            self.first = [*self.first, pair][:2]
+        b = self.outer_gradient
+        if self.outer is None and all(map(torch.equal, v, b)):
+            self.outer = b, clone(product)
+            self.first = [*self.first, self.outer][:2]
+        elif len(self.first) < 2:
+            self.first.append((clone(v), clone(product)))  # solvers overwrite theirs
         return product
 
 
@@ -174,11 +171,6 @@ def check_formed_products(
 
 def _is_known(operator: LinearOperator) -> bool:
     return isinstance(operator, HessianOperator | GaussNewtonOperator | FiniteDifferenceOperator)
-
-
-def _are_parallel(u: Vector, v: Vector) -> bool:
-    size = float(norm(u)) * float(norm(v))
-    return size > 0.0 and abs(float(dot(u, v))) > _PARALLEL * size
 
 
 def _has_length(pair: Pair) -> bool:

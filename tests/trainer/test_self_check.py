@@ -157,6 +157,7 @@ def test_the_check_changes_no_bit_of_the_run(which: str, options: dict[str, int]
     assert with_check[3] == without[3]
 
 
+@pytest.mark.filterwarnings("ignore:.*Products with the curvature:UserWarning")
 @pytest.mark.parametrize("solver", [ConjugateGradient(damping=1.0), Neumann(num_terms=3), Nystrom(rank=3)])
 @pytest.mark.parametrize(
     ("net", "most"), [(network, 1), (lambda: DetachedFactor(), 2)], ids=["right", "wrong"]
