@@ -18,6 +18,7 @@ from lightning_nested.linalg.graph import HIDDEN, hides_layers
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loss import evaluate_outer
+from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.self_check import SelfCheck
 
 
@@ -29,6 +30,7 @@ class InnerProblem:
         module: Module, not wrapped by DDP: the cycle averages its gradients, in one message.
         optimizer: Optimizer of the inner ``parameters``.
         batches: Batches of the outer loss.
+        plan: Plan of the run, attached to the parameters.
         accumulate: Batches per inner step.
         check: Checks of the first outer step.
     """
@@ -39,6 +41,7 @@ class InnerProblem:
     optimizer: LightningOptimizer
     parameters: dict[str, nn.Parameter]
     outer: OuterStep
+    plan: OuterPlan
     batches: OuterBatches
     accumulate: int
     clip: float | None
@@ -76,9 +79,11 @@ class InnerProblem:
         return [None if g is None else g * factor for g in gradients]
 
     def real_step(self, gradients: list[Tensor | None]) -> None:
-        """Make a step of the user's optimizer."""
+        """Make a step of the user's optimizer, after the tuned decays where they are decoupled."""
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach()
+        if self.plan.decoupled:
+            self.plan.add_decays(self.parameters, 1.0)
         self.optimizer.step()
 
 

@@ -69,6 +69,7 @@ class OuterPlan:
         self.pace: Pace | None = None
         self.forecast: Forecast | None = None
         self._ahead = 0  # inner steps up to the next outer one
+        self._accumulate: int | None = None  # batches of an inner step; None: the Trainer accumulates them
         self._default_optimizer = default_optimizer
         self._optimizer: Optimizer | None = None
         self._parameters: tuple[nn.Parameter, ...] = ()
@@ -78,10 +79,18 @@ class OuterPlan:
 
     # ---- a run
 
-    def schedule(self, trainer: Trainer, loop: OuterLoop) -> None:
-        """Plan the run; called before the hyperparameters are built."""
+    def schedule(self, trainer: Trainer, loop: OuterLoop, *, accumulate: int | None = None) -> None:
+        """Plan the run; called before the hyperparameters are built.
+
+        Args:
+            trainer: Trainer of the run.
+            loop: Outer loop that follows the plan.
+            accumulate: Batches of an inner step; None: as many as the Trainer accumulates.
+        """
+        self._accumulate = accumulate
         pace = plan(
             trainer,
+            accumulate=accumulate,
             cost=self._cost(trainer, loop),
             overhead=self.overhead,
             every_n_steps=self.every_n_steps,
@@ -107,8 +116,11 @@ class OuterPlan:
         graph = bool(self.outer.in_graph) or self.solver.needs_operator
         looks = isinstance(self.point, LookAhead)
         # A gradient with its graph and a mixed product, two forward passes, what is observed.
-        ratio = batch_ratio(inner, outer) / trainer.accumulate_grad_batches
+        ratio = batch_ratio(inner, outer) / self._batches(trainer)
         return ratio + 2.5 * graph + self.solver.products + looks
+
+    def _batches(self, trainer: Trainer) -> int:
+        return int(trainer.accumulate_grad_batches if self._accumulate is None else self._accumulate)
 
     def attach(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Begin the statistics of these parameters."""
@@ -169,8 +181,13 @@ class OuterPlan:
         """Find how far the next outer step is from ``step``, and what the forecast watches until then."""
         if self.forecast is not None:
             # Many, where it is too far to matter.
-            self._ahead = next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9)
-            self.forecast.watch(self._ahead)
+            self.watch(next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9))
+
+    def watch(self, ahead: int) -> None:
+        """Watch the coming inner step, ``ahead`` steps before an outer one."""
+        if self.forecast is not None:
+            self._ahead = ahead
+            self.forecast.watch(ahead)
 
     def observe_gradient(self, trainer: Trainer, *, scale: float, hook_scale: float) -> None:
         """Give the forecast the gradients of this inner step; see :meth:`Forecast.gradient`."""
@@ -180,19 +197,24 @@ class OuterPlan:
                 scale=scale,
                 hook_scale=hook_scale,
                 reduce=reduction(trainer),
-                batches=trainer.accumulate_grad_batches,
+                batches=self._batches(trainer),
                 processes=trainer.world_size,
             )
 
     def add_decays(self, parameters: Mapping[str, Tensor], scale: float) -> None:
         """Apply the tuned decays as the optimizer would its own; ``scale`` is the factor on the gradients."""
         assert self._optimizer is not None
-        rates = decoupled_rates(self._optimizer) if self._own_decays else {}
+        rates = decoupled_rates(self._optimizer) if self.decoupled else {}
         for decay in self.outer.decays:
             if rates:
                 decay.shrink_(parameters, rates)
             else:
                 decay.add_gradient_(parameters, scale)
+
+    @property
+    def decoupled(self) -> bool:
+        """True if the tuned decays take the place of a decoupled optimizer's own."""
+        return bool(self._own_decays)
 
     def fit_decays(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Start the decays from the length of the run, after ``step`` inner steps; only at one of them."""

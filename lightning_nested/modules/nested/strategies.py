@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_nested.arguments import at_least, checked, positive
-from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
+from lightning_nested.hypergradient import Current, Curvature, EvaluationPoint, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
 from lightning_nested.trainer.inner_problem import InnerProblem
 
@@ -31,19 +31,22 @@ class GradientStrategy(ABC):
 @checked
 @dataclass(frozen=True, kw_only=True)
 class Implicit(GradientStrategy):
-    """dL_V/dλ = ∂L_V/∂λ − (∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ, at the weights before the cycle's last inner step.
+    """dL_V/dλ = ∂L_V/∂λ − (∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ, with H at the weights before the cycle's last inner step.
 
     The training loss of that step is used with its graph: there is no further forward pass of it.
     See :func:`lightning_nested.hypergradient.implicit_hypergradient`.
 
     Args:
-        solver: Solver that finds H⁻¹v.
+        solver: Solver that finds H⁻¹v; ``KroneckerFactored()`` and ``AdamDiagonal()`` read the run, without products.
         curvature: Approximation of H; None: the Hessian. ``GaussNewton(outputs=...)`` takes the dotted name of
             the submodule that returns the logits.
+        at: Where the outer loss is differentiated: ``Current()``, the current weights, or ``LookAhead()``, where the
+            training is heading; it evaluates the training loss of an outer step once more, there.
     """
 
     solver: InverseSolver = Neumann()  # noqa: RUF009 - frozen
     curvature: Curvature | None = None
+    at: EvaluationPoint = Current()  # noqa: RUF009 - frozen
 
     def begin(self, problem: InnerProblem) -> Cycle:
         """Return a cycle for one ``fit``."""
