@@ -18,7 +18,6 @@ from lightning_nested.linalg.graph import HIDDEN, hides_layers
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loss import evaluate_outer
-from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.self_check import SelfCheck
 
 
@@ -30,7 +29,6 @@ class InnerProblem:
         module: Module, not wrapped by DDP: the cycle averages its gradients, in one message.
         optimizer: Optimizer of the inner ``parameters``.
         batches: Batches of the outer loss.
-        plan: Plan of the run, attached to the parameters.
         accumulate: Batches per inner step.
         check: Checks of the first outer step.
     """
@@ -41,7 +39,6 @@ class InnerProblem:
     optimizer: LightningOptimizer
     parameters: dict[str, nn.Parameter]
     outer: OuterStep
-    plan: OuterPlan
     batches: OuterBatches
     accumulate: int
     clip: float | None
@@ -79,12 +76,14 @@ class InnerProblem:
         return [None if g is None else g * factor for g in gradients]
 
     def real_step(self, gradients: list[Tensor | None]) -> None:
-        """Make a step of the user's optimizer, after the tuned decays where they are decoupled."""
+        """Make a step of the user's optimizer."""
+        self.put_gradients(gradients)
+        self.optimizer.step()
+
+    def put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Put gradients into ``.grad``."""
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach()
-        if self.plan.decoupled:
-            self.plan.add_decays(self.parameters, 1.0)
-        self.optimizer.step()
 
 
 # Losses whose graphs were searched for reentrant checkpointing: once is enough, every step would be too dear.

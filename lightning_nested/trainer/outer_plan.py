@@ -56,10 +56,10 @@ class OuterPlan:
         *,
         point: EvaluationPoint,
         solver: AnySolver,
-        overhead: float,
-        every_n_steps: int | None,
-        warmup_steps: int | None,
-        default_optimizer: bool,
+        overhead: float = 1.0,
+        every_n_steps: int | None = None,
+        warmup_steps: int | None = None,
+        default_optimizer: bool = False,
     ) -> None:
         positive(overhead=overhead)
         self.outer, self.point, self.overhead = outer, point, overhead

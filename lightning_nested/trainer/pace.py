@@ -106,3 +106,21 @@ def batch_ratio(inner: Any, outer: Any) -> float:
     if not (isinstance(own, int) and isinstance(other, int) and own > 0):
         return 1.0
     return other / own
+
+
+def steps_left(trainer: Trainer, batch_idx: int, accumulate: int) -> float:
+    """Return the inner steps up to the end of the epoch or the run, this one included; infinite where unknown.
+
+    Args:
+        trainer: Trainer of the run, of a module that accumulates batches itself.
+        batch_idx: Index of the current batch.
+        accumulate: Batches of an inner step.
+    """
+    left, batches = math.inf, trainer.num_training_batches
+    if not math.isinf(batches):
+        left = math.ceil(batches / accumulate) - batch_idx // accumulate
+    if trainer.is_last_batch:
+        left = 1
+    if trainer.max_steps > 0:
+        left = min(left, trainer.max_steps - trainer.global_step)
+    return left

@@ -16,18 +16,17 @@ from typing_extensions import override
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient.checks import check_settings, warn_of_own_decay
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
+from lightning_nested.callbacks.hypergradient.outer_step import try_outer_step
 from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver, LookAhead
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
-from lightning_nested.trainer.find_hypergradient import find_hypergradient
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.lightning import accumulates, loss_scale, step_loss
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
-from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -237,7 +236,7 @@ class HypergradientCallback(OuterLoopCallback):
             self._methods.put(pl_module, "backward", partial(pl_module.backward, retain_graph=True))
             return
         self._attempted = True
-        self._find_hypergradient(trainer, pl_module, outer_loss)
+        try_outer_step(pl_module, self.outer_loop, self.plan, self._inner, outer_loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -321,32 +320,6 @@ class HypergradientCallback(OuterLoopCallback):
         if parameters:
             self.outer_loop.build(parameters, trainer.strategy.root_device)
             self.plan.attach(module, parameters, trainer.optimizers[0])
-
-    def _find_hypergradient(
-        self, trainer: Trainer, module: LightningModule, outer_loss: Callable[[Any], Tensor]
-    ) -> None:
-        """Find the hypergradient of this outer step and hold it; count a step that fails as skipped."""
-        loop = self.outer_loop
-        assert loop.batches is not None
-        caller = f"HypergradientCallback at inner step {loop.inner_steps}"
-        scale = loss_scale(trainer)
-        evaluate = partial(
-            evaluate_outer, trainer, module, loop.batches, outer_loss, scale=scale, caller=caller
-        )
-        try:
-            report = find_hypergradient(
-                module,
-                self.plan,
-                self._inner,
-                loop.parameters,
-                evaluate,
-                check=loop.check,
-                compare_identity=loop.logs(loop.outer_steps + 1),
-            )
-        except FloatingPointError as error:
-            loop.skip(error)
-        else:
-            loop.keep(report)
 
     def _clear_window(self) -> None:
         """Leave nothing of an earlier window of accumulated batches, wherever it was broken off."""

@@ -15,16 +15,17 @@ from lightning_nested.hypergradient.fast_weights import FastWeights
 from lightning_nested.hyperparameters import OuterReport
 from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.linalg.vectors import norm
+from lightning_nested.modules.nested.problem import NestedProblem
 from lightning_nested.trainer.find_hypergradient import find_hypergradient
 from lightning_nested.trainer.inner_graph import InnerGraph
-from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
+from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.lightning import reduction
 
 
 class Cycle(ABC):
     """Inner steps up to the next outer step."""
 
-    def __init__(self, problem: InnerProblem) -> None:
+    def __init__(self, problem: NestedProblem) -> None:
         self.problem = problem
         self._sums: list[Tensor | None] = [None] * len(problem.parameters)
 
@@ -59,7 +60,7 @@ class Cycle(ABC):
 class ImplicitCycle(Cycle):
     """Cycle of plain steps that keeps the graph of the last one for implicit differentiation."""
 
-    def __init__(self, problem: InnerProblem, curvature: Curvature | None) -> None:
+    def __init__(self, problem: NestedProblem, curvature: Curvature | None) -> None:
         super().__init__(problem)
         self._graph = InnerGraph(
             problem.module, curvature, accumulate=problem.accumulate, method="inner_loss"
@@ -91,8 +92,7 @@ class ImplicitCycle(Cycle):
         problem = self.problem
         outcome = self._find_hypergradient() if closes else None
         self._graph.clear()
-        for parameter, gradient in zip(problem.parameters.values(), self._take(), strict=True):
-            parameter.grad = gradient
+        problem.put_gradients(self._take())
         if not problem.plan.decoupled:
             problem.plan.add_decays(problem.parameters, 1.0)
         problem.plan.observe_gradient(problem.module.trainer, scale=1.0, hook_scale=1.0)
@@ -128,7 +128,7 @@ class ImplicitCycle(Cycle):
 class UnrolledCycle(Cycle):
     """Cycle whose last ``truncate`` steps are made on fast weights, which keep their graph."""
 
-    def __init__(self, problem: InnerProblem, truncate: int) -> None:
+    def __init__(self, problem: NestedProblem, truncate: int) -> None:
         super().__init__(problem)
         self._truncate = truncate
         self._fast: FastWeights | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,19 +15,20 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
-from lightning_nested.hypergradient import Current
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.inner_optimizer import named_parameters, set_rates
+from lightning_nested.modules.nested.problem import NestedProblem
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.trainer.attributes import attach_hyperparameters, bind_hyperparameters, load_bound
-from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
+from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop, state_of_outer_steps
 from lightning_nested.trainer.outer_plan import OuterPlan
+from lightning_nested.trainer.pace import steps_left
 from lightning_nested.trainer.requirements import refuse_loss_scaling, refuse_strategy, require_hooks
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 from lightning_nested.trainer.use import OneFitModule, Use
@@ -104,7 +104,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             as_hyperparameters(hyperparameters),
             optimizer=outer_optimizer,
             scheduler=outer_scheduler,
-            solver=gradient.solver if isinstance(gradient, Implicit) else None,
+            solver=gradient.solver,
         )
         _check_arguments(self.outer, gradient, inner_steps_per_outer)
         self.inner_steps_per_outer = inner_steps_per_outer or gradient.length or 1
@@ -117,16 +117,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             log_every_n_outer_steps=loop.log_every_n_outer_steps,
             self_check=loop.self_check,
         )
-        implicit = gradient if isinstance(gradient, Implicit) else None
-        self._plan = OuterPlan(
-            self.outer,
-            point=Current() if implicit is None else implicit.at,
-            solver=self.outer.solver,
-            overhead=1.0,
-            every_n_steps=self.inner_steps_per_outer,
-            warmup_steps=loop.warmup_steps,
-            default_optimizer=False,
-        )
+        self._plan = OuterPlan(self.outer, point=gradient.at, solver=gradient.solver)
         self._make_inner, self._make_inner_scheduler = inner_optimizer, inner_scheduler
         self._position = 0  # inner steps of the current cycle so far
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
@@ -201,8 +192,9 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
     def on_train_start(self) -> None:
         if not self.outer_loop.is_built_for(self._optimizer().optimizer):  # in a search for the learning rate
             self._collect()
+        self._plan.every_n_steps, self._plan.warmup_steps = self.inner_steps_per_outer, self.loop.warmup_steps
         self._plan.schedule(self.trainer, self.outer_loop, accumulate=self.loop.accumulate_grad_batches)
-        self._attach()
+        self._plan.attach(self, self.outer_loop.parameters, self._optimizer().optimizer)
         if self._saved is not None:
             # The decays' bounds come first: values are read with them.
             if "plan" in self._saved:
@@ -215,13 +207,9 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         set_rates(self, self.outer.hyperparameters, self._optimizer())
         self._cycle = self._begin(batches)
 
-    def _attach(self) -> None:
-        """Begin the statistics of the current parameters."""
-        self._plan.attach(self, self.outer_loop.parameters, self._optimizer().optimizer)
-
     def _begin(self, batches: OuterBatches) -> Cycle:
         """Return a cycle with the current parameters."""
-        problem = InnerProblem(
+        problem = NestedProblem(
             module=self,
             inner_loss=self.inner_loss,
             outer_loss=self.outer_loss,
@@ -314,7 +302,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             return cycle
         cycle.close()
         self._collect()
-        self._attach()
+        self._plan.attach(self, self.outer_loop.parameters, self._optimizer().optimizer)
         if self.gradient.ends_with_epoch:
             self._position = 0
         return self._begin(cycle.problem.batches)
@@ -329,14 +317,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         forced = self.outer_loop.needs_step(self.trainer)
         if not (self.gradient.ends_with_epoch or forced):
             return remaining
-        left, batches = math.inf, self.trainer.num_training_batches
-        if not math.isinf(batches):
-            size = self.loop.accumulate_grad_batches
-            left = math.ceil(batches / size) - batch_idx // size
-        if self.trainer.is_last_batch:
-            left = 1
-        if self.trainer.max_steps > 0:
-            left = min(left, self.trainer.max_steps - self.trainer.global_step)
+        left = steps_left(self.trainer, batch_idx, self.loop.accumulate_grad_batches)
         return remaining if left <= warmup and not forced else int(min(remaining, left))
 
     # ---- optimizers and names

@@ -9,7 +9,7 @@ from typing import Literal
 from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.hypergradient import Current, Curvature, EvaluationPoint, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
-from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.modules.nested.problem import NestedProblem
 
 
 class GradientStrategy(ABC):
@@ -18,13 +18,17 @@ class GradientStrategy(ABC):
     Attributes:
         length: Inner steps per outer step, where the strategy itself decides.
         ends_with_epoch: Whether a cycle is closed at an epoch's end.
+        solver: Solver of implicit differentiation; None: there is none.
+        at: Where the outer loss is differentiated.
     """
 
     length: int | None = None
     ends_with_epoch = False
+    solver: InverseSolver | None = None
+    at: EvaluationPoint = Current()
 
     @abstractmethod
-    def begin(self, problem: InnerProblem) -> Cycle:
+    def begin(self, problem: NestedProblem) -> Cycle:
         """Return a cycle for one ``fit``."""
 
 
@@ -48,7 +52,7 @@ class Implicit(GradientStrategy):
     curvature: Curvature | None = None
     at: EvaluationPoint = Current()  # noqa: RUF009 - frozen
 
-    def begin(self, problem: InnerProblem) -> Cycle:
+    def begin(self, problem: NestedProblem) -> Cycle:
         """Return a cycle for one ``fit``."""
         return ImplicitCycle(problem, self.curvature)
 
@@ -87,7 +91,7 @@ class Unrolled(GradientStrategy):
         """T, inner steps per outer step."""
         return self.num_steps
 
-    def begin(self, problem: InnerProblem) -> Cycle:
+    def begin(self, problem: NestedProblem) -> Cycle:
         """Return a cycle for one ``fit``."""
         return UnrolledCycle(problem, min(self.num_steps, self.truncate or self.num_steps))
 
