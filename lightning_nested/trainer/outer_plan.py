@@ -114,10 +114,9 @@ class OuterPlan:
         inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
         outer = None if loop.batches is None else loop.batches.loader
         graph = bool(self.outer.in_graph) or self.solver.needs_operator
-        looks = isinstance(self.point, LookAhead)
         # A gradient with its graph and a mixed product, two forward passes, what is observed.
         ratio = batch_ratio(inner, outer) / self._batches(trainer)
-        return ratio + 2.5 * graph + self.solver.products + looks
+        return ratio + 2.5 * graph + self.solver.products + self.looks_ahead
 
     def _batches(self, trainer: Trainer) -> int:
         return int(trainer.accumulate_grad_batches if self._accumulate is None else self._accumulate)
@@ -126,15 +125,9 @@ class OuterPlan:
         """Begin the statistics of these parameters."""
         self._detach()
         self._optimizer, self._parameters = optimizer, tuple(parameters.values())
-        looks = isinstance(self.point, LookAhead)
-        if looks or self.solver.needs_statistics:
-            self.forecast = Forecast(
-                module,
-                parameters,
-                optimizer,
-                self.outer.decays,
-                point=self.point if looks else None,  # type: ignore[arg-type]
-            )
+        if self.reads_run:
+            point = self.point if isinstance(self.point, LookAhead) else None
+            self.forecast = Forecast(module, parameters, optimizer, self.outer.decays, point=point)
         if self.forecast is not None and self.forecast.is_of(self._kept):
             self.forecast.load_state_dict(self._kept)  # type: ignore[arg-type]
             self._kept = None
@@ -156,6 +149,11 @@ class OuterPlan:
         # Groups that were added since have theirs.
         for group, decay in zip(groups, self._own_decays, strict=False):
             group["weight_decay"] = decay
+
+    def give_back_saved(self, checkpoint: Mapping[str, Any]) -> None:
+        """Save the optimizer's own decay, not that it gives way to ours: a run without them may go on from there."""
+        for state in checkpoint.get("optimizer_states", []):
+            self.give_back(state["param_groups"])
 
     def stop(self) -> None:
         """Remove hooks, and give the optimizer its own decay back; a second fit goes on from the statistics."""
@@ -221,7 +219,8 @@ class OuterPlan:
         pace = self.pace
         if pace is None or pace.total_steps is None or step != max(1, min(_SETTLED, pace.warmup_steps)):
             return
-        self.units = self._measured_units(parameters, pace.total_steps)
+        assert self._optimizer is not None
+        self.units = _measured_units(self._optimizer, parameters, pace.total_steps)
         self.bound_decays(restart=True)
 
     def bound_decays(self, *, restart: bool) -> None:
@@ -233,24 +232,6 @@ class OuterPlan:
                 decay.fit_to_run(self.units, self.pace.total_steps, restart=restart)
                 if restart:
                     self.outer.remember_first(decay)
-
-    def _measured_units(self, parameters: Mapping[str, nn.Parameter], total: int) -> dict[str, float]:
-        optimizer = self._optimizer
-        assert optimizer is not None
-        decoupled = decoupled_rates(optimizer)
-        # Warm-ups begin far below the rate that most of the run has.
-        now = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-        peak = {
-            id(p): max(float(g.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
-            for g in optimizer.param_groups
-            for p in g["params"]
-        }
-        inverse = inverse_rates(optimizer, tuple(parameters.values()))
-        units = {}
-        for (name, p), r in zip(parameters.items(), inverse, strict=True):
-            mean = float(r.double().mean()) * now[id(p)] / max(peak[id(p)], 1e-30)
-            units[name] = (1 / max(peak[id(p)], 1e-30) if id(p) in decoupled else mean) / total
-        return {name: u if math.isfinite(u) else 1e-4 for name, u in units.items()}
 
     # ---- an outer step
 
@@ -292,6 +273,11 @@ class OuterPlan:
     def looks_ahead(self) -> bool:
         """True if outer steps evaluate the training loss elsewhere."""
         return isinstance(self.point, LookAhead)
+
+    @property
+    def reads_run(self) -> bool:
+        """True if outer steps need statistics of the training."""
+        return self.looks_ahead or self.solver.needs_statistics
 
     @property
     def _current(self) -> Vector:
@@ -347,3 +333,23 @@ def _value(evaluate: Callable[[], Tensor]) -> float:
         if "does not require grad" not in str(error):
             raise
     return float(evaluate().detach())
+
+
+def _measured_units(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], total: int
+) -> dict[str, float]:
+    """Return the decay by which each parameter forgets its start once in the run, by name."""
+    decoupled = decoupled_rates(optimizer)
+    # Warm-ups begin far below the rate that most of the run has.
+    now = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+    peak = {
+        id(p): max(float(g.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    inverse = inverse_rates(optimizer, tuple(parameters.values()))
+    units = {}
+    for (name, p), r in zip(parameters.items(), inverse, strict=True):
+        mean = float(r.double().mean()) * now[id(p)] / max(peak[id(p)], 1e-30)
+        units[name] = (1 / max(peak[id(p)], 1e-30) if id(p) in decoupled else mean) / total
+    return {name: u if math.isfinite(u) else 1e-4 for name, u in units.items()}

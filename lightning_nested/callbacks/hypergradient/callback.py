@@ -300,9 +300,7 @@ class HypergradientCallback(OuterLoopCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # A run without this callback may go on from there.
-        for state in checkpoint.get("optimizer_states", []):
-            self.plan.give_back(state["param_groups"])
+        self.plan.give_back_saved(checkpoint)
 
     # ---- inside a step
 

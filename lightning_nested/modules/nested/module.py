@@ -192,8 +192,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
     def on_train_start(self) -> None:
         if not self.outer_loop.is_built_for(self._optimizer().optimizer):  # in a search for the learning rate
             self._collect()
-        self._plan.every_n_steps, self._plan.warmup_steps = self.inner_steps_per_outer, self.loop.warmup_steps
-        self._plan.schedule(self.trainer, self.outer_loop, accumulate=self.loop.accumulate_grad_batches)
+        _schedule(self, self._plan)
         self._plan.attach(self, self.outer_loop.parameters, self._optimizer().optimizer)
         if self._saved is not None:
             # The decays' bounds come first: values are read with them.
@@ -243,8 +242,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         if last or (batch_idx + 1) % self.loop.accumulate_grad_batches == 0:
             outcome = self._cycle.step(closes=remaining == 1)
             self.outer_loop.inner_steps += 1
-            if self._plan.forecast is not None:
-                self._plan.fit_decays(self.outer_loop.parameters, self.inner_steps)
+            self._plan.fit_decays(self.outer_loop.parameters, self.inner_steps)
             counted = self.inner_steps > self.loop.warmup_steps
             self._position = 0 if remaining == 1 else self._position + counted
             if isinstance(outcome, OuterReport):
@@ -290,6 +288,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         elif self.outer_loop.parameters:
             own = {"position": self._position, "initial": self.outer_loop.initial}
             checkpoint["nested"] = {**self.outer_loop.state_dict(), **own, "plan": self._plan.state_dict()}
+        self._plan.give_back_saved(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -335,6 +334,13 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         """Return the name of the hyperparameter of each tuned tensor, by its ``id``."""
         attach_hyperparameters(self, self.outer.hyperparameters, self._use)
         return {id(t): h.name for h in self.outer.hyperparameters for t in h.tensors.values()}
+
+
+def _schedule(module: NestedModule, plan: OuterPlan) -> None:
+    """Plan the run, if outer steps read it, with the options that the module has now."""
+    if plan.reads_run:
+        plan.every_n_steps, plan.warmup_steps = module.inner_steps_per_outer, module.loop.warmup_steps
+        plan.schedule(module.trainer, module.outer_loop, accumulate=module.loop.accumulate_grad_batches)
 
 
 def _check_arguments(outer: OuterStep, gradient: GradientStrategy, inner_steps_per_outer: int | None) -> None:
