@@ -91,7 +91,7 @@ def test_the_progress_bar_shows_the_mean_of_many_values() -> None:
     loop, module = outer_loop(decay=WeightDecay("parameter", init=0.1))
     hold(loop)
     loop.step(module)
-    mean = torch.cat([d.flatten() for d in loop.outer.decays[0].decays().values()]).mean()
+    mean = torch.cat([d.detach().flatten() for d in loop.outer.decays[0].decays().values()]).mean()
     assert module.trainer.progress_bar_metrics["weight_decay/mean"] == pytest.approx(float(mean), rel=1e-6)
 
 
