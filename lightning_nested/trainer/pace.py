@@ -93,10 +93,11 @@ def total_steps(trainer: Trainer, accumulate: int | None = None) -> int | None:
         accumulate: Batches of an inner step where the module accumulates them itself; None: the Trainer does.
     """
     steps = trainer.estimated_stepping_batches
-    batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if accumulate is not None and math.isfinite(batches) and epochs is not None and epochs > 0:
-        limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
-        steps = min(math.ceil(batches / accumulate) * epochs, limit)
+    if accumulate is not None:
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs
+        if math.isfinite(batches) and epochs is not None and epochs > 0:
+            limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
+            steps = min(math.ceil(batches / accumulate) * epochs, limit)
     return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
