@@ -84,7 +84,10 @@ def placed_at(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
     try:
         for p, value in zip(parameters, values, strict=True):
             p.data = value
+        # Inside autocast, forward passes reuse casts of the weights that an earlier one made.
+        torch.clear_autocast_cache()
         yield
     finally:
         for p, data in zip(parameters, kept, strict=True):
             p.data = data
+        torch.clear_autocast_cache()

@@ -71,12 +71,18 @@ class FastWeights:
                 refuse_wrong_derivatives((loss, *gradients))
         return tuple(map(_hooked, self._parameters.values(), gradients))
 
-    def step(self, gradients: Sequence[Tensor | None], rates: Sequence[Tensor] | None = None) -> None:
+    def step(
+        self,
+        gradients: Sequence[Tensor | None],
+        rates: Sequence[Tensor] | None = None,
+        decays: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
         """Repeat the optimizer's update with its graph; call it before the real step.
 
         Args:
             gradients: One for each parameter, in their order, as the real step gets them; None: not moved.
             rates: Learning rate of each group with its graph; None: the groups' own.
+            decays: Decoupled decays d by name, with their graph: each makes w ← (1 − rate·d)w before the update.
         """
         by_name = dict(zip(self.values, gradients, strict=True))
         for index, group in enumerate(self._optimizer.param_groups):
@@ -88,6 +94,8 @@ class FastWeights:
                 if name is None or gradient is None:
                     continue
                 value, state = self.values[name], self._state[name]
+                for decay in (found[name] for found in decays if name in found):
+                    value = value * (1 - rule.lr * decay).to(value.dtype)
                 buffers, taken = rule.resume(value, state)
                 # torch counts in float32, which would round the bias corrections
                 count = torch.tensor(taken + 1, dtype=torch.float64)

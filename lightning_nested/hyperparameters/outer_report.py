@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +30,61 @@ class OuterReport:
     def metrics(self) -> dict[str, float]:
         """Return the finite numbers by name, to log."""
         return {key: float(value) for key, value in asdict(self).items() if math.isfinite(value)}
+
+
+class LossTrend:
+    """First and last outer losses of a run: whether the tuning has lowered them, beyond the noise of single batches.
+
+    >>> trend = LossTrend()
+    >>> for loss in (4.0, 2.0, 1.0, 0.5):
+    ...     trend.add(loss)
+    >>> trend.lines()
+    ['outer loss: 3 → 0.75 (means of the first and last 2 outer steps), improved']
+    """
+
+    FEW = 5
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[float] = []
+        self.last: list[float] = []
+
+    def add(self, loss: float) -> None:
+        """Take the loss of an outer step."""
+        if math.isfinite(loss):
+            self.count += 1
+            self.first = [*self.first, loss][: self.FEW]
+            self.last = [*self.last, loss][-self.FEW :]
+
+    def lines(self) -> list[str]:
+        """Return one line that compares the first losses with the last; none below two outer steps."""
+        few = min(self.FEW, self.count // 2)
+        if not few:
+            return []
+        before, after = sum(self.first[:few]) / few, sum(self.last[-few:]) / few
+        return [
+            f"outer loss: {before:.4g} → {after:.4g} (means of the first and last {few} outer steps), "
+            f"{'improved' if after < before else 'not improved'}"
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses."""
+        return {"count": self.count, "first": list(self.first), "last": list(self.last)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore."""
+        self.count, self.first, self.last = state["count"], list(state["first"]), list(state["last"])
+
+
+def mean_of(values: Mapping[str, Tensor]) -> float:
+    """Return the mean of all values.
+
+    >>> mean_of({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(6.0)})
+    3.0
+    """
+    count = sum(value.numel() for value in values.values())
+    total = sum(float(value.detach().mean()) * value.numel() for value in values.values() if value.numel())
+    return total / count if count else math.nan
 
 
 def spread(values: Mapping[str, Tensor]) -> Spread:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_nested.hyperparameters.carry_over import Names
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.outer_optimizer import OptimizerPair, OuterOptimizer, OuterScheduler
-from lightning_nested.hyperparameters.outer_report import Spread, spread
+from lightning_nested.hyperparameters.outer_report import LossTrend, Spread, spread
 from lightning_nested.hyperparameters.saved_values import (
     Placed,
     load_hyperparameters,
@@ -57,6 +57,7 @@ class OuterState:
         self._pending: Vector | None = None  # hypergradients for the next move
         self._moved: set[str] = set()  # labels of tensors with a hypergradient that was not zero
         self.first: dict[str, Spread] = {}  # of the values that each hyperparameter started from
+        self.trend = LossTrend()
         self._inner: dict[str, Placed] = {}  # the parameters in `build`
 
     def _labels(self) -> list[str]:
@@ -128,6 +129,7 @@ class OuterState:
             hyperparameter.reset()
         self._optimization.forget()
         self.solver_state, self._pending, self._inner, self.first = SolverState(), None, {}, {}
+        self.trend = LossTrend()
         self.unreached, self._moved = [], set()
 
     @property
@@ -149,6 +151,7 @@ class OuterState:
         return {
             **saved_hyperparameters(self.hyperparameters),
             "first": self.first,
+            "losses": self.trend.state_dict(),
             "inner": {name: list(shape) for name, (shape, _, _) in self._inner.items()},
             **self._optimization.state_dict(),
             "solver": self.solver_state.state_dict(),
@@ -189,6 +192,8 @@ class OuterState:
         tensors = [h.tensors[key] for h in ordered for key in saved[h.name]]
         messages += self._optimization.load_state_dict(state, tensors, converted)
         self._inner, self.first = inner, {**self.first, **state.get("first", {})}
+        if "losses" in state:  # earlier versions saved none
+            self.trend.load_state_dict(state["losses"])
         like = tuple(torch.empty(0, device=device) for _, _, device in inner.values())
         self.solver_state.load_state_dict(state["solver"], like or tuple(parameters.values()))
         return messages

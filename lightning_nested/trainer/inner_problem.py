@@ -77,9 +77,13 @@ class InnerProblem:
 
     def real_step(self, gradients: list[Tensor | None]) -> None:
         """Make a step of the user's optimizer."""
+        self.put_gradients(gradients)
+        self.optimizer.step()
+
+    def put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Put gradients into ``.grad``."""
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach()
-        self.optimizer.step()
 
 
 # Losses whose graphs were searched for reentrant checkpointing: once is enough, every step would be too dear.

@@ -31,6 +31,15 @@ def reduction(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
     return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
 
 
+def show_in_progress_bar(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+    """Show numbers in the progress bar until they are replaced.
+
+    ``self.log(..., prog_bar=True)`` would make metrics of them: a module's own ``outer_loss``, which a checkpoint or
+    early stopping may monitor, would be overwritten, or refused as logged twice.
+    """
+    trainer.progress_bar_metrics.update(numbers)
+
+
 def transfer(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """Move a batch to the module's device, through the hooks that the Trainer's own batches pass."""
     batch = trainer.precision_plugin.convert_input(batch)

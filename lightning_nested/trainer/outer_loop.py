@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_nested.arguments import at_least
 from lightning_nested.hyperparameters import OuterReport, OuterStep
-from lightning_nested.hyperparameters.outer_report import spread, summary_line
+from lightning_nested.hyperparameters.outer_report import mean_of, spread, summary_line
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import trainable
-from lightning_nested.trainer.lightning import logger_step
+from lightning_nested.trainer.lightning import logger_step, show_in_progress_bar
 from lightning_nested.trainer.outer_batches import OuterBatches, end_workers
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.random_stream import base_seed
@@ -198,6 +198,7 @@ class OuterLoop:
     def keep(self, report: OuterReport) -> None:
         """Record that a hypergradient was found."""
         self.last_report, self.skipped_in_a_row = report, 0
+        self.outer.trend.add(report.outer_loss)
 
     def skip(self, error: FloatingPointError) -> None:
         """Record that none was found.
@@ -234,7 +235,8 @@ class OuterLoop:
 
         Loggers get it here, once, at the step that it belongs to: ``self.log(..., on_step=True)`` would repeat the
         last value at every later step, and drop those that fall between two of the Trainer's ``log_every_n_steps``.
-        ``log_dict`` gives it to the progress bar, checkpoints and early stopping.
+        ``log_dict`` gives it to checkpoints and early stopping. The progress bar gets the outer loss, and the mean of
+        the first hyperparameter.
         """
         step = logger_step(module.trainer)
         metrics = {f"hypergradient/{key}": value for key, value in report.metrics().items()}
@@ -251,6 +253,11 @@ class OuterLoop:
         for logger in module.trainer.loggers:
             logger.log_metrics(metrics, step)
         module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1, logger=False)
+        first = self.outer.hyperparameters[0]
+        values = first.values()
+        label = first.name if sum(v.numel() for v in values.values()) == 1 else f"{first.name}/mean"
+        shown = {"outer_loss": report.outer_loss, label: mean_of(values)}
+        show_in_progress_bar(module.trainer, shown)
 
     # ---- checkpoints
 
@@ -285,10 +292,11 @@ class OuterLoop:
         self._go_on()
 
     def summary(self) -> str:
-        """Describe what was tuned, a line for each hyperparameter."""
+        """Describe what was tuned, a line for each hyperparameter, and whether the outer loss became lower."""
         lines = [
             summary_line(h.name, self.outer.first[h.name], spread(h.values()))
             for h in self.outer.hyperparameters
             if h.built and h.name in self.outer.first
         ]
-        return "\n  ".join([f"{self.owner} tuned in {self.outer_steps} outer steps:", *lines])
+        title = f"{self.owner} tuned in {self.outer_steps} outer steps:"
+        return "\n  ".join([title, *lines, *self.outer.trend.lines()])

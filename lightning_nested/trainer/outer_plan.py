@@ -56,10 +56,10 @@ class OuterPlan:
         *,
         point: EvaluationPoint,
         solver: AnySolver,
-        overhead: float,
-        every_n_steps: int | None,
-        warmup_steps: int | None,
-        default_optimizer: bool,
+        overhead: float = 1.0,
+        every_n_steps: int | None = None,
+        warmup_steps: int | None = None,
+        default_optimizer: bool = False,
     ) -> None:
         positive(overhead=overhead)
         self.outer, self.point, self.overhead = outer, point, overhead
@@ -69,6 +69,7 @@ class OuterPlan:
         self.pace: Pace | None = None
         self.forecast: Forecast | None = None
         self._ahead = 0  # inner steps up to the next outer one
+        self._accumulate: int | None = None  # batches of an inner step; None: the Trainer accumulates them
         self._default_optimizer = default_optimizer
         self._optimizer: Optimizer | None = None
         self._parameters: tuple[nn.Parameter, ...] = ()
@@ -78,10 +79,18 @@ class OuterPlan:
 
     # ---- a run
 
-    def schedule(self, trainer: Trainer, loop: OuterLoop) -> None:
-        """Plan the run; called before the hyperparameters are built."""
+    def schedule(self, trainer: Trainer, loop: OuterLoop, *, accumulate: int | None = None) -> None:
+        """Plan the run; called before the hyperparameters are built.
+
+        Args:
+            trainer: Trainer of the run.
+            loop: Outer loop that follows the plan.
+            accumulate: Batches of an inner step; None: as many as the Trainer accumulates.
+        """
+        self._accumulate = accumulate
         pace = plan(
             trainer,
+            accumulate=accumulate,
             cost=self._cost(trainer, loop),
             overhead=self.overhead,
             every_n_steps=self.every_n_steps,
@@ -105,24 +114,20 @@ class OuterPlan:
         inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
         outer = None if loop.batches is None else loop.batches.loader
         graph = bool(self.outer.in_graph) or self.solver.needs_operator
-        looks = isinstance(self.point, LookAhead)
         # A gradient with its graph and a mixed product, two forward passes, what is observed.
-        ratio = batch_ratio(inner, outer) / trainer.accumulate_grad_batches
-        return ratio + 2.5 * graph + self.solver.products + looks
+        ratio = batch_ratio(inner, outer) / self._batches(trainer)
+        return ratio + 2.5 * graph + self.solver.products + self.looks_ahead
+
+    def _batches(self, trainer: Trainer) -> int:
+        return int(trainer.accumulate_grad_batches if self._accumulate is None else self._accumulate)
 
     def attach(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Begin the statistics of these parameters."""
         self._detach()
         self._optimizer, self._parameters = optimizer, tuple(parameters.values())
-        looks = isinstance(self.point, LookAhead)
-        if looks or self.solver.needs_statistics:
-            self.forecast = Forecast(
-                module,
-                parameters,
-                optimizer,
-                self.outer.decays,
-                point=self.point if looks else None,  # type: ignore[arg-type]
-            )
+        if self.reads_run:
+            point = self.point if isinstance(self.point, LookAhead) else None
+            self.forecast = Forecast(module, parameters, optimizer, self.outer.decays, point=point)
         if self.forecast is not None and self.forecast.is_of(self._kept):
             self.forecast.load_state_dict(self._kept)  # type: ignore[arg-type]
             self._kept = None
@@ -144,6 +149,11 @@ class OuterPlan:
         # Groups that were added since have theirs.
         for group, decay in zip(groups, self._own_decays, strict=False):
             group["weight_decay"] = decay
+
+    def give_back_saved(self, checkpoint: Mapping[str, Any]) -> None:
+        """Save the optimizer's own decay, not that it gives way to ours: a run without them may go on from there."""
+        for state in checkpoint.get("optimizer_states", []):
+            self.give_back(state["param_groups"])
 
     def stop(self) -> None:
         """Remove hooks, and give the optimizer its own decay back; a second fit goes on from the statistics."""
@@ -169,8 +179,13 @@ class OuterPlan:
         """Find how far the next outer step is from ``step``, and what the forecast watches until then."""
         if self.forecast is not None:
             # Many, where it is too far to matter.
-            self._ahead = next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9)
-            self.forecast.watch(self._ahead)
+            self.watch(next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9))
+
+    def watch(self, ahead: int) -> None:
+        """Watch the coming inner step, ``ahead`` steps before an outer one."""
+        if self.forecast is not None:
+            self._ahead = ahead
+            self.forecast.watch(ahead)
 
     def observe_gradient(self, trainer: Trainer, *, scale: float, hook_scale: float) -> None:
         """Give the forecast the gradients of this inner step; see :meth:`Forecast.gradient`."""
@@ -180,26 +195,32 @@ class OuterPlan:
                 scale=scale,
                 hook_scale=hook_scale,
                 reduce=reduction(trainer),
-                batches=trainer.accumulate_grad_batches,
+                batches=self._batches(trainer),
                 processes=trainer.world_size,
             )
 
     def add_decays(self, parameters: Mapping[str, Tensor], scale: float) -> None:
         """Apply the tuned decays as the optimizer would its own; ``scale`` is the factor on the gradients."""
         assert self._optimizer is not None
-        rates = decoupled_rates(self._optimizer) if self._own_decays else {}
+        rates = decoupled_rates(self._optimizer) if self.decoupled else {}
         for decay in self.outer.decays:
             if rates:
                 decay.shrink_(parameters, rates)
             else:
                 decay.add_gradient_(parameters, scale)
 
+    @property
+    def decoupled(self) -> bool:
+        """True if the tuned decays take the place of a decoupled optimizer's own."""
+        return bool(self._own_decays)
+
     def fit_decays(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Start the decays from the length of the run, after ``step`` inner steps; only at one of them."""
         pace = self.pace
         if pace is None or pace.total_steps is None or step != max(1, min(_SETTLED, pace.warmup_steps)):
             return
-        self.units = self._measured_units(parameters, pace.total_steps)
+        assert self._optimizer is not None
+        self.units = _measured_units(self._optimizer, parameters, pace.total_steps)
         self.bound_decays(restart=True)
 
     def bound_decays(self, *, restart: bool) -> None:
@@ -211,24 +232,6 @@ class OuterPlan:
                 decay.fit_to_run(self.units, self.pace.total_steps, restart=restart)
                 if restart:
                     self.outer.remember_first(decay)
-
-    def _measured_units(self, parameters: Mapping[str, nn.Parameter], total: int) -> dict[str, float]:
-        optimizer = self._optimizer
-        assert optimizer is not None
-        decoupled = decoupled_rates(optimizer)
-        # Warm-ups begin far below the rate that most of the run has.
-        now = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-        peak = {
-            id(p): max(float(g.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
-            for g in optimizer.param_groups
-            for p in g["params"]
-        }
-        inverse = inverse_rates(optimizer, tuple(parameters.values()))
-        units = {}
-        for (name, p), r in zip(parameters.items(), inverse, strict=True):
-            mean = float(r.double().mean()) * now[id(p)] / max(peak[id(p)], 1e-30)
-            units[name] = (1 / max(peak[id(p)], 1e-30) if id(p) in decoupled else mean) / total
-        return {name: u if math.isfinite(u) else 1e-4 for name, u in units.items()}
 
     # ---- an outer step
 
@@ -270,6 +273,11 @@ class OuterPlan:
     def looks_ahead(self) -> bool:
         """True if outer steps evaluate the training loss elsewhere."""
         return isinstance(self.point, LookAhead)
+
+    @property
+    def reads_run(self) -> bool:
+        """True if outer steps need statistics of the training."""
+        return self.looks_ahead or self.solver.needs_statistics
 
     @property
     def _current(self) -> Vector:
@@ -325,3 +333,23 @@ def _value(evaluate: Callable[[], Tensor]) -> float:
         if "does not require grad" not in str(error):
             raise
     return float(evaluate().detach())
+
+
+def _measured_units(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], total: int
+) -> dict[str, float]:
+    """Return the decay by which each parameter forgets its start once in the run, by name."""
+    decoupled = decoupled_rates(optimizer)
+    # Warm-ups begin far below the rate that most of the run has.
+    now = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+    peak = {
+        id(p): max(float(g.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    inverse = inverse_rates(optimizer, tuple(parameters.values()))
+    units = {}
+    for (name, p), r in zip(parameters.items(), inverse, strict=True):
+        mean = float(r.double().mean()) * now[id(p)] / max(peak[id(p)], 1e-30)
+        units[name] = (1 / max(peak[id(p)], 1e-30) if id(p) in decoupled else mean) / total
+    return {name: u if math.isfinite(u) else 1e-4 for name, u in units.items()}

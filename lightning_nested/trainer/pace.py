@@ -59,6 +59,7 @@ def plan(
     every_n_steps: int | None,
     warmup_steps: int | None,
     limited: bool = True,
+    accumulate: int | None = None,
 ) -> Pace:
     """Return the plan of a run.
 
@@ -72,8 +73,9 @@ def plan(
         every_n_steps: Given by the user; None: by the budget.
         warmup_steps: Given by the user; None: a tenth of the run.
         limited: Whether a hundred outer steps are enough.
+        accumulate: See :func:`total_steps`.
     """
-    total = total_steps(trainer)
+    total = total_steps(trainer, accumulate)
     warmup = warmup_steps if warmup_steps is not None else (total or 0) // 10
     if every_n_steps is None:
         every_n_steps = max(1, math.ceil(cost / overhead))
@@ -83,9 +85,19 @@ def plan(
     return Pace(total_steps=total, every_n_steps=every_n_steps, warmup_steps=warmup, cost=cost)
 
 
-def total_steps(trainer: Trainer) -> int | None:
-    """Return the inner steps of the run; None if the Trainer does not know them."""
+def total_steps(trainer: Trainer, accumulate: int | None = None) -> int | None:
+    """Return the inner steps of the run; None if the Trainer does not know them.
+
+    Args:
+        trainer: Trainer of the run.
+        accumulate: Batches of an inner step where the module accumulates them itself; None: the Trainer does.
+    """
     steps = trainer.estimated_stepping_batches
+    if accumulate is not None:
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs
+        if math.isfinite(batches) and epochs is not None and epochs > 0:
+            limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
+            steps = min(math.ceil(batches / accumulate) * epochs, limit)
     return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
@@ -95,3 +107,21 @@ def batch_ratio(inner: Any, outer: Any) -> float:
     if not (isinstance(own, int) and isinstance(other, int) and own > 0):
         return 1.0
     return other / own
+
+
+def steps_left(trainer: Trainer, batch_idx: int, accumulate: int) -> float:
+    """Return the inner steps up to the end of the epoch or the run, this one included; infinite where unknown.
+
+    Args:
+        trainer: Trainer of the run, of a module that accumulates batches itself.
+        batch_idx: Index of the current batch.
+        accumulate: Batches of an inner step.
+    """
+    left, batches = math.inf, trainer.num_training_batches
+    if not math.isinf(batches):
+        left = math.ceil(batches / accumulate) - batch_idx // accumulate
+    if trainer.is_last_batch:
+        left = 1
+    if trainer.max_steps > 0:
+        left = min(left, trainer.max_steps - trainer.global_step)
+    return left

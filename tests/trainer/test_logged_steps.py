@@ -68,3 +68,21 @@ def test_outer_steps_of_the_module_stand_at_its_batches(accumulate: int) -> None
     assert logger.steps("lr-SGD") == list(range(12))
     assert logger.steps("hypergradient/skipped_steps") == list(range(accumulate - 1, 12, accumulate))
     assert logger.steps("val_loss") == [2, 5, 8, 11]
+
+
+def test_a_metric_of_the_modules_own_keeps_its_value() -> None:
+    """The progress bar's outer_loss is no metric: the module may log, and monitor, one of that name."""
+
+    class Logs(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("outer_loss", 7.0)
+            return super().training_step(batch, batch_idx)
+
+    callback = exact(decay_all("model"), optimizer=sgd(0.1), solver=Neumann(num_terms=2))
+    fit = trainer(callback, max_epochs=1)
+    fit.fit(Logs(smooth()), *LOADERS)
+    assert float(fit.callback_metrics["outer_loss"]) == 7.0
+    assert callback.last_report is not None
+    shown = fit.progress_bar_metrics
+    assert set(shown) >= {"outer_loss", "weight_decay"}
+    assert shown["outer_loss"] != 7.0

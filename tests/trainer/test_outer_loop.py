@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,14 +30,14 @@ class Linear(LightningModule):
         self.logged.append(dict(metrics))
 
 
-def outer_loop(**options: Any) -> tuple[OuterLoop, Linear]:
-    """Return a loop that tunes one decay of a linear layer, and its module."""
+def outer_loop(decay: WeightDecay | None = None, **options: Any) -> tuple[OuterLoop, Linear]:
+    """Return a loop that tunes one decay of a linear layer, or the one given, and its module."""
     module = Linear()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     module.trainer = trainer()
     module.trainer.strategy.optimizers = [optimizer]
     outer = OuterStep(
-        [WeightDecay("model", init=0.1)], optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0)
+        [decay or WeightDecay("model", init=0.1)], optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0)
     )
     loop = OuterLoop("Owner", outer, **options)
     loop.build(dict(module.named_parameters()), torch.device("cpu"))
@@ -70,6 +71,58 @@ def test_no_step_is_logged_at_zero() -> None:
     hold(loop)
     loop.step(module)
     assert module.logged == []
+    assert module.trainer.progress_bar_metrics == {}
+
+
+def test_the_progress_bar_shows_logged_steps() -> None:
+    loop, module = outer_loop(log_every_n_outer_steps=2)
+    decays = []
+    for loss in (4.0, 3.0, 2.0, 1.0):
+        loop.keep(loop.outer.hold([torch.ones_like(t) for t in loop.outer.tensors], loss))
+        loop.step(module)
+        decays.append(float(loop.outer.values()["weight_decay"]))
+        shown = module.trainer.progress_bar_metrics
+        # Steps 1 and 3.
+        at = 0 if loop.outer_steps < 3 else 2
+        assert shown == {"outer_loss": (4.0, 3.0, 2.0)[at], "weight_decay": decays[at]}
+
+
+def test_the_progress_bar_shows_the_mean_of_many_values() -> None:
+    loop, module = outer_loop(decay=WeightDecay("parameter", init=0.1))
+    hold(loop)
+    loop.step(module)
+    mean = torch.cat([d.detach().flatten() for d in loop.outer.decays[0].decays().values()]).mean()
+    assert module.trainer.progress_bar_metrics["weight_decay/mean"] == pytest.approx(float(mean), rel=1e-6)
+
+
+def test_the_summary_compares_the_first_outer_losses_with_the_last() -> None:
+    """Means of five, or of fewer where steps would count twice; a resumed run compares with the very first."""
+    loop, _ = outer_loop()
+    assert "outer loss" not in loop.summary()
+    for loss in (8.0, 6.0, 4.0):
+        loop.keep(OuterReport(outer_loss=loss, hypergradient_norm=1.0))
+    assert loop.summary().endswith("outer loss: 8 → 4 (means of the first and last 1 outer steps), improved")
+    for loss in (3.0, 2.0, 1.0, 1.0, 1.0, 1.0, math.nan, 1.0):
+        loop.keep(OuterReport(outer_loss=loss, hypergradient_norm=1.0))
+    expected = "outer loss: 4.6 → 1 (means of the first and last 5 outer steps), improved"
+    assert loop.summary().endswith(expected)
+    resumed, _ = outer_loop()
+    resumed.load_state_dict(loop.state_dict())
+    assert resumed.summary().endswith(expected)
+    for _ in range(5):
+        resumed.keep(OuterReport(outer_loss=4.6, hypergradient_norm=1.0))
+    assert resumed.summary().endswith("4.6 → 4.6 (means of the first and last 5 outer steps), not improved")
+    resumed.reset()
+    assert "outer loss" not in resumed.summary()
+
+
+def test_a_state_of_an_earlier_version_has_no_losses() -> None:
+    loop, _ = outer_loop()
+    hold(loop)
+    state = loop.state_dict()
+    del state["outer"]["losses"]
+    loop.load_state_dict(state)
+    assert loop.outer.trend.count == 1
 
 
 def test_outer_steps_are_due_after_the_warmup() -> None:

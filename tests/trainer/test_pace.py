@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hyperparameters import WeightDecay
-from lightning_nested.trainer.pace import _LONGEST, _TRAVEL, Pace, batch_ratio, plan
+from lightning_nested.trainer.pace import _LONGEST, _TRAVEL, Pace, batch_ratio, plan, total_steps
 from tests.callbacks.tuned_regression import Regression, data, smooth
 from tests.trainers import trainer
 
@@ -134,3 +135,13 @@ def test_every_process_has_the_same_plan(tmp_path: Path) -> None:
     fit.fit(Regression(smooth()), DataLoader(data(37, 1), 4), DataLoader(data(16, 2), 8))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(-1, 10), (7, 7)])
+def test_a_module_that_accumulates_batches_itself_makes_fewer_steps(max_steps: int, steps: int) -> None:
+    """Three batches an epoch, two a step, five epochs; the Trainer counts batches."""
+    run: Any = SimpleNamespace(
+        estimated_stepping_batches=15, num_training_batches=3, max_epochs=5, max_steps=max_steps
+    )
+    assert total_steps(run, 2) == steps
+    assert total_steps(run) == 15

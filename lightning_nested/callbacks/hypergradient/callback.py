@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient.checks import check_settings, warn_of_own_decay
-from lightning_nested.callbacks.hypergradient.find import find_hypergradient
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
+from lightning_nested.callbacks.hypergradient.outer_step import try_outer_step
 from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver, LookAhead
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
@@ -24,7 +24,6 @@ from lightning_nested.hyperparameters.outer_optimizer import default_outer_optim
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
-from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import accumulates, loss_scale, step_loss
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
@@ -237,9 +236,7 @@ class HypergradientCallback(OuterLoopCallback):
             self._methods.put(pl_module, "backward", partial(pl_module.backward, retain_graph=True))
             return
         self._attempted = True
-        # torch.utils.checkpoint runs the forward again in every product.
-        with without_trace(pl_module, trainer, attributes=False), self.plan.paused():
-            find_hypergradient(trainer, pl_module, self.outer_loop, self.plan, self._inner, outer_loss)
+        try_outer_step(pl_module, self.outer_loop, self.plan, self._inner, outer_loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,9 +300,7 @@ class HypergradientCallback(OuterLoopCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # A run without this callback may go on from there.
-        for state in checkpoint.get("optimizer_states", []):
-            self.plan.give_back(state["param_groups"])
+        self.plan.give_back_saved(checkpoint)
 
     # ---- inside a step
 

@@ -22,7 +22,8 @@ class _FromRun(InverseSolver):
     def _solve(self, system: LinearSystem) -> Solution:
         raise TypeError(
             f"{type(self).__name__} must be bound to a running training. Got a solve without one: use it in "
-            "HypergradientCallback, or give KroneckerFisher(...).inverse(damping) as the solver."
+            "HypergradientCallback or NestedModule(gradient=Implicit(solver=...)), or give "
+            "KroneckerFisher(...).inverse(damping) as the solver."
         )
 
 

@@ -21,7 +21,10 @@ class ResponseMonitor:
     Args:
         every_n_outer_steps: Outer steps between two measurements.
         num_steps: k real steps of plain gradient descent, at the weights' learning rate.
-        solver: Solver of the implicit gradient; None: no cosine.
+        solver: Solver of the implicit gradient, by products; None: no cosine.
+
+    Raises:
+        ValueError: A count is out of range, or the solver reads a run.
     """
 
     every_n_outer_steps: int = 100
@@ -29,6 +32,11 @@ class ResponseMonitor:
     solver: InverseSolver | None = ConjugateGradient(max_iterations=20, damping=1e-3)  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
+        if self.solver is not None and self.solver.needs_statistics:
+            raise ValueError(
+                "solver must need no statistics of a training: predicted weights have none. Got "
+                f"{type(self.solver).__name__}; use ConjugateGradient(), or NestedModule."
+            )
         at_least(1, every_n_outer_steps=self.every_n_outer_steps)
         at_least(0, num_steps=self.num_steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,17 +15,17 @@ from lightning_nested.hypergradient.fast_weights import FastWeights
 from lightning_nested.hyperparameters import OuterReport
 from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.linalg.vectors import norm
-from lightning_nested.optim.step_dynamics import coupled_decay
+from lightning_nested.modules.nested.problem import NestedProblem
+from lightning_nested.trainer.find_hypergradient import find_hypergradient
 from lightning_nested.trainer.inner_graph import InnerGraph
-from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
-from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.lightning import reduction
 
 
 class Cycle(ABC):
     """Inner steps up to the next outer step."""
 
-    def __init__(self, problem: InnerProblem) -> None:
+    def __init__(self, problem: NestedProblem) -> None:
         self.problem = problem
         self._sums: list[Tensor | None] = [None] * len(problem.parameters)
 
@@ -59,7 +60,7 @@ class Cycle(ABC):
 class ImplicitCycle(Cycle):
     """Cycle of plain steps that keeps the graph of the last one for implicit differentiation."""
 
-    def __init__(self, problem: InnerProblem, curvature: Curvature | None) -> None:
+    def __init__(self, problem: NestedProblem, curvature: Curvature | None) -> None:
         super().__init__(problem)
         self._graph = InnerGraph(
             problem.module, curvature, accumulate=problem.accumulate, method="inner_loss"
@@ -69,10 +70,12 @@ class ImplicitCycle(Cycle):
     @override
     def add(self, batch: Any, *, remaining: int) -> Tensor:
         problem, closes = self.problem, remaining == 1
+        problem.plan.pause(False)
         if closes:
+            again = problem.plan.looks_ahead or problem.check.is_due
             self._graph.observe(
                 lambda: problem.inner_loss(batch) / problem.accumulate,
-                again=problem.check.is_due and problem.check.may_repeat(problem.module),
+                again=again and problem.check.may_repeat(problem.module),
             )
         loss = check_loss("inner_loss", problem.module, problem.inner_loss(batch)) / problem.accumulate
         if closes:
@@ -81,6 +84,7 @@ class ImplicitCycle(Cycle):
         with problem.full_precision():
             parameters = tuple(problem.parameters.values())
             self._accumulate(torch.autograd.grad(loss, parameters, retain_graph=closes, allow_unused=True))
+        problem.plan.pause(True)
         return loss.detach() * problem.accumulate
 
     @override
@@ -88,10 +92,10 @@ class ImplicitCycle(Cycle):
         problem = self.problem
         outcome = self._find_hypergradient() if closes else None
         self._graph.clear()
-        for parameter, gradient in zip(problem.parameters.values(), self._take(), strict=True):
-            parameter.grad = gradient
-        for decay in problem.outer.decays:
-            decay.add_gradient_(problem.parameters)
+        problem.put_gradients(self._take())
+        if not problem.plan.decoupled:
+            problem.plan.add_decays(problem.parameters, 1.0)
+        problem.plan.observe_gradient(problem.module.trainer, scale=1.0, hook_scale=1.0)
         problem.real_step(problem.limit([p.grad for p in problem.parameters.values()]))
         return outcome
 
@@ -106,25 +110,16 @@ class ImplicitCycle(Cycle):
         self._graph.close()
 
     def _find_hypergradient(self) -> OuterReport | FloatingPointError:
-        problem, inner_loss = self.problem, self._graph.loss()
-        outer_loss = problem.evaluate_outer(
-            lambda loss, batch: loss(batch),
-            (*problem.parameters.values(), *problem.outer.in_graph_tensors),
-        )
+        problem = self.problem
         try:
-            # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
-            with (
-                problem.full_precision(),
-                without_trace(problem.module, problem.module.trainer, attributes=False),
-            ):
-                return problem.outer.compute(
-                    inner_loss,
-                    outer_loss,
+            with problem.full_precision():
+                return find_hypergradient(
+                    problem.module,
+                    problem.plan,
+                    self._graph,
                     problem.parameters,
-                    curvature=self._graph.curvature(),
-                    fixed_decay=coupled_decay(problem.optimizer.optimizer),
-                    reduce=reduction(problem.module.trainer),
-                    inspect=problem.check.inspect(inner_loss, problem.parameters, self._graph.again()),
+                    partial(problem.evaluate_outer, lambda loss, batch: loss(batch)),
+                    check=problem.check,
                 )
         except FloatingPointError as error:
             return error
@@ -133,7 +128,7 @@ class ImplicitCycle(Cycle):
 class UnrolledCycle(Cycle):
     """Cycle whose last ``truncate`` steps are made on fast weights, which keep their graph."""
 
-    def __init__(self, problem: InnerProblem, truncate: int) -> None:
+    def __init__(self, problem: NestedProblem, truncate: int) -> None:
         super().__init__(problem)
         self._truncate = truncate
         self._fast: FastWeights | None = None
@@ -168,7 +163,8 @@ class UnrolledCycle(Cycle):
             limited = problem.limit(gradients)
             if fast is not None:
                 rates = (h.rates() for h in problem.outer.hyperparameters)
-                fast.step(limited, next((r for r in rates if r is not None), None))
+                decays = [d.decays() for d in problem.outer.decays] if problem.plan.decoupled else []
+                fast.step(limited, next((r for r in rates if r is not None), None), decays)
         problem.real_step(limited)
         if fast is None:
             return None
@@ -192,8 +188,10 @@ class UnrolledCycle(Cycle):
         self._fast = None
 
     def _decayed(self, gradients: list[Tensor | None], fast: FastWeights | None) -> list[Tensor | None]:
-        """Add dᵢwᵢ to the gradients, with its graph to both."""
+        """Add dᵢwᵢ to the gradients, with its graph to both, unless the decay is decoupled."""
         problem = self.problem
+        if problem.plan.decoupled:
+            return gradients
         values: dict[str, Tensor] = dict(problem.parameters) if fast is None else fast.values
         by_name = dict(zip(problem.parameters, gradients, strict=True))
         with torch.set_grad_enabled(fast is not None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
@@ -21,13 +19,16 @@ from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterS
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.modules.nested.cycles import Cycle
+from lightning_nested.modules.nested.inner_optimizer import named_parameters, set_rates
+from lightning_nested.modules.nested.problem import NestedProblem
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
-from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.attributes import attach_hyperparameters, bind_hyperparameters, load_bound
-from lightning_nested.trainer.inner_problem import InnerProblem, check_loss
+from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop, state_of_outer_steps
+from lightning_nested.trainer.outer_plan import OuterPlan
+from lightning_nested.trainer.pace import steps_left
 from lightning_nested.trainer.requirements import refuse_loss_scaling, refuse_strategy, require_hooks
 from lightning_nested.trainer.schedulers import step_plateau_schedulers, step_schedulers
 from lightning_nested.trainer.use import OneFitModule, Use
@@ -54,7 +55,9 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             def outer_loss(self, batch):                              # a validation batch
                 return F.cross_entropy(self.network(batch[0]), batch[1])
 
-    Weight decays are added to the gradient in closed form. Tensors and submodules given by name are trained
+    Weight decays are added to the gradient in closed form; under AdamW they take the place of its own, decoupled, until
+    the fit ends. With ``Implicit(at=LookAhead())``, or a solver that reads the run, ``WeightDecay(init=None)`` starts
+    from the length of the run. Tensors and submodules given by name are trained
     by the outer optimizer, all other parameters by the inner one. The outer loss is evaluated in evaluation
     mode, without logging; its batches come in an endless stream from the validation loader, or from
     :meth:`outer_dataloader`. In a data-parallel run gradients, products and hypergradients are averaged, so
@@ -101,7 +104,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             as_hyperparameters(hyperparameters),
             optimizer=outer_optimizer,
             scheduler=outer_scheduler,
-            solver=gradient.solver if isinstance(gradient, Implicit) else None,
+            solver=gradient.solver,
         )
         _check_arguments(self.outer, gradient, inner_steps_per_outer)
         self.inner_steps_per_outer = inner_steps_per_outer or gradient.length or 1
@@ -114,6 +117,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             log_every_n_outer_steps=loop.log_every_n_outer_steps,
             self_check=loop.self_check,
         )
+        self._plan = OuterPlan(self.outer, point=gradient.at, solver=gradient.solver)
         self._make_inner, self._make_inner_scheduler = inner_optimizer, inner_scheduler
         self._position = 0  # inner steps of the current cycle so far
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
@@ -164,7 +168,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         if stage != "fit":
             return
         self._use.begin(self, self.trainer, self)
-        self._use.at_end(self.outer_loop.stop, self._close_cycle)
+        self._use.at_end(self.outer_loop.stop, self._close_cycle, self._plan.stop)
         refuse_strategy(self.trainer, "NestedModule")
         refuse_loss_scaling(self.trainer, "NestedModule")
         self.outer_loop.prepare(self.loop)
@@ -178,7 +182,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
     def _collect(self) -> None:
         """Name the parameters of the inner optimizer, and build the hyperparameters for them."""
         optimizer = self._optimizer().optimizer
-        parameters = _named_parameters(self, optimizer, self._tuned())
+        parameters = named_parameters(self, optimizer, self._tuned())
         if not self.outer_loop.parameters:
             for hyperparameter in self.outer.hyperparameters:
                 hyperparameter.attach_optimizer(optimizer)
@@ -188,24 +192,30 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
     def on_train_start(self) -> None:
         if not self.outer_loop.is_built_for(self._optimizer().optimizer):  # in a search for the learning rate
             self._collect()
+        _schedule(self, self._plan)
+        self._plan.attach(self, self.outer_loop.parameters, self._optimizer().optimizer)
         if self._saved is not None:
+            # The decays' bounds come first: values are read with them.
+            if "plan" in self._saved:
+                self._plan.load_state_dict(self._saved["plan"])
             self.outer_loop.load_state_dict(self._saved, keys=("position",))
             # A checkpoint holds no graph of half a cycle: an unrolled one begins again.
             self._position = 0 if self.gradient.ends_with_epoch else self._saved["position"]
             self._saved = None
         batches = self.outer_loop.start(self.trainer, self.outer_dataloader())
-        _set_rates(self, self._optimizer())
+        set_rates(self, self.outer.hyperparameters, self._optimizer())
         self._cycle = self._begin(batches)
 
     def _begin(self, batches: OuterBatches) -> Cycle:
         """Return a cycle with the current parameters."""
-        problem = InnerProblem(
+        problem = NestedProblem(
             module=self,
             inner_loss=self.inner_loss,
             outer_loss=self.outer_loss,
             optimizer=self._optimizer(),
             parameters=self.outer_loop.parameters,
             outer=self.outer,
+            plan=self._plan,
             batches=batches,
             accumulate=self.loop.accumulate_grad_batches,
             clip=self.loop.gradient_clip_val,
@@ -221,6 +231,8 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         if batch_idx % self.loop.accumulate_grad_batches == 0:
             self._cycle = self._follow_frozen(self._cycle)
         remaining = self._remaining(batch_idx)
+        if batch_idx % self.loop.accumulate_grad_batches == 0:
+            self._plan.watch(remaining - 1 or self.inner_steps_per_outer)
         if remaining > 1:
             self.outer_loop.probe(
                 self.trainer, self, lambda b: check_loss("outer_loss", self, self.outer_loss(b))
@@ -230,12 +242,13 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         if last or (batch_idx + 1) % self.loop.accumulate_grad_batches == 0:
             outcome = self._cycle.step(closes=remaining == 1)
             self.outer_loop.inner_steps += 1
+            self._plan.fit_decays(self.outer_loop.parameters, self.inner_steps)
             counted = self.inner_steps > self.loop.warmup_steps
             self._position = 0 if remaining == 1 else self._position + counted
             if isinstance(outcome, OuterReport):
                 self.outer_loop.keep(outcome)
                 self.outer_loop.step(self)
-                _set_rates(self, self._optimizer())
+                set_rates(self, self.outer.hyperparameters, self._optimizer())
             elif outcome is not None:
                 self.outer_loop.skip(outcome)
             step_schedulers(self, "step", self.inner_steps)
@@ -274,7 +287,8 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             checkpoint["nested"] = dict(self._saved)
         elif self.outer_loop.parameters:
             own = {"position": self._position, "initial": self.outer_loop.initial}
-            checkpoint["nested"] = {**self.outer_loop.state_dict(), **own}
+            checkpoint["nested"] = {**self.outer_loop.state_dict(), **own, "plan": self._plan.state_dict()}
+        self._plan.give_back_saved(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -287,6 +301,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             return cycle
         cycle.close()
         self._collect()
+        self._plan.attach(self, self.outer_loop.parameters, self._optimizer().optimizer)
         if self.gradient.ends_with_epoch:
             self._position = 0
         return self._begin(cycle.problem.batches)
@@ -301,14 +316,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         forced = self.outer_loop.needs_step(self.trainer)
         if not (self.gradient.ends_with_epoch or forced):
             return remaining
-        left, batches = math.inf, self.trainer.num_training_batches
-        if not math.isinf(batches):
-            size = self.loop.accumulate_grad_batches
-            left = math.ceil(batches / size) - batch_idx // size
-        if self.trainer.is_last_batch:
-            left = 1
-        if self.trainer.max_steps > 0:
-            left = min(left, self.trainer.max_steps - self.trainer.global_step)
+        left = steps_left(self.trainer, batch_idx, self.loop.accumulate_grad_batches)
         return remaining if left <= warmup and not forced else int(min(remaining, left))
 
     # ---- optimizers and names
@@ -328,6 +336,13 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         return {id(t): h.name for h in self.outer.hyperparameters for t in h.tensors.values()}
 
 
+def _schedule(module: NestedModule, plan: OuterPlan) -> None:
+    """Plan the run, if outer steps read it, with the options that the module has now."""
+    if plan.reads_run:
+        plan.every_n_steps, plan.warmup_steps = module.inner_steps_per_outer, module.loop.warmup_steps
+        plan.schedule(module.trainer, module.outer_loop, accumulate=module.loop.accumulate_grad_batches)
+
+
 def _check_arguments(outer: OuterStep, gradient: GradientStrategy, inner_steps_per_outer: int | None) -> None:
     rates = [h.name for h in outer.hyperparameters if h.sets_rate]
     if rates and isinstance(gradient, Implicit):
@@ -343,43 +358,3 @@ def _check_arguments(outer: OuterStep, gradient: GradientStrategy, inner_steps_p
             "inner_steps_per_outer must be at least 1, and the num_steps of Unrolled if given with it. "
             f"Got {k} with {gradient}; leave it out."
         )
-
-
-def _named_parameters(
-    module: nn.Module, optimizer: Optimizer, tuned: Mapping[int, str]
-) -> dict[str, nn.Parameter]:
-    """Return the parameters that the inner optimizer moves, by name.
-
-    Raises:
-        MisconfigurationException: One is a hyperparameter, or not of the module, or there are none.
-    """
-    names = {id(p): name for name, p in module.named_parameters()}
-    held = trainable(optimizer)
-    twice = [f"{names.get(id(p))} ({tuned[id(p)]!r})" for p in held if id(p) in tuned]
-    if twice:
-        raise MisconfigurationException(
-            "A weight must be either a hyperparameter or an inner parameter. "
-            f"Got both for {', '.join(twice)}; give the inner optimizer self.inner_parameters()."
-        )
-    unknown = [tuple(p.shape) for p in held if id(p) not in names]
-    if unknown or not held:
-        raise MisconfigurationException(
-            "The inner optimizer must hold parameters of the module, at least one. "
-            f"Got {f'others of shapes {unknown}' if unknown else 'none'}; give it self.inner_parameters()."
-        )
-    return {names[id(p)]: p for p in held}
-
-
-def _set_rates(module: NestedModule, optimizer: LightningOptimizer) -> None:
-    """Write tuned learning rates into the inner optimizer."""
-    for hyperparameter in module.outer.hyperparameters:
-        rates = hyperparameter.rates()
-        if rates is None:
-            continue
-        if module.trainer.lr_scheduler_configs:
-            raise MisconfigurationException(
-                "Either LearningRate or a scheduler sets the inner optimizer's rate. Got both "
-                f"{hyperparameter.name!r} and an inner scheduler; leave one out."
-            )
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = float(rate.detach())

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_nested.arguments import at_least, checked, positive
-from lightning_nested.hypergradient import Curvature, InverseSolver, Neumann
+from lightning_nested.hypergradient import Current, Curvature, EvaluationPoint, InverseSolver, Neumann
 from lightning_nested.modules.nested.cycles import Cycle, ImplicitCycle, UnrolledCycle
-from lightning_nested.trainer.inner_problem import InnerProblem
+from lightning_nested.modules.nested.problem import NestedProblem
 
 
 class GradientStrategy(ABC):
@@ -18,34 +18,41 @@ class GradientStrategy(ABC):
     Attributes:
         length: Inner steps per outer step, where the strategy itself decides.
         ends_with_epoch: Whether a cycle is closed at an epoch's end.
+        solver: Solver of implicit differentiation; None: there is none.
+        at: Where the outer loss is differentiated.
     """
 
     length: int | None = None
     ends_with_epoch = False
+    solver: InverseSolver | None = None
+    at: EvaluationPoint = Current()
 
     @abstractmethod
-    def begin(self, problem: InnerProblem) -> Cycle:
+    def begin(self, problem: NestedProblem) -> Cycle:
         """Return a cycle for one ``fit``."""
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class Implicit(GradientStrategy):
-    """dL_V/dλ = ∂L_V/∂λ − (∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ, at the weights before the cycle's last inner step.
+    """dL_V/dλ = ∂L_V/∂λ − (∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ, with H at the weights before the cycle's last inner step.
 
     The training loss of that step is used with its graph: there is no further forward pass of it.
     See :func:`lightning_nested.hypergradient.implicit_hypergradient`.
 
     Args:
-        solver: Solver that finds H⁻¹v.
+        solver: Solver that finds H⁻¹v; ``KroneckerFactored()`` and ``AdamDiagonal()`` read the run, without products.
         curvature: Approximation of H; None: the Hessian. ``GaussNewton(outputs=...)`` takes the dotted name of
             the submodule that returns the logits.
+        at: Where the outer loss is differentiated: ``Current()``, the current weights, or ``LookAhead()``, where the
+            training is heading; it evaluates the training loss of an outer step once more, there.
     """
 
     solver: InverseSolver = Neumann()  # noqa: RUF009 - frozen
     curvature: Curvature | None = None
+    at: EvaluationPoint = Current()  # noqa: RUF009 - frozen
 
-    def begin(self, problem: InnerProblem) -> Cycle:
+    def begin(self, problem: NestedProblem) -> Cycle:
         """Return a cycle for one ``fit``."""
         return ImplicitCycle(problem, self.curvature)
 
@@ -84,7 +91,7 @@ class Unrolled(GradientStrategy):
         """T, inner steps per outer step."""
         return self.num_steps
 
-    def begin(self, problem: InnerProblem) -> Cycle:
+    def begin(self, problem: NestedProblem) -> Cycle:
         """Return a cycle for one ``fit``."""
         return UnrolledCycle(problem, min(self.num_steps, self.truncate or self.num_steps))
 

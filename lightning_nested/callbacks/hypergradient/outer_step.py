@@ -1,0 +1,58 @@
+"""The hypergradient of one outer step of HypergradientCallback, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_nested.trainer.find_hypergradient import find_hypergradient
+from lightning_nested.trainer.inner_graph import InnerGraph
+from lightning_nested.trainer.lightning import loss_scale
+from lightning_nested.trainer.outer_loop import OuterLoop
+from lightning_nested.trainer.outer_loss import evaluate_outer
+from lightning_nested.trainer.outer_plan import OuterPlan
+
+
+def try_outer_step(
+    module: LightningModule,
+    loop: OuterLoop,
+    plan: OuterPlan,
+    graph: InnerGraph,
+    outer_loss: Callable[[Any], Tensor],
+) -> None:
+    """Find the hypergradient of an outer step and hold it in ``loop.outer``; count a step that fails as skipped.
+
+    Args:
+        module: Module that is trained.
+        loop: Outer loop that gets the report.
+        plan: Plan of the run: point, solver, decays.
+        graph: Training losses of the inner step, with their graphs.
+        outer_loss: Function from a batch of the outer loop to the outer loss with its graph.
+
+    Raises:
+        FloatingPointError: Too many successive outer steps failed.
+    """
+    assert loop.batches is not None
+    caller = f"HypergradientCallback at inner step {loop.inner_steps}"
+    scale = loss_scale(module.trainer)
+    evaluate = partial(
+        evaluate_outer, module.trainer, module, loop.batches, outer_loss, scale=scale, caller=caller
+    )
+    try:
+        report = find_hypergradient(
+            module,
+            plan,
+            graph,
+            loop.parameters,
+            evaluate,
+            check=loop.check,
+            compare_identity=loop.logs(loop.outer_steps + 1),
+        )
+    except FloatingPointError as error:
+        loop.skip(error)
+    else:
+        loop.keep(report)

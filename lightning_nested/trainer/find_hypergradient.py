@@ -1,0 +1,65 @@
+"""One implicit hypergradient of a run: the outer loss at its point, and the derivative through the training there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_nested.hypergradient.evaluation_point import placed_at
+from lightning_nested.hyperparameters import OuterReport
+from lightning_nested.optim.step_dynamics import coupled_decay
+from lightning_nested.trainer.inner_graph import InnerGraph
+from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.lightning import loss_scale, reduction
+from lightning_nested.trainer.outer_plan import OuterPlan
+from lightning_nested.trainer.self_check import SelfCheck
+
+
+def find_hypergradient(
+    module: LightningModule,
+    plan: OuterPlan,
+    graph: InnerGraph,
+    parameters: Mapping[str, nn.Parameter],
+    evaluate_outer: Callable[[tuple[Tensor, ...]], Tensor],
+    *,
+    check: SelfCheck,
+    compare_identity: bool = False,
+) -> OuterReport:
+    """Find the hypergradient of an outer step, and hold it in ``plan.outer``.
+
+    Args:
+        module: Module that is trained.
+        plan: Plan of the run: hyperparameters, point, solver, decays.
+        graph: Training losses of the inner step, with their graphs.
+        parameters: Inner parameters by name.
+        evaluate_outer: Returns the outer loss of the next outer batch at the weights that the parameters have then,
+            with its graph to the tensors that it is given.
+        check: Checks of the first outer step.
+        compare_identity: See :meth:`OuterStep.compute`.
+
+    Raises:
+        FloatingPointError: A value is not finite, or there is no positive curvature.
+    """
+    trainer, outer = module.trainer, plan.outer
+    scale, inner_loss, tensors = loss_scale(trainer), graph.loss(), tuple(parameters.values())
+    # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
+    with without_trace(module, trainer, attributes=False), plan.paused():
+        weights = plan.look(trainer, graph, scale)
+        with placed_at(tensors, weights):
+            outer_loss = evaluate_outer((*tensors, *outer.in_graph_tensors))
+        return outer.compute(
+            inner_loss,
+            outer_loss,
+            parameters,
+            curvature=graph.curvature(),
+            reduce=reduction(trainer),
+            fixed_decay=coupled_decay(trainer.optimizers[0]),
+            inner_scale=scale,
+            compare_identity=compare_identity,
+            solver=plan.bound_solver(),
+            weights=dict(zip(parameters, weights, strict=True)),
+            decay_factors=plan.decay_factors(parameters),
+            inspect=check.inspect(inner_loss, parameters, graph.again()),
+        )
