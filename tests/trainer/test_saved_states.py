@@ -88,13 +88,13 @@ def test_export_writes_plain_numbers(tmp_path: Path) -> None:
 
 
 def test_a_fit_ends_with_what_it_tuned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         tuned, _, path = fitted(tmp_path, decay_all("model", init=1e-2))
     value = float(tuned.values()["weight_decay"])
     assert f"HypergradientCallback tuned in 4 outer steps:\n  weight_decay: 0.01 → {value:.4g}" in caplog.text
     caplog.clear()
     resumed = exact([decay_all("model", init=1e-2)], solver=Identity())
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         trainer(resumed, max_epochs=2).fit(Regression(smooth()), *LOADERS, ckpt_path=path, weights_only=True)
     value = float(resumed.values()["weight_decay"])
     assert f"tuned in 8 outer steps:\n  weight_decay: 0.01 → {value:.4g}" in caplog.text
