@@ -67,8 +67,8 @@ def better_momenta(
 ) -> dict[int, Momentum]:
     """Find momenta near the current ones, one of each player, with a smaller spectral radius of the joint step.
 
-    As in :func:`better_momentum` directions that no momentum contracts are left out: the growing modes of the step that
-    lie for the most part in the span of their eigenvectors.
+    Directions that no momentum contracts are ignored, as in :func:`better_momentum`: modes of the joint step that
+    grow, and lie mostly in the span of those eigenvectors, do not count in the radius.
 
     Args:
         step: Joint step with the current momenta.

@@ -75,8 +75,8 @@ def suggest_momentum(
         phase: φ to keep; None: any.
         alternating: True for players that step one after the other, see :func:`convergence_rate` for what that
             assumes. None: the faster order; the result says which.
-        noise: Relative error of the eigenvalues to be safe from: the worst case over |λ' − λ| <= noise·|λ|, without
-            negative real parts for those that may have none (at a solution that attracts). The rate is subharmonic
+        noise: Relative error that the eigenvalues may have: the rate is the worst over |λ' − λ| <= noise·|λ|. An
+            eigenvalue of a solution that attracts is not perturbed to a negative real part. The rate is subharmonic
             in λ, so that its maximum over a region lies on the boundary, where it is sampled.
         cutoff: Eigenvalues below this fraction of the largest are left out: what does not move has no rate.
         unstable: Refuse eigenvalues on the negative real axis with ``"raise"``, or leave them out with ``"drop"`` and

@@ -93,7 +93,7 @@ def joint_step(
 class StepJacobian(LinearOperator):
     """√D A √D of a step w ← w − D·(momentum of g): similar to DA, and symmetric where A is.
 
-    No player's eigenvectors are larger only by its scale.
+    So a player's share of an eigenvector does not grow merely because its steps are larger.
 
     Args:
         operator: A, the Jacobian of a game (or Jᵀ, with the same eigenvalues) or a player's own block of it.

@@ -56,11 +56,11 @@ def convergence_rate(
     """Compute the worst rate of complex momentum β = |β|e^{iφ} over the eigenvalues, the largest |z| of the roots.
 
         (z−1)(z² − 2Re β z + |β|²) + αλz(z − Re β) = 0                     (simultaneous)
-        [(z−1)(z² − 2Re β z + |β|²) + αpz(z − Re β)]² + α²s²z³(z − Re β)² = 0   (alternating, λ = p ± is)
+        [(z−1)(z² − 2Re β z + |β|²) + αpz(z − Re β)]² + α²s²z³(z − Re β)² = 0   (alternating, λ = p ± s·i)
 
     Simultaneous updates are exact for every game with a constant Jacobian. Alternating ones (each player sees the
     new parameters of those before it) also depend on how the coupling is spread over the players. The eigenvalues
-    alone decide in games of two players where a complex pair p ± is comes from a coupling of two coordinates of the
+    alone decide in games of two players where a complex pair p ± s·i comes from a coupling of two coordinates of the
     same own curvature p, as in bilinear games and :meth:`QuadraticGame.from_eigenvalues`, and a real one from a
     coordinate without coupling; this is what the formula assumes. :func:`momentum_map` is exact for any game.
     Lorraine, Acuna, Vicol & Duvenaud (2022), AISTATS, PMLR 151:7741-7765.

@@ -18,7 +18,7 @@ from lightning_nested.linalg.vectors import Vector
 
 
 class EvaluationPoint:
-    """Strategy for the weights at which the outer gradient is taken."""
+    """Weights at which the outer gradient is taken: :class:`Current` or :class:`LookAhead`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,11 @@ class Current(EvaluationPoint):
 class LookAhead(EvaluationPoint):
     """The weights that the rest of the training is predicted to reach, w′ = w − z·min(1, r‖w‖/‖z‖) per tensor.
 
-    z = (F + D + 1/(R·t))⁻¹m is the minimum of a quadratic model within reach: m is the running mean of the inner
-    gradient, F the Kronecker-factored Fisher information, D the weight decay, R the optimizer's long-run step per
-    unit of gradient and t the remaining steps. The trust radius r grows by a half where the regularized training
-    loss falls from w to w′, and halves where it rises.
+    w − z with z = (F + D + 1/(R·t))⁻¹m minimises a quadratic model of the regularized training loss, as far as the
+    remaining steps can get: m is the running mean of the inner gradient, F the Kronecker-factored Fisher
+    information, D the weight decay, R the optimizer's long-run step per unit of gradient and t the remaining steps.
+    The trust radius r grows by a half where the training loss falls from w to w′, and halves where it rises. The
+    statistics of the run are in ``lightning_nested.trainer.forecast``.
 
     Args:
         start_radius: First r.
@@ -79,7 +80,7 @@ class LookAhead(EvaluationPoint):
 
 @contextmanager
 def placed_at(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Give the parameters other values until exit; graphs that hold the parameters stay valid for afterwards."""
+    """Give the parameters other values until exit. Graphs that were built before can be differentiated after it."""
     kept = [p.data for p in parameters]
     try:
         for p, value in zip(parameters, values, strict=True):

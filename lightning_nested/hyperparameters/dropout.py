@@ -52,7 +52,7 @@ class DropoutRates(BoundHyperparameter):
     """The rates of all ``nn.Dropout`` and ``nn.Dropout2d`` layers of a network.
 
     Masks are Bernoulli, which has no derivative: tuned by hypernetworks. With ``temperature`` they are relaxed
-    (Gal, Hron & Kendall 2017, arXiv 1705.07832), and every other engine can tune the rates too.
+    (Gal, Hron & Kendall 2017, arXiv 1705.07832), and implicit and unrolled gradients can tune the rates too.
 
     Args:
         per: ``"layer"``: one rate per layer; ``"model"``: one for all.
@@ -114,7 +114,7 @@ class DropoutRates(BoundHyperparameter):
         return found
 
     def kind(self) -> dict[str, Any]:
-        """Return too whether each layer has a rate."""
+        """Add ``per``: one rate for each layer, or one for the model."""
         return {**super().kind(), "per": self.per}
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from lightning_nested.linalg.saved import require_keys
 class Hyperparameter(Constructed, ABC):
     """A named group of tensors that an outer optimizer moves.
 
+    Derive from :class:`~lightning_nested.hyperparameters.weights.BoundHyperparameter` what the training loss reads.
+
     ``tensors`` are unconstrained leaves; ``values()`` returns them in natural units. A hyperparameter is built once
     its sizes and device are known (:meth:`build`). It is no ``torch.nn.Module``, to stay out of the user's
     parameters, optimizers and data-parallel buckets.

@@ -16,7 +16,7 @@ Spread: TypeAlias = list[float]
 
 @dataclass(frozen=True, kw_only=True)
 class OuterReport:
-    """Diagnostics of an outer step; NaN where unknown."""
+    """Diagnostics of an outer step; NaN where unknown. ``OuterStep`` fills them in, ``OuterLoop`` logs them."""
 
     outer_loss: float  # mean over processes
     hypergradient_norm: float  # ‖dL_V/dλ‖ with respect to the unconstrained tensors

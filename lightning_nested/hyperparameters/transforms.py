@@ -18,7 +18,7 @@ class Transform(ABC):
 
     @property
     def resolution(self) -> float:
-        """Largest change of an allowed value by :meth:`project_` that is no more than rounding to the range's ends."""
+        """How far :meth:`project_` may move a value near an end of the range; smaller moves count as rounding."""
         return 0.0
 
     @abstractmethod

@@ -32,8 +32,8 @@ class WeightDecay(Hyperparameter):
 
     Args:
         per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight.
-        init: Initial decay in natural units (as ``weight_decay`` of the inner optimizer); None: the weights would
-            forget their start three times in the run, see :meth:`fit_to_run`, and 1e-4 where no run says its length.
+        init: Initial decay in natural units (as ``weight_decay`` of the inner optimizer); None: the decay that shrinks
+            a weight without gradient by e⁻³ over the run, see :meth:`fit_to_run`; 1e-4 where its length is not known.
         include: Names of parameters that are decayed, with ``*`` wildcards; None: those with two dimensions and more,
             not biases and norms.
         exclude: Names that are not, with ``*`` wildcards.
@@ -240,7 +240,7 @@ class WeightDecay(Hyperparameter):
 
         Args:
             units: One unit for each decayed parameter by name; those that are unfrozen later take the mean.
-            steps: Inner steps of the run; a decay of more than a tenth of them in units would be unstable.
+            steps: Inner steps of the run; decays are at most a tenth of them in units, beyond which they are unstable.
             restart: Whether the decays move to their start; else they are only bounded.
         """
         if not self._default_transform:

@@ -34,13 +34,13 @@ class KroneckerFisher:
     """Running mean of the Kronecker-factored empirical Fisher information of a module.
 
     Linear and (ungrouped) two-dimensional convolution layers have factors. All other parameters (norms, embeddings,
-    recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have the
-    diagonal: the mean square of the batch's gradient, times its size.
+    recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have a
+    diagonal: the square of the batch's mean gradient times the size of the batch, averaged over observations.
 
     Args:
         module: Its layers are observed.
         parameters: Parameters by their names in the module; they form the vector.
-        memory: Share of the earlier mean that an observation keeps, once there are enough.
+        memory: Weight of the old mean in an update; the first 1/(1 − memory) updates form a plain mean.
         max_size: Largest side of a factor.
 
     Example:
@@ -90,7 +90,7 @@ class KroneckerFisher:
         ]
 
     def pause(self, paused: bool) -> None:
-        """Leave backward passes out that are not the training's own."""
+        """Ignore forward and backward passes if ``paused``; else record them again."""
         self._on = not paused
 
     def stop(self) -> None:
@@ -186,7 +186,7 @@ class KroneckerFisher:
 
     @torch.no_grad()
     def inverse(self, damping: Sequence[Tensor | float]) -> KroneckerInverse:
-        """Return (F + diag(damping))⁻¹, for layers with factors with the mean of their damping.
+        """Return (F + diag(damping))⁻¹; a layer with factors takes the mean of its weight's damping.
 
         The damping is split over the two factors by their mean eigenvalues (Martens & Grosse 2015, section 6.3).
 

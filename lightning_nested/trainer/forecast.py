@@ -19,9 +19,9 @@ from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.vectors import Vector, norm
 from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates, inverse_rates
 
-# Steps before an outer step whose gradients are averaged; at the memory of the mean the earlier ones weigh nothing.
+# Every second gradient of so many steps before an outer step is averaged; earlier ones would hardly count.
 WATCHED_STEPS = 20
-# Among them, every such step gives the curvature of the layers.
+# In that window, the curvature of the layers is observed every so many steps.
 _OBSERVED_EVERY = 10
 
 
@@ -33,7 +33,7 @@ class Forecast:
         parameters: Inner parameters by name.
         optimizer: Inner optimizer.
         decays: Tuned weight decays.
-        point: Options; None: only the curvature is wanted.
+        point: Options of the look ahead; None: the outer loss is taken at the current weights.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Forecast:
 
         Args:
             loss: Training loss of the current batch at w, without the decays.
-            evaluate: Returns it at the weights that the parameters have then.
+            evaluate: Evaluates it again at the values that the parameters have when called; NaN if that cannot be done.
             reduce: Averages a tensor over processes.
 
         Raises:

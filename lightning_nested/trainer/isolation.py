@@ -1,4 +1,7 @@
-"""Extra evaluations of a user's module without side effects: on its modes, its state, and the logs."""
+"""Extra evaluations of a user's module without side effects: on its modes, its state, and the logs.
+
+What is found and restored is in ``reachable_state``.
+"""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ class OuterPlan:
         inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
         outer = None if loop.batches is None else loop.batches.loader
         graph = bool(self.outer.in_graph) or self.solver.needs_operator
-        # A gradient with its graph and a mixed product, two forward passes, what is observed.
+        # The outer gradient; an inner gradient with its graph and a mixed product; the solver's products; forward
+        # passes and observations of the look ahead.
         ratio = batch_ratio(inner, outer) / self._batches(trainer)
         return ratio + 2.5 * graph + self.solver.products + self.looks_ahead
 
@@ -215,7 +216,7 @@ class OuterPlan:
         return bool(self._own_decays)
 
     def fit_decays(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Start the decays from the length of the run, after ``step`` inner steps; only at one of them."""
+        """Start the decays from the length of the run: after 10 inner steps, or the warm-up if that is shorter."""
         pace = self.pace
         if pace is None or pace.total_steps is None or step != max(1, min(_SETTLED, pace.warmup_steps)):
             return

@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-# Outer steps of a run: more cost, and fewer leave the noise of single batches in the values.
+# Most and fewest outer steps of a run: more only cost time, with fewer the values stay noisy.
 _MOST, _FEWEST = 100, 25
-# Sum of the steps' lengths, in natural logarithms of a decay: from the start to either bound, with some to spare.
+# How far all outer steps together can move log(decay): from the start to either bound, and a little more.
 _TRAVEL = 4.0
 _LONGEST = 0.25
 
@@ -63,8 +63,8 @@ def plan(
 ) -> Pace:
     """Return the plan of a run.
 
-    Outer steps are made as often as ``overhead`` allows, but not more than a hundred times in the run: beyond that
-    they buy nothing. A run without an end is planned by the budget alone.
+    Outer steps are made as often as ``overhead`` allows, but only about once in 40 inner steps, and 25 to 100 times in
+    a run. A run without an end is planned by the budget alone.
 
     Args:
         trainer: Trainer of the run, whose loaders can be asked for.

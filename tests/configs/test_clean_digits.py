@@ -1,3 +1,5 @@
+"""The main job's configuration: its results, and the files that it writes. For a short run see test_games.py."""
+
 import json
 import statistics
 import time

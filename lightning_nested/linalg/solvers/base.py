@@ -114,7 +114,7 @@ class InverseSolver(ABC):
 
     @property
     def products(self) -> int:
-        """Products with A of one solve, at most; a plan of the cost, in gradients."""
+        """Products with A of one solve, at most: the cost that outer steps are planned with. Override it."""
         return 0
 
     def bind(self, statistics: RunStatistics) -> InverseSolver:

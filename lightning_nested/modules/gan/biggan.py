@@ -167,7 +167,7 @@ class BigGAN(GANModule):
     def _network(self, name: str) -> Callable[..., Tensor]:
         """Return the network, compiled if asked for where first derivatives are enough."""
         network: Generator | Discriminator = getattr(self, name)
-        # Compiled networks have no second derivatives, for which one_function freezes the spectral vectors.
+        # one_function freezes the spectral vectors where second derivatives follow, which compiled networks lack.
         if not self.execution.compile or network.linear.frozen:
             return network
         if name not in self._compiled:

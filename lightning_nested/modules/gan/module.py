@@ -111,7 +111,8 @@ class GANModule(GameModule):
         self.scores.update(real_score=of_real.detach().mean(), fake_score=of_fake.detach().mean())
         loss = self.loss.discriminator(of_real, of_fake)
         for regularizer in self.regularizers:
-            # A spectrum is of the average game, which has the penalty at 1/every of its lazy size in every batch.
+            # A lazy penalty comes every `every`-th batch and is that many times as large. A spectrum is of the average
+            # game, which has it at its plain size in each batch.
             every = 1 if self.joint_graph else regularizer.every
             if self.player_batches["discriminator"] % every == 0:
                 score = partial(self._penalized_score, labels=labels)
