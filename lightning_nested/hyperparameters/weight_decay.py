@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -170,21 +170,34 @@ class WeightDecay(Hyperparameter):
         """
         for name, decay in self._applied().items():
             parameter = parameters[name]
-            if parameter.grad is None:
+            if parameter.grad is None or id(parameter) not in rates:
                 continue
             factor = 1 - rates[id(parameter)] * decay
             parameter.mul_(factor.to(parameter.dtype) if isinstance(factor, Tensor) else factor)
 
     @torch.no_grad()
-    def add_gradient_(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    def add_gradient_(
+        self, parameters: Mapping[str, Tensor], scale: float = 1.0, decoupled: Container[int] = ()
+    ) -> None:
         """grad ← grad + scale · d ∘ w for every chosen parameter that has a gradient.
 
-        ``scale`` is the factor that gradients carry (a GradScaler's, before a fused optimizer takes it off).
+        Args:
+            parameters: Inner parameters by name.
+            scale: Factor that gradients carry (a GradScaler's, before a fused optimizer takes it off).
+            decoupled: The ``id`` of parameters that :meth:`shrink_` decays.
+
+        Raises:
+            ValueError: A gradient is sparse.
         """
         for name, decay in self._applied().items():
             parameter = parameters[name]
-            if parameter.grad is None:
+            if parameter.grad is None or id(parameter) in decoupled:
                 continue
+            if parameter.grad.is_sparse:
+                raise ValueError(
+                    f"A weight decay needs dense gradients. Got a sparse one of {name!r}; build the layer with "
+                    f"sparse=False, or leave it out: WeightDecay(exclude=[{name!r}])."
+                )
             if isinstance(decay, Tensor):
                 parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter, value=scale)
             else:

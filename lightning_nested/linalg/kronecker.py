@@ -35,7 +35,9 @@ class KroneckerFisher:
 
     Linear and (ungrouped) two-dimensional convolution layers have factors. All other parameters (norms, embeddings,
     recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have a
-    diagonal: the square of the batch's mean gradient times the size of the batch, averaged over observations.
+    diagonal: the square of the batch's mean gradient times the size of the batch, averaged over observations. So have
+    layers that no forward pass was seen of (``torch.compile``). The loss is taken for a mean over examples: of a mean
+    over tokens or pixels, F is too small by their number in an example.
 
     Args:
         module: Its layers are observed.
@@ -165,22 +167,30 @@ class KroneckerFisher:
         mean = iter(new)
         for i in range(len(self._layers)):
             a, g, share = next(mean), next(mean), float(next(mean))
+            if not share and self.factors[i] is None:
+                # Never seen: a compiled module runs no hooks, and a function may take the weight by itself.
+                for j in self._layers[i].positions:
+                    self._keep_square(j, self._square(j, batch * batches * processes, scale), weight)
             if share:
                 old, pair = self.factors[i], (a / share, g)
                 self.factors[i] = (
                     pair if old is None else (old[0].lerp(pair[0], weight), old[1].lerp(pair[1], weight))
                 )
         for i in self._others:
-            square, before = next(mean), self.squares[i]
-            self.squares[i] = square if before is None else before.lerp(square, weight)
+            self._keep_square(i, next(mean), weight)
         self.observations += 1
+
+    def _keep_square(self, i: int, square: Tensor, weight: float) -> None:
+        before = self.squares[i]
+        self.squares[i] = square if before is None else before.lerp(square, weight)
 
     def _square(self, i: int, batch: int, scale: float) -> Tensor:
         parameter = self._parameters[i]
         dtype = factorizable_dtype(parameter.dtype)
         if parameter.grad is None:
             return torch.zeros_like(parameter, dtype=dtype)
-        return parameter.grad.to(dtype).div(scale).square().mul_(batch)
+        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        return gradient.to(dtype).div(scale).square().mul_(batch)
 
     # ---- the inverse
 

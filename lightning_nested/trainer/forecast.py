@@ -91,7 +91,10 @@ class Forecast:
             self.fisher.update(
                 scale, hook_scale=hook_scale, reduce=reduce, batches=batches, processes=processes
             )
-        gradients = [p.grad for p in self._parameters]
+        gradients = [_dense(p.grad) for p in self._parameters]
+        # A step that a GradScaler is about to skip.
+        if hook_scale != 1.0 and not math.isfinite(float(norm(tuple(g for g in gradients if g is not None)))):
+            return
         if self._mean is None:
             self._mean = tuple(torch.zeros_like(p) for p in self._parameters)
         self._means += 1
@@ -161,8 +164,12 @@ class Forecast:
         if mean is None:
             return weights
         decays = self._coupled_decays()
-        if decoupled_rates(self._optimizer):
-            mean = tuple(m + d * w for m, d, w in zip(mean, decays, weights, strict=True))
+        # Coupled decays are part of the gradients already.
+        decoupled = decoupled_rates(self._optimizer)
+        mean = tuple(
+            m + d * w if id(p) in decoupled else m
+            for p, m, d, w in zip(self._parameters, mean, decays, weights, strict=True)
+        )
         if not math.isfinite(agreed_number(norm(mean), reduce)):
             self._mean, self._means = None, 0
             raise FloatingPointError("The mean of the inner gradient must be finite. Got one that is not.")
@@ -214,3 +221,7 @@ class Forecast:
 def _penalty(decays: Sequence[Tensor | float], weights: Vector) -> float:
     """Return ½ Σ d w², in double precision: it is compared with one that differs little."""
     return float(sum(0.5 * (w.double().square() * d).sum() for d, w in zip(decays, weights, strict=True)))
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from lightning_nested.arguments import positive
 from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
@@ -22,12 +22,13 @@ from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
 from lightning_nested.linalg.solvers.given import AnySolver, as_solver
 from lightning_nested.linalg.vectors import Vector
-from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates, inverse_rates
+from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates
 from lightning_nested.trainer.forecast import WATCHED_STEPS, Forecast
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.pace import Pace, batch_ratio, plan
+from lightning_nested.trainer.run_units import measured_units, peak_rates
 
 # Inner steps after which the optimizer's second moments say how large its steps will be.
 _SETTLED = 10
@@ -76,6 +77,10 @@ class OuterPlan:
         self._own_decays: list[float] = []  # of a decoupled optimizer's groups, which ours replace
         self._kept: Mapping[str, Any] | None = None  # a forecast's state, until there are its parameters
         self.units: dict[str, float] = {}  # see WeightDecay.fit_to_run
+        self._units_steps: int | None = None  # inner steps of the run that they are of
+        self._fitted = False  # whether the decays have started from them
+        self._schedulers: list[LRScheduler] = []
+        self._first_rates: list[float] = []  # of the groups, before the first step
 
     # ---- a run
 
@@ -99,6 +104,8 @@ class OuterPlan:
             limited=not any(h.moves_one_batch for h in self.outer.hyperparameters),
         )
         self.pace = pace
+        self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._rescale_units()
         loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
         if self._default_optimizer:
             steps = pace.outer_steps
@@ -126,6 +133,8 @@ class OuterPlan:
         """Begin the statistics of these parameters."""
         self._detach()
         self._optimizer, self._parameters = optimizer, tuple(parameters.values())
+        self._first_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.bound_decays(restart=False)
         if self.reads_run:
             point = self.point if isinstance(self.point, LookAhead) else None
             self.forecast = Forecast(module, parameters, optimizer, self.outer.decays, point=point)
@@ -139,11 +148,13 @@ class OuterPlan:
         optimizer = self._optimizer
         if optimizer is None or not self.outer.decays or not decoupled_rates(optimizer):
             return
+        rates = decoupled_rates(optimizer)
         own = [group["weight_decay"] for group in optimizer.param_groups]
         if any(own) or not self._own_decays:
             self._own_decays = own
         for group in optimizer.param_groups:
-            group["weight_decay"] = 0.0
+            if any(id(p) in rates for p in group["params"]):
+                group["weight_decay"] = 0.0
 
     def give_back(self, groups: Sequence[dict[str, Any]]) -> None:
         """Give the groups of an optimizer, or of its saved state, their own decay back."""
@@ -164,7 +175,7 @@ class OuterPlan:
 
     def reset(self) -> None:
         """Forget the statistics, for another module."""
-        self._kept, self.units = None, {}
+        self._kept, self.units, self._units_steps, self._fitted = None, {}, None, False
 
     def _detach(self) -> None:
         if self.forecast is not None:
@@ -207,8 +218,7 @@ class OuterPlan:
         for decay in self.outer.decays:
             if rates:
                 decay.shrink_(parameters, rates)
-            else:
-                decay.add_gradient_(parameters, scale)
+            decay.add_gradient_(parameters, scale, decoupled=rates)
 
     @property
     def decoupled(self) -> bool:
@@ -217,12 +227,24 @@ class OuterPlan:
 
     def fit_decays(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Start the decays from the length of the run: after 10 inner steps, or the warm-up if that is shorter."""
-        pace = self.pace
-        if pace is None or pace.total_steps is None or step != max(1, min(_SETTLED, pace.warmup_steps)):
+        pace, optimizer = self.pace, self._optimizer
+        if self._fitted or pace is None or pace.total_steps is None or optimizer is None:
             return
-        assert self._optimizer is not None
-        self.units = _measured_units(self._optimizer, parameters, pace.total_steps)
+        # A rate of zero says nothing of the steps to come.
+        stands = not all(float(group["lr"]) > 0 for group in optimizer.param_groups)
+        if stands or step < max(1, min(_SETTLED, pace.warmup_steps)):
+            return
+        peaks = peak_rates(optimizer, self._schedulers, self._first_rates, pace.total_steps)
+        self.units = measured_units(optimizer, parameters, pace.total_steps, peaks)
+        self._units_steps, self._fitted = pace.total_steps, True
         self.bound_decays(restart=True)
+
+    def _rescale_units(self) -> None:
+        """Take units of a run of another length for those of this one."""
+        total = None if self.pace is None else self.pace.total_steps
+        if total is not None and self._units_steps not in (None, total):
+            self.units = {name: unit * self._units_steps / total for name, unit in self.units.items()}
+            self._units_steps = total
 
     def bound_decays(self, *, restart: bool) -> None:
         """Bound the decays by the units of the run."""
@@ -300,12 +322,16 @@ class OuterPlan:
         """Return all that the next outer step depends on."""
         return {
             "units": dict(self.units),
+            "units_steps": self._units_steps,
+            "fitted": self._fitted,
             "forecast": self._kept if self.forecast is None else self.forecast.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore; :meth:`attach` must have run."""
-        self.units = dict(state["units"])
+        self.units, self._units_steps = dict(state["units"]), state.get("units_steps")
+        self._fitted = state.get("fitted", bool(self.units))
+        self._rescale_units()
         self.bound_decays(restart=False)
         self._kept = state["forecast"]
         if self.forecast is not None and self.forecast.is_of(self._kept):
@@ -334,23 +360,3 @@ def _value(evaluate: Callable[[], Tensor]) -> float:
         if "does not require grad" not in str(error):
             raise
     return float(evaluate().detach())
-
-
-def _measured_units(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], total: int
-) -> dict[str, float]:
-    """Return the decay by which each parameter forgets its start once in the run, by name."""
-    decoupled = decoupled_rates(optimizer)
-    # Warm-ups begin far below the rate that most of the run has.
-    now = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-    peak = {
-        id(p): max(float(g.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
-        for g in optimizer.param_groups
-        for p in g["params"]
-    }
-    inverse = inverse_rates(optimizer, tuple(parameters.values()))
-    units = {}
-    for (name, p), r in zip(parameters.items(), inverse, strict=True):
-        mean = float(r.double().mean()) * now[id(p)] / max(peak[id(p)], 1e-30)
-        units[name] = (1 / max(peak[id(p)], 1e-30) if id(p) in decoupled else mean) / total
-    return {name: u if math.isfinite(u) else 1e-4 for name, u in units.items()}
