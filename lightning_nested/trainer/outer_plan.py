@@ -96,7 +96,7 @@ class OuterPlan:
         pace = plan(
             trainer,
             accumulate=accumulate,
-            cost=self._cost(trainer, loop),
+            cost=_cost(self, trainer, loop, self._batches(trainer)),
             overhead=self.overhead,
             every_n_steps=self.every_n_steps,
             warmup_steps=self.warmup_steps,
@@ -114,17 +114,6 @@ class OuterPlan:
                 partial(Adam, lr=pace.rate, betas=(0.9, 0.9), eps=1e-16),
                 partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps) if steps else None,
             )
-
-    def _cost(self, trainer: Trainer, loop: OuterLoop) -> float:
-        # Batch sizes are read from the loaders, which the Trainer itself makes after on_fit_start only.
-        trainer.fit_loop.setup_data()
-        inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
-        outer = None if loop.batches is None else loop.batches.loader
-        graph = bool(self.outer.in_graph) or self.solver.needs_operator
-        # The outer gradient; an inner gradient with its graph and a mixed product; the solver's products; forward
-        # passes and observations of the look ahead.
-        ratio = batch_ratio(inner, outer) / self._batches(trainer)
-        return ratio + 2.5 * graph + self.solver.products + self.looks_ahead
 
     def _batches(self, trainer: Trainer) -> int:
         return int(trainer.accumulate_grad_batches if self._accumulate is None else self._accumulate)
@@ -340,15 +329,9 @@ class OuterPlan:
 
     def continue_schedule(self) -> None:
         """Let the default schedule of a restored outer optimizer end with this run: it may be longer than the saved."""
-        steps, schedule = None if self.pace is None else self.pace.outer_steps, self.outer.scheduler
-        if not steps or not self._default_optimizer or not isinstance(schedule, LinearLR):
-            return
-        if self.pace is None or schedule.total_iters == steps:
-            return
-        schedule.total_iters, rate = steps, self.pace.rate
-        schedule.base_lrs = [rate] * len(schedule.base_lrs)
-        for group in schedule.optimizer.param_groups:
-            group["initial_lr"], group["lr"] = rate, rate * max(0.0, 1 - schedule.last_epoch / steps)
+        schedule = self.outer.scheduler
+        if self._default_optimizer and isinstance(schedule, LinearLR) and self.pace is not None:
+            _end_with(schedule, self.pace)
 
 
 def _value(evaluate: Callable[[], Tensor]) -> float:
@@ -360,3 +343,27 @@ def _value(evaluate: Callable[[], Tensor]) -> float:
         if "does not require grad" not in str(error):
             raise
     return float(evaluate().detach())
+
+
+def _end_with(schedule: LinearLR, pace: Pace) -> None:
+    """Let a schedule go from the first rate of a plan to zero at its end, from where it is now."""
+    steps, rate = pace.outer_steps, pace.rate
+    if not steps or schedule.total_iters == steps:
+        return
+    schedule.total_iters = steps
+    schedule.base_lrs = [rate] * len(schedule.base_lrs)
+    for group in schedule.optimizer.param_groups:
+        group["initial_lr"], group["lr"] = rate, rate * max(0.0, 1 - schedule.last_epoch / steps)
+
+
+def _cost(plan: OuterPlan, trainer: Trainer, loop: OuterLoop, batches: int) -> float:
+    """Return the cost of an outer step, in gradients of a training batch."""
+    # Batch sizes are read from the loaders, which the Trainer itself makes after on_fit_start only.
+    trainer.fit_loop.setup_data()
+    inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
+    outer = None if loop.batches is None else loop.batches.loader
+    graph = bool(plan.outer.in_graph) or plan.solver.needs_operator
+    # The outer gradient; an inner gradient with its graph and a mixed product; the solver's products; forward
+    # passes and observations of the look ahead.
+    ratio = batch_ratio(inner, outer) / batches
+    return ratio + 2.5 * graph + plan.solver.products + plan.looks_ahead
