@@ -30,7 +30,7 @@ class ArgumentKindError(ValueError, TypeError):
 
 
 class Kind(NamedTuple):
-    """What an annotation allows: a condition, and words for it that follow "must be"."""
+    """Condition that an annotation sets, and words for it that follow "must be"."""
 
     fits: Callable[[Any], bool]
     words: str

@@ -18,7 +18,7 @@ class Transform(ABC):
 
     @property
     def resolution(self) -> float:
-        """How far :meth:`project_` may move a value near an end of the range; smaller moves count as rounding."""
+        """Largest move by :meth:`project_` of a value near an end of the range that counts as rounding."""
         return 0.0
 
     @abstractmethod

@@ -84,7 +84,7 @@ def logger_step(trainer: Trainer) -> int:
 
 
 class Clock(Protocol):
-    """What a module with a clock of its own tells: updates made, and whether another has begun."""
+    """Module with a clock of its own: updates made, and whether another has begun."""
 
     game_updates: int
 

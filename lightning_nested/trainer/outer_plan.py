@@ -135,9 +135,9 @@ class OuterPlan:
     def take_decays(self) -> None:
         """Take the place of a decoupled optimizer's own decay; again once a checkpoint has restored it."""
         optimizer = self._optimizer
-        if optimizer is None or not self.outer.decays or not decoupled_rates(optimizer):
+        rates = {} if optimizer is None or not self.outer.decays else decoupled_rates(optimizer)
+        if optimizer is None or not rates:
             return
-        rates = decoupled_rates(optimizer)
         own = [group["weight_decay"] for group in optimizer.param_groups]
         if any(own) or not self._own_decays:
             self._own_decays = own

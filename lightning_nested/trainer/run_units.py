@@ -26,8 +26,11 @@ def peak_rates(
         total: Inner steps of the run.
     """
     groups = optimizer.param_groups
-    peaks = [max(float(group["lr"]), float(group.get("max_lr", 0.0))) for group in groups]
-    peaks = [max(peak, *first[i : i + 1]) if first[i : i + 1] else peak for i, peak in enumerate(peaks)]
+    # Groups that were added since have no first rate.
+    starts = [*first, *[0.0] * len(groups)][: len(groups)]
+    peaks = [
+        max(float(g["lr"]), float(g.get("max_lr", 0.0)), rate) for g, rate in zip(groups, starts, strict=True)
+    ]
     for scheduler in schedulers:
         known = [float(group.get("initial_lr", 0.0)) for group in groups]
         if isinstance(scheduler, LambdaLR):

@@ -158,7 +158,7 @@ class _Exceptions:
 
 
 class _Nothing:
-    """What a Trainer without a datamodule has in its place: None has no weak references."""
+    """Stands for the datamodule of a Trainer that has none: None has no weak references."""
 
 
 _NOTHING = _Nothing()

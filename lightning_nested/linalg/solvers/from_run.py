@@ -15,9 +15,15 @@ from lightning_nested.linalg.solvers.base import (
 from lightning_nested.linalg.solvers.given import GivenInverse
 
 
+@dataclass(frozen=True, kw_only=True)
 class _FromRun(InverseSolver):
+    damping: float | None = None
+
     needs_operator: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        positive(damping=self.damping)
 
     def _solve(self, system: LinearSystem) -> Solution:
         raise TypeError(
@@ -45,11 +51,6 @@ class KroneckerFactored(_FromRun):
         ValueError: The damping is not positive.
     """
 
-    damping: float | None = None
-
-    def __post_init__(self) -> None:
-        positive(damping=self.damping)
-
     def bind(self, statistics: RunStatistics) -> InverseSolver:
         """Return the inverse at the present state of a training."""
         return GivenInverse(inverse=statistics.kronecker_inverse(self.damping))
@@ -69,11 +70,6 @@ class AdamDiagonal(_FromRun):
     Raises:
         ValueError: The damping is not positive.
     """
-
-    damping: float | None = None
-
-    def __post_init__(self) -> None:
-        positive(damping=self.damping)
 
     def bind(self, statistics: RunStatistics) -> InverseSolver:
         """Return the inverse at the present state of a training."""
