@@ -203,17 +203,17 @@ class WeightDecay(Hyperparameter):
             else:
                 parameter.grad.add_(parameter, alpha=decay * scale)
 
-    def _applied(self) -> dict[str, Tensor | float]:
+    def _applied(self) -> Mapping[str, Tensor | float]:
         """Return the decays by name, as numbers where they are few: read once for each change of the tensors."""
         if self.per == "parameter":
-            return dict(self.decays())
+            return self.decays()
         raw = self.tensors[self.per]
         key = (raw._version, self.parameter_names)
         if self._numbers is None or self._numbers[0] is not raw or self._numbers[1] != key:
             values = self.transform.forward(raw.detach()).double().reshape(-1).tolist()
             each = values if self.per == "tensor" else values * len(self.parameter_names)
             self._numbers = raw, key, dict(zip(self.parameter_names, each, strict=True))
-        return dict(self._numbers[2])
+        return self._numbers[2]
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""

@@ -152,33 +152,39 @@ class KroneckerFisher:
         weight = max(1 - self.memory, 1 / (self.observations + 1))
         new: list[Tensor] = []
         for layer, calls in zip(self._layers, seen, strict=True):
-            found = [call for call in calls if call is not None]
-            a, g = layer.zeros()
-            if found:
-                a = torch.stack([call[0] for call in found]).sum(0) / max(1, sum(call[2] for call in found))
-                # The loss of each of several accumulated batches is divided by their number.
-                g = torch.stack([call[1] for call in found]).sum(0) * (batches / hook_scale**2)
+            # The loss of each of several accumulated batches is divided by their number.
+            pair = _mean_factors(calls, batches / hook_scale**2)
+            a, g = layer.zeros() if pair is None else pair
             # Processes may call different layers.
-            new += [a, g, a.new_tensor(float(bool(found)))]
+            new += [a, g, a.new_tensor(float(pair is not None))]
+        count = len(new)
         new += [self._square(i, batch * batches * processes, scale) for i in self._others]
         new = list(average(tuple(new), reduce))
-        if new and not bool(torch.stack([x.sum().double() for x in new]).isfinite().all()):
+        # No entry of a second moment exceeds its diagonal.
+        looked_at = [x.diagonal() if x.dim() == 2 else x for x in new[:count]] + new[count:]
+        if new and not bool(torch.stack([x.sum().double() for x in looked_at]).isfinite().all()):
             return
         mean = iter(new)
         for i in range(len(self._layers)):
             a, g, share = next(mean), next(mean), float(next(mean))
-            if not share and self.factors[i] is None:
+            if share:
+                self._keep_factors(i, (a if share == 1.0 else a.div_(share), g), weight)
+            elif self.factors[i] is None:
                 # Never seen: a compiled module runs no hooks, and a function may take the weight by itself.
                 for j in self._layers[i].positions:
                     self._keep_square(j, self._square(j, batch * batches * processes, scale), weight)
-            if share:
-                old, pair = self.factors[i], (a / share, g)
-                self.factors[i] = (
-                    pair if old is None else (old[0].lerp(pair[0], weight), old[1].lerp(pair[1], weight))
-                )
         for i in self._others:
             self._keep_square(i, next(mean), weight)
         self.observations += 1
+
+    def _keep_factors(self, i: int, pair: Factors, weight: float) -> None:
+        before = self.factors[i]
+        if before is None:
+            self.factors[i] = pair
+        else:
+            # In place: the pages of new matrices of this size take longer than the arithmetic.
+            for mean, observed in zip(before, pair, strict=True):
+                mean.lerp_(observed, weight)
 
     def _keep_square(self, i: int, square: Tensor, weight: float) -> None:
         before = self.squares[i]
@@ -237,7 +243,8 @@ class KroneckerFisher:
     def state_dict(self) -> dict[str, Any]:
         """Return the running means."""
         return {
-            "factors": list(self.factors),
+            # Copies: the means are updated in place.
+            "factors": [None if f is None else (f[0].clone(), f[1].clone()) for f in self.factors],
             "squares": list(self.squares),
             "observations": self.observations,
         }
@@ -252,9 +259,25 @@ class KroneckerFisher:
         if any(s is not None and s.shape != self._parameters[i].shape for i, s in enumerate(squares)):
             return
         device = self._parameters[0].device
-        self.factors = [None if f is None else (f[0].to(device), f[1].to(device)) for f in state["factors"]]
+        self.factors = [None if f is None else _copies(f, device) for f in pairs]
         self.squares = [None if s is None else s.to(device) for s in state["squares"]]
         self.observations = state["observations"]
+
+
+def _copies(pair: Factors, device: torch.device) -> Factors:
+    return pair[0].to(device, copy=True), pair[1].to(device, copy=True)
+
+
+def _mean_factors(calls: Sequence[_Call | None], weight: float) -> Factors | None:
+    """Return the means of the calls of a layer, its gradients' times a weight; None if none was seen."""
+    found = [call for call in calls if call is not None]
+    if not found:
+        return None
+    # The first one's matrices are its own, and take the sums.
+    a, g, positions = found[0]
+    for more in found[1:]:
+        a, g, positions = a.add_(more[0]), g.add_(more[1]), positions + more[2]
+    return a.div_(max(1, positions)), g.mul_(weight)
 
 
 class _Observing:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.registry import KNOWN, Description, find_rule
-from lightning_nested.optim.update_rules import AdaptiveRule, Momentum
+from lightning_nested.optim.update_rules import AdaptiveRule, Descent, Momentum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,13 +64,19 @@ def step_dynamics(optimizer: Optimizer, parameters: Sequence[Tensor]) -> StepDyn
             "All parameter groups of a player must have the same maximize, or it has no loss of its own to descend. "
             "Got True and False; make two players of them."
         )
-    scales, momenta = [], []
+    scales, momenta, rules = [], [], _rules(optimizer)
     for p in parameters:
-        group, rule = groups[id(p)], find_rule(optimizer, groups[id(p)])
+        group, rule = groups[id(p)], rules[id(p)]
         scale = float(group["lr"]) if rule is None else rule.scale(optimizer.state.get(p, {}))
         scales.append(torch.as_tensor(scale, dtype=p.dtype, device=p.device).expand_as(p))
         momenta.append(Momentum("unknown") if rule is None else rule.momentum_kind())
     return StepDynamics(scale=tuple(scales), momenta=tuple(momenta), sign=signs.pop() if signs else 1)
+
+
+def _rules(optimizer: Optimizer) -> dict[int, Descent | None]:
+    """Return the rule of each parameter's group, by ``id``."""
+    rules = [(find_rule(optimizer, group), group["params"]) for group in optimizer.param_groups]
+    return {id(p): rule for rule, parameters in rules for p in parameters}
 
 
 def inverse_rates(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Vector:
@@ -78,17 +84,23 @@ def inverse_rates(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Vector:
 
     R = D·Re 1/(1 − β) with D and β of :func:`step_dynamics`: α/(1 − β) for SGD, α/(√v̂ + ε) for Adam.
     """
-    dynamics = step_dynamics(optimizer, parameters)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = []
-    for p, scale, momentum in zip(parameters, dynamics.scale, dynamics.momenta, strict=True):
-        rule, state = find_rule(optimizer, groups[id(p)]), optimizer.state.get(p, {})
-        if isinstance(rule, AdaptiveRule) and rule.second in state:
-            # A young average weighs its newest gradient more.
-            scale = scale * (rule.gain(math.inf) / rule.gain(float(state["step"])))
+    rules, found = _rules(optimizer), []
+    for p in parameters:
+        rule, state = rules[id(p)], optimizer.state.get(p, {})
+        momentum = Momentum("unknown") if rule is None else rule.momentum_kind()
         beta = momentum.momentum * complex(math.cos(momentum.phase), math.sin(momentum.phase))
-        gain = (1 / (1 - beta)).real if abs(beta) < 1 else 1.0
-        found.append(1.0 / (scale.detach() * max(gain, 1e-3)).clamp_min(torch.finfo(scale.dtype).tiny * 1e3))
+        gain = max((1 / (1 - beta)).real if abs(beta) < 1 else 1.0, 1e-3)
+        # Infinite where the learning rate is zero.
+        largest = 1e-3 / torch.finfo(p.dtype).tiny
+        if isinstance(rule, AdaptiveRule) and rule.second in state:
+            # Of an old average: a young one weighs its newest gradient more.
+            rate = max(rule.lr * rule.gain(math.inf) * gain, 1 / largest)
+            inverse = rule.divisor(state).to(p.dtype).div_(rate).clamp_max_(largest)
+        else:
+            rate = gain * float(groups[id(p)]["lr"] if rule is None else rule.scale(state))
+            inverse = torch.full_like(p, 1 / max(rate, 1 / largest), requires_grad=False)
+        found.append(inverse)
     return tuple(found)
 
 

@@ -176,8 +176,13 @@ class AdaptiveRule(Descent):
         """Return α·gain/(√v̂ + ε) as if v̂ stood still; without the quotient before the first step."""
         if self.second not in state:
             return self.lr * self.gain(math.inf)
-        t = float(state["step"])
-        return self.lr * self.gain(t) / (self._root(state[self.second].detach(), t) + self.eps)
+        return self.lr * self.gain(float(state["step"])) / self.divisor(state)
+
+    @torch.no_grad()
+    def divisor(self, state: Mapping[str, Any]) -> Tensor:
+        """Return √v̂ + ε, a new tensor."""
+        second: Tensor = state[self.second]
+        return second.div(1 - self.beta2 ** float(state["step"])).sqrt_().add_(self.eps)
 
     def _square(self, slots: Vector, e: Tensor) -> Tensor:
         return self.beta2 * slots[self.slots.index("exp_avg_sq")] + (1 - self.beta2) * e * e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -44,8 +45,12 @@ def find_hypergradient(
     """
     trainer, outer = module.trainer, plan.outer
     scale, inner_loss, tensors = loss_scale(trainer), graph.loss(), tuple(parameters.values())
-    # torch.utils.checkpoint runs the forward again in every product, and would move buffers.
-    with without_trace(module, trainer, attributes=False), plan.paused():
+    # torch.utils.checkpoint runs the forward again in every product, and would move buffers. Where there are no
+    # products, all that runs the user's code has an isolation of its own.
+    isolated: AbstractContextManager[object] = (
+        without_trace(module, trainer, attributes=False) if plan.keeps_graph else nullcontext()
+    )
+    with isolated, plan.paused():
         weights = plan.look(trainer, graph, scale)
         with placed_at(tensors, weights):
             outer_loss = evaluate_outer((*tensors, *outer.in_graph_tensors))

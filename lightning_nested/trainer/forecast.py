@@ -55,6 +55,7 @@ class Forecast:
         self._inverses: dict[float | None, KroneckerInverse] = {}  # by their damping
         # Outer steps so far, and at the last factorization.
         self._solved = self._factorized = 0
+        self._factors: dict[str, Tensor] | None = None  # of the current outer step
 
     # ---- the inner steps before an outer one
 
@@ -62,6 +63,11 @@ class Forecast:
         """Prepare for an inner step ``ahead`` steps before an outer one."""
         if ahead <= WATCHED_STEPS and ahead % _OBSERVED_EVERY == 1:
             self.fisher.start()
+
+    def averages(self, ahead: int) -> bool:
+        """Return True if :meth:`gradient` takes the gradient ``ahead`` steps before an outer step."""
+        # Every second gradient serves the mean as well.
+        return ahead <= WATCHED_STEPS and ahead % 2 == 1
 
     @torch.no_grad()
     def gradient(
@@ -84,8 +90,7 @@ class Forecast:
             batches: Accumulated batches.
             processes: Their number.
         """
-        # Every second gradient serves the mean as well.
-        if ahead > WATCHED_STEPS or ahead % 2 == 0:
+        if not self.averages(ahead):
             return
         if ahead % _OBSERVED_EVERY == 1:
             self.fisher.update(
@@ -99,9 +104,13 @@ class Forecast:
             self._mean = tuple(torch.zeros_like(p) for p in self._parameters)
         self._means += 1
         weight = max(0.2, 1 / self._means)
-        pairs = [(m, g) for m, g in zip(self._mean, gradients, strict=True) if g is not None]
+        pairs = [(m, g.to(m.dtype)) for m, g in zip(self._mean, gradients, strict=True) if g is not None]
+        if scale == 1.0:
+            # One pass over memory instead of two.
+            torch._foreach_lerp_([m for m, _ in pairs], [g for _, g in pairs], weight)
+            return
         torch._foreach_mul_([m for m, _ in pairs], 1 - weight)
-        torch._foreach_add_([m for m, _ in pairs], [g.to(m.dtype) for m, g in pairs], alpha=weight / scale)
+        torch._foreach_add_([m for m, _ in pairs], [g for _, g in pairs], alpha=weight / scale)
 
     def is_of(self, state: Mapping[str, Any] | None) -> bool:
         """Return True if a state is of these parameters."""
@@ -113,10 +122,16 @@ class Forecast:
 
     # ---- the outer step
 
+    def decay_factors(self) -> dict[str, Tensor]:
+        """Return by name the factors that make coupled decays of decoupled ones, found once an outer step."""
+        if self._factors is None:
+            parameters = dict(zip(self._names, self._parameters, strict=True))
+            self._factors = decay_factors(self._optimizer, parameters)
+        return self._factors
+
     def _coupled_decays(self) -> list[Tensor | float]:
         """Return D, the tuned decays as coupled ones, for each parameter."""
-        parameters = dict(zip(self._names, self._parameters, strict=True))
-        factors = decay_factors(self._optimizer, parameters)
+        factors = self.decay_factors()
         total: dict[str, Any] = dict.fromkeys(self._names, 0.0)
         for decay in self._decays:
             for name, value in decay.decays().items():
@@ -187,8 +202,9 @@ class Forecast:
         return moved if fell else self._point.weights(weights, direction, self.radius)
 
     def count(self) -> None:
-        """Count an outer step."""
+        """Begin an outer step, and count it."""
         self._solved += 1
+        self._factors = None
 
     # ---- checkpoints
 
@@ -208,7 +224,7 @@ class Forecast:
         """Restore; the statistics of another model begin again."""
         self.radius, self._means = state["radius"], state["means"]
         self._solved, self._factorized = state["solved"]
-        mean = state["mean"]
+        self._factors, mean = None, state["mean"]
         fits = mean is not None and [m.shape for m in mean] == [p.shape for p in self._parameters]
         self._mean = (
             tuple(m.to(p.device) for m, p in zip(mean, self._parameters, strict=True)) if fits else None
@@ -220,7 +236,13 @@ class Forecast:
 
 def _penalty(decays: Sequence[Tensor | float], weights: Vector) -> float:
     """Return ½ Σ d w², in double precision: it is compared with one that differs little."""
-    return float(sum(0.5 * (w.double().square() * d).sum() for d, w in zip(decays, weights, strict=True)))
+    total = 0.0
+    for d, w in zip(decays, weights, strict=True):
+        if isinstance(d, Tensor) and d.dim():
+            total += 0.5 * float((w.double().square() * d).sum())
+        elif d:
+            total += 0.5 * float(d) * float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
+    return total
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:

@@ -190,7 +190,7 @@ class OuterPlan:
 
     def observe_gradient(self, trainer: Trainer, *, scale: float, hook_scale: float) -> None:
         """Give the forecast the gradients of this inner step; see :meth:`Forecast.gradient`."""
-        if self.forecast is not None:
+        if self.forecast is not None and self.forecast.averages(self._ahead):
             self.forecast.gradient(
                 self._ahead,
                 scale=scale,
@@ -282,6 +282,12 @@ class OuterPlan:
         return self.forecast.weights(loss, evaluate, reduction(trainer))
 
     @property
+    def keeps_graph(self) -> bool:
+        """True unless outer steps leave the graph of the training loss alone, and run no code of the user's."""
+        own = self.solver.needs_operator or not self.solver.needs_statistics
+        return bool(self.outer.in_graph) or own
+
+    @property
     def looks_ahead(self) -> bool:
         """True if outer steps evaluate the training loss elsewhere."""
         return isinstance(self.point, LookAhead)
@@ -303,6 +309,8 @@ class OuterPlan:
         """Return the factors that make coupled decays of decoupled ones, by name."""
         if self._optimizer is None or not self.outer.decays:
             return {}
+        if self.forecast is not None:
+            return self.forecast.decay_factors()
         return decay_factors(self._optimizer, parameters)
 
     # ---- checkpoints
