@@ -20,13 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.linalg.finite import check_finite
-from lightning_nested.linalg.kronecker_layers import Factors, Layer, find_layers
+from lightning_nested.linalg.kronecker_layers import Factors, Layer, Moment, find_layers
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.solvers.base import factorizable_dtype
 from lightning_nested.linalg.vectors import Vector
 
-_Call = tuple[Tensor, Tensor, int]
+_Call = tuple[Moment, Moment]
 
 
 @checked
@@ -74,7 +74,7 @@ class KroneckerFisher:
         self._others = [i for i in range(len(self._parameters)) if i not in covered]
         self.squares: list[Tensor | None] = [None] * len(self._parameters)
         self.observations = 0
-        # By layer and call: sums over positions, and their number.
+        # By layer and call: moments of the inputs and of the outputs' gradients.
         self._seen: list[list[_Call | None]] = [[] for _ in self._layers]
         self._batch = 0
         self._handles: list[RemovableHandle] = []
@@ -125,7 +125,7 @@ class KroneckerFisher:
         rows, gradients = (x.to(factorizable_dtype(x.dtype)) for x in (layer.inputs(a), layer.gradients(g)))
         self._batch = max(self._batch, batch)
         # The training's own backward pass comes after others through the same graph (a gradient penalty's).
-        calls[call] = rows.T @ rows, gradients.T @ gradients * batch, len(rows)
+        calls[call] = Moment.of(rows), Moment.of(gradients * math.sqrt(batch))
 
     @torch.no_grad()
     def update(
@@ -147,44 +147,53 @@ class KroneckerFisher:
             processes: Processes over which ``.grad`` is the mean.
         """
         hook_scale = scale if hook_scale is None else hook_scale
-        seen, batch = self._seen, self._batch or 1
+        seen, batch = [[call for call in calls if call is not None] for calls in self._seen], self._batch or 1
         self.stop()
         weight = max(1 - self.memory, 1 / (self.observations + 1))
-        new: list[Tensor] = []
-        for layer, calls in zip(self._layers, seen, strict=True):
-            # The loss of each of several accumulated batches is divided by their number.
-            pair = _mean_factors(calls, batches / hook_scale**2)
-            a, g = layer.zeros() if pair is None else pair
-            # Processes may call different layers.
-            new += [a, g, a.new_tensor(float(pair is not None))]
-        count = len(new)
-        new += [self._square(i, batch * batches * processes, scale) for i in self._others]
-        new = list(average(tuple(new), reduce))
-        # No entry of a second moment exceeds its diagonal.
-        looked_at = [x.diagonal() if x.dim() == 2 else x for x in new[:count]] + new[count:]
-        if new and not bool(torch.stack([x.sum().double() for x in looked_at]).isfinite().all()):
+        squares = [self._square(i, batch * batches * processes, scale) for i in self._others]
+        # The loss of each of several accumulated batches is divided by their number.
+        share = batches / hook_scale**2
+        if reduce is not None:
+            seen, squares, share = *self._average(seen, squares, share, reduce), 1.0
+        numbers = [moment.trace() for calls in seen for call in calls for moment in call]
+        numbers += [square.sum() for square in squares]
+        if numbers and not bool(torch.stack([x.double() for x in numbers]).isfinite().all()):
             return
-        mean = iter(new)
-        for i in range(len(self._layers)):
-            a, g, share = next(mean), next(mean), float(next(mean))
-            if share:
-                self._keep_factors(i, (a if share == 1.0 else a.div_(share), g), weight)
+        for i, calls in enumerate(seen):
+            if calls:
+                self._keep_factors(i, calls, weight, share)
             elif self.factors[i] is None:
                 # Never seen: a compiled module runs no hooks, and a function may take the weight by itself.
                 for j in self._layers[i].positions:
                     self._keep_square(j, self._square(j, batch * batches * processes, scale), weight)
-        for i in self._others:
-            self._keep_square(i, next(mean), weight)
+        for i, square in zip(self._others, squares, strict=True):
+            self._keep_square(i, square, weight)
         self.observations += 1
 
-    def _keep_factors(self, i: int, pair: Factors, weight: float) -> None:
-        before = self.factors[i]
-        if before is None:
+    def _average(
+        self, seen: Sequence[Sequence[_Call]], squares: Sequence[Tensor], share: float, reduce: Reduce
+    ) -> tuple[list[list[_Call]], list[Tensor]]:
+        """Return the means over processes, with the gradients' moments times ``share``."""
+        own: list[Tensor] = []
+        for layer, calls in zip(self._layers, seen, strict=True):
+            a, g = layer.zeros()
+            _add(calls, (a, g), 0.0, 1.0, share)
+            # Processes may call different layers.
+            own += [a, g, a.new_tensor(float(bool(calls)))]
+        mean = average((*own, *squares), reduce)
+        found: list[list[_Call]] = []
+        for i in range(0, len(own), 3):
+            a, g, seen_by = mean[i], mean[i + 1], float(mean[i + 2])
+            found.append([(Moment(a / seen_by, True, 1), Moment(g, True, 1))] if seen_by else [])
+        return found, list(mean[len(own) :])
+
+    def _keep_factors(self, i: int, calls: Sequence[_Call], weight: float, share: float) -> None:
+        """Add what was seen of a layer to its means; in place, for new matrices of that size take long to allocate."""
+        pair = self.factors[i]
+        if pair is None:
+            pair, weight = self._layers[i].zeros(), 1.0
             self.factors[i] = pair
-        else:
-            # In place: the pages of new matrices of this size take longer than the arithmetic.
-            for mean, observed in zip(before, pair, strict=True):
-                mean.lerp_(observed, weight)
+        _add(calls, pair, 1 - weight, weight, share)
 
     def _keep_square(self, i: int, square: Tensor, weight: float) -> None:
         before = self.squares[i]
@@ -268,16 +277,13 @@ def _copies(pair: Factors, device: torch.device) -> Factors:
     return pair[0].to(device, copy=True), pair[1].to(device, copy=True)
 
 
-def _mean_factors(calls: Sequence[_Call | None], weight: float) -> Factors | None:
-    """Return the means of the calls of a layer, its gradients' times a weight; None if none was seen."""
-    found = [call for call in calls if call is not None]
-    if not found:
-        return None
-    # The first one's matrices are its own, and take the sums.
-    a, g, positions = found[0]
-    for more in found[1:]:
-        a, g, positions = a.add_(more[0]), g.add_(more[1]), positions + more[2]
-    return a.div_(max(1, positions)), g.mul_(weight)
+def _add(calls: Sequence[_Call], pair: Factors, beta: float, alpha: float, share: float) -> None:
+    """pair ← beta · pair + alpha · (mean of the inputs' moments, share · sum of the gradients')."""
+    positions = max(1, sum(a.count for a, _ in calls))
+    for a, g in calls:
+        a.add_to(pair[0], beta=beta, alpha=alpha / positions)
+        g.add_to(pair[1], beta=beta, alpha=alpha * share)
+        beta = 1.0
 
 
 class _Observing:

@@ -19,6 +19,32 @@ Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
+class Moment:
+    """Sum of the outer products of rows. It is kept as rows where they are fewer numbers than their products."""
+
+    matrix: Tensor
+    is_sum: bool
+    count: int
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Moment:
+        """Take rows of shape (count, size), which must not change later."""
+        count, size = rows.shape
+        return cls(rows.T @ rows, True, count) if count >= size else cls(rows, False, count)
+
+    def add_to(self, total: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
+        """total ← beta · total + alpha · self, in place, in one pass over memory where rows are kept."""
+        if self.is_sum:
+            total.mul_(beta).add_(self.matrix, alpha=alpha)
+        else:
+            total.addmm_(self.matrix.T, self.matrix, beta=beta, alpha=alpha)
+
+    def trace(self) -> Tensor:
+        """Return the trace, which is finite if every entry is: none exceeds the diagonal."""
+        return self.matrix.diagonal().sum() if self.is_sum else self.matrix.square().sum()
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A layer whose weight, seen as a matrix (outputs, inputs), has two Kronecker factors."""
 
@@ -27,13 +53,13 @@ class Layer:
     bias: int | None
 
     def inputs(self, a: Tensor) -> Tensor:
-        """Return the rows that the weight matrix multiplies, of shape (positions, inputs), with 1 for the bias."""
+        """Return new rows that the weight matrix multiplies, of shape (positions, inputs), with 1 for the bias."""
         m = self.module
         if isinstance(m, nn.Conv2d):
             padding = _same_padding(m) if isinstance(m.padding, str) else m.padding
             a = functional.unfold(a, m.kernel_size, m.dilation, padding, m.stride).transpose(1, 2)
         rows = a.reshape(-1, a.shape[-1])
-        return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        return rows.clone() if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
     def gradients(self, g: Tensor) -> Tensor:
         """Return the gradients of the outputs, of shape (positions, outputs)."""
