@@ -168,12 +168,17 @@ class WeightDecay(Hyperparameter):
 
         ``rates`` are learning rates by the ``id`` of the parameters.
         """
+        numbers: list[tuple[Tensor, float]] = []
         for name, decay in self._applied().items():
             parameter = parameters[name]
             if parameter.grad is None or id(parameter) not in rates:
                 continue
-            factor = 1 - rates[id(parameter)] * decay
-            parameter.mul_(factor.to(parameter.dtype) if isinstance(factor, Tensor) else factor)
+            if isinstance(decay, Tensor):
+                parameter.mul_((1 - rates[id(parameter)] * decay).to(parameter.dtype))
+            else:
+                numbers.append((parameter, 1 - rates[id(parameter)] * decay))
+        if numbers:
+            torch._foreach_mul_([p for p, _ in numbers], [factor for _, factor in numbers])
 
     @torch.no_grad()
     def add_gradient_(
@@ -191,17 +196,18 @@ class WeightDecay(Hyperparameter):
         """
         for name, decay in self._applied().items():
             parameter = parameters[name]
-            if parameter.grad is None or id(parameter) in decoupled:
+            gradient = parameter.grad
+            if gradient is None or id(parameter) in decoupled:
                 continue
-            if parameter.grad.is_sparse:
+            if gradient.is_sparse:
                 raise ValueError(
                     f"A weight decay needs dense gradients. Got a sparse one of {name!r}; build the layer with "
                     f"sparse=False, or leave it out: WeightDecay(exclude=[{name!r}])."
                 )
             if isinstance(decay, Tensor):
-                parameter.grad.addcmul_(decay.to(parameter.grad.dtype), parameter, value=scale)
+                gradient.addcmul_(decay.to(gradient.dtype), parameter, value=scale)
             else:
-                parameter.grad.add_(parameter, alpha=decay * scale)
+                gradient.add_(parameter, alpha=decay * scale)
 
     def _applied(self) -> Mapping[str, Tensor | float]:
         """Return the decays by name, as numbers where they are few: read once for each change of the tensors."""

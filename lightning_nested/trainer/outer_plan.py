@@ -178,9 +178,15 @@ class OuterPlan:
 
     def foresee(self, due: Callable[[int], bool], step: int) -> None:
         """Find how far the next outer step is from ``step``, and what the forecast watches until then."""
-        if self.forecast is not None:
-            # Many, where it is too far to matter.
-            self.watch(next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9))
+        if self.forecast is None:
+            return
+        for ahead in range(1, WATCHED_STEPS + 1):
+            if due(step + ahead):
+                break
+        else:
+            # Many: it is too far to matter.
+            ahead = 10**9
+        self.watch(ahead)
 
     def watch(self, ahead: int) -> None:
         """Watch the coming inner step, ``ahead`` steps before an outer one."""
