@@ -56,7 +56,7 @@ def evaluate_outer(
             "with gradients, and outside the Trainer's validation, whose hooks may not have run."
         )
     with (
-        batches.loss_stream(),
+        batches.loss_stream().replay(),
         validation_stage(trainer),
         evaluation_mode(module),
         without_trace(module, trainer, evaluate, attributes=attributes, caller=caller),

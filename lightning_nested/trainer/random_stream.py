@@ -32,6 +32,10 @@ class RandomStream:
 
     def __enter__(self) -> RandomStream:
         self._outside.append(self._capture())
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
         if self._inside is None:
             random.seed(self._seed)
             np.random.seed(self._seed)
@@ -41,7 +45,6 @@ class RandomStream:
                     torch.cuda.manual_seed(self._seed)
         else:
             self._restore(self._inside)
-        return self
 
     @classmethod
     def snapshot(cls, device: torch.device | None = None) -> RandomStream:
@@ -53,10 +56,12 @@ class RandomStream:
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Draw from the stream's current position inside, and return to it: each replay draws the same."""
-        here = self._inside
-        with self:
+        outside = self._capture()
+        self._begin()
+        try:
             yield
-        self._inside = here
+        finally:
+            self._restore(outside)
 
     def __exit__(self, *_: object) -> None:
         self._inside = self._capture()
