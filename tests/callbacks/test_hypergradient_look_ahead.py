@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hypergradient import InverseSolver, Neumann
 from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.trainer import isolation
 from tests.callbacks.test_hypergradient_processes import _Dealt
 from tests.callbacks.tuned_regression import Regression, ScalerAlone, data, noisy, smooth, values, weights
 from tests.trainers import trainer
@@ -368,3 +370,18 @@ def test_the_scale_of_fp16_cancels() -> None:
     torch.testing.assert_close(values(scaled), values(plain), rtol=1e-10, atol=0)
     torch.testing.assert_close(weights(again), weights(module), rtol=1e-10, atol=1e-13)
     assert scaled.outer_steps == 5
+
+
+@pytest.mark.parametrize("solver", [None, Neumann(num_terms=1)])
+def test_the_module_is_searched_only_where_its_graph_is_needed(
+    solver: InverseSolver | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products run checkpointed forwards again; the default solver makes none."""
+    searches, search = [], isolation.untouched_networks
+    monkeypatch.setattr(
+        isolation, "untouched_networks", lambda *a, **k: searches.append(1) or search(*a, **k)
+    )
+    callback = frequent(solver=solver, warmup_steps=0)
+    trainer(callback, folder=tmp_path, max_epochs=1).fit(Trained(smooth()), *loaders())
+    assert callback.outer_steps == 3
+    assert len(searches) == (0 if solver is None else 3)

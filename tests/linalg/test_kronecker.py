@@ -343,6 +343,38 @@ def test_states_are_restored_bit_by_bit_and_only_for_the_same_layers(normal: Nor
         assert fresh.restored_inverse(saved[1]) is None
 
 
+@pytest.mark.parametrize("batch", [2, 9])
+def test_few_rows_and_many_enter_the_same_mean(batch: int, normal: Normal) -> None:
+    """Of three steps with two calls each; inputs that are overwritten before the update do not count."""
+    layer = nn.Linear(5, 4, bias=False, dtype=DOUBLE)
+    fisher = KroneckerFisher(layer, dict(layer.named_parameters()))
+    expected = torch.zeros(5, 5, dtype=DOUBLE), torch.zeros(4, 4, dtype=DOUBLE)
+    for _ in range(3):
+        x, y = normal(batch, 5), normal(batch, 5)
+        expected[0].add_((x.T @ x + y.T @ y) / (2 * batch) / 3)
+        output = [layer(each).detach() for each in (x, y)]
+        expected[1].add_(sum(4 * z.T @ z / batch / 3 for z in output))
+        with fisher.observing():
+            sum(layer(each).square().sum(1).mean() for each in (x, y)).backward()
+        x.zero_()
+        fisher.update()
+    for found, right in zip(fisher.factors[0], expected, strict=True):  # type: ignore[arg-type]
+        close(found, right)
+
+
+def test_states_do_not_move_with_later_observations(normal: Normal) -> None:
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)).to(DOUBLE), normal(6, 3)
+    fisher = seen(net, lambda: net(x).square().mean())
+    saved = fisher.state_dict()
+    kept = copy.deepcopy(saved)
+    twin = KroneckerFisher(net, dict(net.named_parameters()))
+    twin.load_state_dict(saved)
+    for f in (fisher, twin):
+        observe(f, net, lambda: net(x + 1).square().mean())
+    for now, then in zip(saved["factors"][0], kept["factors"][0], strict=True):
+        assert torch.equal(now, then)
+
+
 class Branch(nn.Module):
     """Calls its first layer only where it is told to."""
 

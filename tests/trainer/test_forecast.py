@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_nested.hypergradient import LookAhead
 from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.linalg.kronecker import KroneckerFisher
+from lightning_nested.optim.step_dynamics import decay_factors
 from lightning_nested.trainer.forecast import Forecast
 from tests.cases import DOUBLE
 from tests.conftest import Normal
@@ -152,6 +153,19 @@ def test_the_diagonal_inverse_has_the_optimizers_step_and_the_decay(normal: Norm
     weight, bias = run.forecast.diagonal_inverse(0.5) @ v
     torch.testing.assert_close(weight, v[0] / (0.2 + 0.5))
     torch.testing.assert_close(bias, v[1] / 0.5)
+
+
+def test_factors_of_decoupled_decays_hold_for_one_outer_step(normal: Normal) -> None:
+    run = Run(normal, torch.optim.AdamW)
+    run.forecast.count()
+    run.optimizer.step()
+    first = run.forecast.decay_factors()
+    run.optimizer.step()
+    assert run.forecast.decay_factors() is first
+    run.forecast.count()
+    expected = decay_factors(run.optimizer, run.parameters)
+    assert all(torch.equal(run.forecast.decay_factors()[name], x) for name, x in expected.items())
+    assert not torch.equal(first["weight"], expected["weight"])
 
 
 def test_the_state_of_other_parameters_is_told_apart(normal: Normal) -> None:
