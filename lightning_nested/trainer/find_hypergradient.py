@@ -45,10 +45,12 @@ def find_hypergradient(
     """
     trainer, outer = module.trainer, plan.outer
     scale, inner_loss, tensors = loss_scale(trainer), graph.loss(), tuple(parameters.values())
-    # torch.utils.checkpoint runs the forward again in every product, and would move buffers. Where there are no
-    # products, all that runs the user's code has an isolation of its own.
+    # torch.utils.checkpoint runs the forward again in every product, and would move buffers. A solver from the run
+    # makes none, and all else that runs the user's code has an isolation of its own.
+    solver = plan.solver
+    products = bool(outer.in_graph) or solver.needs_operator or not solver.needs_statistics
     isolated: AbstractContextManager[object] = (
-        without_trace(module, trainer, attributes=False) if plan.keeps_graph else nullcontext()
+        without_trace(module, trainer, attributes=False) if products else nullcontext()
     )
     with isolated, plan.paused():
         weights = plan.look(trainer, graph, scale)

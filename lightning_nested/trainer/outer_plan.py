@@ -178,15 +178,9 @@ class OuterPlan:
 
     def foresee(self, due: Callable[[int], bool], step: int) -> None:
         """Find how far the next outer step is from ``step``, and what the forecast watches until then."""
-        if self.forecast is None:
-            return
-        for ahead in range(1, WATCHED_STEPS + 1):
-            if due(step + ahead):
-                break
-        else:
-            # Many: it is too far to matter.
-            ahead = 10**9
-        self.watch(ahead)
+        if self.forecast is not None:
+            # Many, where it is too far to matter.
+            self.watch(next((k for k in range(1, WATCHED_STEPS + 1) if due(step + k)), 10**9))
 
     def watch(self, ahead: int) -> None:
         """Watch the coming inner step, ``ahead`` steps before an outer one."""
@@ -286,12 +280,6 @@ class OuterPlan:
             return _value(repeat) / scale
 
         return self.forecast.weights(loss, evaluate, reduction(trainer))
-
-    @property
-    def keeps_graph(self) -> bool:
-        """True unless outer steps leave the graph of the training loss alone, and run no code of the user's."""
-        own = self.solver.needs_operator or not self.solver.needs_statistics
-        return bool(self.outer.in_graph) or own
 
     @property
     def looks_ahead(self) -> bool:
