@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(_help())
     elif first in ("-V", "--version"):
         print(PROGRAM, lightning_nested.__version__)
-    elif first in COMMANDS or first == "--print_shtab":
+    elif first in COMMANDS or first.partition("=")[0] == "--print_shtab":
         COMMANDS.get(first, COMMANDS["fit"]).run(arguments)
     elif first.startswith("-"):
         _fail(f"the first argument must be a command, --help or --version. Got {first!r}")

@@ -189,7 +189,7 @@ def _option_strings(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def _class_names(expected: str) -> set[str]:
     """Return short names of the classes that ``expected``, a list of types in words, allows; all if it names none."""
-    loaded = {cls for base in _BASES for cls in _subclasses(base)}
+    loaded = {cls for base in _BASES for cls in subclasses(base)}
     for package in PACKAGES:
         public = vars(import_module(f"lightning_nested.{package}"))
         loaded |= {v for v in public.values() if isinstance(v, type)}
@@ -207,19 +207,24 @@ def _class_of(path: str) -> type | None:
     return found if ours else None
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    subclasses: list[type] = base.__subclasses__()
-    for cls in subclasses:
+def subclasses(base: type) -> Iterator[type]:
+    """Yield the classes below a class that have been imported, except private ones and what is below those."""
+    below: list[type] = base.__subclasses__()
+    for cls in below:
         if not cls.__name__.startswith("_"):
             yield cls
-            yield from _subclasses(cls)
+            yield from subclasses(cls)
 
 
 def _parameter_names(class_path: str) -> list[str]:
-    """Return the options of a class and, where it passes options on, of its bases, in their order."""
     module, _, name = class_path.rpartition(".")
+    return parameter_names(getattr(import_module(module), name))
+
+
+def parameter_names(cls: type) -> list[str]:
+    """Return the options of a class and, where it passes options on, of its bases, in their order."""
     names: dict[str, None] = {}
-    for owner in getattr(import_module(module), name).__mro__:
+    for owner in cls.__mro__:
         if "__init__" in vars(owner) and owner is not object:
             parameters = inspect.signature(owner.__init__).parameters
             names.update(dict.fromkeys(parameters))

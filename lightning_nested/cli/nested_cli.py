@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_nested.cli.callback_options import callback_options, with_callback_options
+from lightning_nested.cli.completion import completion_script, shells
 from lightning_nested.cli.find_configs import resolve_configs
 from lightning_nested.cli.messages import PACKAGES, explained
 from lightning_nested.datamodules import InMemoryDataModule
@@ -120,9 +121,10 @@ class NestedCLI(LightningCLI):
         except ValueError as error:
             parser.error(str(error))
         pairs = list(pairwise(["", *arguments, ""]))
-        # Before jsonargparse had this method the option was its own.
-        if "--print_shtab" in arguments and hasattr(parser, "get_completion_script"):
-            _print_completion(parser, next(value for option, value in pairs if option == "--print_shtab"))
+        for argument, value in pairs:
+            option, joined, own = argument.partition("=")
+            if option == "--print_shtab":
+                _print_completion(parser, own if joined else value)
         # for errors about what is missing
         parser.configs = [value for option, value in pairs if option in ("-c", "--config")]  # type: ignore[attr-defined]
         arguments, changes = callback_options(arguments)
@@ -165,15 +167,17 @@ class NestedCLI(LightningCLI):
 
 
 def _print_completion(parser: LightningArgumentParser, shell: str) -> NoReturn:
-    """Print a script by which a shell completes the options, and exit."""
+    """Print a script by which a shell completes the command line, and exit."""
+    from lightning_nested.cli.ride import ride_parser
+
     if find_spec("shtab") is None:
         parser.error("--print_shtab needs shtab: pip install 'lightning-nested[completion]'")
-    try:
-        print(parser.get_completion_script(f"shtab-{shell or 'bash'}"))
-    except ValueError as error:
-        parser.error(
-            f"--print_shtab must be followed by a shell, such as bash or zsh. Got {shell!r}: {error}"
-        )
+    if shell not in shells():
+        parser.error(f"--print_shtab must be followed by a shell: {', '.join(shells())}. Got {shell!r}.")
+    commands = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    if not commands:
+        parser.error("--print_shtab needs the program's subcommands. Got NestedCLI(run=False).")
+    print(completion_script({**commands[0], "ride": ride_parser()}, shell))
     parser.exit()
 
 
