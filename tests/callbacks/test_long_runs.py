@@ -18,17 +18,22 @@ from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import GameSpectrumCallback, LyapunovCallback
 from lightning_nested.hypergradient import (
+    AdamDiagonal,
     ConjugateGradient,
     Curvature,
     DenseSolve,
     FiniteDifference,
     GaussNewton,
+    GivenInverse,
     Hessian,
     Identity,
     InverseSolver,
+    KroneckerFactored,
     Neumann,
     Nystrom,
 )
+from lightning_nested.hypergradient.inner_curvature import GivenCurvature
+from lightning_nested.hyperparameters import Scalar
 from tests.callbacks.exact import decay_all, exact
 from tests.callbacks.running_games import GAN, loader
 from tests.callbacks.tuned_regression import Regression, data, unit
@@ -39,6 +44,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux lists in /proc"),
 ]
 EARLY, LATE = 200, 2000
+NUMBERS = 6  # of the network
 
 
 class Held(Callback):
@@ -87,26 +93,49 @@ def soak(
     assert grown <= 8
 
 
-SOLVERS = [
+SOLVERS: list[InverseSolver] = [
     Identity(),
+    GivenInverse(inverse=torch.eye(NUMBERS).double()),
+    AdamDiagonal(),
+    KroneckerFactored(),
+    Neumann(num_terms=1, step_size=0.1),
     Neumann(num_terms=3),
     ConjugateGradient(max_iterations=4, damping=10.0),
     Nystrom(rank=3, damping=0.5),
     DenseSolve(damping=1.0),
 ]
-CASES: list[tuple[InverseSolver, Curvature]] = [
-    *((solver, Hessian()) for solver in SOLVERS),
-    (ConjugateGradient(max_iterations=4, damping=10.0), GaussNewton(outputs="net")),
-    # Each product evaluates the training step twice more: few of them.
-    (Neumann(num_terms=1, step_size=0.1), FiniteDifference()),
+CURVATURES: list[Curvature] = [
+    Hessian(),
+    GaussNewton(outputs="net"),
+    FiniteDifference(),
+    GivenCurvature(operator=torch.eye(NUMBERS).double()),
 ]
 
 
-@pytest.mark.parametrize(("solver", "curvature"), CASES, ids=lambda part: type(part).__name__)
+def label(part: Any) -> str:
+    known = isinstance(part, Neumann) and part.step_size is not None
+    return type(part).__name__ + ("WithStepSize" if known else "")
+
+
+class Shifted(Regression):
+    """A regression whose targets are shifted by a hyperparameter, so that its loss has a mixed derivative."""
+
+    def __init__(self) -> None:
+        super().__init__(unit())
+        self.shift: Any = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return super().training_step((x, y + self.shift.value()), batch_idx)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES, ids=label)
+@pytest.mark.parametrize("solver", SOLVERS, ids=label)
 def test_outer_steps_hold_nothing(solver: InverseSolver, curvature: Curvature, tmp_path: Path) -> None:
-    callback = exact(decay_all("parameter", init=1e-2), solver=solver, curvature=curvature)
+    tuned = [decay_all("parameter", init=1e-2), Scalar("shift", 0.0)]
+    callback = exact(tuned, solver=solver, curvature=curvature)
     loaders = DataLoader(data(400, 1), 4), DataLoader(data(12, 2), 4)
-    soak(Regression(unit()), loaders, tmp_path, callback)
+    soak(Shifted(), loaders, tmp_path, callback)
     assert callback.outer_steps == LATE
     assert callback.skipped_steps == 0
 
