@@ -80,7 +80,10 @@ def _copy_options(
         option = next(s for s in action.option_strings if s.startswith("--"))
         typehint, shows_help = getattr(action, "_typehint", None), option.endswith(".help")
         classes = list(_classes(typehint)) if shows_help or option in takes_class else []
-        words = [*(action.choices or ([] if shows_help else _words(typehint))), *(c.__name__ for c in classes)]
+        words = [
+            *(action.choices or ([] if shows_help else _words(typehint))),
+            *(c.__name__ for c in classes),
+        ]
         settings = {"choices": list(dict.fromkeys(words)) or None} if action.nargs != 0 else {"nargs": 0}
         added = plain.add_argument(
             *action.option_strings, action=_Copied, help=_short(action.help), **settings

@@ -226,7 +226,7 @@ def parameter_names(cls: type) -> list[str]:
     names: dict[str, None] = {}
     for owner in cls.__mro__:
         if "__init__" in vars(owner) and owner is not object:
-            parameters = inspect.signature(owner.__init__).parameters
+            parameters = inspect.signature(vars(owner)["__init__"]).parameters
             names.update(dict.fromkeys(parameters))
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 break

@@ -64,8 +64,9 @@ class ImplicitResult:
 
 
 Inspect: TypeAlias = Callable[[Linearization | None, Vector], AbstractContextManager[Linearization | None]]
-"""What looks at a solve: given the linearized inner loss, None where nothing needs it, and the outer gradient, it
-returns a context that is open during the solve and gives the linearized loss whose products are solved with."""
+"""What looks at a hypergradient: given the linearized inner loss, None where nothing needs it, and the outer gradient,
+it returns a context that is open from the solve to the mixed derivative, and gives the linearized loss whose products
+both are made of."""
 
 
 def implicit_result(
@@ -114,9 +115,9 @@ def implicit_result(
         inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
         watch = nullcontext(problem) if inspect is None else inspect(problem, b)
         with _explain_infinite_curvature(inner_loss, w, problem), watch as watched:
-            operator = replace(inner, problem=watched).operator()
-            solution = inverse.solve(operator, b, state=state, reduce=reduce)
-        found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
+            inner = replace(inner, problem=watched)
+            solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
+            found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
         plain = inner.hypergradient(b, direct, allow_unused)[:2] if compare_identity else None
     return ImplicitResult(
         hypergradient=found,

@@ -27,11 +27,12 @@ from lightning_nested.linalg.differences import (
 )
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_
+from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_, zeros_where_none
 
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
 _SMOOTH, _KINKED = 0.05, 0.3
 _PARALLEL = 0.999  # cosine
+_ROUNDED = 16.0  # rounding of a derivative, in machine epsilons
 
 Pair: TypeAlias = tuple[Vector, Vector]
 """A vector v and its product Av."""
@@ -169,6 +170,80 @@ def check_formed_products(
     return _found(formed.operator, params, loss, pairs, difference, tolerance)
 
 
+class FormedMixed:
+    """The product vᵀ ∂²f/∂w∂λ of a linearized loss, which keeps the first one that is formed.
+
+    Args:
+        mixed: See :class:`Linearization`.
+
+    Attributes:
+        first: v, the hyperparameters λ and the product; None before it is formed.
+    """
+
+    def __init__(self, mixed: Callable[[Vector, Vector], tuple[Tensor | None, ...]]) -> None:
+        self._mixed = mixed
+        self.first: tuple[Vector, Vector, tuple[Tensor | None, ...]] | None = None
+
+    def __call__(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
+        """Return vᵀ ∂²f/∂w∂λ."""
+        product = self._mixed(v, hparams)
+        if self.first is None and hparams:
+            self.first = v, hparams, product
+        return product
+
+
+def wrong_mixed(
+    params: Vector, formed: FormedMixed, *, loss: Tensor, repeat: Callable[[], Tensor]
+) -> dict[int, float]:
+    """Compare vᵀ ∂²f/∂w∂λ with (∂f/∂λ(w + εv) − ∂f/∂λ(w))/ε, which takes no second derivative.
+
+    Takes ∂f/∂λ through the loss's kept graph and one evaluation of the loss, a second one where the first leaves
+    doubt. A hyperparameter whose product has no more than rounding of ∂f/∂λ in it is not compared.
+
+    Args:
+        params: The parameters w.
+        formed: The product that the hypergradient is made of.
+        loss: f with its graph, which is kept.
+        repeat: Evaluates f again, as in :func:`check_products`.
+
+    Returns:
+        Relative difference of each hyperparameter whose product is wrong, by its index.
+    """
+    if formed.first is None:
+        return {}
+    v, hparams, product = formed.first
+    size = float(norm(v))
+    here = torch.autograd.grad(loss, hparams, retain_graph=True, allow_unused=True)
+    seen = [i for i, g in enumerate(here) if g is not None]
+    if not seen or size == 0.0 or not math.isfinite(size):
+        return {}
+    live = tuple(hparams[i] for i in seen)
+    base = tuple(g.clone() for g in here if g is not None)
+    products = zeros_where_none([product[i] for i in seen], live)
+    length, tolerance = difference_length(params, loss), _tolerance(loss)
+    side = _sides(_gradient(repeat, live), params, v, base, length)
+    rounding = _ROUNDED * coarsest_epsilon(params, loss) * size / length
+
+    def differs(first: Tensor, second: Tensor, around: Tensor) -> bool:
+        return float(norm((first - second,))) > rounding * float(norm((around,)))
+
+    ahead = side(1.0)
+    doubtful = [
+        k
+        for k, (m, d, b) in enumerate(zip(products, ahead, base, strict=True))
+        if not _distance((m,), (d,)) <= tolerance and differs(m, d, b)
+    ]
+    if not doubtful:
+        return {}
+    behind = side(-1.0)
+    found = {
+        seen[k]: _two_sided((products[k],), (ahead[k],), (behind[k],), tolerance)
+        for k in doubtful
+        if differs(products[k], (ahead[k] + behind[k]) / 2, base[k])
+    }
+    return {i: difference for i, difference in found.items() if difference > tolerance}
+
+
 def _is_known(operator: LinearOperator) -> bool:
     return isinstance(operator, HessianOperator | GaussNewtonOperator | FiniteDifferenceOperator)
 
@@ -243,16 +318,27 @@ def _difference(
     way, or the step draws its batch elsewhere and cannot be evaluated again.
     """
     (v, product), length = pair, difference_length(params, loss)
-    size = float(norm(v))
-
-    def one_sided(sign: float) -> Vector:
-        there = moved(gradient, params, v, sign * length / size)
-        return scale_(add_(there, problem.gradient, alpha=-1.0), sign * size / length)
-
-    ahead = one_sided(1.0)
+    side = _sides(gradient, params, v, problem.gradient, length)
+    ahead = side(1.0)
     if (found := _distance(product, ahead)) <= tolerance:
         return found
-    behind = one_sided(-1.0)
+    return _two_sided(product, ahead, side(-1.0), tolerance)
+
+
+def _sides(
+    function: Callable[[], Vector], params: Vector, v: Vector, here: Vector, length: float
+) -> Callable[[float], Vector]:
+    """Return the one-sided differences along v of a function that is ``here`` at the parameters."""
+    size = float(norm(v))
+
+    def side(sign: float) -> Vector:
+        there = moved(function, params, v, sign * length / size)
+        return scale_(add_(there, here, alpha=-1.0), sign * size / length)
+
+    return side
+
+
+def _two_sided(product: Vector, ahead: Vector, behind: Vector, tolerance: float) -> float:
     found = _distance(product, tuple((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
     # Rounding moves their mean by half as much as it moves them apart.
     return found if found <= tolerance or found > _distance(ahead, behind) else math.nan

@@ -60,7 +60,7 @@ class OuterState:
         self.trend = LossTrend()
         self._inner: dict[str, Placed] = {}  # the parameters in `build`
 
-    def _labels(self) -> list[str]:
+    def labels(self) -> list[str]:
         """Return the name of each of :attr:`tensors`, as in :meth:`values`."""
         return [label for h in (*self.in_graph, *self.decays) for label in labelled(h.name, h.tensors)]
 

@@ -181,7 +181,7 @@ class OuterStep(OuterState):
             compare_identity=compare_identity,
             inspect=inspect,
         )
-        self.unreached = [self._labels()[i] for i in result.unreached]
+        self.unreached = [self.labels()[i] for i in result.unreached]
         report = self._hold_result(result, penalties, parameters, mean)
         self.solver_state = result.solution.state
         return report
@@ -231,7 +231,7 @@ class OuterStep(OuterState):
                 "The outer loss must depend on at least one hyperparameter, through the training steps or directly. "
                 f"Got none of {[h.name for h in self.hyperparameters]}: does the inner loss read them?"
             )
-        self.unreached = [label for label, g in zip(self._labels(), found, strict=True) if g is None]
+        self.unreached = [label for label, g in zip(self.labels(), found, strict=True) if g is None]
         return self.hold(found, mean, reduce=reduce, inner_gradient_norm=inner_gradient_norm)
 
     def hold(
@@ -262,7 +262,7 @@ class OuterStep(OuterState):
         if not math.isfinite(size):
             raise FloatingPointError(f"The hypergradient must be finite. Got norm {size}.")
         self._pending = hypergradient
-        for label, gradient in zip(self._labels(), hypergradient, strict=True):
+        for label, gradient in zip(self.labels(), hypergradient, strict=True):
             if label not in self._moved and bool(gradient.any()):
                 self._moved.add(label)
         return OuterReport(hypergradient_norm=size, **found)

@@ -44,6 +44,8 @@ def find_hypergradient(
         FloatingPointError: A value is not finite, or there is no positive curvature.
     """
     trainer, outer = module.trainer, plan.outer
+    # One process may need an evaluation that another does not, and would wait for the other's statistics.
+    waits = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
     scale, inner_loss, tensors = loss_scale(trainer), graph.loss(), tuple(parameters.values())
     # torch.utils.checkpoint runs the forward again in every product, and would move buffers. A solver from the run
     # makes none, and all else that runs the user's code has an isolation of its own.
@@ -68,5 +70,5 @@ def find_hypergradient(
             solver=plan.bound_solver(),
             weights=dict(zip(parameters, weights, strict=True)),
             decay_factors=plan.decay_factors(parameters),
-            inspect=check.inspect(inner_loss, parameters, graph.again()),
+            inspect=check.inspect(inner_loss, parameters, None if waits else graph.again(), outer.labels()),
         )

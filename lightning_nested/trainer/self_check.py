@@ -13,7 +13,13 @@ from torch import Tensor
 
 from lightning_nested.hypergradient.implicit import Inspect
 from lightning_nested.hypergradient.inner_curvature import Linearization
-from lightning_nested.hypergradient.self_check import FormedProducts, ProductCheck, check_formed_products
+from lightning_nested.hypergradient.self_check import (
+    FormedMixed,
+    FormedProducts,
+    ProductCheck,
+    check_formed_products,
+    wrong_mixed,
+)
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.vectors import Vector
@@ -28,6 +34,12 @@ _ASYMMETRIC = (
     "or a custom torch.autograd.Function (gradient reversal, straight-through) changes gradients, a second derivative "
     "is wrong, or rounding is too coarse (bfloat16); use precision=32, or curvature=FiniteDifference()."
 )
+_WRONG_MIXED = (
+    "The second derivative of the training loss by the weights and {names} is not the derivative of its gradient: it "
+    "differs by {difference:.0%} from a difference of gradients. A custom torch.autograd.Function has a wrong or "
+    "missing second derivative, or the loss detaches a factor; use curvature=FiniteDifference(), or look with "
+    "check_hypergradient."
+)
 _ZERO = (
     "The outer loss has a gradient of exactly zero at the weights, and so every hypergradient through them is zero. "
     "Compute it from the parameters that the inner optimizer trains, without detach()."
@@ -37,8 +49,9 @@ _ZERO = (
 class SelfCheck:
     """Examines the first hypergradient of a fit: its products, and what gradients reach.
 
-    Costs one gradient at the first outer step, two where the first leaves doubt, nothing later: products are those
-    that the solver forms anyway. Changes no bit of the run.
+    Costs one gradient at the first outer step where the solver forms products and one where hyperparameters are in the
+    loss's graph, two in place of one where it leaves doubt, nothing later: products are those that are formed
+    anyway. Changes no bit of the run.
 
     Args:
         owner: Class name in warnings.
@@ -57,6 +70,8 @@ class SelfCheck:
         """Begin with a new fit."""
         self._checked, self._probed = not self.enabled, not self.enabled
         self._told: set[str] = set()
+        # Labels of hyperparameters whose mixed derivatives are wrong.
+        self._wrong: set[str] = set()
 
     @property
     def is_due(self) -> bool:
@@ -78,9 +93,20 @@ class SelfCheck:
             self._warn(_ZERO)
 
     def inspect(
-        self, loss: object, parameters: Mapping[str, Tensor], repeat: Callable[[], Tensor] | None
+        self,
+        loss: object,
+        parameters: Mapping[str, Tensor],
+        repeat: Callable[[], Tensor] | None,
+        labels: Sequence[str] = (),
     ) -> Inspect | None:
-        """Return what looks at the solve of the first outer step; None later."""
+        """Return what looks at the first hypergradient; None later.
+
+        Args:
+            loss: The training loss with its graph; anything else is not differentiated.
+            parameters: Inner parameters by name.
+            repeat: Evaluates the loss again.
+            labels: Names of the hyperparameters in its graph, one for each tensor.
+        """
         if not self.is_due:
             return None
 
@@ -91,13 +117,15 @@ class SelfCheck:
             if problem is None:
                 yield None
                 return
-            formed = FormedProducts(problem.curvature, v)
+            formed, mixed = FormedProducts(problem.curvature, v), FormedMixed(problem.mixed)
             try:
-                yield replace(problem, curvature=formed)
+                yield replace(problem, curvature=formed, mixed=mixed)
             except FloatingPointError:  # which wrong products may be the reason of
                 self._compare(problem, formed, loss, parameters, repeat)
                 raise
-            self._compare(problem, formed, loss, parameters, repeat)
+            right = self._compare(problem, formed, loss, parameters, repeat)
+            if right and repeat is not None and isinstance(loss, Tensor):
+                self._compare_mixed(mixed, loss, parameters, repeat, labels)
 
         return look
 
@@ -108,7 +136,7 @@ class SelfCheck:
         loss: object,
         parameters: Mapping[str, Tensor],
         repeat: Callable[[], Tensor] | None,
-    ) -> None:
+    ) -> bool:
         graph = loss if isinstance(loss, Tensor) else None
         found = check_formed_products(problem, tuple(parameters.values()), formed, loss=graph, repeat=repeat)
         self.result = found
@@ -116,6 +144,22 @@ class SelfCheck:
             self._warn(_WRONG_PRODUCTS.format(difference=found.difference))
         elif found.asymmetric:
             self._warn(_ASYMMETRIC.format(asymmetry=found.asymmetry))
+        return not (found.wrong or found.asymmetric)
+
+    def _compare_mixed(
+        self,
+        formed: FormedMixed,
+        loss: Tensor,
+        parameters: Mapping[str, Tensor],
+        repeat: Callable[[], Tensor],
+        labels: Sequence[str],
+    ) -> None:
+        wrong = wrong_mixed(tuple(parameters.values()), formed, loss=loss, repeat=repeat)
+        if wrong:
+            names = ", ".join(labels[i] if i < len(labels) else f"hyperparameter {i}" for i in wrong)
+            self._wrong = {labels[i] for i in wrong if i < len(labels)}
+            self._told.update(label.split("/")[0] for label in self._wrong)
+            self._warn(_WRONG_MIXED.format(names=names, difference=max(wrong.values())))
 
     def hidden(self, losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
         """Refuse parameters that ``loss.backward()`` gave a gradient, though the losses' graphs do not hold them.
@@ -142,7 +186,8 @@ class SelfCheck:
             return
         self._checked = True
         for hyperparameter in outer.hyperparameters:
-            labels = [x for x in outer.unreached if x.split("/")[0] == hyperparameter.name]
+            lost = (x for x in outer.unreached if x not in self._wrong)
+            labels = [x for x in lost if x.split("/")[0] == hyperparameter.name]
             if labels:
                 self._told.add(hyperparameter.name)
                 self._warn(_unreached(module, hyperparameter, labels))

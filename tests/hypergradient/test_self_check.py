@@ -22,7 +22,13 @@ from lightning_nested.hypergradient import (
     check_products,
 )
 from lightning_nested.hypergradient.inner_curvature import GivenCurvature
-from lightning_nested.hypergradient.self_check import FormedProducts, ProductCheck, check_formed_products
+from lightning_nested.hypergradient.self_check import (
+    FormedMixed,
+    FormedProducts,
+    ProductCheck,
+    check_formed_products,
+    wrong_mixed,
+)
 from lightning_nested.linalg.operators import DiagonalOperator
 
 
@@ -255,3 +261,93 @@ class TestFormedProducts:
         found = self.check(Problem(), Identity())
         assert math.isnan(found.asymmetry)
         assert math.isnan(found.difference)
+
+
+class Scaled(torch.autograd.Function):
+    """λx, whose gradient by x has no derivative by λ, as in a backward that detaches it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Any:
+        x, factor = ctx.saved_tensors
+        return g[0] * factor.detach(), (g[0] * x).sum()
+
+
+class HalfScaled(Scaled):
+    """The same with half of the mixed derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Any:
+        x, factor = ctx.saved_tensors
+        return g[0] * (factor + factor.detach()) / 2, (g[0] * x.detach()).sum()
+
+
+def mixed_problem(scale: Callable[..., Tensor], dtype: torch.dtype, net: nn.Module | None = None) -> Any:
+    """Return the parameters, two hyperparameters in the loss of which the second is in ``scale``, and the loss."""
+    torch.manual_seed(0)
+    net = (net or nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))).to(dtype)
+    x, y = torch.randn(16, 4, dtype=dtype), torch.randn(16, 1, dtype=dtype)
+    smooth, factor = (torch.full((), a, dtype=dtype, requires_grad=True) for a in (0.3, 1.5))
+
+    def loss() -> Tensor:
+        return ((scale(net(x), factor) - y * (1 - smooth)) ** 2).mean() + smooth * 0.1
+
+    return tuple(net.parameters()), (smooth, factor), loss
+
+
+def found_wrong(
+    params: Any, hparams: Any, loss: Callable[[], Tensor]
+) -> tuple[dict[int, float], int, FormedMixed]:
+    """Return what is wrong, and how often the loss was evaluated for that."""
+    graph, calls = loss(), []
+    formed = FormedMixed(Hessian().linearize(graph, params).mixed)
+    v = tuple(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p) for p in params)
+    formed(v, hparams)
+
+    def repeat() -> Tensor:
+        calls.append(1)
+        return loss()
+
+    return wrong_mixed(params, formed, loss=graph, repeat=repeat), len(calls), formed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", [nn.Tanh, nn.ReLU])
+def test_right_mixed_derivatives_pass_with_one_evaluation(dtype: torch.dtype, layer: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), layer(), nn.Linear(6, 1))
+    params, hparams, loss = mixed_problem(torch.mul, dtype, net)
+    before = [p.detach().clone() for p in params]
+    wrong, evaluations, formed = found_wrong(params, hparams, loss)
+    assert wrong == {}
+    assert evaluations == 1
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    # The loss's graph is kept.
+    assert formed.first is not None
+    assert torch.isfinite(torch.autograd.grad(loss(), params)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [Scaled.apply, HalfScaled.apply])
+def test_wrong_mixed_derivatives_are_found_and_only_they(scale: Any, dtype: torch.dtype) -> None:
+    wrong, evaluations, formed = found_wrong(*mixed_problem(scale, dtype))
+    right = found_wrong(*mixed_problem(torch.mul, dtype))[2]
+    assert formed.first is not None
+    assert right.first is not None
+    (is_, should) = (float(found.first[2][1]) for found in (formed, right))  # type: ignore[index, arg-type]
+    assert wrong.keys() == {1}
+    # Differences are exact up to their length's square, 0.0025² for a vector of length 1 in float32.
+    expected = abs(is_ - should) / max(abs(is_), abs(should))
+    assert wrong[1] == pytest.approx(expected, rel=0.01)
+    assert evaluations == 2
+
+
+def test_a_mixed_derivative_of_exactly_zero_is_right() -> None:
+    params, hparams, loss = mixed_problem(torch.mul, torch.float32)
+    extra = torch.full((), 1e3, requires_grad=True)
+    wrong, evaluations, _ = found_wrong(params, (*hparams, extra), lambda: loss() + extra**2)
+    assert wrong == {}
+    assert evaluations == 1

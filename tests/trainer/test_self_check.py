@@ -16,7 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.callbacks import HypergradientCallback
-from lightning_nested.hypergradient import ConjugateGradient, Identity, Neumann, Nystrom
+from lightning_nested.hypergradient import (
+    AdamDiagonal,
+    ConjugateGradient,
+    Identity,
+    KroneckerFactored,
+    Neumann,
+    Nystrom,
+)
 from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing
 from lightning_nested.modules import Implicit, NestedModule, Unrolled
 from lightning_nested.modules.nested import LoopOptions
@@ -209,6 +216,116 @@ def test_wrong_products_are_told_once(which: str) -> None:
     assert sum("training gradient" in str(warning.message) for warning in told) == 1
     assert owner.outer_loop.check.result.wrong
     assert owner.outer_steps == 4
+
+
+class Weighted(torch.autograd.Function):
+    """The product of losses and weights; its gradient by the losses takes the weights as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(losses, weights)
+        return losses * weights
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Any:
+        losses, weights = ctx.saved_tensors
+        return g[0] * weights.detach(), g[0] * losses
+
+
+def weighted_mean(module: Any, logits: Tensor, batch: Any, product: Any) -> Tensor:
+    """Return a loss with two hyperparameters in its graph."""
+    losses = functional.cross_entropy(logits, batch[1], reduction="none")
+    smooth = losses.mean() if module.label_smoothing is None else module.label_smoothing(logits, batch[1])
+    weights = torch.ones_like(losses) if module.example_weights is None else module.example_weights(batch[2])
+    mean: Tensor = product(losses, weights).mean() + smooth
+    return mean
+
+
+class WeightedPlain(Plain):
+    """The classifier with hyperparameters in its training loss."""
+
+    def __init__(self, product: Any) -> None:
+        super().__init__()
+        self.product = product
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        return weighted_mean(self, self(batch[0]), batch, self.product)
+
+
+class WeightedNested(Nested):
+    """The same with a loop of its own."""
+
+    label_smoothing: Any = None
+    example_weights: Any = None
+
+    def __init__(self, product: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self.product = product
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        return weighted_mean(self, self.net(batch[0]), batch, self.product)
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def fit_weighted(which: str, product: Any, solver: Any, *, check: bool = True) -> Any:
+    """Tune both in either loop; return what holds the outer loop, and the module."""
+    seed_everything(0, verbose=False)
+    tuned = [LabelSmoothing(), ExampleWeights(32)]
+    if which == "callback":
+        module = WeightedPlain(product)
+        callback = exact(tuned, solver=solver, self_check=check)
+        trainer(callback).fit(module, loader(1), loader(2))
+        return callback, module
+    strategy, loop = Implicit(solver=solver), LoopOptions(self_check=check, warmup_steps=0)
+    nested = WeightedNested(product, hyperparameters=tuned, gradient=strategy, loop=loop)
+    trainer(limit_val_batches=0).fit(nested, loader(1), loader(2))
+    return nested, nested
+
+
+FORM_NO_PRODUCT = [Identity(), KroneckerFactored(), AdamDiagonal()]
+
+
+@pytest.mark.parametrize("which", ["callback", "nested"])
+@pytest.mark.parametrize("solver", [*FORM_NO_PRODUCT, Neumann(num_terms=2, step_size=0.1)], ids=repr)
+def test_a_wrong_mixed_derivative_is_told_once_by_name(solver: Any, which: str) -> None:
+    with pytest.warns(UserWarning, match="by the weights and example_weights is not the derivative") as told:
+        owner, _ = fit_weighted(which, Weighted.apply, solver)
+    assert sum("is not the derivative" in str(warning.message) for warning in told) == 1
+    assert owner.outer_steps > 0
+
+
+@pytest.mark.parametrize("which", ["callback", "nested"])
+@pytest.mark.parametrize("solver", [*FORM_NO_PRODUCT, Neumann(num_terms=2, step_size=0.1)], ids=repr)
+def test_a_right_mixed_derivative_passes_and_the_check_changes_no_bit(solver: Any, which: str) -> None:
+    def run(check: bool) -> list[Tensor]:
+        owner, module = fit_weighted(which, torch.mul, solver, check=check)
+        state = [t.clone() for t in (*module.state_dict().values(), *owner.values().values())]
+        return [*state, torch.get_rng_state(), torch.tensor(getattr(module, "calls", 0))]
+
+    # Warnings are errors here.
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*(second derivative|No gradient reaches|exactly zero in every):UserWarning"
+)
+@pytest.mark.parametrize("product", [torch.mul, Weighted.apply], ids=["right", "wrong"])
+@pytest.mark.parametrize("solver", FORM_NO_PRODUCT, ids=repr)
+def test_mixed_derivatives_are_checked_by_at_most_two_evaluations(
+    solver: Any, product: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluations(check: bool) -> int:
+        calls, step = [], WeightedPlain.training_step
+        with monkeypatch.context() as patch:
+            # Not in the module: what it holds is as before after an evaluation without side effects.
+            patch.setattr(WeightedPlain, "training_step", lambda *a: (calls.append(1), step(*a))[1])
+            fit_weighted("callback", product, solver, check=check)
+        return len(calls)
+
+    assert 1 <= evaluations(True) - evaluations(False) <= 2
 
 
 def test_a_module_that_draws_from_an_iterator_is_not_evaluated_again() -> None:
