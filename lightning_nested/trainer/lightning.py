@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader
 
@@ -68,6 +70,14 @@ def loss_scale(trainer: Trainer) -> float:
     """Return the factor on the loss that ``on_before_backward`` receives in fp16."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def skips_step(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Return True if a GradScaler is about to skip the step of an optimizer, a gradient of which is not finite."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not bool(torch.stack([g.isfinite().all() for g in gradients]).all()) if gradients else False
 
 
 # ---- loops

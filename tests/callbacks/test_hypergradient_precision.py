@@ -61,3 +61,23 @@ def test_a_fused_optimizer_takes_the_scale_off_the_decay_too() -> None:
 
     plain, scaled = run(Regression), run(Fused, plugins=ScalerAlone())
     torch.testing.assert_close(scaled, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_a_step_that_the_scaler_skips_leaves_the_weights(kind: Any) -> None:
+    class Overflows(Regression):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            made: torch.optim.Optimizer = kind(self.parameters(), lr=0.1)
+            return made
+
+        def on_after_backward(self) -> None:
+            next(self.parameters()).grad[0, 0] = torch.inf  # type: ignore[index]
+
+    callback = exact(decay_all(init=0.5), optimizer=sgd(0.0), solver=Identity())
+    module = Overflows(smooth())
+    before = weights(module)
+    fit = trainer(callback, plugins=ScalerAlone())
+    fit.fit(module, DataLoader(data(32, 1), 8), DataLoader(data(8, 2), 8))
+    assert torch.equal(weights(module), before)
+    # Not because nothing was tuned.
+    assert callback.outer_steps == 4

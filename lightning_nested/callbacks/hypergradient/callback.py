@@ -24,7 +24,7 @@ from lightning_nested.hyperparameters.outer_optimizer import default_outer_optim
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
-from lightning_nested.trainer.lightning import accumulates, loss_scale, step_loss
+from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step, step_loss
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_plan import OuterPlan
@@ -257,7 +257,8 @@ class HypergradientCallback(OuterLoopCallback):
         # A fused optimizer divides by the scale of fp16 itself, after this.
         scale = loss_scale(trainer)
         held = scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
-        self.plan.add_decays(self.outer_loop.parameters, held)
+        if not skips_step(trainer, optimizer):
+            self.plan.add_decays(self.outer_loop.parameters, held)
         self.plan.observe_gradient(trainer, scale=held, hook_scale=scale)
 
     @override

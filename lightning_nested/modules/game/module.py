@@ -23,6 +23,7 @@ from lightning_nested.modules.game.players import (
     Player,
     build_optimizers,
     check_gradient_counts,
+    check_restored,
     match_players,
 )
 from lightning_nested.modules.game.round import Round
@@ -262,6 +263,7 @@ class GameModule(OneFitModule, LightningModule):
             # With the latents of process 0 in every process, the batch would only seem larger.
             seed_processes_apart(self.trainer)
             return
+        check_restored(self._players.values(), saved.get("optimizers", {}))
         self._epoch_open = saved["epoch_open"]
         self._steps.sums.load_state_dict(saved["sums"], self.device)
         if not self._round.resume(saved):
@@ -320,6 +322,7 @@ class GameModule(OneFitModule, LightningModule):
                 "epoch_open": self._epoch_open,
                 "sums": self._steps.sums.state_dict(players, reduction(self.trainer)),
                 "random": random_states(self.trainer),
+                "optimizers": {name: player.kind for name, player in self._players.items()},
             }
 
     @override

@@ -40,6 +40,11 @@ class Player:
     clip_algorithm: str = "norm"
 
     @property
+    def kind(self) -> str:
+        """Name of the class of its optimizer."""
+        return type(self.optimizer.optimizer).__name__
+
+    @property
     def num_gradients(self) -> int:
         """Joint gradients that one update needs: 2 for ``Extragradient``."""
         return int(getattr(self.optimizer.optimizer, "num_gradients", 1))
@@ -222,4 +227,22 @@ def check_gradient_counts(schedule: Iterable[Slot], players: Mapping[str, Player
             raise MisconfigurationException(
                 "An optimizer that needs two gradients from one batch cannot accumulate over several. Got "
                 f"accumulate_grad_batches={batches}; set it to 1."
+            )
+
+
+def check_restored(players: Iterable[Player], saved: Mapping[str, str]) -> None:
+    """Refuse the state of an optimizer of another class, which lacks options that a step reads.
+
+    Args:
+        players: Players whose optimizers have their saved states.
+        saved: Classes of those that were saved, by player.
+    """
+    for player in players:
+        optimizer = player.optimizer.optimizer
+        lacking = [key for key in optimizer.defaults for group in optimizer.param_groups if key not in group]
+        if lacking:
+            raise MisconfigurationException(
+                "A player must resume with an optimizer of the class that was saved. Got "
+                f"{player.kind} for {player.name!r}, whose saved {saved.get(player.name, 'optimizer')} has no "
+                f"{', '.join(dict.fromkeys(lacking))}; take that class, or start without the checkpoint."
             )

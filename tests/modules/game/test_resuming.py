@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -265,3 +266,31 @@ def test_processes_that_a_checkpoint_does_not_know_draw_numbers_of_their_own() -
             restore_random_state(saved, rank)
         draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert all(len(set(column)) == 3 for column in zip(*draws, strict=True))
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["", "saved before classes were"])
+def test_an_optimizer_of_another_class_is_named(named: bool, tmp_path: Path) -> None:
+    class Other(GAN):
+        def configure_optimizers(self) -> Any:
+            first, *rest = self.players().values()
+            return [torch.optim.Adam(first.parameters()), *(torch.optim.SGD(m.parameters()) for m in rest)]
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(points(20), batch_size=10)
+
+    class Adams(GAN):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(m.parameters()) for m in self.players().values()]
+
+    fit = trainer(max_epochs=1)
+    fit.fit(Adams(), loader())
+    path = tmp_path / "saved.ckpt"
+    fit.save_checkpoint(path)
+    if not named:
+        checkpoint = torch.load(path, weights_only=False)
+        del checkpoint["game"]["optimizers"]
+        torch.save(checkpoint, path)
+    second = list(Adams().players())[1]
+    match = f"Got SGD for '{second}', whose saved {'Adam' if named else 'optimizer'} has no momentum"
+    with pytest.raises(MisconfigurationException, match=match):
+        trainer(max_epochs=2).fit(Other(), loader(), ckpt_path=path, weights_only=False)
