@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_nested.arguments import checked
+from lightning_nested.arguments import checked, within
 from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
@@ -31,7 +31,8 @@ class WeightDecay(Hyperparameter):
     derivative is diagonal, vᵀ∂²P/∂w∂λ = vᵢ wᵢ ∂dᵢ/∂λᵢ.
 
     Args:
-        per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight.
+        per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight, see
+            ``shrink``.
         init: Initial decay in natural units (as ``weight_decay`` of the inner optimizer); None: the decay that shrinks
             a weight without gradient by e⁻³ over the run, see :meth:`fit_to_run`; 1e-4 where its length is not known.
         include: Names of parameters that are decayed, with ``*`` wildcards; None: those with two dimensions and more,
@@ -40,6 +41,13 @@ class WeightDecay(Hyperparameter):
         transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges
             above about 2(1 + β)/rate.
         name: Key in logs and checkpoints.
+        shrink: Share by which steps of single weights are shortened towards the step of the whole tensor, with
+            ``per="parameter"``: 1 is one decay per tensor, 0 lets every weight take its own. None: as much as successive
+            outer batches disagree, see :class:`SharedAdam`, so that noise and a small validation set are not fitted.
+            For the default outer optimizer of ``HypergradientCallback``; another one moves each weight's decay by itself.
+
+    Raises:
+        ValueError: A start or a share is out of range; ``shrink`` with another ``per``.
     """
 
     def __init__(
@@ -50,11 +58,16 @@ class WeightDecay(Hyperparameter):
         exclude: Sequence[str] = (),
         transform: Transform | None = None,
         name: str = "weight_decay",
+        shrink: float | None = None,
     ) -> None:
         super().__init__()
+        if shrink is not None:
+            within(0, 1, shrink=shrink)
+            if per != "parameter":
+                raise ValueError(f'shrink needs per="parameter". Got per={per!r}; leave shrink out.')
         if init is not None and not init > 0:
             raise ValueError(f"init must be positive and finite. Got {init}; for nearly no decay give 1e-12.")
-        self.per, self.init, self.name = per, init, name
+        self.per, self.init, self.name, self.shrink = per, init, name, shrink
         self.include = None if include is None else tuple(include)
         self.exclude = tuple(exclude)
         start = init if init is not None else _INIT

@@ -12,12 +12,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from lightning_nested.arguments import positive
 from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
-from lightning_nested.hyperparameters import OuterStep
+from lightning_nested.hyperparameters import OuterStep, WeightDecay
+from lightning_nested.hyperparameters.shared_adam import default_adam
+from lightning_nested.linalg.processes import agreed_number
 from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
 from lightning_nested.linalg.solvers.given import AnySolver, as_solver
@@ -108,10 +110,12 @@ class OuterPlan:
         self._rescale_units()
         loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
         if self._default_optimizer:
-            steps = pace.outer_steps
+            steps, batches = pace.outer_steps, _round(trainer, loop, self.outer.decays)
             # Functions with names: a strategy may pickle them.
             self.outer.set_optimizer(
-                partial(Adam, lr=pace.rate, betas=(0.9, 0.9), eps=1e-16),
+                partial(
+                    default_adam, self.outer.decays, batches=batches, lr=pace.rate, betas=(0.9, 0.9), eps=1e-16
+                ),
                 partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps) if steps else None,
             )
 
@@ -356,6 +360,18 @@ def _end_with(schedule: LinearLR, pace: Pace) -> None:
     schedule.base_lrs = [rate] * len(schedule.base_lrs)
     for group in schedule.optimizer.param_groups:
         group["initial_lr"], group["lr"] = rate, rate * max(0.0, 1 - schedule.last_epoch / steps)
+
+
+def _round(trainer: Trainer, loop: OuterLoop, decays: Sequence[WeightDecay]) -> int | None:
+    """Return the outer batches in a round, the same on all processes, if decays of single weights ask for them."""
+    if all(decay.per != "parameter" for decay in decays):
+        return None
+    try:
+        size = float(len(loop.batches.loader))  # type: ignore[union-attr]
+    except TypeError:  # a stream
+        size = 0.0
+    # Loaders of the user's own may differ in length.
+    return round(agreed_number(torch.tensor(size, device=trainer.strategy.root_device), reduction(trainer))) or None
 
 
 def _cost(plan: OuterPlan, trainer: Trainer, loop: OuterLoop, batches: int) -> float:
