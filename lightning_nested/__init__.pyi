@@ -113,6 +113,7 @@ from .hyperparameters import (
     ModuleTensors as ModuleTensors,
     Saturation as Saturation,
     Scalar as Scalar,
+    SharedAdam as SharedAdam,
     WeightDecay as WeightDecay,
     tuned_values as tuned_values,
 )

@@ -9,6 +9,7 @@ from lightning_nested.hyperparameters.outer_report import OuterReport
 from lightning_nested.hyperparameters.outer_step import OuterStep
 from lightning_nested.hyperparameters.saved_values import tuned_values
 from lightning_nested.hyperparameters.scalar import Categorical, Integer, LabelSmoothing, Scalar
+from lightning_nested.hyperparameters.shared_adam import SharedAdam
 from lightning_nested.hyperparameters.transforms import (
     Exp,
     Interval,
@@ -45,6 +46,7 @@ __all__ = [
     "OuterStep",
     "Saturation",
     "Scalar",
+    "SharedAdam",
     "Simplex",
     "Softplus",
     "Transform",

@@ -1,4 +1,4 @@
-"""The default outer optimizer of a decay per weight: one step for all of a tensor, and deviations as far as they last."""
+"""Default outer optimizer of a decay per weight: one step for the whole tensor, and deviations that data confirm."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from lightning_nested.hyperparameters.weight_decay import WeightDecay
 
 # Gradients that a momentum of 0.9 averages: no more batches than these count as evidence.
 _AVERAGED = 20
+# Standard errors that the agreement of gradients must exceed.
+_ERRORS = 2.0
 
 
 class SharedAdam(Adam):
     """Adam on the sum of each tensor's gradient, and on the deviations from their mean, by a share of its step.
 
     With g the gradient of a tensor of n entries and A(·) a step of Adam, λ ← λ − A(Σg)·1 − s·(A(d) − mean A(d)),
-    d = g − mean(g). With s = 0 this is Adam on one value for the tensor. The share s is 1 − ``shrink`` if the group of
-    parameters has that number. Otherwise (None) it is the part of d's average over the outer data that is not noise: with
-    ρ the correlation of the d of two successive outer batches, which are of other examples, and b batches in a
-    round, s = ρ/(ρ + (1 − ρ)/min(b, 20)), as in shrinkage by empirical Bayes. Shuffled rounds meet examples again,
-    which makes noise agree: ρ is lowered by (1 − ρ)/b². One batch a round (b = 1) tells nothing of noise: s = 0.
+    d = g − mean(g). With s = 0 this is Adam on one value for the tensor.
+
+    The share s is 1 − ``shrink`` if the group of parameters has that number. Otherwise (None) it is the part of d's
+    average over a round of the outer data that is no noise: with ρ the correlation of the d of two successive
+    outer batches, which are of other examples, and b batches in a round, s = ρ/(ρ + (1 − ρ)/min(b, 20)), the factor of
+    empirical Bayes. ρ is a running mean, lowered by two standard errors of independent entries, and by (1 − ρ)/b²:
+    shuffled rounds meet examples again, whose noise agrees. One batch a round (b = 1) tells nothing of noise: s = 0.
 
     Groups without the key ``shrink`` are plain Adam.
 
@@ -34,7 +38,9 @@ class SharedAdam(Adam):
         options: Arguments of :class:`torch.optim.Adam`.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, batches: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, batches: int | None = None, **options: Any
+    ) -> None:
         super().__init__(groups, **options)
         for group in self.param_groups:
             group["batches"] = batches
@@ -57,7 +63,7 @@ class SharedAdam(Adam):
         if not state:
             zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state |= {key: zero.clone() for key in ("sum", "sum_sq", "agreement", "size")}
+            state |= {key: zero.clone() for key in ("sum", "sum_sq", "agreement", "variance", "size")}
             state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq", "previous")}
         state["step"] += 1
         rate, steps = float(group["lr"]), float(state["step"])
@@ -70,7 +76,9 @@ class SharedAdam(Adam):
     def _share(self, state: dict[str, Any], deviation: Tensor, group: dict[str, Any]) -> Tensor | float:
         """Return s, after this deviation has been compared with the one before."""
         previous, beta = state["previous"], group["betas"][0]
-        state["agreement"].mul_(beta).add_((previous * deviation).sum())
+        products = previous * deviation
+        state["agreement"].mul_(beta).add_(products.sum())
+        state["variance"].mul_(beta**2).add_(products.square_().sum())
         state["size"].mul_(beta).add_(previous.norm() * deviation.norm())
         previous.copy_(deviation)
         if group["shrink"] is not None:
@@ -79,11 +87,13 @@ class SharedAdam(Adam):
         if batches == 1:
             return 0.0
         size: Tensor = state["size"]
-        correlation = state["agreement"] / size.clamp_min(torch.finfo(size.dtype).tiny)
+        beyond_noise = state["agreement"] - _ERRORS * state["variance"].sqrt()
+        correlation: Tensor = beyond_noise / size.clamp_min(torch.finfo(size.dtype).tiny)
         if batches is not None:
             correlation = correlation - (1 - correlation) / batches**2
         correlation = correlation.clamp(0, 1)
-        return correlation / (correlation + (1 - correlation) / min(batches or _AVERAGED, _AVERAGED))
+        noise = (1 - correlation) / min(batches or _AVERAGED, _AVERAGED)
+        return correlation / (correlation + noise)
 
 
 def _direction(
@@ -94,20 +104,36 @@ def _direction(
     mean.lerp_(gradient, 1 - first)
     square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
     root: Tensor = (square / (1 - second**steps)).sqrt_().add_(group["eps"])
-    return mean / (1 - first**steps) / root
+    step: Tensor = mean / (1 - first**steps) / root
+    return step
+
+
+def refuse_shrink(decays: Sequence[WeightDecay]) -> None:
+    """Refuse decays with a ``shrink`` that no outer optimizer would read.
+
+    Raises:
+        ValueError: It names the number.
+    """
+    for decay in decays:
+        if decay.shrink is not None:
+            raise ValueError(
+                "shrink acts in the default outer optimizer of HypergradientCallback. Got "
+                f"{decay.name} with shrink={decay.shrink}, and another outer optimizer or scheduler; leave out either."
+            )
 
 
 def default_adam(
-    decays: Sequence[WeightDecay], tensors: Iterable[Tensor], *, batches: int | None = None, **options: Any
+    decays: Sequence[WeightDecay], tensors: Iterable[Tensor], *, lr: float, batches: int | None = None
 ) -> Optimizer:
-    """Return Adam, :class:`SharedAdam` where a decay has one value per weight.
+    """Return Adam whose steps are normalised by gradients of any size; :class:`SharedAdam` for decays per weight.
 
     Args:
         decays: The tuned decays.
         tensors: All tuned tensors.
+        lr: Learning rate.
         batches: See :class:`SharedAdam`.
-        options: Arguments of Adam.
     """
+    options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.9), "eps": 1e-16}
     each, tensors = [d for d in decays if d.per == "parameter"], list(tensors)
     if not each:
         return Adam(tensors, **options)

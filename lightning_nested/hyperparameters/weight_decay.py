@@ -41,10 +41,11 @@ class WeightDecay(Hyperparameter):
         transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges
             above about 2(1 + β)/rate.
         name: Key in logs and checkpoints.
-        shrink: Share by which steps of single weights are shortened towards the step of the whole tensor, with
-            ``per="parameter"``: 1 is one decay per tensor, 0 lets every weight take its own. None: as much as successive
-            outer batches disagree, see :class:`SharedAdam`, so that noise and a small validation set are not fitted.
-            For the default outer optimizer of ``HypergradientCallback``; another one moves each weight's decay by itself.
+        shrink: Share by which the steps of single weights are shortened towards that of their tensor, with
+            ``per="parameter"``: 1 is one decay per tensor, 0 lets every weight take its own. None: as much as
+            successive outer batches disagree, see :class:`SharedAdam`, so that noise and a small validation set are not
+            fitted. Acts in the default outer optimizer of ``HypergradientCallback``; others move each weight's decay by
+            its own hypergradient.
 
     Raises:
         ValueError: A start or a share is out of range; ``shrink`` with another ``per``.

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from lightning_nested.arguments import positive
 from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
 from lightning_nested.hyperparameters import OuterStep, WeightDecay
-from lightning_nested.hyperparameters.shared_adam import default_adam
+from lightning_nested.hyperparameters.shared_adam import default_adam, refuse_shrink
 from lightning_nested.linalg.processes import agreed_number
 from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
@@ -65,6 +65,8 @@ class OuterPlan:
         default_optimizer: bool = False,
     ) -> None:
         positive(overhead=overhead)
+        if not default_optimizer:
+            refuse_shrink(outer.decays)
         self.outer, self.point, self.overhead = outer, point, overhead
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
         default = KroneckerFactored() if isinstance(point, LookAhead) else None
@@ -113,9 +115,7 @@ class OuterPlan:
             steps, batches = pace.outer_steps, _round(trainer, loop, self.outer.decays)
             # Functions with names: a strategy may pickle them.
             self.outer.set_optimizer(
-                partial(
-                    default_adam, self.outer.decays, batches=batches, lr=pace.rate, betas=(0.9, 0.9), eps=1e-16
-                ),
+                partial(default_adam, self.outer.decays, lr=pace.rate, batches=batches),
                 partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps) if steps else None,
             )
 
@@ -371,7 +371,10 @@ def _round(trainer: Trainer, loop: OuterLoop, decays: Sequence[WeightDecay]) -> 
     except TypeError:  # a stream
         size = 0.0
     # Loaders of the user's own may differ in length.
-    return round(agreed_number(torch.tensor(size, device=trainer.strategy.root_device), reduction(trainer))) or None
+    return (
+        round(agreed_number(torch.tensor(size, device=trainer.strategy.root_device), reduction(trainer)))
+        or None
+    )
 
 
 def _cost(plan: OuterPlan, trainer: Trainer, loop: OuterLoop, batches: int) -> float:

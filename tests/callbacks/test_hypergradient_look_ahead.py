@@ -43,9 +43,9 @@ def loaders(dtype: torch.dtype = torch.float64) -> tuple[DataLoader[Any], DataLo
     return DataLoader(data(64, 1, dtype), 8), DataLoader(data(12, 2, dtype), 4)
 
 
-def frequent(**options: Any) -> HypergradientCallback:
+def frequent(per: Any = "tensor", **options: Any) -> HypergradientCallback:
     """The defaults, with an outer step at every third of these short fits."""
-    return HypergradientCallback(WeightDecay(), overhead=10.0, every_n_steps=3, **options)
+    return HypergradientCallback(WeightDecay(per), overhead=10.0, every_n_steps=3, **options)
 
 
 class SaveAfter(Callback):
@@ -68,12 +68,14 @@ def equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_resuming_at_an_epochs_end_is_bit_exact(optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "per"), [*((name, "tensor") for name in OPTIMIZERS), ("adamw", "parameter")]
+)
+def test_resuming_at_an_epochs_end_is_bit_exact(optimizer: str, per: str, tmp_path: Path) -> None:
     """Weights, decays, radius, mean gradient and factors."""
 
     def run(*callbacks: Callback, resume: Path | None = None) -> tuple[HypergradientCallback, Trained]:
-        callback, module = frequent(), Trained(smooth(), optimizer)
+        callback, module = frequent(per), Trained(smooth(), optimizer)
         trainer(callback, *callbacks, max_epochs=4).fit(module, *loaders(), ckpt_path=resume)
         return callback, module
 
@@ -183,8 +185,8 @@ def test_a_run_with_layers_unfrozen_is_resumed_bit_exactly(tmp_path: Path) -> No
     assert equal(whole.state_dict()["plan"], callback.state_dict()["plan"])
 
 
-def _fit_in_processes(folder: Path, devices: int, optimizer: str) -> None:
-    callback, module = frequent(), Trained(smooth(), optimizer)
+def _fit_in_processes(folder: Path, devices: int, optimizer: str, per: str) -> None:
+    callback, module = frequent(per), Trained(smooth(), optimizer)
     processes = {"devices": 2, "strategy": "ddp_fork"} if devices == 2 else {}
     train, val = DataLoader(data(64, 1), 8 // devices), DataLoader(data(16, 2), 8 // devices)
 
@@ -202,10 +204,12 @@ def _fit_in_processes(folder: Path, devices: int, optimizer: str) -> None:
 @pytest.mark.filterwarnings(
     "default"
 )  # forking, and loaders of another kind, are commented on by the Trainer
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_two_processes_equal_one_on_the_joined_batch(optimizer: str, tmp_path: Path) -> None:
-    _fit_in_processes(tmp_path, 1, optimizer)
-    _fit_in_processes(tmp_path, 2, optimizer)
+@pytest.mark.parametrize(
+    ("optimizer", "per"), [("sgd", "tensor"), ("adamw", "tensor"), ("adamw", "parameter")]
+)
+def test_two_processes_equal_one_on_the_joined_batch(optimizer: str, per: str, tmp_path: Path) -> None:
+    _fit_in_processes(tmp_path, 1, optimizer, per)
+    _fit_in_processes(tmp_path, 2, optimizer, per)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert equal(first, second)
     assert one[2]["radius"] == first[2]["radius"] != 0.1
