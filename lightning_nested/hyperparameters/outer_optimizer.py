@@ -17,8 +17,6 @@ OuterOptimizer: TypeAlias = Callable[[Iterable[Tensor]], Optimizer]
 OuterScheduler: TypeAlias = Callable[[Optimizer], LRScheduler]
 # Those that a user sets, and no optimizer moves.
 _OPTIONS = ("lr", "momentum", "betas", "weight_decay", "shrink")
-# Those that the outer data of this run set, see SharedAdam.
-_OF_DATA = ("batches",)
 
 
 def default_outer_optimizer(tensors: Iterable[Tensor]) -> Optimizer:
@@ -80,7 +78,6 @@ class OptimizerPair:
             fresh = make_optimizer([torch.zeros(1)])
             for group in self._optimizer.param_groups:
                 group["lr"] = group["initial_lr"] = fresh.param_groups[0]["lr"]
-                group.update({key: fresh.param_groups[0][key] for key in _OF_DATA if key in group})
             self.scheduler = make_scheduler(self._optimizer) if make_scheduler is not None else None
 
     def carry_over(self, tensors: Sequence[Tensor], origins: Origins) -> None:
@@ -140,8 +137,6 @@ class OptimizerPair:
             return [f"The outer optimizer {refused}"]
         for tensor in without:
             self.optimizer.state.pop(tensor, None)
-        for group, option in zip(self.optimizer.param_groups, options, strict=True):
-            group.update({key: option[key] for key in _OF_DATA if key in option})
         return self._load_schedule(state, options)
 
     def _load_schedule(self, state: Mapping[str, Any], options: Sequence[Mapping[str, Any]]) -> list[str]:

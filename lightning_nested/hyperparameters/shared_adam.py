@@ -30,20 +30,30 @@ class SharedAdam(Adam):
     empirical Bayes. ρ is a running mean, lowered by two standard errors of independent entries, and by (1 − ρ)/b²:
     shuffled rounds meet examples again, whose noise agrees. One batch a round (b = 1) tells nothing of noise: s = 0.
 
-    Groups without the key ``shrink`` are plain Adam.
-
     Args:
-        groups: Groups of parameters, see :class:`torch.optim.Optimizer`.
-        batches: Outer batches in a round over their data; None: unknown, so that no batch comes twice.
+        params: Tensors, or groups as in :class:`torch.optim.Optimizer`; groups without ``shrink`` are plain Adam.
+        shrink: Share by which deviations are shortened, for tensors without groups.
+        batches: Outer batches in a round over their data; None: unknown, so that no batch comes twice. A callback or
+            module of this package sets it.
         options: Arguments of :class:`torch.optim.Adam`.
     """
 
+    batches: int | None = None
+
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, batches: int | None = None, **options: Any
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        shrink: float | None = None,
+        batches: int | None = None,
+        **options: Any,
     ) -> None:
+        groups: list[Any] = list(params)
+        if not all(isinstance(group, dict) for group in groups):
+            groups = [{"params": groups, "shrink": shrink}]
         super().__init__(groups, **options)
-        for group in self.param_groups:
-            group["batches"] = batches
+        # No option of a group: it is of the data at hand, not of a checkpoint.
+        self.batches = batches
 
     @override
     @torch.no_grad()
@@ -83,7 +93,7 @@ class SharedAdam(Adam):
         previous.copy_(deviation)
         if group["shrink"] is not None:
             return 1.0 - float(group["shrink"])
-        batches = group["batches"]
+        batches = self.batches
         if batches == 1:
             return 0.0
         size: Tensor = state["size"]
@@ -108,6 +118,12 @@ def _direction(
     return step
 
 
+def set_batches(optimizer: Optimizer, batches: int | None) -> None:
+    """Say how many outer batches there are in a round, if this is a :class:`SharedAdam`; None: unknown."""
+    if isinstance(optimizer, SharedAdam):
+        optimizer.batches = batches
+
+
 def refuse_shrink(decays: Sequence[WeightDecay]) -> None:
     """Refuse decays with a ``shrink`` that no outer optimizer would read.
 
@@ -118,20 +134,18 @@ def refuse_shrink(decays: Sequence[WeightDecay]) -> None:
         if decay.shrink is not None:
             raise ValueError(
                 "shrink acts in the default outer optimizer of HypergradientCallback. Got "
-                f"{decay.name} with shrink={decay.shrink}, and another outer optimizer or scheduler; leave out either."
+                f"{decay.name} with shrink={decay.shrink}, and another outer optimizer or scheduler; leave out either, "
+                "or give a function that returns SharedAdam(tensors, shrink=...)."
             )
 
 
-def default_adam(
-    decays: Sequence[WeightDecay], tensors: Iterable[Tensor], *, lr: float, batches: int | None = None
-) -> Optimizer:
+def default_adam(decays: Sequence[WeightDecay], tensors: Iterable[Tensor], *, lr: float) -> Optimizer:
     """Return Adam whose steps are normalised by gradients of any size; :class:`SharedAdam` for decays per weight.
 
     Args:
         decays: The tuned decays.
         tensors: All tuned tensors.
         lr: Learning rate.
-        batches: See :class:`SharedAdam`.
     """
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.9), "eps": 1e-16}
     each, tensors = [d for d in decays if d.per == "parameter"], list(tensors)
@@ -143,4 +157,4 @@ def default_adam(
     for decay in each:
         shared = [t for t in decay.tensors.values() if id(t) in held]
         groups.append({"params": shared, "shrink": decay.shrink})
-    return SharedAdam([g for g in groups if g["params"]], batches=batches, **options)
+    return SharedAdam([g for g in groups if g["params"]], **options)

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from lightning_nested.arguments import positive
 from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
-from lightning_nested.hyperparameters import OuterStep, WeightDecay
-from lightning_nested.hyperparameters.shared_adam import default_adam, refuse_shrink
+from lightning_nested.hyperparameters import OuterStep
+from lightning_nested.hyperparameters.shared_adam import default_adam, set_batches
 from lightning_nested.linalg.processes import agreed_number
 from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
@@ -65,8 +65,6 @@ class OuterPlan:
         default_optimizer: bool = False,
     ) -> None:
         positive(overhead=overhead)
-        if not default_optimizer:
-            refuse_shrink(outer.decays)
         self.outer, self.point, self.overhead = outer, point, overhead
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
         default = KroneckerFactored() if isinstance(point, LookAhead) else None
@@ -106,16 +104,17 @@ class OuterPlan:
             warmup_steps=self.warmup_steps,
             # Of weights per example, each outer step moves those of one batch.
             limited=not any(h.moves_one_batch for h in self.outer.hyperparameters),
+            outer_batches=_round(trainer, loop),
         )
         self.pace = pace
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescale_units()
         loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
         if self._default_optimizer:
-            steps, batches = pace.outer_steps, _round(trainer, loop, self.outer.decays)
+            steps = pace.outer_steps
             # Functions with names: a strategy may pickle them.
             self.outer.set_optimizer(
-                partial(default_adam, self.outer.decays, lr=pace.rate, batches=batches),
+                partial(default_adam, self.outer.decays, lr=pace.rate),
                 partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps) if steps else None,
             )
 
@@ -128,6 +127,7 @@ class OuterPlan:
         self._optimizer, self._parameters = optimizer, tuple(parameters.values())
         self._first_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.bound_decays(restart=False)
+        set_batches(self.outer.optimizer, None if self.pace is None else self.pace.outer_batches)
         if self.reads_run:
             point = self.point if isinstance(self.point, LookAhead) else None
             self.forecast = Forecast(module, parameters, optimizer, self.outer.decays, point=point)
@@ -279,9 +279,7 @@ class OuterPlan:
 
         def evaluate() -> float:
             # A step that cannot be evaluated again leaves the trust radius as it is.
-            if repeat is None:
-                return math.nan
-            return _value(repeat) / scale
+            return math.nan if repeat is None else _value(repeat) / scale
 
         return self.forecast.weights(loss, evaluate, reduction(trainer))
 
@@ -336,6 +334,7 @@ class OuterPlan:
     def continue_schedule(self) -> None:
         """Let the default schedule of a restored outer optimizer end with this run: it may be longer than the saved."""
         schedule = self.outer.scheduler
+        set_batches(self.outer.optimizer, None if self.pace is None else self.pace.outer_batches)
         if self._default_optimizer and isinstance(schedule, LinearLR) and self.pace is not None:
             _end_with(schedule, self.pace)
 
@@ -362,13 +361,11 @@ def _end_with(schedule: LinearLR, pace: Pace) -> None:
         group["initial_lr"], group["lr"] = rate, rate * max(0.0, 1 - schedule.last_epoch / steps)
 
 
-def _round(trainer: Trainer, loop: OuterLoop, decays: Sequence[WeightDecay]) -> int | None:
-    """Return the outer batches in a round, the same on all processes, if decays of single weights ask for them."""
-    if all(decay.per != "parameter" for decay in decays):
-        return None
+def _round(trainer: Trainer, loop: OuterLoop) -> int | None:
+    """Return the outer batches in a round over their data, the same on all processes; None: unknown."""
     try:
-        size = float(len(loop.batches.loader))  # type: ignore[union-attr]
-    except TypeError:  # a stream
+        size = 0.0 if loop.batches is None else float(len(loop.batches.loader))
+    except (TypeError, NotImplementedError):  # a stream
         size = 0.0
     # Loaders of the user's own may differ in length.
     return (

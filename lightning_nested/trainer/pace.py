@@ -24,12 +24,14 @@ class Pace:
         every_n_steps: Inner steps per outer step.
         warmup_steps: Inner steps before the first outer step.
         cost: Cost of an outer step, in gradients of a training batch.
+        outer_batches: Outer batches in a round over their data; None: unknown.
     """
 
     total_steps: int | None
     every_n_steps: int
     warmup_steps: int
     cost: float
+    outer_batches: int | None = None
 
     @property
     def outer_steps(self) -> int | None:
@@ -60,6 +62,7 @@ def plan(
     warmup_steps: int | None,
     limited: bool = True,
     accumulate: int | None = None,
+    outer_batches: int | None = None,
 ) -> Pace:
     """Return the plan of a run.
 
@@ -74,6 +77,7 @@ def plan(
         warmup_steps: Given by the user; None: a tenth of the run.
         limited: Whether a hundred outer steps are enough.
         accumulate: See :func:`total_steps`.
+        outer_batches: Outer batches in a round; None: unknown.
     """
     total = total_steps(trainer, accumulate)
     warmup = warmup_steps if warmup_steps is not None else (total or 0) // 10
@@ -82,7 +86,13 @@ def plan(
         if total is not None and limited:
             most = min(_MOST, max(_FEWEST, (total - warmup) // 40))
             every_n_steps = max(every_n_steps, (total - warmup) // most)
-    return Pace(total_steps=total, every_n_steps=every_n_steps, warmup_steps=warmup, cost=cost)
+    return Pace(
+        total_steps=total,
+        every_n_steps=every_n_steps,
+        warmup_steps=warmup,
+        cost=cost,
+        outer_batches=outer_batches,
+    )
 
 
 def total_steps(trainer: Trainer, accumulate: int | None = None) -> int | None:

@@ -36,9 +36,9 @@ def widths(callback: HypergradientCallback) -> list[float]:
     return [float((v / v.mean() - 1).abs().max()) for v in callback.values().values()]
 
 
-def batches(callback: HypergradientCallback) -> set[int | None]:
+def batches(callback: HypergradientCallback) -> int | None:
     assert isinstance(callback.outer.optimizer, SharedAdam)
-    return {group["batches"] for group in callback.outer.optimizer.param_groups}
+    return callback.outer.optimizer.batches
 
 
 def test_a_shrink_of_one_is_a_decay_per_tensor() -> None:
@@ -69,17 +69,17 @@ class Stream(IterableDataset[Any]):
 def test_batches_of_a_round_are_those_of_the_outer_data(tmp_path: Path) -> None:
     callback = frequent()
     found = fit(callback)
-    assert batches(callback) == {3}
+    assert batches(callback) == 3
     found.save_checkpoint(tmp_path / "three.ckpt")
     # In a second fit, and in one that is resumed, from their own data.
     fit(callback, DataLoader(data(12, 2), 6))
-    assert batches(callback) == {2}
+    assert batches(callback) == 2
     resumed = frequent()
     fit(resumed, DataLoader(data(12, 2), 2), epochs=4, path=tmp_path / "three.ckpt")
-    assert batches(resumed) == {6}
+    assert batches(resumed) == 6
     stream = frequent()
     fit(stream, DataLoader(Stream(), 4))
-    assert batches(stream) == {None}
+    assert batches(stream) is None
 
 
 def test_one_batch_a_round_keeps_the_decays_of_a_tensor_together() -> None:
@@ -119,3 +119,16 @@ def test_another_optimizer_does_not_shrink() -> None:
     with pytest.raises(ValueError, match=r"shrink=0\.5, and another outer optimizer"):
         HypergradientCallback(WeightDecay("parameter", shrink=0.5), optimizer=sgd(1.0))
     HypergradientCallback(WeightDecay("parameter"), optimizer=sgd(1.0))
+
+
+def test_shared_adam_with_a_rate_of_ones_own() -> None:
+    """It knows the outer data as well."""
+    callback = HypergradientCallback(
+        WeightDecay("parameter"),
+        optimizer=lambda tensors: SharedAdam(tensors, lr=0.5),
+        overhead=10.0,
+        every_n_steps=3,
+    )
+    fit(callback, DataLoader(data(12, 2), 12))
+    assert batches(callback) == 1
+    assert max(widths(callback)) < 1e-12

@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def moved(gradients: Tensor, shrink: float | None = None, batches: int | None = 10) -> Tensor:
     """Return the values after a step along each of these gradients, from zero."""
     tensor = torch.zeros(gradients.shape[1:], dtype=DOUBLE, requires_grad=True)
-    optimizer = SharedAdam([{"params": [tensor], "shrink": shrink}], batches=batches, **OPTIONS)
+    optimizer = SharedAdam([tensor], shrink=shrink, batches=batches, **OPTIONS)
     for gradient in gradients:
         tensor.grad = gradient.clone()
         optimizer.step()
@@ -98,11 +98,11 @@ def test_only_decays_of_single_weights_are_shared() -> None:
     first, second, rate = WeightDecay("parameter"), WeightDecay("tensor"), Scalar("rate", 1.0)
     tensors = built(rate, first, second)
     assert type(default_adam([second], tensors, lr=0.1)) is Adam
-    optimizer = default_adam([first, second], tensors, lr=0.1, batches=3)
+    optimizer = default_adam([first, second], tensors, lr=0.1)
     plain, shared = optimizer.param_groups
     assert [id(t) for t in shared["params"]] == [id(t) for t in first.tensors.values()]
     assert "shrink" not in plain
-    assert (shared["shrink"], shared["batches"], shared["betas"]) == (None, 3, (0.9, 0.9))
+    assert (shared["shrink"], shared["betas"]) == (None, (0.9, 0.9))
     before = [t.detach().clone() for t in tensors]
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)

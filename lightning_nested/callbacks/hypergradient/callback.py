@@ -21,6 +21,7 @@ from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSo
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
+from lightning_nested.hyperparameters.shared_adam import refuse_shrink
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
@@ -112,6 +113,8 @@ class HypergradientCallback(OuterLoopCallback):
             scheduler=scheduler,
             solver=solver,
         )
+        if optimizer is not None or scheduler is not None:
+            refuse_shrink(self.outer.decays)
         self.plan = OuterPlan(
             self.outer,
             point=at,

@@ -18,6 +18,7 @@ from lightning_nested.arguments import checked
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
+from lightning_nested.hyperparameters.shared_adam import refuse_shrink
 from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.inner_optimizer import named_parameters, set_rates
 from lightning_nested.modules.nested.problem import NestedProblem
@@ -344,6 +345,7 @@ def _schedule(module: NestedModule, plan: OuterPlan) -> None:
 
 
 def _check_arguments(outer: OuterStep, gradient: GradientStrategy, inner_steps_per_outer: int | None) -> None:
+    refuse_shrink(outer.decays)
     rates = [h.name for h in outer.hyperparameters if h.sets_rate]
     if rates and isinstance(gradient, Implicit):
         raise ValueError(
