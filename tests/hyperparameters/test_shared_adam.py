@@ -42,7 +42,7 @@ def adam(gradients: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("shrink", "batches"), [(1.0, 10), (None, 1)])
 def test_without_deviations_it_is_adam_on_one_value(shrink: float | None, batches: int) -> None:
-    gradients = normal(7, 3, 2)
+    gradients = normal(7, 3, 2) + 5 * normal(3, 2, seed=1)
     expected = adam(gradients.sum((1, 2), keepdim=True))[0, 0]
     # Seven steps of at most 0.1, each rounded to some 1e-16 of sums of six numbers.
     torch.testing.assert_close(moved(gradients, shrink, batches), expected.expand(3, 2), rtol=0, atol=1e-14)
@@ -57,17 +57,35 @@ def test_free_deviations_move_as_adam_moves_them_around_the_step_of_the_tensor()
     torch.testing.assert_close(moved(gradients, 0.75), quarter, rtol=0, atol=1e-14)
 
 
+def last_share(gradients: Tensor, batches: int | None) -> float:
+    """Return the share of the last step."""
+    last = {
+        shrink: moved(gradients, shrink, batches) - moved(gradients[:-1], shrink, batches)
+        for shrink in (None, 0.0, 1.0)
+    }
+    return float(((last[None] - last[1.0]) / (last[0.0] - last[1.0])).flatten()[0])
+
+
+def test_the_share_of_two_gradients() -> None:
+    """ρ and its standard error, from products of entries, written out."""
+    first, second = gradients = normal(40, seed=1) + 0.5 * normal(2, 40, seed=2)
+    first, second = first - first.mean(), second - second.mean()
+    products = first * second
+    error = products.square().sum().sqrt()
+    correlation = float((products.sum() - 2 * error) / (first.norm() * second.norm()))
+    correlation -= (1 - correlation) / 6**2
+    assert 0.1 < correlation < 0.9
+    expected = correlation / (correlation + (1 - correlation) / 6)
+    assert last_share(gradients, 6) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("batches", [None, 4, 100])
 @pytest.mark.parametrize("signal", [0.0, 0.5, 2.0])
 def test_the_share_is_the_part_of_a_rounds_mean_that_is_no_noise(signal: float, batches: int | None) -> None:
     """In the last of 30 steps, from gradients with a constant part of this size beside noise of size one."""
     entries = 20_000
     gradients = signal * normal(entries, seed=1) + normal(31, entries, seed=2)
-    last = {
-        shrink: moved(gradients, shrink, batches) - moved(gradients[:-1], shrink, batches)
-        for shrink in (None, 0.0, 1.0)
-    }
-    share = float(((last[None] - last[1.0]) / (last[0.0] - last[1.0]))[0])
+    share = last_share(gradients, batches)
     power = signal**2 + 1
     # Weights of the 29 pairs are powers of 0.9. A product of two independent entries has the variance power².
     weights = [0.9**k for k in range(29)]
