@@ -68,7 +68,7 @@ def last_share(gradients: Tensor, batches: int | None) -> float:
 
 def test_the_share_of_two_gradients() -> None:
     """ρ and its standard error, from products of entries, written out."""
-    first, second = gradients = normal(40, seed=1) + 0.5 * normal(2, 40, seed=2)
+    first, second = gradients = normal(40, seed=1) + 0.3 * normal(2, 40, seed=2)
     first, second = first - first.mean(), second - second.mean()
     products = first * second
     error = products.square().sum().sqrt()
