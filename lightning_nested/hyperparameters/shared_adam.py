@@ -24,11 +24,12 @@ class SharedAdam(Adam):
     With g the gradient of a tensor of n entries and A(·) a step of Adam, λ ← λ − A(Σg)·1 − s·(A(d) − mean A(d)),
     d = g − mean(g). With s = 0 this is Adam on one value for the tensor.
 
-    The share s is 1 − ``shrink`` if the group of parameters has that number. Otherwise (None) it is the part of d's
-    average over a round of the outer data that is no noise: with ρ the correlation of the d of two successive
-    outer batches, which are of other examples, and b batches in a round, s = ρ/(ρ + (1 − ρ)/min(b, 20)), the factor of
-    empirical Bayes. ρ is a running mean, lowered by two standard errors of independent entries, and by (1 − ρ)/b²:
-    shuffled rounds meet examples again, whose noise agrees. One batch a round (b = 1) tells nothing of noise: s = 0.
+    The share s is 1 − ``shrink`` if the group of parameters has that number. Otherwise (None) it is full where at
+    least half of d's average over a round of the outer data is signal: with ρ the correlation of the d of two
+    successive outer batches, which are of other examples, and b batches in a round,
+    s = min(1, 2ρ/(ρ + (1 − ρ)/min(b, 20))); without the 2 this is the factor of empirical Bayes. ρ is a running mean,
+    lowered by two standard errors of independent entries, and by (1 − ρ)/b²: shuffled rounds meet examples again, whose
+    noise agrees. One batch a round (b = 1) tells nothing of noise: s = 0.
 
     Args:
         params: Tensors, or groups as in :class:`torch.optim.Optimizer`; groups without ``shrink`` are plain Adam.
@@ -103,7 +104,7 @@ class SharedAdam(Adam):
             correlation = correlation - (1 - correlation) / batches**2
         correlation = correlation.clamp(0, 1)
         noise = (1 - correlation) / min(batches or _AVERAGED, _AVERAGED)
-        return correlation / (correlation + noise)
+        return (2 * correlation / (correlation + noise)).clamp(max=1)
 
 
 def _direction(
