@@ -259,6 +259,7 @@ CASES = {
     "ModuleTensors": Case(ln.ModuleTensors, path=TEXT),
     "Saturation": Case(ln.Saturation, _named),
     "Scalar": Case(ln.Scalar, _transform | {"init": (-1.0,)}, name=TEXT, init=0.5),
+    "SharedAdam": Case(ln.SharedAdam, params=parameters),
     "WeightDecay": Case(
         ln.WeightDecay, _named | _transform | {"include": ([TEXT],), "exclude": ([TEXT],), "init": (0.1,)}
     ),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
+from lightning_nested.arguments import at_least, checked, fraction, within
 from lightning_nested.hyperparameters.weight_decay import WeightDecay
 
 # Gradients that a momentum of 0.9 averages: no more batches than these count as evidence.
@@ -18,6 +19,7 @@ _AVERAGED = 20
 _ERRORS = 2.0
 
 
+@checked
 class SharedAdam(Adam):
     """Adam on the sum of each tensor's gradient, and on the deviations from their mean, by a share of its step.
 
@@ -33,10 +35,15 @@ class SharedAdam(Adam):
 
     Args:
         params: Tensors, or groups as in :class:`torch.optim.Optimizer`; groups without ``shrink`` are plain Adam.
+        lr: Learning rate.
+        betas: Decays of the running means of gradients and of their squares; the first one also of ρ.
+        eps: Number added to the root of the mean square; hypergradients may be of any size.
         shrink: Share by which deviations are shortened, for tensors without groups.
         batches: Outer batches in a round over their data; None: unknown, so that no batch comes twice. A callback or
             module of this package sets it.
-        options: Arguments of :class:`torch.optim.Adam`.
+
+    Raises:
+        ValueError: A number is out of range, or there are no tensors.
     """
 
     batches: int | None = None
@@ -45,14 +52,22 @@ class SharedAdam(Adam):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
+        lr: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.9),
+        eps: float = 1e-16,
         shrink: float | None = None,
         batches: int | None = None,
-        **options: Any,
     ) -> None:
-        groups: list[Any] = list(params)
+        at_least(0, lr=lr, eps=eps)
+        at_least(1, batches=batches)
+        fraction(betas=betas)
+        within(0, 1, shrink=shrink)
+        groups: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+        if not groups:
+            raise ValueError("params must hold a tensor or a group. Got none; build the hyperparameters first.")
         if not all(isinstance(group, dict) for group in groups):
             groups = [{"params": groups, "shrink": shrink}]
-        super().__init__(groups, **options)
+        super().__init__(groups, lr=lr, betas=betas, eps=eps)
         # No option of a group: it is of the data at hand, not of a checkpoint.
         self.batches = batches
 
@@ -141,7 +156,7 @@ def refuse_shrink(decays: Sequence[WeightDecay]) -> None:
 
 
 def default_adam(decays: Sequence[WeightDecay], tensors: Iterable[Tensor], *, lr: float) -> Optimizer:
-    """Return Adam whose steps are normalised by gradients of any size; :class:`SharedAdam` for decays per weight.
+    """Return Adam for gradients of any size; :class:`SharedAdam` where there are decays per weight.
 
     Args:
         decays: The tuned decays.

@@ -95,7 +95,7 @@ class OuterPlan:
             accumulate: Batches of an inner step; None: as many as the Trainer accumulates.
         """
         self._accumulate = accumulate
-        pace = plan(
+        self.pace = pace = plan(
             trainer,
             accumulate=accumulate,
             cost=_cost(self, trainer, loop, self._batches(trainer)),
@@ -106,7 +106,6 @@ class OuterPlan:
             limited=not any(h.moves_one_batch for h in self.outer.hyperparameters),
             outer_batches=_round(trainer, loop),
         )
-        self.pace = pace
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescale_units()
         loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
