@@ -64,7 +64,9 @@ class SharedAdam(Adam):
         within(0, 1, shrink=shrink)
         groups: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         if not groups:
-            raise ValueError("params must hold a tensor or a group. Got none; build the hyperparameters first.")
+            raise ValueError(
+                "params must hold a tensor or a group. Got none; build the hyperparameters first."
+            )
         if not all(isinstance(group, dict) for group in groups):
             groups = [{"params": groups, "shrink": shrink}]
         super().__init__(groups, lr=lr, betas=betas, eps=eps)
