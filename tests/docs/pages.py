@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.command import ROOT
 
 DOCS = ROOT / "docs"
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>[\w.+-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^( *)```([\w.+-]*)([^\n]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+_TITLE = re.compile(r'title="([^"]+)"')
+
+
+class Block(NamedTuple):
+    """A fenced block of a page, or a cell of a notebook."""
+
+    kind: str
+    title: str  # name of the file that it shows, or ""
+    code: str
+    line: int  # in the page, from 1
 
 
 @cache
@@ -21,25 +31,33 @@ def markdown_pages() -> tuple[Path, ...]:
 
 
 @cache
-def blocks(path: Path, kind: str) -> tuple[str, ...]:
-    """The fenced blocks of a kind in a page, or a notebook's cells, in their order, without indentation."""
+def notebooks() -> tuple[Path, ...]:
+    return tuple(sorted(DOCS.rglob("*.ipynb")))
+
+
+@cache
+def blocks(path: Path) -> tuple[Block, ...]:
+    """The fenced blocks of a page, or a notebook's cells, in their order, without their indentation."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        cells = json.loads(text)["cells"]
-        return tuple("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        return tuple(Block("python", "", "".join(cell["source"]), 1) for cell in cells)
     found = []
     for match in _FENCE.finditer(text):
-        if match["kind"] == kind:
-            width = len(match["indent"])
-            found.append("\n".join(line[width:] for line in match["code"].splitlines()))
+        indent, kind, rest, code = match.groups()
+        title = _TITLE.search(rest)
+        lines = [line[len(indent) :] for line in code.splitlines()]
+        number = text.count("\n", 0, match.start()) + 2
+        found.append(Block(kind, title[1] if title else "", "\n".join(lines), number))
     return tuple(found)
 
 
-def program(path: Path) -> ast.Module:
-    """All Python blocks of a page as one program, with line numbers that count the blocks' lines."""
-    return ast.parse("\n\n".join(blocks(path, "python")), filename=str(path.relative_to(ROOT)))
+def runs(path: Path) -> bool:
+    """Whether a page shows code that is run."""
+    return any(block.kind == "python" for block in blocks(path))
 
 
-def is_slow(path: Path) -> bool:
-    """Whether a page says that its code takes long: a comment in its first line."""
-    return path.read_text(encoding="utf-8").startswith("<!-- slow -->")
+def is_marked(path: Path, word: str) -> bool:
+    """Whether the first line of a page, a comment, has this word."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.startswith("<!--") and word in first.split()
