@@ -5,44 +5,29 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 DOCS = Path(__file__).parent
-_FIGURE = re.compile(r"\{\{ *(\w+) *\}\}")
+sys.path.insert(0, str(DOCS))
+
+from quotes import filled  # noqa: E402 - beside this file, which MkDocs loads from its path
+
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-def figures() -> dict[str, str]:
-    """Return the measured figures that pages quote by name."""
-    found = yaml.safe_load((DOCS / "figures.yml").read_text(encoding="utf-8"))
-    return {name: str(value) for name, value in found.items()}
-
-
-def with_figures(text: str, known: dict[str, str]) -> str:
-    """Replace ``{{ name }}`` by the figure of that name.
-
-    Raises:
-        PluginError: There is no such figure.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in known:
-            raise PluginError(f"{match[0]} must be a name of docs/figures.yml. Got none of that name.")
-        return known[match[1]]
-
-    return _FIGURE.sub(value, text)
-
-
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in figures."""
-    return with_figures(markdown, figures())
+    """Fill in figures and tables."""
+    try:
+        return filled(markdown)
+    except ValueError as error:
+        raise PluginError(str(error)) from error
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -81,7 +66,9 @@ def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, b
             if "image/png" in data:
                 image = f"{stem}_{len(images) + 1}.png"
                 images[image] = base64.b64decode("".join(data["image/png"]))
-                parts.append(f"![{output.get('metadata', {}).get('alt', 'Output of the cell above')}]({image})")
+                parts.append(
+                    f"![{output.get('metadata', {}).get('alt', 'Output of the cell above')}]({image})"
+                )
             elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
                 parts.append(f"```text\n{text}\n```")
     # The first cell begins with the title.
