@@ -16,8 +16,13 @@ _ROLE = re.compile(r":\w+:`~?([\w.]+)(?:\(\))?`")
 @cache
 def public_names() -> dict[str, str]:
     """Return the full path of each name that the reference describes."""
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(_REFERENCE.glob("*.md")))
-    return {path.rsplit(".", 1)[-1]: path for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
+    text = "".join(
+        path.read_text(encoding="utf-8") for path in sorted(_REFERENCE.glob("*.md"))
+    )
+    return {
+        path.rsplit(".", 1)[-1]: path
+        for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    }
 
 
 def with_links(text: str) -> str:
@@ -25,7 +30,11 @@ def with_links(text: str) -> str:
 
     def link(match: re.Match[str]) -> str:
         name = match[1].rsplit(".", 1)[-1]
-        return f"[`{name}`][{public_names()[name]}]" if name in public_names() else f"`{name}`"
+        return (
+            f"[`{name}`][{public_names()[name]}]"
+            if name in public_names()
+            else f"`{name}`"
+        )
 
     return _ROLE.sub(link, text)
 

@@ -19,7 +19,9 @@ sys.path.insert(0, str(DOCS))
 
 from quotes import filled  # noqa: E402 - beside this file, which MkDocs loads from its path
 
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
+)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -44,14 +46,18 @@ def on_files(files: Files, config: Any) -> Files:
     """Add a page for each notebook, with its saved outputs."""
     for path in sorted((DOCS / "notebooks").glob("*.ipynb")):
         name = f"notebooks/{path.stem}"
-        text, images = notebook_page(json.loads(path.read_text(encoding="utf-8")), path.stem)
+        text, images = notebook_page(
+            json.loads(path.read_text(encoding="utf-8")), path.stem
+        )
         files.append(File.generated(config, f"{name}.md", content=text))
         for image, data in images.items():
             files.append(File.generated(config, f"notebooks/{image}", content=data))
     return files
 
 
-def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
+def notebook_page(
+    notebook: dict[str, Any], stem: str
+) -> tuple[str, dict[str, bytes]]:
     """Return a notebook as Markdown, and its pictures by file name."""
     parts: list[str] = []
     images: dict[str, bytes] = {}
@@ -69,7 +75,9 @@ def notebook_page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, b
                 parts.append(
                     f"![{output.get('metadata', {}).get('alt', 'Output of the cell above')}]({image})"
                 )
-            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+            elif text := "".join(
+                output.get("text", data.get("text/plain", ""))
+            ).rstrip():
                 parts.append(f"```text\n{text}\n```")
     # The first cell begins with the title.
     parts.insert(1, f"This page is a notebook: [download it]({stem}.ipynb).")

@@ -38,7 +38,9 @@ def table(heading: str, number: int = 1, columns: str | None = None) -> str:
     section = re.split(r"^##+ ", parts[1], flags=re.MULTILINE)[0]
     tables = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
     if len(tables) < number:
-        raise ValueError(f"{heading!r} in docs/results.md must have {number} tables. Got {len(tables)}.")
+        raise ValueError(
+            f"{heading!r} in docs/results.md must have {number} tables. Got {len(tables)}."
+        )
     if columns is None:
         return tables[number - 1]
     wanted = [int(column) for column in columns.split()]
@@ -60,8 +62,12 @@ def filled(text: str) -> str:
 
     def figure(match: re.Match[str]) -> str:
         if match[1] not in known:
-            raise ValueError(f"{match[0]} must be a name of docs/figures.yml. Got none of that name.")
+            raise ValueError(
+                f"{match[0]} must be a name of docs/figures.yml. Got none of that name."
+            )
         return known[match[1]]
 
-    text = TABLE.sub(lambda match: table(match[1], int(match[2] or 1), match[3]), text)
+    text = TABLE.sub(
+        lambda match: table(match[1], int(match[2] or 1), match[3]), text
+    )
     return FIGURE.sub(figure, text)

@@ -34,13 +34,21 @@ def outputs(source: str, namespace: dict[str, Any]) -> list[dict[str, Any]]:
         exec(compile(source, "cell", "exec"), namespace)
     found: list[dict[str, Any]] = []
     if printed.getvalue():
-        found.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue()})
+        found.append(
+            {"output_type": "stream", "name": "stdout", "text": printed.getvalue()}
+        )
     for number in plt.get_fignums():
         figure, picture = plt.figure(number), io.BytesIO()
         figure.savefig(picture, format="png", dpi=90, bbox_inches="tight")
         data = {"image/png": base64.b64encode(picture.getvalue()).decode()}
         label = figure.axes[0].get_title() if figure.axes else ""
-        found.append({"output_type": "display_data", "data": data, "metadata": {"alt": label}})
+        found.append(
+            {
+                "output_type": "display_data",
+                "data": data,
+                "metadata": {"alt": label},
+            }
+        )
         plt.close(figure)
     return found
 
@@ -54,7 +62,9 @@ def run(path: Path) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
                 cell["outputs"] = outputs("".join(cell["source"]), vars(page))
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     print(path)
 
 
@@ -62,6 +72,8 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(
+        logging.ERROR
+    )
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         run(path)
