@@ -20,7 +20,7 @@ from lightning_nested.demos import ZooGame
 from lightning_nested.figures.style import BLUE, ORANGE, open_axes, styled_figure
 from lightning_nested.games import Bilinear
 from lightning_nested.hypergradient import ConjugateGradient, Current, InverseSolver
-from lightning_nested.hyperparameters import Exp, LabelSmoothing, WeightDecay
+from lightning_nested.hyperparameters import Exp, LabelSmoothing, OuterReport, WeightDecay
 from lightning_nested.modules import (
     DeltaSTN,
     ImageClassifier,
@@ -49,8 +49,8 @@ class Recorder(Callback):
                 self.series.setdefault(name, []).append(value)
 
 
-def outer_steps(solver: InverseSolver, *, batch_size: int, epochs: int, warmup: int) -> HypergradientCallback:
-    """Tune a decay per tensor, and return the callback with its reports in ``reports``."""
+def outer_steps(solver: InverseSolver, *, batch_size: int, epochs: int, warmup: int) -> list[OuterReport]:
+    """Tune a decay per tensor, and return the report of each outer step."""
 
     class Reporting(HypergradientCallback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
@@ -59,7 +59,7 @@ def outer_steps(solver: InverseSolver, *, batch_size: int, epochs: int, warmup: 
             if self.outer_steps > before and self.last_report is not None:
                 reports.append(self.last_report)
 
-    reports: list[Any] = []
+    reports: list[OuterReport] = []
     seed_everything(0, verbose=False)
     tuner = Reporting(
         WeightDecay(init=1e-2, transform=Exp(lower=3e-3, upper=1.0)),
@@ -70,13 +70,12 @@ def outer_steps(solver: InverseSolver, *, batch_size: int, epochs: int, warmup: 
         log_every_n_outer_steps=1,
         max_skipped=1000,
     )
-    tuner.reports = reports  # type: ignore[attr-defined]
     network = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(64, 20), torch.nn.Tanh(), torch.nn.Linear(20, 10)
     )
     data = DigitsDataModule(train_size=400, batch_size=batch_size)
     silent_trainer(tuner, max_epochs=epochs).fit(ImageClassifier(network), datamodule=data)
-    return tuner
+    return reports
 
 
 def draw_outer_steps(path: Path) -> None:
@@ -95,10 +94,8 @@ def draw_outer_steps(path: Path) -> None:
     def fill(figure: Figure) -> None:
         axes = figure.subplots(1, 3)
         for axis, name, title in zip(axes, panels, titles, strict=True):
-            for (label, tuner), colour in zip(runs.items(), (BLUE, ORANGE), strict=True):
-                axis.plot(
-                    [getattr(r, name) for r in tuner.reports], ".-", color=colour, label=label, linewidth=0.8
-                )
+            for (label, reports), colour in zip(runs.items(), (BLUE, ORANGE), strict=True):
+                axis.plot([getattr(r, name) for r in reports], ".-", color=colour, label=label, linewidth=0.8)
             open_axes(axis, title, "outer step", "")
         axes[0].set_yscale("log")
         axes[1].axhline(0, color="black", linewidth=0.8)
