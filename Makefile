@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test coverage check lint types imports format bench clean
+.PHONY: demo test coverage check lint types imports format bench docs docs-serve clean
 .DEFAULT_GOAL := check
 
 demo: $(INSTALLED)  ## find the wrong labels among 700 digits while training on them
@@ -39,8 +39,14 @@ bench: $(INSTALLED)  ## every benchmark, one after the other: they time each oth
 	$(BIN)/python -m pip install --no-deps --ignore-requires-python --requirement benchmarks/requirements.txt
 	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
+docs: $(VENV)/.docs  ## the documentation site, into site/; warnings and broken links are errors
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.docs  ## the same at http://127.0.0.1:8000, built again whenever a page changes
+	$(BIN)/python -m mkdocs serve
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage coverage.xml htmlcov
+	rm -rf $(VENV) site build dist *.egg-info .coverage coverage.xml htmlcov
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # The stamp is written last, so an interrupted installation is taken up again by the next run.
@@ -48,4 +54,8 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "pip>=21.3"  # the first that installs a pyproject.toml project editable
 	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --editable ".[docs]"
 	touch $@

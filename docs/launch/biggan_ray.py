@@ -1,6 +1,7 @@
 """BigGAN on Ray Train: Ray places the workers, Lightning's DDP does the rest."""
 
 import lightning.pytorch as pl
+from lightning_nested import BigGAN, CIFAR10DataModule, GeneratorEMA
 from ray.train import RunConfig, ScalingConfig
 from ray.train.lightning import (
     RayDDPStrategy,
@@ -9,8 +10,6 @@ from ray.train.lightning import (
     prepare_trainer,
 )
 from ray.train.torch import TorchTrainer
-
-from lightning_nested import BigGAN, CIFAR10DataModule, GeneratorEMA
 
 
 def train() -> None:
@@ -32,4 +31,6 @@ def train() -> None:
 
 if __name__ == "__main__":
     scaling = ScalingConfig(num_workers=2, use_gpu=True)
-    TorchTrainer(train, scaling_config=scaling, run_config=RunConfig(name="biggan")).fit()
+    TorchTrainer(
+        train, scaling_config=scaling, run_config=RunConfig(name="biggan")
+    ).fit()
