@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_nested.linalg.vectors import Vector
+from lightning_nested.optim.long_run import long_run_divisor
 from lightning_nested.optim.registry import KNOWN, Description, find_rule
 from lightning_nested.optim.update_rules import AdaptiveRule, Descent, Momentum
 
@@ -79,29 +81,43 @@ def _rules(optimizer: Optimizer) -> dict[int, Descent | None]:
     return {id(p): rule for rule, parameters in rules for p in parameters}
 
 
-def inverse_rates(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Vector:
+def inverse_rates(optimizer: Optimizer, parameters: Sequence[Tensor], ahead: float = 0.0) -> Vector:
     """Return 1/R of each parameter: the gradient that moves it by one unit in a step, once momentum has built up.
 
-    R = D·Re 1/(1 − β) with D and β of :func:`step_dynamics`: α/(1 − β) for SGD, α/(√v̂ + ε) for Adam.
+    R = D·Re 1/(1 − β) with D and β of :func:`step_dynamics`: α/(1 − β) for SGD, α/(√v̂ + ε) for Adam; that of
+    :func:`long_run_divisor` for torch's other adaptive optimizers, averaged over ``ahead`` steps; α for all others.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rules, found = _rules(optimizer), []
     for p in parameters:
-        rule, state = rules[id(p)], optimizer.state.get(p, {})
+        rule, state, group = rules[id(p)], optimizer.state.get(p, {}), groups[id(p)]
         momentum = Momentum("unknown") if rule is None else rule.momentum_kind()
         beta = momentum.momentum * complex(math.cos(momentum.phase), math.sin(momentum.phase))
         gain = max((1 / (1 - beta)).real if abs(beta) < 1 else 1.0, 1e-3)
         # Infinite where the learning rate is zero.
         largest = 1e-3 / torch.finfo(p.dtype).tiny
+        divisor = long_run_divisor(optimizer, group, state, ahead) if rule is None else None
+        rate = gain * float(group["lr"])
         if isinstance(rule, AdaptiveRule) and rule.second in state:
             # Of an old average: a young one weighs its newest gradient more.
-            rate = max(rule.lr * rule.gain(math.inf) * gain, 1 / largest)
-            inverse = rule.divisor(state).to(p.dtype).div_(rate).clamp_max_(largest)
+            divisor, rate = rule.divisor(state), rate * rule.gain(math.inf)
+        elif rule is not None:
+            rate = gain * float(rule.scale(state))
+        rate = max(rate, 1 / largest)
+        if divisor is None:
+            inverse = torch.full_like(p, 1 / rate, requires_grad=False)
         else:
-            rate = gain * float(groups[id(p)]["lr"] if rule is None else rule.scale(state))
-            inverse = torch.full_like(p, 1 / max(rate, 1 / largest), requires_grad=False)
+            inverse = divisor.to(p.dtype).div_(rate).clamp_max_(largest)
         found.append(inverse)
     return tuple(found)
+
+
+def has_long_run(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Return True if :func:`inverse_rates` knows R of a parameter in this group, from its steps so far if need be."""
+    rule, state = find_rule(optimizer, group), optimizer.state.get(parameter, {})
+    if rule is None:
+        return long_run_divisor(optimizer, group, state) is not None
+    return not isinstance(rule, AdaptiveRule) or rule.second in state
 
 
 def decoupled_rates(optimizer: Optimizer) -> dict[int, float]:

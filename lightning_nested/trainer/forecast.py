@@ -143,7 +143,7 @@ class Forecast:
         if damping is not None:
             return [damping] * len(self._parameters)
         steps = min(max(self.remaining, float(WATCHED_STEPS)), 1e6)
-        return [r / steps for r in inverse_rates(self._optimizer, self._parameters)]
+        return [r / steps for r in inverse_rates(self._optimizer, self._parameters, steps)]
 
     def kronecker_inverse(self, damping: float | None = None) -> LinearOperator:
         """Return (F + D + damping)⁻¹, factorized again at every ``refresh_every``-th outer step."""

@@ -9,9 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_nested.optim.registry import find_rule
-from lightning_nested.optim.step_dynamics import decoupled_rates, inverse_rates
-from lightning_nested.optim.update_rules import AdaptiveRule
+from lightning_nested.optim.step_dynamics import decoupled_rates, has_long_run, inverse_rates
 
 
 def peak_rates(
@@ -49,21 +47,24 @@ def measured_units(
 ) -> dict[str, float]:
     """Return one unit of decay for each parameter whose steps are known, see :meth:`WeightDecay.fit_to_run`.
 
-    Left out are parameters of an optimizer without a rule, and those that had no gradient yet.
+    Left out are parameters whose optimizer's long-run step is not known, and those that had no gradient yet. A
+    decoupled decay acts by the learning rate alone, whatever the optimizer's steps are.
     """
     decoupled = decoupled_rates(optimizer)
-    inverse = dict(zip(parameters, inverse_rates(optimizer, tuple(parameters.values())), strict=True))
+    inverse = dict(
+        zip(parameters, inverse_rates(optimizer, tuple(parameters.values()), float(total)), strict=True)
+    )
     names = {id(p): name for name, p in parameters.items()}
     units = {}
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        rule, now = find_rule(optimizer, group), float(group["lr"])
+        now = float(group["lr"])
         for p in group["params"]:
             name = names.get(id(p))
-            if name is None or rule is None or not (peak > 0 and now > 0):
+            if name is None or not (peak > 0 and now > 0):
                 continue
             if id(p) in decoupled:
                 units[name] = 1 / (peak * total)
-            elif not isinstance(rule, AdaptiveRule) or rule.second in optimizer.state.get(p, {}):
+            elif has_long_run(optimizer, group, p):
                 # Warm-ups begin far below the rate that most of the run has.
                 units[name] = float(inverse[name].double().mean()) * now / (peak * total)
     return {name: unit for name, unit in units.items() if math.isfinite(unit) and unit > 0}

@@ -47,6 +47,12 @@ OPTIMIZERS: dict[str, Any] = {
     "turned back": lambda p: ComplexSGD(p, lr=0.1, momentum=0.9, phase=3.0),
     "ComplexAdam": lambda p: ComplexAdam(p, lr=0.1, betas=(0.8, 0.9)),
     "OptimisticAdam": lambda p: OptimisticAdam(p, lr=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1, betas=(0.9, 0.8)),
+    # Of a momentum that no longer changes.
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1, momentum_decay=0.0),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.5),
+    "RMSprop, momentum": lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.5, momentum=0.9, eps=1.0),
 }
 
 
@@ -69,6 +75,36 @@ def test_inverse_rates_are_the_displacement_under_a_constant_gradient(name: str)
     # A constant gradient has its second moment from the first step on, bias-corrected.
     if name != "ComplexAdam":
         torch.testing.assert_close(early, late, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"lr_decay": 0.1}, {"initial_accumulator_value": 2.0, "eps": 0.5}])
+def test_adagrads_rate_is_that_of_its_next_step(options: Any) -> None:
+    p = nn.Parameter(torch.zeros(3, dtype=DOUBLE))
+    optimizer = torch.optim.Adagrad([p], lr=0.1, **options)
+    assert inverse_rates(optimizer, [p])[0].tolist() == pytest.approx([10.0] * 3)
+    for t in range(5):
+        p.grad = torch.tensor([0.3, -1.2, 4.0], dtype=DOUBLE) + t
+        optimizer.step()
+    (inverse,) = inverse_rates(optimizer, [p])
+    p.detach().zero_()
+    p.grad = torch.full_like(p, 1e-6)
+    optimizer.step()
+    # 1e-12 in a sum of squares of 1 and more.
+    torch.testing.assert_close(-p.detach() / 1e-6 * inverse, torch.ones_like(inverse), rtol=1e-10, atol=0)
+
+
+def test_centered_rmsprop_divides_by_the_deviation() -> None:
+    p = nn.Parameter(torch.zeros(3, dtype=DOUBLE))
+    optimizer = torch.optim.RMSprop([p], lr=0.1, alpha=0.9, centered=True)
+    for t in range(300):
+        p.grad = torch.tensor([0.3, -1.2, 4.0], dtype=DOUBLE) + (-1.0) ** t
+        optimizer.step()
+    before = p.detach().clone()
+    (inverse,) = inverse_rates(optimizer, [p])
+    p.grad = torch.tensor([0.3, -1.2, 4.0], dtype=DOUBLE) + 1.0
+    optimizer.step()
+    # From one step to the next the average square changes by a tenth at most.
+    torch.testing.assert_close((before - p.detach()) / p.grad * inverse, torch.ones_like(inverse), rtol=0.1, atol=0)
 
 
 def test_rates_before_the_first_step_and_of_groups() -> None:

@@ -45,13 +45,37 @@ def test_a_coupled_unit_is_that_of_the_long_run_step() -> None:
     assert measured_units(optimizer, owned, TOTAL, [0.1]) == pytest.approx(dict.fromkeys(owned, 0.01))
 
 
-@pytest.mark.parametrize(
-    "kind", [torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam]
-)
-def test_an_optimizer_without_a_rule_gives_no_unit(kind: Any) -> None:
+@pytest.mark.parametrize("kind", [torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD])
+def test_an_optimizer_whose_long_run_step_is_not_known_gives_no_unit(kind: Any) -> None:
     owned = parameters()
     optimizer = stepped(kind(owned.values(), lr=0.01), owned)
     assert measured_units(optimizer, owned, TOTAL, [0.01]) == {}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RAdam, torch.optim.RMSprop, torch.optim.NAdam])
+def test_adaptive_optimizers_have_adams_unit(kind: Any) -> None:
+    """R = 0.01/0.5 for a gradient that is always 0.5; from ten steps on, as from a thousand."""
+    owned = parameters()
+    optimizer = stepped(kind(owned.values(), lr=0.01), owned)
+    assert measured_units(optimizer, owned, TOTAL, [0.01]) == pytest.approx(dict.fromkeys(owned, 0.5))
+
+
+def test_adagrads_unit_counts_its_steps_to_come() -> None:
+    """A weight of decay λ = unit alone, with the same gradients to come, shrinks by e, to first order in each step."""
+    owned = parameters()
+    optimizer = stepped(torch.optim.Adagrad(owned.values(), lr=0.01), owned)
+    unit = measured_units(optimizer, owned, TOTAL, [0.01])["w"]
+    # The sum of squares is 0.25 s at step s.
+    exponent = sum(unit * 0.01 / (0.5 * s**0.5) for s in range(11, 11 + TOTAL))
+    # A sum of 100 terms beside its integral.
+    assert exponent == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with torch 2.9")
+def test_a_decoupled_unit_needs_no_long_run_step() -> None:
+    owned = parameters()
+    optimizer = stepped(torch.optim.Muon(owned.values(), lr=0.01), owned)
+    assert measured_units(optimizer, owned, TOTAL, [0.01]) == pytest.approx(dict.fromkeys(owned, 1.0))
 
 
 def test_a_parameter_without_a_gradient_so_far_gives_none() -> None:
