@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,6 +106,7 @@ class OuterPlan:
             # Of weights per example, each outer step moves those of one batch.
             limited=not any(h.moves_one_batch for h in self.outer.hyperparameters),
             outer_batches=_round(trainer, loop),
+            began=(loop.inner_steps, trainer.global_step),
         )
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescale_units()
@@ -274,13 +276,7 @@ class OuterPlan:
         if not self.looks_ahead:
             return self._current
         loss = float(torch.stack([loss.detach() for loss in graph.losses]).sum()) / scale
-        repeat = graph.again()
-
-        def evaluate() -> float:
-            # A step that cannot be evaluated again leaves the trust radius as it is.
-            return math.nan if repeat is None else _value(repeat) / scale
-
-        return self.forecast.weights(loss, evaluate, reduction(trainer))
+        return self.forecast.weights(loss, _evaluation(graph.again(), scale), reduction(trainer))
 
     @property
     def looks_ahead(self) -> bool:
@@ -316,6 +312,7 @@ class OuterPlan:
             "units": dict(self.units),
             "units_steps": self._units_steps,
             "fitted": self._fitted,
+            "began": None if self.pace is None else self.pace.began,
             "forecast": self._kept if self.forecast is None else self.forecast.state_dict(),
         }
 
@@ -323,6 +320,9 @@ class OuterPlan:
         """Restore; :meth:`attach` must have run."""
         self.units, self._units_steps = dict(state["units"]), state.get("units_steps")
         self._fitted = state.get("fitted", bool(self.units))
+        if self.pace is not None:
+            # Its schedule began with that run, not with this one.
+            self.pace = replace(self.pace, began=tuple(state.get("began") or (0, 0)))
         self._rescale_units()
         self.bound_decays(restart=False)
         self._kept = state["forecast"]
@@ -336,6 +336,11 @@ class OuterPlan:
         set_batches(self.outer.optimizer, None if self.pace is None else self.pace.outer_batches)
         if self._default_optimizer and isinstance(schedule, LinearLR) and self.pace is not None:
             _end_with(schedule, self.pace)
+
+
+def _evaluation(repeat: Callable[[], Tensor] | None, scale: float) -> Callable[[], float]:
+    """Return a function that evaluates a loss again; NaN for one that cannot be: the trust radius stays as it is."""
+    return lambda: math.nan if repeat is None else _value(repeat) / scale
 
 
 def _value(evaluate: Callable[[], Tensor]) -> float:

@@ -25,6 +25,7 @@ class Pace:
         warmup_steps: Inner steps before the first outer step.
         cost: Cost of an outer step, in gradients of a training batch.
         outer_batches: Outer batches in a round over their data; None: unknown.
+        began: Inner steps counted before the run, by the outer loop and by the Trainer: a second fit counts on.
     """
 
     total_steps: int | None
@@ -32,13 +33,18 @@ class Pace:
     warmup_steps: int
     cost: float
     outer_batches: int | None = None
+    began: tuple[int, int] = (0, 0)
 
     @property
     def outer_steps(self) -> int | None:
         """Outer steps of the run."""
         if self.total_steps is None:
             return None
-        return max(0, -(-(self.total_steps - self.warmup_steps) // self.every_n_steps))
+        first, made = self.began
+        return max(0, self._outer_steps_before(first + self.total_steps - made) - self._outer_steps_before(first))
+
+    def _outer_steps_before(self, inner_step: int) -> int:
+        return max(0, -(-(inner_step - self.warmup_steps) // self.every_n_steps))
 
     @property
     def rate(self) -> float:
@@ -63,6 +69,7 @@ def plan(
     limited: bool = True,
     accumulate: int | None = None,
     outer_batches: int | None = None,
+    began: tuple[int, int] = (0, 0),
 ) -> Pace:
     """Return the plan of a run.
 
@@ -78,6 +85,7 @@ def plan(
         limited: Whether a hundred outer steps are enough.
         accumulate: See :func:`total_steps`.
         outer_batches: Outer batches in a round; None: unknown.
+        began: See :class:`Pace`.
     """
     total = total_steps(trainer, accumulate)
     warmup = warmup_steps if warmup_steps is not None else (total or 0) // 10
@@ -92,6 +100,7 @@ def plan(
         warmup_steps=warmup,
         cost=cost,
         outer_batches=outer_batches,
+        began=began,
     )
 
 

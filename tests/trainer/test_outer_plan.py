@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -39,6 +41,46 @@ def test_what_is_set_between_two_fits_is_kept() -> None:
     fitted(callback, epochs=3)
     assert (callback.every_n_steps, callback.warmup_steps) == (1, 10)
     assert callback.outer_steps == 24 - 10  # another module: counted again
+
+
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_the_rate_of_a_second_fit_ends_at_zero_with_it(same_trainer: bool) -> None:
+    """Inner and outer steps are counted on: the second fit has no warm-up, and other outer steps than the first."""
+    callback, module = HypergradientCallback(WeightDecay(), every_n_steps=3, warmup_steps=4), Regression(smooth())
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rates.append(callback.outer.optimizer.param_groups[0]["lr"])
+
+    loaders = DataLoader(data(64, 1), 8), DataLoader(data(64, 2), 8)
+    fit = trainer(callback, Rates(), max_epochs=2)
+    fit.fit(module, *loaders)
+    # Inner steps 4, 7, 10 and 13 of 16.
+    assert (callback.outer_steps, callback.plan.pace.outer_steps, rates[-1]) == (4, 4, 0.0)  # type: ignore[union-attr]
+    if same_trainer:
+        fit.fit_loop.max_epochs = 3
+    else:
+        fit = trainer(callback, Rates(), max_epochs=1)
+    fit.fit(module, *loaders)
+    # 16, 19 and 22 of 24.
+    assert (callback.outer_steps, callback.plan.pace.outer_steps) == (7, 3)  # type: ignore[union-attr]
+    assert rates[-8:] == pytest.approx([r * 0.25 for r in (2 / 3, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 3, 0, 0)])
+
+
+def test_a_checkpoint_of_a_second_fit_goes_on_with_its_schedule(tmp_path: Path) -> None:
+    callback, module = HypergradientCallback(WeightDecay(), every_n_steps=3, warmup_steps=4), Regression(smooth())
+    loaders = DataLoader(data(64, 1), 8), DataLoader(data(64, 2), 8)
+    fit = trainer(callback, folder=tmp_path, max_epochs=1)
+    fit.fit(module, *loaders)
+    fit.fit_loop.max_epochs = 2
+    fit.fit(module, *loaders)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    # Steps 10 and 13 of 16 in the second epoch, and then 16, 19 and 22 of 24.
+    resumed = HypergradientCallback(WeightDecay(), every_n_steps=3, warmup_steps=4)
+    trainer(resumed, max_epochs=3).fit(Regression(smooth()), *loaders, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.outer.optimizer.param_groups[0]["lr"] == 0.0
+    assert resumed.plan.pace.outer_steps == resumed.outer.scheduler.last_epoch == 5  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
