@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.kronecker_layers import Factors, Layer, Moment, find_layers
+from lightning_nested.linalg.loss_terms import batch_size, loss_terms
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
 from lightning_nested.linalg.solvers.base import factorizable_dtype
@@ -35,9 +36,9 @@ class KroneckerFisher:
 
     Linear and (ungrouped) two-dimensional convolution layers have factors. All other parameters (norms, embeddings,
     recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have a
-    diagonal: the square of the batch's mean gradient times the size of the batch, averaged over observations. So have
-    layers that no forward pass was seen of (``torch.compile``). The loss is taken for a mean over examples: of a mean
-    over tokens or pixels, F is too small by their number in an example.
+    diagonal: the square of the batch's mean gradient times the terms of the loss, averaged over observations. So have
+    layers that no forward pass was seen of (``torch.compile``). The loss is taken for a mean over examples, unless
+    :meth:`expect` finds that it is one over tokens or pixels.
 
     Args:
         module: Its layers are observed.
@@ -77,29 +78,44 @@ class KroneckerFisher:
         # By layer and call: moments of the inputs and of the outputs' gradients.
         self._seen: list[list[_Call | None]] = [[] for _ in self._layers]
         self._batch = 0
+        # Terms of the losses of the backward passes, where they are known; examples of the batch.
+        self._terms: list[float | None] = []
+        self._examples: int | None = None
         self._handles: list[RemovableHandle] = []
-        self._on = False
+        self._on = self._observes = False
 
     # ---- observing a training step
 
     def start(self) -> None:
         """Observe the coming forward and backward passes, until :meth:`stop`."""
         self.stop()
-        self._on = True
+        self._on = self._observes = True
         self._handles = [
             layer.module.register_forward_hook(partial(self._forward, i), with_kwargs=True)
             for i, layer in enumerate(self._layers)
         ]
 
-    def pause(self, paused: bool) -> None:
-        """Ignore forward and backward passes if ``paused``; else record them again."""
+    def pause(self, paused: bool, batch: Any = None) -> None:
+        """Ignore forward and backward passes if ``paused``; else record them again.
+
+        Args:
+            paused: Whether to ignore them.
+            batch: Batch of the coming step; its first dimension counts where no loss and no layer says more.
+        """
         self._on = not paused
+        self._examples = self._examples if batch is None else batch_size(batch)
+
+    def expect(self, loss: Tensor, divided: float = 1.0) -> None:
+        """Take from its graph what the loss of the coming backward pass is a mean over; see :func:`loss_terms`."""
+        if self._on and self._observes:
+            self._terms.append(loss_terms(loss, divided))
 
     def stop(self) -> None:
         """Remove all hooks, and forget what was seen since the last :meth:`update`."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._on, self._batch = [], False, 0
+        self._handles, self._batch, self._terms = [], 0, []
+        self._on = self._observes = False
         self._seen = [[] for _ in self._layers]
 
     def observing(self) -> _Observing:
@@ -121,11 +137,12 @@ class KroneckerFisher:
             return
         if a.dim() == layer.unbatched:
             a, g = a[None], g[None]
-        batch = max(1, g.shape[0])
+        self._batch = max(self._batch, 1, g.shape[0])
+        known = self._terms[-1] if self._terms else None
+        terms = max(1, g.shape[0]) if known is None else known
         rows, gradients = (x.to(factorizable_dtype(x.dtype)) for x in (layer.inputs(a), layer.gradients(g)))
-        self._batch = max(self._batch, batch)
         # The training's own backward pass comes after others through the same graph (a gradient penalty's).
-        calls[call] = Moment.of(rows), Moment.of(gradients * math.sqrt(batch))
+        calls[call] = Moment.of(rows), Moment.of(gradients * math.sqrt(terms))
 
     @torch.no_grad()
     def update(
@@ -147,10 +164,14 @@ class KroneckerFisher:
             processes: Processes over which ``.grad`` is the mean.
         """
         hook_scale = scale if hook_scale is None else hook_scale
-        seen, batch = [[call for call in calls if call is not None] for calls in self._seen], self._batch or 1
+        seen = [[call for call in calls if call is not None] for calls in self._seen]
+        known = [terms for terms in self._terms if terms is not None]
+        terms = sum(known) / len(known) if known else float(self._batch or self._examples or 1)
+        # Those of the whole step.
+        terms *= batches * processes
         self.stop()
         weight = max(1 - self.memory, 1 / (self.observations + 1))
-        squares = [self._square(i, batch * batches * processes, scale) for i in self._others]
+        squares = [self._square(i, terms, scale) for i in self._others]
         # The loss of each of several accumulated batches is divided by their number.
         share = batches / hook_scale**2
         if reduce is not None:
@@ -165,7 +186,7 @@ class KroneckerFisher:
             elif self.factors[i] is None:
                 # Never seen: a compiled module runs no hooks, and a function may take the weight by itself.
                 for j in self._layers[i].positions:
-                    self._keep_square(j, self._square(j, batch * batches * processes, scale), weight)
+                    self._keep_square(j, self._square(j, terms, scale), weight)
         for i, square in zip(self._others, squares, strict=True):
             self._keep_square(i, square, weight)
         self.observations += 1
@@ -199,13 +220,13 @@ class KroneckerFisher:
         before = self.squares[i]
         self.squares[i] = square if before is None else before.lerp(square, weight)
 
-    def _square(self, i: int, batch: int, scale: float) -> Tensor:
+    def _square(self, i: int, terms: float, scale: float) -> Tensor:
         parameter = self._parameters[i]
         dtype = factorizable_dtype(parameter.dtype)
         if parameter.grad is None:
             return torch.zeros_like(parameter, dtype=dtype)
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        return gradient.to(dtype).div(scale).square().mul_(batch)
+        return gradient.to(dtype).div(scale).square().mul_(terms)
 
     # ---- the inverse
 

@@ -234,6 +234,12 @@ class Forecast:
         self._inverses = {damping: inverse for damping, inverse in restored.items() if inverse is not None}
 
 
+def expect_loss(forecast: Forecast | None, loss: Tensor, batches: int) -> None:
+    """Tell a forecast, if there is one, of the loss whose backward pass comes: that of one of so many ``batches``."""
+    if forecast is not None:
+        forecast.fisher.expect(loss, batches)
+
+
 def _penalty(decays: Sequence[Tensor | float], weights: Vector) -> float:
     """Return ½ Σ d w², in double precision: it is compared with one that differs little."""
     total = 0.0

@@ -261,10 +261,10 @@ class OuterPlan:
         finally:
             self.pause(False)
 
-    def pause(self, paused: bool) -> None:
-        """Observe the training, or stop that for a while."""
+    def pause(self, paused: bool, batch: Any = None) -> None:
+        """Observe the training on ``batch``, or stop that for a while."""
         if self.forecast is not None:
-            self.forecast.fisher.pause(paused)
+            self.forecast.fisher.pause(paused, batch)
 
     def look(self, trainer: Trainer, graph: InnerGraph, scale: float) -> Vector:
         """Return the weights at which the outer loss is differentiated, one tensor per inner parameter."""

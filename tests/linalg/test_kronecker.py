@@ -133,6 +133,71 @@ def test_convolutions_are_brute_force_over_positions(options: Any, normal: Norma
         close(found, expected)
 
 
+def test_a_mean_over_tokens_has_the_fisher_of_its_tokens(normal: Normal) -> None:
+    """Dense sum over single tokens; exact, because every input meets every gradient of the output."""
+    layer, a, g = nn.Linear(3, 2, bias=False, dtype=DOUBLE), normal(4, 3), normal(5, 2)
+    x, slopes = a.repeat_interleave(5, 0).view(4, 5, 3), g.repeat(4, 1).view(4, 5, 2)
+    single = torch.einsum("nto,nti->ntoi", slopes, x).flatten(2).flatten(0, 1)
+    for mean in (lambda y: y.mean(), lambda y: y.sum() / 20, lambda y: y.mean(1).mean()):
+        fisher = KroneckerFisher(layer, dict(layer.named_parameters()))
+        layer.zero_grad()
+        with fisher.observing():
+            loss = mean((layer(x) * slopes).sum(2))
+            fisher.expect(loss)
+            loss.backward()
+        fisher.update()
+        close(dense(fisher), single.T @ single / 20)
+
+
+def test_a_diagonal_has_the_terms_of_the_loss_or_the_size_of_the_batch(normal: Normal) -> None:
+    """As under torch.compile, which runs no hooks; the loss is seen where it is not compiled with the network."""
+    layer, x = nn.Linear(3, 2, dtype=DOUBLE), normal(4, 5, 3)
+
+    def squares(loss: Callable[[Tensor], Tensor], **given: Any) -> list[Tensor | None]:
+        fisher = KroneckerFisher(layer, dict(layer.named_parameters()))
+        layer.zero_grad()
+        with fisher.observing():
+            fisher.pause(False, **given)
+            value = loss(functional.linear(x, layer.weight, layer.bias))
+            fisher.expect(value)
+            value.backward()
+        fisher.update()
+        return fisher.squares
+
+    def unknown(y: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(y)
+        return norm
+
+    for loss, given, terms in (
+        (lambda y: y.square().sum(2).mean(), {}, 20),
+        (lambda y: y.square().sum((1, 2)).mean(), {"batch": normal(9)}, 4),
+        (unknown, {"batch": [x, normal(7)]}, 4),
+        (unknown, {}, 1),
+    ):
+        found = squares(loss, **given)  # type: ignore[arg-type]
+        for square, p in zip(found, layer.parameters(), strict=True):
+            close(square, terms * p.grad.square())  # type: ignore[union-attr]
+
+
+def test_accumulated_means_over_tokens_are_one_batch(normal: Normal) -> None:
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(DOUBLE), normal(6, 5, 3)
+    found = []
+    for parts in (1, 3):
+        fisher = KroneckerFisher(net, dict(net.named_parameters()))
+        net.zero_grad()
+        with fisher.observing():
+            for part in x.split(6 // parts):
+                loss = net(part).square().sum(2).mean() / parts
+                fisher.expect(loss, parts)
+                loss.backward()
+        fisher.update(batches=parts)
+        found.append(fisher)
+    for k in (0, 1):
+        close(dense(found[1], k), dense(found[0], k))
+    for i in (2, 3):
+        close(found[1].squares[i], found[0].squares[i])
+
+
 def test_positions_of_a_sequence_count_as_examples(normal: Normal) -> None:
     layer, x, slopes = nn.Linear(3, 2, dtype=DOUBLE), normal(4, 5, 3), normal(4, 5, 2)
     fisher = seen(layer, lambda: (layer(x) * slopes).sum() / 4)

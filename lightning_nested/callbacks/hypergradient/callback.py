@@ -23,6 +23,7 @@ from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.hyperparameters.shared_adam import refuse_shrink
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
+from lightning_nested.trainer.forecast import expect_loss
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step, step_loss
@@ -215,7 +216,7 @@ class HypergradientCallback(OuterLoopCallback):
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
             self.plan.foresee(partial(self.should_update, trainer), self.inner_steps)
-        self.plan.pause(False)
+        self.plan.pause(False, batch)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
         check, inner = self.outer_loop.check, self._inner
         wanted = inner.repeats or check.is_due or self.plan.looks_ahead
@@ -227,6 +228,7 @@ class HypergradientCallback(OuterLoopCallback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         outer_loss = partial(self.outer_loss, trainer, pl_module)
+        expect_loss(self.plan.forecast, loss, trainer.accumulate_grad_batches)
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self._is_due(trainer):
             self.outer_loop.probe(trainer, pl_module, outer_loss)

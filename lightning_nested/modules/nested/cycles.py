@@ -17,6 +17,7 @@ from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.modules.nested.problem import NestedProblem
 from lightning_nested.trainer.find_hypergradient import find_hypergradient
+from lightning_nested.trainer.forecast import expect_loss
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.lightning import reduction
@@ -70,7 +71,7 @@ class ImplicitCycle(Cycle):
     @override
     def add(self, batch: Any, *, remaining: int) -> Tensor:
         problem, closes = self.problem, remaining == 1
-        problem.plan.pause(False)
+        problem.plan.pause(False, batch)
         if closes:
             again = problem.plan.looks_ahead or problem.check.is_due
             self._graph.observe(
@@ -78,6 +79,7 @@ class ImplicitCycle(Cycle):
                 again=again and problem.check.may_repeat(problem.module),
             )
         loss = check_loss("inner_loss", problem.module, problem.inner_loss(batch)) / problem.accumulate
+        expect_loss(problem.plan.forecast, loss, problem.accumulate)
         if closes:
             self._graph.add(loss)
             self._graph.unhook()
