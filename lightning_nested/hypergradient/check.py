@@ -19,6 +19,7 @@ from lightning_nested.hypergradient.arguments import check_tensors
 from lightning_nested.hypergradient.assumptions import Neighbourhood, inspect
 from lightning_nested.hypergradient.implicit import implicit_result
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature
+from lightning_nested.hypergradient.remaining import Remaining, compare_signs, find_remaining
 from lightning_nested.hypergradient.retraining import (
     AnyResponse,
     LossFunction,
@@ -45,6 +46,7 @@ class HypergradientReport:
     tolerance: float  # bound on the relative error and on the inner gradient
     dtype: torch.dtype  # floating type of the check
     failures: tuple[str, ...]  # a sentence per failed assumption: its name, what was found, the cure
+    remaining: Remaining = Remaining()  # how far the parameters are from their minimum, and what that does
 
     @property
     def passed(self) -> bool:
@@ -64,8 +66,11 @@ class HypergradientReport:
             ("smallest curvature", self.curvature),
             ("asymmetry of the curvature", self.asymmetry),
             ("residual of the solver", self.residual),
+            ("remaining change of the weights, relative", self.remaining.change),
         ):
             lines.append(f"  {label:<44}{'–' if math.isnan(value) else f'{value:.3g}':>16}")
+        if not math.isnan(self.inner_gradient_norm):
+            lines.append(f"  {self.remaining.sentence(self.tolerance)}.")
         return "\n".join([*lines, *(f"  * {failure}" for failure in self.failures)])
 
 
@@ -84,6 +89,7 @@ def check_hypergradient(
     epsilon: float | None = None,
     tolerance: float = 1e-2,
     generator: torch.Generator | None = None,
+    another_batch: LossFunction | None = None,
 ) -> HypergradientReport:
     """Compare a hypergradient with the re-trained response, and say which assumption fails.
 
@@ -105,6 +111,11 @@ def check_hypergradient(
         epsilon: Length of the move in λ; None: ∛eps·(1 + ‖λ‖).
         tolerance: Relative error and relative inner gradient up to which the check passes.
         generator: Draws the directions; None: a fixed seed.
+        another_batch: The inner loss on another batch. The report then says how large the inner gradient is beside its
+            noise.
+
+    The report also says how far ``params`` are from the minimum, ‖z‖/‖w‖ with z = (H + δ)⁻¹∂L_T/∂w, and how many
+    hypergradients have another sign at w − z: there the training is heading, and there the formula holds.
 
     Example:
         Inner ½(w−λ)² + ½w², outer ½(w−2)²; at λ = 3 and its optimum w = 1.5 the slope is −0.25.
@@ -129,6 +140,8 @@ def check_hypergradient(
         else:
             given = zip(hypergradient, check.problem.hparams, strict=True)
             check.hypergradient = tuple(g.detach().to(h) for g, h in given)
+        if check.around is not None:
+            check.find_remaining(solver, curvature, another_batch)
         return check.report(directions, measured)
 
 
@@ -149,6 +162,7 @@ class _Check:
         self.problem, self.tolerance = problem, tolerance
         self.hypergradient: Vector | None = None
         self.around: Neighbourhood | None = None
+        self.remaining = Remaining()
         self.residual = math.nan
         self.noise = 0.0  # rounding in a measured slope
         self.failures: list[str] = []
@@ -197,6 +211,15 @@ class _Check:
         else:
             self.hypergradient, self.residual = result.hypergradient, result.solution.residual
 
+    def find_remaining(self, solver: AnySolver, curvature: AnyCurvature, another: LossFunction | None) -> None:
+        """Find the minimum nearby, and the hypergradient there."""
+        assert self.around is not None
+        self.remaining, moved = find_remaining(self.problem, curvature, self.around.smallest, another)
+        if moved is not None and self.hypergradient is not None:
+            self.remaining = compare_signs(
+                self.remaining, self.problem, moved, self.hypergradient, solver=solver, curvature=curvature
+            )
+
     def report(self, directions: list[Vector], measured: list[float]) -> HypergradientReport:
         """Compare the slopes and conclude."""
         predicted, error, cosine, tolerance = [math.nan] * len(measured), math.nan, math.nan, self.tolerance
@@ -225,6 +248,7 @@ class _Check:
             tolerance=tolerance,
             dtype=self.problem.dtype,
             failures=tuple(self.failures),
+            remaining=self.remaining,
         )
 
     def _cause(self) -> str:

@@ -372,6 +372,92 @@ def test_response_that_diverges_is_named(normal: Any) -> None:
     assert names(report)[0] == "no response"
 
 
+# --- how far the minimum is -----------------------------------------------------------------------
+
+
+def test_at_the_minimum_nothing_remains(normal: Any) -> None:
+    report = Ridge(normal).check()
+    assert report.remaining.change < 1e-12
+    assert report.remaining.agreement == 1.0
+    assert "at their minimum" in str(report)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0])
+def test_what_remains_of_a_quadratic_is_the_distance_to_its_minimum(normal: Any, size: float) -> None:
+    ridge = Ridge(normal)
+    params = [ridge.params[0] + size * normal(5)]
+    report = ridge.check(params=params)
+    away = float((params[0] - ridge.params[0]).norm() / params[0].norm())
+    assert report.remaining.change == pytest.approx(away, rel=1e-6)
+    assert f"still have to change by {100 * away:.2g} %" in str(report)
+
+
+def test_hypergradients_that_change_sign_on_the_way_are_counted() -> None:
+    """Inner ½(w − e^λ)², outer ½(w − 2)²: dL_V/dλ = (w − 2)e^λ, and w = e^λ is 1, 1, 4 at the minimum."""
+    log = [0.0, 0.0, math.log(4.0)]
+
+    def inner(w: Tensors, h: Tensors) -> Tensor:
+        return 0.5 * ((w[0] - h[0].exp()) ** 2).sum()
+
+    report = check_hypergradient(
+        inner, lambda w, h: 0.5 * ((w[0] - 2) ** 2).sum(), [double(1, 3, 3)], [double(*log)], solver=EXACT
+    )
+    assert (report.remaining.flipped, report.remaining.compared) == (1, 3)
+    assert report.remaining.change == pytest.approx(math.sqrt(5 / 19))
+    assert "1 of 3 hypergradients have the other sign" in str(report)
+
+
+def test_a_fit_that_has_not_converged_is_told_from_one_that_has(normal: Any) -> None:
+    """Gradient descent on a network: the model's minimum comes nearer with the steps."""
+    x, y = normal(16, 3), normal(16)
+
+    def inner(w: Tensors, h: Tensors) -> Tensor:
+        prediction = (x @ w[0]).tanh() @ w[1]
+        return ((prediction - y) ** 2).mean() + h[0].exp() * sum((p**2).sum() for p in w)
+
+    def outer(w: Tensors, h: Tensors) -> Tensor:
+        return sum(((p - 1) ** 2).sum() for p in w)  # type: ignore[return-value]
+
+    w, h, found = (normal(3, 4), normal(4)), (double(-2.0),), []
+    for steps in (20, 600):
+        for _ in range(steps):
+            w = tuple(p.detach().requires_grad_() for p in w)
+            slopes = torch.autograd.grad(inner(w, h), w)
+            w = tuple(p.detach() - 0.3 * g for p, g in zip(w, slopes, strict=True))
+        report = check_hypergradient(inner, outer, w, h, solver=EXACT, retrain=lambda h, w=w: w)  # type: ignore[misc]
+        found.append(report.remaining.change)
+    assert found[0] > 0.02
+    assert found[1] < 1e-6
+
+
+def test_around_a_saddle_the_shifted_curvature_serves() -> None:
+    """½(w₀ − λ)² − ½w₁² with δ = 1.5: z is 1/2.5 and −1/0.5 of a distance of 1."""
+
+    def inner(w: Tensors, h: Tensors) -> Tensor:
+        return 0.5 * ((w[0][0] - h[0]) ** 2 - w[0][1] ** 2).sum()
+
+    report = check_hypergradient(
+        inner,
+        lambda w, h: w[0].sum(),
+        [double(2, 1)],
+        [double(1.0)],
+        retrain=lambda h: (torch.stack([h[0][0], h[0][0] * 0]),),
+        solver=DenseSolve(),
+    )
+    assert report.remaining.change == pytest.approx(math.hypot(0.4, 2.0) / math.sqrt(5), rel=1e-5)
+
+
+def test_the_gradient_beside_its_noise(normal: Any) -> None:
+    ridge, other = Ridge(normal), Ridge(normal)
+    params = [ridge.params[0] + 0.5]
+    w = params[0].clone().requires_grad_()
+    g = [torch.autograd.grad(r.inner((w,), ridge.hparams), w)[0] for r in (ridge, other)]
+    report = ridge.check(params=params, another_batch=other.inner)
+    assert report.remaining.signal == pytest.approx(float((g[0] + g[1]).norm() / (g[0] - g[1]).norm()))
+    assert "times its noise from batch to batch" in str(report)
+    assert math.isnan(ridge.check(params=params).remaining.signal)
+
+
 # --- arguments ----------------------------------------------------------------------------------
 
 
