@@ -427,7 +427,7 @@ def test_a_fit_that_has_not_converged_is_told_from_one_that_has(normal: Any) -> 
         report = check_hypergradient(inner, outer, w, h, solver=EXACT, retrain=lambda h, w=w: w)  # type: ignore[misc]
         found.append(report.remaining.change)
     assert found[0] > 0.02
-    assert found[1] < 1e-6
+    assert found[1] < 1e-2 * found[0]
 
 
 def test_around_a_saddle_the_shifted_curvature_serves() -> None:
