@@ -3,7 +3,8 @@
 Eight tasks, five seeds, each method by real fits of the Trainer; the test data are read once, for the model that a
 method hands over. The grid of eleven fixed decays and Optuna's TPE with sixteen trials train from scratch in every
 trial and keep the model of the lowest validation loss. Cost is the CPU time of the whole fit, beside that of a plain
-one right before it.
+one right before it. ``--laplace`` adds laplace-torch's ``marglik_training``, which tunes the decays of all tensors by the
+marginal likelihood and needs no validation data, on the classifiers without batch norm.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested import HypergradientCallback, WeightDecay
+from lightning_nested.figures.style import open_axes, styled_figure
+from lightning_nested.files import replace_figure
 
 # Designs were chosen on seeds 100 to 102 and other tasks.
 SEEDS = (0, 1, 2, 3, 4)
+_OPTIONS = ("lr", "momentum", "betas", "weight_decay")
 
 
 class Fit(LightningModule):
@@ -114,6 +119,49 @@ def searched(task: Task, data: tuple[Pair, Pair, Pair], seed: int, trials: int) 
     return best[0][1]
 
 
+def has_laplace(task: Task) -> bool:
+    """Return True for what laplace-torch's Kronecker factors are made for: linear layers, and labels of classes."""
+    known = (torch.nn.Sequential, torch.nn.Linear, torch.nn.ReLU, torch.nn.Tanh)
+    return task.counts and all(isinstance(m, known) for m in task.network().modules())
+
+
+def marginal(task: Task, seed: int, rounds: int) -> dict[str, Any]:
+    """Return the test score of laplace-torch's online marginal likelihood, and its cost beside a plain fit.
+
+    Immer, Bauer, Fortuin, Rätsch & Khan (2021), ICML, PMLR 139:4563-4573. Its own defaults, but for an estimate after
+    every fifth epoch; the optimizer, schedule, batches and number of steps are those of the plain fit.
+    """
+    from laplace import marglik_training
+
+    data, costs, scores = task.data(seed), [], []
+    for _ in range(rounds):
+        _, plain = fit(task, data, seed, None)
+        seed_everything(seed, verbose=False)
+        module = Fit(task, 0.0)
+        generator = torch.Generator().manual_seed(seed)
+        train = DataLoader(
+            TensorDataset(*data[0]), task.batch, shuffle=True, drop_last=True, generator=generator
+        )
+        optimizer = task.make_optimizer(module.parameters(), 0.0)
+        cosine = task.schedule == "cosine"
+        before = time.process_time()
+        _, network, *_ = marglik_training(
+            module.network,
+            train,
+            optimizer_cls=type(optimizer),
+            # The decay is the prior's; AdamW would add its own.
+            optimizer_kwargs={k: v for k, v in optimizer.defaults.items() if k in _OPTIONS},
+            scheduler_cls=torch.optim.lr_scheduler.CosineAnnealingLR if cosine else None,
+            scheduler_kwargs={"T_max": task.steps} if cosine else None,
+            n_epochs=-(-task.steps // len(train)),
+            marglik_frequency=5,
+        )
+        costs.append((time.process_time() - before) / plain)
+        module.network = network
+        scores.append(module.score(data[2]))
+    return {"laplace": scores[0], "laplace cost": statistics.median(costs)}
+
+
 def rivals(task: Task, seed: int, trials: int) -> dict[str, tuple[float, float]]:
     """Return test loss and accuracy of plain training, of the grid and of TPE on one task and seed."""
     data = task.data(seed)
@@ -177,6 +225,84 @@ def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, A
     return figures
 
 
+# Of the methods in the figure: key of their results, label, colour and trainings; None: measured.
+_METHODS = (
+    ("plain", "plain training", "#8a8f98", 1.0),
+    ("tuned", "HypergradientCallback(WeightDecay())", "#e1691e", None),
+    ("laplace", "marginal likelihood (laplace-torch)", "#1b9e77", None),
+    ("grid", "grid of 11 fixed decays", "#2f6db3", 11.0),
+    ("tpe", "Optuna TPE, 16 trials", "#6a3d9a", 16.0),
+)
+
+
+def figure(path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Draw test loss over cost, a panel for each task: medians of the seeds, with their ranges."""
+    columns = min(4, len(results))
+    rows = -(-len(results) // columns)
+    with styled_figure(3.1 * columns + 0.6, 2.7 * rows + 0.9, layout="constrained") as page:
+        panels = page.subplots(rows, columns, squeeze=False, sharex=True)
+        drawn: dict[str, Any] = {}
+        for i, (panel, (task, runs)) in enumerate(zip(panels.flat, results.items(), strict=False)):
+            _draw(panel, runs, drawn)
+            first, last = i % columns == 0, i + columns >= len(results)
+            open_axes(
+                panel,
+                _broken(task),
+                "cost, in plain trainings" if last else "",
+                "test loss / plain training's" if first else "",
+            )
+            panel.tick_params(labelbottom=last)
+        for panel in list(panels.flat)[len(results) :]:
+            panel.set_visible(False)
+        costs = [
+            r[key] for runs in results.values() for r in runs for key in ("cost", "laplace cost") if key in r
+        ]
+        panels[0, 0].set_xlim(0.8, max([22.0, *(1.2 * cost for cost in costs)]))
+        seeds = max(len(runs) for runs in results.values())
+        said = f"Median and range of {seeds} seeds; " if seeds > 1 else ""
+        page.suptitle(f"{said}lower and further left is better", fontsize=10.5)
+        labels = [label for _, label, *_ in _METHODS if label in drawn]
+        page.legend(
+            [drawn[label] for label in labels], labels, loc="outside lower center", ncols=min(3, columns)
+        )
+        replace_figure(path, page, dpi=200)
+
+
+def _draw(panel: Any, runs: Sequence[Mapping[str, Any]], drawn: dict[str, Any]) -> None:
+    """Draw one task, and keep a handle of each label."""
+    panel.axhline(1.0, color="#8a8f98", linewidth=0.8, linestyle="--")
+    for key, label, colour, trainings in _METHODS:
+        found = [r for r in runs if key in r]
+        if not found:
+            continue
+        losses = [r[key][0] / r["plain"][0] for r in found]
+        cost_key = "cost" if key == "tuned" else f"{key} cost"
+        costs = [trainings if trainings is not None else r[cost_key] for r in found]
+        x, y = statistics.median(costs), statistics.median(losses)
+        drawn[label] = panel.errorbar(
+            x,
+            y,
+            xerr=[[x - min(costs)], [max(costs) - x]],
+            yerr=[[y - min(losses)], [max(losses) - y]],
+            fmt="D" if key == "tuned" else "o",
+            color=colour,
+            markersize=7 if key == "tuned" else 5.5,
+            capsize=2.5,
+            elinewidth=1.2,
+        )
+    panel.set_xscale("log")
+    panel.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    panel.minorticks_off()
+    panel.locator_params(axis="y", nbins=6)
+    panel.yaxis.set_major_formatter("{x:.2f}")
+
+
+def _broken(task: str) -> str:
+    """Return a task's name on two lines, if it is long."""
+    head, _, tail = task.partition(", ")
+    return f"{head},\n{tail}" if len(task) > 26 else task
+
+
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__, rounds=1)
@@ -192,9 +318,14 @@ def main() -> None:
     options.add_argument(
         "--only-rivals", action="store_true", help="fill that file, and measure nothing else"
     )
+    options.add_argument("--laplace", action="store_true", help="laplace-torch's marginal likelihood too")
+    options.add_argument("--figure", type=Path, default=None, help="file for test loss over cost")
     arguments = options.parse_args()
     start(arguments)
     before = load()
+    laplace = arguments.laplace and find_spec("laplace") is not None
+    if arguments.laplace and not laplace:
+        print("laplace-torch is not installed: left out. See benchmarks/requirements.txt.")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -212,11 +343,20 @@ def main() -> None:
             found: dict[str, Any] = {"seed": seed, **kept[key]}
             if not arguments.only_rivals:
                 found |= tuned(task, seed, lambda: [HypergradientCallback(WeightDecay())], arguments.rounds)
+                if laplace and has_laplace(task):
+                    found |= marginal(task, seed, arguments.rounds)
             results.setdefault(task.name, []).append(found)
             print(task.name, found, flush=True)
     if arguments.only_rivals:
         return
-    report(arguments, {"tasks": results, "figures": summarise(results)}, load_before=before)
+    if arguments.figure is not None:
+        figure(arguments.figure, results)
+    report(
+        arguments,
+        {"tasks": results, "figures": summarise(results)},
+        packages=("optuna", "laplace-torch"),
+        load_before=before,
+    )
 
 
 if __name__ == "__main__":

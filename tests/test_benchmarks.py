@@ -5,7 +5,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -122,6 +123,33 @@ def test_hypernetworks_run(run: Script, fashion_mnist: Path) -> None:
     assert {"hypernetwork, one slope per weight", "implicit", "unrolled"} <= set(decays["found"])
     cnn = run("hypernetwork_cnn", ["--rounds", "1", "--epochs", "1", "--size", "1000", "--warmup", "2"])
     assert "a fresh network, Delta-STN's last values held fixed" in cnn["seeds"][0]
+
+
+def test_what_one_line_pays_is_drawn_for_the_methods_that_ran(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pays = importlib.import_module("pays")
+    assert [pays.has_laplace(task) for task in pays.TASKS] == [True, False, True, True, True] + [False] * 3
+    runs = [{"plain": (2.0, 0.5), "grid": (1.5, 0.6), "tuned": (1.6, 0.6), "cost": 1.2 + 0.1 * i} for i in range(3)]
+    pays.figure(tmp_path / "pays.png", {"a": runs, "b": [{**run, "tpe": (1.4, 0.6)} for run in runs]})
+    assert (tmp_path / "pays.png").read_bytes().startswith(b"\x89PNG")
+
+    class Panel:
+        """Records points."""
+
+        points: ClassVar[list[tuple[float, float]]] = []
+
+        def errorbar(self, x: float, y: float, **_: Any) -> None:
+            self.points.append((x, y))
+
+        def __getattr__(self, name: str) -> Any:
+            return MagicMock()
+
+    drawn: dict[str, Any] = {}
+    pays._draw(Panel(), runs, drawn)
+    assert Panel.points == [(1.0, 1.0), (pytest.approx(1.3), 0.8), (11.0, 0.75)]
+    assert len(drawn) == 3
 
 
 def test_biggan_cost_measures_three_loops(run: Script) -> None:

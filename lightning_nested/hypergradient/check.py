@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class HypergradientReport:
     tolerance: float  # bound on the relative error and on the inner gradient
     dtype: torch.dtype  # floating type of the check
     failures: tuple[str, ...]  # a sentence per failed assumption: its name, what was found, the cure
-    remaining: Remaining = Remaining()  # how far the parameters are from their minimum, and what that does
+    # How far the parameters are from their minimum, and what that does to the hypergradient.
+    remaining: Remaining = field(default_factory=Remaining)
 
     @property
     def passed(self) -> bool:
@@ -211,7 +212,9 @@ class _Check:
         else:
             self.hypergradient, self.residual = result.hypergradient, result.solution.residual
 
-    def find_remaining(self, solver: AnySolver, curvature: AnyCurvature, another: LossFunction | None) -> None:
+    def find_remaining(
+        self, solver: AnySolver, curvature: AnyCurvature, another: LossFunction | None
+    ) -> None:
         """Find the minimum nearby, and the hypergradient there."""
         assert self.around is not None
         self.remaining, moved = find_remaining(self.problem, curvature, self.around.smallest, another)

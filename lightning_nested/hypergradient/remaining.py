@@ -93,8 +93,6 @@ def find_remaining(
 
 
 def _step(curvature: LinearOperator, gradient: Vector, smallest: float) -> Vector | None:
-    if float(norm(gradient)) == 0.0:
-        return gradient
     for damping in (0.0, -1.5 * smallest):
         if damping < 0:
             break

@@ -41,7 +41,9 @@ class Pace:
         if self.total_steps is None:
             return None
         first, made = self.began
-        return max(0, self._outer_steps_before(first + self.total_steps - made) - self._outer_steps_before(first))
+        return max(
+            0, self._outer_steps_before(first + self.total_steps - made) - self._outer_steps_before(first)
+        )
 
     def _outer_steps_before(self, inner_step: int) -> int:
         return max(0, -(-(inner_step - self.warmup_steps) // self.every_n_steps))

@@ -198,6 +198,60 @@ def test_accumulated_means_over_tokens_are_one_batch(normal: Normal) -> None:
         close(found[1].squares[i], found[0].squares[i])
 
 
+class ClassesFirst(nn.Module):
+    """(batch, tokens, classes) → (batch, classes, tokens), as cross-entropy takes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "MLP": (lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)), (6, 3), (6,)),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4)
+        ),
+        (6, 2, 5, 5),
+        (6,),
+    ),
+    "tokens": (
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), ClassesFirst()),
+        (6, 7, 3),
+        (6, 7),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_factors_are_those_of_curvlinops(name: str, normal: Normal) -> None:
+    """Of the empirical Fisher information of a mean cross-entropy, where both have the same definition."""
+    curvlinops = pytest.importorskip("curvlinops")
+    make, size, labels = NETWORKS[name]
+    net, x = make().to(DOUBLE), normal(*size)
+    y = torch.randint(4, labels, generator=torch.Generator().manual_seed(0))
+    fisher = KroneckerFisher(net, dict(net.named_parameters()))
+    with fisher.observing():
+        loss = functional.cross_entropy(net(x), y)
+        fisher.expect(loss)
+        loss.backward()
+    fisher.update()
+    peer = curvlinops.KFACLinearOperator(
+        net,
+        nn.CrossEntropyLoss(),
+        list(net.parameters()),
+        [(x, y)],
+        fisher_type="empirical",
+        separate_weight_and_bias=False,
+        check_deterministic=False,
+    )
+    peer.compute_kronecker_factors()
+    names = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for n, (a, g) in zip(names, fisher.factors, strict=True):  # type: ignore[misc]
+        close(a, peer._input_covariances[n])
+        close(g, peer._gradient_covariances[n])
+
+
 def test_positions_of_a_sequence_count_as_examples(normal: Normal) -> None:
     layer, x, slopes = nn.Linear(3, 2, dtype=DOUBLE), normal(4, 5, 3), normal(4, 5, 2)
     fisher = seen(layer, lambda: (layer(x) * slopes).sum() / 4)

@@ -104,7 +104,9 @@ def test_centered_rmsprop_divides_by_the_deviation() -> None:
     p.grad = torch.tensor([0.3, -1.2, 4.0], dtype=DOUBLE) + 1.0
     optimizer.step()
     # From one step to the next the average square changes by a tenth at most.
-    torch.testing.assert_close((before - p.detach()) / p.grad * inverse, torch.ones_like(inverse), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        (before - p.detach()) / p.grad * inverse, torch.ones_like(inverse), rtol=0.1, atol=0
+    )
 
 
 def test_rates_before_the_first_step_and_of_groups() -> None:

@@ -46,7 +46,10 @@ def test_what_is_set_between_two_fits_is_kept() -> None:
 @pytest.mark.parametrize("same_trainer", [True, False])
 def test_the_rate_of_a_second_fit_ends_at_zero_with_it(same_trainer: bool) -> None:
     """Inner and outer steps are counted on: the second fit has no warm-up, and other outer steps than the first."""
-    callback, module = HypergradientCallback(WeightDecay(), every_n_steps=3, warmup_steps=4), Regression(smooth())
+    callback, module = (
+        HypergradientCallback(WeightDecay(), every_n_steps=3, warmup_steps=4),
+        Regression(smooth()),
+    )
     rates: list[float] = []
 
     class Rates(Callback):
@@ -69,7 +72,10 @@ def test_the_rate_of_a_second_fit_ends_at_zero_with_it(same_trainer: bool) -> No
 
 
 def test_a_checkpoint_of_a_second_fit_goes_on_with_its_schedule(tmp_path: Path) -> None:
-    callback, module = HypergradientCallback(WeightDecay(), every_n_steps=3, warmup_steps=4), Regression(smooth())
+    callback, module = (
+        HypergradientCallback(WeightDecay(), every_n_steps=3, warmup_steps=4),
+        Regression(smooth()),
+    )
     loaders = DataLoader(data(64, 1), 8), DataLoader(data(64, 2), 8)
     fit = trainer(callback, folder=tmp_path, max_epochs=1)
     fit.fit(module, *loaders)
