@@ -3,7 +3,7 @@
 Eight tasks, five seeds, each method by real fits of the Trainer; the test data are read once, for the model that a
 method hands over. The grid of eleven fixed decays and Optuna's TPE with sixteen trials train from scratch in every
 trial and keep the model of the lowest validation loss. Cost is the CPU time of the whole fit, beside that of a plain
-one right before it. ``--laplace`` adds laplace-torch's ``marglik_training``, which tunes the decays of all tensors by the
+one right before it. ``--laplace`` adds laplace-torch's ``marglik_training``, which tunes a decay per tensor by the
 marginal likelihood and needs no validation data, on the classifiers without batch norm.
 """
 

@@ -131,7 +131,10 @@ def test_what_one_line_pays_is_drawn_for_the_methods_that_ran(
     monkeypatch.syspath_prepend(str(FOLDER))
     pays = importlib.import_module("pays")
     assert [pays.has_laplace(task) for task in pays.TASKS] == [True, False, True, True, True] + [False] * 3
-    runs = [{"plain": (2.0, 0.5), "grid": (1.5, 0.6), "tuned": (1.6, 0.6), "cost": 1.2 + 0.1 * i} for i in range(3)]
+    runs = [
+        {"plain": (2.0, 0.5), "grid": (1.5, 0.6), "tuned": (1.6, 0.6), "cost": 1.2 + 0.1 * i}
+        for i in range(3)
+    ]
     pays.figure(tmp_path / "pays.png", {"a": runs, "b": [{**run, "tpe": (1.4, 0.6)} for run in runs]})
     assert (tmp_path / "pays.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,6 +4,7 @@ from lightning_nested.hypergradient.check import HypergradientReport, check_hype
 from lightning_nested.hypergradient.evaluation_point import Current, EvaluationPoint, LookAhead
 from lightning_nested.hypergradient.implicit import ImplicitResult, implicit_hypergradient, implicit_result
 from lightning_nested.hypergradient.inner_curvature import Curvature, FiniteDifference, GaussNewton, Hessian
+from lightning_nested.hypergradient.remaining import Remaining
 from lightning_nested.hypergradient.retraining import Minimize, Unroll
 from lightning_nested.hypergradient.self_check import ProductCheck, check_products
 from lightning_nested.hypergradient.unrolled import unrolled_hypergradient
@@ -48,6 +49,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "ProductCheck",
+    "Remaining",
     "Solution",
     "SolverState",
     "Unroll",

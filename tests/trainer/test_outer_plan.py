@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.linalg.kronecker import KroneckerFisher
 from lightning_nested.trainer.forecast import Forecast
 from tests.callbacks.tuned_regression import Regression, data, smooth
 from tests.trainers import trainer
@@ -118,3 +120,41 @@ def test_every_outer_step_looks_at_the_training_loss(monkeypatch: pytest.MonkeyP
     fitted(HypergradientCallback(WeightDecay(), every_n_steps=4, warmup_steps=2))
     assert len(radii) == 4
     assert all(ratio == pytest.approx(1.5) or ratio == pytest.approx(0.5) for ratio in radii)
+
+
+class Reduced(Regression):
+    """A regression whose loss is reduced in another way."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__(smooth())
+        self.reduction = reduction
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.reduction == "unknown":
+            return torch.linalg.vector_norm(loss)
+        # As of four tokens in each example.
+        return loss.expand(8, 4).sum() / 32 if self.reduction == "sum" else loss.expand(8, 4).mean()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("reduction", "terms"), [("sum", 32.0), ("mean", 32.0), ("unknown", None)])
+def test_the_loss_and_the_batch_reach_the_statistics(
+    reduction: str, terms: float | None, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[float | None], int | None]] = []
+    update = KroneckerFisher.update
+
+    def recorded(self: KroneckerFisher, *args: Any, **options: Any) -> None:
+        seen.append((self._terms, self._examples))
+        update(self, *args, **options)
+
+    monkeypatch.setattr(KroneckerFisher, "update", recorded)
+    callback = HypergradientCallback(WeightDecay(), every_n_steps=2, warmup_steps=1, self_check=False)
+    loaders = DataLoader(data(64, 1), 8), DataLoader(data(64, 2), 8)
+    trainer(callback, accumulate_grad_batches=accumulate).fit(Reduced(reduction), *loaders)
+    assert seen
+    for found, examples in seen:
+        # In an outer step the training loss is evaluated again, but its backward pass comes once.
+        assert found == [None if terms is None else pytest.approx(terms)] * accumulate
+        assert examples == 8
