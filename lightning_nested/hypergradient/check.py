@@ -96,7 +96,7 @@ def check_hypergradient(
 
     For small problems: every direction trains twice. Computed in float64 where the losses accept it, otherwise in the
     dtype of ``params`` with a wider ε. Random numbers are the same in every call of a loss. Nothing given is changed,
-    but for buffers that the losses themselves update.
+    but for buffers that the losses themselves update. What remains up to the minimum is told, see :class:`Remaining`.
 
     Args:
         inner_loss: ``inner_loss(params, hparams) -> scalar``.
@@ -112,11 +112,7 @@ def check_hypergradient(
         epsilon: Length of the move in λ; None: ∛eps·(1 + ‖λ‖).
         tolerance: Relative error and relative inner gradient up to which the check passes.
         generator: Draws the directions; None: a fixed seed.
-        another_batch: The inner loss on another batch. The report then says how large the inner gradient is beside its
-            noise.
-
-    The report also says how far ``params`` are from the minimum, ‖z‖/‖w‖ with z = (H + δ)⁻¹∂L_T/∂w, and how many
-    hypergradients have another sign at w − z: there the training is heading, and there the formula holds.
+        another_batch: The inner loss on another batch, to compare the inner gradient with its noise.
 
     Example:
         Inner ½(w−λ)² + ½w², outer ½(w−2)²; at λ = 3 and its optimum w = 1.5 the slope is −0.25.
@@ -136,13 +132,8 @@ def check_hypergradient(
         if hypergradient is None or response.stationary:
             failures, check.around, curvature = inspect(check.problem, curvature, tolerance, generator)
             check.failures += failures
-        if hypergradient is None:
-            check.differentiate(solver, curvature)
-        else:
-            given = zip(hypergradient, check.problem.hparams, strict=True)
-            check.hypergradient = tuple(g.detach().to(h) for g, h in given)
-        if check.around is not None:
-            check.find_remaining(solver, curvature, another_batch)
+        check.differentiate(hypergradient, solver, curvature)
+        check.find_remaining(solver, curvature, another_batch)
         return check.report(directions, measured)
 
 
@@ -201,9 +192,15 @@ class _Check:
             )
         return measured
 
-    def differentiate(self, solver: AnySolver, curvature: AnyCurvature) -> None:
-        """Find the implicit hypergradient, unless the solver fails."""
+    def differentiate(
+        self, hypergradient: Sequence[Tensor] | None, solver: AnySolver, curvature: AnyCurvature
+    ) -> None:
+        """Take a given hypergradient, or find the implicit one, unless the solver fails."""
         problem = self.problem
+        if hypergradient is not None:
+            pairs = zip(hypergradient, problem.hparams, strict=True)
+            self.hypergradient = tuple(g.detach().to(h) for g, h in pairs)
+            return
         given = problem.inner, problem.outer(), problem.params, problem.hparams
         try:
             result = implicit_result(*given, solver=solver, curvature=curvature, allow_unused=True)
@@ -215,8 +212,9 @@ class _Check:
     def find_remaining(
         self, solver: AnySolver, curvature: AnyCurvature, another: LossFunction | None
     ) -> None:
-        """Find the minimum nearby, and the hypergradient there."""
-        assert self.around is not None
+        """Find the minimum nearby, and the hypergradient there, if the inner loss is finite around the parameters."""
+        if self.around is None:
+            return
         self.remaining, moved = find_remaining(self.problem, curvature, self.around.smallest, another)
         if moved is not None and self.hypergradient is not None:
             self.remaining = compare_signs(

@@ -24,7 +24,7 @@ _ROUNDING = 1e-6
 class Remaining:
     """The change of the parameters w that is left, z = (H + δ)⁻¹∂L_T/∂w with δ > 0 where H is indefinite.
 
-    Unknown numbers are NaN.
+    At w − z, where the training is heading, the formula of implicit differentiation holds. Unknown numbers are NaN.
     """
 
     change: float = math.nan  # ‖z‖/‖w‖
