@@ -4,11 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALL_OPTIONS ?=
+PYTHONS := 3.10 3.11 3.12 3.13 3.14
+OLDEST ?= python3.10
+RELEASE := .venv-release
 
-.PHONY: demo test coverage check lint types imports format bench docs docs-serve clean
+.PHONY: demo test coverage check lint types imports format bench docs docs-serve lowest matrix dist release clean
 .DEFAULT_GOAL := check
 
-demo: $(INSTALLED)  ## find the wrong labels among 700 digits while training on them
+demo: $(VENV)/.demo  ## find the wrong labels among 700 digits while training on them
 	$(BIN)/lightning-nested fit --config clean_digits
 
 # Two processes of one thread each. worksteal gives each a run of neighbouring tests and moves the rest of one to the other
@@ -45,17 +49,58 @@ docs: $(VENV)/.docs  ## the documentation site, into site/; warnings and broken 
 docs-serve: $(VENV)/.docs  ## the same at http://127.0.0.1:8000, built again whenever a page changes
 	$(BIN)/python -m mkdocs serve
 
+# An environment of its own for each; with torch one takes 6 GB, so it is removed when its tests have passed.
+lowest:  ## the default test suite on the oldest releases that pyproject.toml allows, with the oldest Python
+	$(MAKE) test VENV=.venv-lowest PYTHON=$(OLDEST) INSTALL_OPTIONS="--constraint constraints/lowest.txt"
+	rm -rf .venv-lowest
+
+matrix:  ## the default test suite on every Python that is supported and found here
+	set -e; for version in $(PYTHONS); do \
+		if ! python$$version -c '' 2>/dev/null; then echo "== python$$version: not found, skipped"; continue; fi; \
+		echo "== python$$version"; $(MAKE) test VENV=.venv-$$version PYTHON=python$$version; rm -rf .venv-$$version; \
+	done
+
+# The date of the last commit, so that a commit has one wheel, to the bit.
+dist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+dist: $(VENV)/.release  ## source archive and wheel into dist/, built twice and compared, their description checked
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist/second
+	$(BIN)/python -m build --outdir dist
+	cmp dist/*.whl dist/second/*.whl
+	rm -rf dist/second build
+	$(BIN)/python -m twine check --strict dist/*
+
+# Nothing is uploaded. The main job runs outside the tree, so that it is the wheel that is imported.
+release: dist  ## the release checklist: also installs the wheel in an empty environment, and runs the main job there
+	rm -rf $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	set -e; wheel=$$(echo $(CURDIR)/dist/*.whl); $(RELEASE)/bin/python -m pip install "$$wheel[cli,digits,figures]"
+	cd $(RELEASE) && bin/lightning-nested --version && bin/lightning-nested fit --config clean_digits
+	rm -rf $(RELEASE)
+
 clean:
-	rm -rf $(VENV) site build dist *.egg-info .coverage coverage.xml htmlcov
+	rm -rf $(VENV) .venv-lowest $(addprefix .venv-,$(PYTHONS)) $(RELEASE) site build dist *.egg-info .coverage coverage.xml htmlcov
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # The stamp is written last, so an interrupted installation is taken up again by the next run.
-$(INSTALLED): pyproject.toml
+$(VENV)/.pip:
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "pip>=21.3"  # the first that installs a pyproject.toml project editable
-	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+$(INSTALLED): pyproject.toml $(VENV)/.pip
+	$(BIN)/python -m pip install $(INSTALL_OPTIONS) --editable ".[dev]"
+	touch $@
+
+# What the demo needs, and no more.
+$(VENV)/.demo: pyproject.toml $(VENV)/.pip
+	$(BIN)/python -m pip install $(INSTALL_OPTIONS) --editable ".[cli,digits,figures]"
 	touch $@
 
 $(VENV)/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --editable ".[docs]"
+	touch $@
+
+$(VENV)/.release: $(VENV)/.pip
+	$(BIN)/python -m pip install "build>=1.2" "twine>=6"
 	touch $@

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_nested"
 CORE = (
     "dynamics",
+    "extras",
     "figures",
     "files",
     "games",

@@ -30,6 +30,7 @@ from lightning_nested.trainer.joint_losses import (
     warn_if_detached,
 )
 from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.run_folder import draws_figures
 from lightning_nested.trainer.use import OneFitCallback
 
 
@@ -247,7 +248,7 @@ class GameSpectrumCallback(OneFitCallback):
         for logger in trainer.loggers:
             logger.log_metrics(named, step=measured.game_updates)
             add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-            if add_figure is not None and trainer.is_global_zero:
+            if add_figure is not None and trainer.is_global_zero and draws_figures():
                 figure = spectrum_figure([measured], list(module.running_players))
                 add_figure("spectrum", figure, measured.game_updates)
 

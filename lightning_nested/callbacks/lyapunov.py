@@ -25,7 +25,7 @@ from lightning_nested.trainer.follower import Follower
 from lightning_nested.trainer.game_follower import GameFollower
 from lightning_nested.trainer.joint_losses import is_game, refuse_other_modules
 from lightning_nested.trainer.requirements import refuse_strategy
-from lightning_nested.trainer.run_folder import keeps_files
+from lightning_nested.trainer.run_folder import draws_figures, keeps_files
 from lightning_nested.trainer.training_follower import TrainingFollower
 from lightning_nested.trainer.use import OneFitCallback
 
@@ -223,7 +223,7 @@ class LyapunovCallback(OneFitCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.figure_wanted and self.windows and keeps_files(trainer):
+        if self.figure_wanted and self.windows and keeps_files(trainer) and draws_figures():
             self._save_figure(Path(trainer.log_dir or trainer.default_root_dir))
 
     @property

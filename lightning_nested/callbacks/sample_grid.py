@@ -18,6 +18,7 @@ from lightning_nested.callbacks.generative_metrics.callback import (
     require_sampler,
 )
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
+from lightning_nested.extras import require_package
 from lightning_nested.files import replacing
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.isolation import without_trace
@@ -60,6 +61,7 @@ class SampleGrid(OneFitCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        require_package("torchvision")
         require_sampler(self, pl_module)
         if stage == "fit" and self.use.changed:
             self._last = 0

@@ -22,6 +22,7 @@ from lightning_nested.cli.find_configs import (
     shipped_configs,
     shipped_rides,
 )
+from lightning_nested.extras import MissingExtraError, require_package
 
 
 class Command(NamedTuple):
@@ -46,7 +47,10 @@ def main(args: Sequence[str] | None = None) -> None:
     elif first in ("-V", "--version"):
         print(PROGRAM, lightning_nested.__version__)
     elif first in COMMANDS or first.partition("=")[0] == "--print_shtab":
-        COMMANDS.get(first, COMMANDS["fit"]).run(arguments)
+        try:
+            COMMANDS.get(first, COMMANDS["fit"]).run(arguments)
+        except MissingExtraError as error:
+            _fail(str(error))
     elif first.startswith("-"):
         _fail(f"the first argument must be a command, --help or --version. Got {first!r}")
     else:
@@ -80,6 +84,7 @@ def _run_lightning(arguments: list[str]) -> None:
     # Before the seconds that importing Lightning takes.
     with _errors_in_short():
         resolved = resolve_configs(arguments)
+    require_package("jsonargparse", "tqdm")
     with paused_collection():
         from lightning_nested.cli.nested_cli import NestedCLI, import_classes
 
@@ -90,6 +95,7 @@ def _run_lightning(arguments: list[str]) -> None:
 def _run_ride(arguments: list[str]) -> None:
     with _errors_in_short():
         resolved = resolve_configs(arguments[1:], shipped_rides())
+    require_package("jsonargparse", "tqdm")
     with paused_collection():
         from lightning_nested.cli.ride import run_ride
     run_ride(resolved)
@@ -130,6 +136,7 @@ def _help() -> str:
         f"commands:\n{commands}\n\n"
         f"configurations for --config: {', '.join(shipped_configs())}\n"
         f"configurations for ride --config: {', '.join(shipped_rides())}\n\n"
+        "A configuration imports and runs the code that each class_path in it names: open only files that you trust.\n\n"
         f"examples:\n  {PROGRAM} fit --config digits --trainer.max_epochs 5\n"
         f"  {PROGRAM} fit --config clean_digits --trainer.callbacks.HypergradientCallback.every_n_steps 2\n"
         f"  {PROGRAM} fit --help"

@@ -7,7 +7,6 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ from lightning_nested.cli.completion import completion_script, shells
 from lightning_nested.cli.find_configs import resolve_configs
 from lightning_nested.cli.messages import PACKAGES, explained
 from lightning_nested.datamodules import InMemoryDataModule
+from lightning_nested.extras import require_package
 from lightning_nested.trainer.lightning import config_value, subcommand_parser
 
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -170,8 +170,7 @@ def _print_completion(parser: LightningArgumentParser, shell: str) -> NoReturn:
     """Print a script by which a shell completes the command line, and exit."""
     from lightning_nested.cli.ride import ride_parser
 
-    if find_spec("shtab") is None:
-        parser.error("--print_shtab needs shtab: pip install 'lightning-nested[completion]'")
+    require_package("shtab")
     if shell not in shells():
         parser.error(f"--print_shtab must be followed by a shell: {', '.join(shells())}. Got {shell!r}.")
     commands = [action.choices for action in parser._actions if isinstance(action.choices, dict)]

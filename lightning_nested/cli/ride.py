@@ -30,6 +30,7 @@ import lightning_nested.optim
 from lightning_nested.cli.find_configs import shipped_rides
 from lightning_nested.dynamics import GeneralizedRidgeRider, InProcess, Processes, RideTree
 from lightning_nested.dynamics.riders.executors import Executor
+from lightning_nested.extras import require_package
 from lightning_nested.files import replace_figure, replace_text
 from lightning_nested.games import Game
 from lightning_nested.linalg.vectors import Vector
@@ -94,6 +95,9 @@ def run_ride(arguments: Sequence[str]) -> RideTree:
     parser = ride_parser()
     _check_files(parser, arguments)
     config = parser.parse_args(list(arguments))
+    if config.figure:
+        # Now, not after the ride.
+        require_package("matplotlib")
     torch.set_num_threads(config.num_threads)
     optimizer = _optimizer(config.optimizer)
     try:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
+from lightning_nested.extras import require_package
 
 
 @checked
@@ -35,6 +36,7 @@ class DigitsDataModule(InMemoryDataModule):
 
     @override
     def load(self) -> tuple[LabelledImages, LabelledImages | None]:
+        require_package("sklearn")
         from sklearn.datasets import load_digits  # here, because it costs most of a second
 
         digits = load_digits()

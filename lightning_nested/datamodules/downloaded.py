@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, LabelledImages
+from lightning_nested.extras import require_package
 
 
 class DownloadedDataModule(InMemoryDataModule):
@@ -40,6 +41,7 @@ class DownloadedDataModule(InMemoryDataModule):
     @override
     def prepare_data(self) -> None:
         if self._folder() is None:
+            require_package("torchvision")
             from torchvision import datasets  # here, because it costs a second
 
             try:

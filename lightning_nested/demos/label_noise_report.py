@@ -11,12 +11,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.demos.reference_runs import fit_like, test_like
+from lightning_nested.extras import require_package
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
 from lightning_nested.linalg.saved import require_keys
@@ -68,6 +70,7 @@ class LabelNoiseReport(OneFitCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        require_package("matplotlib")
         if stage != "fit":
             return
         if self.use.changed:
@@ -228,9 +231,11 @@ def _quantiles(values: Tensor) -> list[float]:
 
 
 def _auroc(weights: Tensor, wrong: Tensor) -> float:
-    from sklearn.metrics import roc_auc_score  # here, because it costs most of a second
-
-    return float(roc_auc_score((~wrong).numpy(), weights.double().numpy()))
+    """Return the probability that a right label weighs more than a wrong one; equal weights count half."""
+    right, others = weights[~wrong].contiguous(), weights[wrong].sort().values
+    lower = torch.searchsorted(others, right).double()
+    not_higher = torch.searchsorted(others, right, right=True).double()
+    return float((lower + not_higher).mean() / (2 * len(others)))
 
 
 def _summary(results: Mapping[str, Any]) -> str:

@@ -6,12 +6,9 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,6 +17,10 @@ from lightning_nested.dynamics.riders.branching import FiniteTime
 from lightning_nested.figures.style import DARK_COLOURS, GREY, open_axes, styled_figure
 from lightning_nested.games import Game
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Largest number of parameters for which the field is drawn.
 _LARGEST = 64
@@ -136,6 +137,8 @@ def _exponents(
     shown = values[torch.isfinite(values)].abs()
     bound = float(shown.quantile(0.995)) if len(shown) else 1.0
     levels = torch.linspace(-bound or -1.0, bound or 1.0, _LEVELS + 1).tolist()
+    from matplotlib.ticker import MaxNLocator
+
     mesh = axes.contourf(xs.tolist(), ys.tolist(), values.mT.tolist(), levels, cmap="RdBu_r", extend="both")
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label(f"largest exponent over {branching.horizon} steps (nats per step)")
@@ -196,6 +199,8 @@ def _ends(axes: Axes, tree: RideTree, colours: dict[str, str]) -> None:
             zorder=3,
         )
         named.add(colour)
+    from matplotlib.ticker import MaxNLocator
+
     players = max((len(s.losses) for s in solutions), default=1)
     x = "loss at the end" if players == 1 else "loss at the end, mean of the players"
     open_axes(axes, f"{len(solutions)} solutions in {len(tree.leaves)} branches", x, "start")

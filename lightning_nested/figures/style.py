@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lightning_nested.extras import require_package
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -38,6 +40,7 @@ STYLE: dict[Any, Any] = {
 @contextmanager
 def styled_figure(width: float, height: float, *, dpi: int = 100, **options: Any) -> Iterator[Figure]:
     """Yield a new figure without a window, of a size in inches; what is drawn inside has the shared style."""
+    require_package("matplotlib")
     import matplotlib as mpl  # here, because it costs half a second
     from matplotlib.figure import Figure
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_nested.arguments import checked
+from lightning_nested.extras import require_package
 from lightning_nested.networks.cnn import SmallCNN
 from lightning_nested.networks.conditional_batch_norm import restored_modes
 from lightning_nested.networks.mlp import MLP
@@ -67,6 +68,7 @@ def build_network(
 def _torchvision_network(
     name: str, num_classes: int, input_shape: tuple[int, int, int], options: dict[str, Any]
 ) -> nn.Module:
+    require_package("torchvision")
     import torchvision.models  # here, because it costs a second that the small networks need not pay
 
     known = torchvision.models.list_models(module=torchvision.models)  # classification only

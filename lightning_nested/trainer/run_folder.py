@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_nested.extras import MissingExtraError, require_package
 from lightning_nested.files import replace_figure, replace_text
 
 if TYPE_CHECKING:
@@ -23,6 +25,16 @@ def run_folder(trainer: Trainer) -> Path:
 def keeps_files(trainer: Trainer) -> bool:
     """Return False in a ``fast_dev_run``, which leaves no files behind, as Lightning's own callbacks leave none."""
     return not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+
+def draws_figures() -> bool:
+    """Return True if matplotlib can be imported; warn if not, for callbacks whose figures come beside numbers."""
+    try:
+        require_package("matplotlib")
+    except MissingExtraError as error:
+        rank_zero_warn(f"No figure is drawn. {error}")
+        return False
+    return True
 
 
 def write_report(

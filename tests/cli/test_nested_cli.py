@@ -223,7 +223,7 @@ def test_a_model_without_data_is_refused_before_it_trains(capsys: pytest.Capture
 
 
 def test_completion_needs_shtab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nested.cli.nested_cli.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "shtab", None)
     assert "pip install 'lightning-nested[completion]'" in error_of("--print_shtab", "bash", capsys=capsys)
 
 

@@ -41,6 +41,7 @@ from lightning_nested.callbacks.generative_metrics.scores import (
     kernel_distance,
     precision_recall,
 )
+from lightning_nested.extras import require_package
 from lightning_nested.files import append_line
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.isolation import without_trace
@@ -160,6 +161,9 @@ class GenerativeMetrics(OneFitCallback):
             return
         if stage == "fit" and self.use.changed:
             self._validations, self.last = 0, {}
+        # Now, because the first scores come after hours.
+        if self.evaluator.is_inception or "precision_recall" in self.scores:
+            require_package("torch_fidelity")
         require_sampler(self, pl_module)
         if getattr(trainer, "datamodule", None) is None:
             raise MisconfigurationException(

@@ -29,6 +29,7 @@ from lightning_nested.callbacks.generative_metrics.images import (
     raw_bytes,
     to_bytes,
 )
+from lightning_nested.extras import require_package
 from lightning_nested.networks.conditional_batch_norm import restored_modes
 from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.random_stream import RandomStream
@@ -122,6 +123,7 @@ class InceptionEvaluator(Evaluator):
 
     @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
+        require_package("torch_fidelity")
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         cure = (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
+from lightning_nested.extras import require_package
 
 Split = Literal["train", "val", "test"]
 Score = Literal["frechet", "kernel", "inception_score", "precision_recall", "agreement"]
@@ -101,6 +102,7 @@ def inception_score(logits: Tensor, options: ScoreOptions) -> float:
 
 def precision_recall(real: Tensor, features: Tensor, options: ScoreOptions) -> dict[str, float]:
     """Return the share of samples inside the real manifold, and the reverse, by torch-fidelity."""
+    require_package("torch_fidelity")
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     found = prc_features_to_metric(

@@ -16,6 +16,7 @@ import torch
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked
+from lightning_nested.extras import require_package
 
 Chunk: TypeAlias = Sequence[Any]
 Work: TypeAlias = Callable[[Chunk], Any]
@@ -117,13 +118,9 @@ class Ray(Executor):
 
     def _cluster(self) -> Any:
         """Return the module ray, connected to its cluster."""
-        try:
-            import ray
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "The executor Ray needs the package ray. Got none installed: pip install 'lightning-nested[ray]', or "
-                "use Processes()."
-            ) from error
+        require_package("ray")
+        import ray
+
         if not ray.is_initialized():
             ray.init(address=self.address)
         return ray

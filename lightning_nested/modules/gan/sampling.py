@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_nested.extras import require_package
 from lightning_nested.files import replacing
 from lightning_nested.modules.gan.biggan_options import Sampling
 from lightning_nested.networks import Generator, frozen_power_iteration, standing_statistics
@@ -139,6 +140,7 @@ def sample_images(
 
 def save_images(images: Tensor, labels: Tensor, folder: Path, prefix: str) -> None:
     """Write ``<folder>/class_<label>/<prefix>_<position>.png`` for each image; of mixtures ``<folder>/mixtures/…``."""
+    require_package("torchvision")
     from torchvision.utils import save_image  # here, because it costs a second
 
     names = ["mixtures"] * len(labels) if labels.ndim > 1 else [f"class_{y}" for y in labels.tolist()]
