@@ -3,12 +3,16 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -123,6 +127,7 @@ def test_type_checkers_see_the_names_that_exist(tmp_path: Path) -> None:
     assert lines == [4, 5], run.stdout + run.stderr
 
 
+@pytest.mark.skipif(not (ROOT / ".gitignore").exists(), reason="a source archive has no links")
 @pytest.mark.parametrize("name", ["callbacks", "configs", "datamodules"])
 def test_root_links_point_into_the_package(name: str) -> None:
     assert (ROOT / name).is_symlink()
@@ -137,30 +142,54 @@ def test_versions_agree() -> None:
     assert version[1] == lightning_nested.__version__
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str], str]:
-    """File names in a wheel and a source archive made of this tree, and the wheel's entry points."""
-    source = tmp_path_factory.mktemp("source")
-    # A copy: setuptools leaves `build` and `*.egg-info` beside what it builds.
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(PACKAGE, source / "lightning_nested", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("callbacks", "configs", "datamodules"):
-        shutil.copy(ROOT / name, source / name, follow_symlinks=False)
-    code = "from setuptools import build_meta as b; b.build_sdist('out'); b.build_wheel('out')"
+class Built(NamedTuple):
+    """What a source archive and the wheel made of it hold."""
+
+    in_wheel: set[str]
+    in_sdist: set[str]
+    scripts: str
+    metadata: Message
+    wheel: bytes
+
+
+def build(source: Path, *, out: str, epoch: str = "1700000000") -> Built:
+    code = f"from setuptools import build_meta as b; b.build_sdist({out!r}); b.build_wheel({out!r})"
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch}
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    (wheel,) = (source / "out").glob("*.whl")
-    (sdist,) = (source / "out").glob("*.tar.gz")
+    (wheel,) = (source / out).glob("*.whl")
+    (sdist,) = (source / out).glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = set(archive.namelist())
         (entry_points,) = (name for name in in_wheel if name.endswith("entry_points.txt"))
+        (metadata,) = (name for name in in_wheel if name.endswith("METADATA"))
         scripts = archive.read(entry_points).decode()
-    with tarfile.open(sdist) as archive:
-        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    return in_wheel, in_sdist, scripts
+        message = message_from_bytes(archive.read(metadata))
+    with tarfile.open(sdist) as opened:
+        in_sdist = {name.partition("/")[2] for name in opened.getnames()}
+    return Built(in_wheel, in_sdist, scripts, message, wheel.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is kept in the repository: setuptools leaves `build` and `*.egg-info` beside what it builds."""
+    copy = tmp_path_factory.mktemp("source")
+    for path in ROOT.iterdir():
+        # Not environments, caches, runs and results of other builds.
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, copy)
+    for name in ("benchmarks", "constraints", "docs", "lightning_nested", "scripts", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("callbacks", "configs", "datamodules"):
+        (copy / name).symlink_to(f"lightning_nested/{name}")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(source: Path) -> Built:
+    return build(source, out="out")
 
 
 def shipped() -> set[str]:
@@ -175,13 +204,35 @@ def shipped() -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in wanted}
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[set[str], set[str], str]) -> None:
-    in_wheel, _, scripts = built
-    assert {name for name in in_wheel if ".dist-info/" not in name} == shipped()
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in in_wheel)
-    assert "lightning-nested = lightning_nested.cli:main" in scripts
+def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
+    assert {name for name in built.in_wheel if ".dist-info/" not in name} == shipped()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in built.in_wheel)
+    assert "lightning-nested = lightning_nested.cli:main" in built.scripts
 
 
-def test_the_source_archive_holds_the_package(built: tuple[set[str], set[str], str]) -> None:
-    _, in_sdist, _ = built
-    assert in_sdist >= shipped() | {"pyproject.toml", "README.md", "LICENSE"}
+def test_the_source_archive_holds_the_package_and_what_its_tests_need(source: Path, built: Built) -> None:
+    kept = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    generated = ("out/", "build/", "lightning_nested.egg-info/")
+    links = ("callbacks/", "configs/", "datamodules/")
+    assert built.in_sdist >= shipped() | {name for name in kept if not name.startswith((*generated, *links))}
+    assert not [name for name in built.in_sdist if name.startswith(links)]
+
+
+def test_two_builds_are_one_wheel(source: Path, built: Built) -> None:
+    again = build(source, out="again")
+    assert again.wheel == built.wheel
+    assert build(source, out="later", epoch="1800000000").wheel != built.wheel
+
+
+def test_the_description_has_no_link_that_leads_nowhere(built: Built) -> None:
+    assert built.metadata["Description-Content-Type"] == "text/markdown"
+    description = str(built.metadata.get_payload())
+    assert description.startswith("# lightning-nested\n")
+    assert not re.findall(r"\]\((?!\w+:|#)[^)\s]+\)", description)
+    described = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["described"]
+    text = "![a picture](docs/a.png) [b](docs/b.md#c) [d](https://d.org) [e](#f)"
+    here = "https://example.org/x"
+    assert described(text, None) == " b [d](https://d.org) [e](#f)"
+    assert described(text, here) == (
+        f"![a picture]({here}/raw/main/docs/a.png) [b]({here}/blob/main/docs/b.md#c) [d](https://d.org) [e](#f)"
+    )
