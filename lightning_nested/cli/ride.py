@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,8 +54,10 @@ class _Parser(ArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if message.endswith("required: game"):
-            message += f" (class of a game), or --config {' or '.join(shipped_rides())}"
+        # Before jsonargparse 4.49 the sentence was another one.
+        if re.search(r"required: game$|['\"]game['\"] is required", message):
+            choice = f"(class of a game), or --config {' or '.join(shipped_rides())}"
+            message = f"the following arguments are required: game {choice}"
         if message.startswith('Parser key "game":'):
             message += f"\nGames of the package: {', '.join(sorted(_games()))}"
         super().error(message, ex)
@@ -80,12 +83,14 @@ def ride_parser() -> ArgumentParser:
     option("--num_threads", type=PositiveInt, default=1, help="Threads of one torch operation.")
     option("--figure", type=bool, default=True, help="Draw ride.png.")
     parser.add_subclass_arguments(Game, "game", required=True)
-    option(
+    optimizer = option(
         "--optimizer",
         type=Callable[[list[Tensor]], Optimizer],
         default={"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}},
         help="Optimizer of the training; one that update_map knows.",
     )
+    # Before torch 2.6 the parameters had no annotation.
+    optimizer.sub_add_kwargs["fail_untyped"] = False
     parser.add_class_arguments(GeneralizedRidgeRider, "rider", skip={"executor"}, as_group=True)
     return parser
 
