@@ -23,7 +23,9 @@ def described(readme: str, source: str | None) -> str:
 
 def main() -> None:
     """Read the address under [project.urls] by hand: Python 3.10 has no tomllib."""
-    urls = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    urls = re.search(
+        r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     setup(
         long_description=described(readme, urls[1] if urls else None),

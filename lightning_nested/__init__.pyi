@@ -32,6 +32,7 @@ from .datamodules import (
 from .demos import (
     GameReport as GameReport,
     ModeCoverage as ModeCoverage,
+    TuningReport as TuningReport,
     ZooGame as ZooGame,
 )
 from .dynamics import (

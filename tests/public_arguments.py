@@ -149,6 +149,7 @@ CASES = {
     "MixtureOfGaussiansDataModule": Case(ln.MixtureOfGaussiansDataModule),
     # demos
     "GameReport": Case(ln.GameReport, _named),
+    "TuningReport": Case(ln.TuningReport, _named),
     "ModeCoverage": Case(ln.ModeCoverage, _named),
     "ZooGame": Case(
         ln.ZooGame, {"start": ([[-1.0], [2.0]],), "solution": ([[-1.0], [2.0]],)}, game=ln.DiracGAN()

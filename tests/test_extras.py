@@ -147,7 +147,8 @@ def test_a_broken_package_is_told_from_a_missing_one(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "ray", raising=False)
     with pytest.raises(
-        MissingExtraError, match="The package ray must be importable. Got ModuleNotFoundError: No module named 'light"
+        MissingExtraError,
+        match="The package ray must be importable. Got ModuleNotFoundError: No module named 'light",
     ):
         require_package("ray")
 
@@ -215,5 +216,7 @@ def test_callbacks_run_without_any_extra(tmp_path: Path) -> None:
 
 def test_callbacks_run_beside_a_broken_torchvision(tmp_path: Path) -> None:
     # Without [images]: torchmetrics imports these two where they are installed, and Lightning imports torchmetrics.
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    (tmp_path / "torchvision.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
     fits(HIDDEN.format(distributions=["torch_fidelity", "torchvision"], modules=[]), tmp_path)

@@ -13,7 +13,7 @@ from lightning_nested.arguments import checked
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.extras import require_package
 from lightning_nested.figures.game_report import game_figure
-from lightning_nested.trainer.run_folder import run_folder, write_report
+from lightning_nested.trainer.run_folder import run_folder, table, write_report
 from lightning_nested.trainer.use import OneFitCallback
 
 # Distances below it, relative to the first, are rounding.
@@ -87,12 +87,14 @@ def measured_rate(distances: list[float]) -> float | None:
 
 def _summary(results: dict[str, Any]) -> str:
     rates = [
-        f"{what} {results[key]:.6f}"
+        (f"rate per update: {what}", f"{results[key]:.6f}" if results[key] is not None else "none")
         for what, key in (("measured", "measured_rate"), ("predicted", "predicted_rate"))
-        if results[key] is not None
     ]
-    return (
-        f"\n{results['game']}: distance to the solution {results['distance_at_start']:.3g} → "
-        f"{results['distance_at_end']:.3g} in {results['game_updates']} game updates; "
-        f"rate per update: {', '.join(rates) or 'none'}"
-    )
+    rows = [
+        ("game updates", str(results["game_updates"])),
+        ("gradient evaluations", str(results["gradient_evaluations"])),
+        ("distance to the solution at the start", f"{results['distance_at_start']:.3g}"),
+        ("distance to the solution at the end", f"{results['distance_at_end']:.3g}"),
+        *rates,
+    ]
+    return table(results["game"], rows)

@@ -15,7 +15,7 @@ from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
-from lightning_nested.trainer.run_folder import run_folder, write_report
+from lightning_nested.trainer.run_folder import run_folder, table, write_report
 from lightning_nested.trainer.use import OneFitCallback
 
 
@@ -121,7 +121,14 @@ class ModeCoverage(OneFitCallback):
             f"\n{modes} of {len(data.centres)} modes covered (by at least {self.at_least} of {self.num_samples} "
             f"samples), {100 * quality:.1f} % of the samples within 3σ of a mode, after {updates} game updates"
         )
+        rows = [(f"{n} game updates", f"{m:>3} modes {100 * q:>6.1f} % good") for n, m, q in self._shown()]
+        text += table("on the way", rows)
         write_report(trainer, folder, self.name, results, figure, updates, text, file=file)
+
+    def _shown(self) -> list[tuple[int, int, float]]:
+        """Return up to eight counts, the first and the last among them."""
+        last = len(self.history) - 1
+        return [self.history[i] for i in sorted({round(last * part / 7) for part in range(8)})]
 
     @property
     @override

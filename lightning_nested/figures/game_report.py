@@ -32,7 +32,7 @@ def game_figure(module: Any, results: dict[str, Any]) -> Figure:
             drawn = [d for d in module.distances if 0 < d < 1e300]
             low = max(min(drawn, default=1e-18), 1e-18)
             distance.set_ylim(low / 10, max(drawn, default=low) * 10)
-        distance.set(xlabel="game updates", ylabel="distance to the solution")
+        distance.set(xlabel="game updates", ylabel="distance to the solution", title="Distance")
         for axes in (path, distance):
             axes.grid()
             axes.legend()
@@ -58,5 +58,6 @@ def _path(axes: Axes, module: Any) -> None:
     axes.plot(x[:1], y[:1], "o", color=GREY, label="start")
     axes.plot(x[-1:], y[-1:], "o", color=BLUE, label="end")
     axes.plot([solution[first]], [solution[second]], "+", color=ORANGE, ms=12, mew=2, label="solution")
-    axes.set(xlabel=f"{module.game.names[0]}", ylabel=f"{module.game.names[-1]}")
+    x, y = (f"first number of player {module.game.names[i]}" for i in (0, -1))
+    axes.set(xlabel=x, ylabel=y, title="Path of the players")
     axes.set_aspect("equal", adjustable="datalim")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -74,6 +74,25 @@ class LossTrend:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore."""
         self.count, self.first, self.last = state["count"], list(state["first"]), list(state["last"])
+
+
+@dataclass
+class ValueTrace:
+    """Values and outer losses over a run, at the outer steps that are logged."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    values: dict[str, list[Spread]] = field(default_factory=dict)  # by hyperparameter, as long as ``steps``
+
+    def add(self, step: int, loss: float, values: Mapping[str, Spread]) -> None:
+        """Take the values after an outer step. A hyperparameter that was not there before had none."""
+        missing: Spread = [math.nan, math.nan, math.nan, 0]
+        for name, value in values.items():
+            self.values.setdefault(name, [missing] * len(self.steps)).append(value)
+        self.steps.append(step)
+        self.losses.append(loss)
+        for seen in self.values.values():
+            seen.extend([missing] * (len(self.steps) - len(seen)))
 
 
 def mean_of(values: Mapping[str, Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_nested.arguments import at_least
 from lightning_nested.hyperparameters import OuterReport, OuterStep
-from lightning_nested.hyperparameters.outer_report import mean_of, spread, summary_line
+from lightning_nested.hyperparameters.outer_report import Spread, ValueTrace, mean_of, spread, summary_line
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.optim.step_dynamics import trainable
 from lightning_nested.trainer.lightning import logger_step, show_in_progress_bar
@@ -45,6 +46,7 @@ class OuterLoop:
         parameters: Inner parameters by name.
         initial: Values that restarts begin with, by name.
         batches: Batches of the outer loss, during training.
+        trace: Values over the run, at the outer steps that are logged.
 
     Raises:
         ValueError: A count is too small.
@@ -75,6 +77,7 @@ class OuterLoop:
         self.parameters: dict[str, nn.Parameter] = {}
         self.initial: dict[str, Tensor] = {}
         self.batches: OuterBatches | None = None
+        self.trace = ValueTrace()
         # Positions in the outer data: at the end of training, and from a checkpoint until start.
         self._position: Mapping[str, int] = {}
         self._saved_position: Mapping[str, int] = {}
@@ -135,6 +138,7 @@ class OuterLoop:
         self.outer.reset()
         self.parameters, self.initial, self.last_report = {}, {}, None
         self._position = self._saved_position = {}
+        self.trace = ValueTrace()
         self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
 
     def start(self, trainer: Trainer, loader: Any) -> OuterBatches:
@@ -223,6 +227,7 @@ class OuterLoop:
         self.check.conclude_step(module, self.outer)
         if self.logs(self.outer_steps) and self.last_report is not None:
             self._log(module, self.last_report)
+            self.trace.add(self.outer_steps, self.last_report.outer_loss, self.spreads())
         if self.restart_every is not None and self.outer_steps % self.restart_every == 0:
             assert self.batches is not None
             seed = self.batches.seed + 104_729 * self.outer_steps
@@ -265,7 +270,8 @@ class OuterLoop:
         """Return everything that the next outer step depends on but ``initial``, which the owner adds."""
         position = self.batches.state_dict() if self.batches else self._saved_position or self._position
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        return {"outer": self.outer.state_dict(), "batches": dict(position), **counters}
+        trace = copy.deepcopy(vars(self.trace))
+        return {"outer": self.outer.state_dict(), "batches": dict(position), "trace": trace, **counters}
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, keys: Sequence[str] = (), convert: bool = True
@@ -288,15 +294,21 @@ class OuterLoop:
                 f"{self.owner}: the saved run had no restart_every, and so no initial weights. Parameters that no "
                 "reset_parameters reaches restart from those of the checkpoint."
             )
+        # Checkpoints of earlier versions have none.
+        self.trace = ValueTrace(**copy.deepcopy(dict(state.get("trace", {}))))
         self._saved_position = state["batches"] or {}
         self._go_on()
+
+    def spreads(self) -> dict[str, Spread]:
+        """Return mean, smallest and largest value, and the number of values, of each hyperparameter."""
+        return {h.name: spread(h.values()) for h in self.outer.hyperparameters if h.built}
 
     def summary(self) -> str:
         """Describe what was tuned, a line for each hyperparameter, and whether the outer loss became lower."""
         lines = [
-            summary_line(h.name, self.outer.first[h.name], spread(h.values()))
-            for h in self.outer.hyperparameters
-            if h.built and h.name in self.outer.first
+            summary_line(name, self.outer.first[name], last)
+            for name, last in self.spreads().items()
+            if name in self.outer.first
         ]
         title = f"{self.owner} tuned in {self.outer_steps} outer steps:"
         return "\n  ".join([title, *lines, *self.outer.trend.lines()])

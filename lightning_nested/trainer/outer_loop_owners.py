@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from lightning_nested.hyperparameters import OuterReport
 from lightning_nested.hyperparameters.saved_values import saved_values
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.use import OneFitCallback
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class OfLoop:
@@ -81,6 +85,26 @@ class HasOuterLoop:
         """Return values as plain numbers and lists, and write them to a file; see :meth:`export_values`."""
         return self.export_values(path)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw tuned values against outer steps; the band goes from the smallest to the largest where there are many.
+
+        Drawn are the outer steps that were logged, and the current values.
+
+        Args:
+            ax: Axes to draw in; None: those of a new figure, without a window.
+
+        Returns:
+            The axes; ``plot().figure.savefig("values.png")`` writes them.
+
+        Raises:
+            ValueError: There was no outer step yet.
+            MissingExtraError: matplotlib is not installed.
+        """
+        from lightning_nested.figures.tuning import plot_values
+
+        loop = self.outer_loop
+        return plot_values(loop.trace, loop.outer_steps, loop.spreads(), loop.outer.first, ax)
+
     def on_fit_end(self, *_: Any, **__: Any) -> None:
         """Report what was tuned, on process 0."""
         rank_zero_info(self.outer_loop.summary())
@@ -111,6 +135,28 @@ def write_values(path: Path, numbers: Mapping[str, Any]) -> None:
 
 class OuterLoopCallback(HasOuterLoop, OneFitCallback):
     """Base of callbacks that run an outer loop."""
+
+    def _repr_html_(self) -> str:
+        """Return the object as it is constructed and, once fit has begun, a table of its values, for notebooks."""
+        head = f"<pre>{escape(repr(self))}</pre>"
+        now = self.outer_loop.spreads()
+        if not now:
+            return head
+        titles = ("hyperparameter", "values", "start", "mean", "smallest", "largest")
+        rows = [
+            (
+                name,
+                count,
+                *(f"{v:.4g}" for v in (self.outer_loop.outer.first.get(name, [mean])[0], mean, low, high)),
+            )
+            for name, (mean, low, high, count) in now.items()
+        ]
+        cells = "".join(
+            f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
+        )
+        heading = "".join(f"<th>{title}</th>" for title in titles)
+        steps = f"{self.outer_steps} outer steps, {self.skipped_steps} skipped"
+        return f"{head}<table><caption>{steps}</caption><tr>{heading}</tr>{cells}</table>"
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

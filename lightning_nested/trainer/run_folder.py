@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,21 @@ def draws_figures() -> bool:
         rank_zero_warn(f"No figure is drawn. {error}")
         return False
     return True
+
+
+def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return lines of a label and a number each, for reports.
+
+    >>> print(table("xy", [("game updates", "1000"), ("rate", "0.97743")]))
+    <BLANKLINE>
+    xy
+    ---------------------
+    game updates     1000
+    rate          0.97743
+    """
+    left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
+    lines = [f"{label:<{left}}  {value:>{right}}" for label, value in rows]
+    return "\n".join(["", title, "-" * (left + 2 + right), *lines])
 
 
 def write_report(
