@@ -1,4 +1,4 @@
-"""The long description: README.md without links that lead nowhere outside of the repository. All else: pyproject.toml."""
+"""The long description: README.md without links that lead nowhere outside of the repository."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packages that only some parts need: without them, or with a broken one, the rest works and the error names the cure."""
+"""Packages that only some parts need: without them the rest works, and the error names the cure."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_broken_package_is_told_from_a_missing_one(tmp_path: Path, monkeypatch
     monkeypatch.delitem(sys.modules, "ray", raising=False)
     with pytest.raises(
         MissingExtraError,
-        match="The package ray must be importable. Got ModuleNotFoundError: No module named 'light",
+        match=r"The package ray must be importable\. Got ModuleNotFoundError: No module named 'light",
     ):
         require_package("ray")
 

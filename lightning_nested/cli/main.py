@@ -136,7 +136,7 @@ def _help() -> str:
         f"commands:\n{commands}\n\n"
         f"configurations for --config: {', '.join(shipped_configs())}\n"
         f"configurations for ride --config: {', '.join(shipped_rides())}\n\n"
-        "A configuration imports and runs the code that each class_path in it names: open only files that you trust.\n\n"
+        "Each class_path of a configuration imports and runs code: open only files that you trust.\n\n"
         f"examples:\n  {PROGRAM} fit --config digits --trainer.max_epochs 5\n"
         f"  {PROGRAM} fit --config clean_digits --trainer.callbacks.HypergradientCallback.every_n_steps 2\n"
         f"  {PROGRAM} fit --help"

@@ -58,6 +58,6 @@ def _path(axes: Axes, module: Any) -> None:
     axes.plot(x[:1], y[:1], "o", color=GREY, label="start")
     axes.plot(x[-1:], y[-1:], "o", color=BLUE, label="end")
     axes.plot([solution[first]], [solution[second]], "+", color=ORANGE, ms=12, mew=2, label="solution")
-    x, y = (f"first number of player {module.game.names[i]}" for i in (0, -1))
-    axes.set(xlabel=x, ylabel=y, title="Path of the players")
+    labels = [f"first number of {module.game.names[i]}" for i in (0, -1)]
+    axes.set(xlabel=labels[0], ylabel=labels[1], title="Path of the players")
     axes.set_aspect("equal", adjustable="datalim")

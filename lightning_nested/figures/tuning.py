@@ -71,7 +71,15 @@ def tuning_figure(
     with styled_figure(11.0, 4.2, dpi=110, layout="constrained") as figure:
         values, loss = figure.subplots(1, 2)
         plot_values(trace, outer_steps, now, first, values)
-        loss.plot(trace.steps, trace.losses, color=BLUE, lw=1.4, label="one batch at each logged outer step")
+        loss.plot(
+            trace.steps,
+            trace.losses,
+            color=BLUE,
+            lw=1.4,
+            marker="o",
+            ms=3,
+            label="one batch at each logged outer step",
+        )
         open_axes(loss, "Outer loss", "outer step", "validation loss of a batch")
         loss.legend()
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")

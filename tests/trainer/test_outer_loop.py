@@ -174,6 +174,7 @@ def test_a_state_restores_values_counters_initial_weights_and_position() -> None
     assert set(state) == {
         "outer",
         "batches",
+        "trace",
         "inner_steps",
         "outer_steps",
         "skipped_steps",
@@ -185,6 +186,7 @@ def test_a_state_restores_values_counters_initial_weights_and_position() -> None
     assert (other.inner_steps, other.outer_steps) == (4, 1)
     assert torch.equal(other.outer.values()["weight_decay"], loop.outer.values()["weight_decay"])
     assert torch.equal(other.initial["layer.weight"], loop.initial["layer.weight"])
+    assert other.trace.steps == loop.trace.steps == [1]
     # The position waits for the stream of batches.
     assert other.state_dict()["batches"] == position
 
