@@ -202,7 +202,7 @@ CASES = {
     "GaussNewton": Case(ln.GaussNewton, {"outputs": (TEXT,)}, outputs=torch.ones(2)),
     "Hessian": Case(ln.Hessian),
     "Identity": Case(ln.Identity),
-    "KroneckerFactored": Case(ln.KroneckerFactored, {"damping": (0.1,)}),
+    "KroneckerFactored": Case(ln.KroneckerFactored, {"damping": (0.1,), "relative": (0.1,)}),
     "KroneckerFisher": Case(ln.KroneckerFisher, module=line, parameters=dict(line.named_parameters())),
     "LookAhead": Case(ln.LookAhead),
     "Minimize": Case(Minimize),

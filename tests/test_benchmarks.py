@@ -86,6 +86,14 @@ def test_callback_cost_runs(run: Script) -> None:
     assert found["a step without callback"].median > 0
 
 
+def test_example_weights_tell_wrong_labels(run: Script) -> None:
+    ((found,),) = run("example_weights", ["--tasks", "0", "--seeds", "100", "--steps", "200"]).values()
+    assert min(found[key] for key in ("plain", "right", "small_loss", "ours")) > 0.5
+    # Chance gives 0.5, with a standard deviation of 0.02 for 280 and 420 labels.
+    assert min(found["small_loss_auroc"], found["ours_auroc"]) > 0.55
+    assert min(found["small_loss_cost"], found["ours_cost"]) > 0
+
+
 def test_optimizers_run_and_make_the_same_steps(run: Script) -> None:
     found = run("optimizers", ["--rounds", "1", "--tensors", "3", "--elements", "300"])
     for name, entry in found.items():

@@ -218,6 +218,6 @@ def test_callbacks_run_beside_a_broken_torchvision(tmp_path: Path) -> None:
     # As without [images]: where the two are installed, torchmetrics imports them, and Lightning imports torchmetrics.
     # Even then it tries, and only an ImportError is no fault to it.
     (tmp_path / "torchvision.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+        "raise ImportError('operator torchvision::nms does not exist')\n"
     )
     fits(HIDDEN.format(distributions=["torch_fidelity", "torchvision"], modules=["torch_fidelity"]), tmp_path)

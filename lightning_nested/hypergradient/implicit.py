@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from lightning_nested.arguments import checked
-from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Linearization, Loss, as_curvature
+from lightning_nested.hypergradient.inner_curvature import (
+    AnyCurvature,
+    Curvature,
+    Linearization,
+    Loss,
+    Mixed,
+    as_curvature,
+)
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator
 from lightning_nested.linalg.graph import (
     HIDDEN,
@@ -54,7 +61,9 @@ class ImplicitResult:
     solution: Solution  # of the inverse-vector product
     # ∂L_T/∂w without the penalties, averaged over processes; should be small. None: nothing needed it.
     inner_gradient: Vector | None
-    identity_cosine: float = math.nan  # to the hypergradient of Identity(); NaN unless asked for
+    # To the hypergradient of Identity(). NaN unless asked for, and with a given mixed product, whose second evaluation
+    # may be of other batches.
+    identity_cosine: float = math.nan
     unreached: tuple[int, ...] = ()  # hyperparameters in no loss's graph; their hypergradients are zero
 
     @property
@@ -84,6 +93,7 @@ def implicit_result(
     allow_unused: bool = False,
     compare_identity: bool = False,
     inspect: Inspect | None = None,
+    mixed: Mixed | None = None,
 ) -> ImplicitResult:
     """Run the engine behind :func:`implicit_hypergradient`, the callback and NestedModule.
 
@@ -101,6 +111,7 @@ def implicit_result(
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
         inspect: See :data:`Inspect`.
+        mixed: Product (v, λ) → vᵀ ∂²L_T/∂w∂λ, with the factor ``inner_scale``, in place of that of ``inner_loss``.
     """
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
@@ -109,16 +120,16 @@ def implicit_result(
         refuse_sparse(outer)
         b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
         inverse, problem = as_solver(solver), None
-        if hyper or inverse.needs_operator:
-            problem = as_curvature(curvature).linearize(inner_loss, w)
-            state = _calibrated(problem, b, state)
-        inner = _InnerProblem(problem, hyper, penalties, reduce, inner_scale)
+        if (hyper and mixed is None) or inverse.needs_operator:
+            problem, state = _linearize(as_curvature(curvature), inner_loss, w, b, state)
+        inner = _InnerProblem(problem, mixed, hyper, penalties, reduce, inner_scale)
         watch = nullcontext(problem) if inspect is None else inspect(problem, b)
         with _explain_infinite_curvature(inner_loss, w, problem), watch as watched:
             inner = replace(inner, problem=watched)
             solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
             found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
-        plain = inner.hypergradient(b, direct, allow_unused)[:2] if compare_identity else None
+        compares = compare_identity and mixed is None
+        plain = inner.hypergradient(b, direct, allow_unused)[:2] if compares else None
     return ImplicitResult(
         hypergradient=found,
         penalties=closed,
@@ -133,9 +144,9 @@ def implicit_result(
 class _InnerProblem:
     """The linearized inner loss with its penalties, on the global batch and without the loss's factor."""
 
-    problem: (
-        Linearization | None
-    )  # None: only the penalties matter, and nothing multiplies with the curvature
+    # None: nothing multiplies with the curvature, and the mixed product is given or not needed.
+    problem: Linearization | None
+    mixed: Mixed | None  # in place of that of the problem
     hparams: Vector
     penalties: Sequence[Penalty]
     reduce: Reduce | None
@@ -159,7 +170,8 @@ class _InnerProblem:
         """∂L_V/∂λ − vᵀ ∂²L_T/∂w∂λ; −vᵀ ∂²P/∂w∂λ of each penalty; and indices of hyperparameters in no graph."""
         # At unit length where the loss carries a factor, as in UnitProducts.
         size = (float(norm(v)) if self.scale != 1.0 else 1.0) or 1.0
-        mixed = () if self.problem is None else self.problem.mixed(_unscale(v, size), self.hparams)
+        product = self.mixed if self.problem is None or self.mixed is not None else self.problem.mixed
+        mixed = () if product is None else product(_unscale(v, size), self.hparams)
         for i, (m, d) in enumerate(zip(mixed, direct, strict=True)):
             if m is None and not allow_unused:
                 raise ValueError(unseen_hyperparameter(i, outer_sees=d is not None))
@@ -229,6 +241,13 @@ def implicit_hypergradient(
         inner_loss, outer_loss, params, hparams, solver=solver, curvature=curvature, reduce=reduce
     )
     return result.hypergradient
+
+
+def _linearize(
+    curvature: Curvature, loss: Loss, w: Vector, b: Vector, state: SolverState | None
+) -> tuple[Linearization, SolverState]:
+    problem = curvature.linearize(loss, w)
+    return problem, _calibrated(problem, b, state)
 
 
 def _calibrated(problem: Linearization, b: Vector, state: SolverState | None) -> SolverState:

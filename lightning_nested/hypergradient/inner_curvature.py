@@ -23,6 +23,8 @@ from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_o
 from lightning_nested.linalg.vectors import Vector
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor]
+Mixed: TypeAlias = Callable[[Vector, Vector], tuple[Tensor | None, ...]]
+"""(v, λ) → vᵀ ∂²L_T/∂w∂λ for each hyperparameter; None where the inner gradient does not depend on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +33,7 @@ class Linearization:
 
     curvature: LinearOperator
     gradient: Vector  # ∂L_T/∂w, detached
-    # (v, λ) → vᵀ ∂²L_T/∂w∂λ for each hyperparameter; None where the inner gradient does not depend on it.
-    mixed: Callable[[Vector, Vector], tuple[Tensor | None, ...]]
+    mixed: Mixed
     scaled: bool = True  # whether the curvature carries the factor of the loss, if it has one
 
 

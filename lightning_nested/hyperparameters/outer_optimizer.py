@@ -24,6 +24,46 @@ def default_outer_optimizer(tensors: Iterable[Tensor]) -> Optimizer:
     return torch.optim.Adam(tensors, lr=0.05)
 
 
+# A tensor of more entries than these holds numbers of one kind, each with a noisy gradient.
+_MANY = 100
+
+
+def planned_outer_optimizer(tensors: Iterable[Tensor], rate: float) -> Optimizer:
+    """Adam of this rate, averaged over about ten steps; :class:`OuterAdam` if a tensor has more than 100 entries."""
+    given = list(tensors)
+    kind = OuterAdam if any(t.numel() > _MANY for t in given) else torch.optim.Adam
+    return kind(given, lr=rate, betas=(0.9, 0.9), eps=1e-16)
+
+
+class OuterAdam(torch.optim.Adam):
+    """Adam, but with one step size for all entries of a tensor that has more than 100.
+
+    λ ← λ − 8α clip(g/√(Σ_t mean(g_t²)), ±1) for such a tensor, with the sum over all steps so far and the mean over
+    its entries; at least over the nonzero entries of g, so that a step which reaches few entries is no longer than
+    others. Adam would move an entry that hardly matters as far as one that does, and by a late, small gradient as far
+    as by the first. The state is one number per tensor, where Adam keeps two per entry.
+    Ward, Wu & Bottou (2019), ICML, PMLR 97:6677-6686 (AdaGrad-Norm).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Make a step. Tensors of more than 100 entries have no ``.grad`` afterwards."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or p.numel() <= _MANY:
+                    continue
+                size = p.grad.square().sum()
+                total = self.state[p].get("total", torch.zeros_like(size)) + size / p.numel()
+                self.state[p]["total"] = total
+                # Examples that were in no batch have zeros.
+                scale = torch.maximum(total, size / p.grad.count_nonzero().clamp_min(1)).sqrt()
+                # A few entries have gradients of many times the mean: none moves farther than 8α in a step.
+                step = (p.grad / scale.clamp_min(torch.finfo(p.dtype).tiny)).clamp_(-1, 1)
+                p.sub_(step, alpha=8 * group["lr"])
+                p.grad = None
+        return super().step(closure)
+
+
 class OptimizerPair:
     """An optimizer and its scheduler, by functions that make them once the tensors are known.
 

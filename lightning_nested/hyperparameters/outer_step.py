@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.hypergradient.implicit import ImplicitResult, Inspect, Penalty, implicit_result
-from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, Loss
+from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, Loss, Mixed
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.outer_optimizer import (
     OuterOptimizer,
@@ -143,6 +143,7 @@ class OuterStep(OuterState):
         weights: Mapping[str, Tensor] | None = None,
         decay_factors: Mapping[str, Tensor] | None = None,
         inspect: Inspect | None = None,
+        mixed: Mixed | None = None,
     ) -> OuterReport:
         """Find the hypergradients by :func:`implicit_result`, and hold them for :meth:`apply`.
 
@@ -159,6 +160,7 @@ class OuterStep(OuterState):
             weights: Weights at which the penalties' mixed derivatives are taken; None: the current ones.
             decay_factors: Factors that make coupled decays of decoupled ones, by name.
             inspect: See :func:`implicit_result`.
+            mixed: See :func:`implicit_result`.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
@@ -180,6 +182,7 @@ class OuterStep(OuterState):
             allow_unused=True,
             compare_identity=compare_identity,
             inspect=inspect,
+            mixed=mixed,
         )
         self.unreached = [self.labels()[i] for i in result.unreached]
         report = self._hold_result(result, penalties, parameters, mean)

@@ -230,6 +230,15 @@ class KroneckerFisher:
 
     # ---- the inverse
 
+    def mean_diagonal(self) -> float:
+        """Return the mean of F's diagonal over the parameters that were observed; 0 before."""
+        found = [
+            (f[0].diagonal().double().sum() * f[1].diagonal().double().sum(), f) for f in self.factors if f
+        ]
+        sums = [(float(trace), len(f[0]) * len(f[1])) for trace, f in found]
+        sums += [(float(s.double().sum()), s.numel()) for s in self.squares if s is not None]
+        return sum(trace for trace, _ in sums) / max(1, sum(count for _, count in sums))
+
     @torch.no_grad()
     def inverse(self, damping: Sequence[Tensor | float]) -> KroneckerInverse:
         """Return (F + diag(damping))⁻¹; a layer with factors takes the mean of its weight's damping.

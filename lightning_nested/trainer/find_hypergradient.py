@@ -16,6 +16,7 @@ from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import loss_scale, reduction
 from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.self_check import SelfCheck
+from lightning_nested.trainer.training_batches import TrainingBatches
 
 
 def find_hypergradient(
@@ -27,6 +28,7 @@ def find_hypergradient(
     *,
     check: SelfCheck,
     compare_identity: bool = False,
+    train_batches: TrainingBatches | None = None,
 ) -> OuterReport:
     """Find the hypergradient of an outer step, and hold it in ``plan.outer``.
 
@@ -39,11 +41,14 @@ def find_hypergradient(
             with its graph to the tensors that it is given.
         check: Checks of the first outer step.
         compare_identity: See :meth:`OuterStep.compute`.
+        train_batches: Training batches that the mixed derivative is taken on, in place of ``graph``.
 
     Raises:
         FloatingPointError: A value is not finite, or there is no positive curvature.
     """
-    trainer, outer = module.trainer, plan.outer
+    trainer, outer, mixed = module.trainer, plan.outer, None
+    if train_batches is not None:
+        mixed = train_batches.mixed(module, parameters, graph.losses[0], outer.in_graph)
     # One process may need an evaluation that another does not, and would wait for the other's statistics.
     waits = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
     scale, inner_loss, tensors = loss_scale(trainer), graph.loss(), tuple(parameters.values())
@@ -70,5 +75,6 @@ def find_hypergradient(
             solver=plan.bound_solver(),
             weights=dict(zip(parameters, weights, strict=True)),
             decay_factors=plan.decay_factors(parameters),
+            mixed=mixed,
             inspect=check.inspect(inner_loss, parameters, None if waits else graph.again(), outer.labels()),
         )

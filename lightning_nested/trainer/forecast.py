@@ -52,7 +52,7 @@ class Forecast:
         self.remaining = math.inf  # inner steps up to the end of the run
         self._mean: Vector | None = None
         self._means = 0
-        self._inverses: dict[float | None, KroneckerInverse] = {}  # by their damping
+        self._inverses: dict[float | str | None, KroneckerInverse] = {}  # by their damping
         # Outer steps so far, and at the last factorization.
         self._solved = self._factorized = 0
         self._factors: dict[str, Tensor] | None = None  # of the current outer step
@@ -145,15 +145,21 @@ class Forecast:
         steps = min(max(self.remaining, float(WATCHED_STEPS)), 1e6)
         return [r / steps for r in inverse_rates(self._optimizer, self._parameters, steps)]
 
-    def kronecker_inverse(self, damping: float | None = None) -> LinearOperator:
+    def kronecker_inverse(
+        self, damping: float | None = None, relative: float | None = None
+    ) -> LinearOperator:
         """Return (F + D + damping)⁻¹, factorized again at every ``refresh_every``-th outer step."""
+        key = damping if relative is None else f"relative {relative}"
         due = self._solved - self._factorized >= self._point.refresh_every
         if due or not self._inverses:
             self._factorized, self._inverses = self._solved, {}
-        if damping not in self._inverses:
+        if key not in self._inverses:
+            if relative is not None:
+                # Before the first observation there is no curvature: what is left of the run damps.
+                damping = relative * self.fisher.mean_diagonal() or None
             amounts = [d + r for d, r in zip(self._coupled_decays(), self._reach(damping), strict=True)]
-            self._inverses[damping] = self.fisher.inverse(amounts)
-        return self._inverses[damping]
+            self._inverses[key] = self.fisher.inverse(amounts)
+        return self._inverses[key]
 
     def diagonal_inverse(self, damping: float | None = None) -> LinearOperator:
         """Return (D + 1/(R·t))⁻¹; ``damping`` is relative to the mean of 1/R."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_nested.hyperparameters import OuterStep
 from lightning_nested.linalg.graph import HIDDEN, hides_layers
 from lightning_nested.linalg.vectors import norm
+from lightning_nested.trainer.lightning import step_loss
 from lightning_nested.trainer.outer_batches import OuterBatches
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.self_check import SelfCheck
@@ -88,6 +89,15 @@ class InnerProblem:
 
 # Losses whose graphs were searched for reentrant checkpointing: once is enough, every step would be too dear.
 _SHOWN: WeakKeyDictionary[LightningModule, set[tuple[str, str | None]]] = WeakKeyDictionary()
+
+
+def modules_outer_loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> Tensor:
+    """Return the module's ``outer_loss(batch)`` if it has one, else what its ``validation_step`` returns."""
+    own = getattr(module, "outer_loss", None)
+    if callable(own):
+        return check_loss("outer_loss", module, own(batch))
+    loss = step_loss(trainer, module, "validation_step", batch, index)
+    return check_loss("validation_step", module, loss)
 
 
 def check_loss(name: str, module: LightningModule, loss: object, *, player: str | None = None) -> Tensor:

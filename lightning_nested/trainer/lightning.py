@@ -184,6 +184,13 @@ def request_validation_loader(trainer: Trainer) -> Any:
     return _request_dataloader(source) if source.instance is not None and source.is_defined() else None
 
 
+def training_loader(trainer: Trainer) -> Any:
+    """Return the training loader of a running ``fit``; a CombinedLoader where there are several."""
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    return combined.iterables if isinstance(combined.iterables, DataLoader) else combined
+
+
 def shard(trainer: Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return the loader with the sampler that the Trainer would give it in validation."""
     connector = trainer._data_connector

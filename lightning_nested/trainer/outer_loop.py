@@ -24,6 +24,7 @@ from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.random_stream import base_seed
 from lightning_nested.trainer.restart import reinitialize
 from lightning_nested.trainer.self_check import SelfCheck
+from lightning_nested.trainer.training_batches import TrainingBatches
 
 _COUNTERS = ("inner_steps", "outer_steps", "skipped_steps", "skipped_in_a_row")
 _OPTIONS = ("restart_every", "max_skipped", "log_every_n_outer_steps")
@@ -47,6 +48,7 @@ class OuterLoop:
         initial: Values that restarts begin with, by name.
         batches: Batches of the outer loss, during training.
         trace: Values over the run, at the outer steps that are logged.
+        train_batches: Further training batches for the mixed derivative.
 
     Raises:
         ValueError: A count is too small.
@@ -63,6 +65,7 @@ class OuterLoop:
         max_skipped: int = 10,
         log_every_n_outer_steps: int = 10,
         self_check: bool = True,
+        train_batches: int | None = 0,
     ) -> None:
         self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
         self.max_skipped, self.log_every_n_outer_steps = max_skipped, log_every_n_outer_steps
@@ -78,6 +81,7 @@ class OuterLoop:
         self.initial: dict[str, Tensor] = {}
         self.batches: OuterBatches | None = None
         self.trace = ValueTrace()
+        self.train_batches = TrainingBatches(train_batches)
         # Positions in the outer data: at the end of training, and from a checkpoint until start.
         self._position: Mapping[str, int] = {}
         self._saved_position: Mapping[str, int] = {}
@@ -139,6 +143,7 @@ class OuterLoop:
         self.parameters, self.initial, self.last_report = {}, {}, None
         self._position = self._saved_position = {}
         self.trace = ValueTrace()
+        self.train_batches.reset()
         self.inner_steps = self.outer_steps = self.skipped_steps = self.skipped_in_a_row = 0
 
     def start(self, trainer: Trainer, loader: Any) -> OuterBatches:
@@ -158,7 +163,8 @@ class OuterLoop:
             self._saved_position = {}
 
     def stop(self) -> None:
-        """End the stream of outer batches and its worker processes."""
+        """End the streams of batches and their worker processes."""
+        self.train_batches.stop()
         if self.batches is not None:
             self._position = self.batches.state_dict()
             end_workers(self.batches)
@@ -270,8 +276,10 @@ class OuterLoop:
         """Return everything that the next outer step depends on but ``initial``, which the owner adds."""
         position = self.batches.state_dict() if self.batches else self._saved_position or self._position
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        trace = copy.deepcopy(vars(self.trace))
-        return {"outer": self.outer.state_dict(), "batches": dict(position), "trace": trace, **counters}
+        held: dict[str, Any] = {"batches": dict(position), "trace": copy.deepcopy(vars(self.trace))}
+        if further := self.train_batches.state_dict():
+            held["train_batches"] = further
+        return {"outer": self.outer.state_dict(), **held, **counters}
 
     def load_state_dict(
         self, state: Mapping[str, Any], *, keys: Sequence[str] = (), convert: bool = True
@@ -297,6 +305,8 @@ class OuterLoop:
         # Checkpoints of earlier versions have none.
         self.trace = ValueTrace(**copy.deepcopy(dict(state.get("trace", {}))))
         self._saved_position = state["batches"] or {}
+        # Earlier versions had none.
+        self.train_batches.load_state_dict(state.get("train_batches", {}))
         self._go_on()
 
     def spreads(self) -> dict[str, Spread]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
@@ -19,18 +18,22 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from lightning_nested.arguments import positive
 from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
 from lightning_nested.hyperparameters import OuterStep
-from lightning_nested.hyperparameters.shared_adam import default_adam, set_batches
-from lightning_nested.linalg.processes import agreed_number
+from lightning_nested.hyperparameters.shared_adam import set_batches
 from lightning_nested.linalg.solvers.base import InverseSolver
-from lightning_nested.linalg.solvers.from_run import KroneckerFactored
-from lightning_nested.linalg.solvers.given import AnySolver, as_solver
+from lightning_nested.linalg.solvers.given import AnySolver
 from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.step_dynamics import decay_factors, decoupled_rates
 from lightning_nested.trainer.forecast import WATCHED_STEPS, Forecast
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.outer_costs import batches_in_round, begin_train_batches, outer_step_cost
+from lightning_nested.trainer.outer_defaults import (
+    planned_optimizer,
+    point_and_solver,
+    tunes_example_weights,
+)
 from lightning_nested.trainer.outer_loop import OuterLoop
-from lightning_nested.trainer.pace import Pace, batch_ratio, plan
+from lightning_nested.trainer.pace import Pace, plan
 from lightning_nested.trainer.run_units import measured_units, peak_rates
 
 # Inner steps after which the optimizer's second moments say how large its steps will be.
@@ -42,8 +45,8 @@ class OuterPlan:
 
     Args:
         outer: Hyperparameters and their optimizer.
-        point: Where the outer loss is differentiated.
-        solver: The user's solver; None: ``KroneckerFactored()`` with :class:`LookAhead`, else ``Neumann()``.
+        point: Where the outer loss is differentiated; None: see :func:`point_and_solver`.
+        solver: The user's solver; None: see :func:`point_and_solver`.
         overhead: Share of the training's own gradients that outer steps may cost.
         every_n_steps: Given by the user; None: by the budget.
         warmup_steps: Given by the user; None: a tenth of the run.
@@ -58,7 +61,7 @@ class OuterPlan:
         self,
         outer: OuterStep,
         *,
-        point: EvaluationPoint,
+        point: EvaluationPoint | None,
         solver: AnySolver,
         overhead: float = 1.0,
         every_n_steps: int | None = None,
@@ -66,14 +69,13 @@ class OuterPlan:
         default_optimizer: bool = False,
     ) -> None:
         positive(overhead=overhead)
-        self.outer, self.point, self.overhead = outer, point, overhead
+        self.outer, self.overhead = outer, overhead
+        self.point, self.solver = point_and_solver(outer, point, solver)
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
-        default = KroneckerFactored() if isinstance(point, LookAhead) else None
-        self.solver: InverseSolver = as_solver(solver if solver is not None else default)
         self.pace: Pace | None = None
         self.forecast: Forecast | None = None
         self._ahead = 0  # inner steps up to the next outer one
-        self._accumulate: int | None = None  # batches of an inner step; None: the Trainer accumulates them
+        self.accumulate: int | None = None  # batches of an inner step; None: the Trainer accumulates them
         self._default_optimizer = default_optimizer
         self._optimizer: Optimizer | None = None
         self._parameters: tuple[nn.Parameter, ...] = ()
@@ -95,17 +97,18 @@ class OuterPlan:
             loop: Outer loop that follows the plan.
             accumulate: Batches of an inner step; None: as many as the Trainer accumulates.
         """
-        self._accumulate = accumulate
+        self.accumulate = accumulate
+        begin_train_batches(self, trainer, loop, self._batches(trainer))
         self.pace = pace = plan(
             trainer,
             accumulate=accumulate,
-            cost=_cost(self, trainer, loop, self._batches(trainer)),
+            cost=outer_step_cost(self, trainer, loop, self._batches(trainer)),
             overhead=self.overhead,
             every_n_steps=self.every_n_steps,
             warmup_steps=self.warmup_steps,
-            # Of weights per example, each outer step moves those of one batch.
-            limited=not any(h.moves_one_batch for h in self.outer.hyperparameters),
-            outer_batches=_round(trainer, loop),
+            # Without further training batches each outer step moves the weights of one batch's examples.
+            limited=loop.train_batches.count > 0 or not tunes_example_weights(self.outer),
+            outer_batches=batches_in_round(trainer, loop),
             began=(loop.inner_steps, trainer.global_step),
         )
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -115,12 +118,12 @@ class OuterPlan:
             steps = pace.outer_steps
             # Functions with names: a strategy may pickle them.
             self.outer.set_optimizer(
-                partial(default_adam, self.outer.decays, lr=pace.rate),
+                planned_optimizer(self.outer, pace.rate),
                 partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=steps) if steps else None,
             )
 
     def _batches(self, trainer: Trainer) -> int:
-        return int(trainer.accumulate_grad_batches if self._accumulate is None else self._accumulate)
+        return int(trainer.accumulate_grad_batches if self.accumulate is None else self.accumulate)
 
     def attach(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Begin the statistics of these parameters."""
@@ -363,29 +366,3 @@ def _end_with(schedule: LinearLR, pace: Pace) -> None:
     schedule.base_lrs = [rate] * len(schedule.base_lrs)
     for group in schedule.optimizer.param_groups:
         group["initial_lr"], group["lr"] = rate, rate * max(0.0, 1 - schedule.last_epoch / steps)
-
-
-def _round(trainer: Trainer, loop: OuterLoop) -> int | None:
-    """Return the outer batches in a round over their data, the same on all processes; None: unknown."""
-    try:
-        size = 0.0 if loop.batches is None else float(len(loop.batches.loader))
-    except (TypeError, NotImplementedError):  # a stream
-        size = 0.0
-    # Loaders of the user's own may differ in length.
-    return (
-        round(agreed_number(torch.tensor(size, device=trainer.strategy.root_device), reduction(trainer)))
-        or None
-    )
-
-
-def _cost(plan: OuterPlan, trainer: Trainer, loop: OuterLoop, batches: int) -> float:
-    """Return the cost of an outer step, in gradients of a training batch."""
-    # Batch sizes are read from the loaders, which the Trainer itself makes after on_fit_start only.
-    trainer.fit_loop.setup_data()
-    inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
-    outer = None if loop.batches is None else loop.batches.loader
-    graph = bool(plan.outer.in_graph) or plan.solver.needs_operator
-    # The outer gradient; an inner gradient with its graph and a mixed product; the solver's products; forward
-    # passes and observations of the look ahead.
-    ratio = batch_ratio(inner, outer) / batches
-    return ratio + 2.5 * graph + plan.solver.products + plan.looks_ahead

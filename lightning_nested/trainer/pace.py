@@ -10,6 +10,10 @@ from lightning.pytorch import Trainer
 
 # Most and fewest outer steps of a run: more only cost time, with fewer the values stay noisy.
 _MOST, _FEWEST = 100, 25
+# Outer steps for which a look at a whole training set is given up, and batches looked at in part.
+_PASSES = 6
+# Cost of a batch at two weights without a gradient by them, in gradients.
+PASS = 2 / 3
 # How far all outer steps together can move log(decay): from the start to either bound, and a little more.
 _TRAVEL = 4.0
 _LONGEST = 0.25
@@ -104,6 +108,35 @@ def plan(
         outer_batches=outer_batches,
         began=began,
     )
+
+
+def affordable_batches(
+    trainer: Trainer,
+    *,
+    cost: float,
+    overhead: float,
+    every_n_steps: int | None,
+    accumulate: int | None,
+    batches: int,
+) -> int:
+    """Return the training batches that an outer step can look at: all of an epoch, or as many as the budget allows.
+
+    Args:
+        trainer: Trainer of the run, whose loaders are set up.
+        cost: Cost of an outer step without them, in gradients.
+        overhead: Share of the training's own gradients that outer steps may cost.
+        every_n_steps: Given by the user; None: there are to be at least a few outer steps.
+        accumulate: See :func:`total_steps`.
+        batches: Batches of an inner step.
+    """
+    epoch, total = trainer.num_training_batches, total_steps(trainer, accumulate)
+    if every_n_steps is not None:
+        budget = overhead * every_n_steps
+    elif total is not None:
+        budget = 0.9 * overhead * total / _PASSES
+    else:
+        return int(min(epoch, _MOST))
+    return int(max(1, min(epoch, (budget - cost) * batches / PASS)))
 
 
 def total_steps(trainer: Trainer, accumulate: int | None = None) -> int | None:

@@ -406,6 +406,17 @@ def test_the_inverse_is_that_of_the_damped_factors(normal: Normal) -> None:
     torch.testing.assert_close(torch.cat([found[0], found[1][:, None]], 1), expected, rtol=1e-10, atol=0)
 
 
+def test_the_mean_of_the_diagonal_is_over_factors_and_squares(normal: Normal) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False)).to(DOUBLE)
+    x, y = normal(6, 3), normal(6, 2)
+    assert KroneckerFisher(net, dict(net.named_parameters())).mean_diagonal() == 0.0
+    fisher = seen(net, lambda: ((net(x) - y) ** 2).mean())
+    parts = [dense(fisher, k).diagonal() for k in (0, 1)]
+    squares = [s.flatten() for s in fisher.squares if s is not None]
+    assert [len(part) for part in (*parts, *squares)] == [16, 8, 4, 4]
+    assert fisher.mean_diagonal() == pytest.approx(float(torch.cat([*parts, *squares]).mean()), rel=1e-12)
+
+
 def test_without_observations_only_the_damping_is_left(normal: Normal) -> None:
     layer = nn.Linear(3, 2, dtype=DOUBLE)
     v = normal(2, 3), normal(2)

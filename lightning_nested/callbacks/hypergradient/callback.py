@@ -17,7 +17,7 @@ from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient.checks import check_settings, warn_of_own_decay
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
 from lightning_nested.callbacks.hypergradient.outer_step import try_outer_step
-from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver, LookAhead
+from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
@@ -25,8 +25,8 @@ from lightning_nested.hyperparameters.shared_adam import refuse_shrink
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
 from lightning_nested.trainer.forecast import expect_loss
 from lightning_nested.trainer.inner_graph import InnerGraph
-from lightning_nested.trainer.inner_problem import check_loss
-from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step, step_loss
+from lightning_nested.trainer.inner_problem import modules_outer_loss
+from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_plan import OuterPlan
@@ -47,9 +47,9 @@ class HypergradientCallback(OuterLoopCallback):
 
     At the steps chosen by :meth:`should_update` the callback takes the training loss with its graph, as the Trainer
     hands it to ``on_before_backward``, and a batch of the validation data; finds
-    dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. There is no second
-    forward of the training loss and no second call of ``training_step`` (but one, without side effects, in the check of
-    the first outer step). Weight decays are added to the gradients in closed form before they are clipped. In a
+    dL_V/dλ = −(∂L_V/∂w) H⁻¹ ∂²L_T/∂w∂λ there, and after the optimizer's step moves λ along it. ``training_step``
+    is called again, without side effects, only by the look ahead, by the check of the first outer step and for
+    ``train_batches``. Weight decays are added to the gradients in closed form before they are clipped. In a
     data-parallel run every product is averaged, so that the hypergradient is that of the global batch.
     Lorraine, Vicol & Duvenaud (2020), AISTATS, PMLR 108:1540-1552.
 
@@ -70,12 +70,16 @@ class HypergradientCallback(OuterLoopCallback):
         solver: Solver that finds H⁻¹v; default ``KroneckerFactored()`` with ``LookAhead()``, else ``Neumann()``.
         curvature: Approximation of H: ``Hessian()`` (None), ``GaussNewton(outputs="name of the submodule that returns
             the logits")``, ``FiniteDifference()`` (evaluates ``training_step`` again, without side effects).
-        at: Where the outer loss is differentiated: ``LookAhead()``, or ``Current()`` for the current weights.
+        at: Where the outer loss is differentiated: ``LookAhead()`` (None), or ``Current()`` for the current weights.
+            For ``ExampleWeights`` alone the defaults are ``Current()`` and ``KroneckerFactored(relative=0.3)``.
         overhead: Share of the training's gradients that outer steps may cost, if ``every_n_steps`` is not given.
         every_n_steps: Inner optimizer steps per outer step; default by ``overhead`` and the length of the run.
         warmup_steps: Inner steps before the first outer step; default a tenth of the run.
         restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None: never.
         outer_dataloader: Loader, or function that returns one, in place of the validation data of ``fit``.
+        train_batches: Training batches on which each outer step finds ∂²L_T/∂w∂λ, as the difference of ∂L_T/∂λ at two
+            weights near the current ones; 0: on the current batch alone, by differentiating twice. Default: 0, but
+            with ``ExampleWeights`` as many as ``overhead`` allows, unless the solver forms products.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before the run
             ends with ``FloatingPointError``; failed steps are skipped, counted and logged.
@@ -98,12 +102,13 @@ class HypergradientCallback(OuterLoopCallback):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         solver: InverseSolver | None = None,
         curvature: Curvature | None = None,
-        at: EvaluationPoint = LookAhead(),  # noqa: B008 - frozen
+        at: EvaluationPoint | None = None,
         overhead: float = 0.3,
         every_n_steps: int | None = None,
         warmup_steps: int | None = None,
         restart_every: int | None = None,
         outer_dataloader: Any = None,
+        train_batches: int | None = None,
         log_every_n_outer_steps: int = 10,
         max_skipped: int = 10,
         self_check: bool = True,
@@ -134,6 +139,7 @@ class HypergradientCallback(OuterLoopCallback):
             max_skipped=max_skipped,
             log_every_n_outer_steps=log_every_n_outer_steps,
             self_check=self_check,
+            train_batches=train_batches,
         )
         self.curvature, self.outer_dataloader = curvature, outer_dataloader
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
@@ -150,13 +156,8 @@ class HypergradientCallback(OuterLoopCallback):
 
     def outer_loss(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
         """Return the outer loss of a batch, a scalar with its graph."""
-        own = getattr(pl_module, "outer_loss", None)
-        if callable(own):
-            return check_loss("outer_loss", pl_module, own(batch))
         batches = self.outer_loop.batches
-        index = 0 if batches is None else batches.index
-        loss = step_loss(trainer, pl_module, "validation_step", batch, index)
-        return check_loss("validation_step", pl_module, loss)
+        return modules_outer_loss(trainer, pl_module, batch, 0 if batches is None else batches.index)
 
     # ---- lifecycle
 

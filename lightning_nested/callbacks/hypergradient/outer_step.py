@@ -51,6 +51,7 @@ def try_outer_step(
             evaluate,
             check=loop.check,
             compare_identity=loop.logs(loop.outer_steps + 1),
+            train_batches=loop.train_batches,
         )
     except FloatingPointError as error:
         loop.skip(error)

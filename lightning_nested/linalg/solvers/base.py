@@ -94,7 +94,9 @@ class LinearSystem:
 class RunStatistics(Protocol):
     """Approximate inverses of the inner curvature that a running training provides."""
 
-    def kronecker_inverse(self, damping: float | None) -> LinearOperator:
+    def kronecker_inverse(
+        self, damping: float | None = None, relative: float | None = None
+    ) -> LinearOperator:
         """Return the damped inverse of the Kronecker-factored Fisher information."""
 
     def diagonal_inverse(self, damping: float | None) -> LinearOperator:

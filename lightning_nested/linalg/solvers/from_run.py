@@ -46,14 +46,26 @@ class KroneckerFactored(_FromRun):
         damping: γ > 0; None: what is left of the run damps, γ = 1/(R·t) with R the long-run step of the inner optimizer
             per unit of gradient and t the remaining steps: directions in which the weights cannot get far any more
             respond as far as they still can.
+        relative: ρ > 0 sets γ = ρ · mean(diag F): damping relative to the curvature, whatever is left of the run.
 
     Raises:
-        ValueError: The damping is not positive.
+        ValueError: ``damping`` or ``relative`` is not positive, or both are given.
     """
+
+    relative: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(relative=self.relative)
+        if self.damping is not None and self.relative is not None:
+            raise ValueError(
+                "damping and relative must not both be given. "
+                f"Got damping={self.damping}, relative={self.relative}; leave one of them None."
+            )
 
     def bind(self, statistics: RunStatistics) -> InverseSolver:
         """Return the inverse at the present state of a training."""
-        return GivenInverse(inverse=statistics.kronecker_inverse(self.damping))
+        return GivenInverse(inverse=statistics.kronecker_inverse(self.damping, self.relative))
 
 
 @checked

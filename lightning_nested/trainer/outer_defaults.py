@@ -1,0 +1,42 @@
+"""What outer steps do where the user leaves it open, by what is tuned."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lightning_nested.hypergradient.evaluation_point import Current, EvaluationPoint, LookAhead
+from lightning_nested.hyperparameters import OuterStep
+from lightning_nested.hyperparameters.outer_optimizer import OuterOptimizer, planned_outer_optimizer
+from lightning_nested.hyperparameters.shared_adam import default_adam
+from lightning_nested.linalg.solvers.base import InverseSolver
+from lightning_nested.linalg.solvers.from_run import KroneckerFactored
+from lightning_nested.linalg.solvers.given import AnySolver, as_solver
+
+
+def tunes_example_weights(outer: OuterStep) -> bool:
+    """Return True if a hyperparameter has an entry for each training example."""
+    return any(h.moves_one_batch for h in outer.in_graph)
+
+
+def point_and_solver(
+    outer: OuterStep, point: EvaluationPoint | None, solver: AnySolver
+) -> tuple[EvaluationPoint, InverseSolver]:
+    """Return where the outer loss is differentiated, and the solver: ``LookAhead()`` and ``KroneckerFactored()``.
+
+    Weights of examples alone are tuned at the current weights, with a damping relative to the curvature. A look ahead
+    is for what all examples have in common, and that does not change their order.
+    """
+    alone = all(h.moves_one_batch for h in outer.hyperparameters)
+    if point is None and solver is None and alone:
+        return Current(), KroneckerFactored(relative=0.3)
+    point = point if point is not None else LookAhead()
+    if solver is None and isinstance(point, LookAhead):
+        return point, KroneckerFactored()
+    return point, as_solver(solver)
+
+
+def planned_optimizer(outer: OuterStep, rate: float) -> OuterOptimizer:
+    """Return the function that makes the outer optimizer of a planned run, whose first rate is ``rate``."""
+    if tunes_example_weights(outer) and not any(d.per == "parameter" for d in outer.decays):
+        return partial(planned_outer_optimizer, rate=rate)
+    return partial(default_adam, outer.decays, lr=rate)
