@@ -235,14 +235,16 @@ def check_restored(players: Iterable[Player], saved: Mapping[str, str]) -> None:
 
     Args:
         players: Players whose optimizers have their saved states.
-        saved: Classes of those that were saved, by player.
+        saved: Classes of those that were saved, by player; older checkpoints have none.
     """
     for player in players:
+        if saved.get(player.name) in (None, player.kind):
+            continue
         optimizer = player.optimizer.optimizer
         lacking = [key for key in optimizer.defaults for group in optimizer.param_groups if key not in group]
         if lacking:
             raise MisconfigurationException(
                 "A player must resume with an optimizer of the class that was saved. Got "
-                f"{player.kind} for {player.name!r}, whose saved {saved.get(player.name, 'optimizer')} has no "
+                f"{player.kind} for {player.name!r}, whose saved {saved[player.name]} has no "
                 f"{', '.join(dict.fromkeys(lacking))}; take that class, or start without the checkpoint."
             )
