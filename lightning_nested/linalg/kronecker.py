@@ -123,6 +123,9 @@ class KroneckerFisher:
         return _Observing(self)
 
     def _forward(self, i: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        # Hooks that are there while a network is compiled would become part of it.
+        if torch.compiler.is_compiling():
+            return
         if not self._on or not isinstance(output, Tensor) or not output.requires_grad:
             return
         a: Tensor = args[0] if args else kwargs["input"]
