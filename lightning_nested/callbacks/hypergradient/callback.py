@@ -171,8 +171,7 @@ class HypergradientCallback(OuterLoopCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        keeps = needs_graph(self.plan, self.curvature)
-        check_settings(trainer, pl_module, HypergradientCallback, keeps_graph=keeps)
+        check_settings(trainer, pl_module, HypergradientCallback)
         self.use.at_end(self.outer_loop.stop, self._let_go)
         # A second fit of the same module continues with the current values.
         if self.use.changed & {"module", "datamodule"}:

@@ -13,16 +13,8 @@ from torch.optim import Optimizer
 from lightning_nested.trainer.requirements import refuse_strategy
 
 
-def check_settings(
-    trainer: Trainer, module: LightningModule, callback: type[Callback], *, keeps_graph: bool
-) -> None:
+def check_settings(trainer: Trainer, module: LightningModule, callback: type[Callback]) -> None:
     """Refuse a module or Trainer that the callback, of this class, cannot work with.
-
-    Args:
-        trainer: Trainer of the run.
-        module: Module that is trained.
-        callback: Class that is to be alone.
-        keeps_graph: Whether outer steps differentiate the training loss's gradient.
 
     Raises:
         MisconfigurationException: With a cure.
@@ -46,7 +38,7 @@ def check_settings(
             f"HypergradientCallback needs an outer loss. Got {name} without outer_loss and validation_step; "
             "add:\ndef outer_loss(self, batch):\n    x, y = batch\n    return F.cross_entropy(self(x), y)"
         )
-    if keeps_graph and trainer.accumulate_grad_batches > 1:
+    if trainer.accumulate_grad_batches > 1:
         signature = inspect.signature(module.backward)
         kinds = [p.kind for p in signature.parameters.values()]
         if "retain_graph" not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
