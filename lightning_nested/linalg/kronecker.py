@@ -84,6 +84,15 @@ class KroneckerFisher:
         self._handles: list[RemovableHandle] = []
         self._on = self._observes = False
 
+    def sizes(self) -> tuple[int, int]:
+        """Return the bytes of all factors, and of the diagonal of what has none, once they were observed."""
+
+        def width(i: int) -> int:
+            return factorizable_dtype(self._parameters[i].dtype).itemsize
+
+        factors = sum(side**2 * width(layer.weight) for layer in self._layers for side in layer.sides)
+        return factors, sum(self._parameters[i].numel() * width(i) for i in self._others)
+
     # ---- observing a training step
 
     def start(self) -> None:

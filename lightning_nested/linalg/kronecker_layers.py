@@ -81,12 +81,18 @@ class Layer:
         """Return True if factors have the shapes of this layer's."""
         return [f.shape for f in factors] == [f.shape for f in self.zeros()]
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows of its two factors: inputs, with one for the bias, and outputs."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight[0].numel() + (self.bias is not None), len(weight)
+
     def zeros(self) -> Factors:
         """Return factors of zeros."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        inputs = weight[0].numel() + (self.bias is not None)
         new = partial(torch.zeros, dtype=factorizable_dtype(weight.dtype), device=weight.device)
-        return new(inputs, inputs), new(len(weight), len(weight))
+        inputs, outputs = self.sides
+        return new(inputs, inputs), new(outputs, outputs)
 
 
 def _same_padding(conv: nn.Conv2d) -> tuple[int, ...]:

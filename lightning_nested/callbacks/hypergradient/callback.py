@@ -29,6 +29,7 @@ from lightning_nested.trainer.inner_problem import modules_outer_loss
 from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
+from lightning_nested.trainer.outer_memory import memory_line, outer_memory
 from lightning_nested.trainer.outer_plan import OuterPlan, needs_graph
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -198,7 +199,8 @@ class HypergradientCallback(OuterLoopCallback):
         self.outer_loop.remember_initial(self.outer_loop.parameters)
         if self._saved is not None:
             self._restore(self._saved)
-        rank_zero_info(f"HypergradientCallback: {self.plan.pace}.")
+        held = memory_line(outer_memory(self.plan, self.outer_loop.parameters))
+        rank_zero_info(f"HypergradientCallback: {self.plan.pace}{held}.")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
