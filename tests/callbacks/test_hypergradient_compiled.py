@@ -13,15 +13,15 @@ from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import DoubleBackwardError, InverseSolver, KroneckerFactored, Neumann
 from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.modules import Implicit, NestedModule
-from tests.callbacks.tuned_regression import Regression, data, smooth, values
+from tests.callbacks.tuned_regression import Regression, ScalerAlone, data, smooth, values
 from tests.trainers import trainer
 
 # Compiling warns on its own behalf.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    return DataLoader(data(48, 1), 8), DataLoader(data(16, 2), 8)
+def loaders(dtype: torch.dtype = torch.float64) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    return DataLoader(data(48, 1, dtype), 8), DataLoader(data(16, 2, dtype), 8)
 
 
 def compiled(net: nn.Module, backend: str = "aot_eager") -> Any:
@@ -34,7 +34,8 @@ def tuned(net: Any, solver: InverseSolver | None = None, **options: Any) -> Tens
     """Return the decays of a short run with an outer step at its second and fourth step."""
     callback = HypergradientCallback(WeightDecay(), solver=solver, every_n_steps=2, warmup_steps=1)
     module = Regression(net)
-    trainer(callback, max_epochs=2, **options).fit(module, *loaders())
+    dtype = next(module.parameters()).dtype
+    trainer(callback, max_epochs=2, **options).fit(module, *loaders(dtype))
     assert callback.outer_loop.outer_steps > 0
     assert not callback.outer_loop.skipped_steps
     return values(callback)
@@ -54,6 +55,12 @@ def test_a_compiled_network_is_tuned(batches: int) -> None:
     expected = tuned(plain, accumulate_grad_batches=batches)
     found = tuned(compiled(smooth()), accumulate_grad_batches=batches)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_a_compiled_network_whose_loss_is_scaled() -> None:
+    """The outer loss carries the scale of fp16 too, and its graph is walked once."""
+    found = tuned(compiled(smooth().float()), plugins=[ScalerAlone()])
+    assert bool(found.isfinite().all())
 
 
 def test_a_graph_that_cannot_be_kept_is_explained() -> None:
