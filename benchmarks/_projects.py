@@ -194,7 +194,7 @@ def _uncertain(name: str) -> Callable[[int], tuple[LightningModule, list[Any]]]:
             module = methods.MVERegression(net, burnin_epochs=10, optimizer=optimizer)
         else:
             module = methods.MCDropoutRegression(
-                net, methods.NLL(), num_mc_samples=10, burnin_epochs=10, optimizer=optimizer
+                net, 10, methods.NLL(), burnin_epochs=10, optimizer=optimizer
             )
         return module, _regression(seed)
 
@@ -205,14 +205,12 @@ PROJECTS = {
     "gpt": Project(
         make=_gpt,
         test="val_loss",
-        epochs=20,
+        epochs=12,
         options={"accumulate_grad_batches": 4, "gradient_clip_val": 1.0},
     ),
-    "tft": Project(make=_transformer, test="val_loss", epochs=12, options={"gradient_clip_val": 0.1}),
-    "nbeats": Project(make=_nbeats, test="val_loss", epochs=30, options={"gradient_clip_val": 0.1}),
-    "regression": Project(
-        make=_uncertain("DeterministicRegression"), test="val_loss", epochs=100, options={}
-    ),
-    "mve": Project(make=_uncertain("MVERegression"), test="val_loss", epochs=100, options={}),
-    "mc dropout": Project(make=_uncertain("MCDropoutRegression"), test="val_loss", epochs=100, options={}),
+    "tft": Project(make=_transformer, test="val_loss", epochs=6, options={"gradient_clip_val": 0.1}),
+    "nbeats": Project(make=_nbeats, test="val_loss", epochs=15, options={"gradient_clip_val": 0.1}),
+    "regression": Project(make=_uncertain("DeterministicRegression"), test="val_loss", epochs=40, options={}),
+    "mve": Project(make=_uncertain("MVERegression"), test="val_loss", epochs=40, options={}),
+    "mc dropout": Project(make=_uncertain("MCDropoutRegression"), test="val_loss", epochs=40, options={}),
 }

@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{name}: left out, {error}")
             continue
         results[name] = runs
+        print(f"{name}: done")
         pairs = [(r["plain"], r["tuned"]) for r in runs]
         cells = [
             _spread([t[key] - p[key] for p, t in pairs])
