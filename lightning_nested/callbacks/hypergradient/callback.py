@@ -240,7 +240,6 @@ class HypergradientCallback(OuterLoopCallback):
             self._collect(trainer, pl_module)
         self._inner.add(loss)
         if accumulates(trainer):
-            # The last batch of the step needs the graph again.
             if needs_graph(self.plan, self.curvature):
                 self._methods.put(pl_module, "backward", partial(backward_again, pl_module.backward))
             return
