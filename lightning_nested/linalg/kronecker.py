@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.linalg.finite import check_finite
-from lightning_nested.linalg.kronecker_layers import Factors, Layer, Moment, find_layers
+from lightning_nested.linalg.kronecker_layers import Factors, Layer, Moment, find_layers, stored_bytes
 from lightning_nested.linalg.loss_terms import batch_size, loss_terms
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
@@ -86,12 +86,7 @@ class KroneckerFisher:
 
     def sizes(self) -> tuple[int, int]:
         """Return the bytes of all factors, and of the diagonal of what has none, once they were observed."""
-
-        def width(i: int) -> int:
-            return factorizable_dtype(self._parameters[i].dtype).itemsize
-
-        factors = sum(side**2 * width(layer.weight) for layer in self._layers for side in layer.sides)
-        return factors, sum(self._parameters[i].numel() * width(i) for i in self._others)
+        return stored_bytes(self._layers, self._parameters)
 
     # ---- observing a training step
 

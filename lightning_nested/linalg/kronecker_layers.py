@@ -128,3 +128,12 @@ def find_layers(module: nn.Module, parameters: Iterable[Tensor], max_size: int) 
         if max(len(weight), weight[0].numel()) <= max_size:
             layers.append(Layer(m, position[id(weight)], None if bias is None else position[id(bias)]))
     return layers
+
+
+def stored_bytes(layers: Iterable[Layer], parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the bytes of the layers' factors, and of one diagonal for all other parameters."""
+    widths = [factorizable_dtype(p.dtype).itemsize for p in parameters]
+    layers = tuple(layers)
+    covered = {i for layer in layers for i in layer.positions}
+    factors = sum(side**2 * widths[layer.weight] for layer in layers for side in layer.sides)
+    return factors, sum(p.numel() * widths[i] for i, p in enumerate(parameters) if i not in covered)

@@ -59,8 +59,7 @@ class HypergradientCallback(OuterLoopCallback):
     module, such as buffers, metrics, frozen networks, lists, arrays and objects of your own. The validation loader is
     requested a second time, so a random split belongs into ``setup``, not ``val_dataloader``.
 
-    Under ``accumulate_grad_batches`` the graphs of an outer step's batches are kept if second derivatives are needed.
-    A decoupled decay of the inner optimizer (AdamW) is not part of the curvature; a coupled one (SGD) is.
+    Accumulated batches keep their graphs only for second derivatives. Decoupled decays (AdamW) are no curvature.
 
     Args:
         hyperparameters: :class:`Hyperparameter` objects, or dotted names of tensors or submodules of the module,
