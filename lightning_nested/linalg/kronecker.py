@@ -37,7 +37,7 @@ class KroneckerFisher:
     Linear and (ungrouped) two-dimensional convolution layers have factors. All other parameters (norms, embeddings,
     recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have a
     diagonal: the square of the batch's mean gradient times the terms of the loss, averaged over observations. So have
-    layers that no forward pass was seen of (``torch.compile``). The loss is taken for a mean over examples, unless
+    layers that no forward pass was seen of (``torch.compile``: no hook may get into a compiled graph). The loss is taken for a mean over examples, unless
     :meth:`expect` finds that it is one over tokens or pixels.
 
     Args:
@@ -127,7 +127,6 @@ class KroneckerFisher:
         return _Observing(self)
 
     def _forward(self, i: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        # Hooks that are there while a network is compiled would become part of it.
         if torch.compiler.is_compiling():
             return
         if not self._on or not isinstance(output, Tensor) or not output.requires_grad:
