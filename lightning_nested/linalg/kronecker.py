@@ -37,8 +37,8 @@ class KroneckerFisher:
     Linear and (ungrouped) two-dimensional convolution layers have factors. All other parameters (norms, embeddings,
     recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have a
     diagonal: the square of the batch's mean gradient times the terms of the loss, averaged over observations. So have
-    layers that no forward pass was seen of (``torch.compile``: no hook may get into a compiled graph). The loss is taken for a mean over examples, unless
-    :meth:`expect` finds that it is one over tokens or pixels.
+    layers that no forward pass was seen of (``torch.compile``: no hook may get into its graph). The loss is taken for a
+    mean over examples, unless :meth:`expect` finds that it is one over tokens or pixels.
 
     Args:
         module: Its layers are observed.
