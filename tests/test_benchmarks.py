@@ -205,3 +205,10 @@ def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
     assert names == ["defection", "cooperation", "(1.7, 1.7)"]
     kinds = [{"cooperation", "(1.0, 1.3)"}, {"(1.0, 1.3)"}, {"(2.0, 2.0)"}]
     assert module.counted(kinds, most=2) == "cooperation 1, (1.0, 1.3) 2, 1 rarer ones"
+
+
+def test_projects_of_others(run: Script) -> None:
+    """Those that need no other package."""
+    (pair,) = run("projects", ["--rounds", "1", "--only", "gpt", "--epochs", "1"])["gpt"]
+    assert pair["tuned"]["outer_steps"] > 0
+    assert pair["plain"]["test"] > 0

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.linalg.finite import check_finite
-from lightning_nested.linalg.kronecker_layers import Factors, Layer, Moment, find_layers
+from lightning_nested.linalg.kronecker_layers import Factors, Layer, Moment, find_layers, stored_bytes
 from lightning_nested.linalg.loss_terms import batch_size, loss_terms
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, average
@@ -37,8 +37,8 @@ class KroneckerFisher:
     Linear and (ungrouped) two-dimensional convolution layers have factors. All other parameters (norms, embeddings,
     recurrent layers, weights that several layers share, layers of more than ``max_size`` inputs or outputs) have a
     diagonal: the square of the batch's mean gradient times the terms of the loss, averaged over observations. So have
-    layers that no forward pass was seen of (``torch.compile``). The loss is taken for a mean over examples, unless
-    :meth:`expect` finds that it is one over tokens or pixels.
+    layers that no forward pass was seen of (``torch.compile``: no hook may get into its graph). The loss is taken for a
+    mean over examples, unless :meth:`expect` finds that it is one over tokens or pixels.
 
     Args:
         module: Its layers are observed.
@@ -84,6 +84,10 @@ class KroneckerFisher:
         self._handles: list[RemovableHandle] = []
         self._on = self._observes = False
 
+    def sizes(self) -> tuple[int, int]:
+        """Return the bytes of all factors, and of the diagonal of what has none, once they were observed."""
+        return stored_bytes(self._layers, self._parameters)
+
     # ---- observing a training step
 
     def start(self) -> None:
@@ -123,6 +127,8 @@ class KroneckerFisher:
         return _Observing(self)
 
     def _forward(self, i: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if not self._on or not isinstance(output, Tensor) or not output.requires_grad:
             return
         a: Tensor = args[0] if args else kwargs["input"]

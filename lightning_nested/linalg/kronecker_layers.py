@@ -81,12 +81,18 @@ class Layer:
         """Return True if factors have the shapes of this layer's."""
         return [f.shape for f in factors] == [f.shape for f in self.zeros()]
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows of its two factors: inputs, with one for the bias, and outputs."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight[0].numel() + (self.bias is not None), len(weight)
+
     def zeros(self) -> Factors:
         """Return factors of zeros."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        inputs = weight[0].numel() + (self.bias is not None)
         new = partial(torch.zeros, dtype=factorizable_dtype(weight.dtype), device=weight.device)
-        return new(inputs, inputs), new(len(weight), len(weight))
+        inputs, outputs = self.sides
+        return new(inputs, inputs), new(outputs, outputs)
 
 
 def _same_padding(conv: nn.Conv2d) -> tuple[int, ...]:
@@ -122,3 +128,12 @@ def find_layers(module: nn.Module, parameters: Iterable[Tensor], max_size: int) 
         if max(len(weight), weight[0].numel()) <= max_size:
             layers.append(Layer(m, position[id(weight)], None if bias is None else position[id(bias)]))
     return layers
+
+
+def stored_bytes(layers: Iterable[Layer], parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the bytes of the layers' factors, and of one diagonal for all other parameters."""
+    widths = [factorizable_dtype(p.dtype).itemsize for p in parameters]
+    layers = tuple(layers)
+    covered = {i for layer in layers for i in layer.positions}
+    factors = sum(side**2 * widths[layer.weight] for layer in layers for side in layer.sides)
+    return factors, sum(p.numel() * widths[i] for i, p in enumerate(parameters) if i not in covered)

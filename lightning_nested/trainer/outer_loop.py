@@ -209,6 +209,7 @@ class OuterLoop:
         """Record that a hypergradient was found."""
         self.last_report, self.skipped_in_a_row = report, 0
         self.outer.trend.add(report.outer_loss)
+        self.check.negative(report)
 
     def skip(self, error: FloatingPointError) -> None:
         """Record that none was found.

@@ -64,28 +64,36 @@ def evaluate_outer(
         value = evaluate()
         if not tensors or value.numel() != 1:
             return value
-        # Derivatives are taken outside autocast, as in any training.
-        with torch.autocast(value.device.type, enabled=False):
-            return differentiated(value, tuple(tensors), scale)
+        return differentiated(value, tuple(tensors), scale, evaluate)
 
 
-def differentiated(loss: Tensor, tensors: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:
+def differentiated(
+    loss: Tensor, tensors: tuple[Tensor, ...], scale: float = 1.0, again: Callable[[], Tensor] | None = None
+) -> Tensor:
     """Return ``loss`` with its derivatives taken already: its graph holds them and nothing else.
+
+    Args:
+        loss: Scalar with its graph, which is freed.
+        tensors: What it is differentiated with respect to.
+        scale: Factor on the loss meanwhile.
+        again: Evaluates the loss once more where that factor was too large.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> float(torch.autograd.grad(differentiated(x**2, (x,)), x)[0])
     6.0
     """
-    with without_hooks(tensors):
-        gradients = torch.autograd.grad(
-            loss * scale if scale != 1.0 else loss, tensors, allow_unused=True, retain_graph=scale != 1.0
-        )
-        if scale != 1.0:
-            gradients = tuple(None if g is None else g / scale for g in gradients)
-            # The scale was too large.
-            if not all(g is None or bool(g.isfinite().all()) for g in gradients):
-                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
-    value: Tensor = _Differentiated.apply(loss.detach(), gradients, *tensors)
+
+    def gradients(of: Tensor) -> tuple[Tensor | None, ...]:
+        # Derivatives are taken outside autocast, as in any training. No graph is kept: a compiled one cannot be.
+        with without_hooks(tensors), torch.autocast(of.device.type, enabled=False):
+            return torch.autograd.grad(of, tensors, allow_unused=True)
+
+    found = gradients(loss * scale if scale != 1.0 else loss)
+    if scale != 1.0:
+        found = tuple(None if g is None else g / scale for g in found)
+        if again is not None and not all(g is None or bool(g.isfinite().all()) for g in found):
+            found = gradients(again())
+    value: Tensor = _Differentiated.apply(loss.detach(), found, *tensors)
     return value
 
 

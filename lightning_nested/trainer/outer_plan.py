@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from lightning_nested.arguments import positive
+from lightning_nested.hypergradient import Curvature, FiniteDifference
 from lightning_nested.hypergradient.evaluation_point import EvaluationPoint, LookAhead
 from lightning_nested.hyperparameters import OuterStep
 from lightning_nested.hyperparameters.shared_adam import set_batches
@@ -344,6 +345,12 @@ class OuterPlan:
 def _evaluation(repeat: Callable[[], Tensor] | None, scale: float) -> Callable[[], float]:
     """Return a function that evaluates a loss again; NaN for one that cannot be: the trust radius stays as it is."""
     return lambda: math.nan if repeat is None else _value(repeat) / scale
+
+
+def needs_graph(plan: OuterPlan, curvature: Curvature | None) -> bool:
+    """Return True if outer steps differentiate the training loss's gradient: its graph is kept for them."""
+    second = bool(plan.outer.in_graph) or plan.solver.needs_operator
+    return second and not isinstance(curvature, FiniteDifference)
 
 
 def _value(evaluate: Callable[[], Tensor]) -> float:

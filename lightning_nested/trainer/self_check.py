@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_nested.hypergradient.implicit import Inspect
@@ -20,7 +20,7 @@ from lightning_nested.hypergradient.self_check import (
     check_formed_products,
     wrong_mixed,
 )
-from lightning_nested.hyperparameters import Hyperparameter, OuterStep
+from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.vectors import Vector
 
@@ -39,6 +39,12 @@ _WRONG_MIXED = (
     "differs by {difference:.0%} from a difference of gradients. A custom torch.autograd.Function has a wrong or "
     "missing second derivative, or the loss detaches a factor; use curvature=FiniteDifference(), or look with "
     "check_hypergradient."
+)
+_NEGATIVE = (
+    "The solver met a direction of negative curvature, vᵀHv/vᵀv = {curvature:.2g}, and what it found up to there is "
+    "the answer: the training loss is not near a minimum, as that of a transformer hardly ever is. The default solver "
+    "needs no such products; or give it damping above {size:.2g}, as ConjugateGradient(damping=...), or "
+    "curvature=GaussNewton(outputs=...)."
 )
 _ZERO = (
     "The outer loss has a gradient of exactly zero at the weights, and so every hypergradient through them is zero. "
@@ -179,6 +185,13 @@ class SelfCheck:
                 f"{' and others' if len(lost) > 5 else ''}, which only loss.backward() reaches: a function that calls "
                 "backward itself (reentrant checkpointing) hides them; pass use_reentrant=False, or take it out."
             )
+
+    def negative(self, report: OuterReport) -> None:
+        """Say once in a fit that a solve ended at negative curvature, and what helps."""
+        if report.negative_curvature and _NEGATIVE not in self._told:
+            self._told.add(_NEGATIVE)
+            found = _NEGATIVE.format(curvature=report.curvature, size=abs(report.curvature))
+            rank_zero_info(f"{self.owner}: {found}")
 
     def conclude_step(self, module: LightningModule, outer: OuterStep) -> None:
         """Tell which hyperparameters no loss of the first outer step depends on."""

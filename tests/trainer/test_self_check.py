@@ -19,12 +19,13 @@ from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import (
     AdamDiagonal,
     ConjugateGradient,
+    Current,
     Identity,
     KroneckerFactored,
     Neumann,
     Nystrom,
 )
-from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing
+from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing, WeightDecay
 from lightning_nested.modules import Implicit, NestedModule, Unrolled
 from lightning_nested.modules.nested import LoopOptions
 from tests.callbacks.exact import decay_all, exact
@@ -505,3 +506,28 @@ def test_a_batch_that_was_looked_at_is_still_the_next_one() -> None:
     # The probe, and two outer steps.
     assert seen == [first[0], first[0], first[1]]
     assert callback.outer_loop.state_dict()["batches"]["position"] == 2
+
+
+class Saddle(Plain):
+    """A loss that curves down in one direction."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(1, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 0.5 * (self.net.weight - 1).square().sum() - 0.05 * self.net.bias.square().sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.net.weight - 2).square().sum() + (self.net.bias - 3).square().sum()
+
+
+def test_negative_curvature_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    callback = HypergradientCallback(
+        WeightDecay(), solver=ConjugateGradient(), at=Current(), every_n_steps=1, warmup_steps=0
+    )
+    with caplog.at_level("INFO"):
+        trainer(callback).fit(Saddle(), loader(0), loader(1))
+    assert callback.outer_steps == 4
+    (message,) = [m for m in caplog.messages if "negative curvature" in m]
+    assert "ConjugateGradient(damping=...)" in message
+    assert "= -0." in message

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient.checks import check_settings, warn_of_own_decay
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
-from lightning_nested.callbacks.hypergradient.outer_step import try_outer_step
+from lightning_nested.callbacks.hypergradient.outer_step import backward_again, try_outer_step
 from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
@@ -29,7 +29,8 @@ from lightning_nested.trainer.inner_problem import modules_outer_loss
 from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
-from lightning_nested.trainer.outer_plan import OuterPlan
+from lightning_nested.trainer.outer_memory import memory_line, outer_memory
+from lightning_nested.trainer.outer_plan import OuterPlan, needs_graph
 from lightning_nested.trainer.stand_ins import StandIns
 
 
@@ -58,8 +59,7 @@ class HypergradientCallback(OuterLoopCallback):
     module, such as buffers, metrics, frozen networks, lists, arrays and objects of your own. The validation loader is
     requested a second time, so a random split belongs into ``setup``, not ``val_dataloader``.
 
-    Under ``accumulate_grad_batches`` the graphs of all batches of an outer step are kept until its last batch.
-    A decoupled decay of the inner optimizer (AdamW) is not part of the curvature; a coupled one (SGD) is.
+    Accumulated batches keep their graphs only for second derivatives. Decoupled decays (AdamW) are no curvature.
 
     Args:
         hyperparameters: :class:`Hyperparameter` objects, or dotted names of tensors or submodules of the module,
@@ -198,7 +198,8 @@ class HypergradientCallback(OuterLoopCallback):
         self.outer_loop.remember_initial(self.outer_loop.parameters)
         if self._saved is not None:
             self._restore(self._saved)
-        rank_zero_info(f"HypergradientCallback: {self.plan.pace}.")
+        held = memory_line(outer_memory(self.plan, self.outer_loop.parameters))
+        rank_zero_info(f"HypergradientCallback: {self.plan.pace}{held}.")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,8 +239,8 @@ class HypergradientCallback(OuterLoopCallback):
             self._collect(trainer, pl_module)
         self._inner.add(loss)
         if accumulates(trainer):
-            # The last batch of the step needs the graph again.
-            self._methods.put(pl_module, "backward", partial(pl_module.backward, retain_graph=True))
+            if needs_graph(self.plan, self.curvature):
+                self._methods.put(pl_module, "backward", partial(backward_again, pl_module.backward))
             return
         self._attempted = True
         try_outer_step(pl_module, self.outer_loop, self.plan, self._inner, outer_loss)

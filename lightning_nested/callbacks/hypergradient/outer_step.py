@@ -9,12 +9,23 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.trainer.find_hypergradient import find_hypergradient
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.lightning import loss_scale
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.outer_plan import OuterPlan
+
+
+def backward_again(backward: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Run a module's ``backward`` so that the last batch of a step can differentiate the graph once more.
+
+    Raises:
+        DoubleBackwardError: The graph of a compiled network cannot be kept.
+    """
+    with explain_double_backward():
+        backward(loss, *args, **{**kwargs, "retain_graph": True})
 
 
 def try_outer_step(

@@ -119,6 +119,10 @@ class InverseSolver(ABC):
         """Products with A of one solve, at most: the cost that outer steps are planned with. Override it."""
         return 0
 
+    def held(self, size: int) -> int:
+        """Numbers that a solve for so many parameters holds at once, b and x among them. Override it."""
+        return 2 * size
+
     def bind(self, statistics: RunStatistics) -> InverseSolver:
         """Return the solver for the present state of a training."""
         return self

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from typing_extensions import override
+
 from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator, as_operator
 from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
@@ -41,6 +43,11 @@ class ConjugateGradient(InverseSolver):
         positive(max_iterations=self.max_iterations)
         at_least(0, tolerance=self.tolerance)
         at_least(0, damping=self.damping)
+
+    @override
+    def held(self, size: int) -> int:
+        # b, x, the residual, a direction and its product; the gradient with its graph; M times the residual.
+        return (6 + self.warm_start + (self.preconditioner is not None)) * size
 
     @property
     def products(self) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked
 from lightning_nested.linalg.finite import check_matrix
@@ -36,6 +37,11 @@ class DenseSolve(InverseSolver):
 
     def __post_init__(self) -> None:
         at_least(0, damping=self.damping, max_size=self.max_size)
+
+    @override
+    def held(self, size: int) -> int:
+        # The matrix and its symmetric part; b, x and the gradient with its graph.
+        return (2 * size + 3) * size
 
     def _solve(self, system: LinearSystem) -> Solution:
         flat = flatten(system.b)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.solvers.base import (
@@ -47,6 +48,11 @@ class Neumann(InverseSolver):
         at_least(0, num_terms=self.num_terms)
         positive(step_size=self.step_size)
         at_least(0, tolerance=self.tolerance)
+
+    @override
+    def held(self, size: int) -> int:
+        # b, its product, a term and the sum; the gradient with its graph; a previous solution or eigenvector.
+        return (5 + self.warm_start + (self.step_size is None)) * size
 
     @property
     def products(self) -> int:

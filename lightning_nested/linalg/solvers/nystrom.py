@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.finite import check_finite, check_matrix
@@ -85,6 +86,11 @@ class Nystrom(InverseSolver):
         basis, singular, _ = torch.linalg.svd(check_matrix(half, "The Nyström factor"), full_matrices=False)
         eigenvalues = (singular**2 - shift).clamp_min(0.0)
         return NystromInverse(basis, eigenvalues, self.damping, like, curvature, rank)
+
+    @override
+    def held(self, size: int) -> int:
+        # The sketch, its image and the basis of it; b, x and the gradient with its graph.
+        return (3 * min(self.rank, size) + 3) * size
 
     @property
     def products(self) -> int:

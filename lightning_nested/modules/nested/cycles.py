@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from typing_extensions import override
 from lightning_nested.hypergradient import Curvature
 from lightning_nested.hypergradient.fast_weights import FastWeights
 from lightning_nested.hyperparameters import OuterReport
+from lightning_nested.linalg.graph import explain_double_backward
 from lightning_nested.linalg.processes import average_gradients
 from lightning_nested.linalg.vectors import norm
 from lightning_nested.modules.nested.problem import NestedProblem
@@ -21,6 +23,7 @@ from lightning_nested.trainer.forecast import expect_loss
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import check_loss
 from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.outer_plan import needs_graph
 
 
 class Cycle(ABC):
@@ -63,6 +66,7 @@ class ImplicitCycle(Cycle):
 
     def __init__(self, problem: NestedProblem, curvature: Curvature | None) -> None:
         super().__init__(problem)
+        self._keeps_graph = needs_graph(problem.plan, curvature)
         self._graph = InnerGraph(
             problem.module, curvature, accumulate=problem.accumulate, method="inner_loss"
         )
@@ -84,8 +88,9 @@ class ImplicitCycle(Cycle):
             self._graph.add(loss)
             self._graph.unhook()
         with problem.full_precision():
-            parameters = tuple(problem.parameters.values())
-            self._accumulate(torch.autograd.grad(loss, parameters, retain_graph=closes, allow_unused=True))
+            parameters, keeps = tuple(problem.parameters.values()), closes and self._keeps_graph
+            with explain_double_backward() if keeps else nullcontext():
+                self._accumulate(torch.autograd.grad(loss, parameters, retain_graph=keeps, allow_unused=True))
         problem.plan.pause(True)
         return loss.detach() * problem.accumulate
 

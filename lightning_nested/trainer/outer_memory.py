@@ -1,0 +1,64 @@
+"""What outer steps hold in memory beside the training, from sizes that are known before the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from lightning_nested.hyperparameters.shared_adam import SharedAdam
+from lightning_nested.trainer.outer_plan import OuterPlan
+
+
+def outer_memory(plan: OuterPlan, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the bytes that outer steps hold, by what they are of; :meth:`OuterPlan.attach` must have run.
+
+    Not counted are the graphs of the two losses, and copies that are freed at once. A layer that ``torch.compile``
+    hides has no factors; it is counted as if it had.
+
+    Args:
+        plan: Plan of the run.
+        parameters: Inner parameters by name; empty while the shape of a lazy one is not known.
+    """
+    tensors, forecast = tuple(parameters.values()), plan.forecast
+    if not tensors:
+        return {}
+    found = {"Kronecker factors": 0, "diagonal curvature": 0, "mean gradient": 0}
+    if forecast is not None:
+        # Factors and their inverses; squares and those with damping.
+        factors, diagonals = forecast.fisher.sizes()
+        found["Kronecker factors"], found["diagonal curvature"] = 2 * factors, 2 * diagonals
+        found["mean gradient"] = _bytes(tensors)
+    width = max(p.element_size() for p in tensors)
+    found["solver"] = plan.solver.held(sum(p.numel() for p in tensors)) * width
+    # Adam has two means beside the values; SharedAdam also the gradient before.
+    copies = 4 if isinstance(plan.outer.optimizer, SharedAdam) else 3
+    name = "decays" if len(plan.outer.decays) == len(plan.outer.hyperparameters) else "hyperparameters"
+    found[name] = copies * _bytes(plan.outer.tensors)
+    return found
+
+
+def memory_line(parts: Mapping[str, int]) -> str:
+    """Describe memory by its parts, largest first, after a semicolon; parts below a hundredth are left out.
+
+    >>> memory_line({"Kronecker factors": 8_100_000, "mean gradient": 2_000_000, "decays": 400})
+    '; holds 10 MB: Kronecker factors 8.1, mean gradient 2'
+    """
+    total = sum(parts.values())
+    if not total:
+        return ""
+    size, unit = next(((s, u) for s, u in _UNITS if total >= s), _UNITS[-1])
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{name} {_short(n / size)}" for name, n in ordered if n > 0.01 * total)
+    return f"; holds {_short(total / size)} {unit}" + (f": {shown}" if shown else "")
+
+
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,102 @@
+"""What the report at the start of fit says of memory is what a run then holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hypergradient import ConjugateGradient, Current, DenseSolve, Identity, Neumann, Nystrom
+from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.trainer.outer_memory import memory_line, outer_memory
+from tests.callbacks.tuned_regression import Regression, data
+from tests.trainers import trainer
+
+
+def held(state: Any) -> int:
+    """Return the bytes of all tensors in a nested state."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(held, parts))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, 1)).double()
+
+
+class Measured(HypergradientCallback):
+    """Keeps what is foreseen at the start, and what the statistics and the tuned values hold at the end."""
+
+    foreseen: dict[str, int]
+    found: dict[str, int]
+
+    def on_train_start(self, *args: Any) -> None:
+        super().on_train_start(*args)
+        self.foreseen = outer_memory(self.plan, self.outer_loop.parameters)
+
+    def on_train_end(self, *args: Any) -> None:
+        forecast, outer = self.plan.forecast, self.outer
+        assert forecast is not None
+        state = forecast.state_dict()
+        inverses = [inverse for _, inverse in state["inverses"]]
+        # Steps of the outer optimizer are single numbers.
+        moments = [t for s in outer.optimizer.state.values() for t in s.values() if t.dim()]
+        self.found = {
+            "Kronecker factors": held(state["fisher"]["factors"]) + held([i["factors"] for i in inverses]),
+            "diagonal curvature": held(state["fisher"]["squares"]) + held([i["diagonal"] for i in inverses]),
+            "mean gradient": held(state["mean"]),
+            "decays": held(list(outer.tensors)) + held(moments),
+        }
+        super().on_train_end(*args)
+
+
+@pytest.mark.parametrize("per", ["tensor", "parameter"])
+def test_the_report_is_what_is_held(per: Any) -> None:
+    callback = Measured(WeightDecay(per), every_n_steps=3, warmup_steps=2)
+    trainer(callback, max_epochs=2).fit(
+        Regression(net()), DataLoader(data(48, 1), 8), DataLoader(data(16, 2), 8)
+    )
+    size = sum(p.numel() for p in net().parameters())
+    assert callback.foreseen == {**callback.found, "solver": 2 * size * 8}
+
+
+@pytest.mark.parametrize(
+    ("solver", "numbers"),
+    [
+        (Identity(), lambda n: 2 * n),
+        (Neumann(step_size=0.1), lambda n: 5 * n),
+        (ConjugateGradient(warm_start=True), lambda n: 7 * n),
+        (Nystrom(rank=4), lambda n: 15 * n),
+        (DenseSolve(), lambda n: 2 * n * n + 3 * n),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_solvers_hold_vectors(solver: Any, numbers: Any) -> None:
+    callback = HypergradientCallback(WeightDecay(), solver=solver, at=Current())
+    parameters = dict(net().named_parameters())
+    callback.outer.build(parameters, torch.device("cpu"))
+    size = sum(p.numel() for p in parameters.values())
+    found = outer_memory(callback.plan, parameters)
+    assert found["solver"] == 8 * numbers(size)
+    assert not found["Kronecker factors"] + found["mean gradient"]
+
+
+def test_nothing_is_said_of_shapes_that_are_not_known_yet() -> None:
+    assert memory_line(outer_memory(HypergradientCallback(WeightDecay()).plan, {})) == ""
+
+
+@pytest.mark.parametrize(
+    ("parts", "line"),
+    [
+        ({"solver": 3 * 10**9, "decays": 10**9}, "; holds 4 GB: solver 3, decays 1"),
+        ({"solver": 500}, "; holds 0.5 kB: solver 0.5"),
+    ],
+)
+def test_units(parts: dict[str, int], line: str) -> None:
+    assert memory_line(parts) == line
