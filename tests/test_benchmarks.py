@@ -86,6 +86,13 @@ def test_callback_cost_runs(run: Script) -> None:
     assert found["a step without callback"].median > 0
 
 
+@pytest.mark.slow
+def test_a_million_decays_are_measured(run: Script) -> None:
+    found = run("million_decays", ["--rounds", "1", "--steps", "2"])
+    assert len(found) == 3
+    assert all(number >= 0 for ((*numbers,),) in found.values() for number in numbers)
+
+
 def test_example_weights_tell_wrong_labels(run: Script) -> None:
     ((found,),) = run("example_weights", ["--tasks", "0", "--seeds", "100", "--steps", "200"]).values()
     assert min(found[key] for key in ("plain", "right", "small_loss", "ours")) > 0.5
