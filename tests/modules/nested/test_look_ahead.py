@@ -88,7 +88,7 @@ def is_the_callback(
     # A module's first outer step ends its first cycle.
     callback = HypergradientCallback(
         hyperparameters(), optimizer=outer_optimizer, solver=gradient.solver, at=gradient.at,
-        every_n_steps=every, warmup_steps=3 + every - 1,
+        every_n_steps=every, warmup_steps=3 + every - 1, train_batches=0,
     )  # fmt: skip
     plain = Automatic(make)
     trainer(callback, accumulate_grad_batches=accumulate, **options).fit(plain, loader(1), loader(2, batch=5))
