@@ -2,8 +2,9 @@
 
 Beside plain training, training on the right labels of the same images, and small-loss ranking: a fit of a tenth of
 the length ranks the images by their loss, and as many as are wrong (their number is given to it) are left out of a
-second fit. Each is a real fit of the Trainer; validation labels are right, and the test data are read once, at the
-end. Cost is the CPU time of the whole fit, beside that of a plain one right before it.
+second fit. Two more use the validation data, whose labels are right, without any weights: training on them alone, and
+on them together with the others. Each is a real fit of the Trainer; the test data are read once, at the end. Cost is
+the CPU time of the whole fit, beside that of a plain one right before it.
 """
 
 from __future__ import annotations
@@ -141,6 +142,9 @@ def run(task: Task, seed: int, *, only_ours: bool = False) -> dict[str, float]:
     found = {"plain": accuracy(plain)}
     if not only_ours:
         found["right"] = accuracy(fit(task, right, val, seed)[0])
+        found["trusted"] = accuracy(fit(task, val, val, seed)[0])
+        together = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
+        found["together"] = accuracy(fit(task, together, val, seed)[0])
         young, first = fit(task, train, val, seed, steps=task.steps // 10)
         losses = functional.cross_entropy(young.logits(train[0]), train[1], reduction="none")
         kept = losses.argsort()[: int((~wrong).sum())]
@@ -161,8 +165,8 @@ def run(task: Task, seed: int, *, only_ours: bool = False) -> dict[str, float]:
 
 def rows(results: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     """Return a row per task and seed, and one of medians."""
-    percent, number = ("plain", "right", "small_loss", "ours"), ("small_loss_auroc", "ours_auroc")
-    costs = ("small_loss_cost", "ours_cost")
+    percent = ("plain", "right", "trusted", "together", "small_loss", "ours")
+    number, costs = ("small_loss_auroc", "ours_auroc"), ("small_loss_cost", "ours_cost")
 
     def row(name: str, label: str, entry: dict[str, float]) -> list[str]:
         cells = [f"{100 * entry[k]:.1f} %" if k in entry else "–" for k in percent]
@@ -197,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]
             found = {"seed": float(seed), **run(task, seed, only_ours=arguments.only_ours)}
             results.setdefault(task.name, []).append(found)
             print(task.name, {key: round(value, 3) for key, value in found.items()}, flush=True)
-    percent = [f"{name}, accuracy" for name in ("plain", "right labels", "small loss", "one line")]
+    arms = ("plain", "right labels", "trusted alone", "trusted and noisy", "small loss", "one line")
+    percent = [f"{name}, accuracy" for name in arms]
     rest = ["small loss, AUROC", "one line, AUROC", "small loss, cost", "one line, cost"]
     print_table(["task", "seed", *percent, *rest], rows(results))
     report(arguments, {"tasks": results}, load_before=before)

@@ -100,7 +100,8 @@ def test_a_million_decays_are_measured(run: Script) -> None:
 
 def test_example_weights_tell_wrong_labels(run: Script) -> None:
     ((found,),) = run("example_weights", ["--tasks", "0", "--seeds", "100", "--steps", "200"]).values()
-    assert min(found[key] for key in ("plain", "right", "small_loss", "ours")) > 0.5
+    arms = ("plain", "right", "trusted", "together", "small_loss", "ours")
+    assert min(found[key] for key in arms) > 0.5
     # Chance gives 0.5, with a standard deviation of 0.02 for 280 and 420 labels.
     assert min(found["small_loss_auroc"], found["ours_auroc"]) > 0.55
     assert min(found["small_loss_cost"], found["ours_cost"]) > 0
