@@ -63,7 +63,7 @@ class TuningReport(OneFitCallback):
             "end": {name: found[0] for name, found in loop.spreads().items()},
             # Of a decay for each weight the spread is enough.
             "values": {label: v.tolist() for label, v in owner.values().items() if v.numel() <= 1000},
-            "outer_loss": loop.outer.trend.lines(),
+            "outer_loss": loop.trend_lines(),
             "metrics": {key: value for key, value in metrics.items() if math.isfinite(value)},
         }
         title = f"{type(pl_module).__name__}: {loop.outer_steps} outer steps"

@@ -25,7 +25,7 @@ class Strength(Scalar):
     """
 
     usage = (
-        "self.brightness = None  # in __init__, for Brightness()\n"
+        "self.brightness = None  # in __init__\n"
         "if self.brightness is not None:  # in the training loss\n"
         "    images = self.brightness(images)"
     )

@@ -32,10 +32,22 @@ class Hyperparameter(Constructed, ABC):
     moves_one_batch = False  # whether an outer step moves only the entries of its batch's examples
     per_example = False  # whether a tensor may get a leading dimension: one value of each example
     sets_rate = False  # whether it is the inner optimizer's learning rate, which no loss depends on
-    usage = ""  # lines to add to a module that does not read it, shown in errors
+    usage = ""  # lines to add to a module that does not read it; `shown_usage` has the attribute's own name
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}  # unconstrained leaves by name, empty until built
+
+    def shown_usage(self) -> str:
+        """Return ``usage`` with this object's attribute in place of the first name after ``self.``; shown in errors.
+
+        >>> from lightning_nested import Scalar
+        >>> print(Scalar("temperature", init=1.0).shown_usage().splitlines()[0])
+        self.temperature = None  # in __init__
+        """
+        written, attribute = re.search(r"\bself\.(\w+)", self.usage), self.attribute
+        if written is None or attribute is None or re.search(rf"\bself\.{attribute}\b", self.usage):
+            return self.usage
+        return re.sub(rf"\bself\.{written[1]}\b", f"self.{attribute}", self.usage)
 
     @property
     def built(self) -> bool:

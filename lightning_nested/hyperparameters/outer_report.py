@@ -56,15 +56,20 @@ class LossTrend:
             self.first = [*self.first, loss][: self.FEW]
             self.last = [*self.last, loss][-self.FEW :]
 
-    def lines(self) -> list[str]:
-        """Return one line that compares the first losses with the last; none below two outer steps."""
+    def lines(self, *, moved: bool = True) -> list[str]:
+        """Return one line that compares the first losses with the last; none below two outer steps.
+
+        Args:
+            moved: Whether any value has changed; else the line does not call a lower loss an improvement.
+        """
         few = min(self.FEW, self.count // 2)
         if not few:
             return []
         before, after = sum(self.first[:few]) / few, sum(self.last[-few:]) / few
+        verdict = "improved" if after < before else "not improved"
         return [
             f"outer loss: {before:.4g} → {after:.4g} (means of the first and last {few} outer steps), "
-            f"{'improved' if after < before else 'not improved'}"
+            f"{verdict if moved else 'but no value moved'}"
         ]
 
     def state_dict(self) -> dict[str, Any]:

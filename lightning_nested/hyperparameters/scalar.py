@@ -25,7 +25,11 @@ class Scalar(BoundHyperparameter):
     """
 
     per_example = True
-    usage = "self.scale = None  # in __init__, for Scalar('scale', ...)\nloss = loss * self.scale.value()"
+    usage = (
+        "self.scale = None  # in __init__\n"
+        "if self.scale is not None:  # in training_step, or wherever the training loss needs the number\n"
+        "    loss = loss * self.scale.value()"
+    )
 
     def __init__(self, name: str, init: float, transform: Transform | None = None) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class Categorical(BoundHyperparameter):
     """
 
     per_example = True
-    usage = "self.loss = None  # in __init__, for Categorical('loss', [...])\nfunction = self.loss.choice()"
+    usage = "self.loss = None  # in __init__\nfunction = self.loss.choice()  # in the training loss"
 
     def __init__(self, name: str, options: Sequence[Any], init: int = 0) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ def replace_placeholders(
                 continue
             raise MisconfigurationException(
                 f"{kind} is read by the training loss through the attribute {name!r}. "
-                f"Got {module_name} without it; add:\n{hyperparameter.usage}"
+                f"Got {module_name} without it; add:\n{hyperparameter.shown_usage()}"
             )
         found = getattr(module, name)
         if found is hyperparameter:

@@ -322,4 +322,9 @@ class OuterLoop:
             if name in self.outer.first
         ]
         title = f"{self.owner} tuned in {self.outer_steps} outer steps:"
-        return "\n  ".join([title, *lines, *self.outer.trend.lines()])
+        return "\n  ".join([title, *lines, *self.trend_lines()])
+
+    def trend_lines(self) -> list[str]:
+        """Compare the first outer losses with the last in a line, which says so if no value has changed."""
+        moved = any(last != self.outer.first.get(name) for name, last in self.spreads().items())
+        return self.outer.trend.lines(moved=moved)

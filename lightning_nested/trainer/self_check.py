@@ -230,7 +230,7 @@ def reached(loss: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
 
 def _unreached(module: LightningModule, hyperparameter: Hyperparameter, labels: Sequence[str]) -> str:
     name, attribute = ", ".join(labels), hyperparameter.attribute
-    kind = type(hyperparameter).__name__
+    kind, usage = type(hyperparameter).__name__, hyperparameter.shown_usage()
     start = f"No gradient reaches {kind} {name!r}, so that it stays as it is: "
     if attribute is not None and getattr(module, attribute, None) is not hyperparameter:
         got = type(getattr(module, attribute, None)).__name__
@@ -243,4 +243,5 @@ def _unreached(module: LightningModule, hyperparameter: Hyperparameter, labels: 
         f"Read it in the training step{f' as self.{attribute}' if attribute else ''}, without detach(), item() or "
         "rounding. Hard masks (DropoutRates, DropConnect) and whole numbers (Integer) have no derivative: give a "
         "temperature, or tune them by HypernetworkModule."
+        f"{f' To read it:{chr(10)}{usage}' if usage else ''}"
     )

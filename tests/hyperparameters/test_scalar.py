@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +11,38 @@ from torch.nn import functional
 
 from lightning_nested.hypergradient import implicit_hypergradient
 from lightning_nested.hyperparameters import (
+    Brightness,
     Categorical,
+    Cutout,
+    ExampleWeights,
+    Hyperparameter,
     HyperparameterVector,
     Integer,
     LabelSmoothing,
+    LossWeights,
+    Scalar,
 )
 from tests.hyperparameters.built import built
+
+
+@pytest.mark.parametrize(
+    "hyperparameter",
+    [
+        Brightness(name="mine"),
+        Categorical("mine", ["a", "b"]),
+        Cutout(name="mine"),
+        ExampleWeights(3, name="mine"),
+        Integer("mine", 1, 3, 2),
+        LabelSmoothing(name="mine"),
+        LossWeights(["a", "b"], name="mine"),
+        Scalar("mine", 1.0),
+    ],
+    ids=lambda h: type(h).__name__,
+)
+def test_the_lines_to_add_have_the_attribute_s_own_name(hyperparameter: Hyperparameter) -> None:
+    shown = hyperparameter.shown_usage()
+    assert shown.startswith("self.mine = None")
+    assert len(re.findall(r"\bself\.", shown)) == len(re.findall(r"\bself\.mine\b", shown)) > 1
 
 
 def test_label_smoothing_is_that_of_torch_and_differentiable() -> None:

@@ -99,6 +99,8 @@ def test_the_summary_compares_the_first_outer_losses_with_the_last() -> None:
     """Means of five, or of fewer where steps would count twice; a resumed run compares with the very first."""
     loop, _ = outer_loop()
     assert "outer loss" not in loop.summary()
+    with torch.no_grad():
+        loop.outer.tensors[0].add_(1.0)
     for loss in (8.0, 6.0, 4.0):
         loop.keep(OuterReport(outer_loss=loss, hypergradient_norm=1.0))
     assert loop.summary().endswith("outer loss: 8 → 4 (means of the first and last 1 outer steps), improved")
@@ -114,6 +116,17 @@ def test_the_summary_compares_the_first_outer_losses_with_the_last() -> None:
     assert resumed.summary().endswith("4.6 → 4.6 (means of the first and last 5 outer steps), not improved")
     resumed.reset()
     assert "outer loss" not in resumed.summary()
+
+
+def test_the_summary_calls_nothing_improved_where_no_value_moved() -> None:
+    loop, _ = outer_loop()
+    for loss in (8.0, 4.0):
+        loop.keep(OuterReport(outer_loss=loss, hypergradient_norm=0.0))
+    expected = "outer loss: 8 → 4 (means of the first and last 1 outer steps)"
+    assert loop.summary().endswith(f"{expected}, but no value moved")
+    with torch.no_grad():
+        loop.outer.tensors[0].add_(1.0)
+    assert loop.summary().endswith(f"{expected}, improved")
 
 
 def test_a_state_of_an_earlier_version_has_no_losses() -> None:

@@ -25,7 +25,7 @@ from lightning_nested.hypergradient import (
     Neumann,
     Nystrom,
 )
-from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing, WeightDecay
+from lightning_nested.hyperparameters import DropConnect, ExampleWeights, LabelSmoothing, Scalar, WeightDecay
 from lightning_nested.modules import Implicit, NestedModule, Unrolled
 from lightning_nested.modules.nested import LoopOptions
 from tests.callbacks.exact import decay_all, exact
@@ -368,6 +368,18 @@ def test_a_hyperparameter_that_nothing_reaches_is_named(hyperparameter: Any) -> 
     ):
         callback, _ = fit("callback", hyperparameters=hyperparameter)
     assert callback.outer_steps == 4
+
+
+def test_the_line_that_reads_a_hyperparameter_is_shown_with_its_own_name() -> None:
+    class Unread(Plain):
+        temperature: Any = None
+
+    callback = exact(Scalar("temperature", init=1.0))
+    with pytest.raises(MisconfigurationException, match=r"add:\nself\.temperature = None"):
+        trainer(callback).fit(Plain(), loader(1), loader(2))
+    with pytest.warns(UserWarning, match=r"No gradient reaches Scalar 'temperature'") as told:
+        trainer(callback).fit(Unread(), loader(1), loader(2))
+    assert any("loss = loss * self.temperature.value()" in str(warning.message) for warning in told)
 
 
 def test_an_attribute_that_was_replaced_is_named() -> None:
