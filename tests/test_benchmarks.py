@@ -43,6 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Script:
     return main
 
 
+@pytest.mark.slow
 def test_one_hypergradient_is_right_and_its_memory_does_not_grow(run: Script, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     size = ["--widths", "20", "10", "5", "--batch", "16"]
@@ -70,6 +71,7 @@ def test_memory_limits_of_the_real_size(monkeypatch: pytest.MonkeyPatch) -> None
         assert memory["Neumann 5", library] == memory["Neumann 20", library]
 
 
+@pytest.mark.slow
 def test_unrolling_agrees_with_its_full_graph(run: Script) -> None:
     size = ["--widths", "20", "10", "5", "--batch", "16", "--steps", "12"]
     found = run("unrolling", ["--rounds", "1", *size])
@@ -107,6 +109,7 @@ def test_example_weights_tell_wrong_labels(run: Script) -> None:
     assert min(found["small_loss_cost"], found["ours_cost"]) > 0
 
 
+@pytest.mark.slow
 def test_optimizers_run_and_make_the_same_steps(run: Script) -> None:
     found = run("optimizers", ["--rounds", "1", "--tensors", "3", "--elements", "300"])
     for name, entry in found.items():

@@ -83,6 +83,7 @@ def test_matching_pennies_turns_at_its_known_rate() -> None:
     assert float(found) == pytest.approx(0.5 * math.log(1 + 1 / 16), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_several_branching_points_of_a_start_begin_from_the_best_candidates() -> None:
     game = SmallIPD()
     branching = Branching(horizon=6, ascent_steps=3, candidates=12, points=3)
