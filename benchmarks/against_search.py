@@ -10,16 +10,15 @@ validation loss so far is reported.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from _fits import quiet
 from _measuring import Spread, load, parser, print_table, report, start
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -296,9 +295,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments: argparse.Namespace = options.parse_args(argv)
     start(arguments)
     before = load()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     budget = float(arguments.steps * arguments.trainings)
     curves: dict[str, list[list[Point]]] = {}
     fresh: dict[str, list[tuple[float, float]]] = {}

@@ -9,18 +9,17 @@ the CPU time of the whole fit, beside that of a plain one right before it.
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from _fits import plain_trainer, quiet
 from _measuring import load, parser, print_table, report, start
 from _pays_tasks import Pair, cnn, digits, fashion, mlp
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -102,17 +101,7 @@ def fit(
     module = Fit(task.network())
     generator = torch.Generator().manual_seed(seed)
     data = TensorDataset(*train, torch.arange(len(train[0])))
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps or task.steps,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=10**6,
-    )
+    trainer = plain_trainer(steps or task.steps, callbacks)
     before = time.process_time()
     trainer.fit(
         module,
@@ -191,9 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]
     arguments = options.parse_args(argv)
     start(arguments)
     before = load()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    quiet()
     results: dict[str, list[dict[str, float]]] = {}
     for task in (TASKS[i] for i in arguments.tasks):
         task = replace(task, steps=arguments.steps or task.steps)

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from _fits import quiet
 from _measuring import Spread, load, parser, print_table, report, start
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
@@ -359,9 +358,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         arguments.methods = [m for m in arguments.methods if m not in SAMPLERS]
     start(arguments)
     before = load()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     seeds = []
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.rounds):
         seeds.append(run_seed(arguments, seed))

@@ -7,14 +7,13 @@ validation loss of a finished training, as the hypernetwork's competitor in Lorr
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _fits import quiet
 from _linear_softmax import HIGHEST, LOWEST, Data, Rows, fit, matrix, optimum
 from _measuring import Spread, load, parser, print_table, report, start
 from torch import Tensor
@@ -215,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = options.parse_args(argv)
     start(arguments)
     before = load()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     results = []
     for seed in range(arguments.rounds):
         torch.manual_seed(seed)

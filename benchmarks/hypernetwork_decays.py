@@ -8,14 +8,13 @@ At the end of the budget the model with the lowest validation loss so far is jud
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from _fits import quiet
 from _linear_softmax import HIGHEST, LOWEST, Data, decay
 from _measuring import Spread, load, parser, print_table, report, start
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -209,9 +208,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = options.parse_args(argv)
     start(arguments)
     before = load()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     budget = float(arguments.steps * arguments.trainings)
     found: dict[str, list[Losses]] = {}
     fresh: dict[str, list[Losses]] = {}

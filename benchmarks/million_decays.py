@@ -7,18 +7,17 @@ held before the fit, model and data included.
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import resource
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from _fits import plain_trainer, quiet
 from _measuring import load, parser, print_table, report, start
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -53,9 +52,7 @@ class Fit(LightningModule):
 def fit(arm: str, seed: int, steps: int, threads: int, sender: Any) -> None:
     """Send CPU seconds of a fit, MiB that it took beyond what was there, and MiB of the process."""
     torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     seed_everything(seed, verbose=False)
     x, y = torch.randn(4000, 784), torch.randint(0, 10, (4000,))
     train = DataLoader(TensorDataset(x[:3000], y[:3000]), 64, shuffle=True, drop_last=True)
@@ -63,17 +60,7 @@ def fit(arm: str, seed: int, steps: int, threads: int, sender: Any) -> None:
     per = {"a decay per tensor": "tensor", "a decay per weight": "parameter"}.get(arm)
     callbacks = [HypergradientCallback(WeightDecay(per=per))] if per else []  # type: ignore[arg-type]
     module = Fit()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,  # type: ignore[arg-type]
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=10**6,
-    )
+    trainer = plain_trainer(steps, callbacks)
     peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     trainer.fit(module, train, val)
     seconds = time.process_time() - seconds

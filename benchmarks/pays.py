@@ -10,20 +10,19 @@ marginal likelihood and needs no validation data, on the classifiers without bat
 from __future__ import annotations
 
 import json
-import logging
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from _fits import plain_trainer, quiet
 from _measuring import load, parser, print_table, report, start
 from _pays_tasks import TASKS, Pair, Task
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -83,17 +82,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     train = DataLoader(TensorDataset(*data[0]), task.batch, shuffle=True, drop_last=True, generator=generator)
     val = DataLoader(TensorDataset(*data[1]), task.batch, shuffle=True)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=task.steps,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=10**6,
-    )
+    trainer = plain_trainer(task.steps, callbacks)
     before = time.process_time()
     trainer.fit(module, train, val)
     return module, time.process_time() - before
@@ -329,9 +318,7 @@ def main() -> None:
     laplace = arguments.laplace and find_spec("laplace") is not None
     if arguments.laplace and not laplace:
         print("laplace-torch is not installed: left out. See benchmarks/requirements.txt.")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    quiet()
     path = arguments.rivals
     kept: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
     results: dict[str, list[dict[str, Any]]] = {}

@@ -50,7 +50,7 @@ def find_hypergradient(
     if train_batches is not None:
         mixed = train_batches.mixed(module, parameters, graph.losses[0], outer.in_graph)
     # One process may need an evaluation that another does not, and would wait for the other's statistics.
-    waits = any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+    waits = check.is_due and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
     scale, inner_loss, tensors = loss_scale(trainer), graph.loss(), tuple(parameters.values())
     # torch.utils.checkpoint runs the forward again in every product, and would move buffers. A solver from the run
     # makes none, and all else that runs the user's code has an isolation of its own.
