@@ -214,7 +214,10 @@ CASES = {
     ),
     "check_hypergradient": Case(
         ln.check_hypergradient,
-        {**_solvers, "hypergradient": ([h],), "retrain": (ANY,), "epsilon": (0.1,), "generator": (generator,)},
+        {
+            **_solvers, "hypergradient": ([h],), "retrain": (ANY,), "epsilon": (0.1,), "generator": (generator,),
+            "another_batch": (inner,),
+        },
         inner_loss=inner, outer_loss=outer, params=[torch.full((2,), -0.5)], hparams=[torch.tensor(0.5)],
     ),
     "implicit_hypergradient": Case(
