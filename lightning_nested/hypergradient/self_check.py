@@ -32,6 +32,7 @@ from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, nor
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
 _SMOOTH, _KINKED = 0.05, 0.3
 _PARALLEL = 0.999  # cosine
+_PIECE = 2**16  # entries
 _ROUNDED = 16.0  # rounding of a derivative, in machine epsilons
 
 Pair: TypeAlias = tuple[Vector, Vector]
@@ -107,13 +108,7 @@ def check_products(
         difference = _difference(problem, params, pair, gradient, loss, tolerance)
         if math.isnan(difference):
             difference = _measured_difference(problem, params, pair, gradient, loss, tolerance)
-    pairs = [pair]
-    if not difference <= tolerance:
-        generator = torch.Generator().manual_seed(0)
-        u = tuple(torch.randn(a.shape, generator=generator).to(a) for a in v)
-        length = float(norm(u))
-        u = tuple(a / length for a in u)
-        pairs.append((u, operator.matvec(u)))
+    pairs = [pair] if difference <= tolerance else [pair, _random_pair(operator, v)]
     return _found(operator, params, loss, pairs, difference, tolerance)
 
 
@@ -123,15 +118,17 @@ class FormedProducts(LinearOperator):
     Args:
         operator: The curvature.
         outer_gradient: Right-hand side of the solve.
+        others: Products to keep beside the one with the outer gradient. Copies cost: memory that is touched for the
+            first time takes as long as a pass through a small network.
 
     Attributes:
-        first: The first two, of a power iteration say.
+        first: The first ones, of a power iteration say.
         outer: The one with the outer gradient, where products matter; None before it is formed.
     """
 
-    def __init__(self, operator: LinearOperator, outer_gradient: Vector) -> None:
+    def __init__(self, operator: LinearOperator, outer_gradient: Vector, *, others: int = 2) -> None:
         self.operator, self.symmetric, self.like = operator, operator.symmetric, operator.like
-        self.outer_gradient = outer_gradient
+        self.outer_gradient, self._others = outer_gradient, others
         self.first: list[Pair] = []
         self.outer: Pair | None = None
 
@@ -141,10 +138,16 @@ class FormedProducts(LinearOperator):
         b = self.outer_gradient
         if self.outer is None and all(map(torch.equal, v, b)):
             self.outer = b, clone(product)
-            self.first = [*self.first, self.outer][:2]
-        elif len(self.first) < 2:
+            self.first = self.first[: self._others]
+        elif len(self.first) < max(self._others, self.outer is None):
             self.first.append((clone(v), clone(product)))  # solvers overwrite theirs
         return product
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """What was kept, the product that matters most last."""
+        kept = self.first if self.outer is None else [*self.first, self.outer]
+        return [pair for pair in kept if _has_length(pair)]
 
 
 def check_formed_products(
@@ -155,18 +158,19 @@ def check_formed_products(
     loss: Tensor | None = None,
     repeat: Callable[[], Tensor] | None = None,
 ) -> ProductCheck:
-    """Compare products that a solver has formed among themselves, and one of them with a difference of gradients.
+    """Compare a product that a solver has formed with a difference of gradients, or with another product.
 
-    No product, and one gradient, or two where the first leaves doubt; none where the loss cannot be evaluated again.
-    Otherwise as :func:`check_products`.
+    One gradient, or two where the first leaves doubt, and one product where they disagree; none of them where the loss
+    cannot be evaluated again. Otherwise as :func:`check_products`.
     """
-    kept = formed.first if formed.outer is None else [*formed.first, formed.outer]
-    pairs = [pair for pair in kept if _has_length(pair)]
+    pairs = formed.pairs
     if not pairs or not _is_known(formed.operator):
         return ProductCheck()
     tolerance, difference = _tolerance(loss), math.nan
     if repeat is not None and isinstance(formed.operator, HessianOperator):
         difference = _difference(problem, params, pairs[-1], _gradient(repeat, params), loss, tolerance)
+        if math.isnan(difference) and len(pairs) == 1:
+            pairs.append(_random_pair(formed.operator, pairs[0][0]))
     return _found(formed.operator, params, loss, pairs, difference, tolerance)
 
 
@@ -256,6 +260,15 @@ def _has_length(pair: Pair) -> bool:
 
 def _tolerance(loss: Tensor | None) -> float:
     return _KINKED if any(_KINKS.search(node.name()) for node in graph_nodes([loss])) else _SMOOTH
+
+
+def _random_pair(operator: LinearOperator, like: Vector) -> Pair:
+    """Return a random unit vector and its product."""
+    generator = torch.Generator().manual_seed(0)
+    u = tuple(torch.randn(a.shape, generator=generator).to(a) for a in like)
+    length = float(norm(u))
+    u = tuple(a / length for a in u)
+    return u, operator.matvec(u)
 
 
 def _found(
@@ -377,4 +390,10 @@ def _gradient(repeat: Callable[[], Tensor], params: Vector) -> Callable[[], Vect
 
 def _distance(first: Vector, second: Vector) -> float:
     size = max(float(norm(first)), float(norm(second)), 1e-300)
-    return float(norm(tuple(a - b for a, b in zip(first, second, strict=True)))) / size
+    # In pieces that stay in the cache: new memory of the size of the network takes longer than the arithmetic.
+    pieces = (
+        (a, b)
+        for x, y in zip(first, second, strict=True)
+        for a, b in zip(*(torch.split(t.flatten(), _PIECE) for t in (x, y)), strict=True)
+    )
+    return float(norm(tuple(norm((a - b,)) for a, b in pieces))) / size

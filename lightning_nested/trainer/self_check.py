@@ -21,6 +21,7 @@ from lightning_nested.hypergradient.self_check import (
     wrong_mixed,
 )
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
+from lightning_nested.linalg.curvature import HessianOperator
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.vectors import Vector
 
@@ -123,7 +124,10 @@ class SelfCheck:
             if problem is None:
                 yield None
                 return
-            formed, mixed = FormedProducts(problem.curvature, v), FormedMixed(problem.mixed)
+            # A difference of gradients says more than a second product.
+            others = 0 if repeat is not None and isinstance(problem.curvature, HessianOperator) else 2
+            formed = FormedProducts(problem.curvature, v, others=others)
+            mixed = FormedMixed(problem.mixed)
             try:
                 yield replace(problem, curvature=formed, mixed=mixed)
             except FloatingPointError:  # which wrong products may be the reason of
