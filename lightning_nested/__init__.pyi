@@ -16,6 +16,7 @@ from . import (
     trainer as trainer,
 )
 from .callbacks import (
+    AnnealOptimizer as AnnealOptimizer,
     GameSpectrumCallback as GameSpectrumCallback,
     GenerativeMetrics as GenerativeMetrics,
     GeneratorEMA as GeneratorEMA,
@@ -120,6 +121,7 @@ from .hyperparameters import (
 )
 from .modules import (
     STN as STN,
+    Anneal as Anneal,
     BigGAN as BigGAN,
     DeltaSTN as DeltaSTN,
     GameLoop as GameLoop,

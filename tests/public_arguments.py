@@ -15,6 +15,7 @@ from lightning_nested.callbacks import ClassifierEvaluator, ModuleEvaluator, Sco
 from lightning_nested.hypergradient import Minimize
 from lightning_nested.hyperparameters import Exp, Interval
 from lightning_nested.modules import (
+    R2,
     BigGANNetworks,
     BigGANObjective,
     DiffAugment,
@@ -125,11 +126,14 @@ _solvers: Also = {"solver": (ANY,), "curvature": (ANY,), "reduce": (sgd,)}
 _loss: dict[str, Any] = {"losses": product, "players": point}
 _rates: dict[str, Any] = {"eigenvalues": eigenvalues, "lr": 0.1}
 
+_anneal = ln.Anneal(0.1, 0.2, 3)
+
 CASES = {
     # callbacks
+    "AnnealOptimizer": Case(ln.AnnealOptimizer, {"option": (TEXT,), "player": (TEXT,)}, anneal=_anneal),
     "GameSpectrumCallback": Case(ln.GameSpectrumCallback, {"k": (None,)}),
     "GenerativeMetrics": Case(ln.GenerativeMetrics, {"cache": (TEXT,)}),
-    "GeneratorEMA": Case(ln.GeneratorEMA, {"module": (TEXT,)}),
+    "GeneratorEMA": Case(ln.GeneratorEMA, {"module": (TEXT,), "decay": (_anneal,)}),
     "HypergradientCallback": Case(
         ln.HypergradientCallback,
         {"hyperparameters": (TEXT, [ln.WeightDecay()], [TEXT]), "solver": (ln.Neumann(),), "optimizer": (sgd,)}
@@ -268,6 +272,7 @@ CASES = {
         ln.WeightDecay, _named | _transform | {"include": ([TEXT],), "exclude": ([TEXT],), "init": (0.1,)}
     ),
     # modules
+    "Anneal": Case(ln.Anneal, {"start": (-1.0,), "end": (-1.0,)}, start=0.5, end=0.25, steps=3),
     "BigGAN": Case(
         ln.BigGAN, {"generator_scheduler": (step_scheduler,), "discriminator_scheduler": (step_scheduler,)}
         | {"loop": (ln.GameLoop(),)}, networks=BigGANNetworks(width=1, latent_dim=4),
@@ -275,7 +280,7 @@ CASES = {
     "BigGANNetworks": Case(BigGANNetworks, {"attention": ((16,),)}),
     "BigGANObjective": Case(BigGANObjective, {"augment": (DiffAugment(),), "regularizers": ((GradientPenalty(),),)}),
     "DeltaSTN": Case(ln.DeltaSTN),
-    "DiffAugment": Case(DiffAugment),
+    "DiffAugment": Case(DiffAugment, {"probability": (_anneal,)}),
     "Execution": Case(Execution),
     "GANModule": Case(
         ln.GANModule,
@@ -289,7 +294,7 @@ CASES = {
         | {"schedulers": ({"a": step_scheduler}, {"a": None}), "steps_per_player": ({"a": 1},)},
     ),
     "Global": Case(ln.Global, response_steps=3),
-    "GradientPenalty": Case(GradientPenalty),
+    "GradientPenalty": Case(GradientPenalty, {"weight": (_anneal,)}),
     "HypernetworkModule": Case(
         ln.HypernetworkModule, _schedules | {"hyperparameters": ([ln.WeightDecay()],)},
         network=nn.Linear(2, 2), hyperparameters=ln.WeightDecay(),
@@ -309,6 +314,7 @@ CASES = {
         ln.ResponseOptions, {"per_example": (True,), "monitor": (ln.ResponseMonitor(),), "gradient_clip_val": (1.0,)}
     ),
     "STN": Case(ln.STN),
+    "R2": Case(R2, {"weight": (_anneal,)}),
     "Sampling": Case(Sampling, {"truncation": (1.0,)}),
     "Simplified": Case(ln.Simplified),
     "TunedImageClassifier": Case(

@@ -1,5 +1,6 @@
 """Callbacks for an existing Trainer."""
 
+from lightning_nested.callbacks.anneal_optimizer import AnnealOptimizer
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.callbacks.generative_metrics.callback import GenerativeMetrics
 from lightning_nested.callbacks.generative_metrics.evaluators import (
@@ -15,6 +16,7 @@ from lightning_nested.callbacks.lyapunov import LyapunovCallback
 from lightning_nested.callbacks.sample_grid import SampleGrid
 
 __all__ = [
+    "AnnealOptimizer",
     "ClassifierEvaluator",
     "Evaluator",
     "GameSpectrumCallback",

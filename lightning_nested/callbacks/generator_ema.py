@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.anneal import Anneal, ends, number
 from lightning_nested.arguments import at_least, checked, fraction
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
@@ -36,7 +37,7 @@ class GeneratorEMA(OneFitCallback):
     steps of both players.
 
     Args:
-        decay: d, per update of the generator.
+        decay: d, per update of the generator; an :class:`Anneal` moves it over these updates.
         start: Updates during which the average is a plain copy.
         buffers: ``"average"`` running statistics like weights, as the reference does, or ``"copy"`` them.
             Vectors of spectral norm, of this package or of torch, are matched to the averaged weights.
@@ -48,13 +49,13 @@ class GeneratorEMA(OneFitCallback):
 
     def __init__(
         self,
-        decay: float = 0.9999,
+        decay: float | Anneal = 0.9999,
         *,
         start: int = 1000,
         buffers: Literal["average", "copy"] = "average",
         module: str = "generator",
     ) -> None:
-        fraction(decay=decay)
+        fraction(decay=ends(decay))
         at_least(0, start=start)
         self.decay, self.start, self.buffers, self.module = decay, start, buffers, module
         self.updates = 0
@@ -143,7 +144,7 @@ class GeneratorEMA(OneFitCallback):
         """Do one step of the recurrence; called after each step of the generator's optimizer."""
         averages = _tensors(self._matched(network))
         self._begun = True
-        weight = 1.0 if self.updates <= self.start else 1.0 - self.decay
+        weight = 1.0 if self.updates <= self.start else 1.0 - number(self.decay, self.updates)
         for name, value in _tensors(network).items():
             averaged = value.is_floating_point() and (
                 self.buffers == "average" or isinstance(value, nn.Parameter)

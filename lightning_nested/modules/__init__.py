@@ -1,5 +1,6 @@
 """LightningModules to train as they are or to extend."""
 
+from lightning_nested.anneal import Anneal
 from lightning_nested.hypernetworks.loops import STN, DeltaSTN, Global, Local, ResponseLoop, Simplified
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.game.module import GameModule
@@ -14,17 +15,20 @@ from lightning_nested.modules.nested.strategies import GradientStrategy, Implici
 from lightning_nested.modules.tuned_classifier import TunedImageClassifier
 from lightning_nested.networks.adversarial import (
     R1,
+    R2,
     AdversarialLoss,
     DiffAugment,
     GradientPenalty,
     GradientRegularizer,
     Hinge,
     NonSaturating,
+    RelativisticPairing,
     Wasserstein,
 )
 
 __all__ = [
     "AdversarialLoss",
+    "Anneal",
     "BigGAN",
     "BigGANNetworks",
     "BigGANObjective",
@@ -47,6 +51,8 @@ __all__ = [
     "NestedModule",
     "NonSaturating",
     "R1",
+    "R2",
+    "RelativisticPairing",
     "ResponseLoop",
     "ResponseMonitor",
     "ResponseOptions",

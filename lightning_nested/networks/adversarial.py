@@ -5,33 +5,45 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from lightning_nested.arguments import at_least, checked, positive
+from lightning_nested.anneal import Anneal, ends, number
+from lightning_nested.arguments import at_least, checked, positive, within
 
 Score = Callable[[Tensor], Tensor]
 """From images to one number each, at labels that are fixed."""
 
-GANLoss = Literal["hinge", "non_saturating", "wasserstein"]
+GANLoss = Literal["hinge", "non_saturating", "relativistic", "wasserstein"]
 """Losses by name; see :func:`adversarial_loss`."""
 
 
 @dataclass(frozen=True)
 class AdversarialLoss(ABC):
-    """Losses of both players from the discriminator's scores ``(N,)`` or, of patches, ``(N, P)``; means over them."""
+    """Losses of both players from the discriminator's scores ``(N,)`` or, of patches, ``(N, P)``; means over them.
+
+    Attributes:
+        paired: True if the generator's loss compares each fake with a real example. It is then called with the real
+            scores too, and a conditional model gives each pair one label.
+    """
+
+    paired: ClassVar[bool] = False
 
     @abstractmethod
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         """Return the discriminator's loss, a scalar."""
 
     @abstractmethod
-    def generator(self, fake: Tensor) -> Tensor:
-        """Return the generator's loss, a scalar."""
+    def generator(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+        """Return the generator's loss, a scalar; ``real`` is given if the loss is ``paired``."""
+
+    def generator_beside(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return the generator's loss where the real scores are known, whether the loss is paired or not."""
+        return self.generator(fake, real) if self.paired else self.generator(fake)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Hinge(AdversarialLoss):
         return functional.relu(1.0 - real).mean() + functional.relu(1.0 + fake).mean()
 
     @override
-    def generator(self, fake: Tensor) -> Tensor:
+    def generator(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
         return -fake.mean()
 
 
@@ -68,7 +80,7 @@ class NonSaturating(AdversarialLoss):
         return functional.softplus(-real).mean() + functional.softplus(fake).mean()
 
     @override
-    def generator(self, fake: Tensor) -> Tensor:
+    def generator(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
         return functional.softplus(-fake).mean()
 
 
@@ -89,11 +101,56 @@ class Wasserstein(AdversarialLoss):
         return fake.mean() - real.mean()
 
     @override
-    def generator(self, fake: Tensor) -> Tensor:
+    def generator(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
         return -fake.mean()
 
 
-_BY_NAME = {"hinge": Hinge(), "non_saturating": NonSaturating(), "wasserstein": Wasserstein()}
+@dataclass(frozen=True)
+class RelativisticPairing(AdversarialLoss):
+    """Relativistic pairing loss L_D = E softplus(D(G(z)) − D(x)), L_G = E softplus(D(x) − D(G(z))), over pairs (x, z).
+
+    Each fake is judged against a real example, of the same class in a conditional model, so that a mode that the
+    generator leaves out still costs it. Add :class:`R1` and :class:`R2`: with both it converges to the data locally.
+
+    Jolicoeur-Martineau (2019), ICLR, arXiv 1807.00734; Sun, Fang & Schwing (2020), NeurIPS, arXiv 2011.04926;
+    with both penalties Huang et al. (2024), NeurIPS, arXiv 2501.05441 (R3GAN).
+
+    Raises:
+        ValueError: If there are not as many real scores as fake ones.
+
+    >>> real, fake = torch.tensor([1.0, -2.0]), torch.tensor([1.0, -2.0])
+    >>> round(RelativisticPairing().generator(fake, real).item(), 4)
+    0.6931
+    """
+
+    paired: ClassVar[bool] = True
+
+    @override
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return functional.softplus(fake - _paired(real, fake)).mean()
+
+    @override
+    def generator(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+        return functional.softplus(_paired(real, fake) - fake).mean()
+
+
+def _paired(real: Tensor | None, fake: Tensor) -> Tensor:
+    """Return the real scores if there is one for each fake."""
+    if real is None or real.shape != fake.shape:
+        got = "none" if real is None else tuple(real.shape)
+        raise ValueError(
+            f"RelativisticPairing needs a real score for each fake one. Got {got} beside {tuple(fake.shape)}; give "
+            "as many of both: loss.generator(fake, real)."
+        )
+    return real
+
+
+_BY_NAME: dict[str, AdversarialLoss] = {
+    "hinge": Hinge(),
+    "non_saturating": NonSaturating(),
+    "relativistic": RelativisticPairing(),
+    "wasserstein": Wasserstein(),
+}
 
 
 def adversarial_loss(loss: GANLoss | AdversarialLoss) -> AdversarialLoss:
@@ -116,16 +173,24 @@ class GradientRegularizer(ABC):
     """Penalty on ∂D/∂x, added to the discriminator's loss; differentiable twice.
 
     Args:
-        weight: Factor of the penalty.
+        weight: Factor of the penalty; an :class:`Anneal` moves it during training.
         every: Batches of the discriminator from one penalty to the next; each is then ``every`` times as
             large (lazy regularization, Karras et al. 2020).
+
+    Attributes:
+        at_fakes: True if ``score`` is to judge fakes, with the labels that they were made with.
     """
 
-    weight: float = 10.0
+    weight: float | Anneal = 10.0
     every: int = 1
+    at_fakes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        positive(weight=self.weight)
+        # An annealed penalty may begin or end at none.
+        if isinstance(self.weight, Anneal):
+            at_least(0, weight=ends(self.weight))
+        else:
+            positive(weight=self.weight)
         at_least(1, every=self.every)
 
     @abstractmethod
@@ -147,7 +212,24 @@ class R1(GradientRegularizer):
     def penalty(
         self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        return 0.5 * self.weight * _squared_gradient_norm(score, real).mean()
+        return 0.5 * number(self.weight) * _squared_gradient_norm(score, real).mean()
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class R2(GradientRegularizer):
+    """R2 penalty (weight/2) E ‖∂D/∂x‖² at generated images x; beside :class:`R1`, with a weight and a pause of its own.
+
+    Mescheder, Geiger & Nowozin (2018), ICML, PMLR 80:3481-3490.
+    """
+
+    at_fakes: ClassVar[bool] = True
+
+    @override
+    def penalty(
+        self, score: Score, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return 0.5 * number(self.weight) * _squared_gradient_norm(score, fake.to(real.dtype)).mean()
 
 
 @checked
@@ -165,7 +247,7 @@ class GradientPenalty(GradientRegularizer):
         shape = len(real), *[1] * (real.ndim - 1)
         mix = torch.rand(shape, generator=generator, device=real.device, dtype=real.dtype)
         norm = (_squared_gradient_norm(score, torch.lerp(fake.to(real.dtype), real, mix)) + 1e-12).sqrt()
-        return self.weight * (norm - 1.0).square().mean()
+        return number(self.weight) * (norm - 1.0).square().mean()
 
 
 def _squared_gradient_norm(score: Score, images: Tensor) -> Tensor:
@@ -194,6 +276,7 @@ class DiffAugment:
 
     Args:
         policy: Changes to make, in this order.
+        probability: Probability of each change, drawn for each image; an :class:`Anneal` moves it during training.
 
     Example:
         >>> images = torch.rand(2, 3, 32, 32)
@@ -203,14 +286,23 @@ class DiffAugment:
     """
 
     policy: tuple[Policy, ...] = ("color", "translation", "cutout")
+    probability: float | Anneal = 1.0
+
+    def __post_init__(self) -> None:
+        within(0, 1, probability=ends(self.probability))
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Change images ``(N, C, H, W)``; random numbers come from ``generator``."""
         if images.ndim != 4:
             raise ValueError(f"DiffAugment changes images (N, C, H, W). Got shape {tuple(images.shape)}.")
         steps = {"color": _color, "translation": _translation, "cutout": _cutout}
+        probability = number(self.probability)
         for name in self.policy:
-            images = steps[name](images, generator)
+            changed = steps[name](images, generator)
+            if probability < 1.0:
+                chosen = _uniform(images, 0.0, 1.0, generator) < probability
+                changed = torch.where(chosen, changed, images)
+            images = changed
         return images
 
 

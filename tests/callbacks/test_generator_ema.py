@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lightning_nested.callbacks import GeneratorEMA
-from lightning_nested.modules import GANModule
+from lightning_nested.modules import Anneal, GANModule
 from tests.modules.gan.tiny import data, module, same, tensors, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -43,6 +43,20 @@ def test_the_recurrence(buffers: Any) -> None:
             expected = state[name].double() if copied else 0.7 * expected + 0.3 * state[name].double()
         # float32 arithmetic against float64: a few roundings per step.
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_annealed_decay() -> None:
+    """A copy at update 1, then d = 0.4, 0.6, 0.8 at the updates 2 to 4, and 0.8 from there on."""
+    ema, record, gan = GeneratorEMA(Anneal(0.0, 0.8, 4), start=1), Record(), module()
+    trainer(max_steps=5, max_epochs=-1, callbacks=[ema, record]).fit(gan, data())
+    found = ema.state_dict()["average"]
+    for name, _ in gan.generator.named_parameters():
+        expected = record.states[0][name].double()
+        for state, decay in zip(record.states[1:], (0.4, 0.6, 0.8, 0.8), strict=True):
+            expected = decay * expected + (1 - decay) * state[name].double()
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\)"):
+        GeneratorEMA(Anneal(0.5, 1.0, 3))
 
 
 class Look(Callback):

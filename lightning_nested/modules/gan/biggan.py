@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nested.anneal import annealed
 from lightning_nested.arguments import at_least, check
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.gan.biggan_options import (
@@ -290,9 +291,10 @@ class BigGAN(GANModule):
         running = Sampling(batch_size=len(images))
         fakes = self.sample(labels, sampling=running, generator=generator).to(images.dtype)
         real, fake = (widened(self.discriminator(x, labels)) for x in (images, fakes))
+        loss = annealed(self.loss, self.game_updates)
         metrics = {
-            f"{stage}_discriminator_loss": self.loss.discriminator(real, fake),
-            f"{stage}_generator_loss": self.loss.generator(fake),
+            f"{stage}_discriminator_loss": loss.discriminator(real, fake),
+            f"{stage}_generator_loss": loss.generator_beside(real, fake),
             f"{stage}_real_score": real.mean(),
             f"{stage}_fake_score": fake.mean(),
         }

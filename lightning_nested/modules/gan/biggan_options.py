@@ -51,8 +51,8 @@ class BigGANObjective:
     """Losses that the players minimize.
 
     Args:
-        loss: ``Hinge()``, ``NonSaturating()`` or ``Wasserstein()``.
-        regularizers: ``R1(...)``, ``GradientPenalty(...)``, added to the discriminator's loss.
+        loss: ``Hinge()``, ``NonSaturating()``, ``RelativisticPairing()`` or ``Wasserstein()``.
+        regularizers: ``R1(...)``, ``R2(...)``, ``GradientPenalty(...)``, added to the discriminator's loss.
         augment: Random changes of all images that the discriminator sees, or None.
         reuse_fakes: Let the generator's step take the images of the round's last discriminator step, which saves
             a forward; the reference draws new ones.

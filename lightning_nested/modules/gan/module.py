@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nested.anneal import annealed
 from lightning_nested.arguments import at_least, check
 from lightning_nested.modules.game.module import GameModule
 from lightning_nested.modules.gan.checks import check_batch, check_fakes, check_logits
@@ -41,13 +42,14 @@ class GANModule(GameModule):
         discriminator: From data to one logit per example, ``(n,)`` or ``(n, 1)``, or to one for each patch,
             ``(n, 1, …)``: losses are then means over patches (Isola et al. 2017, CVPR, arXiv 1611.07004).
         latent_dim: Width of z.
-        loss: ``"non_saturating"``, ``"hinge"``, ``"wasserstein"``, or an
+        loss: ``"non_saturating"``, ``"hinge"``, ``"wasserstein"``, ``"relativistic"``, or an
             :class:`~lightning_nested.networks.adversarial.AdversarialLoss`; their classes have the formulas.
         num_classes: Classes of a conditional model; None: unconditional.
         reuse_fakes: Where the generator steps on the same batch as the discriminator (simultaneous updates, or
             ``GameLoop(reuse_batch=True)``), it steps on the same fakes, which saves its forward.
         regularizers: Penalties on the discriminator's gradient, added to its loss.
-        augment: Random changes of all images that the discriminator sees, or None.
+        augment: Random changes of all images that the discriminator sees, or None. Its fields and those of the loss and
+            the regularizers may be an :class:`Anneal` over ``game_updates``.
         **game: Arguments of :class:`GameModule`.
 
     Attributes:
@@ -97,36 +99,54 @@ class GANModule(GameModule):
         real, labels = self.real_data(batch)
         shared = self.reuse_fakes and "generator" in self.batch_players
         with torch.set_grad_enabled(shared or self.joint_graph):
-            fake, fake_labels = self.fakes(len(real))
+            fake, fake_labels = self._fakes_beside(real, labels)
         if shared:
             self.step_cache["fakes"] = fake, fake_labels
         # A spectrum needs the discriminator's dependence on the generator.
         if not self.joint_graph:
             fake = fake.detach()
-        check_fakes(real, fake, labels, fake_labels)
-        both = torch.cat((real, fake.to(real.dtype)))
-        both_labels = None if labels is None or fake_labels is None else torch.cat((labels, fake_labels))
-        logits = widened(self.discriminate(self._augmented(both), both_labels))
-        of_real, of_fake = torch.split(logits, [len(real), len(fake)])
+        of_real, of_fake = self._scores_of(real, fake, labels, fake_labels)
         self.scores.update(real_score=of_real.detach().mean(), fake_score=of_fake.detach().mean())
-        loss = self.loss.discriminator(of_real, of_fake)
+        loss = annealed(self.loss, self.game_updates).discriminator(of_real, of_fake)
         for regularizer in self.regularizers:
             # A lazy penalty comes every `every`-th batch and is that many times as large. A spectrum is of the average
             # game, which has it at its plain size in each batch.
             every = 1 if self.joint_graph else regularizer.every
             if self.player_batches["discriminator"] % every == 0:
-                score = partial(self._penalized_score, labels=labels)
+                regularizer = annealed(regularizer, self.game_updates)
+                seen = fake_labels if regularizer.at_fakes else labels
+                score = partial(self._penalized_score, labels=seen)
                 loss = loss + every * regularizer.penalty(score, real, fake)
         return loss
 
     def generator_loss(self, batch: Any) -> Tensor:
         """Return L_G on as many fakes as the batch has examples."""
-        real = self.real_data(batch)[0]
+        real, labels = self.real_data(batch)
         fakes = self.step_cache.pop("fakes", None)
-        fake, labels = self.fakes(len(real)) if fakes is None else fakes
+        fake, fake_labels = self._fakes_beside(real, labels) if fakes is None else fakes
         # Back to the precision of the data, as in the discriminator's step: autocast halved it.
-        fake = self._augmented(fake.to(real.dtype))
-        return self.loss.generator(widened(self.discriminate(fake, labels)))
+        fake = fake.to(real.dtype)
+        loss = annealed(self.loss, self.game_updates)
+        if loss.paired:
+            return loss.generator_beside(*self._scores_of(real, fake, labels, fake_labels))
+        return loss.generator(widened(self.discriminate(self._augmented(fake), fake_labels)))
+
+    def _fakes_beside(self, real: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Generate as many fakes as there are real examples; of their classes, where the loss compares the two."""
+        if self.loss.paired and labels is not None:
+            return self.fakes(len(real), labels)
+        return self.fakes(len(real))
+
+    def _scores_of(
+        self, real: Tensor, fake: Tensor, labels: Tensor | None, fake_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits of real and generated data from one forward, at least float32."""
+        check_fakes(real, fake, labels, fake_labels)
+        both = torch.cat((real, fake.to(real.dtype)))
+        both_labels = None if labels is None or fake_labels is None else torch.cat((labels, fake_labels))
+        logits = widened(self.discriminate(self._augmented(both), both_labels))
+        of_real, of_fake = torch.split(logits, [len(real), len(fake)])
+        return of_real, of_fake
 
     def real_data(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return data and, in a conditional model, labels of a batch."""
@@ -148,9 +168,11 @@ class GANModule(GameModule):
             check_labels(labels.cpu() if self.game_updates == 0 else labels, self.num_classes)
         return data, labels
 
-    def fakes(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Generate data, and labels in a conditional model."""
-        latents, labels = self.sample_latents(count), self.sample_labels(count)
+    def fakes(self, count: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Generate data, and labels in a conditional model; paired losses give the ``labels`` to take."""
+        latents = self.sample_latents(count)
+        if labels is None:
+            labels = self.sample_labels(count)
         return self.generate(latents, labels), labels
 
     def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -179,7 +201,7 @@ class GANModule(GameModule):
         return frozen_power_iteration(self.generator, self.discriminator)
 
     def _augmented(self, data: Tensor) -> Tensor:
-        return data if self.augment is None else self.augment(data)
+        return data if self.augment is None else annealed(self.augment, self.game_updates)(data)
 
     def _penalized_score(self, data: Tensor, labels: Tensor | None) -> Tensor:
         """D of augmented data without another power iteration: the function a penalty differentiates."""

@@ -17,12 +17,15 @@ from lightning_nested.demos import ZooGame
 from lightning_nested.games import Bilinear, DiracGAN
 from lightning_nested.modules import (
     R1,
+    R2,
+    Anneal,
     DiffAugment,
     GameLoop,
     GANModule,
     GradientPenalty,
     GradientRegularizer,
     Hinge,
+    RelativisticPairing,
 )
 from lightning_nested.optim import ComplexSGD, Extragradient
 from tests.trainers import trainer
@@ -238,6 +241,123 @@ def test_a_lazy_penalty_is_as_large_as_its_pause_and_plain_in_a_spectrum() -> No
     with lazy.joint_evaluation(["discriminator"]):
         joint = lazy.player_loss("discriminator", real) - plain.player_loss("discriminator", real)
     assert joint.item() == pytest.approx(3.0)
+
+
+def test_the_generator_of_a_pairing_loss_sees_the_real_scores() -> None:
+    module = Known(Fixed(), First(), latent_dim=2, loss="relativistic")
+    real = torch.tensor([[0.5, 9.0], [-2.0, 9.0], [3.0, 9.0]])
+    margins = [0.5 + 2.0, -2.0 - 0.0, 3.0 - 2.0]  # fakes are −2, 0, 2
+    for player, sign in (("discriminator", -1), ("generator", 1)):
+        expected = sum(softplus(sign * margin) for margin in margins) / 3
+        assert module.player_loss(player, real).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_pairs_are_of_one_class(reuse: bool) -> None:
+    """D(x, y) = x₀ + 10y and G(z, y) = 2z + y: 10y cancels in a pair of one class, whatever sample_labels draws."""
+
+    class Judge(First):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            assert y is not None
+            return self.scale * x[:, :1] + 10.0 * y[:, None].float()
+
+    module = Known(
+        Fixed(), Judge(), latent_dim=2, num_classes=3, loss="relativistic", reuse_fakes=reuse,
+        loop=GameLoop(reuse_batch=reuse),
+    )  # fmt: skip
+    module.batch_players = ("discriminator", "generator")
+    real, labels = torch.zeros(3, 2), torch.tensor([2, 0, 1])
+    margins = [0 - (-2 + 2), 0 - (0 + 0), 0 - (2 + 1)]
+    for player, sign in (("discriminator", -1), ("generator", 1)):
+        expected = sum(softplus(sign * margin) for margin in margins) / 3
+        assert module.player_loss(player, (real, labels)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_fakes_are_penalized_with_their_own_labels() -> None:
+    """D(x, y) = (1 + y)‖x‖²/2, so ∂D/∂x = (1 + y)x: at fakes 2z + y with their y, at real ones with theirs."""
+
+    class Judge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return 0.5 * self.scale * (1 + y) * x.square().sum(dim=1)
+
+    real, labels = torch.full((3, 2), 0.5), torch.tensor([2, 2, 0])
+
+    def loss(*regularizers: GradientRegularizer) -> float:
+        module = Known(Fixed(), Judge(), latent_dim=2, num_classes=3, regularizers=regularizers)
+        module.sample_labels = lambda count: torch.arange(count) % 3  # type: ignore[method-assign]
+        return module.player_loss("discriminator", (real, labels)).item()
+
+    at_real = sum((1 + y) ** 2 * 0.5 for y in (2, 2, 0)) / 3
+    at_fakes = sum((1 + y) ** 2 * 2 * (2 * z + y) ** 2 for y, z in ((0, -1), (1, 0), (2, 1))) / 3
+    assert loss(R1(weight=2.0)) - loss() == pytest.approx(at_real, rel=1e-5)
+    assert loss(R2(weight=2.0)) - loss() == pytest.approx(at_fakes, rel=1e-5)
+    both = loss(R1(weight=2.0), R2(weight=2.0, every=4)) - loss()
+    assert both == pytest.approx(at_real + 4 * at_fakes, rel=1e-5)
+
+
+@pytest.mark.parametrize("penalties", [1, 2])
+def test_penalties_make_the_pairing_loss_converge(penalties: int) -> None:
+    """Data at 0, fakes at θ, D(x) = ψx: v = (−θ/2 − γψ, ψ/2), whose eigenvalues are (−γ ± √(γ² − 1))/2.
+
+    γ is the sum of the weights: both penalties are (weight/2)ψ². Without them the eigenvalues are ±i/2.
+    """
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.zeros(1, 1))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.theta.expand(len(z), 1)
+
+    judge = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(judge.weight)
+    module = GANModule(
+        Constant(), judge, latent_dim=1, loss=RelativisticPairing(),
+        regularizers=(R1(weight=0.3, every=4), R2(weight=0.3))[:penalties],
+    ).double()  # fmt: skip
+    players = [judge.weight, module.generator.theta]
+    rows = []
+    with module.joint_evaluation(["discriminator", "generator"]):
+        for name, player in zip(module.players(), players, strict=True):
+            loss = module.player_loss(name, torch.zeros(4, 1, dtype=torch.float64))
+            (gradient,) = torch.autograd.grad(loss, player, create_graph=True)
+            row = torch.autograd.grad(-gradient.sum(), players, allow_unused=True)
+            rows.append(torch.cat([torch.zeros(1, 1) if g is None else g for g in row], dim=1))
+    found = torch.linalg.eigvals(torch.cat(rows))
+    gamma = 0.3 * penalties
+    root = (1 - gamma**2) ** 0.5
+    expected = torch.tensor([complex(-gamma, -root), complex(-gamma, root)], dtype=torch.complex128) / 2
+    torch.testing.assert_close(found[found.imag.argsort()], expected)
+
+
+def test_a_penalty_is_annealed_over_game_updates() -> None:
+    plain = Known(Fixed(), First(), latent_dim=2)
+    moving = Known(Fixed(), First(), latent_dim=2, regularizers=(R1(weight=Anneal(6.0, 0.0, 4)),))
+    real = torch.ones(3, 2)
+    found = []
+    for updates in range(6):
+        moving.game_updates = updates
+        found.append(
+            (moving.player_loss("discriminator", real) - plain.player_loss("discriminator", real)).item()
+        )
+    assert found == pytest.approx([3.0, 2.25, 1.5, 0.75, 0.0, 0.0], abs=1e-6)
+
+
+def test_augmentation_is_annealed_over_game_updates() -> None:
+    module = images(augment=DiffAugment(("cutout",), Anneal(0.0, 1.0, 10)), discriminator=Patches())
+    real = torch.ones(200, 1, 4, 4)
+    shares = []
+    for updates in (0, 5, 10):
+        module.game_updates = updates
+        shares.append((module._augmented(real) == 0).flatten(1).any(dim=1).double().mean().item())
+    assert shares[0] == 0.0
+    assert shares[2] == 1.0
+    assert abs(shares[1] - 0.5) < 5 * (0.25 / 200) ** 0.5
 
 
 class Squared(nn.Module):
