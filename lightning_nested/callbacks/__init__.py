@@ -10,6 +10,7 @@ from lightning_nested.callbacks.generative_metrics.evaluators import (
     ModuleEvaluator,
 )
 from lightning_nested.callbacks.generative_metrics.scores import ScoreOptions
+from lightning_nested.callbacks.generative_metrics.values import ValuesEvaluator
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.callbacks.lyapunov import LyapunovCallback
@@ -28,4 +29,5 @@ __all__ = [
     "ModuleEvaluator",
     "SampleGrid",
     "ScoreOptions",
+    "ValuesEvaluator",
 ]

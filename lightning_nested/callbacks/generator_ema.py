@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -235,6 +235,17 @@ class GeneratorEMA(OneFitCallback):
                 f"Got {type(network).__name__} in {type(pl_module).__name__}."
             )
         return network
+
+
+@contextmanager
+def averaged_generators(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Give generators the averages that the Trainer's callbacks keep, where they do not have them yet."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, GeneratorEMA) and not callback.stands_in:
+                stack.enter_context(callback.swapped(pl_module))
+        yield
 
 
 def _copied(network: nn.Module) -> nn.Module:

@@ -184,6 +184,36 @@ def request_validation_loader(trainer: Trainer) -> Any:
     return _request_dataloader(source) if source.instance is not None and source.is_defined() else None
 
 
+_Split = Literal["train", "val", "test"]
+
+
+def _sources(trainer: Trainer, split: _Split) -> list[Any]:
+    """Return where the loaders of a split may come from, those of ``fit`` first."""
+    loops: dict[str, list[Any]] = {
+        "train": [trainer.fit_loop],
+        "val": [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop],
+        "test": [trainer.test_loop],
+    }
+    sources = [loop._data_source for loop in loops[split]]
+    return [source for source in sources if source.instance is not None and source.is_defined()]
+
+
+def has_loader(trainer: Trainer, split: _Split) -> bool:
+    """Return True if the Trainer was given a loader for a split, or the module or datamodule defines one."""
+    return bool(_sources(trainer, split))
+
+
+def given_loader(trainer: Trainer, split: _Split) -> Any:
+    """Return the loader of a split as it was passed to the Trainer; None: the module or datamodule defines it."""
+    sources = _sources(trainer, split)
+    return None if not sources or sources[0].is_module() else sources[0].instance
+
+
+def request_loader(trainer: Trainer, split: _Split) -> Any:
+    """Ask for the loader of a split, not yet sharded over processes."""
+    return _request_dataloader(_sources(trainer, split)[0])
+
+
 def training_loader(trainer: Trainer) -> Any:
     """Return the training loader of a running ``fit``; a CombinedLoader where there are several."""
     combined = trainer.fit_loop._combined_loader

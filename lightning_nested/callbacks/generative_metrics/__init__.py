@@ -8,6 +8,7 @@ from lightning_nested.callbacks.generative_metrics.evaluators import (
     ModuleEvaluator,
 )
 from lightning_nested.callbacks.generative_metrics.scores import ScoreOptions
+from lightning_nested.callbacks.generative_metrics.values import ValuesEvaluator
 
 __all__ = [
     "GenerativeMetrics",
@@ -16,4 +17,5 @@ __all__ = [
     "InceptionEvaluator",
     "ModuleEvaluator",
     "ScoreOptions",
+    "ValuesEvaluator",
 ]

@@ -3,48 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.evaluators import (
-    Batches,
     Evaluator,
     FeatureExtractor,
     InceptionEvaluator,
     lent,
 )
-from lightning_nested.callbacks.generative_metrics.images import described, images_and_labels
+from lightning_nested.callbacks.generative_metrics.images import only_images
+from lightning_nested.callbacks.generative_metrics.real_batches import (
+    Split,
+    has_split,
+    real_batches,
+    require_split,
+)
 from lightning_nested.callbacks.generative_metrics.real_statistics import (
     RealStatistics,
     extract,
     real_statistics,
 )
+from lightning_nested.callbacks.generative_metrics.samplers import (
+    Sampler,
+    check_samples,
+    has_classes,
+    labels_for,
+    require_sampler,
+)
 from lightning_nested.callbacks.generative_metrics.scores import (
     BatchNormMode,
     Score,
     ScoreOptions,
-    Split,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
+from lightning_nested.callbacks.generator_ema import averaged_generators
 from lightning_nested.extras import require_package
 from lightning_nested.files import append_line
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.isolation import without_trace
+from lightning_nested.trainer.lightning import has_loader
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.run_folder import keeps_files
 from lightning_nested.trainer.use import OneFitCallback, Use
@@ -53,44 +65,13 @@ from lightning_nested.trainer.use import OneFitCallback, Use
 _NUMBERS_AT_ONCE = 2**28
 
 
-class ClassConditionalSampler(Protocol):
-    """LightningModule whose samples :class:`GenerativeMetrics` and :class:`SampleGrid` can score and draw."""
-
-    num_classes: int
-
-    def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
-        """Return images of the classes, ``(N, C, H, W)`` in [−1, 1]."""
-        ...
-
-
-def require_sampler(callback: Callback, module: LightningModule) -> None:
-    """Raise MisconfigurationException unless the module is a :class:`ClassConditionalSampler`."""
-    if not hasattr(module, "sample_for_metrics"):
-        raise MisconfigurationException(
-            f"{type(callback).__name__} needs a module with `num_classes` and `sample_for_metrics`, as BigGAN has. "
-            f"Got {type(module).__name__}."
-        )
-    classes = getattr(module, "num_classes", None)
-    if not isinstance(classes, int) or classes < 1:
-        raise MisconfigurationException(
-            f"{type(callback).__name__} asks for samples of each class, so `num_classes` must be at least 1. Got "
-            f"{classes!r} of {type(module).__name__}; set num_classes=1 on it where there is one kind of images."
-        )
-
-
-def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
-    """Return images of ``sample_for_metrics`` as float32; raise MisconfigurationException if they are none."""
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[:1] != (count,):
-        raise MisconfigurationException(
-            f"{type(module).__name__}.sample_for_metrics must return an image for each label, floating point of shape "
-            f"({count}, C, H, W) in [−1, 1]. Got {described(images)}."
-        )
-    return images.float()
-
-
 @checked
 class GenerativeMetrics(OneFitCallback):
-    """Scores of class-conditional samples in validation and test; from the command line by ``validate``.
+    """Scores of a generator's samples in validation and test; from the command line by ``validate``.
+
+    For every :class:`GANModule`, with classes or without, and data of any shape that the evaluator takes. Real data
+    comes from the datamodule, or from the loader that the Trainer was given for ``split``. Where ``fit`` has neither a
+    datamodule nor a validation loader, samples are scored once, at its end.
 
     Computed by torchmetrics (FID, KID, IS) and torch-fidelity (precision, recall) from features that are
     extracted once. With Inception the scores are called ``fid``, ``kid``, ``inception_score``; with any other
@@ -108,7 +89,8 @@ class GenerativeMetrics(OneFitCallback):
     Kynkäänniemi et al. (2019), NeurIPS (precision and recall).
 
     Args:
-        evaluator: ``InceptionEvaluator()``, ``ModuleEvaluator(...)`` or ``ClassifierEvaluator()``.
+        evaluator: ``InceptionEvaluator()``, ``ClassifierEvaluator()``, ``ModuleEvaluator(...)``, or, for points and
+            tables, ``ValuesEvaluator()``.
         num_samples: Generated images, equally many of each class.
         split: Real images to compare with.
         batch_norm: Modes of the generator's batch norm; each is scored.
@@ -119,8 +101,8 @@ class GenerativeMetrics(OneFitCallback):
         seed: Seed of the samples.
 
     Raises:
-        MisconfigurationException: If there are fewer samples than features, no datamodule, or the module cannot
-            make samples of a class.
+        MisconfigurationException: If there are fewer samples than features, no data of the split, or the module cannot
+            make samples.
     """
 
     def __init__(
@@ -165,9 +147,11 @@ class GenerativeMetrics(OneFitCallback):
         if self.evaluator.is_inception or "precision_recall" in self.scores:
             require_package("torch_fidelity")
         require_sampler(self, pl_module)
-        if getattr(trainer, "datamodule", None) is None:
+        require_split(trainer, self.split)
+        if self.scores == ("agreement",) and not has_classes(pl_module):
             raise MisconfigurationException(
-                "GenerativeMetrics takes the real images from a LightningDataModule. Got none; pass datamodule=."
+                "scores=('agreement',) needs a module whose samples have classes. Got an unconditional "
+                f"{type(pl_module).__name__}; take other scores."
             )
         self._scoring.begin(self, trainer, pl_module)
         if "datamodule" in self._scoring.changed:
@@ -211,15 +195,16 @@ class GenerativeMetrics(OneFitCallback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        extractor = self._prepared_extractor(trainer)
-        with lent(extractor, pl_module.device):
-            self._score_with(extractor, self._prepared_real(trainer, extractor), trainer, pl_module)
+        extractor = self._prepared_extractor(trainer, pl_module)
+        with lent(extractor, pl_module.device), averaged_generators(trainer, pl_module):
+            real = self._prepared_real(trainer, pl_module, extractor)
+            self._score_with(extractor, real, trainer, pl_module)
 
     def _score_with(
         self, extractor: FeatureExtractor, real: RealStatistics, trainer: Trainer, pl_module: LightningModule
     ) -> None:
-        generator_of = cast(ClassConditionalSampler, pl_module)
-        labels = torch.arange(self.num_samples) % generator_of.num_classes
+        generator_of = cast(Sampler, pl_module)
+        labels = labels_for(pl_module, self.num_samples)
         mine = labels[trainer.global_rank :: trainer.world_size]
         self.last = {}
         for mode in self.batch_norm:
@@ -231,17 +216,24 @@ class GenerativeMetrics(OneFitCallback):
                 features, logits = extract(trainer, extractor, images)
             found: dict[str, float] = {}
             if trainer.is_global_zero:
-                asked = labels if extractor.judges_classes else None
+                asked = labels if extractor.judges_classes and has_classes(pl_module) else None
                 with RandomStream(self.seed):
                     found = self._scores(real, features, logits, asked, pl_module.device)
             self._report(trainer, pl_module, mode, trainer.strategy.broadcast(found))
 
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Without validation data there is no other time for scores.
+        if getattr(trainer, "datamodule", None) is None and not has_loader(trainer, "val"):
+            self._score(trainer, pl_module)
+
     def _cache(self, trainer: Trainer) -> Path:
         return Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "metrics_cache"
 
-    def _prepared_extractor(self, trainer: Trainer) -> FeatureExtractor:
+    def _prepared_extractor(self, trainer: Trainer, pl_module: LightningModule) -> FeatureExtractor:
         if self._extractor is None:
-            train = self._batches(trainer, "train")
+            split = "train" if has_split(trainer, "train") else self.split
+            train = real_batches(trainer, pl_module, split, self.seed)
             # Process 0 trains and downloads, the others read.
             for rank in range(trainer.world_size):
                 if rank == trainer.global_rank and (rank == 0 or self._extractor is None):
@@ -252,7 +244,9 @@ class GenerativeMetrics(OneFitCallback):
             self._check_count("num_samples", self.num_samples, self._extractor)
         return self._extractor
 
-    def _prepared_real(self, trainer: Trainer, extractor: FeatureExtractor) -> RealStatistics:
+    def _prepared_real(
+        self, trainer: Trainer, pl_module: LightningModule, extractor: FeatureExtractor
+    ) -> RealStatistics:
         extractor.refresh()
         if self._real is None or self._real_of != extractor.fingerprint:
             # Features that move with training are of no use to a later run.
@@ -263,15 +257,15 @@ class GenerativeMetrics(OneFitCallback):
                     "changed since the last: scores before and after do not compare. Give "
                     "ModuleEvaluator(module=copy.deepcopy(...)) to compare them."
                 )
-            images = list(self._batches(trainer, self.split)())
-            self._numbers_per_image = max((images_and_labels(b)[0][0].numel() for b in images), default=1)
+            images = list(real_batches(trainer, pl_module, self.split, self.seed)())
+            self._numbers_per_image = max((only_images(b)[0].numel() for b in images), default=1)
             self._real = real_statistics(
                 trainer, extractor, images, num_features_kept=self.num_samples, cache=cache
             )
             self._real_of = extractor.fingerprint
             self._check_count(f"the real images of split={self.split!r}", self._real.count, extractor)
             if extractor.judges_classes:
-                self._test_evaluator(trainer, extractor, cache)
+                self._test_evaluator(trainer, pl_module, extractor, cache)
         return self._real
 
     def _check_count(self, what: str, count: int, extractor: FeatureExtractor) -> None:
@@ -287,29 +281,27 @@ class GenerativeMetrics(OneFitCallback):
                 f"({what}). Raise num_samples, lower ScoreOptions(neighborhood=...), or leave them out of scores."
             )
 
-    def _test_evaluator(self, trainer: Trainer, extractor: FeatureExtractor, cache: Path | None) -> None:
-        test = real_statistics(
-            trainer, extractor, self._batches(trainer, "test")(), num_features_kept=1, cache=cache
-        )
+    def _test_evaluator(
+        self, trainer: Trainer, pl_module: LightningModule, extractor: FeatureExtractor, cache: Path | None
+    ) -> None:
+        held_out: list[Split] = [split for split in ("test", "val") if has_split(trainer, split)]
+        if not held_out:
+            rank_zero_warn(
+                "A classifier that judges samples should be tested on images that it was not trained on. Got no test "
+                "or validation loader: nothing says how far agreement can be trusted."
+            )
+            return
+        images = real_batches(trainer, pl_module, held_out[0], self.seed)()
+        test = real_statistics(trainer, extractor, images, num_features_kept=1, cache=cache)
         self.evaluator_accuracy = test.accuracy
         rank_zero_info(
-            f"{self.evaluator.name} labels {test.accuracy:.1%} of {test.count} real test images right."
+            f"{self.evaluator.name} labels {test.accuracy:.1%} of {test.count} real {held_out[0]} images right."
         )
         if test.accuracy < 0.9:
             rank_zero_warn(
                 f"The classifier labels only {test.accuracy:.1%} of real test images right: agreement says little. "
                 "Train it longer: ClassifierEvaluator(epochs=...)."
             )
-
-    def _batches(self, trainer: Trainer, split: str) -> Batches:
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-
-        def batches() -> Iterable[Any]:
-            # A shuffling loader draws from the global stream.
-            with RandomStream(self.seed):
-                return list(_whole(getattr(datamodule, f"{split}_dataloader")()))
-
-        return batches
 
     def _scores(
         self,
@@ -345,7 +337,13 @@ class GenerativeMetrics(OneFitCallback):
         where = f"{self.evaluator.name}/{self.split}/{self.num_samples}/{mode}"
         named = {f"{score}/{where}": value for score, value in found.items()}
         self.last |= named
-        pl_module.log_dict(named, on_step=False, on_epoch=True, rank_zero_only=False)
+        if trainer.training:
+            # The end of training, where a module may not log.
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics(named, step=trainer.global_step)
+        else:
+            pl_module.log_dict(named, on_step=False, on_epoch=True, rank_zero_only=False)
         if trainer.is_global_zero and keeps_files(trainer):
             record = {
                 "evaluator": self.evaluator.name,
@@ -359,15 +357,3 @@ class GenerativeMetrics(OneFitCallback):
                 "scores": found,
             }
             append_line(Path(trainer.default_root_dir) / "scores.jsonl", json.dumps(record))
-
-
-def _whole(loader: Iterable[Any]) -> Iterable[Any]:
-    """Return a loader of all images: one for training may drop its last, smaller batch."""
-    if not isinstance(loader, DataLoader) or not loader.drop_last:
-        return loader
-    dataset: Any = loader.dataset
-    # A sampler of another length chooses examples, or repeats them.
-    if isinstance(dataset, IterableDataset) or len(cast(Any, loader.sampler)) != len(dataset):
-        return loader
-    kept = ("batch_size", "collate_fn", "num_workers")
-    return DataLoader(dataset, **{name: getattr(loader, name) for name in kept})

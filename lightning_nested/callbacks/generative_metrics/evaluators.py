@@ -26,6 +26,7 @@ from lightning_nested.callbacks.generative_metrics.images import (
     content_hash,
     described,
     gather_batches,
+    gather_images,
     raw_bytes,
     to_bytes,
 )
@@ -174,8 +175,12 @@ class ModuleEvaluator(Evaluator):
 
     @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
-        images, _ = gather_batches(batch for batch, _ in zip(train(), range(1), strict=False))
-        return _Wrapped(self.module, images[:1], self.judges_classes)
+        return _Wrapped(self.module, one_example(train), self.judges_classes)
+
+
+def one_example(train: Batches) -> Tensor:
+    """Return one example, ``(1, …)``."""
+    return gather_images(batch for batch, _ in zip(train(), range(1), strict=False))[:1]
 
 
 @checked
@@ -219,11 +224,20 @@ class ClassifierEvaluator(Evaluator):
     @override
     def build(self, train: Batches, cache: Path) -> FeatureExtractor:
         images, labels = gather_batches(train())
+        if images.ndim != 4:
+            raise ValueError(
+                f"ClassifierEvaluator looks at images (N, C, H, W). Got {tuple(images.shape)}; use ValuesEvaluator() "
+                "or ModuleEvaluator(...)."
+            )
         content = content_hash(images, labels)
         key = hashlib.sha256(f"{self!r} {content}".encode()).hexdigest()[:16]
         with RandomStream(self.seed):
             network = SmallFeatureNetwork(
-                images.shape[1], int(labels.max()) + 1, self.width, self.num_features
+                images.shape[1],
+                int(labels.max()) + 1,
+                self.width,
+                self.num_features,
+                tiny=min(images.shape[2:]) < 8,
             )
             path = cache / f"classifier_{key}.pt"
             kept = read_cache(path, partial(_with_state, network))
@@ -241,14 +255,17 @@ class SmallFeatureNetwork(FeatureExtractor):
 
     judges_classes = True
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, num_features: int) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, width: int, num_features: int, *, tiny: bool = False
+    ) -> None:
         super().__init__()
         self.num_features = num_features
+        # Rounding up, an image of fewer than 8 pixels a side is not pooled to nothing.
         widths = (in_channels, width, 2 * width, 4 * width)
         blocks: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             conv = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
-            blocks += [conv, nn.BatchNorm2d(fan_out), nn.ReLU(), nn.MaxPool2d(2)]
+            blocks += [conv, nn.BatchNorm2d(fan_out), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=tiny)]
         self.body = nn.Sequential(
             *blocks, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * width, num_features), nn.ReLU()
         )

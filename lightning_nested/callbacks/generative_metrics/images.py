@@ -1,13 +1,30 @@
-"""Labelled images that scores are computed from: checks, their content, and 8-bit pixels."""
+"""Images that scores are computed from: checks, their content, and 8-bit pixels."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def only_images(batch: Any) -> Tensor:
+    """Return the data of a batch that is a tensor, or a sequence that begins with one.
+
+    Raises:
+        ValueError: If it is anything else, or not floating point.
+    """
+    data = batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) else batch
+    if not isinstance(data, Tensor) or not data.is_floating_point() or data.ndim < 2:
+        raise ValueError(
+            f"Scores need images (N, C, H, W) in [−1, 1], or other data (N, …). Got {described(batch)}; scale pixels "
+            "of 8 bits by images.float() / 127.5 - 1, and let a GANModule's real_data take the data out of a dict."
+        )
+    return data
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
@@ -58,24 +75,34 @@ def described(value: Any) -> str:
 
 def gather_batches(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Join the images and the labels of batches ``(images, labels, …)``."""
-    pairs = list(map(images_and_labels, batches))
-    if not pairs:
-        raise ValueError("The split of real images must not be empty. Got none; choose another split.")
-    images, labels = zip(*pairs, strict=True)
+    images, labels = zip(*_some(map(images_and_labels, batches)), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
-def content_hash(images: Tensor, labels: Tensor) -> str:
-    """Return a name for a set of labelled images that does not depend on their order; exact to the last bit.
+def gather_images(batches: Iterable[Any]) -> Tensor:
+    """Join the data of batches, which may have labels or anything else beside it."""
+    return torch.cat(_some(map(only_images, batches)))
+
+
+def _some(parts: Iterable[T]) -> list[T]:
+    found = list(parts)
+    if not found:
+        raise ValueError("The split of real images must not be empty. Got none; choose another split.")
+    return found
+
+
+def content_hash(images: Tensor, labels: Tensor | None = None) -> str:
+    """Return a name for a set of images and their labels that does not depend on their order; exact to the last bit.
 
     Example:
         >>> images, labels = torch.rand(3, 1, 2, 2), torch.arange(3)
         >>> content_hash(images, labels) == content_hash(images.flip(0), labels.flip(0))
         True
     """
+    marks = [b""] * len(images) if labels is None else [int(y).to_bytes(8, "little") for y in labels.tolist()]
     digests = sorted(
-        hashlib.blake2b(raw_bytes(image) + int(y).to_bytes(8, "little"), digest_size=16).digest()
-        for image, y in zip(images, labels.tolist(), strict=True)
+        hashlib.blake2b(raw_bytes(image) + mark, digest_size=16).digest()
+        for image, mark in zip(images, marks, strict=True)
     )
     kind = f"{images.dtype} {tuple(images.shape[1:])}".encode()
     return hashlib.sha256(kind + b"".join(digests)).hexdigest()

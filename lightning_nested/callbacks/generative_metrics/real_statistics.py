@@ -15,7 +15,12 @@ from torch import Tensor
 
 from lightning_nested.callbacks.generative_metrics.cache import read_cache, write_cache
 from lightning_nested.callbacks.generative_metrics.evaluators import FeatureExtractor
-from lightning_nested.callbacks.generative_metrics.images import content_hash, gather_batches, raw_bytes
+from lightning_nested.callbacks.generative_metrics.images import (
+    content_hash,
+    gather_batches,
+    gather_images,
+    raw_bytes,
+)
 
 # Images per forward of the extractor.
 _BATCH_SIZE = 250
@@ -52,10 +57,11 @@ def real_statistics(
 ) -> RealStatistics:
     """Return the statistics of real images, from the cache if it has them.
 
-    The key is the content of the images, in any order, the extractor's fingerprint, and its features of some of the
-    images. Processes share the work; process 0 reads and writes the file.
+    The key is the content of the images in any order, with labels where the extractor judges them, the extractor's
+    fingerprint, and its features of some of the images. Processes share the work; process 0 reads and writes the file.
     """
-    images, labels = gather_batches(batches)
+    judges = extractor.judges_classes
+    images, labels = gather_batches(batches) if judges else (gather_images(batches), None)
     # Sorted by a hash of each image: which images are kept depends on the content, not on the order.
     keys = [hashlib.blake2b(raw_bytes(image), digest_size=8).digest() for image in images]
     order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
@@ -71,7 +77,7 @@ def real_statistics(
     mine = order[trainer.global_rank :: trainer.world_size]
     features, logits = extract(trainer, extractor, [images[mine]])
     accuracy = float("nan")
-    if extractor.judges_classes and logits is not None:
+    if labels is not None and logits is not None:
         accuracy = float((logits.argmax(dim=1) == labels[order]).float().mean())
     wide = features.double()
     found: dict[str, Any] = {

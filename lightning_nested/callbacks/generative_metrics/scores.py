@@ -13,7 +13,6 @@ from lightning_nested.arguments import at_least, checked
 from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
 from lightning_nested.extras import require_package
 
-Split = Literal["train", "val", "test"]
 Score = Literal["frechet", "kernel", "inception_score", "precision_recall", "agreement"]
 BatchNormMode = Literal["running", "batch", "standing"]
 

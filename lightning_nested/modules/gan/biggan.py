@@ -15,10 +15,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nested.anneal import annealed
 from lightning_nested.arguments import at_least, check
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.gan.biggan_options import (
@@ -31,7 +29,6 @@ from lightning_nested.modules.gan.biggan_options import (
 from lightning_nested.modules.gan.module import GANModule
 from lightning_nested.modules.gan.sampling import interpolate, sample_images, save_images, seeded
 from lightning_nested.networks import Discriminator, Generator, singular_values
-from lightning_nested.networks.adversarial import widened
 from lightning_nested.networks.conditional_batch_norm import batch_norms
 from lightning_nested.trainer.lightning import synchronizes_batch_norm
 
@@ -157,6 +154,11 @@ class BigGAN(GANModule):
         # Real images since the last log, and when that was.
         self._shown, self._since = 0, 0.0
 
+    @property
+    @override
+    def is_conditional(self) -> bool:
+        return True
+
     @override
     def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._network("generator")(latents, labels)
@@ -263,6 +265,7 @@ class BigGAN(GANModule):
             labels = torch.randint(classes, (labels,), generator=generator, device=self.device)
         return sample_images(self.generator, labels, sampling, generator=generator, z=z)
 
+    @override
     def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
         """Return images for :class:`GenerativeMetrics` and :class:`SampleGrid`."""
         sampling = replace(self.sampling, batch_norm=cast(BatchNormMode, batch_norm))
@@ -276,35 +279,10 @@ class BigGAN(GANModule):
         return interpolate(self.generator, *ends, steps, self.sampling, generator=generator)
 
     @override
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Log both losses on held-out images as ``val_…``; an overfitted discriminator has a lower one in training."""
-        self._evaluate(batch, batch_idx, "val")
-
-    @override
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test")
-
-    def _evaluate(self, batch: Sequence[Tensor], batch_idx: int, stage: str) -> None:
-        images, labels = self.real_data(batch)
+    def _held_out_fakes(self, data: Tensor, labels: Tensor | None, *place: int | str) -> Tensor:
         assert labels is not None
-        generator = seeded(self.device, self.sampling.seed, stage, self.global_rank, batch_idx)
-        running = Sampling(batch_size=len(images))
-        fakes = self.sample(labels, sampling=running, generator=generator).to(images.dtype)
-        real, fake = (widened(self.discriminator(x, labels)) for x in (images, fakes))
-        loss = annealed(self.loss, self.game_updates)
-        metrics = {
-            f"{stage}_discriminator_loss": loss.discriminator(real, fake),
-            f"{stage}_generator_loss": loss.generator_beside(real, fake),
-            f"{stage}_real_score": real.mean(),
-            f"{stage}_fake_score": fake.mean(),
-        }
-        self.log_dict(metrics, batch_size=len(images), sync_dist=True)
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        """Return 10 labels of each class, for runs without a datamodule."""
-        labels = torch.arange(self.networks.num_classes).repeat_interleave(10)
-        return DataLoader(cast(Any, labels), batch_size=self.sampling.batch_size)
+        generator = seeded(self.device, self.sampling.seed, *place)
+        return self.sample(labels, sampling=Sampling(batch_size=len(data)), generator=generator)
 
     @override
     def predict_step(

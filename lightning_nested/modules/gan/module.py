@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_nested.anneal import annealed
 from lightning_nested.arguments import at_least, check
 from lightning_nested.modules.game.module import GameModule
+from lightning_nested.modules.gan.biggan_options import BatchNormMode
 from lightning_nested.modules.gan.checks import check_batch, check_fakes, check_logits
+from lightning_nested.modules.gan.evaluation import draw, held_out, labels_of
+from lightning_nested.modules.gan.sampling import seeded
 from lightning_nested.networks import frozen_power_iteration
 from lightning_nested.networks.adversarial import (
     AdversarialLoss,
@@ -34,6 +40,7 @@ class GANModule(GameModule):
     ``num_classes`` is given: then the networks are called as ``generator(z, y)`` and ``discriminator(x, y)``.
     Real and generated data go through the discriminator in one forward. As in every :class:`GameModule` each
     step has its own batch and latents, and the discriminator steps first.
+    ``validate`` and ``test`` log both losses on held-out data, ``predict`` returns samples.
     To extend it, override ``real_data``, ``fakes``, ``generate``, ``discriminate`` or one of the losses.
     Goodfellow et al. (2014), NeurIPS 27.
 
@@ -83,6 +90,20 @@ class GANModule(GameModule):
         self.latent_dim, self.loss, self.num_classes = latent_dim, adversarial_loss(loss), num_classes
         self.reuse_fakes, self.regularizers, self.augment = reuse_fakes, tuple(regularizers), augment
         self.scores: dict[str, Tensor] = {}
+        self._advice = ExitStack()
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        # Validation is optional here. Lightning looks for its data after this hook and before setup, and would give
+        # advice to every run without.
+        self._advice.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
+        return super().configure_callbacks()
+
+    @override
+    def setup(self, stage: str) -> None:
+        self._advice.close()
+        super().setup(stage)
 
     @override
     def players(self) -> dict[str, nn.Module]:
@@ -93,6 +114,11 @@ class GANModule(GameModule):
         loss = self.discriminator_loss if name == "discriminator" else self.generator_loss
         with self.one_function() if self.joint_graph else nullcontext():
             return loss(batch)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Return True if samples are of a class that can be asked for."""
+        return self.num_classes is not None
 
     def discriminator_loss(self, batch: Any) -> Tensor:
         """Return L_D of a batch, penalties included."""
@@ -217,3 +243,51 @@ class GANModule(GameModule):
         """Generate data in evaluation mode, without a graph; restore each part's own mode."""
         with evaluation_mode(self.generator), torch.no_grad():
             return self.fakes(count)[0]
+
+    def sample_for_metrics(self, labels: Tensor, *, batch_norm: str, generator: torch.Generator) -> Tensor:
+        """Return a sample for each label, for :class:`GenerativeMetrics` and :class:`SampleGrid`.
+
+        Args:
+            labels: ``(N,)`` class numbers; in an unconditional model only their number counts.
+            batch_norm: Statistics of the generator: ``"running"`` averages, those of each ``"batch"`` of 100, or
+                ``"standing"`` ones.
+            generator: Random numbers; the global streams stay as they are.
+        """
+        return draw(self, labels, batch_norm=cast(BatchNormMode, batch_norm), generator=generator)
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log both losses on held-out data as ``val_…``; an overfitted discriminator has a lower one in training."""
+        self._evaluate(batch, batch_idx, "val")
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        data, labels = self.real_data(batch)
+        fakes = self._held_out_fakes(data, labels, stage, self.global_rank, batch_idx).to(data.dtype)
+        real, fake = (widened(self.discriminate(x, labels)) for x in (data, fakes))
+        metrics = held_out(self.loss, real, fake, stage, self.game_updates)
+        self.log_dict(metrics, batch_size=len(data), sync_dist=True)
+
+    def _held_out_fakes(self, data: Tensor, labels: Tensor | None, *place: int | str) -> Tensor:
+        """Return as many fakes as there are data, of the same classes; the same in every run."""
+        wanted = torch.zeros(len(data)) if labels is None else labels
+        return draw(self, wanted, generator=seeded(self.device, 0, *place))
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """Return 10 labels of each class, or 100 samples without classes, for runs without data."""
+        labels = torch.arange(self.num_classes or 10).repeat_interleave(10)
+        return DataLoader(cast(Any, labels), batch_size=100)
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return a sample for each example of a batch, of its class in a conditional model.
+
+        A batch is labels, or ``(data, labels, …)``; without classes it is anything with a length, as of
+        ``DataLoader(range(1000), batch_size=100)``. The samples are the same in every run.
+        """
+        generator = seeded(self.device, 0, "predict", self.global_rank, batch_idx, dataloader_idx)
+        return draw(self, labels_of(self, batch), generator=generator)

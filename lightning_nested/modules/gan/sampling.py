@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from lightning_nested.extras import require_package
 from lightning_nested.files import replacing
-from lightning_nested.modules.gan.biggan_options import Sampling
+from lightning_nested.modules.gan.biggan_options import BatchNormMode, Sampling
 from lightning_nested.networks import Generator, frozen_power_iteration, standing_statistics
 from lightning_nested.networks.adversarial import widened
 from lightning_nested.networks.biggan.tables import check_labels
-from lightning_nested.networks.conditional_batch_norm import restored_modes
+from lightning_nested.networks.conditional_batch_norm import batch_norms, restored_modes
 from lightning_nested.trainer.isolation import untouched_buffers
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -58,19 +58,20 @@ def truncated_normal(
 
 
 @contextmanager
-def sampling_mode(network: Generator, sampling: Sampling, generator: torch.Generator) -> Iterator[None]:
-    """Let the network make images as ``sampling.batch_norm`` says; restore it on exit.
+def sampling_mode(
+    network: nn.Module, batch_norm: BatchNormMode, batch: Callable[[], object], standing_batches: int
+) -> Iterator[None]:
+    """Let a generator make samples with these statistics, all other layers in evaluation mode; restore it on exit.
 
     Synchronized batch norm too uses this process's own batch alone: processes may make different numbers of
     batches, and would wait for each other forever.
+
+    Args:
+        network: The generator.
+        batch_norm: Statistics of its batch norms, see :class:`Sampling`.
+        batch: Make a batch, for standing statistics.
+        standing_batches: Batches for them.
     """
-
-    def batch() -> Tensor:
-        z = latents(network, sampling.batch_size, sampling, generator)
-        labels = torch.randint(network.num_classes, (len(z),), generator=generator, device=z.device)
-        images: Tensor = network(z, labels)
-        return images
-
     with (
         torch.no_grad(),
         restored_modes(network),
@@ -78,9 +79,12 @@ def sampling_mode(network: Generator, sampling: Sampling, generator: torch.Gener
         frozen_power_iteration(network),
         _alone(network),
     ):
-        if sampling.batch_norm == "standing":
-            standing_statistics(network, batch, num_batches=sampling.standing_batches)
-        network.train(sampling.batch_norm == "batch")
+        if batch_norm == "standing":
+            standing_statistics(network, batch, num_batches=standing_batches)
+        network.eval()
+        if batch_norm == "batch":
+            for norm in batch_norms(network):
+                norm.train()
         yield
 
 
@@ -130,7 +134,14 @@ def sample_images(
     # With more processes than images some have none to make.
     if not len(labels):
         return torch.empty(0, network.image_channels, *2 * (network.resolution,), device=device)
-    with sampling_mode(network, sampling, generator):
+
+    def batch() -> Tensor:
+        z = latents(network, sampling.batch_size, sampling, generator)
+        y = torch.randint(network.num_classes, (len(z),), generator=generator, device=z.device)
+        made: Tensor = network(z, y)
+        return made
+
+    with sampling_mode(network, sampling.batch_norm, batch, sampling.standing_batches):
         if z is None:
             z = latents(network, len(labels), sampling, generator)
         size = sampling.batch_size
