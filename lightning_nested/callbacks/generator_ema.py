@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from typing_extensions import override
 
 from lightning_nested.anneal import Anneal, ends, number
 from lightning_nested.arguments import at_least, checked, fraction
+from lightning_nested.callbacks.saved_average import read, rebuilt, saved_average, with_average
+from lightning_nested.files import replacing
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.networks.spectral_norm import iterate_spectral_norms
 from lightning_nested.trainer.use import OneFitCallback, Use
@@ -96,6 +99,49 @@ class GeneratorEMA(OneFitCallback):
             copy.load_state_dict(self._saved)
         iterate_spectral_norms(copy, times=_POWER_ITERATIONS)
         return copy
+
+    def export(self, path: str | Path) -> None:
+        """Write averaged weights and buffers as a plain ``state_dict``, which loads without this package.
+
+        Raises:
+            RuntimeError: See :meth:`averaged`.
+        """
+        state = self.averaged().state_dict()
+        with replacing(path) as file:
+            torch.save(state, file)
+
+    @classmethod
+    def generator_from_checkpoint(
+        cls,
+        path: str | Path,
+        generator: nn.Module | None = None,
+        *,
+        module: str = "generator",
+        decay: float | Anneal | None = None,
+    ) -> nn.Module:
+        """Return the averaged network of a checkpoint on the CPU, in evaluation mode; needs no Trainer.
+
+        Its ``state_dict()`` is plain. Only plain data and tensors are read from the file.
+
+        Args:
+            path: Checkpoint of a run with this callback.
+            generator: The network, built as in training; it is copied. None: built from the configuration that a run
+                of the command line leaves in its checkpoints, which imports the classes that the file names.
+            module: Attribute that the callback averaged.
+            decay: Decay of the callback, where several averaged this attribute.
+
+        Raises:
+            ValueError: If the average or the network is not there, or they do not fit.
+        """
+        path = Path(path)
+        checkpoint = read(path)
+        key = None if decay is None else cls(decay, module=module).state_key
+        average = saved_average(checkpoint, path, module, key)
+        network = rebuilt(checkpoint, path, module) if generator is None else _copied(generator)
+        network = with_average(network.cpu(), average, path).requires_grad_(False).eval()
+        with torch.no_grad():
+            iterate_spectral_norms(network, times=_POWER_ITERATIONS)
+        return network
 
     @contextmanager
     def swapped(self, pl_module: LightningModule) -> Iterator[None]:

@@ -274,3 +274,104 @@ def test_training_after_a_validation_goes_on() -> None:
     run.validate(gan, data(40), verbose=False)
     run.fit(gan, data(40))
     assert ema.updates == 2
+
+
+# ---- taken home
+
+
+def spectral_gan() -> GANModule:
+    """A generator with batch norm and spectral norm, whose vectors must fit the averaged weights."""
+    torch.manual_seed(2)
+    generator = nn.Sequential(
+        nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), parametrizations.spectral_norm(nn.Linear(6, 2))
+    )
+    return GANModule(generator, nn.Linear(2, 1), latent_dim=3, optimizer=lambda p: torch.optim.SGD(p, lr=0.2))
+
+
+def trained(path: Path, *averages: GeneratorEMA) -> GANModule:
+    gan = spectral_gan()
+    fit = trainer(max_steps=5, max_epochs=-1, callbacks=averages)
+    fit.fit(gan, torch.utils.data.DataLoader(torch.randn(40, 2) + 3, batch_size=4))
+    fit.save_checkpoint(path)
+    return gan
+
+
+def test_the_average_is_taken_from_a_checkpoint_without_a_trainer(tmp_path: Path) -> None:
+    ema = GeneratorEMA(0.5, start=0)
+    gan = trained(tmp_path / "x.ckpt", ema)
+    fresh = spectral_gan().generator
+    before = tensors(fresh)
+    found = GeneratorEMA.generator_from_checkpoint(tmp_path / "x.ckpt", fresh)
+    same(before, tensors(fresh))
+    assert not any(m.training for m in found.modules())
+    z = torch.randn(7, 3)
+    assert torch.equal(found(z), ema.averaged()(z))
+    assert not torch.allclose(found(z), gan.generator.eval()(z))
+    # The last layer's largest singular value is 1, for the averaged weights too.
+    assert torch.linalg.matrix_norm(found[3].weight, 2).item() == pytest.approx(1.0, abs=1e-3)  # type: ignore[index]
+    ema.export(tmp_path / "out" / "generator.pt")
+    plain = torch.load(tmp_path / "out" / "generator.pt", weights_only=True)
+    fresh.load_state_dict(plain)
+    assert torch.equal(fresh.eval()(z), found(z))
+
+
+def test_one_of_several_averages(tmp_path: Path) -> None:
+    averages = (
+        GeneratorEMA(0.5, start=0),
+        GeneratorEMA(0.9, start=0),
+        GeneratorEMA(0.9, start=0, module="discriminator"),
+    )
+    trained(tmp_path / "x.ckpt", *averages)
+    z = torch.randn(7, 3)
+    for ema in averages[:2]:
+        found = GeneratorEMA.generator_from_checkpoint(
+            tmp_path / "x.ckpt", spectral_gan().generator, decay=ema.decay
+        )
+        assert torch.equal(found(z), ema.averaged()(z))
+    judge = GeneratorEMA.generator_from_checkpoint(
+        tmp_path / "x.ckpt", nn.Linear(2, 1), module="discriminator"
+    )
+    assert torch.equal(judge.weight, averages[2].averaged().weight)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"one average of .*module='generator'\). Got 2 in .* decay= where"):
+        GeneratorEMA.generator_from_checkpoint(tmp_path / "x.ckpt", nn.Linear(2, 1))
+
+
+def test_what_a_checkpoint_cannot_give(tmp_path: Path) -> None:
+    trained(tmp_path / "with.ckpt", GeneratorEMA(0.5))
+    trained(tmp_path / "without.ckpt")
+    with pytest.raises(ValueError, match=r"Got 0 in .*without.ckpt, whose averages are: none"):
+        GeneratorEMA.generator_from_checkpoint(tmp_path / "without.ckpt", nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="not built by the command line; pass the generator"):
+        GeneratorEMA.generator_from_checkpoint(tmp_path / "with.ckpt")
+    with pytest.raises(ValueError, match=r"built as in training. Got a Linear that the average"):
+        GeneratorEMA.generator_from_checkpoint(tmp_path / "with.ckpt", nn.Linear(2, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_predict_gives_samples_of_the_average(tmp_path: Path) -> None:
+    trained(tmp_path / "x.ckpt", GeneratorEMA(0.5, start=0))
+    found = GeneratorEMA.generator_from_checkpoint(tmp_path / "x.ckpt", spectral_gan().generator)
+
+    def predicted(*callbacks: Callback, **options: Any) -> Tensor:
+        parts = trainer(callbacks=callbacks).predict(
+            spectral_gan(), ckpt_path=tmp_path / "x.ckpt", weights_only=True, **options
+        )
+        return torch.cat(parts)  # type: ignore[arg-type]
+
+    class Latents(Callback):
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def on_predict_start(self, _: Trainer, pl_module: Any) -> None:
+            draw = pl_module.sample_latents
+            pl_module.sample_latents = lambda n: self.seen.append(draw(n)) or self.seen[-1]
+
+    latents = Latents()
+    samples = predicted(GeneratorEMA(0.5, start=0), latents)
+    assert samples.shape == (100, 2)
+    torch.testing.assert_close(samples, found(torch.cat(latents.seen)), rtol=1e-5, atol=1e-6)
+    assert torch.equal(samples, predicted(GeneratorEMA(0.5, start=0)))
+    assert not torch.allclose(samples, predicted())
+    # As many as there are examples.
+    loader = torch.utils.data.DataLoader(range(30), batch_size=20)  # type: ignore[arg-type]
+    assert predicted(GeneratorEMA(0.5, start=0), dataloaders=loader).shape == (30, 2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_nested.callbacks import GeneratorEMA
 from lightning_nested.cli.find_configs import shipped_configs
 from lightning_nested.cli.main import main
 from lightning_nested.cli.nested_cli import NestedCLI
@@ -28,6 +29,15 @@ def test_the_smoke_run_trains_scores_and_loads(tmp_path: Path) -> None:
     gan = BigGAN.load_from_checkpoint(checkpoint, weights_only=True)
     assert gan.networks.width == 4
     assert gan.game_updates == 2
+    network = GeneratorEMA.generator_from_checkpoint(checkpoint)
+    average = next(
+        state["average"]
+        for name, state in torch.load(checkpoint, weights_only=True)["callbacks"].items()
+        if name.startswith("GeneratorEMA")
+    )
+    for name, value in network.named_parameters():
+        assert torch.equal(value, average[name]), name
+    assert network(torch.zeros(2, 16), torch.tensor([0, 9])).shape == (2, 3, 32, 32)
     main(["predict", "--config", "biggan_smoke", "--ckpt_path", str(checkpoint), *quick[2:]])
     assert len(list(tmp_path.rglob("samples/class_*/*.png"))) == 100
 

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, check
@@ -283,6 +284,12 @@ class BigGAN(GANModule):
         assert labels is not None
         generator = seeded(self.device, self.sampling.seed, *place)
         return self.sample(labels, sampling=Sampling(batch_size=len(data)), generator=generator)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """Return 10 labels of each class, for runs without a datamodule."""
+        labels = torch.arange(self.networks.num_classes).repeat_interleave(10)
+        return DataLoader(cast(Any, labels), batch_size=self.sampling.batch_size)
 
     @override
     def predict_step(
