@@ -15,8 +15,9 @@ def script_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def silent_trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    """Return a Trainer on the CPU that prints nothing and writes no files of its own."""
+    """Return a Trainer that prints nothing, by default on the CPU, and writes no files of its own."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
         options.setdefault(name, False)
-    return Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
+    options.setdefault("accelerator", "cpu")
+    return Trainer(callbacks=list(callbacks), **options)

@@ -148,3 +148,20 @@ def test_no_seed_of_the_ring_chooses_its_own_rate(monkeypatch: pytest.MonkeyPatc
     found = {"a method": {"0.1": end([8, 8, 2, 8], 0.9), "0.01": end([8, 2, 8, 8], 0.5)}}
     row = ring.crossed(found).splitlines()[-1]
     assert row == "| a method | 0.01, 0.1 | 2 of 4 | 5 [2, 8] | 70.0 [50.0, 90.0] |"
+
+
+def test_a_stage_of_the_gpu_check_that_hangs_or_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = load("verify_gpu", monkeypatch)
+    assert sum(verify.LIMITS.values()) < verify.TOTAL < 480
+    assert set(verify.LIMITS) == set(verify.STAGES)
+    late = verify.run_stage("tests", True, 0.05)
+    assert late["failed"] == "longer than its limit of 0 s"
+    results = {
+        "tests": late,
+        "main job": {"seconds": 1.0, "failed": "Traceback\nValueError: no"},
+        "BigGAN": {"seconds": 2.5, "figures": {"ms an update": 12.34567, "note": "x"}},
+    }
+    rows = verify.table(results).splitlines()
+    assert rows[3].endswith("longer than its limit of 0 s |")
+    assert "| main job | FAILED | ValueError: no |" in rows
+    assert rows[-2:] == ["| BigGAN | ms an update | 12.35 |", "| BigGAN | note | x |"]
