@@ -21,6 +21,7 @@ from .callbacks import (
     GenerativeMetrics as GenerativeMetrics,
     GeneratorEMA as GeneratorEMA,
     HypergradientCallback as HypergradientCallback,
+    Lookahead as Lookahead,
     LyapunovCallback as LyapunovCallback,
     SampleGrid as SampleGrid,
 )

@@ -141,6 +141,7 @@ CASES = {
         | {"curvature": (ln.Hessian(),), "outer_dataloader": (ANY,), **_schedules},
         hyperparameters=ln.WeightDecay(),
     ),
+    "Lookahead": Case(ln.Lookahead),
     "LyapunovCallback": Case(ln.LyapunovCallback, {"rule": (ANY,)}),
     "SampleGrid": Case(ln.SampleGrid),
     "ClassifierEvaluator": Case(ClassifierEvaluator),

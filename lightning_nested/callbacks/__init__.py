@@ -13,6 +13,7 @@ from lightning_nested.callbacks.generative_metrics.scores import ScoreOptions
 from lightning_nested.callbacks.generative_metrics.values import ValuesEvaluator
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
+from lightning_nested.callbacks.lookahead import Lookahead
 from lightning_nested.callbacks.lyapunov import LyapunovCallback
 from lightning_nested.callbacks.sample_grid import SampleGrid
 
@@ -25,6 +26,7 @@ __all__ = [
     "GeneratorEMA",
     "HypergradientCallback",
     "InceptionEvaluator",
+    "Lookahead",
     "LyapunovCallback",
     "ModuleEvaluator",
     "SampleGrid",

@@ -3,9 +3,11 @@
 from lightning_nested.games.advice import MomentumSuggestion, suggest_momentum
 from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
 from lightning_nested.games.rates import (
+    consensus_rate,
     convergence_rate,
     eigenvalue_rates,
     extragradient_rate,
+    lookahead_rate,
     momentum_map,
     optimistic_rate,
     proximal_rate,
@@ -41,6 +43,7 @@ __all__ = [
     "SmallIPD",
     "Spectrum",
     "SpectrumError",
+    "consensus_rate",
     "convergence_rate",
     "eigenvalue_rates",
     "extragradient_rate",
@@ -49,6 +52,7 @@ __all__ = [
     "high_quality",
     "joint_gradient",
     "leading_eigenvalues",
+    "lookahead_rate",
     "modes_covered",
     "momentum_map",
     "optimistic_rate",

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_nested.arguments import checked
+from lightning_nested.arguments import at_least, checked, within
 from lightning_nested.linalg.finite import check_matrix
 from lightning_nested.optim.options import ROUNDED_PI
 from lightning_nested.optim.update_rules import Momentum
@@ -140,6 +140,39 @@ def proximal_rate(eigenvalues: Eigenvalues, *, lr: float | Tensor) -> float | Te
     0.707107
     """
     return _worst(lambda x: 1 / np.abs(1 + x), eigenvalues, lr)
+
+
+@checked
+def lookahead_rate(
+    eigenvalues: Eigenvalues, *, lr: float | Tensor, every_n_updates: int, alpha: float
+) -> float | Tensor:
+    """Compute the worst |1 − a + a(1 − αλ)ᵏ|^{1/k}, per step, of gradient steps with :class:`Lookahead` of k and a.
+
+    Simultaneous steps; exact for every game with a constant Jacobian. On xy gradient steps alone have √(1 + α²) > 1.
+
+    >>> round(lookahead_rate([1j], lr=0.5, every_n_updates=6, alpha=0.5), 6)
+    0.827312
+    """
+    at_least(1, every_n_updates=every_n_updates)
+    within(0, 1, alpha=alpha)
+
+    def radius(x: Array) -> Array:
+        return np.abs(1 - alpha + alpha * (1 - x) ** every_n_updates) ** (1 / every_n_updates)
+
+    return _worst(radius, eigenvalues, lr)
+
+
+@checked
+def consensus_rate(eigenvalues: Eigenvalues, *, lr: float, strength: float) -> float | Tensor:
+    """Compute the worst |1 − α(λ + γ|λ|²)| of w ← w − α(ξ + γJᵀξ), consensus optimization, with strength γ.
+
+    Exact for a constant normal Jacobian (JᵀJ = JJᵀ), as in bilinear games: √((1 − αγ)² + α²) on xy.
+
+    >>> round(consensus_rate([1j], lr=0.5, strength=1.0), 6)
+    0.707107
+    """
+    at_least(0, strength=strength)
+    return _worst(lambda x: np.abs(1 - x - strength / lr * np.abs(x) ** 2), eigenvalues, lr)
 
 
 def predicted_rate(

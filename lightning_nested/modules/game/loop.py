@@ -24,15 +24,20 @@ class GameLoop:
         gradient_clip_algorithm: ``"norm"`` limits the norm of the player's gradient, ``"value"`` each entry.
         reuse_batch: In alternating updates, a player's first step uses the batch of the step before it, so
             that four discriminator steps and a generator step take four batches in place of five.
+        consensus: γ of consensus optimization: in simultaneous updates each player descends
+            L_i + (γ/2)‖ξ‖², where ξ is the joint gradient of all players, and so steps by ξ + γJᵀξ with the game's
+            Jacobian J. Losses need graphs to every player, see ``joint_graph``, and second derivatives; a step takes
+            about twice the time. Mescheder, Nowozin & Geiger (2017), NeurIPS, arXiv 1705.10461.
 
     Raises:
-        ValueError: A value is out of range, or ``reuse_batch`` meets accumulation.
+        ValueError: A value is out of range, or ``reuse_batch`` or ``consensus`` meets accumulation.
     """
 
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | dict[str, float] | None = None
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     reuse_batch: bool = False
+    consensus: float = 0.0  # γ
 
     def __post_init__(self) -> None:
         at_least(1, accumulate_grad_batches=self.accumulate_grad_batches)
@@ -41,6 +46,13 @@ class GameLoop:
             raise ValueError(
                 "reuse_batch=True lets two steps see one batch, which accumulation over several cannot do. Got "
                 f"accumulate_grad_batches={self.accumulate_grad_batches}; set it to 1, or reuse_batch=False."
+            )
+
+        at_least(0, consensus=self.consensus)
+        if self.consensus and self.accumulate_grad_batches > 1:
+            raise ValueError(
+                "consensus > 0 takes the norm of one batch's gradient, which accumulation over several is not. Got "
+                f"accumulate_grad_batches={self.accumulate_grad_batches}; set it to 1, or consensus=0."
             )
 
     def clip_of(self, player: str) -> float | None:
@@ -86,6 +98,15 @@ def schedule(
             shared = slots.pop() if reuse_batch and k == 0 and slots else ()
             slots.append((*shared, (name,)))
     return slots
+
+
+def check_consensus(update: str, loop: GameLoop) -> None:
+    """Refuse consensus where players do not step together."""
+    if loop.consensus and update != "simultaneous":
+        raise ValueError(
+            "consensus > 0 needs the gradients of all players at one point. Got update='alternating' with "
+            f"consensus={loop.consensus}; use update='simultaneous'."
+        )
 
 
 def check_steps(update: str, steps: Mapping[str, int]) -> None:

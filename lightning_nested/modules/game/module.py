@@ -18,7 +18,7 @@ from lightning_nested.arguments import check
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_factories, check_monitors, check_players
 from lightning_nested.modules.game.log_losses import log_losses
-from lightning_nested.modules.game.loop import GameLoop, Update, check_steps, schedule
+from lightning_nested.modules.game.loop import GameLoop, Update, check_consensus, check_steps, schedule
 from lightning_nested.modules.game.players import (
     Player,
     build_optimizers,
@@ -133,6 +133,7 @@ class GameModule(OneFitModule, LightningModule):
             self.save_hyperparameters()
         self.automatic_optimization = False
         check_steps(update, steps_per_player or {})
+        check_consensus(update, loop)
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
         self.player_batches: Counter[str] = Counter()
@@ -179,6 +180,9 @@ class GameModule(OneFitModule, LightningModule):
             yield
         finally:
             self.step_cache, self.batch_players, self.joint_graph = kept
+
+    def on_consensus(self) -> None:
+        """Run before the losses of a step with ``GameLoop(consensus=...)``, whose forwards are of one function."""
 
     def game_metrics(self) -> dict[str, Any]:
         """Return further values to log with the losses, every ``log_every_n_steps`` game updates."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_nested.linalg.processes import Reduce, average_gradients
+from lightning_nested.games.jacobian import JacobianOperator
+from lightning_nested.linalg.processes import Reduce, average, average_gradients
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_losses
 from lightning_nested.modules.game.players import Player
@@ -137,10 +139,19 @@ class PlayerSteps:
     def _evaluate(self, module: Any, players: Sequence[Player], batch: Any) -> None:
         """Add the players' losses and gradients to the sums."""
         names = [player.name for player in players]
-        losses = check_losses(module, names, module.player_losses(names, batch))
+        strength: float = module.loop.consensus
+        joint: AbstractContextManager[None] = nullcontext()
+        if strength:
+            module.on_consensus()
+            joint = module.joint_evaluation(names)
+        with joint:
+            losses = check_losses(module, names, module.player_losses(names, batch))
         where = f"{type(module).__name__}.player_loss"
         with torch.autocast(module.device.type, enabled=False):  # derivatives are taken outside, as always
-            self.sums.add(_gradients(where, players, losses))
+            if strength:
+                self.sums.add(_consensus_gradients(players, losses, strength, reduction(module.trainer)))
+            else:
+                self.sums.add(_gradients(where, players, losses))
         module.gradient_evaluations += len(players)
 
     def _set_gradients(self, module: Any, players: Sequence[Player]) -> None:
@@ -175,3 +186,17 @@ def _gradients(where: str, players: Sequence[Player], losses: Sequence[Tensor]) 
             )
         rows.append([loss.detach(), *gradient])
     return rows
+
+
+def _consensus_gradients(
+    players: Sequence[Player], losses: Sequence[Tensor], strength: float, reduce: Reduce | None
+) -> list[Row]:
+    """Return each player's part of ξ + γJᵀξ, the gradient of L_i + (γ/2)‖ξ‖²; ξ is of the batch of all processes."""
+    jacobian = JacobianOperator(losses, tuple(tuple(player.parameters) for player in players), reduce=reduce)
+    gradient = average(tuple(g.detach() for g in jacobian.gradient), reduce)
+    pulled = jacobian.rmatvec(gradient)
+    total = iter([g + strength * v for g, v in zip(gradient, pulled, strict=True)])
+    return [
+        [loss.detach(), *(next(total) for _ in player.parameters)]
+        for player, loss in zip(players, losses, strict=True)
+    ]

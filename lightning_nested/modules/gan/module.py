@@ -30,6 +30,7 @@ from lightning_nested.networks.adversarial import (
     widened,
 )
 from lightning_nested.networks.biggan.tables import check_labels
+from lightning_nested.networks.spectral_norm import iterate_spectral_norms
 from lightning_nested.trainer.isolation import evaluation_mode
 
 
@@ -225,6 +226,12 @@ class GANModule(GameModule):
     def one_function(self) -> AbstractContextManager[None]:
         """Keep spectral vectors fixed, so that several forwards are of one function that differentiates twice."""
         return frozen_power_iteration(self.generator, self.discriminator)
+
+    @override
+    def on_consensus(self) -> None:
+        # one_function keeps spectral vectors fixed in these steps, so they move here.
+        for network in (self.generator, self.discriminator):
+            iterate_spectral_norms(network, of_training_only=True)
 
     def _augmented(self, data: Tensor) -> Tensor:
         return data if self.augment is None else annealed(self.augment, self.game_updates)(data)
