@@ -23,6 +23,7 @@ from .callbacks import (
     HypergradientCallback as HypergradientCallback,
     Lookahead as Lookahead,
     LyapunovCallback as LyapunovCallback,
+    RetrainCheck as RetrainCheck,
     SampleGrid as SampleGrid,
 )
 from .datamodules import (
@@ -30,6 +31,11 @@ from .datamodules import (
     DigitsDataModule as DigitsDataModule,
     FashionMNISTDataModule as FashionMNISTDataModule,
     MixtureOfGaussiansDataModule as MixtureOfGaussiansDataModule,
+    MNISTDataModule as MNISTDataModule,
+    PennTreebankDataModule as PennTreebankDataModule,
+    PydocTextDataModule as PydocTextDataModule,
+    TabularDataModule as TabularDataModule,
+    TextSourcesDataModule as TextSourcesDataModule,
 )
 from .demos import (
     GameReport as GameReport,
@@ -82,6 +88,7 @@ from .hypergradient import (
     check_hypergradient as check_hypergradient,
     check_products as check_products,
     implicit_hypergradient as implicit_hypergradient,
+    influence as influence,
     unrolled_hypergradient as unrolled_hypergradient,
 )
 from .hypernetworks import (
@@ -108,6 +115,7 @@ from .hyperparameters import (
     DropConnect as DropConnect,
     DropoutRates as DropoutRates,
     ExampleWeights as ExampleWeights,
+    GroupWeights as GroupWeights,
     InputNoise as InputNoise,
     Integer as Integer,
     LabelSmoothing as LabelSmoothing,
@@ -118,6 +126,7 @@ from .hyperparameters import (
     Scalar as Scalar,
     SharedAdam as SharedAdam,
     WeightDecay as WeightDecay,
+    WeightNetwork as WeightNetwork,
     tuned_values as tuned_values,
 )
 from .modules import (

@@ -116,9 +116,14 @@ _schedules: Also = dict.fromkeys(
 )
 _data: dict[str, Any] = {
     "train_size": 20, "val_size": 5, "wrong_label_fraction": 0.1, "use_clean_labels": False, "with_index": False,
-    "batch_size": 4, "val_batch_size": None, "seed": 0, "num_workers": 0, "drop_last": False,
+    "batch_size": 4, "val_batch_size": None, "seed": 0, "num_workers": 0, "drop_last": False, "imbalance": 1.0,
 }  # fmt: skip
 _data_kinds: Also = {"val_batch_size": (3,), "seed": (None,)}
+_text: dict[str, Any] = {
+    "length": 4, "vocabulary_size": 20, "batch_size": 4, "val_batch_size": None, "val_fraction": 0.1,
+    "test_fraction": 0.1, "train_tokens": None, "seed": 0,
+}  # fmt: skip
+_text_kinds: Also = _data_kinds | {"train_tokens": (100,)}
 _hyper = {"num_hyperparameters": 2}
 _conv: dict[str, Any] = {"in_channels": 1, "out_channels": 2, "kernel_size": 3}
 _response: Also = {"loop": (ln.STN(),)}
@@ -143,6 +148,7 @@ CASES = {
     ),
     "Lookahead": Case(ln.Lookahead),
     "LyapunovCallback": Case(ln.LyapunovCallback, {"rule": (ANY,)}),
+    "RetrainCheck": Case(ln.RetrainCheck, {"monitor": (TEXT,)}),
     "SampleGrid": Case(ln.SampleGrid),
     "ClassifierEvaluator": Case(ClassifierEvaluator),
     "ModuleEvaluator": Case(ModuleEvaluator, module=nn.Linear(2, 2), label=TEXT),
@@ -151,6 +157,13 @@ CASES = {
     "CIFAR10DataModule": Case(ln.CIFAR10DataModule, _data_kinds, **_data),
     "DigitsDataModule": Case(ln.DigitsDataModule, _data_kinds, **_data),
     "FashionMNISTDataModule": Case(ln.FashionMNISTDataModule, _data_kinds, **_data),
+    "MNISTDataModule": Case(ln.MNISTDataModule, _data_kinds, **_data),
+    "PennTreebankDataModule": Case(ln.PennTreebankDataModule, _text_kinds | {"folder": (TEXT,)}, **_text),
+    "PydocTextDataModule": Case(ln.PydocTextDataModule, _text_kinds, **_text),
+    "TabularDataModule": Case(ln.TabularDataModule, {"seed": (None,), "target": (TEXT,)}),
+    "TextSourcesDataModule": Case(
+        ln.TextSourcesDataModule, _text_kinds | {"target_tokens": (100,), "epoch_rows": (100,)}, **_text
+    ),
     "MixtureOfGaussiansDataModule": Case(ln.MixtureOfGaussiansDataModule),
     # demos
     "GameReport": Case(ln.GameReport, _named),
@@ -229,6 +242,12 @@ CASES = {
         ln.implicit_hypergradient, {**_solvers, "inner_loss": (sgd,)},
         inner_loss=partial(inner, [w], [h]), outer_loss=w.sum(), params=[w], hparams=[h],
     ),
+    "influence": Case(
+        ln.influence,
+        dict.fromkeys(("module", "training_data", "validation_data", "loss", "solver"), (ANY,)),
+        module=nn.Linear(2, 1), training_data=[(torch.ones(3, 2), torch.ones(3, 1))],
+        validation_data=[(torch.ones(3, 2), torch.zeros(3, 1))],
+    ),
     "unrolled_hypergradient": Case(
         ln.unrolled_hypergradient, {"truncate": (1,), "checkpoint": (ANY,)},
         step=one_step, outer_loss=outer, params=[w], hparams=[h], num_steps=2,
@@ -259,6 +278,9 @@ CASES = {
     "DropoutRates": Case(ln.DropoutRates, _named | {"init": (0.1,), "temperature": (0.1,)}),
     "ExampleWeights": Case(ln.ExampleWeights, _named | _transform, num_examples=3),
     "Exp": Case(Exp),
+    "GroupWeights": Case(
+        ln.GroupWeights, _named | {"names": ([TEXT],), "init": ([1.0],), "shares": ([1.0],)}, names=["a", "b"]
+    ),
     "InputNoise": Case(ln.InputNoise, _named),
     "Integer": Case(ln.Integer, dict.fromkeys(("lower", "upper", "init"), (-2,)), name=TEXT, lower=-3, upper=3, init=0),
     "Interval": Case(Interval, dict.fromkeys(("lower", "upper"), (-1.0,))),
@@ -272,6 +294,7 @@ CASES = {
     "WeightDecay": Case(
         ln.WeightDecay, _named | _transform | {"include": ([TEXT],), "exclude": ([TEXT],), "init": (0.1,)}
     ),
+    "WeightNetwork": Case(ln.WeightNetwork, _named),
     # modules
     "Anneal": Case(ln.Anneal, {"start": (-1.0,), "end": (-1.0,)}, start=0.5, end=0.25, steps=3),
     "BigGAN": Case(
