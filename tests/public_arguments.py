@@ -198,7 +198,7 @@ CASES = {
     "Current": Case(ln.Current),
     "DenseSolve": Case(ln.DenseSolve),
     "EvaluationPoint": Case(ln.EvaluationPoint),
-    "FiniteDifference": Case(ln.FiniteDifference, {"epsilon": (0.1,)}),
+    "FiniteDifference": Case(ln.FiniteDifference, {"epsilon": (0.1,), "sides": (1, 2)}),
     "GaussNewton": Case(ln.GaussNewton, {"outputs": (TEXT,)}, outputs=torch.ones(2)),
     "Hessian": Case(ln.Hessian),
     "Identity": Case(ln.Identity),
@@ -214,7 +214,10 @@ CASES = {
     ),
     "check_hypergradient": Case(
         ln.check_hypergradient,
-        {**_solvers, "hypergradient": ([h],), "retrain": (ANY,), "epsilon": (0.1,), "generator": (generator,)},
+        {
+            **_solvers, "hypergradient": ([h],), "retrain": (ANY,), "another_batch": (inner,), "epsilon": (0.1,),
+            "generator": (generator,),
+        },
         inner_loss=inner, outer_loss=outer, params=[torch.full((2,), -0.5)], hparams=[torch.tensor(0.5)],
     ),
     "implicit_hypergradient": Case(

@@ -256,10 +256,11 @@ def _calibrated(problem: Linearization, b: Vector, state: SolverState | None) ->
     if not isinstance(operator, FiniteDifferenceOperator) or not operator.calibrates:
         return state
     solves = state.solves + 1
-    operator.length = state.length if state.length is not None else operator.length
+    if state.length is not None:
+        operator.resume(state.length, state.sides)
     if state.length is None or solves & (solves - 1) == 0:
         operator.calibrate(b)
-    return replace(state, length=operator.length, solves=solves)
+    return replace(state, length=operator.length, sides=operator.sides, solves=solves)
 
 
 @contextmanager
