@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
             results |= {f"{name}, {precision}, {kind}": entry for kind, entry in found.items()}
             sides = found["central"]["sides_by_default"]
             rows.append([name, precision, *(_cell(found[kind]) for kind in KINDS), str(sides)])
+            print(*rows[-1], sep=" | ", flush=True)  # the table takes minutes
     print_table(["network", "precision", *KINDS, "sides by default"], rows)
     print("\nEach: gradients [quartiles], memory in gradients, error to float64.")
     report(arguments, results, load_before=before)

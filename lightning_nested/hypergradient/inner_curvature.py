@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from lightning_nested.arguments import checked, positive
@@ -19,7 +18,8 @@ from lightning_nested.linalg.curvature import (
     owned,
 )
 from lightning_nested.linalg.differences import central_difference, coarsest_epsilon
-from lightning_nested.linalg.graph import HIDDEN, explain_double_backward, hides_layers, refuse_sparse, vjp
+from lightning_nested.linalg.first_derivatives import first_derivative
+from lightning_nested.linalg.graph import explain_double_backward, vjp
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
 from lightning_nested.linalg.vectors import Vector, zeros_where_none
 
@@ -130,8 +130,6 @@ class FiniteDifference(Curvature):
                 f"that returns it. Got a {type(inner_loss).__name__}."
             )
         value = inner_loss()
-        if hides_layers(value):
-            raise RuntimeError(HIDDEN)
         rounding = coarsest_epsilon(params, value)
         gradient = _gradient(value, params)
         operator = FiniteDifferenceOperator(
@@ -150,9 +148,7 @@ class FiniteDifference(Curvature):
 
 
 def _gradient(loss: Tensor, inputs: Vector) -> Vector:
-    gradient = torch.autograd.grad(loss, inputs, allow_unused=True)
-    refuse_sparse(gradient)
-    return owned(gradient, inputs, ())
+    return owned(first_derivative(loss, inputs), inputs, ())
 
 
 def _difference_of_slopes(
@@ -164,7 +160,7 @@ def _difference_of_slopes(
     unseen: set[int] = set()
 
     def slopes() -> Vector:
-        found = torch.autograd.grad(loss(), hparams, allow_unused=True)
+        found = first_derivative(loss(), hparams, params)
         unseen.update(i for i, g in enumerate(found) if g is None)
         return zeros_where_none(found, hparams)
 
