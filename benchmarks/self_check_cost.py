@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from _measuring import Spread, clock, load, parser, print_table, report, start
+from _networks import gpt, group_norm, mlp, wide_mlp
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,69 +24,6 @@ from torch.utils.data import DataLoader
 from lightning_nested.callbacks import HypergradientCallback
 from lightning_nested.hypergradient import Current, InverseSolver, KroneckerFactored, Neumann
 from lightning_nested.hyperparameters import Hyperparameter, LabelSmoothing, WeightDecay
-
-
-class Attention(nn.Module):
-    """A pre-norm block of causal attention and an MLP, in operations that can be differentiated twice."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) → the same."""
-        batch, tokens, width = x.shape
-        parts = self.qkv(self.norms[0](x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        scores = parts[0] @ parts[1].transpose(-1, -2) * (width // self.heads) ** -0.5
-        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-        seen = scores.masked_fill(future, float("-inf")).softmax(-1) @ parts[2]
-        x = x + self.out(seen.transpose(1, 2).reshape(x.shape))
-        return x + self.mlp(self.norms[1](x))
-
-
-class GPT(nn.Module):
-    """Four blocks of width 256 on 64 tokens, 3.7 million weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(1000, 256), nn.Parameter(torch.randn(64, 256) / 50)
-        self.blocks = nn.Sequential(*(Attention(256, 4) for _ in range(4)), nn.LayerNorm(256))
-        self.head = nn.Linear(256, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens) → (batch, vocabulary, tokens)."""
-        out: Tensor = self.head(self.blocks(self.tokens(x) + self.places)).transpose(1, 2)
-        return out
-
-
-def wide_mlp() -> tuple[nn.Module, Tensor, Tensor]:
-    """784-1000-150-10 with tanh, batch 256."""
-    net = nn.Sequential(nn.Linear(784, 1000), nn.Tanh(), nn.Linear(1000, 150), nn.Tanh(), nn.Linear(150, 10))
-    return net, torch.randn(256, 784), torch.randint(10, (256,))
-
-
-def mlp() -> tuple[nn.Module, Tensor, Tensor]:
-    """784-500-500-10 with tanh, batch 256, as in ``one_hypergradient.py``."""
-    net = nn.Sequential(nn.Linear(784, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 10))
-    return net, torch.randn(256, 784), torch.randint(10, (256,))
-
-
-def group_norm() -> tuple[nn.Module, Tensor, Tensor]:
-    """Five convolutions with GroupNorm and SiLU on 32-pixel images, batch 16."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)):
-        layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1), nn.GroupNorm(8, fan_out), nn.SiLU()]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-    return net, torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
-
-
-def gpt() -> tuple[nn.Module, Tensor, Tensor]:
-    """Batch 4 of 64 tokens."""
-    x = torch.randint(1000, (4, 65))
-    return GPT(), x[:, :-1], x[:, 1:]
 
 
 class Model(LightningModule):

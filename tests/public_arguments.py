@@ -216,7 +216,7 @@ CASES = {
     "Current": Case(ln.Current),
     "DenseSolve": Case(ln.DenseSolve),
     "EvaluationPoint": Case(ln.EvaluationPoint),
-    "FiniteDifference": Case(ln.FiniteDifference, {"epsilon": (0.1,)}),
+    "FiniteDifference": Case(ln.FiniteDifference, {"epsilon": (0.1,), "sides": (1, 2)}),
     "GaussNewton": Case(ln.GaussNewton, {"outputs": (TEXT,)}, outputs=torch.ones(2)),
     "Hessian": Case(ln.Hessian),
     "Identity": Case(ln.Identity),

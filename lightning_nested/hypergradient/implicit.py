@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
@@ -28,16 +29,17 @@ from lightning_nested.hypergradient.inner_curvature import (
     as_curvature,
 )
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator
+from lightning_nested.linalg.first_derivatives import first_derivative
 from lightning_nested.linalg.graph import (
     HIDDEN,
+    DoubleBackwardError,
     hides_layers,
     infinite_operations,
-    refuse_sparse,
     without_hooks,
 )
 from lightning_nested.linalg.operators import AveragedOperator, DiagonalOperator, LinearOperator, UnitProducts
 from lightning_nested.linalg.processes import Reduce, average
-from lightning_nested.linalg.solvers.base import Solution, SolverState
+from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver, as_solver
 from lightning_nested.linalg.vectors import Vector, double_dot, norm, scale_, zeros_where_none
 
@@ -77,6 +79,10 @@ Inspect: TypeAlias = Callable[[Linearization | None, Vector], AbstractContextMan
 it returns a context that is open from the solve to the mixed derivative, and gives the linearized loss whose products
 both are made of."""
 
+Otherwise: TypeAlias = Callable[[DoubleBackwardError], tuple[Curvature, Loss]]
+"""Given the error about a missing second derivative, it returns a curvature that needs none, and the inner loss for it;
+or raises."""
+
 
 def implicit_result(
     inner_loss: Loss,
@@ -94,6 +100,7 @@ def implicit_result(
     compare_identity: bool = False,
     inspect: Inspect | None = None,
     mixed: Mixed | None = None,
+    otherwise: Otherwise | None = None,
 ) -> ImplicitResult:
     """Run the engine behind :func:`implicit_hypergradient`, the callback and NestedModule.
 
@@ -112,29 +119,66 @@ def implicit_result(
         compare_identity: Also fill ``identity_cosine`` (one more product).
         inspect: See :data:`Inspect`.
         mixed: Product (v, λ) → vᵀ ∂²L_T/∂w∂λ, with the factor ``inner_scale``, in place of that of ``inner_loss``.
+        otherwise: What to do where ``inner_loss`` has no second derivative; None: raise.
     """
     w, hyper = tuple(params), tuple(hparams)
     _check_inputs(outer_loss, inner_loss, w, hyper, penalties)
+    if reduce is not None and hides_layers(outer_loss):
+        raise DoubleBackwardError(HIDDEN)
     with without_hooks(w):
-        outer = torch.autograd.grad(outer_loss, (*w, *hyper), allow_unused=True)
-        refuse_sparse(outer)
+        outer = first_derivative(outer_loss, (*w, *hyper))
         b, direct = average(zeros_where_none(outer[: len(w)], w), reduce), outer[len(w) :]
-        inverse, problem = as_solver(solver), None
-        if (hyper and mixed is None) or inverse.needs_operator:
-            problem, state = _linearize(as_curvature(curvature), inner_loss, w, b, state)
-        inner = _InnerProblem(problem, mixed, hyper, penalties, reduce, inner_scale)
-        watch = nullcontext(problem) if inspect is None else inspect(problem, b)
-        with _explain_infinite_curvature(inner_loss, w, problem), watch as watched:
-            inner = replace(inner, problem=watched)
-            solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
-            found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
-        compares = compare_identity and mixed is None
-        plain = inner.hypergradient(b, direct, allow_unused)[:2] if compares else None
+        solve = partial(
+            _solve,
+            as_solver(solver),
+            b=b,
+            direct=direct,
+            inner=_InnerProblem(None, mixed, hyper, penalties, reduce, inner_scale),
+            params=w,
+            state=state,
+            allow_unused=allow_unused,
+            compare_identity=compare_identity,
+            inspect=inspect,
+        )
+        try:
+            return solve(curvature=as_curvature(curvature), inner_loss=inner_loss)
+        except DoubleBackwardError as error:
+            if otherwise is None:
+                raise
+            curvature, inner_loss = otherwise(error)
+        return solve(curvature=curvature, inner_loss=inner_loss)
+
+
+def _solve(
+    inverse: InverseSolver,
+    *,
+    curvature: Curvature,
+    inner_loss: Loss,
+    b: Vector,
+    direct: Sequence[Tensor | None],
+    inner: _InnerProblem,
+    params: Vector,
+    state: SolverState | None,
+    allow_unused: bool,
+    compare_identity: bool,
+    inspect: Inspect | None,
+) -> ImplicitResult:
+    """Find the hypergradient from the outer gradient b; ``inner`` is filled in here."""
+    problem, mixed, reduce = None, inner.mixed, inner.reduce
+    if (inner.hparams and mixed is None) or inverse.needs_operator:
+        problem, state = _linearize(curvature, inner_loss, params, b, state)
+    watch = nullcontext(problem) if inspect is None else inspect(problem, b)
+    with _explain_infinite_curvature(inner_loss, params, problem), watch as watched:
+        inner = replace(inner, problem=watched)
+        solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
+        found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
+    compares = compare_identity and mixed is None
+    plain = inner.hypergradient(b, direct, allow_unused)[:2] if compares else None
     return ImplicitResult(
         hypergradient=found,
         penalties=closed,
         solution=solution,
-        inner_gradient=None if problem is None else average(_unscale(problem.gradient, inner_scale), reduce),
+        inner_gradient=None if problem is None else average(_unscale(problem.gradient, inner.scale), reduce),
         identity_cosine=math.nan if plain is None else _cosine(_join(found, closed), _join(*plain)),
         unreached=unreached,
     )
@@ -256,10 +300,11 @@ def _calibrated(problem: Linearization, b: Vector, state: SolverState | None) ->
     if not isinstance(operator, FiniteDifferenceOperator) or not operator.calibrates:
         return state
     solves = state.solves + 1
-    operator.length = state.length if state.length is not None else operator.length
+    if state.length is not None:
+        operator.resume(state.length, state.sides)
     if state.length is None or solves & (solves - 1) == 0:
         operator.calibrate(b)
-    return replace(state, length=operator.length, solves=solves)
+    return replace(state, length=operator.length, sides=operator.sides, solves=solves)
 
 
 @contextmanager
@@ -305,8 +350,6 @@ def _check_inputs(
                 f"{name} must carry its graph. Got a tensor that does not require gradients: was it computed under "
                 "torch.no_grad(), detached, or independent of the parameters?"
             )
-    if isinstance(outer_loss, Tensor) and hides_layers(outer_loss):
-        raise RuntimeError(HIDDEN)
     if not params:
         raise ValueError("params must hold at least one tensor. Got none.")
     if not hparams and not penalties:

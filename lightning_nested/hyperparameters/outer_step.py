@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nested.hypergradient.implicit import ImplicitResult, Inspect, Penalty, implicit_result
+from lightning_nested.hypergradient.implicit import (
+    ImplicitResult,
+    Inspect,
+    Otherwise,
+    Penalty,
+    implicit_result,
+)
 from lightning_nested.hypergradient.inner_curvature import AnyCurvature, Curvature, Loss, Mixed
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.outer_optimizer import (
@@ -144,6 +150,7 @@ class OuterStep(OuterState):
         decay_factors: Mapping[str, Tensor] | None = None,
         inspect: Inspect | None = None,
         mixed: Mixed | None = None,
+        otherwise: Otherwise | None = None,
     ) -> OuterReport:
         """Find the hypergradients by :func:`implicit_result`, and hold them for :meth:`apply`.
 
@@ -161,6 +168,7 @@ class OuterStep(OuterState):
             decay_factors: Factors that make coupled decays of decoupled ones, by name.
             inspect: See :func:`implicit_result`.
             mixed: See :func:`implicit_result`.
+            otherwise: See :func:`implicit_result`.
 
         Raises:
             FloatingPointError: The outer loss or the solve is not finite. Nothing has changed then.
@@ -183,6 +191,7 @@ class OuterStep(OuterState):
             compare_identity=compare_identity,
             inspect=inspect,
             mixed=mixed,
+            otherwise=otherwise,
         )
         self.unreached = [self.labels()[i] for i in result.unreached]
         report = self._hold_result(result, penalties, parameters, mean)

@@ -5,12 +5,19 @@ Damping and weight decay are operators that one *adds*. Solvers need only produc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_nested.linalg.differences import calibrated_length, central_difference, difference_length
+from lightning_nested.linalg.differences import (
+    calibrate,
+    central_difference,
+    coarsest_epsilon,
+    first_length,
+    one_sided_difference,
+)
 from lightning_nested.linalg.graph import (
     Pushforward,
     explain_double_backward,
@@ -106,21 +113,27 @@ class GaussNewtonOperator(LinearOperator):
 
 
 class FiniteDifferenceOperator(LinearOperator):
-    """Hessian product by central differences of gradients: Hv ≈ (g(w + εv) − g(w − εv)) / 2ε.
+    """Hessian product by differences of gradients: (g(w + εv) − g(w))/ε, or (g(w + εv) − g(w − εv))/2ε.
 
-    Two gradients a product and no second derivative: for compiled models, flash attention, sharded models.
-    The truncation error is O(ε²), rounding O(eps/ε); :meth:`calibrate` balances them.
+    No second derivative: for compiled models, flash attention, sharded models. A one-sided difference takes one
+    gradient a product, since g(w) serves them all; its truncation error is O(ε), that of a central one O(ε²).
+    Rounding is O(eps/ε); :meth:`calibrate` balances both.
 
     Attributes:
         length: Length of the move.
+        sides: 1 or 2; see ``sides`` below.
         calibrates: Whether the length is ours to measure.
+        error: About the relative error of products, from :meth:`calibrate`; NaN before.
 
     Args:
-        gradient: Returns the gradients at the parameters' current values; noise and statistics frozen.
+        gradient: Returns the gradients at the parameters' current values, in tensors that may be overwritten; noise
+            and statistics frozen.
         params: Leaf parameters; they are moved through ``.data`` and restored, so graphs that hold them stay valid.
-        epsilon: Length of the move relative to ``1 + ‖w‖``; None: half the cube root of the parameters' machine
-            epsilon, not relative.
-        length: First guess of the length, where ``epsilon`` is None.
+        epsilon: Length of the move relative to ``1 + ‖w‖``; None: ``length``.
+        length: First guess of the length; None: see :func:`first_length`.
+        here: g(w), which one-sided differences need; None: there are none.
+        sides: 1 or 2; None: 2, and in :meth:`calibrate` 1 in float32 where that is right to 0.005.
+        rounding: Machine epsilon of the coarsest dtype in the loss; None: that of the parameters.
     """
 
     def __init__(
@@ -130,20 +143,58 @@ class FiniteDifferenceOperator(LinearOperator):
         *,
         epsilon: float | None = None,
         length: float | None = None,
+        here: Vector | None = None,
+        sides: int | None = None,
+        rounding: float | None = None,
     ) -> None:
-        self.gradient, self.like = gradient, params
-        self.calibrates = epsilon is None
-        self.length = length if length is not None else difference_length(params)
+        if sides == 1 and here is None:
+            raise ValueError(
+                "sides=1 needs here, the gradient at the parameters. Got None; give it, or sides=2."
+            )
+        self.gradient, self.like, self.here, self._wanted = gradient, params, here, sides
+        self.calibrates, self.sides, self.error = epsilon is None, sides or 2, math.nan
+        rounding = coarsest_epsilon(params) if rounding is None else rounding
+        self._guesses = {sides: first_length(rounding, sides=sides) for sides in (1, 2)}
+        # Half precision rounds too much for one-sided differences, and who computes in double wants its digits.
+        self._may_be_one_sided = here is not None and _DOUBLE < rounding <= _ONE_SIDED**2
+        if length is not None:
+            self._guesses[self.sides] = length
+        self.length = self._guesses[self.sides]
         if epsilon is not None:
             self.length = epsilon * (1.0 + float(norm(tuple(p.detach() for p in params))))
+        self._known: tuple[Vector, Vector] | None = None
+
+    def resume(self, length: float, sides: int) -> None:
+        """Take the length of an earlier calibration."""
+        sides = self._wanted or sides
+        self.sides, self.length = (1, length) if sides == 1 and self.here is not None else (2, length)
+        self._guesses[self.sides] = length
 
     def calibrate(self, v: Vector) -> float:
-        """Set the length to nearly the best one along v, and return it."""
+        """Set the length to nearly the best one along v, and the sides, and return the length."""
         assert self.like is not None
-        self.length = calibrated_length(self.gradient, self.like, v, self.length)
+        for sides in (1, 2) if self._wanted is None else (self._wanted,):
+            if sides == 1 and not (self._may_be_one_sided or self._wanted == 1):
+                continue
+            here = self.here if sides == 1 else None
+            found = calibrate(self.gradient, self.like, v, self._guesses[sides], here)
+            if sides == 2 or self._wanted == 1 or found.error <= _ONE_SIDED:
+                break
+        self.sides, self.length, self.error = sides, found.length, found.error
+        self._known = None if found.product is None else (v, found.product)
         return self.length
 
     def matvec(self, v: Vector) -> Vector:
-        """(g(w + εv) − g(w − εv)) / 2ε."""
+        """Hv; the first product after a calibration along v is made of its differences."""
         assert self.like is not None
+        known, self._known = self._known, None
+        if known is not None and all(map(torch.equal, v, known[0])):
+            return known[1]
+        if self.sides == 1 and self.here is not None:
+            return one_sided_difference(self.gradient, self.like, v, self.length, self.here)
         return central_difference(self.gradient, self.like, v, self.length)
+
+
+# Relative: the error up to which one gradient a product is preferred to two.
+_ONE_SIDED = 5e-3
+_DOUBLE = 1e-10  # machine epsilon

@@ -1,15 +1,16 @@
-"""Central differences of gradients, and the length of their move."""
+"""Differences of gradients, one-sided and central, and the length of their move."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_nested.linalg.graph import graph_nodes
-from lightning_nested.linalg.vectors import Vector, double_dot, norm, scale_
+from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_
 
 _RUNG = 4.0  # ratio of successive lengths
 _RUNGS = 12  # at most, in one direction: lengths a factor of 10⁷ away
@@ -17,12 +18,17 @@ _ENOUGH = 1e-3  # relative; better products change no hypergradient that matters
 
 
 def difference_length(params: Vector, loss: Tensor | None = None) -> float:
-    """Return the first guess of the length of a move: half the cube root of :func:`coarsest_epsilon`.
+    """Return the first guess of the length of a central difference's move: :func:`first_length` of the dtypes."""
+    return first_length(coarsest_epsilon(params, loss), sides=2)
 
-    It is a length, whatever ‖w‖ is: networks of very different ‖w‖ have their least error between 0.001 and 0.01 in
-    float32.
+
+def first_length(rounding: float, *, sides: int) -> float:
+    """Return the first guess of the length of a move: 3·√eps for one-sided differences, ∛eps/2 for central ones.
+
+    Both are lengths, whatever ‖w‖ is: in float32 networks of very different ‖w‖ have the least error of one-sided
+    differences between 0.0001 and 0.01, and that of central ones between 0.001 and 0.03.
     """
-    return float(coarsest_epsilon(params, loss) ** (1 / 3)) / 2
+    return 3.0 * math.sqrt(rounding) if sides == 1 else rounding ** (1 / 3) / 2
 
 
 def coarsest_epsilon(params: Vector, loss: Tensor | None = None) -> float:
@@ -46,59 +52,106 @@ def central_difference(function: Callable[[], Vector], params: Vector, v: Vector
     return tuple((a - b) / (2 * epsilon) for a, b in zip(forward, backward, strict=True))
 
 
+def one_sided_difference(
+    function: Callable[[], Vector], params: Vector, v: Vector, length: float, here: Vector
+) -> Vector:
+    """Derivative of ``function``, which is ``here`` at the parameters' current values, along v by one evaluation.
+
+    ``function`` must return tensors that may be overwritten.
+    """
+    size = float(norm(v))
+    if size == 0.0:
+        return tuple(torch.zeros_like(a) for a in here)
+    ahead = moved(function, params, v, length / size)
+    return scale_(add_(ahead, here, alpha=-1.0), size / length)
+
+
 def moved(function: Callable[[], Vector], params: Vector, v: Vector, epsilon: float) -> Vector:
     """Return ``function()`` at w + εv; the parameters move through ``.data``, so graphs that hold them stay valid."""
     home = [p.data for p in params]
     try:
         for p, here, direction in zip(params, home, v, strict=True):
             p.data = here.add(direction.to(here.dtype), alpha=epsilon)
+        # Inside autocast, forward passes reuse casts of the weights that an earlier one made.
+        torch.clear_autocast_cache()
         return function()
     finally:
         for p, here in zip(params, home, strict=True):
             p.data = here
+        torch.clear_autocast_cache()
 
 
 def calibrated_length(function: Callable[[], Vector], params: Vector, v: Vector, start: float) -> float:
-    """Return a length at which truncation and rounding of a central difference along v nearly balance.
+    """Return the length of :func:`calibrate` for central differences, whose other results are not needed."""
+    return calibrate(function, params, v, start).length
 
-    The error of a difference D(h) is T·h² + R/h, so ‖D(h) − D(4h)‖ has one valley over log h. Lengths 4 apart are tried
-    from ``start`` towards it; where none serves, ``start`` is returned. Six gradients where products are right to 0.001
-    at once, else two more for each length.
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibrated:
+    """A length of moves, and what was seen on the way to it."""
+
+    length: float
+    error: float = (
+        math.nan
+    )  # ‖D − D′‖ of the best two lengths, relative: about the error of a product; 1: useless
+    product: Vector | None = None  # extrapolated from these two, as good as one more
+
+
+def calibrate(
+    function: Callable[[], Vector], params: Vector, v: Vector, start: float, here: Vector | None = None
+) -> Calibrated:
+    """Find a length at which truncation and rounding of a difference along v nearly balance.
+
+    The error of a difference D(h) is T·hᵖ + R/h, p = 2 for a central and 1 for a one-sided one, so ‖D(h) − D(4h)‖ has
+    one valley over log h. Lengths 4 apart are tried from ``start`` towards it; where none serves it is ``start``.
+    Three differences where products are right to 0.001 at once, else one more for each length.
 
     Args:
         function: Returns the gradient at the parameters' current values; noise and statistics frozen.
         params: Parameters that are moved.
         v: Direction, of any length.
         start: First length.
+        here: The gradient at these values, for one-sided differences; None: central ones.
     """
     size = float(norm(v))
     if size == 0.0 or not math.isfinite(size):
-        return start
+        return Calibrated(length=start)
     unit = scale_(tuple(a.clone() for a in v), 1.0 / size)
-    ladder = _Ladder(lambda length: central_difference(function, params, unit, length), start)
-    shorter, longer = ladder.disagreement(-1), ladder.disagreement(0)
+
+    def difference(length: float) -> Vector:
+        if here is None:
+            return central_difference(function, params, unit, length)
+        return one_sided_difference(function, params, unit, length, here)
+
+    ladder = _Ladder(difference, start, _RUNG ** (2 if here is None else 1))
+    shorter, product = ladder.disagreement(-1), ladder.extrapolated(-1)
+    longer = ladder.disagreement(0)
     rung, best = (-1, shorter) if shorter <= longer else (0, longer)
+    product = product if rung else ladder.extrapolated(0)
     if best > _ENOUGH:
-        # Where both lengths are useless: beyond the valley gradients are far away, and D keeps its direction.
-        useless = min(shorter, longer) > 0.5
-        down = ladder.cosine(0) > 0.3 if useless else shorter <= longer
+        # Where both lengths are useless: beyond the valley gradients are far away, and D keeps its direction. One-sided
+        # differences keep some of it in rounding too, that of g(w), and nearly all of their length is useless then.
+        useless, kept = (0.5, 0.3) if here is None else (0.85, 0.65)
+        down = ladder.cosine(0) > kept if min(shorter, longer) > useless else shorter <= longer
         step, rung = (-1, -1) if down else (1, 0)
-        best, here = ladder.disagreement(rung), rung
-        while abs(here) < _RUNGS and best > _ENOUGH:
-            here += step
-            found = ladder.disagreement(here)
+        best, here_rung = ladder.disagreement(rung), rung
+        while abs(here_rung) < _RUNGS and best > _ENOUGH:
+            here_rung += step
+            found = ladder.disagreement(here_rung)
             if found < best:
-                rung, best = here, found
+                rung, best, product = here_rung, found, ladder.extrapolated(here_rung)
             elif best <= 0.5:
                 break
-    return start * _RUNG ** (rung + 0.5) if best < 0.5 else start
+    if not best < 0.5:
+        return Calibrated(length=start, error=1.0)
+    return Calibrated(length=start * _RUNG ** (rung + 0.5), error=best, product=scale_(product, size))
 
 
 class _Ladder:
-    """Differences D at lengths that are 4 apart: rung k has the length ``start``·4ᵏ."""
+    """Differences D at lengths that are 4 apart: rung k has the length ``start``·4ᵏ, and 4ᵖ times the truncation."""
 
-    def __init__(self, difference: Callable[[float], Vector], start: float) -> None:
-        self._difference, self._start = difference, start
+    def __init__(self, difference: Callable[[float], Vector], start: float, power: float) -> None:
+        self._difference, self._start, self._power = difference, start, power
         self._found: dict[int, Vector] = {}
 
     def at(self, rung: int) -> Vector:
@@ -107,6 +160,11 @@ class _Ladder:
             self._found = {k: d for k, d in self._found.items() if abs(k - rung) <= 1}
             self._found[rung] = self._difference(self._start * _RUNG**rung)
         return self._found[rung]
+
+    def extrapolated(self, rung: int) -> Vector:
+        """Return (4ᵖD − D′)/(4ᵖ − 1) of a rung and the next one: without the first term of the truncation."""
+        factor = 1.0 / (self._power - 1.0)
+        return add_(scale_(clone(self.at(rung)), 1.0 + factor), self.at(rung + 1), alpha=-factor)
 
     def disagreement(self, rung: int) -> float:
         """Return ‖D − D′‖ of a rung and the next one, relative to the longer of both; 1 where it is unknown."""

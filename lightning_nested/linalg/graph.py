@@ -15,7 +15,15 @@ from torch.utils.checkpoint import CheckpointError
 
 
 class DoubleBackwardError(RuntimeError):
-    """An operation of the loss cannot be differentiated twice."""
+    """An operation of the loss cannot be differentiated twice.
+
+    Attributes:
+        reason: What autograd said about it, in a line.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message.split(" Got: ")[-1]
 
 
 OTHER_FORMS = (
@@ -34,6 +42,8 @@ _MARKS = (
     "donated buffer",  # torch.compile; with those disabled it has no double backward either
 )
 
+_REENTRANT = "incompatible with .grad()"
+
 
 @contextmanager
 def explain_double_backward() -> Iterator[None]:
@@ -45,16 +55,20 @@ def explain_double_backward() -> Iterator[None]:
             "A checkpointed layer must do the same when it runs again for a derivative. Got: "
             f"{str(error).splitlines()[0]} A context that it depends on (sdpa_kernel, cudnn.flags, autocast) must be "
             "open around the whole of trainer.fit or inside the checkpointed function, not inside the training step; "
-            "or use curvature=FiniteDifference()."
+            "or use curvature=FiniteDifference().",
+            str(error).splitlines()[0],
         ) from error
     except RuntimeError as error:
         text = str(error)
+        if _REENTRANT in text:
+            raise DoubleBackwardError(HIDDEN) from error
         if isinstance(error, DoubleBackwardError) or not any(mark in text for mark in _MARKS):
             raise
         raise DoubleBackwardError(
             "A Hessian product needs the gradient to be differentiable, and an operation of the loss is not. "
             f"Got: {text.splitlines()[0]} Either run that operation in a form with a second derivative "
-            f"({OTHER_FORMS}), or use curvature=FiniteDifference(), which needs first derivatives only."
+            f"({OTHER_FORMS}), or use curvature=FiniteDifference(), which needs first derivatives only.",
+            text.splitlines()[0],
         ) from error
 
 
@@ -83,7 +97,8 @@ def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
 
 HIDDEN = (
     "A loss must show every layer in its graph. Got one with torch.utils.checkpoint(use_reentrant=True), behind which "
-    "torch.autograd.grad sees no parameters: their gradients would be missing. Pass use_reentrant=False."
+    "torch.autograd.grad sees no parameters: their gradients would be missing. Pass use_reentrant=False, or use "
+    "curvature=FiniteDifference(), on one process."
 )
 """Message about layers that only ``loss.backward()`` reaches."""
 
@@ -105,8 +120,9 @@ def refuse_wrong_derivatives(tensors: Iterable[Tensor | None], *, once_different
         once_differentiable: Whether operations marked so are refused, which a derivative may never reach.
 
     Raises:
-        RuntimeError: Reentrant checkpointing hides layers; an operation is marked once_differentiable.
-        DoubleBackwardError: ``weight_norm`` of torch, whose second derivative takes the norms as constants.
+        RuntimeError: An operation is marked once_differentiable.
+        DoubleBackwardError: Reentrant checkpointing hides layers; ``weight_norm`` of torch, whose second derivative
+            takes the norms as constants.
     """
     for node in graph_nodes(tensors):
         name = node.name()
@@ -115,7 +131,7 @@ def refuse_wrong_derivatives(tensors: Iterable[Tensor | None], *, once_different
                 "an operation marked once_differentiable: differentiate twice is not implemented."
             )
         if _is_reentrant(node):
-            raise RuntimeError(HIDDEN)
+            raise DoubleBackwardError(HIDDEN)
         if name.startswith("WeightNormInterfaceBackward"):
             raise DoubleBackwardError(
                 "Every operation of the loss must have a right second derivative. Got weight_norm, whose fused form in "

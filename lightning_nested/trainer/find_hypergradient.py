@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_nested.hypergradient import Curvature, DoubleBackwardError
 from lightning_nested.hypergradient.evaluation_point import placed_at
+from lightning_nested.hypergradient.inner_curvature import Loss
 from lightning_nested.hyperparameters import OuterReport
 from lightning_nested.optim.step_dynamics import coupled_decay
 from lightning_nested.trainer.inner_graph import InnerGraph
@@ -51,6 +53,12 @@ def find_hypergradient(
         mixed = train_batches.mixed(module, parameters, graph.losses[0], outer.in_graph)
     # One process may need an evaluation that another does not, and would wait for the other's statistics.
     waits = check.is_due and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+
+    def otherwise(error: DoubleBackwardError) -> tuple[Curvature, Loss]:
+        found = graph.take_differences(error)
+        check.replaced(error)
+        return found
+
     scale, inner_loss, tensors = loss_scale(trainer), graph.loss(), tuple(parameters.values())
     # torch.utils.checkpoint runs the forward again in every product, and would move buffers. A solver from the run
     # makes none, and all else that runs the user's code has an isolation of its own.
@@ -76,5 +84,6 @@ def find_hypergradient(
             weights=dict(zip(parameters, weights, strict=True)),
             decay_factors=plan.decay_factors(parameters),
             mixed=mixed,
+            otherwise=otherwise,
             inspect=check.inspect(inner_loss, parameters, None if waits else graph.again(), outer.labels()),
         )

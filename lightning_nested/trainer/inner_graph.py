@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_nested.hypergradient import Curvature, FiniteDifference, GaussNewton
+from lightning_nested.hypergradient import Curvature, DoubleBackwardError, FiniteDifference, GaussNewton
+from lightning_nested.linalg.graph import hides_layers
 from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import loss_scale, step_loss
 from lightning_nested.trainer.random_stream import RandomStream
@@ -59,6 +60,28 @@ class InnerGraph:
     def observes(self) -> bool:
         """True if :meth:`observe` must be called before each evaluation."""
         return isinstance(self._curvature, FiniteDifference | GaussNewton)
+
+    @property
+    def curvature_in_use(self) -> Curvature | None:
+        """The curvature of the coming outer steps: differences, since :meth:`take_differences`."""
+        return self._curvature
+
+    def take_differences(self, error: DoubleBackwardError) -> tuple[Curvature, Callable[[], Tensor]]:
+        """Replace the Hessian that nobody chose by differences of gradients, from now on.
+
+        Args:
+            error: About the missing second derivative.
+
+        Raises:
+            DoubleBackwardError: ``error`` itself, where a curvature was chosen, the losses were not observed to be
+                repeated, or layers are hidden from the gradients of several processes.
+        """
+        hidden = self._module.trainer.world_size > 1 and any(map(hides_layers, self.losses))
+        if self._curvature is not None or hidden or (self.losses and self.again() is None):
+            raise error
+        self._curvature = FiniteDifference()
+        repeated = self.again()
+        return self._curvature, repeated if repeated is not None else lambda: torch.stack(self.losses).sum()
 
     @property
     def repeats(self) -> bool:

@@ -93,15 +93,26 @@ _SHOWN: WeakKeyDictionary[LightningModule, set[tuple[str, str | None]]] = WeakKe
 
 def modules_outer_loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> Tensor:
     """Return the module's ``outer_loss(batch)`` if it has one, else what its ``validation_step`` returns."""
-    own = getattr(module, "outer_loss", None)
+    own, name = getattr(module, "outer_loss", None), "outer_loss"
     if callable(own):
-        return check_loss("outer_loss", module, own(batch))
-    loss = step_loss(trainer, module, "validation_step", batch, index)
-    return check_loss("validation_step", module, loss)
+        loss = own(batch)
+    else:
+        name, loss = "validation_step", step_loss(trainer, module, "validation_step", batch, index)
+    return check_loss(name, module, loss, may_hide=trainer.world_size == 1)
 
 
-def check_loss(name: str, module: LightningModule, loss: object, *, player: str | None = None) -> Tensor:
-    """Return the loss (of a player of a game); refuse what is not a scalar with its graph, to every layer."""
+def check_loss(
+    name: str, module: LightningModule, loss: object, *, player: str | None = None, may_hide: bool = False
+) -> Tensor:
+    """Return the loss (of a player of a game); refuse what is not a scalar with its graph, to every layer.
+
+    Args:
+        name: Method that returned it.
+        module: Its module.
+        loss: What it returned.
+        player: Player of a game.
+        may_hide: Whether layers may be hidden by reentrant checkpointing.
+    """
     where, whose = f"{type(module).__name__}.{name}", "" if player is None else f" for {player!r}"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -115,7 +126,7 @@ def check_loss(name: str, module: LightningModule, loss: object, *, player: str 
         )
     seen = _SHOWN.setdefault(module, set())
     if (name, player) not in seen:
-        if hides_layers(loss):
+        if not may_hide and hides_layers(loss):
             raise MisconfigurationException(f"{where}: {HIDDEN}")
         seen.add((name, player))
     return loss.reshape(())

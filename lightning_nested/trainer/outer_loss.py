@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_nested.linalg.first_derivatives import first_derivative
 from lightning_nested.linalg.graph import without_hooks
 from lightning_nested.trainer.isolation import evaluation_mode, validation_stage, without_trace
 from lightning_nested.trainer.lightning import transfer
@@ -86,7 +87,7 @@ def differentiated(
     def gradients(of: Tensor) -> tuple[Tensor | None, ...]:
         # Derivatives are taken outside autocast, as in any training. No graph is kept: a compiled one cannot be.
         with without_hooks(tensors), torch.autocast(of.device.type, enabled=False):
-            return torch.autograd.grad(of, tensors, allow_unused=True)
+            return first_derivative(of, tensors)
 
     found = gradients(loss * scale if scale != 1.0 else loss)
     if scale != 1.0:

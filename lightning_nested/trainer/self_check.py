@@ -21,8 +21,8 @@ from lightning_nested.hypergradient.self_check import (
     wrong_mixed,
 )
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
-from lightning_nested.linalg.curvature import HessianOperator
-from lightning_nested.linalg.graph import graph_nodes
+from lightning_nested.linalg.curvature import FiniteDifferenceOperator, HessianOperator
+from lightning_nested.linalg.graph import OTHER_FORMS, DoubleBackwardError, graph_nodes, hides_layers
 from lightning_nested.linalg.vectors import Vector
 
 _WRONG_PRODUCTS = (
@@ -40,6 +40,11 @@ _WRONG_MIXED = (
     "differs by {difference:.0%} from a difference of gradients. A custom torch.autograd.Function has a wrong or "
     "missing second derivative, or the loss detaches a factor; use curvature=FiniteDifference(), or look with "
     "check_hypergradient."
+)
+_REPLACED = (
+    "The training loss has no second derivative ({reason}), so products with its curvature are differences of "
+    "gradients, {sides} a product, right to about {error:.1%}. Give curvature=FiniteDifference() to choose them "
+    f"yourself; for exact products run {OTHER_FORMS}; the default solver needs no products at all."
 )
 _NEGATIVE = (
     "The solver met a direction of negative curvature, vᵀHv/vᵀv = {curvature:.2g}, and what it found up to there is "
@@ -77,6 +82,8 @@ class SelfCheck:
         """Begin with a new fit."""
         self._checked, self._probed = not self.enabled, not self.enabled
         self._told: set[str] = set()
+        # Why differences replace second derivatives, until that is told.
+        self._reason = ""
         # Labels of hyperparameters whose mixed derivatives are wrong.
         self._wrong: set[str] = set()
 
@@ -96,8 +103,12 @@ class SelfCheck:
 
     def probe(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
         """Look at the graph of an outer loss."""
-        if not reached(loss, parameters):
+        if not hides_layers(loss) and not reached(loss, parameters):
             self._warn(_ZERO)
+
+    def replaced(self, error: DoubleBackwardError) -> None:
+        """Note that differences of gradients replace second derivatives, to be told with the error of the first."""
+        self._reason = error.reason.rstrip(".")
 
     def inspect(
         self,
@@ -124,6 +135,7 @@ class SelfCheck:
             if problem is None:
                 yield None
                 return
+            self._tell_replaced(problem)
             # A difference of gradients says more than a second product.
             others = 0 if repeat is not None and isinstance(problem.curvature, HessianOperator) else 2
             formed = FormedProducts(problem.curvature, v, others=others)
@@ -134,10 +146,17 @@ class SelfCheck:
                 self._compare(problem, formed, loss, parameters, repeat)
                 raise
             right = self._compare(problem, formed, loss, parameters, repeat)
-            if right and repeat is not None and isinstance(loss, Tensor):
+            exact = not isinstance(problem.curvature, FiniteDifferenceOperator)
+            if right and exact and repeat is not None and isinstance(loss, Tensor):
                 self._compare_mixed(mixed, loss, parameters, repeat, labels)
 
         return look
+
+    def _tell_replaced(self, problem: Linearization) -> None:
+        operator, reason = problem.curvature, self._reason
+        if reason and isinstance(operator, FiniteDifferenceOperator):
+            self._reason, sides = "", "one" if operator.sides == 1 else "two"
+            self._warn(_REPLACED.format(reason=reason, sides=sides, error=operator.error))
 
     def _compare(
         self,
@@ -174,9 +193,13 @@ class SelfCheck:
     def hidden(self, losses: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
         """Refuse parameters that ``loss.backward()`` gave a gradient, though the losses' graphs do not hold them.
 
+        Those behind torch's reentrant checkpointing are known, and need no second derivative.
+
         Raises:
             MisconfigurationException: It names them.
         """
+        if any(map(hides_layers, losses)):
+            return
         seen = set().union(*(reached(loss, parameters) for loss in losses))
         lost = [
             name
@@ -187,7 +210,7 @@ class SelfCheck:
             raise MisconfigurationException(
                 f"{self.owner} needs every layer in the training loss's graph. Got {', '.join(lost[:5])}"
                 f"{' and others' if len(lost) > 5 else ''}, which only loss.backward() reaches: a function that calls "
-                "backward itself (reentrant checkpointing) hides them; pass use_reentrant=False, or take it out."
+                "backward itself hides them; take it out, or checkpoint with torch.utils.checkpoint."
             )
 
     def negative(self, report: OuterReport) -> None:

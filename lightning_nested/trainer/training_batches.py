@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from lightning_nested.hypergradient.evaluation_point import placed_at
 from lightning_nested.hypergradient.inner_curvature import Mixed
 from lightning_nested.hyperparameters import Hyperparameter
 from lightning_nested.linalg.differences import difference_length
+from lightning_nested.linalg.first_derivatives import first_derivative
 from lightning_nested.linalg.vectors import Vector, norm
 from lightning_nested.trainer.isolation import evaluation_mode, without_trace
 from lightning_nested.trainer.lightning import loss_scale, step_loss, training_loader, transfer
@@ -185,7 +185,7 @@ def _slopes(
         value = loss()
     if value is None or not value.requires_grad:
         return (None,) * len(hparams)
-    return torch.autograd.grad(value * loss_scale(trainer), hparams, allow_unused=True)
+    return first_derivative(value * loss_scale(trainer), hparams, parameters)
 
 
 @contextmanager

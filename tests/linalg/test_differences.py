@@ -156,15 +156,18 @@ def test_the_length_is_measured_seldom_and_kept_between_solves() -> None:
         counts.append(len(calls))
         lengths.append(state.length)
     assert state.solves == 5
-    # One gradient, two for the product, three for the mixed derivative; and six or more to measure.
-    assert [count == 6 for count in counts] == [False, False, True, False, True]
+    # One gradient, one for the product, two for the mixed derivative; where the length is measured, three or more of
+    # which the product is made.
+    assert [count == 4 for count in counts] == [False, False, True, False, True]
+    assert min(counts) == 4
     assert lengths[1] == lengths[2]
+    assert state.sides == 1
     loaded = SolverState()
     loaded.load_state_dict(state.state_dict(), case.params)
-    assert (loaded.length, loaded.solves) == (state.length, 5)
+    assert (loaded.length, loaded.sides, loaded.solves) == (state.length, 1, 5)
     # A checkpoint from before lengths were measured.
     loaded.load_state_dict({"solution": None, "eigenvector": None, "eigenvalue": 2.0}, case.params)
-    assert (loaded.length, loaded.solves, loaded.eigenvalue) == (None, 0, 2.0)
+    assert (loaded.length, loaded.sides, loaded.solves, loaded.eigenvalue) == (None, 2, 0, 2.0)
 
 
 def test_a_given_epsilon_stays_relative_to_the_weights() -> None:
@@ -188,3 +191,109 @@ def test_hypergradients_by_differences_are_right_at_any_scale() -> None:
         arguments = (case.net(case.x).pow(2).mean(), case.params, [h])
         (found,) = implicit_hypergradient(inner, *arguments, solver=solver, curvature=FiniteDifference())
         torch.testing.assert_close(found, exact, rtol=2e-2, atol=0.0)
+
+
+def counted(case: Scaled, calls: list[int]) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        calls.append(1)
+        return case.loss()
+
+    return loss
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+def test_one_sided_products_are_right_for_one_gradient_each(scale: float) -> None:
+    case, calls = Scaled(scale), []
+    operator = FiniteDifference().linearize(counted(case, calls), case.params).curvature
+    assert isinstance(operator, FiniteDifferenceOperator)
+    assert len(calls) == 1
+    operator.calibrate(case.direction)
+    assert operator.sides == 1
+    calls.clear()
+    first, second = (flatten(operator @ case.direction).double() for _ in range(2))
+    assert len(calls) == 1  # the first is made of what the calibration has seen
+    case.net, case.x = case.net.double(), case.x.double()
+    exact = flatten(HessianOperator(case.loss(), case.params) @ tuple(v.double() for v in case.direction))
+    for found in (first, second):
+        # √eps of float32 is 3.5e-4; the estimate bounds the error.
+        assert float((found - exact).norm() / exact.norm()) < min(2e-3, 2 * operator.error)
+
+
+@pytest.mark.parametrize(
+    ("half", "sides", "expected"), [(True, None, 2), (True, 1, 1), (False, 2, 2), (False, 1, 1)]
+)
+def test_half_precision_takes_central_differences_unless_told_otherwise(
+    half: bool, sides: int | None, expected: int
+) -> None:
+    case = Scaled(1.0, half=half)
+    operator = FiniteDifference(sides=sides).linearize(case.loss, case.params).curvature
+    assert isinstance(operator, FiniteDifferenceOperator)
+    operator.calibrate(case.direction)
+    assert operator.sides == expected
+
+
+def test_one_side_is_not_enough_where_rounding_is_large() -> None:
+    """A gradient of 1e3 and a change of it of 1e-2: rounding of one-sided differences is per cents of the product."""
+    torch.manual_seed(0)
+    w = (torch.ones(50) / 50).requires_grad_()
+    slope = 1e3 * torch.randn(50)
+    operator = FiniteDifference().linearize(lambda: (slope * w + 1e-3 * w.sin()).sum(), (w,)).curvature
+    assert isinstance(operator, FiniteDifferenceOperator)
+    operator.calibrate((torch.ones(50),))
+    assert operator.sides == 2
+
+
+def test_a_given_epsilon_is_central_unless_told_otherwise() -> None:
+    case = Scaled(1.0)
+    for sides, calls in ((None, 2), (1, 1)):
+        made: list[int] = []
+        curvature = FiniteDifference(epsilon=1e-3, sides=sides)
+        operator = curvature.linearize(counted(case, made), case.params).curvature
+        made.clear()
+        operator.matvec(case.direction)
+        assert len(made) == calls
+
+
+def test_double_precision_keeps_its_digits() -> None:
+    case = Scaled(1.0)
+    case.net, case.x = case.net.double(), case.x.double()
+    operator = FiniteDifference().linearize(case.loss, (case.net[0].weight,)).curvature
+    assert isinstance(operator, FiniteDifferenceOperator)
+    operator.calibrate((case.direction[0].double(),))
+    assert operator.sides == 2
+
+
+def test_other_sides_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sides must be 1, 2 or None. Got 3"):
+        FiniteDifference(sides=3)
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="sides=1 needs here"):
+        FiniteDifferenceOperator(lambda: (w.detach(),), (w,), sides=1)
+
+
+def test_casts_of_the_weights_are_not_reused_inside_autocast() -> None:
+    case = Scaled(1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        case.gradient()  # inside an outer autocast its casts stay
+        found = central_difference(case.gradient, case.params, case.direction, 0.1)
+    assert float(found[0].norm()) > 0
+
+
+def test_kinks_show_in_the_estimated_error() -> None:
+    """ReLU after batch normalization: gradients jump, and the calibration says how little its products are worth."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(8):
+        layers += [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()]
+    net = nn.Sequential(*layers)
+    x, params = torch.randn(64, 64), tuple(net.parameters())
+    v = tuple(torch.randn_like(p) for p in params)
+    operator = FiniteDifference().linearize(lambda: net(x).square().mean(), params).curvature
+    assert isinstance(operator, FiniteDifferenceOperator)
+    operator.calibrate(v)
+    operator.matvec(v)  # the first one is extrapolated
+    exact = flatten(HessianOperator(net(x).square().mean(), params) @ v)
+    error = float((flatten(operator @ v) - exact).norm() / exact.norm())
+    assert operator.sides == 2
+    assert error > 0.01
+    assert operator.error > error / 5

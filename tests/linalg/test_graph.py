@@ -20,6 +20,7 @@ from lightning_nested.hypergradient import (
     implicit_hypergradient,
     unrolled_hypergradient,
 )
+from lightning_nested.linalg.first_derivatives import first_derivative
 from lightning_nested.linalg.graph import (
     explain_double_backward,
     hides_layers,
@@ -45,19 +46,53 @@ def regularized(loss: Tensor, module: nn.Module, h: Tensor) -> Tensor:
     return loss + (h * sum(p.pow(2).sum() for p in module.parameters())).sum()
 
 
-@pytest.mark.parametrize("curvature", [Hessian(), FiniteDifference()], ids=["Hessian", "differences"])
 @pytest.mark.parametrize("place", ["inner", "outer"])
-def test_reentrant_checkpointing_hides_layers(curvature: Any, place: str) -> None:
+def test_reentrant_checkpointing_hides_layers_from_second_derivatives_alone(place: str) -> None:
     module, h = layer(), torch.ones((), dtype=DOUBLE, requires_grad=True)
+    params = list(module.parameters())
 
-    def inner() -> Tensor:
-        return regularized(checkpointed(module, reentrant=place == "inner"), module, h)
+    def inner(*, reentrant: bool = place == "inner") -> Tensor:
+        return regularized(checkpointed(module, reentrant=reentrant), module, h)
 
-    outer = checkpointed(module, reentrant=place == "outer")
+    def outer(*, reentrant: bool = place == "outer") -> Tensor:
+        return checkpointed(module, reentrant=reentrant)
+
     assert hides_layers(inner()) is (place == "inner")
-    given: Any = inner if isinstance(curvature, FiniteDifference) else inner()
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        implicit_hypergradient(given, outer, list(module.parameters()), [h], curvature=curvature)
+    for p in params:
+        p.grad = torch.full_like(p, 7.0)
+    solver = ConjugateGradient(tolerance=1e-10)
+    plain = inner(reentrant=False), outer(reentrant=False)
+    (expected,) = implicit_hypergradient(*plain, params, [h], solver=solver)
+    (found,) = implicit_hypergradient(
+        inner, outer(), params, [h], solver=solver, curvature=FiniteDifference()
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert all(bool((p.grad == 7.0).all()) for p in params)
+    if place == "inner":
+        with pytest.raises(DoubleBackwardError, match="use_reentrant=False"):
+            implicit_hypergradient(inner(), outer(), params, [h], curvature=Hessian())
+    else:  # from several processes
+        with pytest.raises(DoubleBackwardError, match="use_reentrant=False"):
+            implicit_hypergradient(inner(), outer(), params, [h], reduce=lambda x: x)
+
+
+def test_hidden_layers_leave_hooks_and_gradients_alone() -> None:
+    module, seen = layer(), []
+    module.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p))
+    weight, bias = (
+        first_derivative(checkpointed(module, reentrant=True), (module.weight,), (module.bias,)),
+        module.bias,
+    )
+    expected = torch.autograd.grad(checkpointed(module, reentrant=False), module.weight)
+    torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
+    assert seen == []
+    assert module.weight.grad is None
+    assert bias.grad is None
+    checkpointed(module, reentrant=True).backward()
+    assert len(seen) == 1
+    moved = (module.weight * 1.0,)
+    with pytest.raises(DoubleBackwardError, match="use_reentrant=False"):
+        first_derivative(checkpointed(module, reentrant=True), moved)
 
 
 def test_weight_norm_has_a_wrong_second_derivative_but_serves_differences() -> None:

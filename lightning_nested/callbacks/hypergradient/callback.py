@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient.checks import check_settings, warn_of_own_decay
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
-from lightning_nested.callbacks.hypergradient.outer_step import backward_again, try_outer_step
+from lightning_nested.callbacks.hypergradient.outer_step import backward_or_differences, try_outer_step
 from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
@@ -239,8 +239,9 @@ class HypergradientCallback(OuterLoopCallback):
             self._collect(trainer, pl_module)
         self._inner.add(loss)
         if accumulates(trainer):
-            if needs_graph(self.plan, self.curvature):
-                self._methods.put(pl_module, "backward", partial(backward_again, pl_module.backward))
+            if needs_graph(self.plan, self._inner.curvature_in_use):
+                keep = partial(backward_or_differences, pl_module, self._inner, self.outer_loop.check)
+                self._methods.put(pl_module, "backward", partial(keep, pl_module.backward))
             return
         self._attempted = True
         try_outer_step(pl_module, self.outer_loop, self.plan, self._inner, outer_loss)

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_nested.linalg.graph import explain_double_backward
+from lightning_nested.linalg.graph import DoubleBackwardError, explain_double_backward
 from lightning_nested.trainer.find_hypergradient import find_hypergradient
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.lightning import loss_scale
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.outer_plan import OuterPlan
+from lightning_nested.trainer.self_check import SelfCheck
 
 
 def backward_again(backward: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -26,6 +28,49 @@ def backward_again(backward: Callable[..., None], loss: Tensor, *args: Any, **kw
     """
     with explain_double_backward():
         backward(loss, *args, **{**kwargs, "retain_graph": True})
+
+
+def backward_or_differences(
+    module: LightningModule,
+    graph: InnerGraph,
+    check: SelfCheck,
+    backward: Callable[..., None],
+    loss: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Run :func:`backward_again`; where the graph cannot be kept, let differences replace second derivatives.
+
+    Args:
+        module: Module that is trained.
+        graph: Losses of the step, which are observed at the first outer step of a fit.
+        check: Checks of the first outer step.
+        backward: The module's own.
+        loss: Loss of one of the accumulated batches.
+        *args: Of ``backward``.
+        **kwargs: Of ``backward``.
+
+    Raises:
+        DoubleBackwardError: The graph cannot be kept, and differences are not to be had.
+    """
+    if not check.is_due:
+        backward_again(backward, loss, *args, **kwargs)
+        return
+    # A pass that breaks off has filled some of them.
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+    try:
+        backward_again(backward, loss, *args, **kwargs)
+    except DoubleBackwardError as error:
+        graph.take_differences(error)
+        check.replaced(error)
+        with torch.no_grad():
+            for p, gradient in zip(parameters, kept, strict=True):
+                if gradient is None or p.grad is None:
+                    p.grad = gradient
+                else:
+                    p.grad.copy_(gradient)
+        backward(loss, *args, **kwargs)
 
 
 def try_outer_step(

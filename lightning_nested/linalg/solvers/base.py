@@ -31,6 +31,7 @@ class SolverState:
     eigenvector: Vector | None = None  # of the largest |eigenvalue|, by power iteration
     eigenvalue: float | None = None
     length: float | None = None  # of the move of products by differences
+    sides: int = 2  # of these differences
     solves: int = 0  # with such products, so far
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,7 +51,9 @@ class SolverState:
 
         self.solution, self.eigenvector = (placed(v) for v in vectors)
         self.eigenvalue = state["eigenvalue"]
+        # Earlier versions had central differences only, or none.
         self.length, self.solves = state.get("length"), state.get("solves", 0)
+        self.sides = state.get("sides", 2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
