@@ -34,7 +34,7 @@ def first_derivative(
         if not all(x.is_leaf for x in leaves):
             raise DoubleBackwardError(HIDDEN)
         with _without_gradients(leaves):
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             found = tuple(x.grad for x in inputs)
     else:
         found = torch.autograd.grad(loss, inputs, allow_unused=True)
