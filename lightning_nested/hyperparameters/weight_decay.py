@@ -77,8 +77,10 @@ class WeightDecay(Hyperparameter):
         # One unit by name, and the largest decay in units, once they are fitted to a run.
         self._units: dict[str, float] = {}
         self._largest = _LARGEST
-        # The decays as numbers, with the tensor and its version that they are of.
-        self._numbers: tuple[Tensor, tuple[object, ...], dict[str, float]] | None = None
+        # The decays, as numbers where they are few, with the tensors and their versions that they are of.
+        self._numbers: tuple[tuple[Tensor, ...], tuple[object, ...], Mapping[str, Tensor | float]] | None = (
+            None
+        )
         self.parameter_names: tuple[str, ...] = ()
         self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
         # Patterns that have matched a name: the parameters they match may be frozen later.
@@ -225,15 +227,19 @@ class WeightDecay(Hyperparameter):
 
     def _applied(self) -> Mapping[str, Tensor | float]:
         """Return the decays by name, as numbers where they are few: read once for each change of the tensors."""
-        if self.per == "parameter":
-            return self.decays()
-        raw = self.tensors[self.per]
-        key = (raw._version, self.parameter_names)
-        if self._numbers is None or self._numbers[0] is not raw or self._numbers[1] != key:
-            values = self.transform.forward(raw.detach()).double().reshape(-1).tolist()
-            each = values if self.per == "tensor" else values * len(self.parameter_names)
-            self._numbers = raw, key, dict(zip(self.parameter_names, each, strict=True))
-        return self._numbers[2]
+        raws = tuple(self.tensors.values())
+        key = (tuple(raw._version for raw in raws), self.parameter_names)
+        kept = self._numbers
+        if kept is None or kept[1] != key or any(a is not b for a, b in zip(kept[0], raws, strict=True)):
+            found: Mapping[str, Tensor | float]
+            if self.per == "parameter":
+                found = {name: decay.detach() for name, decay in self.decays().items()}
+            else:
+                values = self.transform.forward(raws[0].detach()).double().reshape(-1).tolist()
+                each = values if self.per == "tensor" else values * len(self.parameter_names)
+                found = dict(zip(self.parameter_names, each, strict=True))
+            self._numbers = kept = raws, key, found
+        return kept[2]
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """½ Σ d w² as a scalar with its graph, for inner losses that are written out."""

@@ -199,7 +199,7 @@ class Forecast:
         moved = self._point.weights(weights, direction, self.radius)
         with placed_at(self._parameters, moved):
             after = evaluate()
-        change = after - loss + _penalty(decays, moved) - _penalty(decays, weights)
+        change = after - loss + _penalty_change(decays, moved, weights)
         agreed = agreed_number(torch.tensor(change, dtype=torch.float64), reduce)
         if math.isnan(agreed):
             return moved
@@ -246,14 +246,14 @@ def expect_loss(forecast: Forecast | None, loss: Tensor, batches: int) -> None:
         forecast.fisher.expect(loss, batches)
 
 
-def _penalty(decays: Sequence[Tensor | float], weights: Vector) -> float:
-    """Return ½ Σ d w², in double precision: it is compared with one that differs little."""
+def _penalty_change(decays: Sequence[Tensor | float], moved: Vector, weights: Vector) -> float:
+    """Return ½ Σ d (w′² − w²) = ½ Σ d (w′ − w)(w′ + w): no small difference of large sums."""
     total = 0.0
-    for d, w in zip(decays, weights, strict=True):
-        if isinstance(d, Tensor) and d.dim():
-            total += 0.5 * float((w.double().square() * d).sum())
-        elif d:
-            total += 0.5 * float(d) * float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
+    for d, new, old in zip(decays, moved, weights, strict=True):
+        if isinstance(d, Tensor) or d:
+            wide = torch.promote_types(new.dtype, torch.float32)
+            change = (new.to(wide) - old).mul_(new.to(wide) + old).mul_(d)
+            total += 0.5 * float(change.sum(dtype=torch.float64))
     return total
 
 
