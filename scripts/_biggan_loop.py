@@ -76,14 +76,26 @@ def _endless(data: Any) -> Iterator[Any]:
 
 
 class Rounds(Callback):
-    """Seconds of each round of a fit, and of the loop after it; the fit stops when there are enough."""
+    """Seconds of each round of a fit: first alone, then beside a plain loop; the fit stops when there are enough.
 
-    def __init__(
-        self, loop: Callable[[], None] | None, rounds: int, warmup: int, synchronize: Callable[[], None]
-    ) -> None:
-        self.loop, self.rounds, self.warmup, self.synchronize = loop, rounds, warmup, synchronize
-        self.found: list[dict[str, float]] = []
+    Attributes:
+        alone: Seconds of the rounds before the loop.
+        beside: Seconds of a round and of the loop after it.
+        memory: Peak of the device's memory in MiB before the loop is made; None on the CPU.
+    """
+
+    def __init__(self, make_loop: Callable[[], Callable[[], None]], rounds: int, warmup: int) -> None:
+        self.make_loop, self.rounds, self.warmup = make_loop, rounds, warmup
+        self.alone: list[float] = []
+        self.beside: list[tuple[float, float]] = []
+        self.memory: float | None = None
+        self._loop: Callable[[], None] | None = None
         self._mark: float | None = None
+
+    @property
+    def batches(self) -> int:
+        """Batches that the fit needs."""
+        return D_STEPS * (2 * (self.rounds + self.warmup) + 2)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -93,23 +105,31 @@ class Rounds(Callback):
             return
         now = self._now()
         if self._mark is not None:
-            taken = {"trainer": now - self._mark}
-            if self.loop is not None:
-                self.loop()
-                taken["loop"] = self._now() - now
-            self.found.append(taken)
-            trainer.should_stop = len(self.found) >= self.rounds + self.warmup
+            self._note(now)
+            trainer.should_stop = len(self.beside) >= self.rounds + self.warmup
             gc.collect()
         self._mark = self._now()
 
-    def _now(self) -> float:
-        self.synchronize()
+    def _note(self, now: float) -> None:
+        assert self._mark is not None
+        if self._loop is not None:
+            self._loop()
+            self.beside.append((now - self._mark, self._now() - now))
+            return
+        self.alone.append(now - self._mark)
+        if len(self.alone) >= self.rounds + self.warmup:
+            if torch.cuda.is_available():
+                self.memory = torch.cuda.max_memory_allocated() / 2**20
+            self._loop = self.make_loop()
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter()
 
-    def median(self, name: str) -> float:
-        """Return the median of the rounds after the warm-up, in seconds."""
-        return statistics.median(taken[name] for taken in self.found[self.warmup :])
-
-    def ratio(self) -> float:
-        """Return the median of the Trainer's time over the loop's in the same round."""
-        return statistics.median(taken["trainer"] / taken["loop"] for taken in self.found[self.warmup :])
+    def figures(self) -> tuple[float, float, float]:
+        """Return medians after the warm-up: seconds alone, seconds of the loop, the Trainer's time over the loop's."""
+        beside = self.beside[self.warmup :]
+        ratio = statistics.median(ours / loop for ours, loop in beside)
+        return statistics.median(self.alone[self.warmup :]), statistics.median(t for _, t in beside), ratio

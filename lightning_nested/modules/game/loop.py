@@ -100,17 +100,13 @@ def schedule(
     return slots
 
 
-def check_consensus(update: str, loop: GameLoop) -> None:
-    """Refuse consensus where players do not step together."""
-    if loop.consensus and update != "simultaneous":
+def check_steps(update: str, steps: Mapping[str, int], consensus: float = 0.0) -> None:
+    """Refuse orders and numbers of steps that are wrong for any players."""
+    if consensus and update != "simultaneous":
         raise ValueError(
             "consensus > 0 needs the gradients of all players at one point. Got update='alternating' with "
-            f"consensus={loop.consensus}; use update='simultaneous'."
+            f"consensus={consensus}; use update='simultaneous'."
         )
-
-
-def check_steps(update: str, steps: Mapping[str, int]) -> None:
-    """Refuse orders and numbers of steps that are wrong for any players."""
     for name, k in steps.items():
         if k < 1:
             raise ValueError(

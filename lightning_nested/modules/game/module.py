@@ -18,7 +18,7 @@ from lightning_nested.arguments import check
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.modules.game.checks import check_factories, check_monitors, check_players
 from lightning_nested.modules.game.log_losses import log_losses
-from lightning_nested.modules.game.loop import GameLoop, Update, check_consensus, check_steps, schedule
+from lightning_nested.modules.game.loop import GameLoop, Update, check_steps, schedule
 from lightning_nested.modules.game.players import (
     Player,
     build_optimizers,
@@ -132,8 +132,7 @@ class GameModule(OneFitModule, LightningModule):
         if built_by_command_line():  # saves the configuration, all plain data, in place of the values
             self.save_hyperparameters()
         self.automatic_optimization = False
-        check_steps(update, steps_per_player or {})
-        check_consensus(update, loop)
+        check_steps(update, steps_per_player or {}, loop.consensus)
         self.update, self.steps_per_player, self.loop = update, dict(steps_per_player or {}), loop
         self.game_updates = self.gradient_evaluations = 0
         self.player_batches: Counter[str] = Counter()
@@ -150,7 +149,7 @@ class GameModule(OneFitModule, LightningModule):
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_train_start
         self._use = Use()
 
-    # ---- to be overridden or read
+    # ---- to be overridden or read; then the lifecycle
 
     @abstractmethod
     def players(self) -> dict[str, nn.Module]:
@@ -215,8 +214,6 @@ class GameModule(OneFitModule, LightningModule):
     def has_open_update(self) -> bool:
         """Return True between the first batch of a game update and its last player's step."""
         return self._round.position > 0 or self._steps.sums.count > 0
-
-    # ---- lifecycle
 
     @override
     def setup(self, stage: str) -> None:
