@@ -106,6 +106,7 @@ from .hyperparameters import (
     DropConnect as DropConnect,
     DropoutRates as DropoutRates,
     ExampleWeights as ExampleWeights,
+    GroupWeights as GroupWeights,
     InputNoise as InputNoise,
     Integer as Integer,
     LabelSmoothing as LabelSmoothing,
@@ -116,6 +117,7 @@ from .hyperparameters import (
     Scalar as Scalar,
     SharedAdam as SharedAdam,
     WeightDecay as WeightDecay,
+    WeightNetwork as WeightNetwork,
     tuned_values as tuned_values,
 )
 from .modules import (

@@ -254,6 +254,9 @@ CASES = {
     "DropoutRates": Case(ln.DropoutRates, _named | {"init": (0.1,), "temperature": (0.1,)}),
     "ExampleWeights": Case(ln.ExampleWeights, _named | _transform, num_examples=3),
     "Exp": Case(Exp),
+    "GroupWeights": Case(
+        ln.GroupWeights, _named | {"names": ([TEXT],), "init": ([1.0],), "shares": ([1.0],)}, names=["a", "b"]
+    ),
     "InputNoise": Case(ln.InputNoise, _named),
     "Integer": Case(ln.Integer, dict.fromkeys(("lower", "upper", "init"), (-2,)), name=TEXT, lower=-3, upper=3, init=0),
     "Interval": Case(Interval, dict.fromkeys(("lower", "upper"), (-1.0,))),
@@ -267,6 +270,7 @@ CASES = {
     "WeightDecay": Case(
         ln.WeightDecay, _named | _transform | {"include": ([TEXT],), "exclude": ([TEXT],), "init": (0.1,)}
     ),
+    "WeightNetwork": Case(ln.WeightNetwork, _named),
     # modules
     "BigGAN": Case(
         ln.BigGAN, {"generator_scheduler": (step_scheduler,), "discriminator_scheduler": (step_scheduler,)}

@@ -2,6 +2,7 @@
 
 from lightning_nested.hyperparameters.augmentation import Brightness, Contrast, Cutout, InputNoise, Saturation
 from lightning_nested.hyperparameters.dropout import DropConnect, DropoutRates
+from lightning_nested.hyperparameters.group_weights import GroupSampler, GroupWeights
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.learning_rate import LearningRate
 from lightning_nested.hyperparameters.module_tensors import ModuleTensors
@@ -20,6 +21,7 @@ from lightning_nested.hyperparameters.transforms import (
 )
 from lightning_nested.hyperparameters.vector import HyperparameterVector
 from lightning_nested.hyperparameters.weight_decay import DecayPenalty, WeightDecay
+from lightning_nested.hyperparameters.weight_network import WeightNetwork
 from lightning_nested.hyperparameters.weights import BoundHyperparameter, ExampleWeights, LossWeights
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "DropoutRates",
     "ExampleWeights",
     "Exp",
+    "GroupSampler",
+    "GroupWeights",
     "Hyperparameter",
     "HyperparameterVector",
     "InputNoise",
@@ -52,5 +56,6 @@ __all__ = [
     "Transform",
     "Unconstrained",
     "WeightDecay",
+    "WeightNetwork",
     "tuned_values",
 ]

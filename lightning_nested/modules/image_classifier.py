@@ -82,9 +82,9 @@ class ClassificationSteps(LightningModule):
 class ImageClassifier(ClassificationSteps):
     """Cross-entropy classification of images, in automatic optimization, to be used or extended.
 
-    The training loss is ``(1/B) Σ_b w_{i(b)} · CE(f(x_b), y_b)`` if ``example_weights`` is set, else the
-    plain mean. It is a mean over the batch, not divided by ``Σ w``: small weights mean small steps.
-    Validation, test and outer loss are never weighted.
+    The training loss is ``(1/B) Σ_b w_{i(b)} · CE(f(x_b), y_b)`` if ``example_weights`` is set, weighted by
+    the loss itself if ``weight_network`` is, else the plain mean. It is a mean over the batch, not divided by
+    ``Σ w``: small weights mean small steps. Validation, test and outer loss are never weighted.
 
     A batch is ``(images, labels)`` or ``(images, labels, index)``; only ``example_weights`` needs the index.
 
@@ -102,6 +102,8 @@ class ImageClassifier(ClassificationSteps):
     Attributes:
         example_weights: Callable from indices ``(batch,)`` to weights ``(batch,)``, or ``None``. A
             hypergradient callback binds its ``ExampleWeights`` here.
+        weight_network: Callable from losses ``(batch,)`` to weighted losses ``(batch,)``, or ``None``. A
+            hypergradient callback binds its ``WeightNetwork`` here.
         loss_weights: Callable from the named losses to one loss, or ``None`` for their sum. A hypergradient
             callback binds its ``LossWeights`` here.
 
@@ -119,6 +121,7 @@ class ImageClassifier(ClassificationSteps):
 
     # Plain attributes, not submodules: what is bound here belongs to the callback, which tunes and saves it.
     example_weights: Callable[[Tensor], Tensor] | None = None
+    weight_network: Callable[[Tensor], Tensor] | None = None
     loss_weights: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
     def __init__(
@@ -151,15 +154,19 @@ class ImageClassifier(ClassificationSteps):
         """Return the terms of the training loss by name, each a scalar with its graph."""
         images, labels, *index = batch
         logits = self(images)
-        if self.example_weights is None:
+        if self.example_weights is None and self.weight_network is None:
             return {"cross_entropy": nn.functional.cross_entropy(logits, labels)}
-        if not index:
-            raise ValueError(
-                "`example_weights` needs training batches (images, labels, index). "
-                f"Got {len(batch)} tensors. Build the datamodule with `with_index=True`."
-            )
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        return {"cross_entropy": (self.example_weights(index[0]) * losses).mean()}
+        if self.weight_network is not None:
+            losses = self.weight_network(losses)
+        if self.example_weights is not None:
+            if not index:
+                raise ValueError(
+                    "`example_weights` needs training batches (images, labels, index). "
+                    f"Got {len(batch)} tensors. Build the datamodule with `with_index=True`."
+                )
+            losses = self.example_weights(index[0]) * losses
+        return {"cross_entropy": losses.mean()}
 
     def training_loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Return the inner loss of a batch: a scalar with its graph."""

@@ -27,6 +27,8 @@ CALLS = [
     "WeightDecay(per='model', init=0.01, exclude=['*.bias'], transform=Softplus())",
     "ExampleWeights(num_examples=9, transform=Interval(lower=0.0, upper=3.0, limit=8.0))",
     "LossWeights(names=['a', 'b'], init=[1.0, 2.0])",
+    "GroupWeights(names=['a', 'b'], shares=[1, 2])",
+    "WeightNetwork(hidden=9)",
     "Scalar(name='x', init=2)",
     "Integer(name='n', lower=1, upper=5, init=3)",
     "Categorical(name='c', options=['p', 'q'])",

@@ -15,12 +15,14 @@ from lightning_nested.hyperparameters import (
     Categorical,
     Cutout,
     ExampleWeights,
+    GroupWeights,
     Hyperparameter,
     HyperparameterVector,
     Integer,
     LabelSmoothing,
     LossWeights,
     Scalar,
+    WeightNetwork,
 )
 from tests.hyperparameters.built import built
 
@@ -32,10 +34,12 @@ from tests.hyperparameters.built import built
         Categorical("mine", ["a", "b"]),
         Cutout(name="mine"),
         ExampleWeights(3, name="mine"),
+        GroupWeights(["a", "b"], name="mine"),
         Integer("mine", 1, 3, 2),
         LabelSmoothing(name="mine"),
         LossWeights(["a", "b"], name="mine"),
         Scalar("mine", 1.0),
+        WeightNetwork(name="mine"),
     ],
     ids=lambda h: type(h).__name__,
 )

@@ -43,6 +43,14 @@ def test_example_weights_multiply_each_loss_by_its_index(batch: tuple[Tensor, ..
     torch.testing.assert_close(module.outer_loss(batch), losses.mean())
 
 
+def test_a_weight_network_gets_the_losses_of_the_batch(batch: tuple[Tensor, ...]) -> None:
+    module = ImageClassifier().double()
+    module.weight_network = torch.square
+    losses = cross_entropy(module(batch[0]), batch[1], reduction="none")
+    torch.testing.assert_close(module.training_loss(batch[:2]), losses.square().mean())
+    torch.testing.assert_close(module.outer_loss(batch), losses.mean())
+
+
 def test_bound_weights_stay_out_of_the_module(batch: tuple[Tensor, ...]) -> None:
     class Weights:
         def __init__(self) -> None:
