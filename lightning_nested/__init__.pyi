@@ -28,6 +28,11 @@ from .datamodules import (
     DigitsDataModule as DigitsDataModule,
     FashionMNISTDataModule as FashionMNISTDataModule,
     MixtureOfGaussiansDataModule as MixtureOfGaussiansDataModule,
+    MNISTDataModule as MNISTDataModule,
+    PennTreebankDataModule as PennTreebankDataModule,
+    PydocTextDataModule as PydocTextDataModule,
+    TabularDataModule as TabularDataModule,
+    TextSourcesDataModule as TextSourcesDataModule,
 )
 from .demos import (
     GameReport as GameReport,

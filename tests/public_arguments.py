@@ -115,9 +115,14 @@ _schedules: Also = dict.fromkeys(
 )
 _data: dict[str, Any] = {
     "train_size": 20, "val_size": 5, "wrong_label_fraction": 0.1, "use_clean_labels": False, "with_index": False,
-    "batch_size": 4, "val_batch_size": None, "seed": 0, "num_workers": 0, "drop_last": False,
+    "batch_size": 4, "val_batch_size": None, "seed": 0, "num_workers": 0, "drop_last": False, "imbalance": 1.0,
 }  # fmt: skip
 _data_kinds: Also = {"val_batch_size": (3,), "seed": (None,)}
+_text: dict[str, Any] = {
+    "length": 4, "vocabulary_size": 20, "batch_size": 4, "val_batch_size": None, "val_fraction": 0.1,
+    "test_fraction": 0.1, "train_tokens": None, "seed": 0,
+}  # fmt: skip
+_text_kinds: Also = _data_kinds | {"train_tokens": (100,)}
 _hyper = {"num_hyperparameters": 2}
 _conv: dict[str, Any] = {"in_channels": 1, "out_channels": 2, "kernel_size": 3}
 _response: Also = {"loop": (ln.STN(),)}
@@ -146,6 +151,13 @@ CASES = {
     "CIFAR10DataModule": Case(ln.CIFAR10DataModule, _data_kinds, **_data),
     "DigitsDataModule": Case(ln.DigitsDataModule, _data_kinds, **_data),
     "FashionMNISTDataModule": Case(ln.FashionMNISTDataModule, _data_kinds, **_data),
+    "MNISTDataModule": Case(ln.MNISTDataModule, _data_kinds, **_data),
+    "PennTreebankDataModule": Case(ln.PennTreebankDataModule, _text_kinds | {"folder": (TEXT,)}, **_text),
+    "PydocTextDataModule": Case(ln.PydocTextDataModule, _text_kinds, **_text),
+    "TabularDataModule": Case(ln.TabularDataModule, {"seed": (None,), "target": (TEXT,)}),
+    "TextSourcesDataModule": Case(
+        ln.TextSourcesDataModule, _text_kinds | {"target_tokens": (100,), "epoch_rows": (100,)}, **_text
+    ),
     "MixtureOfGaussiansDataModule": Case(ln.MixtureOfGaussiansDataModule),
     # demos
     "GameReport": Case(ln.GameReport, _named),

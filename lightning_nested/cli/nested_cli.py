@@ -22,7 +22,7 @@ from lightning_nested.cli.callback_options import callback_options, with_callbac
 from lightning_nested.cli.completion import completion_script, shells
 from lightning_nested.cli.find_configs import resolve_configs
 from lightning_nested.cli.messages import PACKAGES, explained
-from lightning_nested.datamodules import InMemoryDataModule
+from lightning_nested.datamodules import InMemoryDataModule, TabularDataModule, TextDataModule
 from lightning_nested.extras import require_package
 from lightning_nested.trainer.lightning import config_value, subcommand_parser
 
@@ -161,7 +161,7 @@ class NestedCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        if isinstance(self.datamodule, InMemoryDataModule):
+        if isinstance(self.datamodule, InMemoryDataModule | TabularDataModule | TextDataModule):
             # Data in memory needs no worker processes: they would only cost time.
             warnings.filterwarnings("ignore", message=".*does not have many workers")
 

@@ -2,17 +2,26 @@
 
 from lightning_nested.datamodules.cifar10 import CIFAR10DataModule
 from lightning_nested.datamodules.digits import DigitsDataModule
-from lightning_nested.datamodules.fashion_mnist import FashionMNISTDataModule
+from lightning_nested.datamodules.fashion_mnist import FashionMNISTDataModule, MNISTDataModule
 from lightning_nested.datamodules.gaussians import MixtureOfGaussiansDataModule
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, TensorBatches
 from lightning_nested.datamodules.synthetic_images import SyntheticImagesDataModule
+from lightning_nested.datamodules.tabular import TabularDataModule
+from lightning_nested.datamodules.text import PennTreebankDataModule, PydocTextDataModule, TextDataModule
+from lightning_nested.datamodules.text_sources import TextSourcesDataModule
 
 __all__ = [
     "CIFAR10DataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "InMemoryDataModule",
+    "MNISTDataModule",
     "SyntheticImagesDataModule",
     "MixtureOfGaussiansDataModule",
+    "PennTreebankDataModule",
+    "PydocTextDataModule",
+    "TabularDataModule",
+    "TextDataModule",
+    "TextSourcesDataModule",
     "TensorBatches",
 ]

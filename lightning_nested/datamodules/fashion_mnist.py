@@ -1,4 +1,4 @@
-"""Fashion-MNIST, read in place where Debian's package has put it."""
+"""MNIST, and Fashion-MNIST in its format, read in place where Debian's package has put it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,55 @@ _SIDE, _PADDED = 28, 32
 _UNSIGNED_BYTE = 0x08  # idx type code; the only one the MNIST family uses
 
 
+class IdxDataModule(DownloadedDataModule):
+    """Images from four idx files, plain or gzipped, in the format of MNIST.
+
+    Args:
+        resolution: 28, or 32 for images with a black border of two pixels.
+        options: Options of :class:`DownloadedDataModule` and :class:`InMemoryDataModule`.
+    """
+
+    title: str  # in messages
+    system_folder: Path | None = None  # where a package of the system puts the files
+    system_package = ""
+
+    def __init__(
+        self, *, train_size: int = 50_000, val_size: int = 10_000, resolution: int = _SIDE, **options: Any
+    ) -> None:
+        if resolution not in (_SIDE, _PADDED):
+            raise ValueError(f"`resolution` must be {_SIDE} or {_PADDED}. Got {resolution}.")
+        super().__init__(train_size=train_size, val_size=val_size, **options)
+        self.pad_to = resolution if resolution != _SIDE else None
+
+    @override
+    def _folder(self) -> Path | None:
+        downloaded = Path(self.root or "data") / self.dataset / "raw"
+        named = [] if self.root is None else [Path(self.root), downloaded]
+        system = [] if self.system_folder is None else [self.system_folder]
+        for folder in (*named, *system, downloaded):
+            if all(_find(folder, name) for split in ("train", "t10k") for name in _file_names(split)):
+                return folder
+        return None
+
+    @override
+    def _read(self, folder: Path) -> tuple[LabelledImages, LabelledImages]:
+        return _read_split(folder, "train"), _read_split(folder, "t10k")
+
+    @override
+    def _not_found(self, reason: str) -> str:
+        searched = f" or {self.system_folder}" if self.system_folder else ""
+        install = (
+            f"Install Debian's package `{self.system_package}`, or set" if self.system_package else "Set"
+        )
+        return (
+            f"{self.title} needs its four idx files. Got none in root={self.root!r}{searched}, and {reason}. "
+            f"{install} `root` to a folder with the files "
+            "(train-images-idx3-ubyte, …, plain or .gz), or connect to the internet."
+        )
+
+
 @checked
-class FashionMNISTDataModule(DownloadedDataModule):
+class FashionMNISTDataModule(IdxDataModule):
     """Fashion-MNIST: 70 000 grey 28×28 images of clothes, shape ``(n, 1, 28, 28)``, pixels in [0, 1].
 
     The four idx files, plain or gzipped, are looked for in this order and read in place:
@@ -44,37 +91,39 @@ class FashionMNISTDataModule(DownloadedDataModule):
     """
 
     dataset = "FashionMNIST"
-    system_folder: Path = Path("/usr/share/datasets/fashion-mnist")
+    title = "Fashion-MNIST"
+    system_folder: Path | None = Path("/usr/share/datasets/fashion-mnist")
+    system_package = "dataset-fashion-mnist"
 
     def __init__(
         self, *, train_size: int = 50_000, val_size: int = 10_000, resolution: int = _SIDE, **options: Any
     ) -> None:
-        if resolution not in (_SIDE, _PADDED):
-            raise ValueError(f"`resolution` must be {_SIDE} or {_PADDED}. Got {resolution}.")
-        super().__init__(train_size=train_size, val_size=val_size, **options)
-        self.pad_to = resolution if resolution != _SIDE else None
+        super().__init__(train_size=train_size, val_size=val_size, resolution=resolution, **options)
 
-    @override
-    def _folder(self) -> Path | None:
-        downloaded = Path(self.root or "data") / "FashionMNIST" / "raw"
-        named = [] if self.root is None else [Path(self.root), downloaded]
-        for folder in (*named, self.system_folder, downloaded):
-            if all(_find(folder, name) for split in ("train", "t10k") for name in _file_names(split)):
-                return folder
-        return None
 
-    @override
-    def _read(self, folder: Path) -> tuple[LabelledImages, LabelledImages]:
-        return _read_split(folder, "train"), _read_split(folder, "t10k")
+@checked
+class MNISTDataModule(IdxDataModule):
+    """MNIST: 70 000 grey 28×28 images of handwritten digits, shape ``(n, 1, 28, 28)``, pixels in [0, 1].
 
-    @override
-    def _not_found(self, reason: str) -> str:
-        return (
-            "Fashion-MNIST needs its four idx files. "
-            f"Got none in root={self.root!r} or {self.system_folder}, and {reason}. "
-            "Install Debian's package `dataset-fashion-mnist`, or set `root` to a folder with the files "
-            "(train-images-idx3-ubyte, …, plain or .gz), or connect to the internet."
-        )
+    The four idx files, plain or gzipped, are read from ``root`` or ``root/MNIST/raw``, or downloaded there by
+    torchvision. The split is that of :class:`FashionMNISTDataModule`. LeCun, Cortes & Burges (1998), "The MNIST
+    database of handwritten digits".
+
+    Args:
+        resolution: 28, or 32 for images with a black border of two pixels.
+        options: Options of :class:`DownloadedDataModule` and :class:`InMemoryDataModule`.
+
+    Raises:
+        FileNotFoundError: The files are nowhere and cannot be downloaded.
+        ValueError: A file is not an idx file of bytes, or ``resolution`` is neither.
+    """
+
+    dataset = title = "MNIST"
+
+    def __init__(
+        self, *, train_size: int = 50_000, val_size: int = 10_000, resolution: int = _SIDE, **options: Any
+    ) -> None:
+        super().__init__(train_size=train_size, val_size=val_size, resolution=resolution, **options)
 
 
 def read_idx(path: Path) -> Tensor:

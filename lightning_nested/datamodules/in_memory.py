@@ -1,11 +1,11 @@
-"""Labelled images held in memory, with a share of wrong training labels on request."""
+"""Labelled images held in memory, on request with wrong training labels or a long tail of rare classes."""
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -69,13 +69,21 @@ class InMemoryDataModule(LightningDataModule):
     ``val_size`` validation images; the test images are the source's own, or what remains of the pool. The
     split does not depend on the other options, so runs that differ in their labels see the same images.
 
-    ``wrong_label_fraction`` of the training images, rounded to a whole number, get a label drawn uniformly
-    from the *other* classes. Validation and test labels are always the right ones.
+    ``wrong_label_fraction`` of the training images, rounded to a whole number, get a wrong label: with
+    ``wrong_labels="symmetric"`` drawn uniformly from the *other* classes, with ``"pairwise"`` the next class.
+    Validation and test labels are always the right ones.
+
+    With ``imbalance`` above 1 class c keeps a share imbalance^(−c/(C−1)) of its training images, so that the
+    first class has ``imbalance`` times as many as the last (Cui et al. 2019, CVPR). Validation and test images
+    stay balanced.
 
     Args:
         train_size: Number of training images.
         val_size: Number of validation images.
         wrong_label_fraction: Share of training images with a wrong label, in [0, 1].
+        wrong_labels: Which labels wrong ones are.
+        imbalance: Training images of the first class for one of the last; above 1 some of the ``train_size`` are
+            left out.
         use_clean_labels: Train on the right labels of the same images: the reference a cleaner can reach.
         with_index: Training batches are ``(image, label, index)``, where ``index`` numbers the training
             images from 0; needed by one weight per example.
@@ -93,10 +101,10 @@ class InMemoryDataModule(LightningDataModule):
     pad_to: int | None = None  # side after padding with the lowest value
 
     # Set by `setup`.
-    train_images: Tensor  # (train_size, channels, height, width)
-    train_labels: Tensor  # (train_size,), as given, so with the wrong ones
-    train_labels_clean: Tensor  # (train_size,), the right ones
-    wrong: Tensor  # (train_size,) boolean, where the two differ
+    train_images: Tensor  # (n, channels, height, width), where n is train_size unless there is an imbalance
+    train_labels: Tensor  # (n,), as given, so with the wrong ones
+    train_labels_clean: Tensor  # (n,), the right ones
+    wrong: Tensor  # (n,) boolean, where the two differ
     val_images: Tensor
     val_labels: Tensor
     test_images: Tensor
@@ -108,6 +116,8 @@ class InMemoryDataModule(LightningDataModule):
         train_size: int,
         val_size: int,
         wrong_label_fraction: float = 0.0,
+        wrong_labels: Literal["symmetric", "pairwise"] = "symmetric",
+        imbalance: float = 1.0,
         use_clean_labels: bool = False,
         with_index: bool = False,
         batch_size: int = 128,
@@ -121,8 +131,11 @@ class InMemoryDataModule(LightningDataModule):
         at_least(1, train_size=train_size, batch_size=batch_size, val_batch_size=val_batch_size)
         at_least(0, val_size=val_size, seed=seed, num_workers=num_workers)
         within(0, 1, wrong_label_fraction=wrong_label_fraction)
+        at_least(1, imbalance=imbalance)
         self.train_size, self.val_size, self.seed = train_size, val_size, seed
         self.wrong_label_fraction, self.use_clean_labels = wrong_label_fraction, use_clean_labels
+        self.wrong_labels: Literal["symmetric", "pairwise"] = wrong_labels
+        self.imbalance = imbalance
         self.with_index, self.symmetric, self.drop_last = with_index, symmetric, drop_last
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers = num_workers
@@ -144,14 +157,16 @@ class InMemoryDataModule(LightningDataModule):
                 f"Got {self.train_size} + {self.val_size}. Ask for fewer."
             )
         if self.seed is None:
-            self.seed = _seed_of_the_run()
+            self.seed = seed_of_the_run()
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(size, generator=generator)
         train, val, rest = order.tensor_split([self.train_size, self.train_size + self.val_size])
 
+        if self.imbalance > 1:
+            train = train[long_tail(pool.labels[train].long(), self.imbalance, self.num_classes)]
         self.train_images, self.train_labels_clean = self._scaled(pool, train)
         self.train_labels = with_wrong_labels(
-            self.train_labels_clean, self.wrong_label_fraction, self.num_classes, generator
+            self.train_labels_clean, self.wrong_label_fraction, self.num_classes, generator, self.wrong_labels
         )
         self.wrong = self.train_labels != self.train_labels_clean
         self.val_images, self.val_labels = self._scaled(pool, val)
@@ -162,7 +177,7 @@ class InMemoryDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
         labels = self.train_labels_clean if self.use_clean_labels else self.train_labels
-        index = (torch.arange(self.train_size),) if self.with_index else ()
+        index = (torch.arange(len(labels)),) if self.with_index else ()
         return TensorBatches(self.train_images, labels, *index).loader(
             batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers, drop_last=self.drop_last
         )
@@ -193,7 +208,12 @@ class InMemoryDataModule(LightningDataModule):
         return images, source.labels[rows].long()
 
 
-def _seed_of_the_run() -> int:
+def seed_of_the_run() -> int:
+    """Return the seed of `seed_everything`.
+
+    Raises:
+        ValueError: There is none.
+    """
     # Not torch.initial_seed(): without seed_everything it differs between the processes of a run, and so
     # would their splits. Lightning hands its seed to every process in this variable.
     seed = os.environ.get("PL_GLOBAL_SEED")
@@ -206,15 +226,20 @@ def _seed_of_the_run() -> int:
 
 
 def with_wrong_labels(
-    labels: Tensor, fraction: float, num_classes: int, generator: torch.Generator
+    labels: Tensor,
+    fraction: float,
+    num_classes: int,
+    generator: torch.Generator,
+    kind: Literal["symmetric", "pairwise"] = "symmetric",
 ) -> Tensor:
-    """Return a copy of ``labels`` where ``round(fraction · n)`` random entries are uniform over the other classes.
+    """Return a copy of ``labels`` where ``round(fraction · n)`` random entries are of other classes.
 
     Args:
         labels: ``(n,)`` class numbers; so is the result.
         fraction: Share of wrong labels, in [0, 1].
         num_classes: Number of classes, at least 2 if any label is to be wrong.
         generator: Source of randomness.
+        kind: ``"symmetric"``: uniform over the other classes; ``"pairwise"``: the next class, the first after the last.
 
     Example:
         >>> labels = torch.arange(1000) % 10
@@ -225,7 +250,30 @@ def with_wrong_labels(
     count = round(fraction * len(labels))
     rows = torch.randperm(len(labels), generator=generator)[:count]
     # A shift of 1 … C-1 modulo C reaches each other class with equal probability and never the right one.
-    shift = torch.randint(1, num_classes, (count,), generator=generator)
+    shift = torch.randint(1, num_classes, (count,), generator=generator) if kind == "symmetric" else 1
     noisy = labels.clone()
     noisy[rows] = (labels[rows] + shift) % num_classes
     return noisy
+
+
+def long_tail(labels: Tensor, imbalance: float, num_classes: int) -> Tensor:
+    """Return the positions, in order, of the images that a long tail keeps: the first ones of each class.
+
+    n_c = n·imbalance^(−c/(C−1)), rounded but at least one, with the largest n that every class has images for.
+
+    Args:
+        labels: ``(n,)`` class numbers.
+        imbalance: Images of the first class for one of the last.
+        num_classes: Number C of classes.
+
+    Example:
+        >>> kept = long_tail(torch.arange(300) % 3, 100.0, 3)
+        >>> (kept % 3).bincount().tolist()
+        [100, 10, 1]
+    """
+    share = imbalance ** (-torch.arange(num_classes, dtype=torch.float64) / max(1, num_classes - 1))
+    present = labels.bincount(minlength=num_classes)
+    most = float((present / share).min())
+    counts = (most * share).round().long().clamp_min(1).minimum(present)
+    kept = [(labels == c).nonzero().flatten()[: int(counts[c])] for c in range(num_classes)]
+    return torch.cat(kept).sort().values

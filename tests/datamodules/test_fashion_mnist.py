@@ -6,7 +6,7 @@ import torch
 import torchvision
 from jsonargparse import ArgumentParser
 
-from lightning_nested.datamodules import FashionMNISTDataModule
+from lightning_nested.datamodules import FashionMNISTDataModule, MNISTDataModule
 from lightning_nested.datamodules.fashion_mnist import read_idx
 
 
@@ -142,3 +142,19 @@ def test_the_variant_for_generators(fashion_mnist: Path) -> None:
     assert [len(batch[1]) for batch in padded.train_dataloader()] == [30, 30]
     with pytest.raises(ValueError, match=r"`resolution` must be 28 or 32. Got 64"):
         FashionMNISTDataModule(resolution=64)
+
+
+def test_mnist_has_the_same_format_and_a_folder_of_its_own(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets, "MNIST", lambda *_, **__: pytest.fail("downloaded"))
+    write_dataset(elsewhere / "data" / "MNIST" / "raw")
+    data = MNISTDataModule(train_size=15, val_size=5)
+    data.prepare_data()
+    data.setup()
+    assert data.test_images.shape == (8, 1, 28, 28)
+    (elsewhere / "data").rename(elsewhere / "gone")
+    with pytest.raises(
+        FileNotFoundError, match=r"^MNIST needs its four idx files. Got none in root=None, and .*Set `root`"
+    ):
+        MNISTDataModule().load()

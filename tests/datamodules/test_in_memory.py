@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.datamodules import TensorBatches
-from lightning_nested.datamodules.in_memory import with_wrong_labels
+from lightning_nested.datamodules import DigitsDataModule, TensorBatches
+from lightning_nested.datamodules.in_memory import long_tail, with_wrong_labels
 
 
 def test_batches_are_those_of_a_tensor_dataset() -> None:
@@ -46,3 +46,33 @@ def test_the_wrong_ones_are_spread_over_the_set(generator: torch.Generator) -> N
     wrong = with_wrong_labels(labels, 0.3, 2, generator) != labels
     # 3 000 of 10 000 without replacement: the first half holds 1 500 ± 23.
     assert abs(int(wrong[:5_000].sum()) - 1_500) < 4 * 23
+
+
+def test_pairwise_wrong_labels_are_the_next_class() -> None:
+    data = DigitsDataModule(wrong_label_fraction=0.4, wrong_labels="pairwise")
+    data.setup()
+    assert int(data.wrong.sum()) == 280
+    shift = (data.train_labels - data.train_labels_clean) % 10
+    assert torch.equal(shift, data.wrong.long())
+
+
+@pytest.mark.parametrize("imbalance", [1.5, 20.0])
+def test_a_long_tail_has_the_imbalance_asked_for_and_balanced_tests(imbalance: float) -> None:
+    data = DigitsDataModule(imbalance=imbalance, with_index=True, wrong_label_fraction=0.1)
+    plain = DigitsDataModule()
+    data.setup()
+    plain.setup()
+    counts = data.train_labels_clean.bincount(minlength=10)
+    # Half a row of rounding at either end.
+    assert float(counts[0]) / imbalance == pytest.approx(float(counts[9]), abs=0.5 + 0.5 / imbalance)
+    assert bool((counts.diff() <= 0).all())
+    assert torch.equal(data.val_images, plain.val_images)
+    assert torch.equal(data.test_labels, plain.test_labels)
+    assert int(data.wrong.sum()) == round(0.1 * len(data.train_labels))
+    index = torch.cat([batch[2] for batch in data.train_dataloader()])
+    assert index.sort().values.tolist() == list(range(len(data.train_labels)))
+
+
+def test_a_long_tail_keeps_one_of_each_class_that_is_there() -> None:
+    kept = long_tail(torch.tensor([0, 0, 0, 0, 2, 1, 2]), 1000.0, 3)
+    assert kept.tolist() == [0, 1, 2, 3, 4, 5]
