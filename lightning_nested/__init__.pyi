@@ -85,6 +85,7 @@ from .hypergradient import (
     check_hypergradient as check_hypergradient,
     check_products as check_products,
     implicit_hypergradient as implicit_hypergradient,
+    influence as influence,
     unrolled_hypergradient as unrolled_hypergradient,
 )
 from .hypernetworks import (

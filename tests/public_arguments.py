@@ -236,6 +236,12 @@ CASES = {
         ln.implicit_hypergradient, {**_solvers, "inner_loss": (sgd,)},
         inner_loss=partial(inner, [w], [h]), outer_loss=w.sum(), params=[w], hparams=[h],
     ),
+    "influence": Case(
+        ln.influence,
+        dict.fromkeys(("module", "training_data", "validation_data", "loss", "solver"), (ANY,)),
+        module=nn.Linear(2, 1), training_data=[(torch.ones(3, 2), torch.ones(3, 1))],
+        validation_data=[(torch.ones(3, 2), torch.zeros(3, 1))],
+    ),
     "unrolled_hypergradient": Case(
         ln.unrolled_hypergradient, {"truncate": (1,), "checkpoint": (ANY,)},
         step=one_step, outer_loss=outer, params=[w], hparams=[h], num_steps=2,

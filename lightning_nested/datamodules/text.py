@@ -23,6 +23,7 @@ UNKNOWN = "<unk>"
 Level = Literal["words", "characters"]
 
 
+@checked
 class TextDataModule(LightningDataModule):
     """Rows of tokens: batches ``(inputs, targets, …)`` of shape (batch, length), where a target is the next token.
 

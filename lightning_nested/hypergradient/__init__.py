@@ -3,6 +3,7 @@
 from lightning_nested.hypergradient.check import HypergradientReport, check_hypergradient
 from lightning_nested.hypergradient.evaluation_point import Current, EvaluationPoint, LookAhead
 from lightning_nested.hypergradient.implicit import ImplicitResult, implicit_hypergradient, implicit_result
+from lightning_nested.hypergradient.influence import influence
 from lightning_nested.hypergradient.inner_curvature import Curvature, FiniteDifference, GaussNewton, Hessian
 from lightning_nested.hypergradient.remaining import Remaining
 from lightning_nested.hypergradient.retraining import Minimize, Unroll
@@ -57,5 +58,6 @@ __all__ = [
     "check_products",
     "implicit_hypergradient",
     "implicit_result",
+    "influence",
     "unrolled_hypergradient",
 ]
