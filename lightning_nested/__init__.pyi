@@ -21,6 +21,7 @@ from .callbacks import (
     GeneratorEMA as GeneratorEMA,
     HypergradientCallback as HypergradientCallback,
     LyapunovCallback as LyapunovCallback,
+    RetrainCheck as RetrainCheck,
     SampleGrid as SampleGrid,
 )
 from .datamodules import (

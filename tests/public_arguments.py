@@ -143,6 +143,7 @@ CASES = {
         hyperparameters=ln.WeightDecay(),
     ),
     "LyapunovCallback": Case(ln.LyapunovCallback, {"rule": (ANY,)}),
+    "RetrainCheck": Case(ln.RetrainCheck, {"monitor": (TEXT,)}),
     "SampleGrid": Case(ln.SampleGrid),
     "ClassifierEvaluator": Case(ClassifierEvaluator),
     "ModuleEvaluator": Case(ModuleEvaluator, module=nn.Linear(2, 2), label=TEXT),

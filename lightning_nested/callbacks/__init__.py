@@ -12,6 +12,7 @@ from lightning_nested.callbacks.generative_metrics.scores import ScoreOptions
 from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.callbacks.lyapunov import LyapunovCallback
+from lightning_nested.callbacks.retrain_check import RetrainCheck
 from lightning_nested.callbacks.sample_grid import SampleGrid
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "InceptionEvaluator",
     "LyapunovCallback",
     "ModuleEvaluator",
+    "RetrainCheck",
     "SampleGrid",
     "ScoreOptions",
 ]

@@ -17,12 +17,12 @@ from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
-from lightning_nested.demos.reference_runs import fit_like, test_like
 from lightning_nested.extras import require_package
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.reference_runs import fit_like, test_like
 from lightning_nested.trainer.run_folder import run_folder, write_report
 from lightning_nested.trainer.use import OneFitCallback
 

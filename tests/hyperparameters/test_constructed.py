@@ -43,6 +43,7 @@ CALLS = [
     "LyapunovCallback(k=3, window='bump')",
     "GameSpectrumCallback(every_n_updates=5, k=None)",
     "GeneratorEMA(decay=0.5, module='critic')",
+    "RetrainCheck(data='test', seeds=[4])",
     "SampleGrid(per_class=2)",
     "GenerativeMetrics(num_samples=100)",
     "LabelNoiseReport()",

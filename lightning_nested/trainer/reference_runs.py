@@ -5,42 +5,64 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 
-def fit_like(trainer: Trainer, module: LightningModule, **data_options: object) -> None:
-    """Train ``module`` for as many steps as ``trainer`` has made, on a copy of its datamodule.
+def fit_like(
+    trainer: Trainer,
+    module: LightningModule,
+    *callbacks: Callback,
+    steps: int | None = None,
+    **data_options: object,
+) -> None:
+    """Train ``module`` on the data of ``trainer``: a copy of its datamodule, or its loaders.
 
     Args:
         trainer: Trainer of the run, on one device.
         module: Module to train in place; not the run's own.
+        callbacks: Callbacks of the training.
+        steps: Optimizer steps; None: as many as ``trainer`` has made.
         **data_options: Attributes of the datamodule to replace in the copy.
     """
     data = _same_data(trainer)
     for name, value in data_options.items():
-        setattr(data, name, value)
+        setattr(data["datamodule"], name, value)
     with _quiet():
-        _plain_trainer(trainer).fit(module, datamodule=data)
+        _plain_trainer(trainer, callbacks, steps).fit(module, **data)
 
 
 def test_like(trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
-    """Return metrics of ``module``, which is not the run's own, on the test data of ``trainer``."""
+    """Return metrics of ``module``, which is not the run's own, on the test data of ``trainer``'s datamodule."""
     with _quiet():
-        (metrics,) = _plain_trainer(trainer).test(module, datamodule=_same_data(trainer), verbose=False)
+        (metrics,) = _plain_trainer(trainer).test(module, **_same_data(trainer), verbose=False)
     return metrics
 
 
-def _same_data(trainer: Trainer) -> LightningDataModule:
+def validate_like(trainer: Trainer, module: LightningModule) -> Mapping[str, float]:
+    """Return metrics of ``module``, which is not the run's own, on the validation data of ``trainer``."""
+    data = _same_data(trainer)
+    data.pop("train_dataloaders", None)
+    if "val_dataloaders" in data:
+        data["dataloaders"] = data.pop("val_dataloaders")
+    with _quiet():
+        found = _plain_trainer(trainer).validate(module, **data, verbose=False)
+    return {name: value for metrics in found for name, value in metrics.items()}
+
+
+def _same_data(trainer: Trainer) -> dict[str, Any]:
     # A copy, because a Trainer writes itself into the datamodule it is given; the tensors are shared.
-    return copy.copy(trainer.datamodule)  # type: ignore[attr-defined, no-any-return]
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is not None:
+        return {"datamodule": copy.copy(datamodule)}
+    return {"train_dataloaders": trainer.train_dataloader, "val_dataloaders": trainer.val_dataloaders}
 
 
-def _plain_trainer(trainer: Trainer) -> Trainer:
+def _plain_trainer(trainer: Trainer, callbacks: Sequence[Callback] = (), steps: int | None = None) -> Trainer:
     device = trainer.strategy.root_device
     silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     options: dict[str, Any] = dict.fromkeys(silent, False)
@@ -49,7 +71,8 @@ def _plain_trainer(trainer: Trainer) -> Trainer:
         devices=[device.index] if device.type == "cuda" and device.index is not None else 1,
         precision=trainer.precision,
         max_epochs=-1,
-        max_steps=trainer.global_step,
+        max_steps=trainer.global_step if steps is None else steps,
+        callbacks=list(callbacks),
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
