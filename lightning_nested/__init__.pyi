@@ -36,6 +36,7 @@ from .datamodules import (
     TextSourcesDataModule as TextSourcesDataModule,
 )
 from .demos import (
+    DistillationReport as DistillationReport,
     GameReport as GameReport,
     ModeCoverage as ModeCoverage,
     TuningReport as TuningReport,
@@ -113,6 +114,7 @@ from .hyperparameters import (
     DropConnect as DropConnect,
     DropoutRates as DropoutRates,
     ExampleWeights as ExampleWeights,
+    FeatureDecay as FeatureDecay,
     GroupWeights as GroupWeights,
     InputNoise as InputNoise,
     Integer as Integer,
@@ -131,6 +133,7 @@ from .modules import (
     STN as STN,
     BigGAN as BigGAN,
     DeltaSTN as DeltaSTN,
+    DistillationModule as DistillationModule,
     GameLoop as GameLoop,
     GameModule as GameModule,
     GANModule as GANModule,

@@ -1,6 +1,7 @@
 """LightningModules to train as they are or to extend."""
 
 from lightning_nested.hypernetworks.loops import STN, DeltaSTN, Global, Local, ResponseLoop, Simplified
+from lightning_nested.modules.distillation import DistillationModule
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.game.module import GameModule
 from lightning_nested.modules.gan.biggan import BigGAN
@@ -30,6 +31,7 @@ __all__ = [
     "BigGANObjective",
     "DeltaSTN",
     "DiffAugment",
+    "DistillationModule",
     "Execution",
     "GANModule",
     "GameLoop",
