@@ -22,6 +22,8 @@ from tests.command import ROOT
 from tests.docs.pages import DOCS, blocks, markdown_pages, notebooks
 
 sys.path.insert(0, str(DOCS))
+formulas: ModuleType = import_module("formulas")
+links: ModuleType = import_module("links")
 quotes: ModuleType = import_module("quotes")
 sys.path.remove(str(DOCS))
 
@@ -67,9 +69,18 @@ def test_what_the_reference_describes_exists() -> None:
     assert hasattr(lightning_nested, "__version__")
 
 
-def test_the_gallery_shows_every_configuration() -> None:
-    headings = set(re.findall(r"^## (\S+)$", (DOCS / "gallery.md").read_text(encoding="utf-8"), re.MULTILINE))
-    assert headings == {*shipped_configs(), *(f"ride/{name}" for name in shipped_rides())}
+def test_the_gallery_has_a_page_for_every_configuration() -> None:
+    pages = {path.stem for path in (DOCS / "gallery").glob("*.md")} - {"index"}
+    commands = {name: f"fit --config {name}" for name in shipped_configs()}
+    commands |= {f"ride_{name}": f"ride --config {name}" for name in shipped_rides()}
+    assert pages == set(commands)
+    index = (DOCS / "gallery/index.md").read_text(encoding="utf-8")
+    for page, command in commands.items():
+        text = (DOCS / f"gallery/{page}.md").read_text(encoding="utf-8")
+        assert "| takes |" in text, page
+        assert "![" in text or "No picture, since nobody has run it" in text, page
+        assert command in text or f"--config {page}\n" in text, page
+        assert f"]({page}.md)" in index, page
 
 
 def navigation() -> set[str]:
@@ -114,6 +125,35 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in anchors(found), f"{target} in {path.relative_to(ROOT)}"
 
 
+def test_indices_in_docstrings_are_set_low_outside_of_code() -> None:
+    text = "dL_V/dλ = ∂²L_T, Σ_{k=0}^{K} Aᵏ b; w_i² and 2^d, `L_V`, ``w_{t}``, train_x, λ_max, g_t.\n>>> x_i = 2\nx ^ y"
+    assert formulas.with_indices(text) == (
+        "dL<sub>V</sub>/dλ = ∂²L<sub>T</sub>, Σ<sub>k=0</sub><sup>K</sup> Aᵏ b; w<sub>i</sub>² and 2<sup>d</sup>, "
+        "`L_V`, ``w_{t}``, train_x, λ<sub>max</sub>, g<sub>t</sub>.\n>>> x_i = 2\nx ^ y"
+    )
+
+
+def test_broken_links_of_built_pages_are_found(tmp_path: Path) -> None:
+    (tmp_path / "guides").mkdir()
+    (tmp_path / "guides/a.html").write_text('<h1 id="top">A</h1><a href="../index.html">back</a>')
+    good = '<a href="guides/a.html#top">a</a><a href="https://example.org">b</a><a href="#c">c</a><p id="c">'
+    index = tmp_path / "index.html"
+    index.write_text(good)
+    assert links.broken_links(tmp_path) == []
+    index.write_text(
+        good
+        + '<a href="guides/b.html">b</a><a href="guides/a.html#no">a</a><img src="p.png"><a href="guides">d</a>'
+        + '<script src="https://example.org/s.js"></script>'
+    )
+    assert links.broken_links(tmp_path) == [
+        "guides/b.html in index.html leads to no file.",
+        "guides/a.html#no in index.html has an anchor that is not in its page.",
+        "p.png in index.html leads to no file.",
+        "guides in index.html leads to no file.",
+        "https://example.org/s.js in index.html is fetched from elsewhere.",
+    ]
+
+
 def test_quoted_figures_and_tables_exist_and_are_used() -> None:
     used = set()
     for path in markdown_pages():
@@ -130,6 +170,29 @@ def test_a_missing_quote_is_an_error() -> None:
         quotes.filled('{{ table "No such" }}')
     with pytest.raises(ValueError, match=r"must have 9 tables"):
         quotes.filled('{{ table "The main job" 9 }}')
+    with pytest.raises(ValueError, match=r"must have numbers. Got none in the rows of 'none'"):
+        quotes.filled('{{ bars "A step of each optimizer" 1 columns 1 2 rows "none" }}')
+
+
+def test_bars_are_as_long_as_the_numbers_of_a_table() -> None:
+    drawn = quotes.filled('{{ bars "Which solver" 1 columns 1 2 rows "Neumann" }}')
+    values = [float(v) for v in re.findall(r">([\d.]+)</i>", drawn)]
+    shares = [float(v) for v in re.findall(r"--share: ([\d.]+)", drawn)]
+    assert len(values) == 3
+    assert shares == pytest.approx([v / max(values) for v in values], abs=1e-4)
+    assert "<span>Neumann, step 1/λ_max</span>" in drawn
+    assert 'aria-label="products to 1 %"' in drawn
+
+
+def test_each_page_of_results_has_a_figure_a_table_and_where_it_loses() -> None:
+    for path in sorted((DOCS / "results").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "index.md":
+            assert "![" in text or "{{ bars" in text, path.name
+            assert "{{ table" in text or "| --- |" in text, path.name
+            assert "**Question.**" in text, path.name
+            assert "**Where it loses.**" in text, path.name
+            assert "```bash" in text, path.name
 
 
 def test_shell_blocks_name_what_exists() -> None:
