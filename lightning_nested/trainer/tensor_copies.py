@@ -102,7 +102,7 @@ def _joined(values: list[Tensor]) -> Tensor:
     return torch.cat(values) if values[0].ndim else torch.stack(values)
 
 
-def _versions(*values: Tensor) -> AbstractContextManager[None]:
+def _versions(*values: Tensor) -> AbstractContextManager[object]:
     """Return a context whose exit sets the versions of now: an earlier graph needs what will be there again."""
     try:
         return _unsafe_preserve_version_counter(values)
