@@ -120,14 +120,14 @@ def _restore_leaf(value: Tensor, gradient: Tensor | None) -> None:
     value.requires_grad_(True)
 
 
-def _restore_many(values: list[Tensor], saved: Tensor, versions: AbstractContextManager[None]) -> None:
+def _restore_many(values: list[Tensor], saved: Tensor, versions: AbstractContextManager[object]) -> None:
     if not torch.equal(_joined(values), saved):
         parts = torch.split(saved, [len(value) for value in values]) if values[0].ndim else saved.unbind()
         _restore_in_place(values, parts, versions)
 
 
 def _restore_in_place(
-    values: Sequence[Tensor], saved: Sequence[Tensor], versions: AbstractContextManager[None]
+    values: Sequence[Tensor], saved: Sequence[Tensor], versions: AbstractContextManager[object]
 ) -> None:
     changed = [(v, s) for v, s in zip(values, saved, strict=True) if not torch.equal(v.detach(), s)]
     if changed:
