@@ -36,7 +36,7 @@ def double_dot(u: Vector, v: Vector) -> Tensor:
     pairs: Iterable[tuple[Tensor, Tensor]] = zip(u, v, strict=True)
     if u[0].device.type == "cpu":
         # Pieces that stay in cache when they are converted.
-        pieces = ((a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE)) for a, b in pairs)
+        pieces = ((torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE)) for a, b in pairs)
         pairs = (pair for piece in pieces for pair in zip(*piece, strict=True))
     return torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in pairs]).sum()
 
