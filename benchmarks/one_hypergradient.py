@@ -137,12 +137,17 @@ def compare(answer: Hypergradient, reference: Hypergradient) -> tuple[float, flo
 
 # Beyond this error to its own solver's float64 answer, a contestant computes something else.
 WRONG = 1e-2
-LIMITS = {"Neumann 5": 8.0, "Neumann 20": 26.0, "CG 10": 15.0}
+LIMITS = {"Neumann 5": 8.0, "Neumann 20": 26.0, "CG 10": 14.0}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
     options = parser(__doc__)
-    options.add_argument("--only", default="", help="contestants whose name contains this")
+    options.add_argument(
+        "--only", nargs="*", default=[""], help="contestants whose name contains one of these"
+    )
+    options.add_argument(
+        "--unchecked", action="store_true", help="skip the answers in float64, which take minutes"
+    )
     options.add_argument("--widths", type=int, nargs="+", default=[784, 500, 500, 10])
     options.add_argument("--batch", type=int, default=256)
     options.add_argument("--no-memory", action="store_true", help="skip the measurement of live memory")
@@ -155,13 +160,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
     contestants = {
         key: call
         for key, call in {**ours(problem), **peers(problem)}.items()
-        if arguments.only in " ".join(key)
+        if any(only in " ".join(key) for only in arguments.only)
     }
-    reference = Reference(arguments.widths, arguments.batch)
+    reference = None if arguments.unchecked else Reference(arguments.widths, arguments.batch)
     unit = units(problem)
     errors = {}
     for (solver, library), call in contestants.items():
         curvature = "Gauss-Newton" if "Gauss-Newton" in library else "Hessian"
+        if reference is None:
+            errors[solver, library] = (math.nan,) * 4
+            continue
         answer = call()
         errors[solver, library] = (
             *compare(answer, reference.answers[solver, curvature]),

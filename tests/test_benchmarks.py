@@ -44,6 +44,15 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 @pytest.mark.slow
+def test_products_are_as_exact_as_the_table_says(run: Script) -> None:
+    found = run("products", ["--rounds", "1", "--only", "GroupNorm", "--precision", "float32"])
+    errors = {name.rsplit(", ")[-1]: entry["error"] for name, entry in found.items()}
+    assert max(errors["Hessian"], errors["GaussNewton"]) < 1e-5
+    assert errors["one-sided"] < 2e-3
+    assert errors["central"] < 5e-4
+
+
+@pytest.mark.slow
 def test_one_hypergradient_is_right_and_its_memory_does_not_grow(run: Script, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     size = ["--widths", "20", "10", "5", "--batch", "16"]

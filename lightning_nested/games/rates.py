@@ -151,7 +151,7 @@ def lookahead_rate(
     Simultaneous steps; exact for every game with a constant Jacobian. On xy gradient steps alone have √(1 + α²) > 1.
 
     >>> round(lookahead_rate([1j], lr=0.5, every_n_updates=6, alpha=0.5), 6)
-    0.827312
+    0.901885
     """
     at_least(1, every_n_updates=every_n_updates)
     within(0, 1, alpha=alpha)

@@ -221,8 +221,7 @@ class _InnerProblem:
                 raise ValueError(unseen_hyperparameter(i, outer_sees=d is not None))
         factor = size / self.scale
         total = tuple(
-            (torch.zeros_like(h) if d is None else d.detach()) - (0.0 if m is None else m.detach() * factor)
-            for h, d, m in zip(self.hparams, direct, mixed, strict=True)
+            _combined(h, d, m, -factor) for h, d, m in zip(self.hparams, direct, mixed, strict=True)
         )
         unreached = tuple(
             i for i, pair in enumerate(zip(mixed, direct, strict=True)) if pair[0] is None and pair[1] is None
@@ -324,6 +323,14 @@ def _explain_infinite_curvature(loss: Loss, params: Vector, problem: Linearizati
             f"{names} (as in a norm or a root at 0): use curvature=FiniteDifference(), or keep the operation away from "
             "there, (x² + ε).sqrt() in place of x.norm() say."
         ) from error
+
+
+def _combined(like: Tensor, direct: Tensor | None, mixed: Tensor | None, factor: float) -> Tensor:
+    """Return direct + factor·mixed, None standing for zeros, in a tensor of its own."""
+    if mixed is None:
+        return torch.zeros_like(like) if direct is None else direct.detach().clone()
+    scaled = mixed.detach() * factor
+    return scaled if direct is None else scaled.add_(direct.detach())
 
 
 def _unscale(v: Vector, scale: float) -> Vector:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_nested.arguments import checked, positive
@@ -19,7 +20,7 @@ from lightning_nested.linalg.curvature import (
 )
 from lightning_nested.linalg.differences import central_difference, coarsest_epsilon
 from lightning_nested.linalg.first_derivatives import first_derivative
-from lightning_nested.linalg.graph import explain_double_backward, vjp
+from lightning_nested.linalg.graph import depends_on_others, explain_double_backward, vjp
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
 from lightning_nested.linalg.vectors import Vector, zeros_where_none
 
@@ -83,7 +84,10 @@ class GaussNewton(Curvature):
     outputs: Tensor | str
 
     def linearize(self, inner_loss: Loss, params: Vector) -> Linearization:
-        """Compute one gradient with its graph for the mixed derivative, one pull-back with its graph for J."""
+        """Compute one pull-back with its graph for J, and one gradient.
+
+        The gradient has a graph, for the mixed derivative, only where the loss depends on more than ``params``.
+        """
         if isinstance(self.outputs, str):
             raise TypeError(
                 f"GaussNewton(outputs=...) needs the tensor itself here. Got the name {self.outputs!r}: names are "
@@ -91,7 +95,10 @@ class GaussNewton(Curvature):
             )
         loss = _tensor(inner_loss)
         operator = GaussNewtonOperator(loss, self.outputs, params)
-        return _by_graph(operator, gradient_with_graph(loss, params))
+        if depends_on_others(loss, params):
+            return _by_graph(operator, gradient_with_graph(loss, params))
+        gradient = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        return _by_graph(operator, zeros_where_none(gradient, params))
 
 
 @checked

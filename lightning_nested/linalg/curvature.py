@@ -26,6 +26,7 @@ from lightning_nested.linalg.graph import (
     vjp,
 )
 from lightning_nested.linalg.operators import LinearOperator
+from lightning_nested.linalg.separable import Separated, separate
 from lightning_nested.linalg.vectors import Vector, norm, zeros_where_none
 
 
@@ -65,7 +66,8 @@ class HessianOperator(LinearOperator):
     """Hessian ∂²L/∂w² by the kept graph of the gradient: Hv = ∂(gᵀv)/∂w.
 
     The gradient is built once with its graph; a product is then one backward pass through that graph, so all
-    products of a solve share the forward, its dropout masks and its batch statistics.
+    products of a solve share the forward, its dropout masks and its batch statistics. Terms that act on every weight
+    alone, decays say, are a diagonal, which the first product reads off the graph.
     Pearlmutter (1994), Neural Computation 6:147-160.
 
     Args:
@@ -76,11 +78,18 @@ class HessianOperator(LinearOperator):
     def __init__(self, loss: Tensor, params: Vector) -> None:
         self.like = params
         self.gradient = gradient_with_graph(loss, params)
+        self._parts: Separated | None = None
+        self._searched = False
 
     def matvec(self, v: Vector) -> Vector:
         """∂(gᵀv)/∂w, one backward pass through the gradient's graph."""
         assert self.like is not None
         with explain_double_backward():
+            if not self._searched:
+                self._parts, self._searched = separate(self.gradient, self.like), True
+            if self._parts is not None:
+                products = self._parts.product(self.like, v)
+                return self._parts.add_diagonal_(owned(products, self.like, v), v)
             products = vjp(self.gradient, self.like, v, retain_graph=True)
         return owned(products, self.like, v)
 
@@ -102,6 +111,7 @@ class GaussNewtonOperator(LinearOperator):
         with explain_double_backward():
             (self._slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
             self._pushforward = Pushforward((outputs,), params)
+            refuse_wrong_derivatives((loss, self._slope, *self._pushforward.pulled))
 
     def matvec(self, v: Vector) -> Vector:
         """Jᵀ (∂²L/∂o² (J v))."""

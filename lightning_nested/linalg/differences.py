@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.graph import graph_nodes
-from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_
+from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_, slope_
 
 _RUNG = 4.0  # ratio of successive lengths
 _RUNGS = 12  # at most, in one direction: lengths a factor of 10⁷ away
@@ -63,7 +63,7 @@ def one_sided_difference(
     if size == 0.0:
         return tuple(torch.zeros_like(a) for a in here)
     ahead = moved(function, params, v, length / size)
-    return scale_(add_(ahead, here, alpha=-1.0), size / length)
+    return slope_(ahead, here, size / length)
 
 
 def moved(function: Callable[[], Vector], params: Vector, v: Vector, epsilon: float) -> Vector:

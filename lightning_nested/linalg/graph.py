@@ -95,6 +95,13 @@ def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
         stack.extend(following for following, _ in node.next_functions)
 
 
+def depends_on_others(loss: Tensor, params: Sequence[Tensor]) -> bool:
+    """Return True if a leaf in the graph of a loss is not one of ``params``, as a hyperparameter is."""
+    known = {id(p) for p in params}
+    leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
+    return any(leaf is not None and id(leaf) not in known for leaf in leaves)
+
+
 HIDDEN = (
     "A loss must show every layer in its graph. Got one with torch.utils.checkpoint(use_reentrant=True), behind which "
     "torch.autograd.grad sees no parameters: their gradients would be missing. Pass use_reentrant=False, or use "

@@ -33,8 +33,15 @@ def double_dot(u: Vector, v: Vector) -> Tensor:
     """
     # Apple's GPUs have no double precision.
     wide = torch.float32 if u[0].device.type == "mps" else torch.float64
-    parts = [(a.to(wide) * b.to(wide)).sum() for a, b in zip(u, v, strict=True)]
-    return torch.stack(parts).sum()
+    pairs: Iterable[tuple[Tensor, Tensor]] = zip(u, v, strict=True)
+    if u[0].device.type == "cpu":
+        # Pieces that stay in cache when they are converted.
+        pieces = ((torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE)) for a, b in pairs)
+        pairs = (pair for piece in pieces for pair in zip(*piece, strict=True))
+    return torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in pairs]).sum()
+
+
+_PIECE = 1 << 14
 
 
 def norm(v: Vector) -> Tensor:
@@ -75,6 +82,15 @@ def scale_(u: Vector, alpha: float) -> Vector:
     else:
         for a in u:
             a.mul_(alpha)
+    return u
+
+
+def slope_(u: Vector, v: Vector, factor: float) -> Vector:
+    """u ← (u − v)·factor in place; returns u."""
+    if _fused(u):
+        return scale_(add_(u, v, alpha=-1.0), factor)
+    for a, b in zip(u, v, strict=True):
+        a.sub_(b).mul_(factor)
     return u
 
 

@@ -43,7 +43,7 @@ _WRONG_MIXED = (
 )
 _REPLACED = (
     "The training loss has no second derivative ({reason}), so products with its curvature are differences of "
-    "gradients, {sides} a product, right to about {error:.1%}. Give curvature=FiniteDifference() to choose them "
+    "gradients, {sides} a product, right to {error:.1g}. Give curvature=FiniteDifference() to choose them "
     f"yourself; for exact products run {OTHER_FORMS}; the default solver needs no products at all."
 )
 _NEGATIVE = (

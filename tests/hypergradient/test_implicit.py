@@ -23,6 +23,7 @@ from lightning_nested.hypergradient import (
     Nystrom,
     implicit_hypergradient,
     implicit_result,
+    inner_curvature,
 )
 from lightning_nested.linalg.curvature import HessianOperator
 from lightning_nested.linalg.vectors import flatten
@@ -550,3 +551,30 @@ def test_a_compiled_model_is_explained() -> None:
     )
     (exact,) = implicit_hypergradient(lam * (net(x) ** 2).mean(), net(x).mean(), w, [lam], solver=Identity())
     torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-4)
+
+
+def test_gauss_newton_builds_a_second_graph_only_for_hyperparameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).to(DOUBLE)
+    x, y = torch.randn(10, 4, dtype=DOUBLE), torch.arange(10) % 3
+    h, params = torch.ones((), dtype=DOUBLE, requires_grad=True), tuple(net.parameters())
+    graphs: list[int] = []
+    original = inner_curvature.gradient_with_graph
+
+    def counted(*args: Any) -> Any:
+        graphs.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(inner_curvature, "gradient_with_graph", counted)
+    for tuned in (False, True):
+        graphs.clear()
+        outputs = net(x)
+        loss = nn.functional.cross_entropy(outputs, y) * (h if tuned else 1.0)
+        expected = torch.autograd.grad(loss, params, retain_graph=True)
+        problem = GaussNewton(outputs=outputs).linearize(loss, params)
+        assert len(graphs) == tuned
+        for found, exact in zip(problem.gradient, expected, strict=True):
+            assert not found.requires_grad
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+        (mixed,) = problem.mixed(expected, (h,))
+        assert (mixed is not None) is tuned

@@ -14,6 +14,7 @@ from torch.nn import functional
 from lightning_nested.hypergradient import (
     ConjugateGradient,
     FiniteDifference,
+    Neumann,
     SolverState,
     implicit_hypergradient,
 )
@@ -252,6 +253,21 @@ def test_a_given_epsilon_is_central_unless_told_otherwise() -> None:
         made.clear()
         operator.matvec(case.direction)
         assert len(made) == calls
+
+
+def test_five_terms_take_ten_gradients() -> None:
+    """One at the weights, three that measure and make the first product, four products, two for the mixed part."""
+    case, calls, h = Scaled(1.0), [], torch.ones((), requires_grad=True)
+    inner = counted(case, calls)
+    implicit_hypergradient(
+        lambda: h * inner() + case.params[0].square().sum(),
+        case.loss(),
+        case.params,
+        [h],
+        solver=Neumann(num_terms=5, step_size=0.1),
+        curvature=FiniteDifference(),
+    )
+    assert len(calls) == 10
 
 
 def test_double_precision_keeps_its_digits() -> None:

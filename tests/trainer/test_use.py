@@ -167,7 +167,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         "mode_coverage": "mode_figure",
     }.items():
         monkeypatch.setattr(f"lightning_nested.demos.{name}.{figure}", lambda *_, **__: None)
-        monkeypatch.setattr(f"lightning_nested.demos.{name}.write_report", lambda *_, **__: None)
+    monkeypatch.setattr("lightning_nested.demos.report.write_report", lambda *_, **__: None)
 
 
 Case = tuple[Callable[[], list[Callback]], Callable[[], LightningModule], Callable[[], Any]]

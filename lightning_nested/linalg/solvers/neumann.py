@@ -64,12 +64,12 @@ class Neumann(InverseSolver):
         if self.step_size is None:
             state, products = _power_iteration(system)
         start = state.solution if self.warm_start else None
-        term = clone(system.b)
+        term = system.b
         if start is not None:
-            add_(term, system.operator @ start, alpha=-1.0)
+            term = add_(clone(system.b), system.operator @ start, alpha=-1.0)
             products += 1
             if system.number(norm(term)) >= system.size:  # the old solution is further away than zero
-                start, term = None, clone(system.b)
+                start, term = None, system.b
         for _ in range(_MAX_HALVINGS):
             # No eigenvalue: A = 0, and any step size gives the same divergent answer, reported by the series.
             step_size = self.step_size if self.step_size is not None else 1.0 / (state.eigenvalue or 1.0)
@@ -103,14 +103,17 @@ class Neumann(InverseSolver):
         if math.sqrt(squared) <= self.tolerance * size:
             return Solution(x=zeros_like(first), residual=math.sqrt(squared) / size, iterations=0)
         for count in range(1, self.num_terms + 1):
-            product = operator @ term
+            product, last = operator @ term, count == self.num_terms
+            along = dot(term, product) if last else None
             add_(term, product, alpha=-step_size)
             next_squared = system.finite(dot(term, term), "A term of the Neumann series")
             grows = next_squared > squared * (1.0 + _GROWTH) and next_squared > noise
             small = math.sqrt(next_squared) <= max(self.tolerance * size, math.sqrt(noise))
-            if grows or small or count == self.num_terms:
+            if grows or small or last:
                 # With v₊ = v − αAv: vᵀAv = v₊ᵀAv + α‖Av‖², so the product is looked at only where it matters.
-                energy = number(double_dot(term, product) + step_size * double_dot(product, product))
+                if along is None:
+                    along = double_dot(term, product) + step_size * double_dot(product, product)
+                energy = number(along)
                 curvature = energy / squared if squared > 0 else math.nan
             if grows and (status == "truncated" or next_squared > size * size):
                 # A positive A with ‖v₊‖ > ‖v‖ has a Rayleigh quotient of at least 2/α along Av: one more product

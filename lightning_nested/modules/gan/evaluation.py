@@ -25,7 +25,7 @@ _SAMPLING = Sampling()
 def draw(
     module: GANModule, labels: Tensor, *, batch_norm: BatchNormMode = "running", generator: torch.Generator
 ) -> Tensor:
-    """Return a sample for each label, without a graph, at least float32; without classes only their number counts.
+    """Return a sample for each label, without a graph, at least float32; without classes, or as fractions, only their number counts.
 
     The module's own ``sample_latents``, ``generate`` and, without classes, ``fakes`` make them; the global random
     streams stay as they are.
@@ -40,7 +40,7 @@ def draw(
         return module.fakes(_SAMPLING.batch_size)[0]
 
     def part(y: Tensor) -> Tensor:
-        if classes is None:
+        if classes is None or y.is_floating_point():
             return module.fakes(len(y))[0]
         return module.generate(module.sample_latents(len(y)), y.to(device))
 
