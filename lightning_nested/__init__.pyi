@@ -38,6 +38,7 @@ from .datamodules import (
     TextSourcesDataModule as TextSourcesDataModule,
 )
 from .demos import (
+    DistillationReport as DistillationReport,
     GameReport as GameReport,
     ModeCoverage as ModeCoverage,
     TuningReport as TuningReport,
@@ -115,6 +116,7 @@ from .hyperparameters import (
     DropConnect as DropConnect,
     DropoutRates as DropoutRates,
     ExampleWeights as ExampleWeights,
+    FeatureDecay as FeatureDecay,
     GroupWeights as GroupWeights,
     InputNoise as InputNoise,
     Integer as Integer,
@@ -134,6 +136,7 @@ from .modules import (
     Anneal as Anneal,
     BigGAN as BigGAN,
     DeltaSTN as DeltaSTN,
+    DistillationModule as DistillationModule,
     GameLoop as GameLoop,
     GameModule as GameModule,
     GANModule as GANModule,

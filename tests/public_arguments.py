@@ -166,6 +166,7 @@ CASES = {
     ),
     "MixtureOfGaussiansDataModule": Case(ln.MixtureOfGaussiansDataModule),
     # demos
+    "DistillationReport": Case(ln.DistillationReport, _named),
     "GameReport": Case(ln.GameReport, _named),
     "TuningReport": Case(ln.TuningReport, _named),
     "ModeCoverage": Case(ln.ModeCoverage, _named),
@@ -278,6 +279,7 @@ CASES = {
     "DropoutRates": Case(ln.DropoutRates, _named | {"init": (0.1,), "temperature": (0.1,)}),
     "ExampleWeights": Case(ln.ExampleWeights, _named | _transform, num_examples=3),
     "Exp": Case(Exp),
+    "FeatureDecay": Case(ln.FeatureDecay, _named | _transform, num_features=3),
     "GroupWeights": Case(
         ln.GroupWeights, _named | {"names": ([TEXT],), "init": ([1.0],), "shares": ([1.0],)}, names=["a", "b"]
     ),
@@ -305,6 +307,10 @@ CASES = {
     "BigGANObjective": Case(BigGANObjective, {"augment": (DiffAugment(),), "regularizers": ((GradientPenalty(),),)}),
     "DeltaSTN": Case(ln.DeltaSTN),
     "DiffAugment": Case(DiffAugment, {"probability": (_anneal,)}),
+    "DistillationModule": Case(
+        ln.DistillationModule, _schedules | {"network": (nn.Linear(2, 2), "cnn"), "network_options": ({"hidden": [3]},)}
+        | {"restart_every": (None,)},
+    ),
     "Execution": Case(Execution),
     "GANModule": Case(
         ln.GANModule,

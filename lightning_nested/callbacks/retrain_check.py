@@ -82,12 +82,12 @@ class RetrainCheck(OneFitCallback):
     ) -> None:
         at_least(0, seeds=seeds)
         positive(lengths=lengths)
-        if not seeds or not lengths:
+        if len(seeds) == 0 or len(lengths) == 0:
             raise ValueError(
                 f"seeds and lengths must not be empty. Got seeds={seeds!r}, lengths={lengths!r}."
             )
         self.monitor, self.mode, self.data = monitor, mode, data
-        self.seeds, self.lengths = tuple(seeds), tuple(lengths)
+        self.seeds, self.lengths = tuple(map(int, seeds)), tuple(map(float, lengths))
         self.results: dict[str, Any] = {}
         self._initial: LightningModule
         self._tuner: HypergradientCallback

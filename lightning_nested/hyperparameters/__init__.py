@@ -2,6 +2,7 @@
 
 from lightning_nested.hyperparameters.augmentation import Brightness, Contrast, Cutout, InputNoise, Saturation
 from lightning_nested.hyperparameters.dropout import DropConnect, DropoutRates
+from lightning_nested.hyperparameters.feature_decay import FeatureDecay
 from lightning_nested.hyperparameters.group_weights import GroupSampler, GroupWeights
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.learning_rate import LearningRate
@@ -35,6 +36,7 @@ __all__ = [
     "DropoutRates",
     "ExampleWeights",
     "Exp",
+    "FeatureDecay",
     "GroupSampler",
     "GroupWeights",
     "Hyperparameter",

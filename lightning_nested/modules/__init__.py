@@ -2,6 +2,7 @@
 
 from lightning_nested.anneal import Anneal
 from lightning_nested.hypernetworks.loops import STN, DeltaSTN, Global, Local, ResponseLoop, Simplified
+from lightning_nested.modules.distillation import DistillationModule
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.game.module import GameModule
 from lightning_nested.modules.gan.biggan import BigGAN
@@ -34,6 +35,7 @@ __all__ = [
     "BigGANObjective",
     "DeltaSTN",
     "DiffAugment",
+    "DistillationModule",
     "Execution",
     "GANModule",
     "GameLoop",

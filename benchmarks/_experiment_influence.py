@@ -1,0 +1,115 @@
+"""Wrong labels by the influence of each example, beside a loss ranking and a weight per example."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _arms import Column, Experiment, Numbers
+from _fits import plain_trainer
+from lightning.pytorch import Callback, seed_everything
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nested import (
+    ConjugateGradient,
+    DigitsDataModule,
+    ExampleWeights,
+    HypergradientCallback,
+    ImageClassifier,
+    influence,
+)
+
+
+@dataclass
+class Given:
+    """Data, and the fits of a seed."""
+
+    data: DigitsDataModule
+    seed: int
+    steps: int
+
+    def fit(self, steps: int, *callbacks: Callback) -> tuple[ImageClassifier, float]:
+        """Return a trained classifier and the CPU time of the fit."""
+        seed_everything(self.seed, verbose=False)
+        module = ImageClassifier(
+            "mlp", network_options={"hidden": [128, 64]}, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3)
+        )
+        before = time.process_time()
+        plain_trainer(steps, callbacks).fit(module, datamodule=self.data)
+        return module.eval(), time.process_time() - before
+
+    def numbers(self, scores: Tensor, seconds: float) -> Numbers:
+        """Return how well low scores tell wrong labels."""
+        from sklearn.metrics import roc_auc_score
+
+        wrong = self.data.wrong
+        lowest = wrong[scores.argsort()[: int(wrong.sum())]]
+        found = float(roc_auc_score((~wrong).numpy(), scores.double().numpy()))
+        return {"auroc": found, "caught": float(lowest.float().mean()), "seconds": seconds}
+
+
+def prepare(seed: int, size: str) -> Given:
+    """Return digits of which 40 % have a wrong label."""
+    data = DigitsDataModule(
+        wrong_label_fraction=0.4,
+        with_index=True,
+        batch_size=64,
+        val_batch_size=300,
+        drop_last=True,
+        seed=seed,
+    )
+    data.setup()
+    return Given(data, seed, 20 if size == "smoke" else 100)
+
+
+def by_loss(given: Given) -> Numbers:
+    """Rank by the loss."""
+    module, seconds = given.fit(given.steps)
+    with torch.no_grad():
+        losses = functional.cross_entropy(
+            module(given.data.train_images), given.data.train_labels, reduction="none"
+        )
+    return given.numbers(-losses, seconds)
+
+
+def by_influence(solver: Any) -> Any:
+    """Return the arm that ranks by influence with this solver."""
+
+    def arm(given: Given) -> Numbers:
+        module, seconds = given.fit(given.steps)
+        data = given.data
+        train = DataLoader(TensorDataset(data.train_images, data.train_labels), 350)
+        before = time.process_time()
+        scores = influence(module, train, [(data.val_images, data.val_labels)], solver=solver)
+        return given.numbers(scores, seconds + time.process_time() - before)
+
+    return arm
+
+
+def by_weights(given: Given) -> Numbers:
+    """Rank by weights that were tuned over ten times the length."""
+    weights = ExampleWeights(len(given.data.wrong))
+    _, seconds = given.fit(10 * given.steps, HypergradientCallback(weights))
+    return given.numbers(weights.values()["weights"], seconds)
+
+
+INFLUENCE = Experiment(
+    question="700 digits, 40 % wrong labels, 300 right ones to validate: which score tells wrong labels?",
+    prepare=prepare,
+    arms={
+        "loss, after 100 steps": by_loss,
+        "influence, Kronecker factors, after 100 steps": by_influence(None),
+        "influence, conjugate gradient, after 100 steps": by_influence(
+            ConjugateGradient(max_iterations=30, damping=0.1)
+        ),
+        "example weights, over 1 000 steps": by_weights,
+    },
+    columns={
+        "auroc": Column(title="AUROC"),
+        "caught": Column(title="wrong among as many lowest", percent=True),
+    },
+)

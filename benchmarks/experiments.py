@@ -1,0 +1,58 @@
+"""Experiments, arms × seeds on one task each: ``python benchmarks/experiments.py NAME``, ``make experiments NAME=...``.
+
+Each is a few real fits per seed; test data are read once, at the end. ``--size smoke`` runs through in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from _arms import Results, compare, rows
+from _experiment_distillation import DISTILLATION
+from _experiment_influence import INFLUENCE
+from _experiment_tabular import BREAST_CANCER, DIABETES
+from _fits import quiet
+from _measuring import load, parser, print_table, report, start
+
+EXPERIMENTS = {
+    "breast_cancer": BREAST_CANCER,
+    "diabetes": DIABETES,
+    "distillation": DISTILLATION,
+    "influence": INFLUENCE,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Run one experiment, and print its table."""
+    options = parser(__doc__, rounds=1)
+    options.add_argument("name", choices=sorted(EXPERIMENTS))
+    options.add_argument("--seeds", type=int, nargs="+", help="default: those that are reported")
+    options.add_argument("--size", choices=("smoke", "real"), default="real")
+    options.add_argument("--only", nargs="+", default=[], help="arms beside the first")
+    options.add_argument(
+        "--keep", type=Path, help="JSON file that seeds are added to, for a table of several runs"
+    )
+    arguments = options.parse_args(argv)
+    start(arguments)
+    before = load()
+    quiet()
+    experiment = EXPERIMENTS[arguments.name]
+    results: Results = {}
+    if arguments.keep is not None and arguments.keep.exists():
+        results = json.loads(arguments.keep.read_text())
+    for seed in arguments.seeds or experiment.seeds:
+        for name, entries in compare(experiment, [seed], arguments.size, only=arguments.only).items():
+            results.setdefault(name, []).extend(entries)
+        if arguments.keep is not None:
+            arguments.keep.write_text(json.dumps(results))
+    print(f"\n{experiment.question}")
+    print_table(*rows(experiment, results))
+    print(f"\nload {before} to {load()}")
+    report(arguments, results, load_before=before)
+    return results
+
+
+if __name__ == "__main__":
+    main()
