@@ -9,7 +9,7 @@ PYTHONS := 3.10 3.11 3.12 3.13 3.14
 OLDEST ?= python3.10
 RELEASE := .venv-release
 
-.PHONY: demo test coverage check lint types imports format bench docs docs-serve lowest matrix dist release clean
+.PHONY: demo test coverage check lint types imports format bench experiments docs docs-serve lowest matrix dist release clean
 .DEFAULT_GOAL := check
 
 demo: $(VENV)/.demo  ## find the wrong labels among 700 digits while training on them
@@ -41,7 +41,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)  ## every benchmark, one after the other: they time each other out when run side by side
 	$(BIN)/python -m pip install --no-deps --ignore-requires-python --requirement benchmarks/requirements.txt
-	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out benchmarks/experiments.py,$(wildcard benchmarks/[!_]*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+experiments: $(INSTALLED)  ## one experiment, arms by seeds: make experiments NAME=distillation (benchmarks/experiments.py --help)
+	$(BIN)/python benchmarks/experiments.py $(NAME)
 
 docs: $(VENV)/.docs  ## the documentation site, into site/; warnings and broken links are errors
 	$(BIN)/python -m mkdocs build --strict

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from _arms import Column, Experiment, Numbers
@@ -22,6 +22,7 @@ from lightning_nested import (
     ImageClassifier,
     influence,
 )
+from lightning_nested.hypergradient import InverseSolver
 
 
 @dataclass
@@ -66,21 +67,24 @@ def prepare(seed: int, size: str) -> Given:
     return Given(data, seed, 20 if size == "smoke" else 100)
 
 
-def by_loss(given: Given) -> Numbers:
-    """Rank by the loss."""
-    module, seconds = given.fit(given.steps)
-    with torch.no_grad():
-        losses = functional.cross_entropy(
-            module(given.data.train_images), given.data.train_labels, reduction="none"
-        )
-    return given.numbers(-losses, seconds)
-
-
-def by_influence(solver: Any) -> Any:
-    """Return the arm that ranks by influence with this solver."""
+def by_loss(length: int) -> Callable[[Given], Numbers]:
+    """Return the arm that ranks by the loss after a fit of this length."""
 
     def arm(given: Given) -> Numbers:
-        module, seconds = given.fit(given.steps)
+        module, seconds = given.fit(length * given.steps)
+        data = given.data
+        with torch.no_grad():
+            losses = functional.cross_entropy(module(data.train_images), data.train_labels, reduction="none")
+        return given.numbers(-losses, seconds)
+
+    return arm
+
+
+def by_influence(length: int, solver: InverseSolver | None = None) -> Callable[[Given], Numbers]:
+    """Return the arm that ranks by influence with this solver, after a fit of this length."""
+
+    def arm(given: Given) -> Numbers:
+        module, seconds = given.fit(length * given.steps)
         data = given.data
         train = DataLoader(TensorDataset(data.train_images, data.train_labels), 350)
         before = time.process_time()
@@ -101,11 +105,13 @@ INFLUENCE = Experiment(
     question="700 digits, 40 % wrong labels, 300 right ones to validate: which score tells wrong labels?",
     prepare=prepare,
     arms={
-        "loss, after 100 steps": by_loss,
-        "influence, Kronecker factors, after 100 steps": by_influence(None),
+        "loss, after 100 steps": by_loss(1),
+        "influence, Kronecker factors, after 100 steps": by_influence(1),
         "influence, conjugate gradient, after 100 steps": by_influence(
-            ConjugateGradient(max_iterations=30, damping=0.1)
+            1, ConjugateGradient(max_iterations=30, damping=0.1)
         ),
+        "loss, after 1 000 steps": by_loss(10),
+        "influence, Kronecker factors, after 1 000 steps": by_influence(10),
         "example weights, over 1 000 steps": by_weights,
     },
     columns={

@@ -223,6 +223,21 @@ def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
     assert module.counted(kinds, most=2) == "cooperation 1, (1.0, 1.3) 2, 1 rarer ones"
 
 
+@pytest.mark.parametrize("name", ["distillation", "influence", "breast_cancer", "diabetes", "mixture"])
+def test_an_experiment_compares_its_arms(
+    run: Script, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = str(tmp_path / "kept.json")
+    run("experiments", [name, "--size", "smoke", "--seeds", "100", "--keep", kept])
+    found = run("experiments", [name, "--size", "smoke", "--seeds", "101", "--keep", kept, "--only", "none"])
+    first, *others = found.values()
+    assert [entry["seed"] for entry in first] == [100, 101]
+    assert all(len(entries) == 1 for entries in others)
+    assert len(others) >= 2
+    assert all(entry["cost"] == 1.0 for entry in first)
+    assert capsys.readouterr().out.count("| cost, × the first |") == 2
+
+
 def test_projects_of_others(run: Script) -> None:
     """Those that need no other package."""
     (pair,) = run("projects", ["--rounds", "1", "--only", "gpt", "--epochs", "1"])["gpt"]
