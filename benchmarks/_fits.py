@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
@@ -16,8 +17,14 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def plain_trainer(steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Return a Trainer of so many steps on the CPU, without validation of its own, files and progress bar."""
+def plain_trainer(steps: int, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
+    """Return a Trainer of so many steps on the CPU, without validation of its own, files and progress bar.
+
+    Args:
+        steps: Optimizer steps.
+        callbacks: Callbacks of the run.
+        **options: Further arguments of ``Trainer``.
+    """
     return Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -28,4 +35,5 @@ def plain_trainer(steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
         enable_model_summary=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=10**6,
+        **options,
     )

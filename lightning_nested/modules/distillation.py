@@ -30,10 +30,12 @@ class DistillationModule(LightningModule):
 
         w_{t+1} = w_t − α ∇CE(f(images; w_t), labels),
 
-    and differentiates the cross-entropy of a real batch at w_T through all of them, with respect to the images and
-    log α. The inner loop needs no batches, so T does not depend on the length of an epoch. With ``restart_every`` of
-    k a training begins where the one before it ended, but at every k-th step from fresh weights; None: never, so that
-    the images are what suits one network that they have trained for long, and a fresh one learns less by them.
+    and differentiates the cross-entropy of a real batch at w_T through all of them, with respect to the images. The
+    inner loop needs no batches, so T does not depend on the length of an epoch. With ``restart_every`` of k a training
+    begins where the one before it ended, but at every k-th step from fresh weights; None: never, so that the images
+    are what suits one network that they have trained for long, and a fresh one learns less by them.
+
+    A step whose inner training diverges moves nothing.
 
     Validation and test train a fresh network by the images, and log the accuracy of that one as ``val_accuracy`` and
     ``test_accuracy`` (and the loss); with warm starts the network of the run is logged as ``val_warm_accuracy`` too.
@@ -47,9 +49,11 @@ class DistillationModule(LightningModule):
         input_shape: Channels, height and width of an image.
         network_options: Further arguments of a network given by name.
         unrolled_steps: T.
-        inner_rate: Initial α.
+        inner_rate: α.
+        learn_rate: Whether α is learned too. It goes to where training by it just holds, and runs end badly unless
+            the outer rate falls.
         restart_every: Training steps from one fresh network to the next; None: never.
-        optimizer: From the images and log α to their optimizer.
+        optimizer: From the images, and log α if it is learned, to their optimizer.
         scheduler: From optimizer to learning-rate scheduler, stepped after each epoch.
 
     Attributes:
@@ -68,9 +72,10 @@ class DistillationModule(LightningModule):
         input_shape: tuple[int, int, int] = (1, 8, 8),
         network_options: dict[str, Any] | None = None,
         unrolled_steps: int = 20,
-        inner_rate: float = 0.1,
+        inner_rate: float = 0.5,
+        learn_rate: bool = False,
         restart_every: int | None = 1,
-        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.02),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.03),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         check(DistillationModule.__init__, locals())
@@ -87,7 +92,7 @@ class DistillationModule(LightningModule):
         self.unrolled_steps, self.restart_every = unrolled_steps, restart_every
         self.register_buffer("labels", torch.arange(num_classes).repeat_interleave(images_per_class))
         self.images = nn.Parameter(0.5 + 0.1 * torch.randn(len(self.labels), *input_shape))
-        self.log_rate = nn.Parameter(torch.tensor(float(inner_rate)).log())
+        self.log_rate = nn.Parameter(torch.tensor(float(inner_rate)).log(), requires_grad=learn_rate)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.fresh_seed: int | None = None  # of an evaluation's weights; None: by the training step
         self._fresh: Weights = {}  # of an evaluation
@@ -95,7 +100,7 @@ class DistillationModule(LightningModule):
 
     @property
     def inner_rate(self) -> float:
-        """The learned step size α of the inner training."""
+        """The step size α of the inner training."""
         return float(self.log_rate.detach().exp())
 
     @override
@@ -146,6 +151,10 @@ class DistillationModule(LightningModule):
             start = dict(self.network.named_parameters())
         end = self.trained(start, graph=True)
         loss = self._cross_entropy(end, batch[0], batch[1])
+        if not bool(loss.detach().isfinite()):
+            # A rate at which the inner training diverges: nothing is learned from it, and the next step begins afresh.
+            self._end = self.fresh_weights(int(1_000_003 * (step + 1)))
+            return 0.0 * (self.images.sum() + self.log_rate)
         self._end = {name: w.detach() for name, w in end.items()}
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and (step + 1) % every == 0:
@@ -206,5 +215,5 @@ class DistillationModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer([self.images, self.log_rate])
+        optimizer = self.optimizer([p for p in (self.images, self.log_rate) if p.requires_grad])
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])

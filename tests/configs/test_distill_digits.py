@@ -36,4 +36,4 @@ def test_a_short_run_draws_the_images(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_ten_images_teach_a_fresh_network(tmp_path: Path) -> None:
     found = results(tmp_path, run_command(*COMMAND, folder=tmp_path))
     assert len(found["test_accuracy"]) == 5
-    assert found["test_accuracy_median"] >= 0.85
+    assert found["test_accuracy_median"] >= 0.86

@@ -33,7 +33,7 @@ def fitted(**options: Any) -> tuple[DistillationModule, Any]:
 
 
 def test_the_derivative_goes_through_every_inner_step() -> None:
-    module = DistillationModule(**SMALL).double()
+    module = DistillationModule(**SMALL, learn_rate=True).double()
     x, y = torch.rand(20, 1, 8, 8).double(), torch.arange(20) % 10
     start = module.fresh_weights(3)
 
@@ -62,10 +62,11 @@ def test_the_derivative_goes_through_every_inner_step() -> None:
 
 
 def test_images_and_rate_are_trained_and_the_network_follows_them() -> None:
-    module, fit = fitted()
+    module, fit = fitted(learn_rate=True)
     trained = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
     assert trained == {id(module.images), id(module.log_rate)}
     assert module.inner_rate != 0.5
+    assert fitted()[0].inner_rate == 0.5
     assert module.images.shape == (10, 1, 8, 8)
     assert module.labels.tolist() == list(range(10))
     # The network that the last step has trained.
@@ -95,6 +96,15 @@ def test_validation_logs_a_fresh_network_beside_the_warm_one_and_changes_neither
     assert set(metrics) == {"val_loss", "val_accuracy", "val_warm_loss", "val_warm_accuracy"}
     assert metrics["val_loss"] != metrics["val_warm_loss"]
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_step_whose_inner_training_diverges_moves_nothing() -> None:
+    module, _ = fitted(inner_rate=1e30, restart_every=None)
+    torch.manual_seed(0)
+    seed_everything(0, verbose=False)
+    assert torch.equal(module.images, DistillationModule(**SMALL).images)
+    assert module.inner_rate == pytest.approx(1e30, rel=1e-5)
+    assert all(bool(p.isfinite().all()) for p in module.network.parameters())
 
 
 def test_the_report_needs_the_module(tmp_path: Path) -> None:
