@@ -63,7 +63,7 @@ def test_it_is_what_training_without_each_example_gives(data: tuple[Tensor, ...]
         again.append(functional.cross_entropy(logistic(x, y, kept)(x_val), y_val).item() - before)
     left_out = torch.tensor(again, dtype=torch.float64)
     found = found[::3]
-    # To first order a change is too small by 1 - h, with h the example's leverage: 10 weights for 60 examples on average.
+    # To first order a change is too small by 1 - h, with h the example's leverage: 10 weights for 60 examples.
     assert float((found - left_out).norm() / left_out.norm()) < 10 / (SIZE - 10)
     assert float(torch.corrcoef(torch.stack([found, left_out]))[0, 1]) > 0.99
 
