@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL_OPTIONS ?=
 PYTHONS := 3.10 3.11 3.12 3.13 3.14
 OLDEST ?= python3.10
+export NO_MKDOCS_2_WARNING := 1  # docs/design.md says why MkDocs 1
 RELEASE := .venv-release
 
 .PHONY: demo test coverage check lint types imports format bench docs docs-serve lowest matrix dist release clean

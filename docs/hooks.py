@@ -1,4 +1,4 @@
-"""What MkDocs does beyond its plugins: figures by name, formulas as MathML, notebooks as pages."""
+"""What MkDocs does beyond its plugins: figures by name, formulas as MathML, notebooks as pages, links checked."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from mkdocs.structure.files import File, Files
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 
-from quotes import filled  # noqa: E402 - beside this file, which MkDocs loads from its path
+from links import broken_links  # noqa: E402 - beside this file, which MkDocs loads from its path
+from quotes import filled  # noqa: E402
 
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
+
+_CODE = re.compile(r"(<pre\b.*?</pre>|<code\b.*?</code>)", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -33,13 +36,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Turn formulas into MathML, which browsers draw by themselves: no script, nothing fetched."""
+    """Turn formulas into MathML, which browsers draw by themselves, and keep a number with its unit in one line."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
         return convert(unescape(match[3]), display=display)
 
-    return _FORMULA.sub(formula, html)
+    parts = _CODE.split(_FORMULA.sub(formula, html))
+    parts[::2] = [
+        re.sub(r"(?<=\d) (?=%|\d{3}\b)", "\u00a0", part) for part in parts[::2]
+    ]
+    return "".join(parts)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -53,6 +60,12 @@ def on_files(files: Files, config: Any) -> Files:
         for image, data in images.items():
             files.append(File.generated(config, f"notebooks/{image}", content=data))
     return files
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Check the links and anchors of the built pages, also those that docstrings and the theme have made."""
+    if broken := broken_links(Path(config.site_dir)):
+        raise PluginError("\n".join(broken))
 
 
 def notebook_page(

@@ -1,4 +1,4 @@
-"""The documentation site builds, strictly, and nothing that a page shows is fetched from elsewhere."""
+"""The documentation site builds, strictly, with its links checked."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ from tests.command import ROOT
 
 
 @pytest.mark.slow
-def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
+def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason='pip install --editable ".[docs]"')
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -20,8 +20,8 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     assert len(pages) > 45
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        fetched = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?://[^"]+)"', text)
-        assert not [url for url in fetched if "canonical" not in url], page.name
         assert "{{" not in re.sub(r"<(code|pre).*?</\1>", "", text, flags=re.DOTALL), page.name
         assert 'class="arithmatex"' not in text, page.name
+    # The search box works without a server.
+    assert (tmp_path / "search/search_index.js").exists()
     assert "<math" in (tmp_path / "design.html").read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ from tests.command import ROOT
 from tests.docs.pages import DOCS, blocks, markdown_pages, notebooks
 
 sys.path.insert(0, str(DOCS))
+links: ModuleType = import_module("links")
 quotes: ModuleType = import_module("quotes")
 sys.path.remove(str(DOCS))
 
@@ -112,6 +113,27 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert found.exists(), f"{target} in {path.relative_to(ROOT)}"
         if anchor:
             assert anchor in anchors(found), f"{target} in {path.relative_to(ROOT)}"
+
+
+def test_broken_links_of_built_pages_are_found(tmp_path: Path) -> None:
+    (tmp_path / "guides").mkdir()
+    (tmp_path / "guides/a.html").write_text('<h1 id="top">A</h1><a href="../index.html">back</a>')
+    good = '<a href="guides/a.html#top">a</a><a href="https://example.org">b</a><a href="#c">c</a><p id="c">'
+    index = tmp_path / "index.html"
+    index.write_text(good)
+    assert links.broken_links(tmp_path) == []
+    index.write_text(
+        good
+        + '<a href="guides/b.html">b</a><a href="guides/a.html#no">a</a><img src="p.png"><a href="guides">d</a>'
+        + '<script src="https://example.org/s.js"></script>'
+    )
+    assert links.broken_links(tmp_path) == [
+        "guides/b.html in index.html leads to no file.",
+        "guides/a.html#no in index.html has an anchor that is not in its page.",
+        "p.png in index.html leads to no file.",
+        "guides in index.html leads to no file.",
+        "https://example.org/s.js in index.html is fetched from elsewhere.",
+    ]
 
 
 def test_quoted_figures_and_tables_exist_and_are_used() -> None:
