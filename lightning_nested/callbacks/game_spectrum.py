@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -32,6 +32,9 @@ from lightning_nested.trainer.joint_losses import (
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.run_folder import draws_figures
 from lightning_nested.trainer.use import OneFitCallback
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @checked
@@ -109,6 +112,24 @@ class GameSpectrumCallback(OneFitCallback):
     def should_measure(self, game_updates: int) -> bool:
         """Return True to measure after this update; to be overridden."""
         return game_updates == 1 or game_updates % self.every_n_updates == 0
+
+    def plot(self, last: int = 3) -> Figure:
+        """Draw the last measured spectra side by side, in the log-polar figure that TensorBoard gets.
+
+        Args:
+            last: How many of ``history``.
+
+        Raises:
+            ValueError: Nothing was measured yet, or ``last`` is below 1.
+            MissingExtraError: matplotlib is not installed.
+        """
+        at_least(1, last=last)
+        if not self.history:
+            raise ValueError(
+                "Spectra are drawn once they have been measured. Got an empty history; call plot after trainer.fit."
+            )
+        shown = self.history[-last:]
+        return spectrum_figure(shown, list(shown[-1].momenta))
 
     # ---- lifecycle
 

@@ -153,6 +153,10 @@ class LyapunovCallback(OneFitCallback):
         unit = self.follower.unit
         return lyapunov_figure(self.windows, self.local_exponents, self.crossings, self.smoothing, unit=unit)
 
+    def plot(self) -> Figure:
+        """Return the figure of :meth:`draw`, under the name that it has in other callbacks."""
+        return self.draw()
+
     # ---- lifecycle
 
     @override

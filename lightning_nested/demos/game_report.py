@@ -11,17 +11,17 @@ from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
+from lightning_nested.demos.report import Report
 from lightning_nested.extras import require_package
 from lightning_nested.figures.game_report import game_figure
-from lightning_nested.trainer.run_folder import run_folder, table, write_report
-from lightning_nested.trainer.use import OneFitCallback
+from lightning_nested.trainer.run_folder import run_folder, table
 
 # Distances below it, relative to the first, are rounding.
 _FLOOR = 1e-13
 
 
 @checked
-class GameReport(OneFitCallback):
+class GameReport(Report):
     """Report of a :class:`ZooGame` at the end of ``fit``: a line, ``results.json`` and the figure ``<name>.png``.
 
     The measured rate is the mean factor of the distance per game update over the second half of the run, down to the
@@ -36,8 +36,7 @@ class GameReport(OneFitCallback):
     """
 
     def __init__(self, name: str = "game") -> None:
-        self.name = name
-        self.results: dict[str, Any] = {}
+        super().__init__(name)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,7 +67,7 @@ class GameReport(OneFitCallback):
         }
         figure = game_figure(pl_module, self.results)
         text = _summary(self.results)
-        write_report(trainer, folder, self.name, self.results, figure, pl_module.game_updates, text)
+        self._write(trainer, folder, figure, pl_module.game_updates, text)
 
 
 def measured_rate(distances: list[float]) -> float | None:

@@ -17,21 +17,21 @@ from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
+from lightning_nested.demos.report import Report
 from lightning_nested.extras import require_package
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.reference_runs import fit_like, test_like
-from lightning_nested.trainer.run_folder import run_folder, write_report
-from lightning_nested.trainer.use import OneFitCallback
+from lightning_nested.trainer.run_folder import run_folder
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _METRIC = "test_accuracy"
 
 
 @checked
-class LabelNoiseReport(OneFitCallback):
+class LabelNoiseReport(Report):
     """Measure, at the end of ``fit``, how well tuned example weights found labels known to be wrong.
 
     A copy of the untrained module is trained twice more without tuning: on the same noisy labels, and on the
@@ -57,8 +57,7 @@ class LabelNoiseReport(OneFitCallback):
     """
 
     def __init__(self, name: str = "label_noise") -> None:
-        self.name = name
-        self.results: dict[str, Any] = {}
+        super().__init__(name)
         self._trace = Trace()
         self._initial: LightningModule
         self._tuner: HypergradientCallback
@@ -162,8 +161,7 @@ class LabelNoiseReport(OneFitCallback):
         )
         self.results["seconds"] = time.perf_counter() - self._began
         folder = run_folder(trainer)
-        table = _table(self.results)
-        write_report(trainer, folder, self.name, self.results, figure, trainer.global_step, table)
+        self._write(trainer, folder, figure, trainer.global_step, _table(self.results))
 
     @override
     def state_dict(self) -> dict[str, Any]:

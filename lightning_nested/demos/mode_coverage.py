@@ -10,17 +10,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least as require_at_least, checked
+from lightning_nested.demos.report import Report
 from lightning_nested.extras import require_package
 from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream
-from lightning_nested.trainer.run_folder import run_folder, table, write_report
-from lightning_nested.trainer.use import OneFitCallback
+from lightning_nested.trainer.run_folder import run_folder, table
 
 
 @checked
-class ModeCoverage(OneFitCallback):
+class ModeCoverage(Report):
     """Count the covered modes and good samples of a :class:`GANModule` while it trains.
 
     A sample is of high quality if it lies within three standard deviations of a centre; a mode is covered if
@@ -38,6 +38,7 @@ class ModeCoverage(OneFitCallback):
         name: Name of the figure's file; several in one Trainer must differ in it.
 
     Attributes:
+        results: Content of ``results.json``; empty before the end of ``fit``.
         history: ``(game_updates, modes, share of high quality)`` of each count.
 
     Raises:
@@ -54,10 +55,11 @@ class ModeCoverage(OneFitCallback):
         seed: int = 0,
         name: str = "modes",
     ) -> None:
+        super().__init__(name)
         require_at_least(1, every_n_updates=every_n_updates, num_samples=num_samples, at_least=at_least)
         require_at_least(0, seed=seed)
         self.every_n_updates, self.num_samples, self.at_least = every_n_updates, num_samples, at_least
-        self.seed, self.name = seed, name
+        self.seed = seed
         self.history: list[tuple[int, int, float]] = []
         # Samples at each count, on CPU.
         self._pictures: list[tuple[int, Tensor]] = []
@@ -107,7 +109,7 @@ class ModeCoverage(OneFitCallback):
             self._measure(trainer, pl_module)
         updates, modes, quality = self.history[-1]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        results = {
+        self.results = {
             "game_updates": updates,
             "modes": len(data.centres),
             "modes_covered": modes,
@@ -123,7 +125,7 @@ class ModeCoverage(OneFitCallback):
         )
         rows = [(f"{n} game updates", f"{m:>3} modes {100 * q:>6.1f} % good") for n, m, q in self._shown()]
         text += table("on the way", rows)
-        write_report(trainer, folder, self.name, results, figure, updates, text, file=file)
+        self._write(trainer, folder, figure, updates, text, file=file)
 
     def _shown(self) -> list[tuple[int, int, float]]:
         """Return up to eight counts, the first and the last among them."""

@@ -10,16 +10,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
+from lightning_nested.demos.report import Report
 from lightning_nested.extras import require_package
 from lightning_nested.figures.tuning import tuning_figure
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop
-from lightning_nested.trainer.run_folder import run_folder, write_report
-from lightning_nested.trainer.use import OneFitCallback
+from lightning_nested.trainer.run_folder import run_folder
 
 
 @checked
-class TuningReport(OneFitCallback):
+class TuningReport(Report):
     """Report of a run that tunes hyperparameters: a table, ``results.json`` and the figure ``<name>.png``.
 
     The run may be of a :class:`HypernetworkModule`, a :class:`NestedModule`, or of any module under a
@@ -36,8 +36,7 @@ class TuningReport(OneFitCallback):
     """
 
     def __init__(self, name: str = "tuning") -> None:
-        self.name = name
-        self.results: dict[str, Any] = {}
+        super().__init__(name)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -69,7 +68,7 @@ class TuningReport(OneFitCallback):
         title = f"{type(pl_module).__name__}: {loop.outer_steps} outer steps"
         figure = tuning_figure(loop.trace, loop.outer_steps, loop.spreads(), loop.outer.first, title)
         text = _table(loop, self.results)
-        write_report(trainer, folder, self.name, self.results, figure, trainer.global_step, text)
+        self._write(trainer, folder, figure, trainer.global_step, text)
 
 
 def _owner(trainer: Trainer, module: LightningModule) -> HasOuterLoop:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_nested.files import replace_text
 from lightning_nested.hyperparameters import OuterReport
 from lightning_nested.hyperparameters.saved_values import saved_values
+from lightning_nested.trainer.notebook import html_table
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.use import OneFitCallback
 
@@ -144,19 +145,11 @@ class OuterLoopCallback(HasOuterLoop, OneFitCallback):
             return head
         titles = ("hyperparameter", "values", "start", "mean", "smallest", "largest")
         rows = [
-            (
-                name,
-                count,
-                *(f"{v:.4g}" for v in (self.outer_loop.outer.first.get(name, [mean])[0], mean, low, high)),
-            )
+            (name, count, self.outer_loop.outer.first.get(name, [mean])[0], mean, low, high)
             for name, (mean, low, high, count) in now.items()
         ]
-        cells = "".join(
-            f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
-        )
-        heading = "".join(f"<th>{title}</th>" for title in titles)
         steps = f"{self.outer_steps} outer steps, {self.skipped_steps} skipped"
-        return f"{head}<table><caption>{steps}</caption><tr>{heading}</tr>{cells}</table>"
+        return head + html_table(titles, rows, steps)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

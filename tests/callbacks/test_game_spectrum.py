@@ -273,6 +273,17 @@ def test_training_is_the_same_to_the_last_bit(update: Any) -> None:
         assert torch.equal(a.eigenvalues, b.eigenvalues)
 
 
+def test_the_last_spectra_are_drawn() -> None:
+    callback = GameSpectrumCallback(2, k=None)
+    with pytest.raises(ValueError, match=r"Got an empty history; call plot after trainer.fit"):
+        callback.plot()
+    trainer(callback, max_steps=4).fit(zoo(QuadraticGame.from_eigenvalues([0.5 + 1j])))
+    titles = [axes.get_title(loc="left").splitlines()[0] for axes in callback.plot(last=2).axes]
+    assert titles == ["after 2 game updates", "after 4 game updates"]
+    with pytest.raises(ValueError, match=r"last must be at least 1. Got 0"):
+        callback.plot(last=0)
+
+
 def test_metrics_and_the_figure_go_to_the_logger() -> None:
     class Recorder(Logger):
         name, version = "recorder", 0

@@ -41,6 +41,7 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     callback = LyapunovCallback(2, figure=True)
     trainer(callback, max_epochs=6, folder=tmp_path).fit(Regression(smooth()), DataLoader(data(32), 32))
     assert (tmp_path / "lyapunov.png").stat().st_size > 10_000
+    assert callback.plot().axes[0].get_title(loc="left") == "Lyapunov exponents of the training"
 
 
 class Manual(Regression):

@@ -45,6 +45,11 @@ def test_a_run_that_tunes_decays(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "weight_decay" in out
     assert "6 outer steps" in out
 
+    assert len(report.plot().axes) == 2
+    html = report._repr_html_()
+    assert html.startswith("<pre>TuningReport(")
+    assert "<td>outer_steps</td><td>6</td>" in html
+
     axes = callback.plot()
     (line,) = axes.get_lines()
     assert line.get_xdata().tolist() == [0, 1, 3, 5, 6]
@@ -75,6 +80,9 @@ def test_before_fit_there_is_nothing_to_draw() -> None:
         callback.plot()
     assert callback._repr_html_().startswith("<pre>HypergradientCallback(")
     assert "<table>" not in callback._repr_html_()
+    with pytest.raises(ValueError, match=r"Got none from TuningReport; call plot after trainer.fit"):
+        TuningReport().plot()
+    assert "<table>" not in TuningReport()._repr_html_()
 
 
 def test_a_run_that_tunes_nothing_is_refused(tmp_path: Path) -> None:

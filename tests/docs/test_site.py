@@ -68,9 +68,18 @@ def test_what_the_reference_describes_exists() -> None:
     assert hasattr(lightning_nested, "__version__")
 
 
-def test_the_gallery_shows_every_configuration() -> None:
-    headings = set(re.findall(r"^## (\S+)$", (DOCS / "gallery.md").read_text(encoding="utf-8"), re.MULTILINE))
-    assert headings == {*shipped_configs(), *(f"ride/{name}" for name in shipped_rides())}
+def test_the_gallery_has_a_page_for_every_configuration() -> None:
+    pages = {path.stem for path in (DOCS / "gallery").glob("*.md")} - {"index"}
+    commands = {name: f"fit --config {name}" for name in shipped_configs()}
+    commands |= {f"ride_{name}": f"ride --config {name}" for name in shipped_rides()}
+    assert pages == set(commands)
+    index = (DOCS / "gallery/index.md").read_text(encoding="utf-8")
+    for page, command in commands.items():
+        text = (DOCS / f"gallery/{page}.md").read_text(encoding="utf-8")
+        assert "| takes |" in text, page
+        assert "![" in text or "No picture, since nobody has run it" in text, page
+        assert command in text or f"--config {page}\n" in text, page
+        assert f"]({page}.md)" in index, page
 
 
 def navigation() -> set[str]:
