@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Turn formulas into MathML, which browsers draw by themselves, and keep a number with its unit in one line."""
+    """Turn formulas into MathML, which browsers draw by themselves; keep numbers and units, and ranges, together."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
@@ -44,7 +44,8 @@ def on_page_content(html: str, **_: Any) -> str:
 
     parts = _CODE.split(_FORMULA.sub(formula, html))
     parts[::2] = [
-        re.sub(r"(?<=\d) (?=%|\d{3}\b)", "\u00a0", part) for part in parts[::2]
+        re.sub(r"(?<=\d) (?=%|\d{3}\b)|(?<=\d,) (?=[\d.]+\])", "\u00a0", part)
+        for part in parts[::2]
     ]
     return "".join(parts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -106,9 +106,12 @@ def _versions(*values: Tensor) -> AbstractContextManager[None]:
     """Return a context whose exit sets the versions of now: an earlier graph needs what will be there again."""
     try:
         return _unsafe_preserve_version_counter(values)
-    # torch 2.5 takes no tuple: there such a graph is refused.
+    # torch 2.5 takes one tensor only.
     except AttributeError:
-        return nullcontext()
+        each = ExitStack()
+        for value in values:
+            each.enter_context(_unsafe_preserve_version_counter(value))
+        return each
 
 
 def _restore_leaf(value: Tensor, gradient: Tensor | None) -> None:
