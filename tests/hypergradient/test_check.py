@@ -354,10 +354,11 @@ def test_asymmetric_products_are_named(normal: Any) -> None:
 
 
 def test_inner_loss_without_a_minimum_is_named() -> None:
+    # A bent valley: a line search alone does not end at its lowest point.
     report = check_hypergradient(
-        lambda w, h: -((w[0] - h[0]) ** 2).sum() + 1e-3 * (w[0] ** 4).sum(),
-        lambda w, h: (w[0] ** 2).sum(),
-        [double(0.0)],
+        lambda w, h: -((w[0] - h[0]) ** 2) + 1e-3 * w[0] ** 4 + 100 * (w[1] - w[0] ** 2) ** 2,
+        lambda w, h: w[0] ** 2 + w[1] ** 2,
+        [double(0.0), double(0.0)],
         [double(0.0)],
         solver=DenseSolve(),
         retrain=Minimize(max_iterations=2, newton_steps=0),
