@@ -1,15 +1,21 @@
-"""What makes docstrings readable as Markdown: doctests as code, roles such as ``:class:`` as links."""
+"""What makes docstrings readable as Markdown: doctests as code, roles such as ``:class:`` as links, indices set low."""
 
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import griffe
 
-_REFERENCE = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+
+from formulas import with_indices  # noqa: E402 - beside this file, which griffe loads from its path
+
+_REFERENCE = DOCS / "reference"
 _ROLE = re.compile(r":\w+:`~?([\w.]+)(?:\(\))?`")
 
 
@@ -63,4 +69,6 @@ class ReadableDocstrings(griffe.Extension):
         """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
             # In an "Example:" section of Google style the fences are those of the section itself.
-            obj.docstring.value = with_fences(with_links(obj.docstring.value))
+            obj.docstring.value = with_fences(
+                with_links(with_indices(obj.docstring.value))
+            )

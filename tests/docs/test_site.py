@@ -22,6 +22,7 @@ from tests.command import ROOT
 from tests.docs.pages import DOCS, blocks, markdown_pages, notebooks
 
 sys.path.insert(0, str(DOCS))
+formulas: ModuleType = import_module("formulas")
 links: ModuleType = import_module("links")
 quotes: ModuleType = import_module("quotes")
 sys.path.remove(str(DOCS))
@@ -122,6 +123,14 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert found.exists(), f"{target} in {path.relative_to(ROOT)}"
         if anchor:
             assert anchor in anchors(found), f"{target} in {path.relative_to(ROOT)}"
+
+
+def test_indices_in_docstrings_are_set_low_outside_of_code() -> None:
+    text = "dL_V/dλ = Σ_{k=0}^{K} (I − αA)ᵏ b; w_i² and 2^d, `L_V`, ``w_{t}``, train_x, λ_max, g_t.\n>>> x_i = 2\nx ^ y"
+    assert formulas.with_indices(text) == (
+        "dL_V/dλ = Σ<sub>k=0</sub><sup>K</sup> (I − αA)ᵏ b; w<sub>i</sub>² and 2<sup>d</sup>, `L_V`, ``w_{t}``, "
+        "train_x, λ<sub>max</sub>, g<sub>t</sub>.\n>>> x_i = 2\nx ^ y"
+    )
 
 
 def test_broken_links_of_built_pages_are_found(tmp_path: Path) -> None:
