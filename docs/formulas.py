@@ -7,7 +7,7 @@ import re
 # Code, which stays as it is, or an index or exponent of a letter: L_V, w_{t-1}, Σ_{k=0}^{K}, 2^d.
 _INDEX = re.compile(
     r"(?P<code>``.*?``|`[^`]*`|^\s*(?:>>>|\.\.\.).*$)"
-    r"|(?<!\w)(?P<base>[^\W_])(?:_(?:\{(?P<low>[^}]+)\}|(?P<index>[^\W²³ᵀ]+)))?(?:\^(?:\{(?P<high>[^}]+)\}|(?P<power>\w)))?",
+    r"|(?<![^\W²³])(?P<base>d?[^\W_])(?:_(?:\{(?P<low>[^}]+)\}|(?P<index>[^\W²³ᵀ]+)))?(?:\^(?:\{(?P<high>[^}]+)\}|(?P<power>\w)))?",
     re.MULTILINE,
 )
 

@@ -126,9 +126,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_indices_in_docstrings_are_set_low_outside_of_code() -> None:
-    text = "dL_V/dλ = Σ_{k=0}^{K} (I − αA)ᵏ b; w_i² and 2^d, `L_V`, ``w_{t}``, train_x, λ_max, g_t.\n>>> x_i = 2\nx ^ y"
+    text = "dL_V/dλ = ∂²L_T, Σ_{k=0}^{K} (I − αA)ᵏ b; w_i² and 2^d, `L_V`, ``w_{t}``, train_x, λ_max, g_t.\n>>> x_i = 2\nx ^ y"
     assert formulas.with_indices(text) == (
-        "dL_V/dλ = Σ<sub>k=0</sub><sup>K</sup> (I − αA)ᵏ b; w<sub>i</sub>² and 2<sup>d</sup>, `L_V`, ``w_{t}``, "
+        "dL<sub>V</sub>/dλ = ∂²L<sub>T</sub>, Σ<sub>k=0</sub><sup>K</sup> (I − αA)ᵏ b; w<sub>i</sub>² and 2<sup>d</sup>, `L_V`, ``w_{t}``, "
         "train_x, λ<sub>max</sub>, g<sub>t</sub>.\n>>> x_i = 2\nx ^ y"
     )
 

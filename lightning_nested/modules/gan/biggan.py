@@ -218,7 +218,9 @@ class BigGAN(GANModule):
             average_running_statistics(self.generator, self.trainer.strategy)
         if self._logs_at(self.game_updates + 1):
             parameters = (p for group in optimizer.param_groups for p in group["params"])
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            # torch.nn.utils.get_total_norm came with torch 2.6.
+            norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
             self._gradient_norms[f"{player}_gradient_norm"] = norm
 
     @override
