@@ -10,7 +10,7 @@ OLDEST ?= python3.10
 export NO_MKDOCS_2_WARNING := 1  # docs/design.md says why MkDocs 1
 RELEASE := .venv-release
 
-.PHONY: demo test coverage check lint types imports format bench docs docs-serve lowest matrix dist release clean
+.PHONY: demo test coverage check lint types imports format bench docs docs-serve lowest matrix dist sdist-test release clean
 .DEFAULT_GOAL := check
 
 demo: $(VENV)/.demo  ## find the wrong labels among 700 digits while training on them
@@ -70,6 +70,13 @@ dist: $(VENV)/.release  ## source archive and wheel into dist/, built twice and 
 	cmp dist/*.whl dist/second/*.whl
 	rm -rf dist/second build
 	$(BIN)/python -m twine check --strict dist/*
+
+sdist-test: $(INSTALLED)  ## the default test suite in the unpacked source archive that make dist has left
+	rm -rf build/sdist
+	mkdir -p build/sdist
+	tar xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	cd build/sdist && $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal
+	rm -rf build
 
 # Nothing is uploaded. The main job runs outside the tree, so that it is the wheel that is imported.
 release: dist  ## the release checklist: also installs the wheel in an empty environment, and runs the main job there

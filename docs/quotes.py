@@ -1,13 +1,15 @@
-"""Quotes in pages: figures by name, from figures.yml, and tables of results.md, by heading and number.
+"""Quotes in pages: figures by name, from figures.yml, and tables of results.md, by heading and number, also drawn.
 
 {{ callback_cost }}                                    the figure of that name
 {{ table "The main job" }}                             the first table below that heading
 {{ table "Against search" 2 columns 1 3 }}             the second, its first and third column
+{{ bars "One hypergradient" 1 columns 2 3 rows "CG" }} bars as long as the third column, beside the second, of its CG rows
 """
 
 from __future__ import annotations
 
 import re
+from html import escape
 from pathlib import Path
 
 import yaml
@@ -15,6 +17,10 @@ import yaml
 DOCS = Path(__file__).parent
 FIGURE = re.compile(r"\{\{ *(\w+) *\}\}")
 TABLE = re.compile(r'\{\{ *table "([^"]+)"(?: (\d+))?(?: columns ([\d ]+?))? *\}\}')
+
+BARS = re.compile(
+    r'\{\{ *bars "([^"]+)" (\d+) columns (\d+) (\d+)(?: rows "([^"]+)")? *\}\}'
+)
 
 
 def figures() -> dict[str, str]:
@@ -52,6 +58,44 @@ def table(heading: str, number: int = 1, columns: str | None = None) -> str:
     return "\n".join(rows) + "\n"
 
 
+def bars(
+    heading: str, number: int, label: int, value: int, first: str | None = None
+) -> str:
+    """Return a bar for each row of a table of results.md, as HTML that fits a phone and a dark page.
+
+    Args:
+        heading: Heading above the table.
+        number: Which table below it.
+        label: Column beside the bars, from 1.
+        value: Column whose first number is the length.
+        first: Beginning of the first column of the rows that are drawn; None: all rows.
+
+    Raises:
+        ValueError: There is no such table, or no number to draw.
+    """
+    lines = table(heading, number).splitlines()
+    rows = [
+        [cell.strip(" *") for cell in re.split(r"(?<!\\)\|", row)] for row in lines
+    ]
+    found = [
+        (row[label].replace("`", ""), float(match[0]))
+        for row in rows[2:]
+        if first is None or row[1].startswith(first)
+        if (match := re.search(r"\d+(\.\d+)?", row[value]))
+    ]
+    if not found:
+        raise ValueError(
+            f"Column {value} below {heading!r} must have numbers. Got none in the rows of {first!r}."
+        )
+    longest = max(length for _, length in found)
+    drawn = "\n".join(
+        f'<span>{escape(name)}</span><i style="--share: {length / longest:.4f}">{length:g}</i>'
+        for name, length in found
+    )
+    title = escape(re.sub(r" \[.*", "", rows[0][value]).replace("`", ""))
+    return f'<div class="bars" role="img" aria-label="{title}">\n<b>{title}</b>\n{drawn}\n</div>\n'
+
+
 def filled(text: str) -> str:
     """Replace all quotes in a page by what they stand for.
 
@@ -69,5 +113,11 @@ def filled(text: str) -> str:
 
     text = TABLE.sub(
         lambda match: table(match[1], int(match[2] or 1), match[3]), text
+    )
+    text = BARS.sub(
+        lambda match: bars(
+            match[1], int(match[2]), int(match[3]), int(match[4]), match[5]
+        ),
+        text,
     )
     return FIGURE.sub(figure, text)

@@ -126,10 +126,10 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_indices_in_docstrings_are_set_low_outside_of_code() -> None:
-    text = "dL_V/dλ = ∂²L_T, Σ_{k=0}^{K} (I − αA)ᵏ b; w_i² and 2^d, `L_V`, ``w_{t}``, train_x, λ_max, g_t.\n>>> x_i = 2\nx ^ y"
+    text = "dL_V/dλ = ∂²L_T, Σ_{k=0}^{K} Aᵏ b; w_i² and 2^d, `L_V`, ``w_{t}``, train_x, λ_max, g_t.\n>>> x_i = 2\nx ^ y"
     assert formulas.with_indices(text) == (
-        "dL<sub>V</sub>/dλ = ∂²L<sub>T</sub>, Σ<sub>k=0</sub><sup>K</sup> (I − αA)ᵏ b; w<sub>i</sub>² and 2<sup>d</sup>, `L_V`, ``w_{t}``, "
-        "train_x, λ<sub>max</sub>, g<sub>t</sub>.\n>>> x_i = 2\nx ^ y"
+        "dL<sub>V</sub>/dλ = ∂²L<sub>T</sub>, Σ<sub>k=0</sub><sup>K</sup> Aᵏ b; w<sub>i</sub>² and 2<sup>d</sup>, "
+        "`L_V`, ``w_{t}``, train_x, λ<sub>max</sub>, g<sub>t</sub>.\n>>> x_i = 2\nx ^ y"
     )
 
 
@@ -170,6 +170,29 @@ def test_a_missing_quote_is_an_error() -> None:
         quotes.filled('{{ table "No such" }}')
     with pytest.raises(ValueError, match=r"must have 9 tables"):
         quotes.filled('{{ table "The main job" 9 }}')
+    with pytest.raises(ValueError, match=r"must have numbers. Got none in the rows of 'none'"):
+        quotes.filled('{{ bars "A step of each optimizer" 1 columns 1 2 rows "none" }}')
+
+
+def test_bars_are_as_long_as_the_numbers_of_a_table() -> None:
+    drawn = quotes.filled('{{ bars "Which solver" 1 columns 1 2 rows "Neumann" }}')
+    values = [float(v) for v in re.findall(r">([\d.]+)</i>", drawn)]
+    shares = [float(v) for v in re.findall(r"--share: ([\d.]+)", drawn)]
+    assert len(values) == 3
+    assert shares == pytest.approx([v / max(values) for v in values], abs=1e-4)
+    assert "<span>Neumann, step 1/λ_max</span>" in drawn
+    assert 'aria-label="products to 1 %"' in drawn
+
+
+def test_each_page_of_results_has_a_figure_a_table_and_where_it_loses() -> None:
+    for path in sorted((DOCS / "results").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "index.md":
+            assert "![" in text or "{{ bars" in text, path.name
+            assert "{{ table" in text or "| --- |" in text, path.name
+            assert "**Question.**" in text, path.name
+            assert "**Where it loses.**" in text, path.name
+            assert "```bash" in text, path.name
 
 
 def test_shell_blocks_name_what_exists() -> None:
