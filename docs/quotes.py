@@ -3,7 +3,7 @@
 {{ callback_cost }}                                    the figure of that name
 {{ table "The main job" }}                             the first table below that heading
 {{ table "Against search" 2 columns 1 3 }}             the second, its first and third column
-{{ bars "One hypergradient" 1 columns 2 3 rows "CG" }} bars as long as the third column, beside the second, of its CG rows
+{{ bars "One hypergradient" 1 columns 2 3 rows "CG" }} the CG rows: bars of column 3 beside column 2
 """
 
 from __future__ import annotations

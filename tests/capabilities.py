@@ -4,11 +4,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import pytest
+import torch
 
 T = TypeVar("T")
 
 # What torch says where an operation has no version for a type: oneDNN's words, then those of its own kernels.
 MISSING = ("could not create a primitive", "not implemented for 'BFloat16'")
+
+# The lower bound of pyproject.toml lacks some of what later ones have.
+TORCH_2_5 = torch.__version__.startswith("2.5.")
+named_parameters = pytest.mark.skipif(TORCH_2_5, reason="optimizers of torch 2.5 take no names of parameters")
 
 
 def bf16_or_skip(compute: Callable[[], T]) -> T:

@@ -15,8 +15,8 @@ ROUNDED_PI = math.pi + 1e-3  # 3.1416 and 3.142, as people write π into YAML, a
 def number(name: str, value: Any) -> float:
     """Convert to a finite float; integers, one-element tensors and NumPy scalars are accepted."""
     try:
-        # float() would read the string "3", and True is no rate.
-        result = float(None if isinstance(value, bool | str | bytes) else value)  # type: ignore[arg-type]
+        # float() would read the string "3", and True is no rate. A tuple: torch.compile of torch 2.5 knows no unions.
+        result = float(None if isinstance(value, (bool, str, bytes)) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be a number. Got {value!r}.") from error
     if not -math.inf < result < math.inf:  # torch.compile cannot trace math.isfinite of a rate that varies

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested.optim import Extragradient
 from lightning_nested.optim.kernels import walk
+from tests.capabilities import named_parameters
 from tests.optim.cases import OptimizerCase, Quadratic, close, equal, every, follow, game_step
 from tests.trainers import trainer
 
@@ -135,6 +136,7 @@ def test_a_group_that_joins_late_starts_afresh(case: OptimizerCase) -> None:
     equal(problem.values(), separate.values())
 
 
+@named_parameters
 @every
 def test_named_parameters(case: OptimizerCase) -> None:
     module = nn.Linear(2, 1)

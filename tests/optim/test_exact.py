@@ -21,6 +21,7 @@ from lightning_nested.optim import (
     OptimisticAdam,
     OptimisticSGD,
 )
+from tests.capabilities import TORCH_2_5
 from tests.optim.cases import Quadratic, follow
 
 DOUBLE = torch.float64
@@ -234,7 +235,13 @@ def test_a_state_of_torch_adam_loads() -> None:
         (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), lambda p: ComplexSGD(p, 0.1)),
         (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.1), lambda p: ComplexSGD(p, 0.1)),
         (lambda p: torch.optim.Adam(p, 0.1, amsgrad=True), ComplexAdam),
-        (lambda p: torch.optim.AdamW(p, 0.1), ComplexAdam),
+        pytest.param(
+            lambda p: torch.optim.AdamW(p, 0.1),
+            ComplexAdam,
+            marks=pytest.mark.skipif(
+                TORCH_2_5, reason="states of AdamW of torch 2.5 do not say what they are"
+            ),
+        ),
     ],
 )
 def test_states_of_other_methods_are_refused(theirs: Any, ours: Any) -> None:

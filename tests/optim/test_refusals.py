@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_nested.optim import Extragradient, GameOptimizer
+from tests.capabilities import named_parameters
 from tests.optim.cases import BAD, OptimizerCase, Quadratic, equal, every
 
 
@@ -95,6 +96,7 @@ def test_options_of_torch_that_would_change_a_step(case: OptimizerCase, option: 
     assert len(optimizer.param_groups) == 1
 
 
+@named_parameters
 @every
 def test_groups_with_and_without_names_and_parameters_twice(case: OptimizerCase) -> None:
     p, q = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler, swa_utils
 
 from lightning_nested.optim import ComplexAdam, GameOptimizer
+from tests.capabilities import named_parameters
 from tests.optim.cases import OptimizerCase, Quadratic, close, equal, every, follow, game_step
 
 
@@ -192,6 +193,7 @@ def test_a_hook_may_bring_the_state_of_adam() -> None:
     close(problem.values(), adams.values())
 
 
+@named_parameters
 @every
 def test_names_of_parameters_are_saved(case: OptimizerCase) -> None:
     net = Net()
@@ -223,6 +225,8 @@ def cycles(optimizer: GameOptimizer) -> bool:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @every
+# torch 2.5 warns of its own SequentialLR.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 def test_every_scheduler_sets_the_same_rates_as_for_adam(case: OptimizerCase, name: str) -> None:
     problem, adams = Quadratic(), Quadratic()
     optimizer, adam = case.make(problem.params), torch.optim.Adam(adams.params, lr=case.options["lr"])
