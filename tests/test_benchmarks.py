@@ -252,3 +252,11 @@ def test_projects_of_others(run: Script) -> None:
     (pair,) = run("projects", ["--rounds", "1", "--only", "gpt", "--epochs", "1"])["gpt"]
     assert pair["tuned"]["outer_steps"] > 0
     assert pair["plain"]["test"] > 0
+
+
+def test_what_outer_steps_hold_for_a_gpt(run: Script) -> None:
+    found = run("large_model_memory", ["--width", "8", "--depth", "1"])
+    default, current = found["the default"], found["Neumann(num_terms=5), Current()"]
+    assert default["Kronecker factors"] > 0
+    assert "Kronecker factors" not in current or not current["Kronecker factors"]
+    assert current["solver"] > default["solver"]

@@ -19,10 +19,12 @@ from lightning_nested.dynamics import (
 from lightning_nested.dynamics.riders.branching import FiniteTime, screen
 from lightning_nested.games import IteratedPrisonersDilemma, MatchingPennies, SmallIPD
 from lightning_nested.optim import ComplexSGD
+from tests.capabilities import TORCH_2_5
 from tests.cases import DOUBLE
 from tests.dynamics.riders.rides import DESCENT, stacked, starts
 
 
+@pytest.mark.skipif(TORCH_2_5, reason="torch 2.5 derives a recorded torch.linalg.solve wrongly")
 @pytest.mark.parametrize("optimizer", [partial(SGD, lr=1.0), partial(ComplexSGD, lr=1.0)])
 def test_finite_time_exponents_and_their_gradient(optimizer: Any) -> None:
     game = IteratedPrisonersDilemma()
