@@ -6,6 +6,7 @@ from importlib import import_module
 
 # Top-level package: extra of pyproject.toml.
 EXTRAS = {
+    "PIL": "images",
     "jsonargparse": "cli",
     "matplotlib": "figures",
     "ray": "ray",

@@ -25,7 +25,9 @@ _SAMPLING = Sampling()
 def draw(
     module: GANModule, labels: Tensor, *, batch_norm: BatchNormMode = "running", generator: torch.Generator
 ) -> Tensor:
-    """Return a sample for each label, without a graph, at least float32; without classes, or as fractions, only their number counts.
+    """Return a sample for each label, without a graph, at least float32.
+
+    Without classes, or where labels are fractions, only their number counts.
 
     The module's own ``sample_latents``, ``generate`` and, without classes, ``fakes`` make them; the global random
     streams stay as they are.
