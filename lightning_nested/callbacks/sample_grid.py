@@ -69,7 +69,7 @@ class SampleGrid(OneFitCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("torchvision", *(("PIL",) if gif else ()))
+        require_package("torchvision", *(("PIL",) if self.gif else ()))
         require_sampler(self, pl_module)
         if stage == "fit":
             self._written = []
