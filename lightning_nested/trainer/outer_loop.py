@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -68,6 +69,7 @@ class OuterLoop:
         train_batches: int | None = 0,
     ) -> None:
         self.every_n_steps, self.warmup_steps, self.restart_every = every_n_steps, warmup_steps, restart_every
+        self.last_restart = math.inf  # inner step after which the run is too short to train again
         self.max_skipped, self.log_every_n_outer_steps = max_skipped, log_every_n_outer_steps
         at_least(1, every_n_steps=every_n_steps, restart_every=restart_every)
         at_least(0, warmup_steps=warmup_steps, max_skipped=max_skipped)
@@ -236,6 +238,13 @@ class OuterLoop:
             self._log(module, self.last_report)
             self.trace.add(self.outer_steps, self.last_report.outer_loss, self.spreads())
         if self.restart_every is not None and self.outer_steps % self.restart_every == 0:
+            if self.inner_steps > self.last_restart:
+                rank_zero_info(
+                    f"{self.owner} makes no restart after outer step {self.outer_steps}: less than "
+                    f"restart_every={self.restart_every} of them are left, and the run would end with an untrained "
+                    "network."
+                )
+                return
             assert self.batches is not None
             seed = self.batches.seed + 104_729 * self.outer_steps
             reinitialize(module, self.initial, self.parameters, seed)

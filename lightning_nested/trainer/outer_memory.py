@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_nested.hyperparameters.shared_adam import SharedAdam
@@ -36,6 +37,25 @@ def outer_memory(plan: OuterPlan, parameters: Mapping[str, Tensor]) -> dict[str,
     name = "decays" if len(plan.outer.decays) == len(plan.outer.hyperparameters) else "hyperparameters"
     found[name] = copies * _bytes(plan.outer.tensors)
     return found
+
+
+def tell_plan(owner: str, plan: OuterPlan, parameters: Mapping[str, Tensor], *, try_out: bool) -> None:
+    """Say at the start of a fit what outer steps cost and hold, or that there will be none.
+
+    Args:
+        owner: Class name in the message.
+        plan: Plan of the run.
+        parameters: Inner parameters by name.
+        try_out: Whether this is a ``fast_dev_run``, which makes one outer step in any case.
+    """
+    pace = plan.pace
+    line = f"{owner}: {pace}{memory_line(outer_memory(plan, parameters))}."
+    if pace is not None and pace.outer_steps == 0 and not try_out:
+        line += (
+            f" The run has {pace.total_steps} inner steps, so that nothing will be tuned: lower "
+            f"warmup_steps={pace.warmup_steps} or every_n_steps={pace.every_n_steps}, or train longer."
+        )
+    rank_zero_info(line)
 
 
 def memory_line(parts: Mapping[str, int]) -> str:

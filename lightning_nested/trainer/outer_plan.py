@@ -115,6 +115,7 @@ class OuterPlan:
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescale_units()
         loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
+        loop.last_restart = pace.last_restart(loop.restart_every)
         if self._default_optimizer:
             steps = pace.outer_steps
             # Functions with names: a strategy may pickle them.

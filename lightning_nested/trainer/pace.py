@@ -52,6 +52,13 @@ class Pace:
     def _outer_steps_before(self, inner_step: int) -> int:
         return max(0, -(-(inner_step - self.warmup_steps) // self.every_n_steps))
 
+    def last_restart(self, every: int | None) -> float:
+        """Return the inner step up to which a restart leaves the time of ``every`` outer steps to train again."""
+        if self.total_steps is None or every is None:
+            return math.inf
+        first, made = self.began
+        return first + self.total_steps - made - every * self.every_n_steps
+
     @property
     def rate(self) -> float:
         """First rate of the default outer optimizer, which ends at zero with the run."""

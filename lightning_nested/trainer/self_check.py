@@ -44,13 +44,14 @@ _WRONG_MIXED = (
 _REPLACED = (
     "The training loss has no second derivative ({reason}), so products with its curvature are differences of "
     "gradients, {sides} a product, right to {error:.1g}. Give curvature=FiniteDifference() to choose them "
-    f"yourself; for exact products run {OTHER_FORMS}; the default solver needs no products at all."
+    f"yourself; for exact products run {OTHER_FORMS}. No second derivative is needed where the solver is the default "
+    "and hyperparameters in the loss are differenced too, train_batches=2 say."
 )
 _NEGATIVE = (
-    "The solver met a direction of negative curvature, vᵀHv/vᵀv = {curvature:.2g}, and what it found up to there is "
-    "the answer: the training loss is not near a minimum, as that of a transformer hardly ever is. The default solver "
-    "needs no such products; or give it damping above {size:.2g}, as ConjugateGradient(damping=...), or "
-    "curvature=GaussNewton(outputs=...)."
+    "The solver met a direction of negative curvature, vᵀAv/vᵀv = {curvature:.2g} with A the curvature, its damping "
+    "included, and the outer step uses what it found up to there: the training loss is not near a minimum. The default "
+    "solver needs no such product; or give it more damping, at least by {size:.2g}, as ConjugateGradient(damping=...), "
+    "or curvature=GaussNewton(outputs=...)."
 )
 _ZERO = (
     "The outer loss has a gradient of exactly zero at the weights, and so every hypergradient through them is zero. "

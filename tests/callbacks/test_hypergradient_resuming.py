@@ -63,6 +63,35 @@ def test_restart_brings_new_weights_and_an_optimizer_without_memory() -> None:
     assert not torch.isclose(seen[2], seen[1]).any()
 
 
+def test_no_restart_leaves_an_untrained_network_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        "lightning_nested.trainer.outer_loop.reinitialize",
+        lambda *_: made.append(callback.outer_loop.outer_steps),
+    )
+    callback = HypergradientCallback(
+        decay_all(), restart_every=6, every_n_steps=10, warmup_steps=20, solver=Identity()
+    )
+    with caplog.at_level("INFO"):
+        trainer(callback, max_steps=200, max_epochs=None).fit(
+            Regression(smooth()), DataLoader(data(16, 1), 8), DataLoader(data(8, 2), 8)
+        )
+    # At inner steps 70 and 130; the next would be at 190 of 200.
+    assert (callback.outer_loop.outer_steps, made) == (18, [6, 12])
+    assert "makes no restart after outer step 18" in caplog.text
+
+
+def test_a_run_without_outer_steps_is_told_before_it_begins(caplog: pytest.LogCaptureFixture) -> None:
+    callback = HypergradientCallback(decay_all(), warmup_steps=2000)
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="made no outer step in 4 inner steps"):
+        trainer(callback, max_epochs=2).fit(
+            Regression(smooth()), DataLoader(data(16, 1), 8), DataLoader(data(8, 2), 8)
+        )
+    assert "The run has 4 inner steps, so that nothing will be tuned: lower warmup_steps=2000" in caplog.text
+
+
 def test_restart_leaves_frozen_layers_alone() -> None:
     module = Regression(smooth())
     module.net[0].requires_grad_(False)  # type: ignore[index,union-attr]

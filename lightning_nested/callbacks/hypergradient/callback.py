@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,7 +28,7 @@ from lightning_nested.trainer.inner_problem import modules_outer_loss
 from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
-from lightning_nested.trainer.outer_memory import memory_line, outer_memory
+from lightning_nested.trainer.outer_memory import tell_plan
 from lightning_nested.trainer.outer_plan import OuterPlan, needs_graph
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -198,8 +197,8 @@ class HypergradientCallback(OuterLoopCallback):
         self.outer_loop.remember_initial(self.outer_loop.parameters)
         if self._saved is not None:
             self._restore(self._saved)
-        held = memory_line(outer_memory(self.plan, self.outer_loop.parameters))
-        rank_zero_info(f"HypergradientCallback: {self.plan.pace}{held}.")
+        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        tell_plan("HypergradientCallback", self.plan, self.outer_loop.parameters, try_out=dev_run)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
