@@ -13,9 +13,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_nested.linalg.vectors import Vector
 
+# With its number: a custom torch.autograd.Function may have such a name, and has none.
 _POINTWISE = re.compile(
     r"(Add|Sub|Mul|Div|Neg|Pow|Exp|Log|Log1P|Sqrt|Rsqrt|Reciprocal|Abs|Sin|Cos|Tanh|TanhBackward|Sigmoid"
-    r"|SigmoidBackward|Softplus|SoftplusBackward)Backward\d*"
+    r"|SigmoidBackward|Softplus|SoftplusBackward)Backward\d+"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +84,24 @@ def test_parameters_that_are_no_leaves_are_not_split() -> None:
     inside = tuple(p * 2.0 for p in params)
     loss = CASES["one decay each"][0](inside)
     assert separate(gradient_with_graph(loss, inside), inside) is None
+
+
+class Exp(torch.autograd.Function):
+    """Sums up, under the name of a pointwise function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.cumsum(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].flip(0).cumsum(0).flip(0)
+
+
+def test_a_custom_function_is_not_taken_for_torchs_of_that_name() -> None:
+    w = (torch.arange(1.0, 4.0, dtype=DOUBLE).requires_grad_(),)
+    operator = HessianOperator((w[0] * Exp.apply(w[0])).sum(), w)
+    # Of wᵀ C w with C the lower triangle of ones.
+    lower = torch.ones(3, 3, dtype=DOUBLE).tril()
+    v = (torch.tensor([1.0, -2.0, 0.5], dtype=DOUBLE),)
+    torch.testing.assert_close((operator @ v)[0], (lower + lower.T) @ v[0])
