@@ -38,8 +38,9 @@ class WeightDecay(Hyperparameter):
         include: Names of parameters that are decayed, with ``*`` wildcards; None: those with two dimensions and more,
             not biases and norms.
         exclude: Names that are not, with ``*`` wildcards.
-        transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1]: SGD diverges
-            above about 2(1 + β)/rate.
+        transform: Map from the unconstrained tensor to the decay; default ``Exp`` within [1e-12, 1] (SGD diverges
+            above about 2(1 + β)/rate), and in a run of known length within the bounds of :meth:`fit_to_run`, which
+            may lie above 1. A transform of your own keeps its bounds.
         name: Key in logs and checkpoints.
         shrink: Share by which the steps of single weights are shortened towards that of their tensor, with
             ``per="parameter"``: 1 is one decay per tensor, 0 lets every weight take its own. None: as much as
