@@ -76,7 +76,8 @@ class GameSpectrumCallback(OneFitCallback):
         max_products: Products at which a measurement gives up.
 
     Attributes:
-        history: Measured spectra of all runs, in order; ``game_updates`` of a spectrum counts those of its run.
+        history: A :class:`MeasuredSpectrum` of each measurement, in order; its ``game_updates`` counts those of its
+            run.
 
     Raises:
         ValueError: An argument out of range.

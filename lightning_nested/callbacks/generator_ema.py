@@ -85,7 +85,9 @@ class GeneratorEMA(OneFitCallback):
         """Return a copy of the network with averaged weights and buffers, in evaluation mode, for export.
 
         Raises:
-            RuntimeError: Before ``fit`` or the loading of a checkpoint.
+            RuntimeError: No ``fit``, ``validate``, ``test`` or ``predict`` with this callback has begun; loading a
+                checkpoint's state is not enough, see :meth:`generator_from_checkpoint`. Or the average is in the
+                generator now, as during a validation.
         """
         if self._average is None:
             raise RuntimeError(

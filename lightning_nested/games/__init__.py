@@ -2,6 +2,7 @@
 
 from lightning_nested.games.advice import MomentumSuggestion, suggest_momentum
 from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
+from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.rates import (
     consensus_rate,
     convergence_rate,
@@ -36,6 +37,7 @@ __all__ = [
     "IteratedPrisonersDilemma",
     "JacobianOperator",
     "MatchingPennies",
+    "MeasuredSpectrum",
     "MomentumSuggestion",
     "PenniesAndDilemma",
     "QuadraticGame",

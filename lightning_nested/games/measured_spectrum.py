@@ -22,14 +22,17 @@ from lightning_nested.optim.update_rules import Momentum
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeasuredSpectrum:
-    """Spectrum of a game at one moment of its training.
+    """Spectrum of a game at one moment of its training: an entry of ``GameSpectrumCallback.history``.
+
+    The learning rates are in the eigenvalues, so :func:`convergence_rate` takes them with ``lr=1.0``.
 
     Attributes:
         eigenvalues: Eigenvalues of DJ, complex128 of shape (k,), the largest first.
         shares: Share of each player in each eigenvector of √D J √D, which is similar to DJ, shape (k, players), rows
             of sum 1; None where eigenvectors were not computed.
         own: Real eigenvalues of each player's own block D_i ∂²L_i/∂w_i², by player.
-        momenta: Momentum of each player; None where its parameter groups differ.
+        momenta: Momentum |β| and phase of each player when it was measured, before an adaptation by it; None where
+            its parameter groups differ.
         steps: Steps of each player in its turn; None: all players step together.
         joint_step: Joint step of all players; None where the game is large, or an update is no momentum.
         rate: Predicted factor of the distance to the solution per game update; None where it cannot be predicted.
