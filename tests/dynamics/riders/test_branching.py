@@ -14,17 +14,16 @@ from torch.optim import SGD
 from lightning_nested.dynamics import (
     Branching,
     GeneralizedRidgeRider,
+    maps,
     update_map,
 )
 from lightning_nested.dynamics.riders.branching import FiniteTime, screen
 from lightning_nested.games import IteratedPrisonersDilemma, MatchingPennies, SmallIPD
 from lightning_nested.optim import ComplexSGD
-from tests.capabilities import TORCH_2_5
 from tests.cases import DOUBLE
 from tests.dynamics.riders.rides import DESCENT, stacked, starts
 
 
-@pytest.mark.skipif(TORCH_2_5, reason="torch 2.5 derives a recorded torch.linalg.solve wrongly")
 @pytest.mark.parametrize("optimizer", [partial(SGD, lr=1.0), partial(ComplexSGD, lr=1.0)])
 def test_finite_time_exponents_and_their_gradient(optimizer: Any) -> None:
     game = IteratedPrisonersDilemma()
@@ -53,6 +52,23 @@ def test_finite_time_exponents_and_their_gradient(optimizer: Any) -> None:
         e = torch.eye(10, dtype=DOUBLE)[j]
         difference = (exponents(flat + h * e)[0] - exponents(flat - h * e)[0]) / (2 * h)
         torch.testing.assert_close(torch.cat([g[1] for g in gradient])[j], difference, rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_of_a_map_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = SmallIPD()
+    batch = tuple(p.requires_grad_(True) for p in stacked(starts(game, 2)))
+    training = update_map(DESCENT([p[0].detach() for p in batch]), game.losses)
+
+    def gradient() -> tuple[Tensor, ...]:
+        finite = FiniteTime(training, batch, Branching(horizon=4))
+        return torch.autograd.grad(finite.exponents(batch).sum(), batch)
+
+    def refuse(function: Any) -> Any:
+        raise RuntimeError("cannot be recorded")
+
+    by_recording = gradient()
+    monkeypatch.setattr(maps, "make_fx", refuse)
+    torch.testing.assert_close(gradient(), by_recording, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("segment", [3])
