@@ -60,7 +60,7 @@ def test_gradient_of_a_map_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPat
     training = update_map(DESCENT([p[0].detach() for p in batch]), game.losses)
 
     def gradient() -> tuple[Tensor, ...]:
-        finite = FiniteTime(training, batch, Branching(horizon=4))
+        finite = FiniteTime(training, batch, Branching(horizon=2))
         return torch.autograd.grad(finite.exponents(batch).sum(), batch)
 
     def refuse(function: Any) -> Any:
@@ -97,7 +97,7 @@ def test_objectives(objective: str, value: float) -> None:
 def test_matching_pennies_turns_at_its_known_rate() -> None:
     points = tuple(torch.zeros(1, 1, dtype=DOUBLE) for _ in range(2))
     training = update_map(SGD([p[0] for p in points], lr=1.0), MatchingPennies().losses)
-    found = FiniteTime(training, points, Branching(horizon=4)).exponents(points)
+    found = FiniteTime(training, points, Branching(horizon=2)).exponents(points)
     assert float(found) == pytest.approx(0.5 * math.log(1 + 1 / 16), abs=1e-12)
 
 
