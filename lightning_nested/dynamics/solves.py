@@ -38,7 +38,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
     vector = B.ndim == 1 or (B.ndim == A.ndim - 1 and B.shape == A.shape[:-1])
     right = B.unsqueeze(-1) if vector else B
     inverse = torch.linalg.inv(A)
-    x = inverse @ right if left else right @ inverse
+    x: Tensor = inverse @ right if left else right @ inverse
     return x.squeeze(-1) if vector else x
 
 

@@ -59,16 +59,15 @@ def test_gradient_of_a_map_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPat
     batch = tuple(p.requires_grad_(True) for p in stacked(starts(game, 2)))
     training = update_map(DESCENT([p[0].detach() for p in batch]), game.losses)
 
-    def gradient() -> tuple[Tensor, ...]:
-        finite = FiniteTime(training, batch, Branching(horizon=2))
-        return torch.autograd.grad(finite.exponents(batch).sum(), batch)
-
     def refuse(function: Any) -> Any:
         raise RuntimeError("cannot be recorded")
 
-    by_recording = gradient()
     monkeypatch.setattr(maps, "make_fx", refuse)
-    torch.testing.assert_close(gradient(), by_recording, rtol=1e-9, atol=1e-12)
+    finite, h = FiniteTime(training, batch, Branching(horizon=2)), 1e-6
+    (found,) = torch.autograd.grad(finite.exponents(batch).sum(), batch[:1])
+    with torch.no_grad():
+        ahead, behind = (finite.exponents((batch[0] + move, batch[1])) for move in (h, -h))
+    torch.testing.assert_close(found, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("segment", [3])
