@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
+from lightning_nested.dynamics.solves import DifferentiableSolves
 from lightning_nested.linalg.vectors import Vector
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -78,8 +79,9 @@ class FunctionMap(DifferentiableMap):
 
 
 def forward_derivative(function: Callable[..., Vector], x: Vector, v: Vector) -> tuple[Vector, Vector]:
-    """Return ``function(*x)`` and its derivative along v, by forward mode."""
-    value, derivative = torch.func.jvp(function, x, v)  # type: ignore[misc]  # two without has_aux
+    """Return ``function(*x)`` and its derivative along v, by forward mode; both can be differentiated."""
+    with DifferentiableSolves():
+        value, derivative = torch.func.jvp(function, x, v)  # type: ignore[misc]  # two without has_aux
     return value, derivative
 
 
@@ -101,7 +103,9 @@ def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
     """
 
     def call(*inputs: Any) -> Any:
-        return function(*inputs)
+        # A recorded solve would keep its factors as constants of a derivative.
+        with DifferentiableSolves():
+            return function(*inputs)
 
     try:
         graph = make_fx(call)(*example)
@@ -109,16 +113,16 @@ def recorded(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
             # Only without in-place operations can what nothing reads be left out.
             graph = make_fx(functionalize(call, remove="mutations"))(*example)
     except Exception:  # of any kind: a function that cannot be recorded still runs as it is
-        return function
+        return call
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._linalg_check_errors.default:
             graph.graph.erase_node(node)
         node.target = _REPLACED.get(node.target, node.target)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    expected, found = (tree_flatten(f(*example))[0] for f in (function, graph))
+    expected, found = (tree_flatten(f(*example))[0] for f in (call, graph))
     if not all(torch.allclose(a, b, rtol=1e-4, equal_nan=True) for a, b in zip(expected, found, strict=True)):
-        return function
+        return call
     replay: Callable[..., Any] = graph
     return replay
 
@@ -127,33 +131,10 @@ def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tenso
     return source.to(target, non_blocking=non_blocking).expand_as(target)
 
 
-def _solve(matrix: Tensor, right: Tensor, *, left: bool = True, check_errors: bool = False) -> Vector:
-    """Replace ``aten._linalg_solve_ex``, with the matrix itself in place of its factors."""
-    vector = right.ndim == 1 or (right.ndim == matrix.ndim - 1 and right.shape == matrix.shape[:-1])
-    b = right.unsqueeze(-1) if vector else right
-    inverse = torch.linalg.inv(matrix)
-    x = inverse @ b if left else b @ inverse
-    pivots = torch.ones(matrix.shape[:-1], dtype=torch.int32, device=matrix.device)
-    return (x.squeeze(-1) if vector else x), matrix, pivots, torch.zeros_like(pivots[..., 0])
-
-
-def _solve_again(
-    matrix: Tensor, pivots: Tensor, right: Tensor, *, left: bool = True, adjoint: bool = False
-) -> Tensor:
-    """Replace ``aten.linalg_lu_solve``, with the factors that :func:`_solve` returns."""
-    inverse = torch.linalg.inv(matrix)
-    inverse = inverse.mH if adjoint else inverse
-    product: Tensor = inverse @ right if left else right @ inverse
-    return product
-
-
-# Operations that a recording holds and that autograd cannot differentiate, or differentiates wrongly.
+# Operations that a recording holds and that autograd cannot differentiate.
 _REPLACED: dict[Any, Any] = {
     torch.ops.aten.copy.default: _copied,  # has no derivative
     torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default,  # holds no memory to be read
-    # The factors of a solve count as constants: a second derivative would miss their dependence on the matrix.
-    torch.ops.aten._linalg_solve_ex.default: _solve,
-    torch.ops.aten.linalg_lu_solve.default: _solve_again,
 }
 
 

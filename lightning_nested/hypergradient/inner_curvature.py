@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.arguments import checked, positive
+from lightning_nested.hypergradient.mixed_differences import mixed_difference
 from lightning_nested.linalg.curvature import (
     FiniteDifferenceOperator,
     GaussNewtonOperator,
@@ -18,7 +19,7 @@ from lightning_nested.linalg.curvature import (
     gradient_with_graph,
     owned,
 )
-from lightning_nested.linalg.differences import central_difference, coarsest_epsilon
+from lightning_nested.linalg.differences import coarsest_epsilon
 from lightning_nested.linalg.first_derivatives import first_derivative
 from lightning_nested.linalg.graph import depends_on_others, explain_double_backward, vjp
 from lightning_nested.linalg.operators import FlatOperator, LinearOperator, as_operator
@@ -149,32 +150,13 @@ class FiniteDifference(Curvature):
         )
 
         def mixed(v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-            return _difference_of_slopes(inner_loss, operator, params, v, hparams)
+            return mixed_difference(inner_loss, operator, params, v, hparams)
 
         return Linearization(operator, gradient, mixed)
 
 
 def _gradient(loss: Tensor, inputs: Vector) -> Vector:
     return owned(first_derivative(loss, inputs), inputs, ())
-
-
-def _difference_of_slopes(
-    loss: Callable[[], Tensor], operator: FiniteDifferenceOperator, params: Vector, v: Vector, hparams: Vector
-) -> tuple[Tensor | None, ...]:
-    """Return vᵀ ∂²f/∂w∂λ as a central difference of ∂f/∂λ; None where f does not depend on λ."""
-    if not hparams:
-        return ()
-    unseen: set[int] = set()
-
-    def slopes() -> Vector:
-        found = first_derivative(loss(), hparams, params)
-        unseen.update(i for i, g in enumerate(found) if g is None)
-        return zeros_where_none(found, hparams)
-
-    # Central differences have their least error at about four times the best length of one-sided ones.
-    length = operator.length * (4.0 if operator.sides == 1 else 1.0)
-    products = central_difference(slopes, params, v, length)
-    return tuple(None if i in unseen else product for i, product in enumerate(products))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

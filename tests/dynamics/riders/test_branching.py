@@ -14,17 +14,16 @@ from torch.optim import SGD
 from lightning_nested.dynamics import (
     Branching,
     GeneralizedRidgeRider,
+    maps,
     update_map,
 )
 from lightning_nested.dynamics.riders.branching import FiniteTime, screen
 from lightning_nested.games import IteratedPrisonersDilemma, MatchingPennies, SmallIPD
 from lightning_nested.optim import ComplexSGD
-from tests.capabilities import TORCH_2_5
 from tests.cases import DOUBLE
 from tests.dynamics.riders.rides import DESCENT, stacked, starts
 
 
-@pytest.mark.skipif(TORCH_2_5, reason="torch 2.5 derives a recorded torch.linalg.solve wrongly")
 @pytest.mark.parametrize("optimizer", [partial(SGD, lr=1.0), partial(ComplexSGD, lr=1.0)])
 def test_finite_time_exponents_and_their_gradient(optimizer: Any) -> None:
     game = IteratedPrisonersDilemma()
@@ -55,6 +54,22 @@ def test_finite_time_exponents_and_their_gradient(optimizer: Any) -> None:
         torch.testing.assert_close(torch.cat([g[1] for g in gradient])[j], difference, rtol=1e-5, atol=1e-8)
 
 
+def test_gradient_of_a_map_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    game = SmallIPD()
+    batch = tuple(p.requires_grad_(True) for p in stacked(starts(game, 2)))
+    training = update_map(DESCENT([p[0].detach() for p in batch]), game.losses)
+
+    def refuse(function: Any) -> Any:
+        raise RuntimeError("cannot be recorded")
+
+    monkeypatch.setattr(maps, "make_fx", refuse)
+    finite, h = FiniteTime(training, batch, Branching(horizon=2)), 1e-6
+    (found,) = torch.autograd.grad(finite.exponents(batch).sum(), batch[:1])
+    with torch.no_grad():
+        ahead, behind = (finite.exponents((batch[0] + move, batch[1])) for move in (h, -h))
+    torch.testing.assert_close(found, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("segment", [3])
 def test_checkpoints_change_no_gradient(segment: int) -> None:
     game = SmallIPD()
@@ -81,7 +96,7 @@ def test_objectives(objective: str, value: float) -> None:
 def test_matching_pennies_turns_at_its_known_rate() -> None:
     points = tuple(torch.zeros(1, 1, dtype=DOUBLE) for _ in range(2))
     training = update_map(SGD([p[0] for p in points], lr=1.0), MatchingPennies().losses)
-    found = FiniteTime(training, points, Branching(horizon=4)).exponents(points)
+    found = FiniteTime(training, points, Branching(horizon=2)).exponents(points)
     assert float(found) == pytest.approx(0.5 * math.log(1 + 1 / 16), abs=1e-12)
 
 
