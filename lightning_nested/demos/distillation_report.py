@@ -10,18 +10,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked
+from lightning_nested.demos.report import Report
 from lightning_nested.extras import require_package
 from lightning_nested.figures.distillation import distillation_figure
 from lightning_nested.modules.distillation import DistillationModule
 from lightning_nested.trainer.reference_runs import test_like
-from lightning_nested.trainer.run_folder import run_folder, table, write_report
-from lightning_nested.trainer.use import OneFitCallback
+from lightning_nested.trainer.run_folder import run_folder, table
 
 _ACCURACY, _WARM = "val_accuracy", "val_warm_accuracy"
 
 
 @checked
-class DistillationReport(OneFitCallback):
+class DistillationReport(Report):
     """Test fresh networks that are trained on the learned images alone, at the end of ``fit``; draw the images.
 
     Prints a table; writes ``results.json`` and the figure ``<name>.png`` into the folder of the run's logger (without a
@@ -40,8 +40,8 @@ class DistillationReport(OneFitCallback):
 
     def __init__(self, name: str = "distillation", networks: int = 5) -> None:
         at_least(1, networks=networks)
-        self.name, self.networks = name, networks
-        self.results: dict[str, Any] = {}
+        super().__init__(name)
+        self.networks = networks
         self._history: list[tuple[int, float, float | None]] = []
 
     @override
@@ -95,7 +95,7 @@ class DistillationReport(OneFitCallback):
             "fresh networks, trained on the learned images alone",
             [("images", str(len(images))), ("test accuracy, median", median), ("range", spread)],
         )
-        write_report(trainer, folder, self.name, self.results, figure, trainer.global_step, text)
+        self._write(trainer, folder, figure, trainer.global_step, text)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class FormedProducts(LinearOperator):
 
     @property
     def pairs(self) -> list[Pair]:
-        """What was kept, the product that matters most last."""
+        """Return what was kept, the product that matters most last."""
         kept = self.first if self.outer is None else [*self.first, self.outer]
         return [pair for pair in kept if _has_length(pair)]
 

@@ -95,11 +95,16 @@ def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
         stack.extend(following for following, _ in node.next_functions)
 
 
+def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors whose gradients the graph of a loss accumulates."""
+    leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
+    return (leaf for leaf in leaves if leaf is not None)
+
+
 def depends_on_others(loss: Tensor, params: Sequence[Tensor]) -> bool:
     """Return True if a leaf in the graph of a loss is not one of ``params``, as a hyperparameter is."""
     known = {id(p) for p in params}
-    leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
-    return any(leaf is not None and id(leaf) not in known for leaf in leaves)
+    return any(id(leaf) not in known for leaf in graph_leaves(loss))
 
 
 HIDDEN = (

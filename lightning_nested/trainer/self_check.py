@@ -22,7 +22,7 @@ from lightning_nested.hypergradient.self_check import (
 )
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator, HessianOperator
-from lightning_nested.linalg.graph import OTHER_FORMS, DoubleBackwardError, graph_nodes, hides_layers
+from lightning_nested.linalg.graph import OTHER_FORMS, DoubleBackwardError, graph_leaves, hides_layers
 from lightning_nested.linalg.vectors import Vector
 
 _WRONG_PRODUCTS = (
@@ -252,8 +252,7 @@ class SelfCheck:
 def reached(loss: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
     """Return the names of the parameters that the graph of a loss holds."""
     names = {id(p): name for name, p in parameters.items()}
-    leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
-    return {names[id(leaf)] for leaf in leaves if id(leaf) in names}
+    return {names[id(leaf)] for leaf in graph_leaves(loss) if id(leaf) in names}
 
 
 def _unreached(module: LightningModule, hyperparameter: Hyperparameter, labels: Sequence[str]) -> str:
