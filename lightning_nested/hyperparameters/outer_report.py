@@ -39,7 +39,7 @@ class LossTrend:
     >>> for loss in (4.0, 2.0, 1.0, 0.5):
     ...     trend.add(loss)
     >>> trend.lines()
-    ['outer loss: 3 → 0.75 (means of the first and last 2 outer steps), improved']
+    ['outer loss: 3 → 0.75 (means of the first and last 2 outer steps), improved: 4 outer steps are few to judge by']
     """
 
     FEW = 5
@@ -67,6 +67,8 @@ class LossTrend:
             return []
         before, after = sum(self.first[:few]) / few, sum(self.last[-few:]) / few
         verdict = "improved" if after < before else "not improved"
+        if self.count < 2 * self.FEW:
+            verdict += f": {self.count} outer steps are few to judge by"
         return [
             f"outer loss: {before:.4g} → {after:.4g} (means of the first and last {few} outer steps), "
             f"{verdict if moved else 'but no value moved'}"

@@ -24,11 +24,11 @@ def outer_memory(plan: OuterPlan, parameters: Mapping[str, Tensor]) -> dict[str,
     tensors, forecast = tuple(parameters.values()), plan.forecast
     if not tensors:
         return {}
-    found = {"Kronecker factors": 0, "diagonal curvature": 0, "mean gradient": 0}
+    found = {"Kronecker factors": 0, "curvature per weight": 0, "mean gradient": 0}
     if forecast is not None:
         # Factors and their inverses; squares and those with damping.
         factors, diagonals = forecast.fisher.sizes()
-        found["Kronecker factors"], found["diagonal curvature"] = 2 * factors, 2 * diagonals
+        found["Kronecker factors"], found["curvature per weight"] = 2 * factors, 2 * diagonals
         found["mean gradient"] = _bytes(tensors)
     width = max(p.element_size() for p in tensors)
     found["solver"] = plan.solver.held(sum(p.numel() for p in tensors)) * width

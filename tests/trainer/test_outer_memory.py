@@ -49,7 +49,8 @@ class Measured(HypergradientCallback):
         moments = [t for s in outer.optimizer.state.values() for t in s.values() if t.dim()]
         self.found = {
             "Kronecker factors": held(state["fisher"]["factors"]) + held([i["factors"] for i in inverses]),
-            "diagonal curvature": held(state["fisher"]["squares"]) + held([i["diagonal"] for i in inverses]),
+            "curvature per weight": held(state["fisher"]["squares"])
+            + held([i["diagonal"] for i in inverses]),
             "mean gradient": held(state["mean"]),
             "decays": held(list(outer.tensors)) + held(moments),
         }

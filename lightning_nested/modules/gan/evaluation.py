@@ -32,7 +32,7 @@ def draw(
     The module's own ``sample_latents``, ``generate`` and, without classes, ``fakes`` make them; the global random
     streams stay as they are.
     """
-    device = next(module.generator.parameters()).device
+    device = module.device
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     classes = module.num_classes
     if classes is not None and not labels.is_floating_point():
