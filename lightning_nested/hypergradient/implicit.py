@@ -39,6 +39,7 @@ from lightning_nested.linalg.graph import (
 )
 from lightning_nested.linalg.operators import AveragedOperator, DiagonalOperator, LinearOperator, UnitProducts
 from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.shards import in_shards
 from lightning_nested.linalg.solvers.base import InverseSolver, Solution, SolverState
 from lightning_nested.linalg.solvers.given import AnySolver, as_solver
 from lightning_nested.linalg.vectors import Vector, double_dot, norm, scale_, zeros_where_none
@@ -170,7 +171,9 @@ def _solve(
     watch = nullcontext(problem) if inspect is None else inspect(problem, b)
     with _explain_infinite_curvature(inner_loss, params, problem), watch as watched:
         inner = replace(inner, problem=watched)
-        solution = inverse.solve(inner.operator(), b, state=state, reduce=reduce)
+        # Sums over shards are those of all processes already.
+        own = None if in_shards(b) else reduce
+        solution = inverse.solve(inner.operator(), b, state=state, reduce=own)
         found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
     compares = compare_identity and mixed is None
     plain = inner.hypergradient(b, direct, allow_unused)[:2] if compares else None

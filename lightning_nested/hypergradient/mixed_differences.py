@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator, owned
 from lightning_nested.linalg.differences import central_difference, first_length, moved
 from lightning_nested.linalg.first_derivatives import first_derivative
+from lightning_nested.linalg.shards import added_up
 from lightning_nested.linalg.vectors import Vector, double_dot, norm, zeros_where_none
 
 _RESOLVED = 30.0  # units of rounding in a change: fewer, and the product is wrong by more than a few percent
@@ -51,8 +52,9 @@ def mixed_difference(
             continue
         change, rounding = 2 * move * product.detach(), _RESOLVED * epsilon * here.detach()
         if here.numel() <= _FEW:
-            lost = (change.abs() < rounding.abs()).flatten().tolist()
-            products[i] = _moving_entries(loss, params, v, hparams, i, product, lost)
+            # Where the parameters are in shards, all processes evaluate gradients together, or none does.
+            lost = added_up((change.abs() < rounding.abs()).double(), params).flatten() > 0
+            products[i] = _moving_entries(loss, params, v, hparams, i, product, lost.tolist())
         elif float(norm((change,))) < float(norm((rounding,))):
             warnings.warn(
                 f"The mixed derivative of hyperparameter {i} (of shape {tuple(here.shape)}) is below rounding: moving "

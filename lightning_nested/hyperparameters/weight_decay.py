@@ -16,6 +16,7 @@ from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Exp, Transform
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
+from lightning_nested.linalg.shards import added_up, parts
 from lightning_nested.linalg.vectors import Vector
 
 _INIT = 1e-4
@@ -362,8 +363,10 @@ class DecayPenalty:
             slopes = [(self._parameters[n] * by_name[n]).to(d.dtype) for n, d in self._values.items()]
         else:
             # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
-            values = self._values.items()
-            slopes = [torch.sum(self._parameters[n] * by_name[n], dtype=d.dtype) for n, d in values]
+            own, other = parts([self._parameters[n] for n in self._values]), parts([by_name[n] for n in self._values])
+            values = self._values.values()
+            sums = [torch.sum(a * b, dtype=d.dtype) for a, b, d in zip(own, other, values, strict=True)]
+            slopes = list(added_up(torch.stack(sums), v).unbind())
         tensors = tuple(self._decay.tensors.values())
         return torch.autograd.grad(list(self._values.values()), tensors, slopes, retain_graph=True)
 

@@ -27,11 +27,14 @@ from lightning_nested.linalg.graph import (
 )
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.separable import Separated, separate
+from lightning_nested.linalg.shards import in_shards
 from lightning_nested.linalg.vectors import Vector, norm, zeros_where_none
 
 
 def owned(products: Sequence[Tensor | None], like: Vector, v: Vector) -> Vector:
     """Return products as tensors that may be overwritten: autograd may hand back v itself, or one tensor twice."""
+    if in_shards(like):  # gradients that loss.backward() filled
+        return zeros_where_none(products, like)
     taken = {a.untyped_storage().data_ptr() for a in v}
     result = []
     for product in zeros_where_none(products, like):

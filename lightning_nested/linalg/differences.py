@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.graph import graph_nodes
+from lightning_nested.linalg.shards import in_shards, parts
 from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_, slope_
 
 _RUNG = 4.0  # ratio of successive lengths
@@ -67,7 +68,12 @@ def one_sided_difference(
 
 
 def moved(function: Callable[[], Vector], params: Vector, v: Vector, epsilon: float) -> Vector:
-    """Return ``function()`` at w + εv; the parameters move through ``.data``, so graphs that hold them stay valid."""
+    """Return ``function()`` at w + εv; the parameters move through ``.data``, so graphs that hold them stay valid.
+
+    Shards move in place, which is where they are gathered from: who evaluates them must have them gathered again.
+    """
+    if in_shards(params):
+        return _moved_shards(function, params, v, epsilon)
     home = [p.data for p in params]
     try:
         for p, here, direction in zip(params, home, v, strict=True):
@@ -78,6 +84,22 @@ def moved(function: Callable[[], Vector], params: Vector, v: Vector, epsilon: fl
     finally:
         for p, here in zip(params, home, strict=True):
             p.data = here
+        torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def _moved_shards(function: Callable[[], Vector], params: Vector, v: Vector, epsilon: float) -> Vector:
+    here = parts(params)
+    home = [p.clone() for p in here]
+    try:
+        for p, direction in zip(here, parts(v), strict=True):
+            p.add_(direction.to(p.dtype), alpha=epsilon)
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            return function()
+    finally:
+        for p, before in zip(here, home, strict=True):
+            p.copy_(before)
         torch.clear_autocast_cache()
 
 

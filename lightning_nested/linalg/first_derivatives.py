@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.graph import HIDDEN, DoubleBackwardError, hides_layers, refuse_sparse
+from lightning_nested.linalg.shards import is_shard
 
 
 def first_derivative(
@@ -17,8 +18,8 @@ def first_derivative(
 ) -> tuple[Tensor | None, ...]:
     """Return ∂loss/∂inputs, None where it does not depend on one; frees the graph.
 
-    Behind reentrant checkpointing by ``loss.backward()``, and ``.grad`` of the inputs and of ``others`` comes back as
-    it was. Any further leaf of such a loss keeps a gradient in its ``.grad``.
+    Behind reentrant checkpointing, and of shards, by ``loss.backward()``, and ``.grad`` of the inputs and of ``others``
+    comes back as it was. Any further leaf of such a loss keeps a gradient in its ``.grad``.
 
     Args:
         loss: Scalar with its graph.
@@ -29,8 +30,9 @@ def first_derivative(
         DoubleBackwardError: Layers are hidden, and an input is no leaf.
         ValueError: A gradient is sparse.
     """
-    if hides_layers(loss):
-        leaves = (*inputs, *others)
+    leaves = (*inputs, *others)
+    # torch.autograd.grad does not see parameters that are gathered from shards.
+    if any(map(is_shard, leaves)) or hides_layers(loss):
         if not all(x.is_leaf for x in leaves):
             raise DoubleBackwardError(HIDDEN)
         with _without_gradients(leaves):

@@ -10,6 +10,7 @@ from typing import Protocol, overload, runtime_checkable
 from torch import Tensor
 
 from lightning_nested.linalg.processes import Reduce, average
+from lightning_nested.linalg.shards import is_shard, parts
 from lightning_nested.linalg.vectors import Vector, add_, flatten, norm, scale_, unflatten
 
 
@@ -119,7 +120,10 @@ class DiagonalOperator(LinearOperator):
 
     def add_product_(self, out: Vector, v: Vector) -> Vector:
         """out ← out + d ∘ v in place, without a temporary of the size of the model; returns out."""
-        for o, a, d in zip(out, v, self._entries(v), strict=True):
+        entries = self._entries(v)
+        if any(map(is_shard, entries)):
+            entries = [part for d in entries for part in parts((d,))]  # type: ignore[arg-type]
+        for o, a, d in zip(parts(out), parts(v), entries, strict=True):
             if isinstance(d, Tensor):
                 o.addcmul_(a, d.to(a.dtype).expand_as(a))
             elif d:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.shards import in_shards
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
@@ -15,8 +16,11 @@ Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def average(v: Vector, reduce: Reduce | None) -> Vector:
-    """Return the mean of v over processes, in one message; v itself when there is one process."""
-    return v if reduce is None or not v else unflatten(reduce(flatten(v)), v)
+    """Return the mean of v over processes, in one message; v itself when there is one process.
+
+    So it is in shards: ``fully_shard`` averages gradients when it shares them out.
+    """
+    return v if reduce is None or not v or in_shards(v) else unflatten(reduce(flatten(v)), v)
 
 
 def agreed_number(value: Tensor, reduce: Reduce | None) -> float:

@@ -1,4 +1,4 @@
-"""Arithmetic on tuples of tensors, the vectors of every solver.
+"""Arithmetic on tuples of tensors, the vectors of every solver; in shards, see :mod:`lightning_nested.linalg.shards`.
 
 On CPU a loop over tensors keeps each one in cache; on accelerators one ``_foreach`` kernel saves launches.
 """
@@ -11,6 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.shards import added_up, in_shards, parts
+
 Vector: TypeAlias = tuple[Tensor, ...]
 
 
@@ -20,8 +22,8 @@ def _fused(vector: Sequence[Tensor]) -> bool:
 
 def dot(u: Vector, v: Vector) -> Tensor:
     """Inner product Σᵢ uᵢ·vᵢ as a 0-dimensional tensor, on the device of the vectors."""
-    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(u, v, strict=True)]
-    return torch.stack(parts).sum()
+    products = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(parts(u), parts(v), strict=True)]
+    return added_up(torch.stack(products).sum(), u)
 
 
 def double_dot(u: Vector, v: Vector) -> Tensor:
@@ -33,12 +35,12 @@ def double_dot(u: Vector, v: Vector) -> Tensor:
     """
     # Apple's GPUs have no double precision.
     wide = torch.float32 if u[0].device.type == "mps" else torch.float64
-    pairs: Iterable[tuple[Tensor, Tensor]] = zip(u, v, strict=True)
+    pairs: Iterable[tuple[Tensor, Tensor]] = zip(parts(u), parts(v), strict=True)
     if u[0].device.type == "cpu":
         # Pieces that stay in cache when they are converted.
         pieces = ((torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE)) for a, b in pairs)
         pairs = (pair for piece in pieces for pair in zip(*piece, strict=True))
-    return torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in pairs]).sum()
+    return added_up(torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in pairs]).sum(), u)
 
 
 _PIECE = 1 << 14
@@ -46,8 +48,8 @@ _PIECE = 1 << 14
 
 def norm(v: Vector) -> Tensor:
     """Euclidean norm ‖v‖₂ over all tensors, 0-dimensional."""
-    size: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in v]))
-    return size
+    size: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in parts(v)]))
+    return added_up(size.square(), v).sqrt() if in_shards(v) else size
 
 
 def clone(v: Iterable[Tensor]) -> Vector:
@@ -67,20 +69,22 @@ def zeros_where_none(v: Sequence[Tensor | None], like: Sequence[Tensor]) -> Vect
 
 def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
     """u ← u + αv in place; returns u."""
-    if _fused(u):
-        torch._foreach_add_(list(u), list(v), alpha=alpha)
+    own, other = parts(u), parts(v)
+    if _fused(own):
+        torch._foreach_add_(list(own), list(other), alpha=alpha)
     else:
-        for a, b in zip(u, v, strict=True):
+        for a, b in zip(own, other, strict=True):
             a.add_(b, alpha=alpha)
     return u
 
 
 def scale_(u: Vector, alpha: float) -> Vector:
     """u ← αu in place; returns u."""
-    if _fused(u):
-        torch._foreach_mul_(list(u), alpha)
+    own = parts(u)
+    if _fused(own):
+        torch._foreach_mul_(list(own), alpha)
     else:
-        for a in u:
+        for a in own:
             a.mul_(alpha)
     return u
 
@@ -89,7 +93,7 @@ def slope_(u: Vector, v: Vector, factor: float) -> Vector:
     """u ← (u − v)·factor in place; returns u."""
     if _fused(u):
         return scale_(add_(u, v, alpha=-1.0), factor)
-    for a, b in zip(u, v, strict=True):
+    for a, b in zip(parts(u), parts(v), strict=True):
         a.sub_(b).mul_(factor)
     return u
 

@@ -18,6 +18,7 @@ from lightning_nested.trainer.isolation import without_trace
 from lightning_nested.trainer.lightning import loss_scale, reduction
 from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.self_check import SelfCheck
+from lightning_nested.trainer.shards import gathered_after
 from lightning_nested.trainer.training_batches import TrainingBatches
 
 
@@ -67,9 +68,9 @@ def find_hypergradient(
     isolated: AbstractContextManager[object] = (
         without_trace(module, trainer, attributes=False) if products else nullcontext()
     )
-    with isolated, plan.paused():
+    with isolated, plan.paused(), gathered_after(trainer, module):
         weights = plan.look(trainer, graph, scale)
-        with placed_at(tensors, weights):
+        with placed_at(tensors, weights) if plan.looks_ahead else nullcontext():
             outer_loss = evaluate_outer((*tensors, *outer.in_graph_tensors))
         return outer.compute(
             inner_loss,

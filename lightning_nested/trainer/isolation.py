@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
 from lightning_nested.trainer.reachable_state import untouched_networks, untouched_state
+from lightning_nested.trainer.shards import gather_anew, shards_parameters
 from lightning_nested.trainer.silent_loggers import SilentLogger
 from lightning_nested.trainer.stand_ins import StandIns
 
@@ -101,6 +102,8 @@ def without_trace(
         p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
     )
     should_stop = trainer.should_stop
+    if shards_parameters(trainer):
+        gather_anew(module)
     untouched = untouched_state if attributes else untouched_networks
     with untouched(module, *others, trained=trained), silent_logging(module, trainer):
         try:

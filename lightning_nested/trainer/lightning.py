@@ -266,6 +266,12 @@ def has_static_graph(trainer: Trainer) -> bool:
     return bool(getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"))
 
 
+def tensor_parallel_size(trainer: Trainer) -> int:
+    """Return the processes that share each layer's work under ``ModelParallelStrategy``."""
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    return 1 if mesh is None else int(mesh["tensor_parallel"].size())
+
+
 def synchronizes_batch_norm(trainer: Trainer) -> bool:
     """Return True under ``Trainer(sync_batchnorm=True)``."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None

@@ -36,6 +36,7 @@ from lightning_nested.trainer.outer_defaults import (
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.pace import Pace, plan
 from lightning_nested.trainer.run_units import measured_units, peak_rates
+from lightning_nested.trainer.shards import shards_parameters
 
 # Inner steps after which the optimizer's second moments say how large its steps will be.
 _SETTLED = 10
@@ -71,6 +72,7 @@ class OuterPlan:
     ) -> None:
         positive(overhead=overhead)
         self.outer, self.overhead = outer, overhead
+        self._given = point, solver
         self.point, self.solver = point_and_solver(outer, point, solver)
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
         self.pace: Pace | None = None
@@ -98,7 +100,8 @@ class OuterPlan:
             loop: Outer loop that follows the plan.
             accumulate: Batches of an inner step; None: as many as the Trainer accumulates.
         """
-        self.accumulate = accumulate
+        self.accumulate, in_shards = accumulate, shards_parameters(trainer)
+        self.point, self.solver = point_and_solver(self.outer, *self._given, in_shards=in_shards)
         begin_train_batches(self, trainer, loop, self._batches(trainer))
         self.pace = pace = plan(
             trainer,

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_nested.trainer.lightning import has_static_graph
@@ -24,19 +30,24 @@ def refuse_other_lightning(trainer: object, who: str) -> None:
         )
 
 
-def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True) -> None:
+def refuse_strategy(trainer: Trainer, who: str, *, static_graph: bool = True, shards: bool = False) -> None:
     """Refuse strategies that shard parameters or own the backward pass, in the name of class ``who``.
+
+    ``shards`` allows FSDP2, whose parameters can be read and moved.
 
     Raises:
         MisconfigurationException: Also where DDP takes the graph to be static, if not ``static_graph``.
     """
     strategy = trainer.strategy
+    if shards and isinstance(strategy, ModelParallelStrategy):
+        return
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
     # DeepSpeed and XLA are kinds of DDP to Lightning, and keep parameters and gradients elsewhere.
     if not whole or isinstance(strategy, DeepSpeedStrategy | XLAStrategy):
         raise MisconfigurationException(
             f"{who} needs whole parameters on every process: a single device or DDP. "
-            f"Got {type(strategy).__name__}; use Trainer(strategy='ddp')."
+            f"Got {type(strategy).__name__}; use Trainer(strategy='ddp')"
+            f"{', or FSDP2 (ModelParallelStrategy)' if shards else ''}."
         )
     if not static_graph and has_static_graph(trainer):
         # DDP queues its first all-reduce in the first derivative that passes, which here is not its own.

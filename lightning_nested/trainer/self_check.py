@@ -77,6 +77,8 @@ class SelfCheck:
     def __init__(self, owner: str, *, enabled: bool = True) -> None:
         self.owner, self.enabled = owner, enabled
         self.result: ProductCheck | None = None
+        # Graphs hold gathered parameters then, and products are differences of gradients.
+        self.in_shards = False
         self.begin()
 
     def begin(self) -> None:
@@ -104,7 +106,7 @@ class SelfCheck:
 
     def probe(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
         """Look at the graph of an outer loss."""
-        if not hides_layers(loss) and not reached(loss, parameters):
+        if not (self.in_shards or hides_layers(loss)) and not reached(loss, parameters):
             self._warn(_ZERO)
 
     def replaced(self, error: DoubleBackwardError) -> None:
@@ -126,7 +128,7 @@ class SelfCheck:
             repeat: Evaluates the loss again.
             labels: Names of the hyperparameters in its graph, one for each tensor.
         """
-        if not self.is_due:
+        if not self.is_due or self.in_shards:
             return None
 
         @contextmanager
@@ -199,7 +201,7 @@ class SelfCheck:
         Raises:
             MisconfigurationException: It names them.
         """
-        if any(map(hides_layers, losses)):
+        if self.in_shards or any(map(hides_layers, losses)):
             return
         seen = set().union(*(reached(loss, parameters) for loss in losses))
         lost = [

@@ -30,6 +30,7 @@ from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_memory import tell_plan
 from lightning_nested.trainer.outer_plan import OuterPlan, needs_graph
+from lightning_nested.trainer.shards import curvature_of_run
 from lightning_nested.trainer.stand_ins import StandIns
 
 
@@ -86,7 +87,7 @@ class HypergradientCallback(OuterLoopCallback):
 
     Raises:
         MisconfigurationException: In ``setup`` or at the start of ``fit``: manual optimization, a strategy that
-            shards parameters, no validation data, no outer loss, unknown names.
+            shards parameters (but ``ModelParallelStrategy``), no validation data, no outer loss, unknown names.
         ValueError: An argument is out of range.
     """
 
@@ -187,10 +188,10 @@ class HypergradientCallback(OuterLoopCallback):
         replace_placeholders(pl_module, self.outer.hyperparameters, self._placeholders)
         attach_hyperparameters(pl_module, self.outer.hyperparameters, self.use)
         take_out(optimizer, self.outer)
-        accumulate = trainer.accumulate_grad_batches
-        self._graph = InnerGraph(pl_module, self.curvature, accumulate=accumulate, method="training_step")
         self.outer_loop.start(trainer, self.outer_dataloader)
         self.plan.schedule(trainer, self.outer_loop)
+        curvature = curvature_of_run(trainer, self.plan, self.outer_loop, self.curvature)
+        self._graph = InnerGraph.of_training(trainer, pl_module, curvature)
         self._collect(trainer, pl_module)
         if self.outer.decays:
             warn_of_own_decay(optimizer)
@@ -322,7 +323,7 @@ class HypergradientCallback(OuterLoopCallback):
 
     def _collect(self, trainer: Trainer, module: LightningModule) -> None:
         """Name the parameters of the inner optimizer, and build the hyperparameters for them."""
-        parameters = named_parameters(module, trainer.optimizers[0], len(self.outer_loop.parameters))
+        parameters = named_parameters(trainer, module, len(self.outer_loop.parameters))
         if parameters:
             self.outer_loop.build(parameters, trainer.strategy.root_device)
             self.plan.attach(module, parameters, trainer.optimizers[0])

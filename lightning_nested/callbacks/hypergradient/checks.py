@@ -25,7 +25,7 @@ def check_settings(trainer: Trainer, module: LightningModule, callback: type[Cal
             f"HypergradientCallback works with automatic optimization. Got {name} with "
             "automatic_optimization=False; extend lightning_nested.modules.NestedModule for a loop of your own."
         )
-    refuse_strategy(trainer, "HypergradientCallback", static_graph=False)
+    refuse_strategy(trainer, "HypergradientCallback", static_graph=False, shards=True)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     count = sum(isinstance(each, callback) for each in callbacks)
     if count > 1:

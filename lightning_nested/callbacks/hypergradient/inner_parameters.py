@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from lightning_nested.optim.step_dynamics import trainable
+from lightning_nested.trainer.shards import check_shards, gather_anew, shards_parameters
 
 
-def named_parameters(module: nn.Module, optimizer: Optimizer, before: int) -> dict[str, nn.Parameter]:
+def named_parameters(trainer: Trainer, module: nn.Module, before: int) -> dict[str, nn.Parameter]:
     """Return the parameters that the inner optimizer moves; none while the shape of a lazy one is not known yet.
 
     Args:
+        trainer: Trainer with the inner optimizer, without hyperparameters.
         module: Module whose names they get.
-        optimizer: Inner optimizer, without hyperparameters.
         before: Number of those it moved before, to report that more or fewer are moved from now on.
 
     Raises:
-        MisconfigurationException: It moves none.
+        MisconfigurationException: It moves none; or some are in shards, and others are not.
     """
+    in_shards = shards_parameters(trainer)
+    if in_shards:
+        # Gathered parameters are others.
+        gather_anew(module)
     names = {id(p): n for n, p in module.named_parameters()}
-    held = trainable(optimizer)
+    held = trainable(trainer.optimizers[0])
     if not held:
         raise MisconfigurationException(
             "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
@@ -34,4 +39,7 @@ def named_parameters(module: nn.Module, optimizer: Optimizer, before: int) -> di
         rank_zero_info(
             f"HypergradientCallback: the inner optimizer moves {len(held)} tensors from now on, {before} before."
         )
-    return {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
+    found = {names.get(id(p), f"parameter{i}"): p for i, p in enumerate(held)}
+    if in_shards:
+        check_shards(found)
+    return found

@@ -20,6 +20,7 @@ from lightning_nested.linalg.finite import check_finite
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.processes import Reduce, agreed_number
 from lightning_nested.linalg.saved import require_keys
+from lightning_nested.linalg.shards import gathered, in_shards, shard_like
 from lightning_nested.linalg.vectors import Vector, norm, zeros_like
 
 
@@ -35,8 +36,21 @@ class SolverState:
     solves: int = 0  # with such products, so far
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
-        return dict(vars(self))
+        """Return whole tensors and numbers only, so that checkpoints load with ``weights_only=True``."""
+        return {
+            name: tuple(map(gathered, held)) if isinstance(held, tuple) else held
+            for name, held in vars(self).items()
+        }
+
+    def placed(self, like: Vector) -> SolverState:
+        """Return the state with vectors in shards where ``like`` is, as those of a checkpoint are not."""
+        if not in_shards(like):
+            return self
+
+        def sharded(v: Vector | None) -> Vector | None:
+            return None if v is None else tuple(map(shard_like, v, like))
+
+        return replace(self, solution=sharded(self.solution), eigenvector=sharded(self.eigenvector))
 
     def load_state_dict(self, state: Mapping[str, Any], like: Vector) -> None:
         """Restore, on the devices of ``like``; the state of another number of tensors is dropped, for a cold start."""
@@ -150,7 +164,7 @@ class InverseSolver(ABC):
             FloatingPointError: A non-finite value, a divergent series, or no direction of positive curvature.
         """
         size = check_finite(agreed_number(norm(b), reduce), "The norm of the right-hand side")
-        state = state if state is not None else SolverState()
+        state = state.placed(b) if state is not None else SolverState()
         if size == 0.0:
             zero = zeros_like(b)
             return Solution(x=zero, residual=0.0, iterations=0, state=replace(state, solution=zero))

@@ -9,12 +9,8 @@ import torch
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked, positive
-from lightning_nested.linalg.solvers.base import (
-    InverseSolver,
-    LinearSystem,
-    Solution,
-    SolverState,
-)
+from lightning_nested.linalg.shards import shard_like
+from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution, SolverState
 from lightning_nested.linalg.vectors import Vector, add_, clone, dot, double_dot, norm, scale_, zeros_like
 
 
@@ -155,7 +151,7 @@ def _power_iteration(system: LinearSystem) -> tuple[SolverState, int]:
         # A stream of its own: the caller's random numbers are untouched.
         generator = torch.Generator().manual_seed(0)
         noise = (torch.randn(a.shape, generator=generator, dtype=torch.float64) for a in system.b)
-        vector = tuple(a.to(b) for a, b in zip(noise, system.b, strict=True))
+        vector = tuple(shard_like(a.to(b.dtype), b).to(b.device) for a, b in zip(noise, system.b, strict=True))
         scale_(vector, 1.0 / float(norm(vector)))
         limit = 20
     count = 0
