@@ -265,7 +265,8 @@ def implicit_hypergradient(
         One tensor per hyperparameter, of its shape.
 
     Raises:
-        ValueError: The gradient of the inner loss does not depend on a hyperparameter (a learning rate, say).
+        ValueError: The gradient of the inner loss does not depend on a hyperparameter (a learning rate, say); the
+            parameters are in shards.
         FloatingPointError: A value is not finite, the series diverges, or there is no positive curvature.
         DoubleBackwardError: An operation of the inner loss has no second derivative.
 
@@ -283,6 +284,11 @@ def implicit_hypergradient(
         >>> float(gradient)
         -0.25
     """
+    if in_shards(params):
+        raise ValueError(
+            "params must be whole on every process. Got DTensors: who moves shards must let fully_shard gather them "
+            "again; use HypergradientCallback under Lightning's ModelParallelStrategy, which does."
+        )
     result = implicit_result(
         inner_loss, outer_loss, params, hparams, solver=solver, curvature=curvature, reduce=reduce
     )

@@ -363,7 +363,10 @@ class DecayPenalty:
             slopes = [(self._parameters[n] * by_name[n]).to(d.dtype) for n, d in self._values.items()]
         else:
             # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
-            own, other = parts([self._parameters[n] for n in self._values]), parts([by_name[n] for n in self._values])
+            own, other = (
+                parts([self._parameters[n] for n in self._values]),
+                parts([by_name[n] for n in self._values]),
+            )
             values = self._values.values()
             sums = [torch.sum(a * b, dtype=d.dtype) for a, b, d in zip(own, other, values, strict=True)]
             slopes = list(added_up(torch.stack(sums), v).unbind())

@@ -57,7 +57,9 @@ class InnerGraph:
             self._hook(curvature)
 
     @classmethod
-    def of_training(cls, trainer: Trainer, module: LightningModule, curvature: Curvature | None) -> InnerGraph:
+    def of_training(
+        cls, trainer: Trainer, module: LightningModule, curvature: Curvature | None
+    ) -> InnerGraph:
         """Return one for the ``training_step`` of a module in automatic optimization."""
         return cls(module, curvature, accumulate=trainer.accumulate_grad_batches, method="training_step")
 

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_nested.hyperparameters.shared_adam import SharedAdam
+from lightning_nested.linalg.shards import parts
 from lightning_nested.trainer.outer_plan import OuterPlan
 
 
@@ -21,7 +22,7 @@ def outer_memory(plan: OuterPlan, parameters: Mapping[str, Tensor]) -> dict[str,
         plan: Plan of the run.
         parameters: Inner parameters by name; empty while the shape of a lazy one is not known.
     """
-    tensors, forecast = tuple(parameters.values()), plan.forecast
+    tensors, forecast = tuple(parts(tuple(parameters.values()))), plan.forecast
     if not tensors:
         return {}
     found = {"Kronecker factors": 0, "curvature per weight": 0, "mean gradient": 0}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch.distributed.fsdp
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -84,7 +85,9 @@ def check_choices(trainer: Trainer, plan: OuterPlan, loop: OuterLoop, curvature:
     outer, solver, size = plan.outer, plan.solver, tensor_parallel_size(trainer)
     each = [d.name for d in outer.decays if d.per == "parameter"]
     sharded = [h.name for h in outer.hyperparameters if any(map(is_shard, h.tensors.values()))]
-    if size > 1:
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        cause, cure = f"needs torch 2.6 or later. Got torch {torch.__version__}", "install a later one"
+    elif size > 1:
         cause, cure = f"needs data-parallel shards. Got tensor_parallel_size={size}", "set it to 1"
     elif not isinstance(curvature, FiniteDifference | None):
         cause = f"takes products by differences of gradients. Got curvature={curvature!r}"
@@ -102,7 +105,10 @@ def check_choices(trainer: Trainer, plan: OuterPlan, loop: OuterLoop, curvature:
         cause = f"tunes tensors that every process holds whole. Got {sharded} in shards"
         cure = "keep them out of the modules that fully_shard wraps, by its ignored_params"
     elif loop.restart_every is not None:
-        cause, cure = f"cannot initialize shards again. Got restart_every={loop.restart_every}", "leave it out"
+        cause, cure = (
+            f"cannot initialize shards again. Got restart_every={loop.restart_every}",
+            "leave it out",
+        )
     elif loop.train_batches.wanted:
         cause = f"takes the mixed derivative on the training step's batch. Got train_batches={loop.train_batches.wanted}"
         cure = "set it to 0"

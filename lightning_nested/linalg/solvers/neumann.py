@@ -151,7 +151,9 @@ def _power_iteration(system: LinearSystem) -> tuple[SolverState, int]:
         # A stream of its own: the caller's random numbers are untouched.
         generator = torch.Generator().manual_seed(0)
         noise = (torch.randn(a.shape, generator=generator, dtype=torch.float64) for a in system.b)
-        vector = tuple(shard_like(a.to(b.dtype), b).to(b.device) for a, b in zip(noise, system.b, strict=True))
+        vector = tuple(
+            shard_like(a.to(b.dtype), b).to(b.device) for a, b in zip(noise, system.b, strict=True)
+        )
         scale_(vector, 1.0 / float(norm(vector)))
         limit = 20
     count = 0
