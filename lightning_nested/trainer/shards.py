@@ -110,7 +110,7 @@ def check_choices(trainer: Trainer, plan: OuterPlan, loop: OuterLoop, curvature:
             "leave it out",
         )
     elif loop.train_batches.wanted:
-        cause = f"takes the mixed derivative on the training step's batch. Got train_batches={loop.train_batches.wanted}"
+        cause = f"takes mixed derivatives on the training step's batch. Got train_batches={loop.train_batches.wanted}"
         cure = "set it to 0"
     else:
         return
