@@ -12,6 +12,7 @@ from pathlib import Path
 from _arms import Results, compare, rows
 from _experiment_distillation import DISTILLATION
 from _experiment_influence import INFLUENCE
+from _experiment_invariances import INVARIANCES
 from _experiment_mixture import MIXTURE
 from _experiment_tabular import BREAST_CANCER, DIABETES
 from _fits import quiet
@@ -22,6 +23,7 @@ EXPERIMENTS = {
     "diabetes": DIABETES,
     "distillation": DISTILLATION,
     "influence": INFLUENCE,
+    "invariances": INVARIANCES,
     "mixture": MIXTURE,
 }
 

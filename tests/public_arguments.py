@@ -283,6 +283,7 @@ CASES = {
     "GroupWeights": Case(
         ln.GroupWeights, _named | {"names": ([TEXT],), "init": ([1.0],), "shares": ([1.0],)}, names=["a", "b"]
     ),
+    "Hue": Case(ln.Hue, _named),
     "InputNoise": Case(ln.InputNoise, _named),
     "Integer": Case(ln.Integer, dict.fromkeys(("lower", "upper", "init"), (-2,)), name=TEXT, lower=-3, upper=3, init=0),
     "Interval": Case(Interval, dict.fromkeys(("lower", "upper"), (-1.0,))),
@@ -290,9 +291,13 @@ CASES = {
     "LearningRate": Case(ln.LearningRate, _named | _transform | {"init": (0.1,)}),
     "LossWeights": Case(ln.LossWeights, _named | _transform | {"names": ([TEXT],), "init": ([1.0],)}, names=["a"]),
     "ModuleTensors": Case(ln.ModuleTensors, path=TEXT),
+    "Rotation": Case(ln.Rotation, _named),
     "Saturation": Case(ln.Saturation, _named),
     "Scalar": Case(ln.Scalar, _transform | {"init": (-1.0,)}, name=TEXT, init=0.5),
+    "Scaling": Case(ln.Scaling, _named),
     "SharedAdam": Case(ln.SharedAdam, params=parameters),
+    "Shear": Case(ln.Shear, _named),
+    "Translation": Case(ln.Translation, _named),
     "WeightDecay": Case(
         ln.WeightDecay, _named | _transform | {"include": ([TEXT],), "exclude": ([TEXT],), "init": (0.1,)}
     ),

@@ -3,6 +3,7 @@
 from lightning_nested.hyperparameters.augmentation import Brightness, Contrast, Cutout, InputNoise, Saturation
 from lightning_nested.hyperparameters.dropout import DropConnect, DropoutRates
 from lightning_nested.hyperparameters.feature_decay import FeatureDecay
+from lightning_nested.hyperparameters.geometry import Hue, Rotation, Scaling, Shear, Translation
 from lightning_nested.hyperparameters.group_weights import GroupSampler, GroupWeights
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.learning_rate import LearningRate
@@ -39,6 +40,7 @@ __all__ = [
     "FeatureDecay",
     "GroupSampler",
     "GroupWeights",
+    "Hue",
     "Hyperparameter",
     "HyperparameterVector",
     "InputNoise",
@@ -50,12 +52,16 @@ __all__ = [
     "ModuleTensors",
     "OuterReport",
     "OuterStep",
+    "Rotation",
     "Saturation",
     "Scalar",
+    "Scaling",
     "SharedAdam",
+    "Shear",
     "Simplex",
     "Softplus",
     "Transform",
+    "Translation",
     "Unconstrained",
     "WeightDecay",
     "WeightNetwork",

@@ -1,4 +1,4 @@
-"""Strengths of image augmentations: brightness, contrast, saturation, noise, cutout."""
+"""Strengths of augmentations that leave pixels in their place: brightness, contrast, saturation, noise, cutout."""
 
 from __future__ import annotations
 
