@@ -72,7 +72,8 @@ def imported() -> dict[str, set[tuple[str, bool]]]:
 
 
 def distribution(package: str) -> str:
-    return canonicalize_name(packages_distributions()[package][0]) if package != "ray" else "ray"
+    # Before Python 3.11 it knows those packages only that have a top_level.txt.
+    return canonicalize_name(packages_distributions().get(package, [package])[0])
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:

@@ -123,7 +123,9 @@ def test_type_checkers_see_the_names_that_exist(tmp_path: Path) -> None:
         use,
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = [int(line.split(":")[1]) for line in run.stdout.splitlines() if ": error:" in line]
+    # With an old torch mypy finds errors in the package too: torch's functions had no types.
+    found = [line for line in run.stdout.splitlines() if line.startswith(str(use)) and ": error:" in line]
+    lines = [int(line.split(":")[1]) for line in found]
     assert lines == [4, 5], run.stdout + run.stderr
 
 

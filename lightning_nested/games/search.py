@@ -34,8 +34,8 @@ def search(
     Example:
         >>> bounds = np.array([[-1.0, 1.0], [0.5, 2.0]])
         >>> objective = lambda x: float(np.abs(x).max())
-        >>> search(objective, bounds[:, 1], bounds, (0.5, 0.05, 0.005), evaluations=50).round(6)[1]
-        np.float64(0.5)
+        >>> float(search(objective, bounds[:, 1], bounds, (0.5, 0.05, 0.005), evaluations=50).round(6)[1])
+        0.5
     """
     low, high = bounds.T
     point, best, count = start, objective(start), len(start)

@@ -34,7 +34,7 @@ class HyperLSTM(HyperLayer, nn.LSTM):
     plain = nn.LSTM
 
     def __init__(self, input_size: int, hidden_size: int, num_hyperparameters: int, **options: Any) -> None:
-        at_least(1, num_hyperparameters=num_hyperparameters)
+        at_least(1, input_size=input_size, hidden_size=hidden_size, num_hyperparameters=num_hyperparameters)
         nn.LSTM.__init__(self, input_size, hidden_size, **options)
         self.respond(num_hyperparameters)
 
