@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from _fits import plain_trainer, quiet
 from _measuring import load, parser, print_table, report, start
-from _pays_tasks import TASKS, Pair, Task
+from _pays_tasks import SHORT, TASKS, Pair, Task
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -296,7 +296,12 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__, rounds=1)
     options.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
-    options.add_argument("--tasks", type=int, nargs="*", default=list(range(len(TASKS))))
+    options.add_argument(
+        "--tasks", type=int, nargs="*", default=list(range(len(TASKS))), help="8 and 9: short trainings"
+    )
+    options.add_argument(
+        "--init", type=float, default=None, help="start of the decays; default: the library's"
+    )
     options.add_argument(
         "--per", choices=("tensor", "parameter"), default="tensor", help="what has a decay of its own"
     )
@@ -323,7 +328,7 @@ def main() -> None:
     kept: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
     results: dict[str, list[dict[str, Any]]] = {}
     for index in arguments.tasks:
-        task = TASKS[index]
+        task = (*TASKS, *SHORT)[index]
         for seed in arguments.seeds:
             key = f"{task.name}/{seed}/{arguments.trials}"
             if key not in kept:
@@ -335,7 +340,7 @@ def main() -> None:
                 found |= tuned(
                     task,
                     seed,
-                    lambda: [HypergradientCallback(WeightDecay(per=arguments.per))],
+                    lambda: [HypergradientCallback(WeightDecay(per=arguments.per, init=arguments.init))],
                     arguments.rounds,
                 )
                 if laplace and has_laplace(task):

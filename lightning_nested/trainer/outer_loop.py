@@ -330,7 +330,12 @@ class OuterLoop:
             for name, last in self.spreads().items()
             if name in self.outer.first
         ]
-        title = f"{self.owner} tuned in {self.outer_steps} outer steps:"
+        steps = (
+            "1 outer step, too few to judge by"
+            if self.outer_steps == 1
+            else f"{self.outer_steps} outer steps"
+        )
+        title = f"{self.owner} tuned in {steps}:"
         return "\n  ".join([title, *lines, *self.trend_lines()])
 
     def trend_lines(self) -> list[str]:
