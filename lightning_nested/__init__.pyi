@@ -56,6 +56,7 @@ from .dynamics import (
 )
 from .games import (
     Bilinear as Bilinear,
+    ConstrainedLoss as ConstrainedLoss,
     DiracGAN as DiracGAN,
     GaussiansGAN as GaussiansGAN,
     IteratedPrisonersDilemma as IteratedPrisonersDilemma,
@@ -64,6 +65,7 @@ from .games import (
     QuadraticGame as QuadraticGame,
     RandomSubspace as RandomSubspace,
     SmallIPD as SmallIPD,
+    augmented_lagrangian as augmented_lagrangian,
     convergence_rate as convergence_rate,
     game_jacobian as game_jacobian,
     game_spectrum as game_spectrum,
@@ -139,6 +141,7 @@ from .hyperparameters import (
 from .modules import (
     STN as STN,
     Anneal as Anneal,
+    AugmentedLagrangian as AugmentedLagrangian,
     BigGAN as BigGAN,
     DeltaSTN as DeltaSTN,
     DistillationModule as DistillationModule,

@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_nested as ln
 from lightning_nested.callbacks import ClassifierEvaluator, ModuleEvaluator, ScoreOptions
+from lightning_nested.games import Multipliers
 from lightning_nested.hypergradient import Minimize
 from lightning_nested.hyperparameters import Exp, Interval
 from lightning_nested.modules import (
@@ -75,6 +76,10 @@ def scaled(state: torch.Tensor) -> torch.Tensor:
 
 class Small(ln.NestedModule):
     def inner_loss(self, batch: Any) -> Any: ...
+
+
+class SmallConstrained(ln.AugmentedLagrangian):
+    def constrained_loss(self, batch: Any) -> Any: ...
 
 
 class SmallGame(ln.GameModule):
@@ -192,6 +197,14 @@ CASES = {
     ),
     # games
     "Bilinear": Case(ln.Bilinear, {"matrix": (torch.eye(2),)}),
+    "ConstrainedLoss": Case(
+        ln.ConstrainedLoss, dict.fromkeys(("inequalities", "equalities"), (torch.ones(2),)), loss=torch.tensor(1.0)
+    ),
+    "Multipliers": Case(Multipliers, {"dtype": (torch.float64,)}, num_inequalities=2),
+    "augmented_lagrangian": Case(
+        ln.augmented_lagrangian, problem=ln.ConstrainedLoss(loss=torch.tensor(1.0), inequalities=torch.ones(2)),
+        multipliers=Multipliers(2), penalty=1.0,
+    ),
     "DiracGAN": Case(ln.DiracGAN),
     "GaussiansGAN": Case(ln.GaussiansGAN, {"generator": (generator,)}),
     "IteratedPrisonersDilemma": Case(ln.IteratedPrisonersDilemma),
@@ -304,6 +317,9 @@ CASES = {
     "WeightNetwork": Case(ln.WeightNetwork, _named),
     # modules
     "Anneal": Case(ln.Anneal, {"start": (-1.0,), "end": (-1.0,)}, start=0.5, end=0.25, steps=3),
+    "AugmentedLagrangian": Case(
+        SmallConstrained, {"optimizers": ({"weights": sgd},), "loop": (ln.GameLoop(),)}, num_inequalities=1
+    ),
     "BigGAN": Case(
         ln.BigGAN, {"generator_scheduler": (step_scheduler,), "discriminator_scheduler": (step_scheduler,)}
         | {"loop": (ln.GameLoop(),)}, networks=BigGANNetworks(width=1, latent_dim=4),

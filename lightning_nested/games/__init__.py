@@ -1,6 +1,7 @@
 """Differentiable games: joint gradient, Jacobian, spectrum, convergence rates and advice on momentum. PyTorch only."""
 
 from lightning_nested.games.advice import MomentumSuggestion, suggest_momentum
+from lightning_nested.games.constraints import ConstrainedLoss, Multipliers, augmented_lagrangian
 from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.rates import (
@@ -31,6 +32,7 @@ from lightning_nested.linalg.eigenvalues import Spectrum, SpectrumError, leading
 
 __all__ = [
     "Bilinear",
+    "ConstrainedLoss",
     "DiracGAN",
     "Game",
     "GaussiansGAN",
@@ -39,12 +41,14 @@ __all__ = [
     "MatchingPennies",
     "MeasuredSpectrum",
     "MomentumSuggestion",
+    "Multipliers",
     "PenniesAndDilemma",
     "QuadraticGame",
     "RandomSubspace",
     "SmallIPD",
     "Spectrum",
     "SpectrumError",
+    "augmented_lagrangian",
     "consensus_rate",
     "convergence_rate",
     "eigenvalue_rates",

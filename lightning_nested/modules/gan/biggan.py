@@ -48,10 +48,11 @@ _ADAM = cast(OptimizerCallable, partial(torch.optim.Adam, lr=2e-4, betas=(0.0, 0
 def build_networks(sizes: BigGANNetworks) -> tuple[Generator, Discriminator]:
     """Return a generator and a discriminator, drawn from the global random stream in this order."""
     options: dict[str, Any] = dict(vars(sizes))
+    group = options.pop("minibatch_group")
     generator = Generator(**options)
     for own in ("latent_dim", "shared_dim", "hierarchical"):
         del options[own]
-    return generator, Discriminator(**options)
+    return generator, Discriminator(**options, minibatch_group=group)
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ class BigGANNetworks:
         shared_dim: Width of a class embedding shared by all layers of the generator; 0: one per layer.
         hierarchical: Give each generator block its own slice of z.
         initialization: ``"normal"`` or ``"orthogonal"``.
+        minibatch_group: Successive examples that the discriminator compares with one another, a divisor of the batch size;
+            0: it judges each alone.
     """
 
     width: int = 64
@@ -38,11 +40,12 @@ class BigGANNetworks:
     shared_dim: int = 0
     hierarchical: bool = False
     initialization: Initialization = "normal"
+    minibatch_group: int = 0
 
     def __post_init__(self) -> None:
         at_least(1, width=self.width, latent_dim=self.latent_dim, num_classes=self.num_classes)
         at_least(1, resolution=self.resolution, image_channels=self.image_channels, attention=self.attention)
-        at_least(0, shared_dim=self.shared_dim)
+        at_least(0, shared_dim=self.shared_dim, minibatch_group=self.minibatch_group)
 
 
 @checked
