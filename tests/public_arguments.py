@@ -184,12 +184,12 @@ CASES = {
     "kaplan_yorke_dimension": Case(ln.kaplan_yorke_dimension, exponents=torch.tensor([0.5, -1.0])),
     "lyapunov_exponents": Case(
         ln.lyapunov_exponents, {"frame": (ANY,), "generator": (None,)}, step=scaled, x0=w.detach(), k=1, num_steps=2,
-        orthonormalize_every=1, batched=False, window="uniform", generator=generator,
+        orthonormalize_every=1, batched=False, window="uniform", generator=generator, compile=False,
     ),
     "lyapunov_spectrum": Case(
         ln.lyapunov_spectrum, {"burn_out": (1,), "k": (None,), "generator": (None,)},
         step=scaled, x0=w.detach(), k=1, num_steps=2,
-        orthonormalize_every=1, batched=False, window="uniform", generator=generator,
+        orthonormalize_every=1, batched=False, window="uniform", generator=generator, compile=False,
     ),
     "rk4_step": Case(ln.rk4_step, {"dt": (-0.1,)}, field=scaled, dt=0.1),
     "update_map": Case(

@@ -135,6 +135,12 @@ def test_lyapunov_cost_runs_and_agrees_with_float64(run: Script) -> None:
     assert len(found) == 9
 
 
+def test_small_maps_are_measured(run: Script) -> None:
+    found = run("lyapunov_small_maps", ["--rounds", "1", "--steps", "20", "--no-compile"])
+    assert len(found) == 3
+    assert all(entry["setup"].median > 0 for entry in found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["digits", "fashion"])
 def test_against_search_runs(run: Script, data: str) -> None:

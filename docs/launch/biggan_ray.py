@@ -31,7 +31,10 @@ def train(config: dict[str, bool]) -> None:
             strategy=RayDDPStrategy(),
             plugins=[RayLightningEnvironment()],
             # Ray keeps a checkpoint of each epoch, the average of the generator in it.
-            callbacks=[GeneratorEMA(start=0 if toy else 1000), RayTrainReportCallback()],
+            callbacks=[
+                GeneratorEMA(start=0 if toy else 1000),
+                RayTrainReportCallback(),
+            ],
             enable_checkpointing=False,
             enable_progress_bar=not toy,
             logger=not toy,

@@ -63,15 +63,31 @@ def orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
         found = _cholesky_twice(rows) if len(rows) > 1 else _normalized(rows)
         if found is not None:
             return found
+    frames, lower = oriented(*(part.unsqueeze(0) for part in unoriented(rows)))
+    return frames[0], lower[0]
+
+
+def unoriented(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor Y = L Q as :func:`orthonormalize` does, but for the signs of L's diagonal."""
     q, r = torch.linalg.qr(rows.mT)
-    diagonal = r.diagonal(dim1=-2, dim2=-1)
-    sign = torch.where(diagonal < 0, -1.0, 1.0).to(rows.dtype)
-    lower = (r * sign.unsqueeze(-1)).mT
-    # What is left of a row that depends on the others is rounding of its length.
-    rounding = 4 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=-1)
-    kept = (diagonal.abs() > rounding).to(rows.dtype)
-    lower = lower - torch.diag_embed(lower.diagonal(dim1=-2, dim2=-1) * (1 - kept))
-    return (q * sign.unsqueeze(-2)).mT, lower
+    return q.mT, r.mT
+
+
+def oriented(frames: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the diagonals non-negative in successive factors, L_t Q_t = J Q_{t−1}, by turning rows of the frames.
+
+    A diagonal below rounding becomes 0: the row depends on those before it.
+
+    Takes and returns (T, ..., k, n) and (T, ..., k, k).
+    """
+    diagonal = factors.diagonal(dim1=-2, dim2=-1)
+    turned = torch.where(diagonal < 0, -1.0, 1.0).to(factors.dtype).cumprod(0)
+    before = torch.cat([torch.ones_like(turned[:1]), turned[:-1]])
+    lower = before.unsqueeze(-1) * factors * turned.unsqueeze(-2)
+    # What is left of a row that depends on the others is rounding of its length, which Q does not change.
+    rounding = 4 * torch.finfo(factors.dtype).eps * torch.linalg.vector_norm(factors, dim=-1)
+    lost = torch.where(diagonal.abs() > rounding, 0.0, diagonal.abs())
+    return frames * turned.unsqueeze(-1), lower - torch.diag_embed(lost)
 
 
 def _normalized(row: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -169,8 +169,9 @@ def best_response(
     """Convert any module: ``response(x, h)`` is its output with weights that respond to h.
 
     Linear layers, convolutions (1d, 2d), embeddings, LSTMs and normalization layers get W(h) = W₀ + diag(V h) W₁;
-    each other parameter a low-rank response, which needs one h for the batch. At first the response is zero. Shared
-    weights are converted once and stay shared.
+    each other parameter a low-rank response. At first the response is zero. Shared weights are converted once and stay
+    shared. One h of each example costs two operations where every parameter has such a layer; else each example runs
+    alone under ``torch.vmap``, with all its weights formed, and must not influence others (batch norm in train mode).
 
     A parameter of r rows and m entries gets ``m + r·n`` more, one without a layer ``rank · (m + n)``.
 

@@ -22,7 +22,7 @@ Weights = Mapping[str, Tensor]
 
 
 @contextmanager
-def _differentiable_kernels() -> Iterator[None]:
+def differentiable_kernels() -> Iterator[None]:
     """Use kernels that have second and forward-mode derivatives."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
@@ -40,7 +40,7 @@ def forward_mode() -> Iterator[None]:
         ForwardModeError: Torch reports an operation without forward-mode derivatives.
     """
     try:
-        with forward_ad.dual_level(), _differentiable_kernels():
+        with forward_ad.dual_level(), differentiable_kernels():
             yield
     except RuntimeError as error:
         if "forward ad" in str(error).lower() or "forward mode" in str(error).lower():
@@ -72,7 +72,7 @@ def by_reverse_mode(run: Callable[[dict[str, Tensor]], Any], weights: Weights, c
     """
     leaves = {n: carry(w.detach(), changes[n]) for n, w in weights.items()}
     leaves = {n: w if w.requires_grad else w.requires_grad_() for n, w in leaves.items()}
-    with _differentiable_kernels():
+    with differentiable_kernels():
         outputs, tree = tree_flatten(run(dict(leaves)))
         live = [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
         cotangents = [torch.zeros_like(outputs[i], requires_grad=True) for i in live]

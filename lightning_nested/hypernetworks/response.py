@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.arguments import at_least
+from lightning_nested.hypernetworks.by_example import by_example
 from lightning_nested.hypernetworks.layers.base import Point, check_hyperparameters
 from lightning_nested.hypernetworks.layers.reads import check_reads
 from lightning_nested.hypernetworks.linearized import (
@@ -48,7 +49,7 @@ class Response(nn.Module):
     """Base class of all learned best responses.
 
     ``response(x, h)`` is the module's output with the weights w(h). h holds n unconstrained numbers: (n,) for one
-    point, or (batch, n) for one of each example where the module's layers allow it. Inside ``with response.at(h):``
+    point, or (batch, n) for one of each example. Inside ``with response.at(h):``
     and after ``response.bind(h)`` the call is the module's own, ``response(x)``.
 
     The weights w₀ keep their names; Δ(0) = 0, so that the network at ``center`` is the plain one with w₀.
@@ -125,7 +126,10 @@ class Response(nn.Module):
         return torch.stack(terms).sum() if terms else delta.new_zeros(())
 
     def one_point_only(self) -> tuple[str, ...]:
-        """Name the parameters for which each example cannot have an h of its own."""
+        """Name the parameters without a layer that responds by itself.
+
+        With one h of each example, weights are then formed for each: see :mod:`~lightning_nested.hypernetworks.by_example`.
+        """
         return tuple(self._aliases)
 
     # ---- parameters
@@ -178,13 +182,6 @@ class Response(nn.Module):
         """
         check_hyperparameters(h, self.num_hyperparameters)
         if h.dim() == 2 and mode != "general":
-            if self.one_point_only():
-                some = ", ".join(self.one_point_only()[:4])
-                raise ValueError(
-                    "One h of each example needs layers that respond by themselves: linear, convolution 1d and 2d, "
-                    f"embedding, LSTM, batch, group and layer norm. Got others that hold {some}; give one h of "
-                    "shape (n,) for the batch."
-                )
             if weights is not None or change is not None:
                 raise ValueError("weights= and change= need one h. Got one of each example.")
         before, self._place = self._place, Place(h, mode, weights, change)
@@ -214,23 +211,42 @@ class Response(nn.Module):
                 return self.forward(*inputs[:-1], **options)
 
         def run(weights: Weights) -> Any:
-            if not weights:
-                return self.module(*inputs, **options)
-            with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
-                # By all its names, each module once: torch's own tying leaves a module of two names without parameters.
-                tied = {alias: w for name, w in weights.items() for alias in self._aliases.get(name, [name])}
-                return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
+            return self._call_with(weights, inputs, options)
 
         if place.mode == "general":
             return run({} if place.change is None else place.change(dict(self.general_parameters())))
         if place.h.dim() == 2:
-            return self._each(place, run)
+            return self._each(place, run, (inputs, options))
         if place.mode == "linearized":
             return self._linearized(place, run)
         weights = dict(place.weights) if place.weights is not None else self.weights(place.h)
         return run(weights if place.change is None else place.change(weights))
 
-    def _each(self, place: Place, run: Run) -> Any:
+    def _call_with(self, weights: Weights, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if not weights:
+            return self.module(*inputs, **options)
+        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT):
+            # By all its names, each module once: torch's own tying leaves a module of two names without parameters.
+            tied = {alias: w for name, w in weights.items() for alias in self._aliases.get(name, [name])}
+            return torch.func.functional_call(self.module, tied, inputs, options, tie_weights=False)
+
+    def _alone(self, place: Place, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """Evaluate each example with weights of its own, where a layer has no rule."""
+        changes = torch.vmap(self.changes)(place.h - self.center)
+        general, tangents = self.general_parameters(), None
+        if place.mode == "linearized":
+            tangents = {name: change.detach() for name, change in changes.items()}
+            # w₀ + Δ − stop(Δ): the value at w₀, with derivatives for φ alone
+            weights = {n: p.detach() + (changes[n] - tangents[n]) for n, p in general.items()}
+        else:
+            weights = {n: p + changes[n] for n, p in general.items()}
+        return by_example(
+            self.module, self._call_with, weights, tangents, arguments, batch_dim=self.layers.batch_dim
+        )
+
+    def _each(self, place: Place, run: Run, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        if self.one_point_only():
+            return self._alone(place, arguments)
         try:
             return self._by_layers(place.h - self.center, place.mode == "linearized", dict, run)
         except ForwardModeError as error:

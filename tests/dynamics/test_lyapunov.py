@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.dynamics import (
+    LyapunovSpectrum,
     kaplan_yorke_dimension,
     lyapunov_exponents,
     lyapunov_spectrum,
     rk4_step,
 )
+from lightning_nested.dynamics import spectrum_run
 from lightning_nested.dynamics.frames import orthonormalize
 from tests.cases import DOUBLE
 from tests.conftest import Normal
@@ -210,6 +212,78 @@ def test_covariant_directions_of_a_linear_map_are_its_eigenvectors() -> None:
     assert found.covariant is not None
     expected = torch.stack([point(1, 0), point(-2, 3) / 13**0.5])
     torch.testing.assert_close(found.covariant[0].abs(), expected.abs(), rtol=0, atol=1e-12)
+
+
+def test_angles_of_a_linear_map_are_those_of_its_eigenvectors() -> None:
+    matrix = point(2.0, 1.0, 0.0, 0.5).view(2, 2)
+    found = lyapunov_spectrum(
+        lambda x: matrix @ x, point(0, 0), num_steps=5, burn_in=60, covariant=True, burn_out=60
+    )
+    assert found.angles is not None
+    angle = math.acos(2 / 13**0.5)  # between (1, 0) and (−2, 3)
+    expected = point(0, angle, angle, 0).view(2, 2).expand(5, 2, 2)
+    torch.testing.assert_close(found.angles, expected, rtol=0, atol=3e-8)  # acos near 1
+    assert lyapunov_spectrum(lambda x: matrix @ x, point(0, 0), num_steps=5).angles is None
+
+
+def test_the_neutral_covariant_direction_of_a_flow_is_its_velocity() -> None:
+    """Of Lorenz's three directions the second has exponent 0; none of the orthonormal frame's does that."""
+    step = rk4_step(lorenz, 0.02)
+    options: dict[str, Any] = {"dt": 0.02, "covariant": True, "burn_out": 500}
+    draw = torch.Generator().manual_seed(0)
+    found = lyapunov_spectrum(
+        step, point(1.0, 2.0, 25.0), num_steps=2, burn_in=300, generator=draw, **options
+    )
+    assert found.covariant is not None
+    velocity = lorenz(found.state)  # type: ignore[arg-type]
+    cosine = torch.nn.functional.cosine_similarity(found.covariant[-1], velocity.unsqueeze(0), dim=-1).abs()
+    # Backward in time the angle shrinks by e^(−(λ₁−λ₂)t) = e^(−0.9·10); the step's own error is of order dt⁴.
+    assert float(1 - cosine[1]) < 1e-6
+    assert float(cosine[0]) < 0.999
+    assert float(cosine[2]) < 0.999
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_many_windows_at_once_are_the_same_as_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Signs are set for 64 windows together; a map that mirrors has all of them."""
+
+    def mirrored(x: Tensor) -> Tensor:
+        return torch.stack([1 - 1.4 * x[0] ** 2 + x[1], 0.3 * x[0], -0.7 * x[2] + 0.1 * x[0]])
+
+    def run() -> LyapunovSpectrum:
+        options: dict[str, Any] = {"covariant": True, "orthonormalize_every": every}
+        draw = torch.Generator().manual_seed(3)
+        return lyapunov_spectrum(
+            mirrored, point(0.1, 0.1, 0.1), num_steps=150, burn_in=9, generator=draw, burn_out=30, **options
+        )
+
+    together = run()
+    monkeypatch.setattr(spectrum_run, "_TOGETHER", 1)
+    for name, alone in vars(run()).items():
+        if isinstance(alone, Tensor):
+            torch.testing.assert_close(getattr(together, name), alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_compiled_map_is_the_same() -> None:
+    options: dict[str, Any] = {"k": 2, "num_steps": 200, "frame": torch.eye(2, dtype=DOUBLE)}
+    plain = lyapunov_exponents(henon, point(0.1, 0.1), **options)
+    compiled = lyapunov_exponents(henon, point(0.1, 0.1), compile=True, **options)
+    # Rounding grows by e^(0.42 t): after 85 steps the orbits are two orbits of one attractor.
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=0.1)
+    short = lyapunov_exponents(henon, point(0.1, 0.1), compile=True, **(options | {"num_steps": 30}))
+    expected = lyapunov_exponents(henon, point(0.1, 0.1), **(options | {"num_steps": 30}))
+    torch.testing.assert_close(short, expected, rtol=0, atol=1e-8)
+
+
+def test_a_map_that_cannot_be_recorded_cannot_be_compiled() -> None:
+    def branches(x: Tensor) -> Tensor:
+        return 0.5 * x if float(x.sum()) > 0 else 0.25 * x
+
+    with pytest.raises(ValueError, match="compile=True needs a map whose operations can be recorded"):
+        lyapunov_exponents(branches, point(1.0), k=1, num_steps=40, compile=True)
 
 
 def test_kaplan_yorke_dimension() -> None:

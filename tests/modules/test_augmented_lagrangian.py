@@ -82,7 +82,9 @@ class SmallWeights(AugmentedLagrangian):
 
     def __init__(self, limit: float) -> None:
         super().__init__(
-            num_inequalities=1, optimizer=descent, optimizers={"multipliers": partial(torch.optim.SGD, lr=0.2)}
+            num_inequalities=1,
+            optimizer=descent,
+            optimizers={"multipliers": partial(torch.optim.SGD, lr=0.2)},
         )
         self.network, self.limit = nn.Linear(3, 1, bias=False).double(), limit
         self.multipliers.double()
@@ -113,7 +115,9 @@ def test_a_resumed_run_has_its_multipliers(tmp_path: Path) -> None:
     first.fit(module, data(10))
     first.save_checkpoint(tmp_path / "last.ckpt")
     again = Program(optimizer=descent)
-    trainer(max_steps=10, max_epochs=-1).fit(again, data(10), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    trainer(max_steps=10, max_epochs=-1).fit(
+        again, data(10), ckpt_path=tmp_path / "last.ckpt", weights_only=False
+    )
     for before, after in zip(module.parameters(), again.parameters(), strict=True):
         assert torch.equal(before, after)
 

@@ -65,8 +65,6 @@ def each_example_alone(vector: HyperparameterVector, response: Response, options
         ValueError: ``options.per_example=True``, and something acts on the whole batch.
     """
     reasons = [f"{h.name} acts on the whole batch" for h in vector.hyperparameters if not h.per_example]
-    if response.one_point_only():
-        reasons.append(f"{response.one_point_only()[0]} has no layer that responds by itself")
     if options.refine_steps:
         reasons.append("refine_steps moves the weights of one point")
     if options.per_example and reasons:
@@ -74,7 +72,8 @@ def each_example_alone(vector: HyperparameterVector, response: Response, options
             f"per_example=True needs losses and layers that take one λ of each example. Got: {'; '.join(reasons)}. "
             "Leave it out: one λ is then tried for each batch."
         )
-    return not reasons if options.per_example is None else options.per_example
+    # Possible for every module, but where a layer has no rule of its own it takes a set of weights for each example.
+    return not (reasons or response.one_point_only()) if options.per_example is None else options.per_example
 
 
 def examples_in(batch: Any, dim: int) -> int:

@@ -46,12 +46,6 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: Classifier([WeightDecay(), InputNoise()], options=ResponseOptions(per_example=True)),
         ValueError, r"Got: weight_decay acts on the whole batch",
     ),
-    "layer without": (
-        lambda: Classifier(
-            [LabelSmoothing()], net=nn.ConvTranspose2d(1, 2, 2), options=ResponseOptions(per_example=True)
-        ),
-        ValueError, "weight has no layer that responds",
-    ),
     "refined examples": (
         lambda: Classifier([InputNoise()], options=ResponseOptions(per_example=True, refine_steps=1)),
         ValueError, "refine_steps",
