@@ -23,6 +23,7 @@ from .callbacks import (
     HypergradientCallback as HypergradientCallback,
     Lookahead as Lookahead,
     LyapunovCallback as LyapunovCallback,
+    ReproducibilityCheck as ReproducibilityCheck,
     RetrainCheck as RetrainCheck,
     SampleGrid as SampleGrid,
 )

@@ -153,6 +153,7 @@ CASES = {
     ),
     "Lookahead": Case(ln.Lookahead),
     "LyapunovCallback": Case(ln.LyapunovCallback, {"rule": (ANY,)}),
+    "ReproducibilityCheck": Case(ln.ReproducibilityCheck),
     "RetrainCheck": Case(ln.RetrainCheck, {"monitor": (TEXT,)}),
     "SampleGrid": Case(ln.SampleGrid),
     "ClassifierEvaluator": Case(ClassifierEvaluator),

@@ -15,6 +15,7 @@ from lightning_nested.callbacks.generator_ema import GeneratorEMA
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.callbacks.lookahead import Lookahead
 from lightning_nested.callbacks.lyapunov import LyapunovCallback
+from lightning_nested.callbacks.reproducibility_check import ReproducibilityCheck
 from lightning_nested.callbacks.retrain_check import RetrainCheck
 from lightning_nested.callbacks.sample_grid import SampleGrid
 
@@ -30,6 +31,7 @@ __all__ = [
     "Lookahead",
     "LyapunovCallback",
     "ModuleEvaluator",
+    "ReproducibilityCheck",
     "RetrainCheck",
     "SampleGrid",
     "ScoreOptions",

@@ -122,8 +122,8 @@ class SpectrumOptions(TypedDict, total=False):
             Das, Saiki, Sander & Yorke (2017), Nonlinearity 30:4111.
         frame: (k, n) or (batch, k, n), the first tangents, as rows; random by default.
         generator: Generator of the random frame.
-        compile: Compile the map's recorded operations, by default not: five to twenty times as fast a step for small maps
-            of many operations, such as an integrator's, after some seconds of compiling. Needs a C++ compiler.
+        compile: Compile the map's recorded operations, by default not: for small maps of many operations, such as an
+            integrator's, a step is then up to ten times as fast, after some seconds. Needs a C++ compiler.
     """
 
     orthonormalize_every: int

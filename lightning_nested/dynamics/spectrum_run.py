@@ -110,13 +110,12 @@ class SpectrumRun:
         self._push = compiled
 
     def measure(self, windows: int, *, keep: bool) -> Tensor:
-        """Return the growth factors (T, ..., k) in each window; also store frames and triangular factors if asked to."""
+        """Return the growth factors (T, ..., k) in each window; also store frames and factors if asked to."""
         # A look at a number costs as much as a step of a small map, so many are looked at together.
         at_once = _TOGETHER if self.rows.numel() <= _SMALL else 1
-        growth = [self.rows.new_empty(0, *self.rows.shape[:-1])]
-        for first in range(0, windows, at_once):
-            growth.append(self._advance(min(at_once, windows - first), keep))
-        return torch.cat(growth)
+        counts = [min(at_once, windows - first) for first in range(0, windows, at_once)]
+        growth = [self._advance(count, keep) for count in counts]
+        return torch.cat(growth) if growth else self.rows.new_empty(0, *self.rows.shape[:-1])
 
     def _advance(self, windows: int, keep: bool) -> Tensor:
         """Take windows of ``every`` steps, each with an orthonormalisation, and return their growth factors."""

@@ -1,7 +1,7 @@
 """Constrained problems as games: the weights descend on the augmented Lagrangian, the multipliers ascend on it.
 
-Hestenes (1969), J. Optim. Theory Appl. 4:303-320; Powell (1969); inequalities after Rockafellar (1973), Math. Programming
-5:354-373. Bertsekas (1982), Constrained Optimization and Lagrange Multiplier Methods, sections 2.2 and 3.2.
+Hestenes (1969), J. Optim. Theory Appl. 4:303-320; inequalities after Rockafellar (1973), Math. Programming 5:354-373.
+Bertsekas (1982), Constrained Optimization and Lagrange Multiplier Methods, sections 2.2 and 3.2.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Multipliers(nn.Module):
         at_least(0, num_inequalities=num_inequalities, num_equalities=num_equalities)
         if not num_inequalities + num_equalities:
             raise ValueError(
-                "There must be a constraint. Got num_inequalities=0 and num_equalities=0; give the number of numbers in "
-                "each, or train without multipliers."
+                "There must be a constraint. Got num_inequalities=0 and num_equalities=0; give the number of "
+                "constraints of each kind, or train without multipliers."
             )
         for name, count in (("inequality", num_inequalities), ("equality", num_equalities)):
             # No empty parameters: optimizers of a player want a gradient for each.
@@ -117,7 +117,7 @@ def _matching(kind: str, values: Tensor | None, multipliers: Tensor | None) -> T
     if found != held:
         plural = {"inequality": "inequalities", "equality": "equalities"}[kind]
         raise ValueError(
-            f"Each constraint needs a multiplier. Got {found} {plural} for {held}; set num_{plural}={found}, or return as "
-            "many from every batch."
+            f"Each constraint needs a multiplier. Got {found} {plural} for {held}; set num_{plural}={found}, or "
+            "return as many from every batch."
         )
     return None if values is None else values.reshape(-1)

@@ -50,8 +50,8 @@ def by_example(
     if not any(places):
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
         raise ValueError(
-            f"One h of each example needs an input with as many examples (dimension {batch_dim}) as h has rows, {batch}. "
-            f"Got shapes {shapes}; give one h of shape (n,), or batch_dim= of best_response."
+            f"One h of each example needs an input with as many examples (dimension {batch_dim}) as h has rows, "
+            f"{batch}. Got shapes {shapes}; give one h of shape (n,), or batch_dim= of best_response."
         )
     structure: list[Any] = []
 
@@ -83,8 +83,8 @@ def by_example(
             if "vmap" not in str(error) and not isinstance(error, NotImplementedError):
                 raise
             raise ValueError(
-                "One h of each example needs layers that respond by themselves, or a module that runs under torch.vmap. "
-                f"Got: {str(error).splitlines()[0]} Give one h of shape (n,) for the batch."
+                "One h of each example needs layers that respond by themselves, or a module that runs under "
+                f"torch.vmap. Got: {str(error).splitlines()[0]} Give one h of shape (n,) for the batch."
             ) from error
     return tree_unflatten([y.movedim(0, batch_dim) for y in outputs], structure[0])
 
@@ -99,9 +99,9 @@ def _check_alone(module: nn.Module, batch_dim: int) -> None:
             )
         if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
             raise ValueError(
-                "One h of each example needs examples that do not influence each other, where a parameter has no layer of "
-                f"ours. Got {type(layer).__name__} {name!r} with statistics of the batch; call eval() on it, take group or "
-                "layer norm, or give one h of shape (n,) for the batch."
+                "One h of each example needs examples that do not influence each other, where a parameter has no layer "
+                f"of ours. Got {type(layer).__name__} {name!r} with statistics of the batch; call eval() on it, take "
+                "group or layer norm, or give one h of shape (n,) for the batch."
             )
 
 

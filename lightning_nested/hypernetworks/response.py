@@ -128,7 +128,7 @@ class Response(nn.Module):
     def one_point_only(self) -> tuple[str, ...]:
         """Name the parameters without a layer that responds by itself.
 
-        With one h of each example, weights are then formed for each: see :mod:`~lightning_nested.hypernetworks.by_example`.
+        With one h of each example, weights are then formed for each, and each example is evaluated alone.
         """
         return tuple(self._aliases)
 
@@ -181,9 +181,8 @@ class Response(nn.Module):
             change: From the weights by name to those used, such as a mask; needs one h.
         """
         check_hyperparameters(h, self.num_hyperparameters)
-        if h.dim() == 2 and mode != "general":
-            if weights is not None or change is not None:
-                raise ValueError("weights= and change= need one h. Got one of each example.")
+        if h.dim() == 2 and mode != "general" and (weights is not None or change is not None):
+            raise ValueError("weights= and change= need one h. Got one of each example.")
         before, self._place = self._place, Place(h, mode, weights, change)
         try:
             yield

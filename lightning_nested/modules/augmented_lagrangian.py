@@ -38,21 +38,20 @@ class AugmentedLagrangian(GameModule):
         SmallWeights(optimizers={"weights": lambda params: Adam(params, lr=1e-3)}, penalty=10.0)
 
     By default the multipliers take gradient steps of size ``penalty``: the method of multipliers, with one step of the
-    weights in place of a whole minimization. With Adam or a large rate for the weights make those steps smaller,
-    by ``optimizers={"multipliers": partial(SGD, lr=...)}``. Negative λ are set to 0 after each step. Constraints that are
-    means over a batch are noisy: take large batches. In data-parallel runs each process has those of its own batch, and
-    gradients are averaged. Logged beside the losses: ``objective``, ``violation`` (the largest of g and |h|, at least 0),
-    and the largest ``multiplier``.
+    weights in place of a whole minimization. Where the weights move slowly make those steps smaller, by
+    ``optimizers={"multipliers": partial(SGD, lr=...)}``. Negative λ are set to 0 after each step. Constraints that
+    are means over a batch are noisy: take large batches. In data-parallel runs each process has those of its own
+    batch, and gradients are averaged. Logged beside the losses: ``objective``, ``violation`` (the largest of g and
+    |h|, at least 0), and the largest ``multiplier``.
 
-    Hestenes (1969), J. Optim. Theory Appl. 4:303-320; with neural networks Gallego-Posada et al. (2025), arXiv 2504.01212
-    (Cooper).
+    Hestenes (1969), J. Optim. Theory Appl. 4:303-320; for networks Gallego-Posada et al. (2025), arXiv 2504.01212.
 
     Args:
         num_inequalities: Numbers in g.
         num_equalities: Numbers in h.
         penalty: c, the weight of the squared violation.
         optimizers: From parameters to an optimizer, by player.
-        loop: Accumulation, clipping and batches; None: ``GameLoop(reuse_batch=True)``, so that both step on each batch.
+        loop: Accumulation, clipping, batches; None: ``GameLoop(reuse_batch=True)``, both step on each batch.
         **game: Arguments of :class:`GameModule`.
 
     Attributes:

@@ -16,8 +16,8 @@ from lightning_nested.dynamics import (
     lyapunov_exponents,
     lyapunov_spectrum,
     rk4_step,
+    spectrum_run,
 )
-from lightning_nested.dynamics import spectrum_run
 from lightning_nested.dynamics.frames import orthonormalize
 from tests.cases import DOUBLE
 from tests.conftest import Normal

@@ -49,7 +49,7 @@ def test_each_example_is_at_its_point(name: str, mode: Any) -> None:
     assert response.one_point_only()
     h = point(BATCH)
     if (name, mode) == ("weight norm", "linearized"):
-        with pytest.raises(ValueError, match="Got: .*forward AD"), response.at(h, mode):
+        with pytest.raises(ValueError, match=r"Got: .*forward AD"), response.at(h, mode):
             response(x)
         return
     with response.at(h, mode):

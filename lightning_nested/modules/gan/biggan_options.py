@@ -27,8 +27,8 @@ class BigGANNetworks:
         shared_dim: Width of a class embedding shared by all layers of the generator; 0: one per layer.
         hierarchical: Give each generator block its own slice of z.
         initialization: ``"normal"`` or ``"orthogonal"``.
-        minibatch_group: Successive examples that the discriminator compares with one another, a divisor of the batch size;
-            0: it judges each alone.
+        minibatch_group: Successive examples that the discriminator compares with one another, a divisor of the batch
+            size; 0: it judges each alone.
     """
 
     width: int = 64

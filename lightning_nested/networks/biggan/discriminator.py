@@ -36,8 +36,8 @@ class Discriminator(nn.Module):
     The arguments have the meaning that they have for :class:`Generator`, but for
 
     Args:
-        minibatch_group: Successive examples that are compared; it must divide the batch size, so that real and generated
-            ones are never mixed. 0: every example is judged alone.
+        minibatch_group: Successive examples that are compared; it must divide the batch size, so that real and
+            generated ones are never mixed. 0: every example is judged alone.
 
     Shape:
         images ``(N, image_channels, resolution, resolution)``, labels ``(N,)``; output ``(N,)``.
@@ -93,10 +93,8 @@ class Discriminator(nn.Module):
         features = functional.relu(h).sum(dim=(2, 3))
         score: Tensor = self.linear(features).squeeze(1) + (self.embedding(labels) * features).sum(dim=1)
         if self.comparison is not None:
-            groups = zip(
-                features.split(self.minibatch_group), labels.split(self.minibatch_group), strict=True
-            )
-            deviation = torch.cat([class_deviation(*group) for group in groups])
+            groups = (torch.split(t, self.minibatch_group) for t in (features, labels))
+            deviation = torch.cat([class_deviation(*group) for group in zip(*groups, strict=True)])
             score = score + self.comparison(deviation).squeeze(1)
         return score
 
