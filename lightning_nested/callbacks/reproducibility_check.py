@@ -31,10 +31,11 @@ class ReproducibilityCheck(OneFitCallback):
     weights that it had before the run and with one seed: twice from the same bits, once with each weight multiplied by
     1 + eps·ξ, ξ standard normal. It costs ``3 · length`` trainings. Other callbacks of the run take no part.
 
-    If the first two end in other bits, something on this machine is not deterministic. If they agree, the third says what
-    another machine does, whose sums are rounded in another order: either the difference stays small against the way
-    that training went, or it grows until the two runs are different ones. Its growth is the finite-time Lyapunov exponent
-    in a random direction; with :class:`LyapunovCallback` among the callbacks the first exponent stands beside it.
+    If the first two end in other bits, something on this machine is not deterministic. If they agree, the third says
+    what another machine does, whose sums are rounded in another order: either the difference stays small against the
+    way that training went, or it grows until the two runs are different ones. Its growth is the finite-time Lyapunov
+    exponent in a random direction; with :class:`LyapunovCallback` among the callbacks the first exponent stands
+    beside it.
 
     Prints one sentence, and writes ``reproducibility.json`` into the folder of the run's logger (without a logger into
     ``default_root_dir``).
@@ -45,9 +46,9 @@ class ReproducibilityCheck(OneFitCallback):
         seed: Seed of batches, dropout and ξ.
 
     Attributes:
-        results: Content of ``reproducibility.json``; empty before the end of ``fit``. ``verdict`` is ``"reproducible"``,
-            ``"on this machine"`` or ``"not reproducible"``; ``growth`` is log(difference at the end / at the start) per
-            step, ``difference`` the one at the end relative to the weights' way.
+        results: Content of ``reproducibility.json``; empty before the end of ``fit``. ``verdict`` is
+            ``"reproducible"``, ``"on this machine"`` or ``"not reproducible"``; ``growth`` is log(difference at the
+            end / at the start) per step, ``difference`` the one at the end relative to the weights' way.
 
     Raises:
         MisconfigurationException: In ``setup``: more than one process.
@@ -136,13 +137,11 @@ def _sentence(results: dict[str, Any]) -> str:
     grew = f"{results['growth']:+.2g} nats a step over {results['steps']} steps"
     if results["exponent"] is not None:
         grew += f"; the first Lyapunov exponent is {results['exponent']:+.2g}"
-    return (
-        "Is this training reproducible? "
-        + {
-            "not reproducible": "No: repeated from the same weights with the same seed it ends in other bits. Look for what is "
-            "not deterministic (Trainer(deterministic=True) names it), or draws random numbers that no seed sets.",
-            "on this machine": f"On this machine only: a repeat ends in the same bits, but a difference of rounding {ends} "
-            f"({grew}). Elsewhere, judge it by means over seeds; a smaller learning rate or clipping may calm it.",
-            "reproducible": f"Yes: a repeat ends in the same bits, and a difference of rounding {ends} ({grew}).",
-        }[results["verdict"]]
-    )
+    said = {
+        "not reproducible": "No: repeated from the same weights with the same seed it ends in other bits. Look for "
+        "what is not deterministic (Trainer(deterministic=True) names it), or draws numbers that no seed sets.",
+        "on this machine": f"On this machine only: a repeat ends in the same bits, but a difference of rounding "
+        f"{ends} ({grew}). Elsewhere, judge it by means over seeds; a smaller learning rate or clipping may calm it.",
+        "reproducible": f"Yes: a repeat ends in the same bits, and a difference of rounding {ends} ({grew}).",
+    }
+    return f"Is this training reproducible? {said[results['verdict']]}"
