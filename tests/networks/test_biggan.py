@@ -9,6 +9,7 @@ from lightning_nested.networks import (
     frozen_power_iteration,
     singular_values,
 )
+from lightning_nested.networks.biggan.discriminator import class_deviation
 from lightning_nested.networks.biggan.tables import GENERATORS
 from lightning_nested.networks.spectral_norm import spectral_norm_layers
 
@@ -289,3 +290,37 @@ def test_initialisation() -> None:
     torch.testing.assert_close(
         layer.v, nn.functional.normalize(layer.weight.detach().flatten(1).T @ layer.u, dim=0)
     )
+
+
+def test_the_deviation_within_a_class(generator: torch.Generator) -> None:
+    features, labels = torch.randn(9, 4, generator=generator), torch.tensor([0, 1, 0, 2, 1, 0, 0, 3, 3])
+    found = class_deviation(features, labels)
+    for i in range(9):
+        others = [j for j in range(9) if j != i and labels[j] == labels[i]]
+        expected = torch.stack([(features[i] - features[j]).abs() for j in others] or [torch.zeros(4)]).mean(
+            0
+        )
+        torch.testing.assert_close(found[i], expected)
+
+
+def test_a_discriminator_that_compares_sees_images_that_are_alike(generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    network = Discriminator(2, 10, image_channels=1, minibatch_group=4).eval()
+    images, labels = torch.randn(8, 1, 32, 32, generator=generator), torch.arange(8) // 2
+    scores = network(images, labels)
+    # Groups of successive examples: what is in one changes nothing in another.
+    changed = torch.cat([images[:4], images[:1].expand(4, -1, -1, -1)])
+    torch.testing.assert_close(network(changed, labels)[:4], scores[:4])
+    # Of two images of one class that are the same, each loses what it had from their difference.
+    alone = Discriminator(2, 10, image_channels=1)
+    assert set(network.state_dict()) - set(alone.state_dict()) == {
+        "comparison.weight", "comparison.u", "comparison.v"
+    }  # fmt: skip
+    alone.load_state_dict(network.state_dict(), strict=False)
+    torch.testing.assert_close(network(changed, labels)[4:], alone.eval()(changed, labels)[4:])
+    assert not torch.allclose(scores, alone(images, labels))
+
+
+def test_groups_of_a_negative_size() -> None:
+    with pytest.raises(ValueError, match="minibatch_group must be at least 0"):
+        Discriminator(2, minibatch_group=-1)
