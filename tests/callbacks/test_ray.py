@@ -15,6 +15,8 @@ from lightning_nested.callbacks import GeneratorEMA
 from lightning_nested.networks import Generator
 
 ROOT = Path(__file__).parents[2]
+# On a busy machine workers take longer to import torch than Ray waits by default.
+PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +30,7 @@ pytestmark = [
 def run(folder: Path, *command: str) -> None:
     """Run a program of this interpreter in a folder; Ray starts its cluster in it and ends it with it."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}
+    environment = os.environ | PATIENCE | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
@@ -36,7 +38,7 @@ def run(folder: Path, *command: str) -> None:
 
 
 def test_a_callback_on_two_workers_equals_one_process_on_the_joined_batch(tmp_path: Path) -> None:
-    run(tmp_path, "-m", "tests.callbacks.ray_program", str(tmp_path))
+    run(tmp_path, str(ROOT / "tests/callbacks/ray_program.py"), str(tmp_path))
     one = torch.load(tmp_path / "1_0.pt")
     first, second = (torch.load(tmp_path / f"2_{rank}.pt") for rank in (0, 1))
     # The values moved.
@@ -48,7 +50,7 @@ def test_a_callback_on_two_workers_equals_one_process_on_the_joined_batch(tmp_pa
 
 def test_the_launch_file_trains_biggan(tmp_path: Path) -> None:
     run(tmp_path, str(ROOT / "docs/launch/biggan_ray.py"), "--toy", "--storage", str(tmp_path))
-    (checkpoint,) = tmp_path.glob("biggan/checkpoint_*/checkpoint.ckpt")
+    checkpoint = max(tmp_path.glob("biggan/checkpoint_*/checkpoint.ckpt"))  # of the last epoch
     state = torch.load(checkpoint, weights_only=False)
     assert state["global_step"] == 4
     average = GeneratorEMA.generator_from_checkpoint(checkpoint, Generator(width=2, latent_dim=8))
