@@ -88,8 +88,9 @@ class AugmentedLagrangian(GameModule):
 
     @override
     def players(self) -> dict[str, nn.Module]:
-        own = {name: child for name, child in self.named_children() if name != "multipliers"}
-        return {"weights": nn.ModuleDict(own), "multipliers": self.multipliers}
+        own = [child for name, child in self.named_children() if name != "multipliers"]
+        direct = nn.ParameterList(p for _, p in self.named_parameters(recurse=False))
+        return {"weights": nn.ModuleList([*own, direct]), "multipliers": self.multipliers}
 
     @override
     def player_losses(self, names: Sequence[str], batch: Any) -> dict[str, Tensor]:

@@ -31,11 +31,11 @@ class Program(AugmentedLagrangian):
         self.linear = self.quadratic @ self.answer + self.rows.mT @ self.prices
         # The second inequality has room: its multiplier is 0.
         self.bounds = self.rows @ self.answer + torch.tensor([0.0, 0.5, 0.0], dtype=DOUBLE)
-        self.point = nn.ParameterList([nn.Parameter(torch.zeros(4, dtype=DOUBLE))])
+        self.point = nn.Parameter(torch.zeros(4, dtype=DOUBLE))
         self.multipliers.double()
 
     def constrained_loss(self, batch: Any) -> ConstrainedLoss:
-        w: Tensor = self.point[0]
+        w: Tensor = self.point
         rest = self.rows @ w - self.bounds
         value = 0.5 * w @ self.quadratic @ w - self.linear @ w
         return ConstrainedLoss(loss=value, inequalities=rest[:2], equalities=rest[2:])
@@ -55,7 +55,7 @@ def test_a_quadratic_program(update: Any) -> None:
     module = Program(optimizer=descent, optimizers=ascent, update=update)
     fit = trainer(max_steps=300, max_epochs=-1)
     fit.fit(module, data(300))
-    torch.testing.assert_close(module.point[0].detach(), module.answer, rtol=0, atol=1e-8)
+    torch.testing.assert_close(module.point.detach(), module.answer, rtol=0, atol=1e-8)
     inequality, equality = (p.detach() for p in module.multipliers.parameters())
     torch.testing.assert_close(torch.cat([inequality, equality]), module.prices, rtol=0, atol=1e-8)
     assert float(fit.callback_metrics["violation"]) < 1e-8
