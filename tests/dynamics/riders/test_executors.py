@@ -19,6 +19,7 @@ from lightning_nested.dynamics import (
 )
 from lightning_nested.games import SmallIPD
 from tests.cases import DOUBLE
+from tests.dynamics.riders import rides
 from tests.dynamics.riders.rides import DESCENT, cubic, starts
 
 NO_RAY = importlib.util.find_spec("ray") is None
@@ -49,6 +50,8 @@ def test_ray_is_asked_for_only_when_used() -> None:
 def test_a_ray_cluster_finds_the_same() -> None:
     import ray
 
+    # Workers would look for the tests' modules in another package of that name, which torch-fidelity installs.
+    ray.cloudpickle.register_pickle_by_value(rides)
     game = SmallIPD()
     options: dict[str, Any] = {"branching": Branching(horizon=4, ascent_steps=1), "ride_steps": 5}
     here = GeneralizedRidgeRider(**options, executor=InProcess(batch_size=1))
@@ -62,3 +65,4 @@ def test_a_ray_cluster_finds_the_same() -> None:
             )
     finally:
         ray.shutdown()
+        ray.cloudpickle.unregister_pickle_by_value(rides)
