@@ -1,8 +1,9 @@
 """How well conditioned the Hessian is along a training, for an MLP, a CNN, an LSTM and a transformer.
 
-Networks of some hundred weights learn 200 digits in minibatches. At some steps the Hessian of the whole training loss is
-written out in float64, so that its eigenvalues are exact: the largest and the smallest one, the share that is negative, how
-many directions carry the curvature, and the products that conjugate gradient needs to solve a damped system to 1 %.
+Networks of some hundred weights learn 200 digits in minibatches. At some steps the Hessian of the whole training loss
+is written out in float64, so that its eigenvalues are exact: the largest and the smallest one, the share that is
+negative, how many directions carry the curvature, and the products that conjugate gradient needs to solve a damped
+system to 1 %.
 """
 
 from __future__ import annotations
@@ -131,7 +132,11 @@ def train(make: Callable[[], nn.Module], seed: int, marks: Sequence[int]) -> lis
     for step in range(max(marks) + 1):
         if step in marks:
             found.append(
-                {"step": step, "loss": float(whole().detach()), **spectrum_numbers(hessian(whole, parameters))}
+                {
+                    "step": step,
+                    "loss": float(whole().detach()),
+                    **spectrum_numbers(hessian(whole, parameters)),
+                }
             )
         batch = torch.randint(len(images), (64,))
         optimizer.zero_grad()
@@ -151,7 +156,7 @@ def draw(path: Path, results: dict[str, list[list[dict[str, Any]]]], marks: Sequ
                 panel.semilogy(size, color=colour, lw=1.4, label=f"after {entry['step']} steps")
             open_axes(panel, name, "rank", "|eigenvalue| / largest" if panel is panels[0] else "")
         panels[-1].legend()
-        replace_figure(figure, path)
+        replace_figure(path, figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

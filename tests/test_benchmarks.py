@@ -97,6 +97,21 @@ def test_solvers_reach_one_percent_and_cg_is_first(run: Script) -> None:
     assert found["quadratic"]["Neumann, step 1/λ_max"] > 50
 
 
+@pytest.mark.slow
+def test_the_hessian_has_negative_curvature_at_the_start_and_hardly_any_later(
+    run: Script, tmp_path: Path
+) -> None:
+    figure = tmp_path / "hessians.png"
+    found = run(
+        "conditioning", ["--rounds", "1", "--marks", "0", "100", "--only", "MLP", "--figure", str(figure)]
+    )
+    first, later = found["MLP"][0]
+    assert first["smallest"] < -0.1 < later["smallest"] < 0
+    assert later["loss"] < first["loss"]
+    assert first["directions"] > 2 * later["directions"]
+    assert figure.stat().st_size > 1000
+
+
 def test_callback_cost_runs(run: Script) -> None:
     found = run("callback_cost", ["--rounds", "1", "--steps", "80"])
     assert found["a step without callback"].median > 0
