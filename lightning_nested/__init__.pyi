@@ -152,6 +152,7 @@ from .modules import (
     Global as Global,
     HypernetworkModule as HypernetworkModule,
     ImageClassifier as ImageClassifier,
+    LanguageModel as LanguageModel,
     Local as Local,
     NestedModule as NestedModule,
     ResponseMonitor as ResponseMonitor,

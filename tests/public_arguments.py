@@ -289,7 +289,7 @@ CASES = {
     "Categorical": Case(ln.Categorical, {"options": (ANY,)}, name=TEXT, options=["a", "b"]),
     "Contrast": Case(ln.Contrast, _named),
     "Cutout": Case(ln.Cutout, _named),
-    "DropConnect": Case(ln.DropConnect, _named | {"include": ([TEXT], TEXT)}),
+    "DropConnect": Case(ln.DropConnect, _named | {"include": ([TEXT], TEXT), "temperature": (0.1,)}),
     "DropoutRates": Case(ln.DropoutRates, _named | {"init": (0.1,), "temperature": (0.1,)}),
     "ExampleWeights": Case(ln.ExampleWeights, _named | _transform, num_examples=3),
     "Exp": Case(Exp),
@@ -355,6 +355,9 @@ CASES = {
         ln.ImageClassifier, _schedules | {"network": (nn.Linear(2, 2), "cnn"), "network_options": ({"hidden": [3]},)}
     ),
     "Implicit": Case(Implicit, {"curvature": (ln.Hessian(),)}),
+    "LanguageModel": Case(
+        ln.LanguageModel, _schedules | {"network": (nn.Linear(2, 2), "gpt"), "network_options": ({"width": 4},)}
+    ),
     "Local": Case(ln.Local),
     "LoopOptions": Case(LoopOptions, {"gradient_clip_val": (1.0,), "restart_every": (3,)}),
     "NestedModule": Case(

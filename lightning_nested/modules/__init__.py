@@ -12,6 +12,7 @@ from lightning_nested.modules.gan.module import GANModule
 from lightning_nested.modules.hypernetwork.module import HypernetworkModule
 from lightning_nested.modules.hypernetwork.options import ResponseMonitor, ResponseOptions
 from lightning_nested.modules.image_classifier import ImageClassifier
+from lightning_nested.modules.language import LanguageModel
 from lightning_nested.modules.nested.module import NestedModule
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions, Unrolled
 from lightning_nested.modules.tuned_classifier import TunedImageClassifier
@@ -50,6 +51,7 @@ __all__ = [
     "HypernetworkModule",
     "ImageClassifier",
     "Implicit",
+    "LanguageModel",
     "Local",
     "LoopOptions",
     "NestedModule",

@@ -5,7 +5,9 @@ from lightning_nested.networks.biggan.generator import Generator
 from lightning_nested.networks.by_name import build_network
 from lightning_nested.networks.cnn import SmallCNN
 from lightning_nested.networks.conditional_batch_norm import ConditionalBatchNorm2d, standing_statistics
+from lightning_nested.networks.language import GPT, LanguageOutput, LSTMNetwork
 from lightning_nested.networks.mlp import MLP
+from lightning_nested.networks.sequence_dropout import SequenceDropout, WordDropout
 from lightning_nested.networks.spectral_norm import (
     SpectralNormConv2d,
     SpectralNormEmbedding,
@@ -17,12 +19,17 @@ from lightning_nested.networks.spectral_norm import (
 __all__ = [
     "ConditionalBatchNorm2d",
     "Discriminator",
+    "GPT",
     "Generator",
+    "LSTMNetwork",
+    "LanguageOutput",
     "MLP",
+    "SequenceDropout",
     "SmallCNN",
     "SpectralNormConv2d",
     "SpectralNormEmbedding",
     "SpectralNormLinear",
+    "WordDropout",
     "build_network",
     "frozen_power_iteration",
     "singular_values",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lightning_nested.hyperparameters import (
     DropoutRates,
     HyperparameterVector,
 )
+from lightning_nested.networks import LSTMNetwork, SequenceDropout, WordDropout
 from tests.hyperparameters.built import DOUBLE, built
 
 
@@ -85,3 +87,80 @@ def test_drop_connect_drops_matrices() -> None:
     assert float(out["a.weight"].max()) == pytest.approx(1 / 0.75)
     assert torch.equal(out["a.bias"], weights["a.bias"])
     assert torch.equal(out["other"], weights["other"])
+
+
+def test_layers_for_sequences_are_tuned_as_they_drop() -> None:
+    network, rates = (
+        LSTMNetwork(9, width=200, word_dropout=0.2, input_dropout=0.4, output_dropout=0.3),
+        DropoutRates(),
+    )
+    rates.install(network)
+    rates.build(DOUBLE)
+    assert rates.layer_names == ("dropouts.words", "dropouts.input", "dropouts.output")
+    x, words = torch.ones(3, 5, 200, dtype=torch.float64), torch.tensor([[0, 1, 2, 1, 0]] * 3)
+    units = network.dropouts["input"](x)
+    assert torch.equal(units, units[:, :1].expand_as(units))
+    assert units.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+    whole = network.dropouts["words"](x, words)
+    assert all(len(whole[words == w].unique()) == 1 for w in range(3))
+    network.eval()
+    assert network.dropouts["words"](x, words) is x
+
+
+def test_a_module_s_layers_are_found_for_a_fit_and_are_plain_after_it() -> None:
+    net, rates = nn.Sequential(nn.Dropout(0.2), SequenceDropout(0.3), WordDropout(0.4)), DropoutRates()
+    for _ in range(2):
+        rates.attach_module(net)
+        rates.build(DOUBLE)
+        assert [type(layer).__name__ for layer in net] == [
+            "TunedDropout", "TunedSequenceDropout", "TunedWordDropout",
+        ]  # fmt: skip
+        rates.tensors["rates"].data.fill_(0.0)
+        rates.detach_module()
+        assert [type(layer) for layer in net] == [nn.Dropout, SequenceDropout, WordDropout]
+        assert [layer.p for layer in net] == pytest.approx([0.45] * 3)
+    # Those that were installed by hand stay.
+    rates = DropoutRates()
+    rates.install(net)
+    rates.attach_module(net)
+    rates.detach_module()
+    assert type(net[0]).__name__ == "TunedDropout"
+
+
+@pytest.mark.parametrize(("per", "count"), [("model", 1), ("tensor", 2), ("parameter", 10_100)])
+def test_drop_connect_has_rates_of_tensors_or_weights(per: Any, count: int) -> None:
+    parameters = {
+        "net.a.weight": torch.ones(100, 100),
+        "net.b.weight": torch.ones(10, 10),
+        "net.a.bias": torch.ones(9),
+    }
+    drop = DropConnect(0.25, include="*.weight", per=per, temperature=0.1)
+    drop.build(parameters)
+    assert sum(t.numel() for t in drop.tensors.values()) == count
+    out = drop({name.removeprefix("net."): p for name, p in parameters.items()})
+    assert float(out["a.weight"].mean()) == pytest.approx(1.0, abs=0.05)
+    assert out["a.bias"] is parameters["net.a.bias"]
+    found = torch.autograd.grad(
+        out["a.weight"].square().sum() + out["b.weight"].sum(), list(drop.tensors.values())
+    )
+    assert all(float(g.abs().max()) > 0 for g in found)
+    if per != "model":
+        drop.tensors["net.a.weight"].data.fill_(-8.0)
+        assert float((drop({"a.weight": torch.ones(100, 100)})["a.weight"] - 1).abs().max()) < 0.05
+
+
+def test_weights_without_a_rate_of_their_own_are_refused() -> None:
+    parameters = {"a.weight": torch.ones(3, 3), "b.weight": torch.ones(3, 3)}
+    with pytest.raises(
+        ValueError, match=r"include must match.*Got \('gone',\), which matches none of a.weight"
+    ):
+        DropConnect(include="gone", per="tensor").build(parameters)
+    drop = DropConnect(per="tensor")
+    # Before a fit has built them: as a first look at the loss does.
+    assert drop({"c": torch.ones(3, 3)})["c"].shape == (3, 3)
+    drop.build(parameters)
+    for name in ("c", "weight"):
+        with pytest.raises(ValueError, match=rf"must be one of \['a.weight', 'b.weight'\].*Got '{name}'"):
+            drop({name: torch.ones(3, 3)})
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        DropConnect(temperature=0.0)
