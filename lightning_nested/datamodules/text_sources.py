@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import subprocess
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -75,6 +76,12 @@ def _dictionary(limit: int) -> str:
         return file.read(limit)
 
 
+def _bible(limit: int) -> str:
+    found = subprocess.run(["bible", "-f", "Ge1:1-Re22:21"], capture_output=True, text=True, check=True)
+    # A line is a verse, after its place.
+    return _joined((line.partition(" ")[2] for line in found.stdout.splitlines()), limit)
+
+
 SOURCES: dict[str, _Reader] = {
     "pydoc": pydoc_topics,
     "library": lambda limit: _files(_library(), limit),
@@ -84,6 +91,10 @@ SOURCES: dict[str, _Reader] = {
         (p for p in Path("/usr/share/games/fortunes").glob("*") if not p.suffix), limit
     ),
     "gcide": _dictionary,
+    "bible": _bible,
+    "reference": lambda limit: _files(
+        [Path("/usr/share/debian-reference/debian-reference.en.txt.gz")], limit
+    ),
 }
 
 
@@ -92,8 +103,8 @@ class TextSourcesDataModule(TextDataModule):
     """Several sources of text to train on, and held-out text of one of them to do well on.
 
     Known sources: ``pydoc`` (CPython's help topics), ``library`` (its standard library's code), ``docstrings`` (of the
-    same), ``licenses`` (``/usr/share/common-licenses``), ``fortunes`` and ``gcide`` (Debian's packages ``fortunes`` and
-    ``dict-gcide``). Any other name is the path of a file or a folder of text files. A source that is not on the machine
+    same), ``licenses`` (``/usr/share/common-licenses``), and of Debian's packages ``fortunes``, ``gcide``
+    (``dict-gcide``), ``bible`` (``bible-kjv``) and ``reference`` (``debian-reference-en``). Any other name is the path of a file or a folder of text files. A source that is not on the machine
     is skipped, and said why; :attr:`names` are those that remain.
 
     Training batches are ``(inputs, targets, source)``, where ``source`` (batch,) numbers :attr:`names`; validation and
@@ -190,7 +201,7 @@ class TextSourcesDataModule(TextDataModule):
     def _text_or_reason(self, name: str) -> str:
         try:
             text = self._load(name)
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, subprocess.CalledProcessError) as error:
             self.skipped[name] = str(error)
             return ""
         if not text.strip():
