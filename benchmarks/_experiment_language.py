@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from _arms import Column, Experiment, Numbers
 from _fits import plain_trainer
+from _language_scores import mean_loss
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -51,16 +52,6 @@ class BestEpoch(Callback):
         loss = mean_loss(pl_module, self.rows)
         if loss < self.loss:
             self.loss, self.weights = loss, copy.deepcopy(pl_module.network.state_dict())
-
-
-@torch.no_grad()
-def mean_loss(module: Any, rows: Tensor) -> float:
-    """Return the mean loss of the tokens of whole data."""
-    module.eval()
-    parts = rows.split(128)
-    losses = [float(module.outer_loss((part[:, :-1], part[:, 1:]))) * len(part) for part in parts]
-    module.train()
-    return sum(losses) / len(rows)
 
 
 @dataclass
@@ -130,10 +121,10 @@ def tuned(per: Literal["model", "parameter"], **options: Any) -> Callable[[Given
     def arm(given: Given) -> Numbers:
         positive = Exp(lower=1e-3, upper=10.0)
         rates = [
-            DropoutRates(init=0.2, temperature=TEMPERATURE),
-            DropConnect(0.2, include="*weight_hh*", per=per, temperature=TEMPERATURE),
-            Scalar("alpha", 0.1, positive),
-            Scalar("beta", 0.1, positive),
+            DropoutRates(init=0.3, temperature=TEMPERATURE),
+            DropConnect(0.3, include="*weight_hh*", per=per, temperature=TEMPERATURE),
+            Scalar("alpha", 0.5, positive),
+            Scalar("beta", 0.5, positive),
         ]
         callback = HypergradientCallback(rates, **options)
         _, test, seconds = given.fit(NONE, callback)
@@ -192,8 +183,8 @@ COLUMNS: Sequence[tuple[str, Column]] = (
     ("trials", Column(title="trials", digits=0)),
 )
 LANGUAGE = Experiment(
-    question="Words of CPython's help topics, 10 000 to learn from, 1 000 symbols; LSTM of 80 units, 500 steps of Adam with a "
-    "cosine; test perplexity of the best epoch by validation, in every arm",
+    question="Words of CPython's help topics, 10 000 to learn from, 1 000 symbols; LSTM of 80 units, 500 steps of "
+    "Adam with a cosine; test perplexity of the best epoch by validation, in every arm",
     prepare=prepare,
     arms=ARMS,
     columns=dict(COLUMNS),

@@ -13,6 +13,7 @@ from _arms import Results, compare, rows
 from _experiment_distillation import DISTILLATION
 from _experiment_influence import INFLUENCE
 from _experiment_invariances import INVARIANCES
+from _experiment_language import LANGUAGE
 from _experiment_mixture import MIXTURE
 from _experiment_tabular import BREAST_CANCER, DIABETES
 from _fits import quiet
@@ -24,6 +25,7 @@ EXPERIMENTS = {
     "distillation": DISTILLATION,
     "influence": INFLUENCE,
     "invariances": INVARIANCES,
+    "language": LANGUAGE,
     "mixture": MIXTURE,
 }
 

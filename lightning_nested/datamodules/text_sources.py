@@ -104,7 +104,8 @@ class TextSourcesDataModule(TextDataModule):
 
     Known sources: ``pydoc`` (CPython's help topics), ``library`` (its standard library's code), ``docstrings`` (of the
     same), ``licenses`` (``/usr/share/common-licenses``), and of Debian's packages ``fortunes``, ``gcide``
-    (``dict-gcide``), ``bible`` (``bible-kjv``) and ``reference`` (``debian-reference-en``). Any other name is the path of a file or a folder of text files. A source that is not on the machine
+    (``dict-gcide``), ``bible`` (``bible-kjv``) and ``reference`` (``debian-reference-en``). Any other name is the path
+    of a file or a folder of text files. A source that is not on the machine
     is skipped, and said why; :attr:`names` are those that remain.
 
     Training batches are ``(inputs, targets, source)``, where ``source`` (batch,) numbers :attr:`names`; validation and
