@@ -41,6 +41,7 @@ from .datamodules import (
 from .demos import (
     DistillationReport as DistillationReport,
     GameReport as GameReport,
+    MixtureReport as MixtureReport,
     ModeCoverage as ModeCoverage,
     TuningReport as TuningReport,
     ZooGame as ZooGame,

@@ -175,6 +175,7 @@ CASES = {
     "DistillationReport": Case(ln.DistillationReport, _named),
     "GameReport": Case(ln.GameReport, _named),
     "TuningReport": Case(ln.TuningReport, _named),
+    "MixtureReport": Case(ln.MixtureReport, _named | {"monitor": (TEXT,), "every_n_steps": (3,)}),
     "ModeCoverage": Case(ln.ModeCoverage, _named),
     "ZooGame": Case(
         ln.ZooGame, {"start": ([[-1.0], [2.0]],), "solution": ([[-1.0], [2.0]],)}, game=ln.DiracGAN()

@@ -6,7 +6,7 @@ import ast
 import gzip
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -217,12 +217,12 @@ class TextSourcesDataModule(TextDataModule):
 
     def _weights(self) -> GroupWeights:
         if self.mixture == "tuned":
-            return _tuned(self.trainer, self.names)
+            return _tuned(self.trainer, self.names, self.skipped)
         sizes = self.source.bincount().tolist()
         return GroupWeights(self.names, init=sizes if self.mixture == "proportional" else None)
 
 
-def _tuned(trainer: Any, names: Sequence[str]) -> GroupWeights:
+def _tuned(trainer: Any, names: Sequence[str], skipped: Mapping[str, str]) -> GroupWeights:
     """Return the weights of these groups that a callback tunes."""
     for callback in getattr(trainer, "callbacks", []):
         for hyperparameter in getattr(getattr(callback, "outer", None), "hyperparameters", ()):
@@ -233,6 +233,13 @@ def _tuned(trainer: Any, names: Sequence[str]) -> GroupWeights:
                         f"Got {list(hyperparameter.names)}."
                     )
                 return hyperparameter
+            if isinstance(hyperparameter, GroupWeights) and set(hyperparameter.names) - set(names) <= set(
+                skipped
+            ):
+                raise ValueError(
+                    f"names of GroupWeights must be sources that are on this machine, {list(names)}. Got skipped ones: "
+                    f"{missing_reasons(skipped)}; install them, or leave their names out."
+                )
     raise ValueError(
         f"mixture='tuned' needs a callback of the Trainer that tunes GroupWeights({list(names)}). Got none; add "
         "HypergradientCallback(GroupWeights([...])), or set mixture='uniform'."

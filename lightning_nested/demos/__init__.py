@@ -3,8 +3,17 @@
 from lightning_nested.demos.distillation_report import DistillationReport
 from lightning_nested.demos.game_report import GameReport
 from lightning_nested.demos.label_noise_report import LabelNoiseReport
+from lightning_nested.demos.mixture_report import MixtureReport
 from lightning_nested.demos.mode_coverage import ModeCoverage
 from lightning_nested.demos.tuning_report import TuningReport
 from lightning_nested.demos.zoo_game import ZooGame
 
-__all__ = ["DistillationReport", "GameReport", "LabelNoiseReport", "ModeCoverage", "TuningReport", "ZooGame"]
+__all__ = [
+    "DistillationReport",
+    "GameReport",
+    "LabelNoiseReport",
+    "MixtureReport",
+    "ModeCoverage",
+    "TuningReport",
+    "ZooGame",
+]

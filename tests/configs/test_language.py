@@ -62,3 +62,25 @@ def test_the_full_setting_of_the_penn_treebank_runs_on_a_folder_of_its_format(tm
 def test_tuned_rates_on_the_help_topics(tmp_path: Path) -> None:
     run_command("fit", "--config", "lstm_pydoc", "--trainer.enable_progress_bar=false", folder=tmp_path)
     assert results(tmp_path, "lstm_pydoc")["metrics"]["val_perplexity"] < 36
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_a_short_run_on_a_mixture(tmp_path: Path) -> None:
+    """On two sources that every CPython has."""
+    groups = {"class_path": "GroupWeights", "init_args": {"names": ["docstrings", "library"]}}
+    options = [
+        "--trainer.max_epochs=2",
+        "--trainer.limit_val_batches=2",
+        "--trainer.enable_progress_bar=false",
+    ]
+    options += [
+        "--data.sources=[docstrings,library,pydoc]",
+        "--data.max_characters=60000",
+        "--data.epoch_rows=640",
+    ]
+    options += [f"--trainer.callbacks.HypergradientCallback.hyperparameters={json.dumps([groups])}"]
+    main(["fit", "--config", "mixture_text", *options, "--model.network_options.width=8"])
+    found = results(tmp_path, "mixture_text")
+    assert set(found["final"]) == {"docstrings", "library"}
+    assert found["steps"][-1] == 40
+    assert len(found["val_perplexity"]) == 2

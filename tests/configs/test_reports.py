@@ -15,7 +15,14 @@ from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.figures.tuning import tuning_figure
 from lightning_nested.hyperparameters.outer_report import ValueTrace
 
-REPORTS = {"DistillationReport", "GameReport", "LabelNoiseReport", "ModeCoverage", "TuningReport"}
+REPORTS = {
+    "DistillationReport",
+    "GameReport",
+    "LabelNoiseReport",
+    "MixtureReport",
+    "ModeCoverage",
+    "TuningReport",
+}
 
 
 @pytest.mark.parametrize("name", [*shipped_configs(), *shipped_rides()])

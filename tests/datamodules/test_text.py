@@ -10,6 +10,7 @@ import torch
 
 from lightning_nested.datamodules import PennTreebankDataModule, PydocTextDataModule, TextSourcesDataModule
 from lightning_nested.datamodules.text import UNKNOWN
+from lightning_nested.datamodules.text_sources import SOURCES
 from lightning_nested.hyperparameters import GroupWeights
 
 
@@ -113,6 +114,29 @@ def test_tuned_weights_of_other_names_are_refused() -> None:
         data.trainer = SimpleNamespace(callbacks=[SimpleNamespace(outer=outer)])
         with pytest.raises(ValueError, match=message):
             data.train_dataloader()
+
+
+@pytest.mark.usefixtures("folder")
+def test_tuned_weights_of_a_source_that_is_not_there_are_refused_with_the_reason() -> None:
+    sources = ["near.txt", "gone.txt", "far.txt"]
+    data = ready(TextSourcesDataModule(sources, "near.txt", mixture="tuned", **OPTIONS))
+    outer = SimpleNamespace(hyperparameters=[GroupWeights(sources)])
+    data.trainer = SimpleNamespace(callbacks=[SimpleNamespace(outer=outer)])
+    with pytest.raises(
+        ValueError, match=r"skipped ones: gone.txt \(no file or folder 'gone.txt'\); install them"
+    ):
+        data.train_dataloader()
+
+
+def test_every_known_source_is_text_or_says_why_not() -> None:
+    for name, read in SOURCES.items():
+        try:
+            text = read(5_000)
+        except (OSError, ImportError):
+            assert name in ("gcide", "bible", "reference")
+            continue
+        assert len(text) <= 5_000
+        assert name in ("fortunes", "licenses") or text.count(" ") > 100
 
 
 def test_known_sources_are_read_or_skipped_and_a_target_of_no_tokens_is_only_evaluated() -> None:
