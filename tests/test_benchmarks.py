@@ -253,7 +253,9 @@ def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
     assert module.counted(kinds, most=2) == "cooperation 1, (1.0, 1.3) 2, 1 rarer ones"
 
 
-@pytest.mark.parametrize("name", ["distillation", "influence", "breast_cancer", "diabetes", "mixture"])
+@pytest.mark.parametrize(
+    "name", ["distillation", "influence", "breast_cancer", "diabetes", "language", "mixture"]
+)
 def test_an_experiment_compares_its_arms(
     run: Script, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

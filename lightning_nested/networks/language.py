@@ -148,9 +148,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Small transformer for language by ``scaled_dot_product_attention``.
 
-    The fused kernels of that function have no second derivative. Outer steps by first derivatives need none
-    (``HypergradientCallback(..., train_batches=1)``); for others, train inside
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. Radford et al. (2019), "Language models are unsupervised
+    The fused kernels of that function have no second derivative. ``HypergradientCallback`` takes differences of
+    gradients there; for products, train inside ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. Radford et al. (2019), "Language models are unsupervised
     multitask learners".
 
     Args:
