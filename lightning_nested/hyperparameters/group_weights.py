@@ -35,6 +35,7 @@ class GroupWeights(BoundHyperparameter):
         tensor([1.5000, 0.5000, 0.5000])
     """
 
+    weighs_examples = True
     usage = (
         "self.group_weights = None  # in __init__\n"
         "if self.group_weights is not None:  # in training_step, with per-example losses and the index of their group\n"

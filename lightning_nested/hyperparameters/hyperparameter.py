@@ -30,6 +30,7 @@ class Hyperparameter(Constructed, ABC):
     name: str  # key of its values in logs and checkpoints
     transform: Transform
     moves_one_batch = False  # whether an outer step moves only the entries of its batch's examples
+    weighs_examples = False  # whether it says how much examples count: tuned at the current weights
     per_example = False  # whether a tensor may get a leading dimension: one value of each example
     sets_rate = False  # whether it is the inner optimizer's learning rate, which no loss depends on
     usage = ""  # lines to add to a module that does not read it; `shown_usage` has the attribute's own name

@@ -45,7 +45,7 @@ class ExampleWeights(BoundHyperparameter):
         name: Attribute of the module that it becomes, and key in logs.
     """
 
-    moves_one_batch = True
+    moves_one_batch = weighs_examples = True
     usage = (
         "self.example_weights = None  # in __init__\n"
         "if self.example_weights is not None:  # in training_step, with per-example losses\n"

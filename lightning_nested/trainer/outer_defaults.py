@@ -23,13 +23,13 @@ def point_and_solver(
 ) -> tuple[EvaluationPoint, InverseSolver]:
     """Return where the outer loss is differentiated, and the solver: ``LookAhead()`` and ``KroneckerFactored()``.
 
-    Weights of examples alone are tuned at the current weights, with a damping relative to the curvature. A look ahead
-    is for what all examples have in common, and that does not change their order. In shards there is neither: the
-    defaults are ``Current()`` and ``Neumann()``.
+    Weights of examples or their groups alone are tuned at the current weights, with a damping relative to the
+    curvature. A look ahead is for what all examples have in common, and that does not change their order. In shards
+    there is neither: the defaults are ``Current()`` and ``Neumann()``.
     """
     if in_shards:
         return Current() if point is None else point, as_solver(solver)
-    alone = all(h.moves_one_batch for h in outer.hyperparameters)
+    alone = all(h.weighs_examples for h in outer.hyperparameters)
     if point is None and solver is None and alone:
         return Current(), KroneckerFactored(relative=0.3)
     point = point if point is not None else LookAhead()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_nested.callbacks import HypergradientCallback
-from lightning_nested.hypergradient import Current, Identity, LookAhead, Neumann
-from lightning_nested.hyperparameters import ExampleWeights, Scalar, WeightDecay
+from lightning_nested.hypergradient import Current, Identity, KroneckerFactored, LookAhead, Neumann
+from lightning_nested.hyperparameters import ExampleWeights, GroupWeights, Scalar, WeightDecay
 from lightning_nested.hyperparameters.outer_optimizer import OuterAdam
 from tests.callbacks.test_hypergradient_look_ahead import SaveAfter, equal
 from tests.callbacks.test_hypergradient_processes import _Dealt
@@ -240,6 +240,14 @@ def test_weights_alone_look_at_the_whole_training_set_by_default() -> None:
 def test_what_is_given_stays(options: dict[str, Any], point: type) -> None:
     assert isinstance(HypergradientCallback(ExampleWeights(3), **options).plan.point, point)
     both = HypergradientCallback([ExampleWeights(3), WeightDecay()])
+    assert isinstance(both.plan.point, LookAhead)
+
+
+def test_weights_of_groups_alone_are_tuned_at_the_current_weights() -> None:
+    plan = HypergradientCallback(GroupWeights(["a", "b"])).plan
+    assert isinstance(plan.point, Current)
+    assert plan.solver == KroneckerFactored(relative=0.3)
+    both = HypergradientCallback([GroupWeights(["a", "b"]), WeightDecay()])
     assert isinstance(both.plan.point, LookAhead)
 
 
