@@ -167,7 +167,8 @@ MIXTURE = Experiment(
     arms={
         "proportional": given_shares("proportional"),
         "uniform": given_shares("uniform"),
-        "tuned shares (GroupWeights), one fit": tuned(),
+        "tuned shares (GroupWeights), one line": tuned(),
+        "the same, 60 outer steps of four batches": tuned(every_n_steps=6, train_batches=4),
         "online data mixing (ODM)": bandit,
         **{f"{source} alone": alone(source) for source in SOURCES},
     },

@@ -149,8 +149,8 @@ class GPT(nn.Module):
     """Small transformer for language by ``scaled_dot_product_attention``.
 
     The fused kernels of that function have no second derivative. ``HypergradientCallback`` takes differences of
-    gradients there; for products, train inside ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. Radford et al. (2019), "Language models are unsupervised
-    multitask learners".
+    gradients there; for products, train inside ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. Radford et al.
+    (2019), "Language models are unsupervised multitask learners".
 
     Args:
         vocabulary_size: Number of tokens.

@@ -71,7 +71,7 @@ class HypergradientCallback(OuterLoopCallback):
         curvature: Approximation of H: ``Hessian()`` (None), ``GaussNewton(outputs="name of the submodule that returns
             the logits")``, ``FiniteDifference()`` (evaluates ``training_step`` again, without side effects).
         at: Where the outer loss is differentiated: ``LookAhead()`` (None), or ``Current()`` for the current weights.
-            For ``ExampleWeights`` or ``GroupWeights`` alone they are ``Current()`` and ``KroneckerFactored(relative=0.3)``.
+            For ``ExampleWeights`` or ``GroupWeights`` alone: ``Current()`` and ``KroneckerFactored(relative=0.3)``.
         overhead: Share of the training's gradients that outer steps may cost, if ``every_n_steps`` is not given.
         every_n_steps: Inner optimizer steps per outer step; default by ``overhead`` and the length of the run.
         warmup_steps: Inner steps before the first outer step; default a tenth of the run.
