@@ -138,7 +138,7 @@ def test_drop_connect_has_rates_of_tensors_or_weights(per: Any, count: int) -> N
     drop.build(parameters)
     assert sum(t.numel() for t in drop.tensors.values()) == count
     out = drop({name.removeprefix("net."): p for name, p in parameters.items()})
-    assert float(out["a.weight"].mean()) == pytest.approx(1.0, abs=0.05)
+    assert float(out["a.weight"].detach().mean()) == pytest.approx(1.0, abs=0.05)
     assert out["a.bias"] is parameters["net.a.bias"]
     found = torch.autograd.grad(
         out["a.weight"].square().sum() + out["b.weight"].sum(), list(drop.tensors.values())
@@ -146,7 +146,9 @@ def test_drop_connect_has_rates_of_tensors_or_weights(per: Any, count: int) -> N
     assert all(float(g.abs().max()) > 0 for g in found)
     if per != "model":
         drop.tensors["net.a.weight"].data.fill_(-8.0)
-        assert float((drop({"a.weight": torch.ones(100, 100)})["a.weight"] - 1).abs().max()) < 0.05
+        kept = drop({"a.weight": torch.ones(100, 100)})["a.weight"].detach()
+        # Three of 10 000 weights are dropped at 3e-4.
+        assert float((kept - 1).abs().mean()) < 0.005
 
 
 def test_weights_without_a_rate_of_their_own_are_refused() -> None:
