@@ -176,8 +176,7 @@ def _solve(
     with _explain_infinite_curvature(inner_loss, params, problem), watch as watched:
         inner = replace(inner, problem=watched)
         # Sums over shards are those of all processes already.
-        own = None if in_shards(b) else reduce
-        solution = inverse.solve(inner.operator(), b, state=state, reduce=own)
+        solution = inverse.solve(inner.operator(), b, state=state, reduce=None if in_shards(b) else reduce)
         found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
     compares = compare_identity and mixed is None
     plain = inner.hypergradient(b, direct, allow_unused)[:2] if compares else None
