@@ -62,7 +62,7 @@ class ImplicitResult:
     hypergradient: Vector  # dL_V/dλ, one tensor per hyperparameter in the losses' graphs
     penalties: tuple[Vector, ...]  # hypergradients of each penalty's own tensors
     solution: Solution  # of the inverse-vector product
-    # ∂L_T/∂w without the penalties, averaged over processes; should be small. None: nothing needed it.
+    # ∂L_T/∂w without the penalties, averaged over processes; should be small. None: nothing needed it, or asked for it.
     inner_gradient: Vector | None
     # To the hypergradient of Identity(). NaN unless asked for, and with a given mixed product, whose second evaluation
     # may be of other batches.
@@ -99,6 +99,7 @@ def implicit_result(
     inner_scale: float = 1.0,
     allow_unused: bool = False,
     compare_identity: bool = False,
+    keep_gradient: bool = True,
     inspect: Inspect | None = None,
     mixed: Mixed | None = None,
     otherwise: Otherwise | None = None,
@@ -118,6 +119,7 @@ def implicit_result(
         inner_scale: Factor of ``inner_loss`` (a GradScaler's), taken off after each product; no given operator has it.
         allow_unused: Give zeros for hyperparameters that the inner gradient does not depend on.
         compare_identity: Also fill ``identity_cosine`` (one more product).
+        keep_gradient: Also fill ``inner_gradient`` (one more message between processes).
         inspect: See :data:`Inspect`.
         mixed: Product (v, λ) → vᵀ ∂²L_T/∂w∂λ, with the factor ``inner_scale``, in place of that of ``inner_loss``.
         otherwise: What to do where ``inner_loss`` has no second derivative; None: raise.
@@ -139,6 +141,7 @@ def implicit_result(
             state=state,
             allow_unused=allow_unused,
             compare_identity=compare_identity,
+            keep_gradient=keep_gradient,
             inspect=inspect,
         )
         try:
@@ -162,6 +165,7 @@ def _solve(
     state: SolverState | None,
     allow_unused: bool,
     compare_identity: bool,
+    keep_gradient: bool,
     inspect: Inspect | None,
 ) -> ImplicitResult:
     """Find the hypergradient from the outer gradient b; ``inner`` is filled in here."""
@@ -172,16 +176,16 @@ def _solve(
     with _explain_infinite_curvature(inner_loss, params, problem), watch as watched:
         inner = replace(inner, problem=watched)
         # Sums over shards are those of all processes already.
-        own = None if in_shards(b) else reduce
-        solution = inverse.solve(inner.operator(), b, state=state, reduce=own)
+        solution = inverse.solve(inner.operator(), b, state=state, reduce=None if in_shards(b) else reduce)
         found, closed, unreached = inner.hypergradient(solution.x, direct, allow_unused)
     compares = compare_identity and mixed is None
     plain = inner.hypergradient(b, direct, allow_unused)[:2] if compares else None
+    gradient = problem.gradient if problem is not None and keep_gradient else None
     return ImplicitResult(
         hypergradient=found,
         penalties=closed,
         solution=solution,
-        inner_gradient=None if problem is None else average(_unscale(problem.gradient, inner.scale), reduce),
+        inner_gradient=None if gradient is None else average(_unscale(gradient, inner.scale), reduce),
         identity_cosine=math.nan if plain is None else _cosine(_join(found, closed), _join(*plain)),
         unreached=unreached,
     )

@@ -145,6 +145,7 @@ class OuterStep(OuterState):
         reduce: Reduce | None = None,
         inner_scale: float = 1.0,
         compare_identity: bool = False,
+        measure_gradient: bool = True,
         solver: AnySolver = None,
         weights: Mapping[str, Tensor] | None = None,
         decay_factors: Mapping[str, Tensor] | None = None,
@@ -163,6 +164,7 @@ class OuterStep(OuterState):
             reduce: Averages a tensor over processes.
             inner_scale: Factor that ``inner_loss`` carries.
             compare_identity: Fill ``identity_cosine`` of the report.
+            measure_gradient: Fill ``inner_gradient_norm``, which takes a message as long as the parameters.
             solver: Solver for this step in place of the one given at construction.
             weights: Weights at which the penalties' mixed derivatives are taken; None: the current ones.
             decay_factors: Factors that make coupled decays of decoupled ones, by name.
@@ -189,6 +191,7 @@ class OuterStep(OuterState):
             inner_scale=inner_scale,
             allow_unused=True,
             compare_identity=compare_identity,
+            keep_gradient=measure_gradient,
             inspect=inspect,
             mixed=mixed,
             otherwise=otherwise,

@@ -344,34 +344,35 @@ class DecayPenalty:
             for name in decay.parameter_names
         }
         with torch.enable_grad():
-            self._values = decay.decays()
+            self._values = {key: decay.transform.forward(raw) for key, raw in decay.tensors.items()}
+        self._decays = decay._applied()
 
     def curvature(self) -> LinearOperator:
         """diag(d), zero for parameters that are not decayed."""
         return DiagonalOperator([self._diagonal(name) for name in self._names])
 
     def _diagonal(self, name: str) -> Tensor | float:
-        if name not in self._values:
+        if name not in self._decays:
             return 0.0
-        value = self._values[name].detach()
+        value = self._decays[name]
         return value * self._factors[name] if name in self._factors else value
 
     def mixed(self, v: Vector) -> Vector:
         """vᵢ wᵢ ∂dᵢ/∂λᵢ, summed over the weights that share a decay."""
-        by_name = dict(zip(self._names, v, strict=True))
+        by_name, values = dict(zip(self._names, v, strict=True)), tuple(self._values.values())
         if self._decay.per == "parameter":
             slopes = [(self._parameters[n] * by_name[n]).to(d.dtype) for n, d in self._values.items()]
         else:
             # One number per tensor: the dot products first, so that nothing of the model's size has a graph.
             own, other = (
-                parts([self._parameters[n] for n in self._values]),
-                parts([by_name[n] for n in self._values]),
+                parts(tuple(self._parameters.values())),
+                parts([by_name[n] for n in self._parameters]),
             )
-            values = self._values.values()
-            sums = [torch.sum(a * b, dtype=d.dtype) for a, b, d in zip(own, other, values, strict=True)]
-            slopes = list(added_up(torch.stack(sums), v).unbind())
+            sums = [torch.sum(w * a, dtype=values[0].dtype) for w, a in zip(own, other, strict=True)]
+            each = added_up(torch.stack(sums), v)
+            slopes = [each if self._decay.per == "tensor" else each.sum()]
         tensors = tuple(self._decay.tensors.values())
-        return torch.autograd.grad(list(self._values.values()), tensors, slopes, retain_graph=True)
+        return torch.autograd.grad(values, tensors, slopes, retain_graph=True)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,9 @@ def first_derivative(
         DoubleBackwardError: Layers are hidden, and an input is no leaf.
         ValueError: A gradient is sparse.
     """
+    known, found = getattr(loss, _KNOWN, ((), ()))
+    if inputs and len(known) == len(inputs) and all(map(operator.is_, known, inputs)):
+        return found
     leaves = (*inputs, *others)
     # torch.autograd.grad does not see parameters that are gathered from shards.
     if any(map(is_shard, leaves)) or hides_layers(loss):
@@ -42,6 +46,15 @@ def first_derivative(
         found = torch.autograd.grad(loss, inputs, allow_unused=True)
     refuse_sparse(found)
     return found
+
+
+def knowing(loss: Tensor, inputs: Sequence[Tensor], derivatives: Sequence[Tensor | None]) -> Tensor:
+    """Return a loss of which :func:`first_derivative` by these inputs needs no backward pass, for it is known."""
+    setattr(loss, _KNOWN, (tuple(inputs), tuple(derivatives)))
+    return loss
+
+
+_KNOWN = "_lightning_nested_derivatives"
 
 
 @contextmanager

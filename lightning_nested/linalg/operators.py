@@ -10,7 +10,7 @@ from typing import Protocol, overload, runtime_checkable
 from torch import Tensor
 
 from lightning_nested.linalg.processes import Reduce, average
-from lightning_nested.linalg.shards import is_shard, parts
+from lightning_nested.linalg.shards import parts
 from lightning_nested.linalg.vectors import Vector, add_, flatten, norm, scale_, unflatten
 
 
@@ -120,12 +120,10 @@ class DiagonalOperator(LinearOperator):
 
     def add_product_(self, out: Vector, v: Vector) -> Vector:
         """out ← out + d ∘ v in place, without a temporary of the size of the model; returns out."""
-        entries = self._entries(v)
-        if any(map(is_shard, entries)):
-            entries = [part for d in entries for part in parts((d,))]  # type: ignore[arg-type]
-        for o, a, d in zip(parts(out), parts(v), entries, strict=True):
+        for o, a, d in zip(parts(out), parts(v), self._entries(v), strict=True):
             if isinstance(d, Tensor):
-                o.addcmul_(a, d.to(a.dtype).expand_as(a))
+                (own,) = parts((d,))
+                o.addcmul_(a, own.to(a.dtype).expand_as(a))
             elif d:
                 o.add_(a, alpha=d)
         return out

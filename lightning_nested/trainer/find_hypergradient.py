@@ -30,7 +30,7 @@ def find_hypergradient(
     evaluate_outer: Callable[[tuple[Tensor, ...]], Tensor],
     *,
     check: SelfCheck,
-    compare_identity: bool = False,
+    full_report: bool = False,
     train_batches: TrainingBatches | None = None,
 ) -> OuterReport:
     """Find the hypergradient of an outer step, and hold it in ``plan.outer``.
@@ -43,7 +43,7 @@ def find_hypergradient(
         evaluate_outer: Returns the outer loss of the next outer batch at the weights that the parameters have then,
             with its graph to the tensors that it is given.
         check: Checks of the first outer step.
-        compare_identity: See :meth:`OuterStep.compute`.
+        full_report: Whether to find what only logs need: ``identity_cosine``, ``inner_gradient_norm``.
         train_batches: Training batches that the mixed derivative is taken on, in place of ``graph``.
 
     Raises:
@@ -80,7 +80,8 @@ def find_hypergradient(
             reduce=reduction(trainer),
             fixed_decay=coupled_decay(trainer.optimizers[0]),
             inner_scale=scale,
-            compare_identity=compare_identity,
+            compare_identity=full_report,
+            measure_gradient=full_report,
             solver=plan.bound_solver(),
             weights=dict(zip(parameters, weights, strict=True)),
             decay_factors=plan.decay_factors(parameters),

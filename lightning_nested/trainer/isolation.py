@@ -6,7 +6,7 @@ What is found and restored is in ``reachable_state``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -27,11 +27,9 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         m.training = False
     try:
         # A cuDNN RNN in evaluation mode has no backward; the native one has.
-        needs_native = any(isinstance(m, nn.RNNBase) for m in module.modules())
-        with (
-            torch.enable_grad(),
-            torch.backends.cudnn.flags(enabled=not needs_native and torch.backends.cudnn.enabled),
-        ):
+        needs_native = any(isinstance(m, nn.RNNBase) for m, _ in modes)
+        native = torch.backends.cudnn.flags(enabled=False) if needs_native else nullcontext()
+        with torch.enable_grad(), native:
             yield
     finally:
         for m, training in modes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
@@ -57,13 +58,22 @@ def step_loss(
     batch_idx: int,
 ) -> Any:
     """Call a step of the module with the arguments of its signature; return the loss in its output."""
-    step, arguments = getattr(module, name), [batch]
-    if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-        arguments.append(batch_idx)
-    if is_param_in_hook_signature(step, "dataloader_idx", explicit=True):
-        arguments.append(0)
+    step = getattr(module, name)
+    # Anything but a method may hold the module, which must not be kept alive.
+    own = getattr(step, "__func__", None)
+    takes_index, takes_loader = _arguments_of.__wrapped__(step) if own is None else _arguments_of(own)
+    arguments = [batch, *[batch_idx] * takes_index, *[0] * takes_loader]
     output = call._call_lightning_module_hook(trainer, name, *arguments, pl_module=module)
     return output.get("loss") if isinstance(output, Mapping) else output
+
+
+@lru_cache(maxsize=32)
+def _arguments_of(step: Any) -> tuple[bool, bool]:
+    """Return whether a step takes ``batch_idx`` and ``dataloader_idx``; looking takes longer than a small network."""
+    return (
+        is_param_in_hook_signature(step, "batch_idx", min_args=2),
+        is_param_in_hook_signature(step, "dataloader_idx", explicit=True),
+    )
 
 
 def loss_scale(trainer: Trainer) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -117,6 +118,10 @@ class OuterBatches:
     def loss_stream(self) -> RandomStream:
         """Return a stream for the loss of the last batch, apart from the batches', which resuming draws again."""
         return self._new_stream(15_485_863 * self.position)
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Keep the global random streams once, for a batch and its loss; see :meth:`RandomStream.apart`."""
+        return self._stream.apart()
 
     def state_dict(self) -> dict[str, int]:
         """Return seed, round and position."""

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_nested.linalg.first_derivatives import first_derivative
+from lightning_nested.linalg.first_derivatives import first_derivative, knowing
 from lightning_nested.linalg.graph import without_hooks
 from lightning_nested.trainer.isolation import evaluation_mode, validation_stage, without_trace
 from lightning_nested.trainer.lightning import transfer
@@ -44,28 +44,29 @@ def evaluate_outer(
     Returns:
         A scalar with a graph to ``tensors``.
     """
-    batch = batches.next()
+    with batches.apart():
+        batch = batches.next()
 
-    def evaluate() -> Tensor:
-        moved = transfer(trainer, module, batch)
-        with trainer.precision_plugin.val_step_context():
-            return loss(moved)
+        def evaluate() -> Tensor:
+            moved = transfer(trainer, module, batch)
+            with trainer.precision_plugin.val_step_context():
+                return loss(moved)
 
-    if caller is not None:
-        caller = (
-            f"Called by {caller}, for the outer loss of batch {batches.index} of its data: in evaluation mode, "
-            "with gradients, and outside the Trainer's validation, whose hooks may not have run."
-        )
-    with (
-        batches.loss_stream().replay(),
-        validation_stage(trainer),
-        evaluation_mode(module),
-        without_trace(module, trainer, evaluate, attributes=attributes, caller=caller),
-    ):
-        value = evaluate()
-        if not tensors or value.numel() != 1:
-            return value
-        return differentiated(value, tuple(tensors), scale, evaluate)
+        if caller is not None:
+            caller = (
+                f"Called by {caller}, for the outer loss of batch {batches.index} of its data: in evaluation mode, "
+                "with gradients, and outside the Trainer's validation, whose hooks may not have run."
+            )
+        with (
+            batches.loss_stream().replay(),
+            validation_stage(trainer),
+            evaluation_mode(module),
+            without_trace(module, trainer, evaluate, attributes=attributes, caller=caller),
+        ):
+            value = evaluate()
+            if not tensors or value.numel() != 1:
+                return value
+            return differentiated(value, tuple(tensors), scale, evaluate)
 
 
 def differentiated(
@@ -95,7 +96,7 @@ def differentiated(
         if again is not None and not all(g is None or bool(g.isfinite().all()) for g in found):
             found = gradients(again())
     value: Tensor = _Differentiated.apply(loss.detach(), found, *tensors)
-    return value
+    return knowing(value, tensors, found)
 
 
 class _Differentiated(torch.autograd.Function):

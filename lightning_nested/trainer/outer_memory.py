@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_nested.hypergradient import Curvature
 from lightning_nested.hyperparameters.shared_adam import SharedAdam
 from lightning_nested.linalg.shards import parts
-from lightning_nested.trainer.outer_plan import OuterPlan
+from lightning_nested.trainer.outer_plan import OuterPlan, needs_graph
 
 
 def outer_memory(plan: OuterPlan, parameters: Mapping[str, Tensor]) -> dict[str, int]:
@@ -40,17 +42,30 @@ def outer_memory(plan: OuterPlan, parameters: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
-def tell_plan(owner: str, plan: OuterPlan, parameters: Mapping[str, Tensor], *, try_out: bool) -> None:
+def tell_plan(
+    owner: str,
+    trainer: Trainer,
+    plan: OuterPlan,
+    parameters: Mapping[str, Tensor],
+    curvature: Curvature | None,
+) -> None:
     """Say at the start of a fit what outer steps cost and hold, or that there will be none.
 
     Args:
         owner: Class name in the message.
+        trainer: Trainer of the run. A ``fast_dev_run`` makes one outer step in any case.
         plan: Plan of the run.
         parameters: Inner parameters by name.
-        try_out: Whether this is a ``fast_dev_run``, which makes one outer step in any case.
+        curvature: Curvature of the run; None: the Hessian.
     """
-    pace = plan.pace
+    pace, batches = plan.pace, trainer.accumulate_grad_batches
     line = f"{owner}: {pace}{memory_line(outer_memory(plan, parameters))}."
+    if batches > 1 and needs_graph(plan, curvature):
+        line += (
+            f" Each outer step also keeps the graphs of all {batches} accumulated batches up to the last one, for "
+            "second derivatives: FiniteDifference() keeps none."
+        )
+    try_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if pace is not None and pace.outer_steps == 0 and not try_out:
         line += (
             f" The run has {pace.total_steps} inner steps, so that nothing will be tuned: lower "

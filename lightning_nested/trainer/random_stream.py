@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,25 +27,30 @@ class RandomStream:
 
     def __init__(self, seed: int, device: torch.device | None = None) -> None:
         self._cuda = device if device is not None and device.type == "cuda" else None
-        self._outside: list[tuple[Any, ...]] = []
+        self._outside: list[tuple[Any, ...] | None] = []
         self._inside: tuple[Any, ...] | None = None
         self._seed = seed % 2**32
+        self._seeded: bytes | None = None  # NumPy's numbers right after the seed was set
 
     def __enter__(self) -> RandomStream:
-        self._outside.append(self._capture())
+        self._outside.append(self._leave())
         self._begin()
         return self
 
     def _begin(self) -> None:
         if self._inside is None:
             random.seed(self._seed)
-            np.random.seed(self._seed)
+            self._seed_numpy()
             torch.random.default_generator.manual_seed(self._seed)
             if self._cuda is not None:
                 with torch.cuda.device(self._cuda):
                     torch.cuda.manual_seed(self._seed)
         else:
             self._restore(self._inside)
+
+    def _seed_numpy(self) -> None:
+        np.random.seed(self._seed)
+        self._seeded = _numpy_numbers()
 
     @classmethod
     def snapshot(cls, device: torch.device | None = None) -> RandomStream:
@@ -56,27 +62,76 @@ class RandomStream:
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Draw from the stream's current position inside, and return to it: each replay draws the same."""
-        outside = self._capture()
+        outside = self._leave()
         self._begin()
         try:
             yield
         finally:
+            self._return(outside)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keep the global streams once for all that are used inside, between which nothing is drawn.
+
+        That is NumPy's for the most part: reading its state takes as long as a step of a small network.
+        """
+        global _kept
+        outside, before, _kept = self._capture(), _kept, True
+        try:
+            yield
+        finally:
+            _kept = before
             self._restore(outside)
 
     def __exit__(self, *_: object) -> None:
-        self._inside = self._capture()
-        self._restore(self._outside.pop())
+        same = self._seeded is not None and _numpy_numbers() == self._seeded
+        self._inside = self._capture(None if same else np.random.get_state())
+        self._return(self._outside.pop())
 
-    def _capture(self) -> tuple[Any, ...]:
+    def _leave(self) -> tuple[Any, ...] | None:
+        """Return the state of the streams that are left; None where it is kept already."""
+        global _kept
+        if _kept:
+            _kept = False
+            return None
+        return self._capture()
+
+    def _return(self, outside: tuple[Any, ...] | None) -> None:
+        global _kept
+        if outside is None:
+            _kept = True
+        else:
+            self._restore(outside)
+
+    def _capture(self, numpy: Any = ...) -> tuple[Any, ...]:
+        """Return the state of all streams; ``numpy`` None: as it was when it was seeded."""
         cuda = torch.cuda.get_rng_state(self._cuda) if self._cuda is not None else None
-        return torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda
+        numpy = np.random.get_state() if numpy is ... else numpy
+        return torch.get_rng_state(), numpy, random.getstate(), cuda
 
     def _restore(self, state: tuple[Any, ...]) -> None:
         torch.set_rng_state(state[0])
-        np.random.set_state(state[1])
+        if state[1] is None:
+            self._seed_numpy()
+        else:
+            np.random.set_state(state[1])
+            self._seeded = None
         random.setstate(state[2])
         if self._cuda is not None:
             torch.cuda.set_rng_state(state[3], self._cuda)
+
+
+_kept = False  # whether the global streams are kept by RandomStream.apart
+_MT19937 = 2500  # bytes: 624 words and a position
+
+
+def _numpy_numbers() -> bytes | None:
+    """Return the memory of NumPy's global generator, in a hundredth of the time of its state; None where it is another.
+
+    It says nothing of the second number of a pair of normal ones, which there is none of after a seed.
+    """
+    bits = getattr(np.random, "get_bit_generator", lambda: None)()
+    return ctypes.string_at(bits.ctypes.state_address, _MT19937) if type(bits) is np.random.MT19937 else None
 
 
 def base_seed(trainer: Trainer) -> int:

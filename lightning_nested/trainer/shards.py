@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch.distributed.fsdp
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -82,10 +82,12 @@ def check_choices(trainer: Trainer, plan: OuterPlan, loop: OuterLoop, curvature:
     Raises:
         MisconfigurationException: With a cure.
     """
+    from torch.distributed import fsdp
+
     outer, solver, size = plan.outer, plan.solver, tensor_parallel_size(trainer)
     each = [d.name for d in outer.decays if d.per == "parameter"]
     sharded = [h.name for h in outer.hyperparameters if any(map(is_shard, h.tensors.values()))]
-    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+    if not hasattr(fsdp, "fully_shard"):
         cause, cure = f"needs torch 2.6 or later. Got torch {torch.__version__}", "install a later one"
     elif size > 1:
         cause, cure = f"needs data-parallel shards. Got tensor_parallel_size={size}", "set it to 1"

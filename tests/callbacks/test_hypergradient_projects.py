@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_nested.callbacks import HypergradientCallback
+from lightning_nested.hypergradient import ConjugateGradient, Current
 from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.linalg.vectors import flatten
 from tests.trainers import trainer
 
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
@@ -113,3 +119,121 @@ def test_modules_of_other_packages(name: str, package: str, monkeypatch: pytest.
     first, last = callback.outer.first["weight_decay"], list(callback.values().values())
     assert len(last) == first[3]
     assert any(float(v) != first[0] for v in last)
+
+
+class _Newton:
+    """Trains a module to the end: mean loss of a batch with a decay for each tensor that is trained."""
+
+    def __init__(self, module: Any, batch: Tensor, decays: Tensor) -> None:
+        self.module, self.batch = module, batch
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        options: dict[str, Any] = {
+            "history_size": 30,
+            "tolerance_change": 0.0,
+            "line_search_fn": "strong_wolfe",
+        }
+        optimizer = torch.optim.LBFGS(self.parameters, max_iter=400, **options)
+        optimizer.step(lambda: self._backward(optimizer, decays))  # type: ignore[arg-type,return-value]
+        for _ in range(6):
+            gradient = self.gradient(decays, create_graph=True)
+            rows = [
+                flatten(torch.autograd.grad(gradient, self.parameters, unit, retain_graph=True))
+                for unit in torch.eye(len(gradient), dtype=torch.float64)
+            ]
+            # Rotations of queries against keys change nothing: there the curvature is zero.
+            sizes, axes = torch.linalg.eigh(torch.stack(rows))
+            self.inverse = (axes / sizes.abs().clamp_min(float(decays.min()) / 10)) @ axes.T
+            self._move(gradient.detach())
+        self.home = [p.detach().clone() for p in self.parameters]
+
+    def again(self, decays: Tensor) -> None:
+        """Train on with other decays that are near, from where the first training ended."""
+        with torch.no_grad():
+            for p, home in zip(self.parameters, self.home, strict=True):
+                p.copy_(home)
+        for _ in range(8):
+            self._move(self.gradient(decays).detach())
+        assert float(self.gradient(decays).norm()) < 1e-11
+
+    def gradient(self, decays: Tensor, create_graph: bool = False) -> Tensor:
+        loss = self._loss(decays)
+        return flatten(torch.autograd.grad(loss, self.parameters, create_graph=create_graph))
+
+    def _loss(self, decays: Tensor) -> Tensor:
+        squares = torch.stack([(p**2).sum() for p in self.parameters])
+        loss: Tensor = self.module.loss(self.batch) + 0.5 * (decays * squares).sum()
+        return loss
+
+    def _backward(self, optimizer: torch.optim.Optimizer, decays: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = self._loss(decays)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    @torch.no_grad()
+    def _move(self, gradient: Tensor) -> None:
+        moves = torch.split(self.inverse @ gradient, [p.numel() for p in self.parameters])
+        for p, move in zip(self.parameters, moves, strict=True):
+            p.sub_(move.view_as(p))
+
+
+@pytest.mark.slow
+def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(gpt: Any) -> None:
+    """In float64, at the end of training, with every switch on: each tensor's decay moved up and down.
+
+    A large ε makes one diagonal of AdamW's, whose own derivative the formula leaves out. Norms and embeddings stay as
+    they are: a network that may shrink its embeddings under a norm has no minimum to speak of.
+    """
+    eps, decay, step = 1e4, 0.05, 1e-3
+
+    class Double(gpt.GPT):  # type: ignore[misc,name-defined]
+        def loss(self, batch: Tensor) -> Tensor:
+            return functional.cross_entropy(self.network(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+        def configure_optimizers(self) -> Any:
+            found = super().configure_optimizers()
+            for group in found["optimizer"].param_groups:
+                group["eps"] = eps
+            return found
+
+    seed_everything(0, verbose=False)
+    train, val, _ = gpt.loaders(8 + 32 * 4 + 1, 8, 8, 8 + 8 * 8 + 1)
+    batches, (held_out,) = list(train), list(val)
+    assert len(batches) == 4
+    module = Double(width=4, depth=1, context=8).double()
+    for embedding in (module.network.tokens, module.network.positions):
+        nn.init.normal_(embedding.weight)
+    for name, p in module.named_parameters():
+        p.requires_grad_(any(part in name for part in ("qkv", "projection", "mlp.2")))
+    decays = torch.full((5,), decay, dtype=torch.float64)
+    module.network.checkpointing = False
+    with sdpa_kernel(SDPBackend.MATH):
+        trained = _Newton(module, torch.cat(batches), decays)
+
+    module.network.checkpointing = True
+    callback = HypergradientCallback(
+        WeightDecay(init=decay / eps, include=["*"]),
+        at=Current(),
+        solver=ConjugateGradient(max_iterations=100, tolerance=1e-8),
+        optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0),
+        warmup_steps=2,
+        every_n_steps=10,
+    )
+    average = EMAWeightAveraging(decay=0.9)
+    fit = trainer(callback, average, max_epochs=3, accumulate_grad_batches=4, gradient_clip_val=1.0)
+    fit.fit(module, train, val)
+    assert callback.outer_steps == 1
+    values = torch.stack([value.double() for value in callback.values().values()])
+    found = -(values * eps / decay).log()
+
+    truth, names = [], [name for name, p in module.named_parameters() if p.requires_grad]
+    # Matrices come first in the optimizer.
+    for i in map(names.index, callback.outer.decays[0].parameter_names):
+        losses = []
+        for sign in (1.0, -1.0):
+            moved = decays.clone()
+            moved[i] *= math.exp(sign * step)
+            trained.again(moved)
+            losses.append(float(module.loss(held_out)))
+        truth.append((losses[0] - losses[1]) / (2 * step))
+    torch.testing.assert_close(found, torch.tensor(truth, dtype=torch.float64), rtol=1e-3, atol=1e-6)

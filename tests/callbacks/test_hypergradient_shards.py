@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed import fsdp
 from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
 
@@ -39,6 +39,9 @@ from lightning_nested.trainer.shards import check_shards, curvature_of_run
 from tests.callbacks.test_hypergradient_processes import _dealt
 from tests.callbacks.tuned_regression import Regression, data, sgd, smooth, values
 from tests.trainers import trainer
+
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("FSDP2 needs torch 2.6", allow_module_level=True)
 
 # Forking, and loaders of another kind, are commented on by the Trainer.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -70,8 +73,8 @@ class Sharded(Regression):
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
-            fully_shard(self.net[0], mesh=mesh)  # type: ignore[index]
-            fully_shard(self.net, mesh=mesh)
+            fsdp.fully_shard(self.net[0], mesh=mesh)  # type: ignore[index]
+            fsdp.fully_shard(self.net, mesh=mesh)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -99,7 +102,7 @@ class Kept(Sharded):
     def configure_model(self) -> None:
         super().configure_model()
         for module in self.net.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, fsdp.FSDPModule):
                 module.set_reshard_after_forward(False)
 
 

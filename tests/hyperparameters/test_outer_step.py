@@ -92,6 +92,24 @@ def test_a_fixed_decay_is_part_of_the_curvature() -> None:
     assert report.hypergradient_norm == pytest.approx(SLOPE / 2, rel=1e-8)
 
 
+def test_a_number_for_logs_is_no_message_unless_asked_for() -> None:
+    """The norm of the inner gradient takes one message as long as the parameters."""
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for measured, sent in sizes.items():
+        outer = step()
+        parameters, inner, loss = ridge()
+        outer.build(parameters, "cpu")
+
+        def reduce(tensor: Tensor, sent: list[int] = sent) -> Tensor:
+            sent.append(tensor.numel())
+            return tensor
+
+        report = outer.compute(inner, loss, parameters, reduce=reduce, measure_gradient=measured)
+        assert math.isnan(report.inner_gradient_norm) is not measured
+    long = parameters["w"].numel()
+    assert sizes[True].count(long) == sizes[False].count(long) + 1
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_outer_loss_changes_nothing(bad: float) -> None:
     outer = step()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_nested.linalg.first_derivatives import first_derivative
 from lightning_nested.trainer.outer_loss import differentiated
 
 
@@ -24,3 +25,13 @@ def test_a_factor_that_is_too_large_costs_another_evaluation(scale: float, times
     assert float(torch.autograd.grad(found, x)[0]) == pytest.approx(3e10, rel=1e-12)
     with pytest.raises(RuntimeError, match="second time"):
         evaluated[0].backward()
+
+
+def test_derivatives_that_are_known_take_no_pass() -> None:
+    x, y = torch.tensor(3.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    loss = differentiated(x**2 * y, (x, y))
+    known = first_derivative(loss, (x, y))
+    assert [float(g) for g in known if g is not None] == [12.0, 9.0]
+    assert first_derivative(loss, (x, y))[0] is known[0]
+    # Of other tensors, in the graph.
+    assert first_derivative(differentiated(x**2 * y, (x, y)), (y,))[0] == 9.0

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback
-from lightning_nested.hypergradient import ConjugateGradient, Current, DenseSolve, Identity, Neumann, Nystrom
+from lightning_nested.hypergradient import (
+    ConjugateGradient,
+    Current,
+    DenseSolve,
+    FiniteDifference,
+    Identity,
+    Neumann,
+    Nystrom,
+)
 from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.trainer.outer_memory import memory_line, outer_memory
 from tests.callbacks.tuned_regression import Regression, data
@@ -101,3 +109,21 @@ def test_nothing_is_said_of_shapes_that_are_not_known_yet() -> None:
 )
 def test_units(parts: dict[str, int], line: str) -> None:
     assert memory_line(parts) == line
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"solver": Neumann(num_terms=1)}, True),
+        ({"solver": Neumann(num_terms=1), "curvature": FiniteDifference()}, False),
+        ({}, False),  # the default solver takes no second derivative
+    ],
+)
+def test_graphs_that_accumulation_keeps_are_told(
+    options: dict[str, Any], kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = HypergradientCallback(WeightDecay(), every_n_steps=1, warmup_steps=0, **options)
+    fit = trainer(callback, accumulate_grad_batches=4)
+    fit.fit(Regression(net()), DataLoader(data(16, 1), 4), DataLoader(data(8, 2), 8))
+    assert callback.outer_steps == 1
+    assert ("graphs of all 4 accumulated batches" in caplog.text) is kept

@@ -198,8 +198,7 @@ class HypergradientCallback(OuterLoopCallback):
         self.outer_loop.remember_initial(self.outer_loop.parameters)
         if self._saved is not None:
             self._restore(self._saved)
-        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        tell_plan("HypergradientCallback", self.plan, self.outer_loop.parameters, try_out=dev_run)
+        tell_plan("HypergradientCallback", trainer, self.plan, self.outer_loop.parameters, curvature)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -106,7 +106,7 @@ def try_outer_step(
             loop.parameters,
             evaluate,
             check=loop.check,
-            compare_identity=loop.logs(loop.outer_steps + 1),
+            full_report=loop.logs(loop.outer_steps + 1),
             train_batches=loop.train_batches,
         )
     except FloatingPointError as error:
