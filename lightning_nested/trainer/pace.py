@@ -79,6 +79,7 @@ def plan(
     overhead: float,
     every_n_steps: int | None,
     warmup_steps: int | None,
+    warmup_share: float = 0.1,
     limited: bool = True,
     accumulate: int | None = None,
     outer_batches: int | None = None,
@@ -94,14 +95,15 @@ def plan(
         cost: Cost of an outer step, in gradients.
         overhead: Share of the training's own gradients that outer steps may cost.
         every_n_steps: Given by the user; None: by the budget.
-        warmup_steps: Given by the user; None: a tenth of the run.
+        warmup_steps: Given by the user; None: by the share.
+        warmup_share: Share of the run before the first outer step.
         limited: Whether a hundred outer steps are enough.
         accumulate: See :func:`total_steps`.
         outer_batches: Outer batches in a round; None: unknown.
         began: See :class:`Pace`.
     """
     total = total_steps(trainer, accumulate)
-    warmup = warmup_steps if warmup_steps is not None else (total or 0) // 10
+    warmup = warmup_steps if warmup_steps is not None else int((total or 0) * warmup_share)
     if every_n_steps is None:
         every_n_steps = max(1, math.ceil(cost / overhead))
         if total is not None and limited:
