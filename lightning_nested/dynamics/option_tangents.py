@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.linalg.curvature import HessianOperator
@@ -41,15 +42,21 @@ class OptionTangents(Tangents):
 
     def __init__(self, params: Sequence[Tensor], *, k: int, **options: Any) -> None:
         self._products: Tensor | None = None
+        self._begun = False  # whether Z has been through a step
         super().__init__(params, k=k, align=0, **options)
 
     def clear(self) -> None:
         """Begin at Z = 0."""
-        self.frame, self.slots, self._products = None, [], None
+        self.frame, self.slots, self._products, self._begun = None, [], None, False
+
+    @property
+    def needs_losses(self) -> bool:
+        """True if :meth:`observe` must be called before the coming :meth:`advance`."""
+        return self._begun
 
     def observe(self, loss: Tensor) -> None:
         """Add the products of a loss's Hessian with every tangent; do nothing where Z = 0."""
-        if self.frame is None:
+        if not self._begun or self.frame is None:
             return
         operator = HessianOperator(loss, self.params)
         self.gradient = tuple(g.detach() for g in operator.gradient)
@@ -66,7 +73,9 @@ class OptionTangents(Tangents):
                     columns, decay = self._columns[id(p)], decays[id(p)].expand_as(p).reshape(-1)
                     frame[:, columns] *= 1 - float(group["lr"]) * decay
                     if "lr" in along:
-                        frame[:, columns] -= torch.outer(along["lr"].to(frame), decay * p.detach().reshape(-1))
+                        frame[:, columns] -= torch.outer(
+                            along["lr"].to(frame), decay * p.detach().reshape(-1)
+                        )
 
     @torch.no_grad()
     def advance(
@@ -94,13 +103,15 @@ class OptionTangents(Tangents):
         # As after a training_step that returned None: the optimizer makes no step.
         if all(p.grad is None for p in self.params):
             return
-        first, frame = self.frame is None, self._frame()
+        begun, self._begun, frame = self._begun, True, self._frame()
         gradient = flatten(zeros_where_none([p.grad for p in self.params], self.params))
         direct = self._direct(optimizer, slopes, gradient if clip is None else clip.value(gradient))
-        if not first:
+        if begun:
             products, self._products = self._products, None
             if products is None:
-                raise RuntimeError("advance() needs the losses of this step. Got none; call observe(loss) before.")
+                raise RuntimeError(
+                    "advance() needs the losses of this step. Got none; call observe(loss) before."
+                )
             dg = products if self.reduce is None else self.reduce(products)
             for p in self.params:
                 if decays and id(p) in decays:
@@ -114,7 +125,9 @@ class OptionTangents(Tangents):
             for slot, buffer in zip(self.slots, buffers, strict=False):
                 slot[:, columns] += buffer
         if not bool(torch.isfinite(frame.sum())):
-            raise FloatingPointError("Derivatives by the optimizer's options must be finite. Got one that is not.")
+            raise FloatingPointError(
+                "Derivatives by the optimizer's options must be finite. Got one that is not."
+            )
 
     def along(self, v: Vector) -> Tensor:
         """Return vᵀZ, (k,); zeros where Z = 0."""
@@ -122,12 +135,19 @@ class OptionTangents(Tangents):
             return torch.zeros(self.k, dtype=self.dtype, device=self.params[0].device)
         return self.frame @ flatten(v).to(self.frame)
 
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._begun = self.frame is not None
+
     def _frame(self) -> Tensor:
         if self.frame is None:
             self.frame = torch.zeros(self.k, self.n, dtype=self.dtype, device=self.params[0].device)
         return self.frame
 
-    def _direct(self, optimizer: Optimizer, slopes: Slopes, gradient: Tensor) -> list[tuple[slice, list[Tensor]]]:
+    def _direct(
+        self, optimizer: Optimizer, slopes: Slopes, gradient: Tensor
+    ) -> list[tuple[slice, list[Tensor]]]:
         """Return (∂Φ/∂options) ∂options/∂h of each parameter, as rows of its weights and its buffers."""
         found = []
         for group, along in zip(optimizer.param_groups, slopes, strict=True):
@@ -144,7 +164,9 @@ class OptionTangents(Tangents):
                     _derivative(rule, {name: x[i] for name, x in along.items() if bool(x[i])}, given)
                     for i in range(self.k)
                 ]
-                found.append((columns, [torch.stack(each).to(self.dtype) for each in zip(*rows, strict=True)]))
+                found.append(
+                    (columns, [torch.stack(each).to(self.dtype) for each in zip(*rows, strict=True)])
+                )
         return found
 
 

@@ -25,10 +25,11 @@ class LearningRate(OptimizerOption):
     tuned rate times what the scheduler makes of the group's first rate. In ``NestedModule(gradient=Unrolled(...))`` the
     horizon is that of ``Unrolled``, and a scheduler of the inner optimizer is refused.
 
-    A short horizon is greedy: a lower rate nearly always lowers the next loss, for it lowers the noise of the steps, and
-    so the rate falls too early. Wu, Ren, Liao & Grosse (2018), ICLR. The cheapest remedy is to tune late: with
-    ``warmup_steps`` of half a run or more the rate stays the user's as long as there is time to learn, and then falls
-    as the outer loss asks. A longer horizon costs more, and in steps of less than the whole run stays greedy.
+    A short horizon is greedy: a lower rate nearly always lowers the next loss, as it lowers the noise of the steps, and
+    so the rate falls too early. Wu, Ren, Liao & Grosse (2018), ICLR. The cheapest remedy is to tune late, and the
+    callback's default where nothing but options is tuned: for 60 % of the run (``warmup_steps``) the rate stays the
+    user's, as long as there is time to learn, and then falls as the outer loss asks. A longer horizon costs more, and
+    stays greedy unless it is that of the whole run.
 
     Args:
         init: Initial rate; None: the optimizer's own.

@@ -74,7 +74,9 @@ class OptimizerOption(Hyperparameter):
                 f"{len(groups)} now; give the optimizer all its groups in configure_optimizers."
             )
         rows = self.transform.forward(raw).unbind()
-        return tuple(self._of_group(i, group, row) for i, (group, row) in enumerate(zip(groups, rows, strict=True)))
+        return tuple(
+            self._of_group(i, group, row) for i, (group, row) in enumerate(zip(groups, rows, strict=True))
+        )
 
     def _of_group(self, index: int, group: Mapping[str, Any], row: Tensor) -> Mapping[str, Tensor]:
         return dict(zip(self.fields, row.reshape(-1).unbind(), strict=True))

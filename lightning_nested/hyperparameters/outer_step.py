@@ -132,7 +132,11 @@ class OuterStep(OuterState):
     @property
     def unmoved(self) -> list[str]:
         """Names of hyperparameters in the losses' graphs whose hypergradients were exactly zero in all outer steps."""
-        return [h.name for h in (*self.in_graph, *self.options) if self._moved.isdisjoint(labelled(h.name, h.tensors))]
+        return [
+            h.name
+            for h in (*self.in_graph, *self.options)
+            if self._moved.isdisjoint(labelled(h.name, h.tensors))
+        ]
 
     def compute(
         self,

@@ -44,7 +44,9 @@ class OptionTuner:
         fields = [name for option in outer.options for name in option.fields]
         if len(set(fields)) < len(fields):
             names = [option.name for option in outer.options]
-            raise ValueError(f"Each option of the optimizer must be tuned once. Got {', '.join(names)}; leave one out.")
+            raise ValueError(
+                f"Each option of the optimizer must be tuned once. Got {', '.join(names)}; leave one out."
+            )
         self._optimizer: Optimizer | None = None
         self._tangents: OptionTangents | None = None
         self._own: list[dict[str, Any]] = []  # the groups' own options, while a step is made
@@ -65,11 +67,11 @@ class OptionTuner:
             return
         (optimizer,) = trainer.optimizers
         check_optimizer(trainer, module, optimizer, self.outer)
-        for option in self.outer.options:
-            try:
+        try:
+            for option in self.outer.options:
                 option.attach_optimizer(optimizer)
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         self._optimizer = optimizer
         handle = optimizer.register_step_post_hook(lambda *_: self.give_back())
         use.at_end(self._backward.put_back, handle.remove, self.give_back)
@@ -109,7 +111,7 @@ class OptionTuner:
         """Form the products that the window's later steps need, just before the backward pass of a loss."""
         # An outer step comes first, and begins the window anew.
         tangents = self._follow(trainer) if self._open and not self._due else None
-        if tangents is None or tangents.frame is None or not loss.requires_grad:
+        if tangents is None or not tangents.needs_losses or not loss.requires_grad:
             return
         if has_gradient_hooks(tangents.params):
             raise MisconfigurationException(
@@ -123,7 +125,10 @@ class OptionTuner:
             try:
                 tangents.observe(loss)
             except RuntimeError as error:
-                add_note(error, f"Needed for horizon={self.horizon} of {self.outer.options[0].name}; set horizon=1.")
+                add_note(
+                    error,
+                    f"Needed for horizon={self.horizon} of {self.outer.options[0].name}; set horizon=1.",
+                )
                 raise
             self._backward.offer(module, loss, tangents.params, tangents.gradient)
 
@@ -157,7 +162,12 @@ class OptionTuner:
 
     def shrink(self, trainer: Trainer, parameters: Mapping[str, Tensor]) -> None:
         """Push the window's derivatives through decoupled decays that are tuned, before they are applied."""
-        if self._open and self._optimizer is not None and self.outer.decays and decoupled_rates(self._optimizer):
+        if (
+            self._open
+            and self._optimizer is not None
+            and self.outer.decays
+            and decoupled_rates(self._optimizer)
+        ):
             self._follow(trainer).shrink(self._optimizer, self._slopes(), self._decays(parameters))
 
     def advance(self, trainer: Trainer, parameters: Mapping[str, Tensor]) -> None:
@@ -183,13 +193,13 @@ class OptionTuner:
     def _slopes(self) -> list[dict[str, Tensor]]:
         """Return the derivative of each group's options by each tuned number, (k,)."""
         raw = [t for option in self.outer.options for t in option.tensors.values()]
-        return [
-            {name: _flat_gradient(value, raw) for name, value in each.items()} for each in self._values()
-        ]
+        return [{name: _flat_gradient(value, raw) for name, value in each.items()} for each in self._values()]
 
     # ---- an outer step
 
-    def hypergradient(self, outer_loss: Callable[[tuple[Tensor, ...]], Tensor], trainer: Trainer) -> OuterReport:
+    def hypergradient(
+        self, outer_loss: Callable[[tuple[Tensor, ...]], Tensor], trainer: Trainer
+    ) -> OuterReport:
         """Find the derivatives by the options at the current weights, and hold them; the window ends."""
         tangents = self._follow(trainer)
         loss = outer_loss(tangents.params)
@@ -213,7 +223,9 @@ class OptionTuner:
         self._saved, self._tangents = state, None
 
 
-def check_optimizer(trainer: Trainer, module: LightningModule, optimizer: Optimizer, outer: OuterStep) -> None:
+def check_optimizer(
+    trainer: Trainer, module: LightningModule, optimizer: Optimizer, outer: OuterStep
+) -> None:
     """Refuse what changes the optimizer's step in a way that cannot be differentiated, or the tuned options.
 
     Raises:
@@ -252,5 +264,7 @@ def check_optimizer(trainer: Trainer, module: LightningModule, optimizer: Optimi
 
 def _flat_gradient(value: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return the derivative of a number by the entries of tensors, (k,)."""
-    found = zeros_where_none(torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True), tensors)
+    found = zeros_where_none(
+        torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True), tensors
+    )
     return torch.cat([g.reshape(-1) for g in found])

@@ -12,7 +12,6 @@ from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
 from lightning_nested.linalg.solvers.given import AnySolver, Identity, as_solver
 
-
 # Of the outer optimizer of rates and momenta alone: a rate must be able to fall to a hundredth in 25 outer steps.
 _OPTION_RATE = 0.2
 # Shares of a run before the first outer step.
