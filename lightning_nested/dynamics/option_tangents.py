@@ -172,8 +172,20 @@ class OptionTangents(Tangents):
 
 def _derivative(rule: UpdateRule, slopes: Mapping[str, Tensor], given: tuple[Any, ...]) -> list[Tensor]:
     """Return the derivative of a step along options of its rule, flat: of the weights, then of each buffer."""
-    if not slopes:
-        return [torch.zeros_like(x).reshape(-1) for x in (given[0], *given[2])]
+    others = {name: x for name, x in slopes.items() if name != "lr"}
+    found = (
+        _along_others(rule, others, given) if others else [torch.zeros_like(x) for x in (given[0], *given[2])]
+    )
+    if "lr" in slopes:
+        # Every rule is affine in the rate.
+        one, zero = (replace(rule, lr=lr).step(*given) for lr in (1.0, 0.0))  # type: ignore[type-var]
+        pairs = zip(found, (one[0], *one[1]), (zero[0], *zero[1]), strict=True)
+        found = [f.add_((a - b) * slopes["lr"].to(a.dtype)) for f, a, b in pairs]
+    return [f.reshape(-1) for f in found]
+
+
+def _along_others(rule: UpdateRule, slopes: Mapping[str, Tensor], given: tuple[Any, ...]) -> list[Tensor]:
+    """Return the derivative by dual numbers, whose first use in a process imports for half a second."""
     with forward_ad.dual_level():
         moved = {
             name: forward_ad.make_dual(torch.as_tensor(getattr(rule, name), dtype=x.dtype), x)
@@ -181,7 +193,7 @@ def _derivative(rule: UpdateRule, slopes: Mapping[str, Tensor], given: tuple[Any
         }
         after, buffers = replace(rule, **moved).step(*given)  # type: ignore[type-var]
         tangents = [forward_ad.unpack_dual(x).tangent for x in (after, *buffers)]
-        return [
-            torch.zeros_like(x).reshape(-1) if dx is None else dx.detach().reshape(-1)
-            for x, dx in zip((after, *buffers), tangents, strict=True)
-        ]
+    return [
+        torch.zeros_like(x) if dx is None else dx.detach().clone()
+        for x, dx in zip((after, *buffers), tangents, strict=True)
+    ]

@@ -50,6 +50,8 @@ class OptionTuner:
         self._optimizer: Optimizer | None = None
         self._tangents: OptionTangents | None = None
         self._own: list[dict[str, Any]] = []  # the groups' own options, while a step is made
+        # Values of the last step, and what they were computed from.
+        self._known: tuple[Any, list[dict[str, float]]] = (None, [])
         self._open = self._due = False  # whether the coming step is in a window, and has an outer step
         self._saved: Mapping[str, Any] | None = None  # until there are tangents
         self._backward = SharedBackward()
@@ -62,7 +64,13 @@ class OptionTuner:
         Raises:
             MisconfigurationException: Its step is not known, or the run changes it in a way that is not.
         """
-        self._optimizer, self._tangents, self._open, self._own = None, None, False, []
+        self._optimizer, self._tangents, self._open, self._own, self._known = (
+            None,
+            None,
+            False,
+            [],
+            (None, []),
+        )
         if not self.outer.options:
             return
         (optimizer,) = trainer.optimizers
@@ -137,7 +145,12 @@ class OptionTuner:
         if self._own or self._optimizer is None or not self.outer.options:
             return
         groups = self._optimizer.param_groups
-        values = [{name: float(x.detach()) for name, x in each.items()} for each in self._values()]
+        versions = [t._version for option in self.outer.options for t in option.tensors.values()]
+        key = versions, [float(group["lr"]) for group in groups]
+        if key != self._known[0]:
+            with torch.no_grad():
+                self._known = key, [{n: float(x) for n, x in each.items()} for each in self._values()]
+        values = self._known[1]
         self._own = [set_options(group, each) for group, each in zip(groups, values, strict=True)]
 
     def give_back(self) -> None:
