@@ -43,6 +43,7 @@ from .demos import (
     GameReport as GameReport,
     MixtureReport as MixtureReport,
     ModeCoverage as ModeCoverage,
+    ScheduleReport as ScheduleReport,
     TuningReport as TuningReport,
     ZooGame as ZooGame,
 )

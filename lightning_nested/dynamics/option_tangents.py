@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from lightning_nested.dynamics.tangents import Clip, Tangents
 from lightning_nested.linalg.curvature import HessianOperator
 from lightning_nested.linalg.vectors import Vector, flatten, unflatten, zeros_where_none
 from lightning_nested.optim.registry import known_rule
-from lightning_nested.optim.update_rules import UpdateRule
 
-Slopes = Sequence[Mapping[str, Tensor]]
+# torch has no annotations for these.
+_DUAL: Any = forward_ad.make_dual
+_PARTS: Any = forward_ad.unpack_dual
+
+Slopes: TypeAlias = Sequence[Mapping[str, Tensor]]
 """For each group, by the name of the option, its derivative along each tangent, (k,)."""
 
 
@@ -170,7 +173,7 @@ class OptionTangents(Tangents):
         return found
 
 
-def _derivative(rule: UpdateRule, slopes: Mapping[str, Tensor], given: tuple[Any, ...]) -> list[Tensor]:
+def _derivative(rule: Any, slopes: Mapping[str, Tensor], given: tuple[Any, ...]) -> list[Tensor]:
     """Return the derivative of a step along options of its rule, flat: of the weights, then of each buffer."""
     others = {name: x for name, x in slopes.items() if name != "lr"}
     found = (
@@ -178,21 +181,20 @@ def _derivative(rule: UpdateRule, slopes: Mapping[str, Tensor], given: tuple[Any
     )
     if "lr" in slopes:
         # Every rule is affine in the rate.
-        one, zero = (replace(rule, lr=lr).step(*given) for lr in (1.0, 0.0))  # type: ignore[type-var]
+        one, zero = (replace(rule, lr=lr).step(*given) for lr in (1.0, 0.0))
         pairs = zip(found, (one[0], *one[1]), (zero[0], *zero[1]), strict=True)
         found = [f.add_((a - b) * slopes["lr"].to(a.dtype)) for f, a, b in pairs]
     return [f.reshape(-1) for f in found]
 
 
-def _along_others(rule: UpdateRule, slopes: Mapping[str, Tensor], given: tuple[Any, ...]) -> list[Tensor]:
+def _along_others(rule: Any, slopes: Mapping[str, Tensor], given: tuple[Any, ...]) -> list[Tensor]:
     """Return the derivative by dual numbers, whose first use in a process imports for half a second."""
     with forward_ad.dual_level():
         moved = {
-            name: forward_ad.make_dual(torch.as_tensor(getattr(rule, name), dtype=x.dtype), x)
-            for name, x in slopes.items()
+            name: _DUAL(torch.as_tensor(getattr(rule, name), dtype=x.dtype), x) for name, x in slopes.items()
         }
-        after, buffers = replace(rule, **moved).step(*given)  # type: ignore[type-var]
-        tangents = [forward_ad.unpack_dual(x).tangent for x in (after, *buffers)]
+        after, buffers = replace(rule, **moved).step(*given)
+        tangents = [_PARTS(x).tangent for x in (after, *buffers)]
     return [
         torch.zeros_like(x) if dx is None else dx.detach().clone()
         for x, dx in zip((after, *buffers), tangents, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lightning_nested.arguments import at_least, checked
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.transforms import Interval, Transform
 
-GroupOptions = tuple[Mapping[str, Tensor], ...]
+GroupOptions: TypeAlias = tuple[Mapping[str, Tensor], ...]
 """Options of each group, by the names of the fields of ``lightning_nested.optim.update_rules``."""
 
 
