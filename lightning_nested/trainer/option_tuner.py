@@ -24,6 +24,7 @@ from lightning_nested.trainer.follower import has_gradient_hooks
 from lightning_nested.trainer.isolation import add_note, untouched_buffers
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.random_stream import RandomStream
+from lightning_nested.trainer.shards import shards_parameters
 from lightning_nested.trainer.shared_backward import SharedBackward
 from lightning_nested.trainer.use import Use
 
@@ -245,6 +246,11 @@ def check_optimizer(
         MisconfigurationException: With a cure.
     """
     who = outer.options[0].name
+    if shards_parameters(trainer):
+        raise MisconfigurationException(
+            f"{who!r} is tuned through steps of whole parameters. Got {type(trainer.strategy).__name__}, which shards "
+            f"them; use Trainer(strategy='ddp'), or leave {who!r} out."
+        )
     known = [kind.__name__ for kind, d in KNOWN.items() if d.rule is not None and d.rule.num_gradients == 1]
     for group in optimizer.param_groups:
         kind = type(optimizer).__name__
