@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,13 +28,15 @@ class LearningRate(OptimizerOption):
 
     A short horizon is greedy: a lower rate nearly always lowers the next loss, as it lowers the noise of the steps, and
     so the rate falls too early. Wu, Ren, Liao & Grosse (2018), ICLR. The cheapest remedy is to tune late, and the
-    callback's default where nothing but options is tuned: for 60 % of the run (``warmup_steps``) the rate stays the
+    callback's default where nothing but options is tuned: for 70 % of the run (``warmup_steps``) the rate stays the
     user's, as long as there is time to learn, and then falls as the outer loss asks. A longer horizon costs more, and
     stays greedy unless it is that of the whole run.
 
     Args:
         init: Initial rate; None: the optimizer's own.
-        transform: Map from the unconstrained tensor to the rate; default ``Exp`` within [1e-8, 10].
+        transform: Map from the unconstrained tensor to the rate; default ``Exp`` within [1e-8, 10]. In the callback a
+            rate then only falls from where it began, for few steps do not show that a higher one diverges; give
+            ``Exp(upper=...)`` to let it rise.
         name: Key in logs and checkpoints.
         horizon: Steps of the optimizer that the callback differentiates through, at most those since the last outer
             step.
@@ -56,12 +59,25 @@ class LearningRate(OptimizerOption):
         if init is not None and not init > 0:
             raise ValueError(f"init must be positive and finite. Got {init}.")
         super().__init__(name, init, transform or Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0))), horizon)
+        self._may_rise = transform is not None
+        self._bound: tuple[float, ...] | None = None  # highest rate of each group
         self._references: tuple[float, ...] = ()  # rates of the groups that a scheduler starts from
 
     @override
     def attach(self, starts: Sequence[float]) -> None:
         super().attach(starts)
         self._references = tuple(float(start) for start in starts)
+
+    def only_fall(self) -> None:
+        """Let no rate rise above its start, unless a transform was given that says how far."""
+        self._bound = None if self._may_rise else self._starts
+
+    @override
+    @torch.no_grad()
+    def project_(self) -> None:
+        super().project_()
+        for raw in self.tensors.values() if self._bound is not None else ():
+            raw.clamp_max_(self._raw_start("rates", raw.new_tensor(self._bound)))
 
     def _read(self, group: Mapping[str, Any]) -> float:
         # A scheduler with a warm-up has lowered lr already, and kept the user's.

@@ -46,6 +46,9 @@ class OptimizerOption(Hyperparameter):
         """Take the starting values of the optimizer's groups."""
         self.attach([self._read(group) for group in optimizer.param_groups])
 
+    def only_fall(self) -> None:
+        """Bound the option by its start, where a short horizon cannot be trusted to raise it; by default not."""
+
     @abstractmethod
     def _read(self, group: Mapping[str, Any]) -> Any:
         """Return the option of a group."""

@@ -79,6 +79,7 @@ class OptionTuner:
         try:
             for option in self.outer.options:
                 option.attach_optimizer(optimizer)
+                option.only_fall()
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self._optimizer = optimizer

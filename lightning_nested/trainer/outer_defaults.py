@@ -12,10 +12,10 @@ from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
 from lightning_nested.linalg.solvers.given import AnySolver, Identity, as_solver
 
-# Of the outer optimizer of rates and momenta alone: a rate must be able to fall to a hundredth in 25 outer steps.
-_OPTION_RATE = 0.2
+# Longest outer step of rates and momenta alone. Together they can move log(rate) by 16, but noise turns many of them.
+_OPTION_RATE = 0.4
 # Shares of a run before the first outer step.
-_WARMUP, _OPTION_WARMUP = 0.1, 0.6
+_WARMUP, _OPTION_WARMUP = 0.1, 0.7
 
 
 def only_options(outer: OuterStep) -> bool:
@@ -66,7 +66,7 @@ def point_and_solver(
 def planned_optimizer(outer: OuterStep, rate: float) -> OuterOptimizer:
     """Return the function that makes the outer optimizer of a planned run, whose first rate is ``rate``."""
     if only_options(outer):
-        return partial(default_adam, outer.decays, lr=_OPTION_RATE)
+        return partial(default_adam, outer.decays, lr=min(_OPTION_RATE, 2 * rate))
     if tunes_example_weights(outer) and not any(d.per == "parameter" for d in outer.decays):
         return partial(planned_outer_optimizer, rate=rate)
     return partial(default_adam, outer.decays, lr=rate)

@@ -114,6 +114,7 @@ class OuterPlan:
             warmup_steps=self.warmup_steps,
             warmup_share=warmup_share(self.outer),
             limited=needs_few_steps(self.outer, loop.train_batches.count),
+            late=only_options(self.outer),
             outer_batches=batches_in_round(trainer, loop),
             began=(loop.inner_steps, trainer.global_step),
         )

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback
-from lightning_nested.hyperparameters import Betas, LearningRate, Momentum, WeightDecay
+from lightning_nested.hyperparameters import Betas, Exp, LearningRate, Momentum, WeightDecay
 from lightning_nested.optim import ComplexAdam, ComplexSGD, Extragradient, OptimisticAdam, OptimisticSGD
 from tests.callbacks.test_hypergradient_processes import _dealt, _keeper
 from tests.callbacks.tuned_regression import Regression, ScalerAlone, data, sgd, smooth, values, weights
@@ -141,7 +141,7 @@ EPSILON, RELATIVE = 1e-4, 1e-6
 @pytest.mark.parametrize("horizon", [1, 3])
 @pytest.mark.parametrize("name", RATES)
 def test_rates_are_those_of_runs_with_other_rates(name: str, horizon: int) -> None:
-    gradient = found(RATES[name], LearningRate(horizon=horizon))
+    gradient = found(RATES[name], LearningRate(transform=Exp(), horizon=horizon))
     expected = differences(RATES[name], log_rate, horizon)
     assert gradient.tolist() == pytest.approx([expected], rel=RELATIVE)
 
@@ -158,7 +158,7 @@ def warm_up_and_cosine(optimizer: Optimizer) -> Any:
 
 
 def test_each_group_has_its_own_rate_and_the_schedule_stays() -> None:
-    rate = LearningRate(horizon=3)
+    rate = LearningRate(transform=Exp(), horizon=3)
     gradient = found(two_groups, rate, warm_up_and_cosine)
     expected = [differences(two_groups, log_rate, 3, group=i, schedule=warm_up_and_cosine) for i in (0, 1)]
     assert gradient.tolist() == pytest.approx(expected, rel=RELATIVE)
@@ -175,7 +175,7 @@ def test_each_group_has_its_own_rate_and_the_schedule_stays() -> None:
     ],
 )
 def test_clipping_and_accumulation_are_parts_of_the_step(options: dict[str, Any]) -> None:
-    gradient = found(RATES["momentum"], LearningRate(horizon=3), **options)
+    gradient = found(RATES["momentum"], LearningRate(transform=Exp(), horizon=3), **options)
     expected = differences(RATES["momentum"], log_rate, 3, **options)
     assert gradient.tolist() == pytest.approx([expected], rel=RELATIVE)
 
@@ -215,7 +215,7 @@ def test_tuned_decays_are_parts_of_the_step(name: str) -> None:
     def decay() -> WeightDecay:
         return WeightDecay(init=0.3, include=["*.weight"])
 
-    rate = LearningRate(horizon=3)
+    rate = LearningRate(transform=Exp(), horizon=3)
     gradient = found(make, rate, others=(decay(),))
     never = lambda: HypergradientCallback(decay(), every_n_steps=10**6, warmup_steps=10**6)  # noqa: E731
     assert gradient.tolist() == pytest.approx([differences(make, log_rate, 3, never)], rel=RELATIVE)
@@ -243,7 +243,7 @@ def recursive(optimizer: Optimizer) -> Any:
 
 
 def test_the_users_schedule_goes_on_as_if_nothing_were_tuned() -> None:
-    rate, seen = LearningRate(init=0.2), Seen()
+    rate, seen = LearningRate(init=0.2, transform=Exp()), Seen()
     callback = HypergradientCallback(rate, every_n_steps=2, warmup_steps=2, optimizer=sgd(1.0))
     module = Given(RATES["sgd"], recursive)
     trainer(callback, seen).fit(module, *loaders({}))
@@ -260,9 +260,9 @@ def test_the_default_tunes_late_often_and_at_a_constant_outer_rate() -> None:
     callback = HypergradientCallback(LearningRate())
     train, val = DataLoader(data(200, 1), 2), DataLoader(data(8, 2), 2)
     trainer(callback).fit(Given(RATES["adam"]), train, val)
-    assert callback.warmup_steps == 60
-    assert callback.every_n_steps == 4
-    assert callback.outer_steps == 10
+    assert callback.warmup_steps == 70
+    assert callback.every_n_steps == 1
+    assert callback.outer_steps == 30
     assert callback.outer.scheduler is None
     assert callback.plan.forecast is None
 
@@ -270,7 +270,10 @@ def test_the_default_tunes_late_often_and_at_a_constant_outer_rate() -> None:
 def test_a_run_resumed_inside_a_window_is_bit_exact(tmp_path: Path) -> None:
     def run(epochs: int, resume: Path | None = None) -> tuple[Tensor, Tensor, Any]:
         callback = HypergradientCallback(
-            [LearningRate(horizon=4), Betas(horizon=2)], every_n_steps=5, warmup_steps=3, optimizer=sgd(1.0)
+            [LearningRate(transform=Exp(), horizon=4), Betas(horizon=2)],
+            every_n_steps=5,
+            warmup_steps=3,
+            optimizer=sgd(1.0),
         )
         module = Given(RATES["adamw"], warm_up_and_cosine)
         fit = trainer(callback, max_epochs=epochs)
@@ -289,7 +292,7 @@ def test_a_run_resumed_inside_a_window_is_bit_exact(tmp_path: Path) -> None:
 
 
 def _fit_two(folder: Path, devices: int) -> None:
-    options = [LearningRate(horizon=3), Momentum()]
+    options = [LearningRate(transform=Exp(), horizon=3), Momentum()]
     callback = HypergradientCallback(options, every_n_steps=2, warmup_steps=1, optimizer=sgd(1.0))
     train, val = DataLoader(data(64, 1), 8 // devices), DataLoader(data(16, 2), 16 // devices)
     processes: dict[str, Any] = {}
@@ -312,6 +315,17 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for one, first, second in zip(alone, *both, strict=True):
         assert torch.equal(first, second)
         assert torch.allclose(first, one, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [None, Exp()])
+def test_a_rate_only_falls_unless_a_transform_lets_it_rise(transform: Any) -> None:
+    # Far too low: every derivative asks for more.
+    rate = LearningRate(transform=transform)
+    callback = HypergradientCallback(rate, every_n_steps=1, warmup_steps=1)
+    make = lambda p: torch.optim.SGD(p, lr=1e-5)  # noqa: E731
+    trainer(callback).fit(Given(make), *loaders({}))
+    (value,) = rate.values()["rates"].tolist()
+    assert value == pytest.approx(1e-5) if transform is None else value > 2e-5
 
 
 class OwnClipping(Given):
@@ -363,7 +377,7 @@ def test_a_group_that_comes_later_is_refused() -> None:
 
 
 def test_a_dry_run_makes_an_outer_step() -> None:
-    callback = HypergradientCallback(LearningRate(horizon=3))
+    callback = HypergradientCallback(LearningRate(transform=Exp(), horizon=3))
     trainer(callback, fast_dev_run=3).fit(Given(RATES["adam"]), *loaders({}))
     assert callback.outer_steps == 1
     assert callback.last_report is not None

@@ -79,7 +79,7 @@ class HypergradientCallback(OuterLoopCallback):
             For ``ExampleWeights`` or ``GroupWeights`` alone: ``Current()`` and ``KroneckerFactored(relative=0.3)``.
         overhead: Share of the training's gradients that outer steps may cost, if ``every_n_steps`` is not given.
         every_n_steps: Inner optimizer steps per outer step; default by ``overhead`` and the length of the run.
-        warmup_steps: Inner steps before the first outer step; default a tenth of the run.
+        warmup_steps: Inner steps before the first outer step; default a tenth of the run, 70 % for a rate alone.
         restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None: never.
         outer_dataloader: Loader, or function that returns one, in place of the validation data of ``fit``.
         train_batches: Training batches on which each outer step finds ∂²L_T/∂w∂λ, as the difference of ∂L_T/∂λ at two
