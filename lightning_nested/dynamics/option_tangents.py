@@ -159,10 +159,11 @@ class OptionTangents(Tangents):
                 # torch passes over those without a gradient
                 if id(p) not in self._columns or p.grad is None:
                     continue
-                columns, w = self._columns[id(p)], p.detach()
+                columns, w = self._columns[id(p)], p.detach().to(self.dtype)
                 slots, taken = rule.resume(w, optimizer.state.get(p, {}))
                 t = torch.tensor(taken + 1, dtype=torch.float64, device=p.device)
-                given = (w, gradient[columns].view_as(p), slots, t)
+                slots = tuple(slot.to(self.dtype) for slot in slots)
+                given = (w, gradient[columns].view_as(p).to(self.dtype), slots, t)
                 rows = [
                     _derivative(rule, {name: x[i] for name, x in along.items() if bool(x[i])}, given)
                     for i in range(self.k)

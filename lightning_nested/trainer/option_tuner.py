@@ -53,8 +53,10 @@ class OptionTuner:
         self._own: list[dict[str, Any]] = []  # the groups' own options, while a step is made
         # Values of the last step, and what they were computed from.
         self._known: tuple[Any, list[dict[str, float]]] = (None, [])
+        self._dry = False
         self._open = self._due = False  # whether the coming step is in a window, and has an outer step
         self._saved: Mapping[str, Any] | None = None  # until there are tangents
+        self._error: FloatingPointError | None = None  # of the window
         self._backward = SharedBackward()
 
     # ---- a run
@@ -86,6 +88,11 @@ class OptionTuner:
         handle = optimizer.register_step_post_hook(lambda *_: self.give_back())
         use.at_end(self._backward.put_back, handle.remove, self.give_back)
 
+    @property
+    def _built(self) -> bool:
+        """True once the options have values; not before the shape of a lazy parameter is known."""
+        return bool(self.outer.options) and all(option.built for option in self.outer.options)
+
     def _follow(self, trainer: Trainer) -> OptionTangents:
         """Return the tangents of the parameters that the optimizer moves now."""
         assert self._optimizer is not None
@@ -105,22 +112,22 @@ class OptionTuner:
         if not self.outer.options:
             return
         # A dry run may make an outer step that is not due, so each of its steps is a window.
-        dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        self._due = dry or due(step)
-        self._open = dry or any(due(step + ahead) for ahead in range(1, self.horizon + 1))
+        self._dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        self._due = self._dry or due(step)
+        self._open = self._dry or any(due(step + ahead) for ahead in range(1, self.horizon + 1))
         if not (self._open or self._due):
             self.clear()
 
     def clear(self) -> None:
         """End a window without an outer step."""
-        self._saved = None
+        self._saved = self._error = None
         if self._tangents is not None:
             self._tangents.clear()
 
     def observe(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         """Form the products that the window's later steps need, just before the backward pass of a loss."""
         # An outer step comes first, and begins the window anew.
-        tangents = self._follow(trainer) if self._open and not self._due else None
+        tangents = self._follow(trainer) if self._open and self._built and not self._due else None
         if tangents is None or not tangents.needs_losses or not loss.requires_grad:
             return
         if has_gradient_hooks(tangents.params):
@@ -144,7 +151,7 @@ class OptionTuner:
 
     def put(self) -> None:
         """Give the groups their tuned options for the coming step."""
-        if self._own or self._optimizer is None or not self.outer.options:
+        if self._own or self._optimizer is None or not self._built:
             return
         groups = self._optimizer.param_groups
         versions = [t._version for option in self.outer.options for t in option.tensors.values()]
@@ -177,24 +184,24 @@ class OptionTuner:
 
     def shrink(self, trainer: Trainer, parameters: Mapping[str, Tensor]) -> None:
         """Push the window's derivatives through decoupled decays that are tuned, before they are applied."""
-        if (
-            self._open
-            and self._optimizer is not None
-            and self.outer.decays
-            and decoupled_rates(self._optimizer)
-        ):
-            self._follow(trainer).shrink(self._optimizer, self._slopes(), self._decays(parameters))
+        optimizer = self._optimizer if self._open and self._built and self.outer.decays else None
+        if optimizer is not None and decoupled_rates(optimizer):
+            self._follow(trainer).shrink(optimizer, self._slopes(), self._decays(parameters))
 
     def advance(self, trainer: Trainer, parameters: Mapping[str, Tensor]) -> None:
         """Push the window's derivatives through the coming step; tuned decays are in the gradients already."""
-        if not self._open or self._optimizer is None:
+        if not (self._open and self._built) or self._optimizer is None:
             return
-        if self._due and self._tangents is not None:
-            self._tangents.clear()
+        if self._dry:
+            self.clear()
         limit, by_value = trainer.gradient_clip_val, trainer.gradient_clip_algorithm == "value"
         clip = Clip(limit=float(limit), algorithm="value" if by_value else "norm") if limit else None
         decays = {} if decoupled_rates(self._optimizer) else self._decays(parameters)
-        self._follow(trainer).advance(self._optimizer, self._slopes(), clip=clip, decays=decays)
+        try:
+            self._follow(trainer).advance(self._optimizer, self._slopes(), clip=clip, decays=decays)
+        except FloatingPointError as error:
+            # The run goes on as it would, and the outer step is skipped.
+            self._error = error
 
     def _decays(self, parameters: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return the tuned decays by the parameter's ``id``."""
@@ -215,7 +222,14 @@ class OptionTuner:
     def hypergradient(
         self, outer_loss: Callable[[tuple[Tensor, ...]], Tensor], trainer: Trainer
     ) -> OuterReport:
-        """Find the derivatives by the options at the current weights, and hold them; the window ends."""
+        """Find the derivatives by the options at the current weights, and hold them; the window ends.
+
+        Raises:
+            FloatingPointError: The outer loss or a derivative is not finite.
+        """
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         tangents = self._follow(trainer)
         loss = outer_loss(tangents.params)
         found = tangents.along(zeros_where_none(first_derivative(loss, tangents.params), tangents.params))

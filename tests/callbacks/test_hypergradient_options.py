@@ -328,6 +328,39 @@ def test_a_rate_only_falls_unless_a_transform_lets_it_rise(transform: Any) -> No
     assert value == pytest.approx(1e-5) if transform is None else value > 2e-5
 
 
+@pytest.mark.filterwarnings("ignore:HypergradientCallback skipped the outer step")
+def test_a_gradient_that_is_not_finite_skips_the_outer_step() -> None:
+    class Once(Callback):
+        def on_after_backward(self, trainer: Any, module: LightningModule) -> None:
+            if trainer.global_step == 1:
+                for p in module.parameters():
+                    p.grad.fill_(torch.inf)  # type: ignore[union-attr]
+
+        def on_train_batch_end(self, trainer: Any, module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 2:
+                module.load_state_dict(Given(RATES["sgd"]).state_dict())
+
+    callback = HypergradientCallback(LearningRate(), every_n_steps=2, warmup_steps=2)
+    trainer(Once(), callback).fit(Given(RATES["sgd"]), *loaders({}))
+    assert (callback.skipped_steps, callback.outer_steps) == (1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_layers_and_half_precision() -> None:
+    class Lazy(Given):
+        def __init__(self) -> None:
+            super().__init__(RATES["adamw"])
+            self.net = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+    options = [LearningRate(horizon=3), Betas()]
+    callback = HypergradientCallback(options, every_n_steps=2, warmup_steps=1)
+    train, val = (DataLoader(data(n, 1, torch.float32), 4) for n in (32, 8))
+    trainer(callback, precision="bf16-true").fit(Lazy(), train, val)
+    assert callback.outer_steps == 4
+    assert callback.last_report is not None
+    assert 0 < callback.last_report.hypergradient_norm < 10
+
+
 class OwnClipping(Given):
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         pass

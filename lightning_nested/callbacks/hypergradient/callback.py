@@ -238,14 +238,14 @@ class HypergradientCallback(OuterLoopCallback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         outer_loss = partial(self.outer_loss, trainer, pl_module)
+        if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
+            self._collect(trainer, pl_module)
         expect_loss(self.plan.forecast, loss, trainer.accumulate_grad_batches)
         self._options.observe(trainer, pl_module, loss)
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self._is_due(trainer):
             self.outer_loop.probe(trainer, pl_module, outer_loss)
             return
-        if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
-            self._collect(trainer, pl_module)
         self._inner.add(loss)
         if accumulates(trainer):
             if needs_graph(self.plan, self._inner.curvature_in_use):

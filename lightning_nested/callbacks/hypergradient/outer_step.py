@@ -119,6 +119,7 @@ def try_outer_step(
                 found = options.hypergradient(evaluate, module.trainer)
             report = report if loop.outer.in_graph or loop.outer.decays else found
     except FloatingPointError as error:
+        options.clear()
         loop.skip(error)
     else:
         loop.keep(report)
