@@ -15,6 +15,7 @@ from _experiment_influence import INFLUENCE
 from _experiment_invariances import INVARIANCES
 from _experiment_language import LANGUAGE
 from _experiment_mixture import MIXTURE
+from _experiment_schedule import SCHEDULE_ADAMW, SCHEDULE_SGD
 from _experiment_tabular import BREAST_CANCER, DIABETES
 from _fits import quiet
 from _measuring import load, parser, print_table, report, start
@@ -27,6 +28,8 @@ EXPERIMENTS = {
     "invariances": INVARIANCES,
     "language": LANGUAGE,
     "mixture": MIXTURE,
+    "schedule_adamw": SCHEDULE_ADAMW,
+    "schedule_sgd": SCHEDULE_SGD,
 }
 
 

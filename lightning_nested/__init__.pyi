@@ -43,6 +43,7 @@ from .demos import (
     GameReport as GameReport,
     MixtureReport as MixtureReport,
     ModeCoverage as ModeCoverage,
+    ScheduleReport as ScheduleReport,
     TuningReport as TuningReport,
     ZooGame as ZooGame,
 )
@@ -113,6 +114,7 @@ from .hypernetworks import (
     best_response as best_response,
 )
 from .hyperparameters import (
+    Betas as Betas,
     Brightness as Brightness,
     Categorical as Categorical,
     Contrast as Contrast,
@@ -129,6 +131,7 @@ from .hyperparameters import (
     LearningRate as LearningRate,
     LossWeights as LossWeights,
     ModuleTensors as ModuleTensors,
+    Momentum as Momentum,
     Rotation as Rotation,
     Saturation as Saturation,
     Scalar as Scalar,

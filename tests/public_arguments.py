@@ -174,6 +174,7 @@ CASES = {
     # demos
     "DistillationReport": Case(ln.DistillationReport, _named),
     "GameReport": Case(ln.GameReport, _named),
+    "ScheduleReport": Case(ln.ScheduleReport, _named),
     "TuningReport": Case(ln.TuningReport, _named),
     "MixtureReport": Case(ln.MixtureReport, _named | {"monitor": (TEXT,), "every_n_steps": (3,)}),
     "ModeCoverage": Case(ln.ModeCoverage, _named),
@@ -286,6 +287,7 @@ CASES = {
     "NoPerturbation": Case(ln.NoPerturbation),
     "best_response": Case(ln.best_response, {"rank": (1,), "batch_dim": (-1,)}, module=nn.Linear(2, 2), **_hyper),
     # hyperparameters
+    "Betas": Case(ln.Betas, _named | _transform | {"init": ((0.8, 0.99),)}),
     "Brightness": Case(ln.Brightness, _named),
     "Categorical": Case(ln.Categorical, {"options": (ANY,)}, name=TEXT, options=["a", "b"]),
     "Contrast": Case(ln.Contrast, _named),
@@ -306,6 +308,7 @@ CASES = {
     "LearningRate": Case(ln.LearningRate, _named | _transform | {"init": (0.1,)}),
     "LossWeights": Case(ln.LossWeights, _named | _transform | {"names": ([TEXT],), "init": ([1.0],)}, names=["a"]),
     "ModuleTensors": Case(ln.ModuleTensors, path=TEXT),
+    "Momentum": Case(ln.Momentum, _named | _transform | {"init": (0.5,)}),
     "Rotation": Case(ln.Rotation, _named),
     "Saturation": Case(ln.Saturation, _named),
     "Scalar": Case(ln.Scalar, _transform | {"init": (-1.0,)}, name=TEXT, init=0.5),

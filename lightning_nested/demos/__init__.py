@@ -5,6 +5,7 @@ from lightning_nested.demos.game_report import GameReport
 from lightning_nested.demos.label_noise_report import LabelNoiseReport
 from lightning_nested.demos.mixture_report import MixtureReport
 from lightning_nested.demos.mode_coverage import ModeCoverage
+from lightning_nested.demos.schedule_report import ScheduleReport
 from lightning_nested.demos.tuning_report import TuningReport
 from lightning_nested.demos.zoo_game import ZooGame
 
@@ -14,6 +15,7 @@ __all__ = [
     "LabelNoiseReport",
     "MixtureReport",
     "ModeCoverage",
+    "ScheduleReport",
     "TuningReport",
     "ZooGame",
 ]

@@ -8,6 +8,7 @@ from lightning_nested.hyperparameters.group_weights import GroupSampler, GroupWe
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.learning_rate import LearningRate
 from lightning_nested.hyperparameters.module_tensors import ModuleTensors
+from lightning_nested.hyperparameters.optimizer_options import Betas, Momentum
 from lightning_nested.hyperparameters.outer_report import OuterReport
 from lightning_nested.hyperparameters.outer_step import OuterStep
 from lightning_nested.hyperparameters.saved_values import tuned_values
@@ -27,6 +28,7 @@ from lightning_nested.hyperparameters.weight_network import WeightNetwork
 from lightning_nested.hyperparameters.weights import BoundHyperparameter, ExampleWeights, LossWeights
 
 __all__ = [
+    "Betas",
     "BoundHyperparameter",
     "Brightness",
     "Categorical",
@@ -50,6 +52,7 @@ __all__ = [
     "LearningRate",
     "LossWeights",
     "ModuleTensors",
+    "Momentum",
     "OuterReport",
     "OuterStep",
     "Rotation",

@@ -32,7 +32,8 @@ class Hyperparameter(Constructed, ABC):
     moves_one_batch = False  # whether an outer step moves only the entries of its batch's examples
     weighs_examples = False  # whether it says how much examples count: tuned at the current weights
     per_example = False  # whether a tensor may get a leading dimension: one value of each example
-    sets_rate = False  # whether it is the inner optimizer's learning rate, which no loss depends on
+    sets_option = False  # whether it is an option of the inner optimizer, which no loss depends on
+    sets_rate = False  # whether that is the learning rate
     usage = ""  # lines to add to a module that does not read it; `shown_usage` has the attribute's own name
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_nested.hyperparameters.carry_over import Names
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.optimizer_options import OptimizerOption
 from lightning_nested.hyperparameters.outer_optimizer import OptimizerPair, OuterOptimizer, OuterScheduler
 from lightning_nested.hyperparameters.outer_report import LossTrend, Spread, spread
 from lightning_nested.hyperparameters.saved_values import (
@@ -50,7 +51,11 @@ class OuterState:
         self.hyperparameters = tuple(hyperparameters)
         # A decay's derivatives are known in closed form: it needs no place in the graph of the inner loss.
         self.decays = tuple(h for h in hyperparameters if isinstance(h, WeightDecay))
-        self.in_graph = tuple(h for h in hyperparameters if h not in self.decays)
+        # No loss depends on them.
+        self.options = tuple(h for h in hyperparameters if isinstance(h, OptimizerOption))
+        self.in_graph = tuple(h for h in hyperparameters if h not in self.decays and h not in self.options)
+        # In the order of the outer optimizer's tensors.
+        self._ordered = (*(h for h in hyperparameters if h not in self.decays), *self.decays)
         self.solver_state = SolverState()
         self.unreached: list[str] = []
         self._optimization = OptimizerPair(optimizer, scheduler)
@@ -62,7 +67,11 @@ class OuterState:
 
     def labels(self) -> list[str]:
         """Return the name of each of :attr:`tensors`, as in :meth:`values`."""
-        return [label for h in (*self.in_graph, *self.decays) for label in labelled(h.name, h.tensors)]
+        return [label for h in self._ordered for label in labelled(h.name, h.tensors)]
+
+    def graph_labels(self) -> list[str]:
+        """Return the name of each of :attr:`in_graph_tensors`, as in :meth:`values`."""
+        return [label for h in self.in_graph for label in labelled(h.name, h.tensors)]
 
     @property
     def optimizer(self) -> Optimizer:
@@ -134,8 +143,8 @@ class OuterState:
 
     @property
     def tensors(self) -> Vector:
-        """All unconstrained tensors: those in the loss's graph first, then the decays'."""
-        return tuple(t for h in (*self.in_graph, *self.decays) for t in h.tensors.values())
+        """All unconstrained tensors, those of the decays last."""
+        return tuple(t for h in self._ordered for t in h.tensors.values())
 
     @property
     def in_graph_tensors(self) -> Vector:

@@ -132,7 +132,11 @@ class OuterStep(OuterState):
     @property
     def unmoved(self) -> list[str]:
         """Names of hyperparameters in the losses' graphs whose hypergradients were exactly zero in all outer steps."""
-        return [h.name for h in self.in_graph if self._moved.isdisjoint(labelled(h.name, h.tensors))]
+        return [
+            h.name
+            for h in (*self.in_graph, *self.options)
+            if self._moved.isdisjoint(labelled(h.name, h.tensors))
+        ]
 
     def compute(
         self,
@@ -196,7 +200,7 @@ class OuterStep(OuterState):
             mixed=mixed,
             otherwise=otherwise,
         )
-        self.unreached = [self.labels()[i] for i in result.unreached]
+        self.unreached = [self.graph_labels()[i] for i in result.unreached]
         report = self._hold_result(result, penalties, parameters, mean)
         self.solver_state = result.solution.state
         return report
@@ -215,8 +219,10 @@ class OuterStep(OuterState):
         outer_loss: float,
     ) -> OuterReport:
         inner, solution = result.inner_gradient, result.solution
+        decays = (t for decay in self.decays for t in decay.tensors.values())
+        found = dict(zip(map(id, (*self.in_graph_tensors, *decays)), result.gradients, strict=True))
         return self._hold(
-            result.gradients,
+            tuple(found[id(t)] if id(t) in found else torch.zeros_like(t) for t in self.tensors),
             outer_loss=outer_loss,
             inner_gradient_norm=math.nan if inner is None else _penalized_norm(inner, penalties, parameters),
             residual=solution.residual,
@@ -271,6 +277,27 @@ class OuterStep(OuterState):
         self._pending = None
         hypergradient = average(zeros_where_none(gradients, self.tensors), reduce)
         return self._hold(hypergradient, outer_loss=outer_loss, inner_gradient_norm=inner_gradient_norm)
+
+    def compute_options(
+        self, gradients: Sequence[Tensor], outer_loss: Tensor, *, reduce: Reduce | None = None
+    ) -> OuterReport:
+        """Hold hypergradients of the optimizer's options for :meth:`apply`, beside those that are held already.
+
+        Args:
+            gradients: One per tensor of :attr:`options`, from this process.
+            outer_loss: The loss that they are derivatives of, on this process.
+            reduce: Averages a tensor over processes.
+
+        Raises:
+            FloatingPointError: The outer loss or a hypergradient is not finite. Nothing is held then.
+        """
+        held, self._pending = self._pending, None
+        mean = _finite_mean(outer_loss, reduce)
+        own = [t for option in self.options for t in option.tensors.values()]
+        found = dict(zip(map(id, own), average(tuple(gradients), reduce), strict=True))
+        held = held or tuple(torch.zeros_like(t) for t in self.tensors)
+        pairs = zip(self.tensors, held, strict=True)
+        return self._hold(tuple(found.get(id(t), other) for t, other in pairs), outer_loss=mean)
 
     def _hold(self, hypergradient: Vector, **found: Any) -> OuterReport:
         size = float(norm(hypergradient))

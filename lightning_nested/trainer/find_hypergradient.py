@@ -87,5 +87,7 @@ def find_hypergradient(
             decay_factors=plan.decay_factors(parameters),
             mixed=mixed,
             otherwise=otherwise,
-            inspect=check.inspect(inner_loss, parameters, None if waits else graph.again(), outer.labels()),
+            inspect=check.inspect(
+                inner_loss, parameters, None if waits else graph.again(), outer.graph_labels()
+            ),
         )

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_nested.linalg.processes import agreed_number
 from lightning_nested.trainer.lightning import reduction
-from lightning_nested.trainer.outer_defaults import tunes_example_weights
+from lightning_nested.trainer.outer_defaults import only_options, tunes_example_weights
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.pace import PASS, affordable_batches, batch_ratio
 
@@ -72,4 +72,12 @@ def _cost_without(plan: OuterPlan, trainer: Trainer, loop: OuterLoop, batches: i
     inner = next(iter(CombinedLoader(trainer.train_dataloader).flattened), None)
     outer = None if loop.batches is None else loop.batches.loader
     # The outer gradient; the solver's products; forward passes and observations of the look ahead.
-    return batch_ratio(inner, outer) / batches + plan.solver.products + plan.looks_ahead
+    ratio = batch_ratio(inner, outer) / batches
+    options = plan.outer.options
+    if not options:
+        return ratio + plan.solver.products + plan.looks_ahead
+    # An outer gradient of their own, and about as much as a gradient for its batch and the derivative of a step; after
+    # the first step of the horizon, a graph and a product for each number.
+    count = sum(t.numel() for option in options for t in option.tensors.values()) or 1
+    own = 1 + ratio + (max(option.horizon for option in options) - 1) * (1 + count)
+    return own if only_options(plan.outer) else own + ratio + plan.solver.products + plan.looks_ahead

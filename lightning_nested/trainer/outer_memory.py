@@ -35,6 +35,10 @@ def outer_memory(plan: OuterPlan, parameters: Mapping[str, Tensor]) -> dict[str,
         found["mean gradient"] = _bytes(tensors)
     width = max(p.element_size() for p in tensors)
     found["solver"] = plan.solver.held(sum(p.numel() for p in tensors)) * width
+    # By each tuned option, of the weights and at most two buffers.
+    options = sum(t.numel() for option in plan.outer.options for t in option.tensors.values())
+    if options:
+        found["derivatives by options"] = 3 * options * _bytes(tensors)
     # Adam has two means beside the values; SharedAdam also the gradient before.
     copies = 4 if isinstance(plan.outer.optimizer, SharedAdam) else 3
     name = "decays" if len(plan.outer.decays) == len(plan.outer.hyperparameters) else "hyperparameters"

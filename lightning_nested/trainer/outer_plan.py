@@ -29,9 +29,11 @@ from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.lightning import reduction
 from lightning_nested.trainer.outer_costs import batches_in_round, begin_train_batches, outer_step_cost
 from lightning_nested.trainer.outer_defaults import (
+    needs_few_steps,
+    only_options,
     planned_optimizer,
     point_and_solver,
-    tunes_example_weights,
+    warmup_share,
 )
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.pace import Pace, plan
@@ -110,8 +112,9 @@ class OuterPlan:
             overhead=self.overhead,
             every_n_steps=self.every_n_steps,
             warmup_steps=self.warmup_steps,
-            # Without further training batches each outer step moves the weights of one batch's examples.
-            limited=loop.train_batches.count > 0 or not tunes_example_weights(self.outer),
+            warmup_share=warmup_share(self.outer),
+            limited=needs_few_steps(self.outer, loop.train_batches.count),
+            late=only_options(self.outer),
             outer_batches=batches_in_round(trainer, loop),
             began=(loop.inner_steps, trainer.global_step),
         )
@@ -120,7 +123,7 @@ class OuterPlan:
         loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
         loop.last_restart = pace.last_restart(loop.restart_every)
         if self._default_optimizer:
-            steps = pace.outer_steps
+            steps = None if only_options(self.outer) else pace.outer_steps
             # Functions with names: a strategy may pickle them.
             self.outer.set_optimizer(
                 planned_optimizer(self.outer, pace.rate),

@@ -79,7 +79,9 @@ def plan(
     overhead: float,
     every_n_steps: int | None,
     warmup_steps: int | None,
+    warmup_share: float = 0.1,
     limited: bool = True,
+    late: bool = False,
     accumulate: int | None = None,
     outer_batches: int | None = None,
     began: tuple[int, int] = (0, 0),
@@ -94,16 +96,20 @@ def plan(
         cost: Cost of an outer step, in gradients.
         overhead: Share of the training's own gradients that outer steps may cost.
         every_n_steps: Given by the user; None: by the budget.
-        warmup_steps: Given by the user; None: a tenth of the run.
+        warmup_steps: Given by the user; None: by the share.
+        warmup_share: Share of the run before the first outer step.
         limited: Whether a hundred outer steps are enough.
+        late: Whether the budget of the whole run is for the steps after the warm-up.
         accumulate: See :func:`total_steps`.
         outer_batches: Outer batches in a round; None: unknown.
         began: See :class:`Pace`.
     """
     total = total_steps(trainer, accumulate)
-    warmup = warmup_steps if warmup_steps is not None else (total or 0) // 10
+    warmup = warmup_steps if warmup_steps is not None else int((total or 0) * warmup_share)
     if every_n_steps is None:
-        every_n_steps = max(1, math.ceil(cost / overhead))
+        steps = (total - warmup) / total if late and total else 1.0
+        # Rounded, or 10 steps would be 11.
+        every_n_steps = max(1, math.ceil(round(cost * steps / overhead, 9)))
         if total is not None and limited:
             most = min(_MOST, max(_FEWEST, (total - warmup) // 40))
             every_n_steps = max(every_n_steps, (total - warmup) // most)

@@ -76,6 +76,14 @@ def test_weights_of_examples_get_all_steps_that_the_budget_allows() -> None:
     assert planned(100_000, limited=False).every_n_steps == 7
 
 
+def test_options_of_the_optimizer_are_tuned_late_on_the_budget_of_the_whole_run() -> None:
+    options = {"limited": False, "warmup_share": 0.7}
+    assert planned(1000, **options, late=True, cost=10.0).every_n_steps == 10
+    assert planned(1000, **options, cost=10.0).every_n_steps == 34
+    assert planned(1000, **options).warmup_steps == 700
+    assert planned(float("inf"), **options, late=True, cost=10.0).every_n_steps == 34
+
+
 def test_what_the_user_gives_is_taken() -> None:
     pace = planned(1000, every_n_steps=1, warmup_steps=0)
     assert (pace.every_n_steps, pace.warmup_steps, pace.outer_steps) == (1, 0, 1000)

@@ -15,7 +15,11 @@ from typing_extensions import override
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient.checks import check_settings, warn_of_own_decay
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
-from lightning_nested.callbacks.hypergradient.outer_step import backward_or_differences, try_outer_step
+from lightning_nested.callbacks.hypergradient.outer_step import (
+    backward_or_differences,
+    prepare_step,
+    try_outer_step,
+)
 from lightning_nested.hypergradient import Curvature, EvaluationPoint, InverseSolver
 from lightning_nested.hyperparameters import Hyperparameter, OuterStep
 from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
@@ -25,7 +29,8 @@ from lightning_nested.trainer.attributes import attach_hyperparameters, replace_
 from lightning_nested.trainer.forecast import expect_loss
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import modules_outer_loss
-from lightning_nested.trainer.lightning import accumulates, loss_scale, skips_step
+from lightning_nested.trainer.lightning import accumulates
+from lightning_nested.trainer.option_tuner import OptionTuner
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import OfLoop, OuterLoopCallback
 from lightning_nested.trainer.outer_memory import tell_plan
@@ -74,7 +79,7 @@ class HypergradientCallback(OuterLoopCallback):
             For ``ExampleWeights`` or ``GroupWeights`` alone: ``Current()`` and ``KroneckerFactored(relative=0.3)``.
         overhead: Share of the training's gradients that outer steps may cost, if ``every_n_steps`` is not given.
         every_n_steps: Inner optimizer steps per outer step; default by ``overhead`` and the length of the run.
-        warmup_steps: Inner steps before the first outer step; default a tenth of the run.
+        warmup_steps: Inner steps before the first outer step; default a tenth of the run, 70 % for a rate alone.
         restart_every: Re-initialise weights and inner optimizer state after this many outer steps; None: never.
         outer_dataloader: Loader, or function that returns one, in place of the validation data of ``fit``.
         train_batches: Training batches on which each outer step finds ∂²L_T/∂w∂λ, as the difference of ∂L_T/∂λ at two
@@ -142,6 +147,7 @@ class HypergradientCallback(OuterLoopCallback):
             train_batches=train_batches,
         )
         self.curvature, self.outer_dataloader = curvature, outer_dataloader
+        self._options = OptionTuner(self.outer)
         self._saved: Mapping[str, Any] | None = None  # checkpoint state waiting for on_fit_start
         self._graph: InnerGraph | None = None  # from on_fit_start on
         self._attempted = False  # whether this step's hypergradient was tried
@@ -189,6 +195,7 @@ class HypergradientCallback(OuterLoopCallback):
         attach_hyperparameters(pl_module, self.outer.hyperparameters, self.use)
         take_out(optimizer, self.outer)
         self.outer_loop.start(trainer, self.outer_dataloader)
+        self._options.begin(trainer, pl_module, self.use)
         self.plan.schedule(trainer, self.outer_loop)
         curvature = curvature_of_run(trainer, self.plan, self.outer_loop, self.curvature)
         self._graph = InnerGraph.of_training(trainer, pl_module, curvature)
@@ -217,6 +224,7 @@ class HypergradientCallback(OuterLoopCallback):
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
                 self._collect(trainer, pl_module)
             self.plan.foresee(partial(self.should_update, trainer), self.inner_steps)
+            self._options.watch(trainer, partial(self.should_update, trainer), self.inner_steps)
         self.plan.pause(False, batch)
         # Repeats cost a snapshot of the random state: only where an outer step is foreseen.
         check, inner = self.outer_loop.check, self._inner
@@ -229,13 +237,14 @@ class HypergradientCallback(OuterLoopCallback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         outer_loss = partial(self.outer_loss, trainer, pl_module)
+        if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
+            self._collect(trainer, pl_module)
         expect_loss(self.plan.forecast, loss, trainer.accumulate_grad_batches)
+        self._options.observe(trainer, pl_module, loss)
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self._is_due(trainer):
             self.outer_loop.probe(trainer, pl_module, outer_loss)
             return
-        if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
-            self._collect(trainer, pl_module)
         self._inner.add(loss)
         if accumulates(trainer):
             if needs_graph(self.plan, self._inner.curvature_in_use):
@@ -243,7 +252,7 @@ class HypergradientCallback(OuterLoopCallback):
                 self._methods.put(pl_module, "backward", partial(keep, pl_module.backward))
             return
         self._attempted = True
-        try_outer_step(pl_module, self.outer_loop, self.plan, self._inner, outer_loss)
+        try_outer_step(pl_module, self.outer_loop, self.plan, self._inner, outer_loss, self._options)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,12 +270,7 @@ class HypergradientCallback(OuterLoopCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        # A fused optimizer divides by the scale of fp16 itself, after this.
-        scale = loss_scale(trainer)
-        held = scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
-        if not skips_step(trainer, optimizer):
-            self.plan.add_decays(self.outer_loop.parameters, held)
-        self.plan.observe_gradient(trainer, scale=held, hook_scale=scale)
+        prepare_step(trainer, optimizer, self.plan, self.outer_loop.parameters, self._options)
 
     @override
     def on_train_batch_end(
@@ -286,7 +290,7 @@ class HypergradientCallback(OuterLoopCallback):
         if not self.outer_loop.parameters:
             return dict(self._saved or {})
         own = {"initial": self.outer_loop.initial, "plan": self.plan.state_dict()}
-        return {**self.outer_loop.state_dict(), **own}
+        return {**self.outer_loop.state_dict(), **own, **self._options.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -303,6 +307,7 @@ class HypergradientCallback(OuterLoopCallback):
             self.plan.load_state_dict(state["plan"])
         self.outer_loop.load_state_dict(state)
         self.plan.continue_schedule()
+        self._options.load_state_dict(state.get("options"))
 
     @override
     def on_save_checkpoint(

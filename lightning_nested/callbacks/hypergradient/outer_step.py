@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_nested.linalg.graph import DoubleBackwardError, explain_double_backward
 from lightning_nested.trainer.find_hypergradient import find_hypergradient
 from lightning_nested.trainer.inner_graph import InnerGraph
-from lightning_nested.trainer.lightning import loss_scale
+from lightning_nested.trainer.lightning import loss_scale, skips_step
+from lightning_nested.trainer.option_tuner import OptionTuner
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
 from lightning_nested.trainer.outer_plan import OuterPlan
@@ -79,6 +81,7 @@ def try_outer_step(
     plan: OuterPlan,
     graph: InnerGraph,
     outer_loss: Callable[[Any], Tensor],
+    options: OptionTuner,
 ) -> None:
     """Find the hypergradient of an outer step and hold it in ``loop.outer``; count a step that fails as skipped.
 
@@ -88,6 +91,7 @@ def try_outer_step(
         plan: Plan of the run: point, solver, decays.
         graph: Training losses of the inner step, with their graphs.
         outer_loss: Function from a batch of the outer loop to the outer loss with its graph.
+        options: Tuned options of the optimizer, whose derivatives are those of a further outer batch.
 
     Raises:
         FloatingPointError: Too many successive outer steps failed.
@@ -99,17 +103,50 @@ def try_outer_step(
         evaluate_outer, module.trainer, module, loop.batches, outer_loss, scale=scale, caller=caller
     )
     try:
-        report = find_hypergradient(
-            module,
-            plan,
-            graph,
-            loop.parameters,
-            evaluate,
-            check=loop.check,
-            full_report=loop.logs(loop.outer_steps + 1),
-            train_batches=loop.train_batches,
-        )
+        if loop.outer.in_graph or loop.outer.decays:
+            report = find_hypergradient(
+                module,
+                plan,
+                graph,
+                loop.parameters,
+                evaluate,
+                check=loop.check,
+                full_report=loop.logs(loop.outer_steps + 1),
+                train_batches=loop.train_batches,
+            )
+        if loop.outer.options:
+            with plan.paused():
+                found = options.hypergradient(evaluate, module.trainer)
+            report = report if loop.outer.in_graph or loop.outer.decays else found
     except FloatingPointError as error:
+        options.clear()
         loop.skip(error)
     else:
         loop.keep(report)
+
+
+def prepare_step(
+    trainer: Trainer,
+    optimizer: Optimizer,
+    plan: OuterPlan,
+    parameters: Mapping[str, nn.Parameter],
+    options: OptionTuner,
+) -> None:
+    """Give the coming inner step its tuned options and decays, and the statistics its gradient.
+
+    Args:
+        trainer: Trainer of the run.
+        optimizer: Inner optimizer.
+        plan: Plan of the run.
+        parameters: Inner parameters by name.
+        options: Tuned options of the optimizer.
+    """
+    # A fused optimizer divides by the scale of fp16 itself, after this.
+    scale = loss_scale(trainer)
+    held = scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+    options.put()
+    options.shrink(trainer, parameters)
+    if not skips_step(trainer, optimizer):
+        plan.add_decays(parameters, held)
+    plan.observe_gradient(trainer, scale=held, hook_scale=scale)
+    options.advance(trainer, parameters)

@@ -16,10 +16,10 @@ from lightning_nested.hyperparameters import (
     DropoutRates,
     Hyperparameter,
     HyperparameterVector,
-    LearningRate,
     ModuleTensors,
     OuterStep,
 )
+from lightning_nested.hyperparameters.optimizer_options import OptimizerOption
 from lightning_nested.modules.hypernetwork.options import ResponseOptions
 from lightning_nested.trainer.requirements import refuse_loss_scaling, refuse_strategy
 
@@ -28,7 +28,7 @@ def through_the_loss(hyperparameters: Hyperparameter | Sequence[Hyperparameter])
     """List the hyperparameters; refuse those that act neither through the training loss nor through a penalty."""
     tuned = [hyperparameters] if isinstance(hyperparameters, Hyperparameter) else list(hyperparameters)
     for h in tuned:
-        if isinstance(h, LearningRate | ModuleTensors):
+        if isinstance(h, OptimizerOption | ModuleTensors):
             raise ValueError(
                 "A hyperparameter of HypernetworkModule must act through the training loss or the weights' "
                 f"penalty. Got {h.name!r}, a {type(h).__name__}; tune it with NestedModule."

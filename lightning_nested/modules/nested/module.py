@@ -352,6 +352,12 @@ def _check_arguments(outer: OuterStep, gradient: GradientStrategy, inner_steps_p
             f"A learning rate needs gradient=Unrolled(num_steps=...). Got {rates[0]!r} with {gradient}: "
             "the inner loss does not depend on it, so implicit differentiation cannot see it."
         )
+    others = [h.name for h in outer.options if not h.sets_rate]
+    if others:
+        raise ValueError(
+            "The optimizer's momentum and betas are tuned by HypergradientCallback. Got "
+            f"{', '.join(others)}; a NestedModule tunes a LearningRate, through gradient=Unrolled(num_steps=...)."
+        )
     if len(rates) > 1:
         raise ValueError(f"There must be at most one LearningRate. Got {rates}.")
     k = inner_steps_per_outer
