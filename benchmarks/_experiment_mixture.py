@@ -16,6 +16,7 @@ from _language_scores import mean_loss
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import RandomSampler
 
 from lightning_nested import GroupWeights, HypergradientCallback, LanguageModel, TextSourcesDataModule
 
@@ -153,7 +154,11 @@ def alone(source: str) -> Callable[[Given], Numbers]:
         rows = data.source == data.names.index(source)
         data.train_rows, data.source, data.names = data.train_rows[rows], data.source[rows], (source,)
         data.train_dataloader = lambda: data._loader(  # type: ignore[method-assign]
-            data.train_rows, batch_size=BATCH, drop_last=True, shuffle=True
+            data.train_rows,
+            batch_size=BATCH,
+            drop_last=True,
+            # The epochs of the other arms, so that the rate falls as there.
+            sampler=RandomSampler(data.train_rows, replacement=False, num_samples=data.epoch_rows),
         )
         return given.fit(data)
 

@@ -47,7 +47,8 @@ class ReproducibilityCheck(OneFitCallback):
 
     Attributes:
         results: Content of ``reproducibility.json``; empty before the end of ``fit``. ``verdict`` is
-            ``"reproducible"``, ``"on this machine"`` or ``"not reproducible"``; ``growth`` is log(difference at the
+            ``"reproducible"``, ``"on this machine"``, ``"not reproducible"`` or ``"not finite"``; ``growth``
+            is log(difference at the
             end / at the start) per step, ``difference`` the one at the end relative to the weights' way.
 
     Raises:
@@ -88,7 +89,8 @@ class ReproducibilityCheck(OneFitCallback):
         followers = [c for c in trainer.callbacks if isinstance(c, LyapunovCallback)]  # type: ignore[attr-defined]
         self.results = {
             "steps": steps,
-            "same_bits": bool(torch.equal(first, second)),
+            "same_bits": bool(torch.equal(first.view(torch.int64), second.view(torch.int64))),
+            "finite": bool(first.isfinite().all() and other.isfinite().all()),
             "difference": difference / way if way else math.inf,
             "growth": growth,
             "exponent": float(followers[0].exponents[0]) if followers else None,
@@ -97,7 +99,8 @@ class ReproducibilityCheck(OneFitCallback):
         print(_sentence(self.results), flush=True)
         if keeps_files(trainer):
             replace_text(
-                run_folder(trainer) / "reproducibility.json", json.dumps(self.results, indent=2) + "\n"
+                run_folder(trainer) / "reproducibility.json",
+                json.dumps(_plain(self.results), indent=2) + "\n",
             )
 
     def _module(self, moved: bool) -> LightningModule:
@@ -126,7 +129,14 @@ def _weights(module: LightningModule) -> Tensor:
     return torch.cat([p.detach().double().cpu().flatten() for p in module.parameters()])
 
 
+def _plain(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results with None in place of numbers that JSON does not know."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
+
+
 def _verdict(results: dict[str, Any], tolerance: float) -> str:
+    if not results["finite"]:
+        return "not finite"
     if not results["same_bits"]:
         return "not reproducible"
     return "reproducible" if results["difference"] <= tolerance else "on this machine"
@@ -142,6 +152,7 @@ def _sentence(results: dict[str, Any]) -> str:
         "what is not deterministic (Trainer(deterministic=True) names it), or draws numbers that no seed sets.",
         "on this machine": f"On this machine only: a repeat ends in the same bits, but a difference of rounding "
         f"{ends} ({grew}). Elsewhere, judge it by means over seeds; a smaller learning rate or clipping may calm it.",
+        "not finite": "It cannot be said: its weights end as NaN or infinity. Lower the learning rate or clip first.",
         "reproducible": f"Yes: a repeat ends in the same bits, and a difference of rounding {ends} ({grew}).",
     }
     return f"Is this training reproducible? {said[results['verdict']]}"

@@ -233,9 +233,8 @@ def _tuned(trainer: Any, names: Sequence[str], skipped: Mapping[str, str]) -> Gr
                         f"Got {list(hyperparameter.names)}."
                     )
                 return hyperparameter
-            if isinstance(hyperparameter, GroupWeights) and set(hyperparameter.names) - set(names) <= set(
-                skipped
-            ):
+            others = set(getattr(hyperparameter, "names", ())) - set(names)
+            if isinstance(hyperparameter, GroupWeights) and others and others <= set(skipped):
                 raise ValueError(
                     f"names of GroupWeights must be sources that are on this machine, {list(names)}. Got skipped ones: "
                     f"{missing_reasons(skipped)}; install them, or leave their names out."

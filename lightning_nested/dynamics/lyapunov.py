@@ -231,6 +231,8 @@ def lyapunov_spectrum(
         _check_sum(exponents.sum(-1), log_determinant)
     # Equal exponents come in any order, and a short run may find a later one larger.
     exponents, order = exponents.sort(dim=-1, descending=True, stable=True)
+    if directions is not None:
+        directions = directions.gather(-2, order.unsqueeze(-1).expand_as(directions))
     return LyapunovSpectrum(
         exponents=exponents,
         growth=growth.gather(-1, order.expand_as(growth)),

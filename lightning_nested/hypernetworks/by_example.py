@@ -40,8 +40,9 @@ def by_example(
         batch_dim: Dimension of the examples in arguments and outputs.
 
     Raises:
-        ValueError: Examples influence each other (batch norm in train mode); no argument has as many examples; an
-            output has no dimension of examples; or torch cannot run the module under ``vmap``.
+        ValueError: Examples influence each other (batch norm in train mode); no argument has as many examples, or one
+            after the first may or may not; an output has no dimension of examples; or torch cannot run the module
+            under ``vmap``.
     """
     _check_alone(module, batch_dim)
     batch = len(next(iter(weights.values())))
@@ -53,6 +54,13 @@ def by_example(
             f"One h of each example needs an input with as many examples (dimension {batch_dim}) as h has rows, "
             f"{batch}. Got shapes {shapes}; give one h of shape (n,), or batch_dim= of best_response."
         )
+    for leaf, place in list(zip(leaves, places, strict=True))[places.index(True) + 1 :]:
+        if place and list(leaf.shape).count(batch) > 1:
+            raise ValueError(
+                f"It must be clear which arguments hold examples: those with {batch} entries in dimension {batch_dim}. "
+                f"Got a further one of shape {tuple(leaf.shape)}, which may be a mask for all; give another number of "
+                "examples, or one h of shape (n,) for the batch."
+            )
     structure: list[Any] = []
 
     def one(own: dict[str, Tensor], moving: dict[str, Tensor], examples: list[Tensor]) -> list[Tensor]:

@@ -120,14 +120,16 @@ class DropoutRates(BoundHyperparameter):
         ``batch_dim`` is the dimension of the examples in the layers' inputs.
         """
         found = self._found(network)
-        self.layer_names = tuple(found)
-        for index, layer in enumerate(found.values()):
-            start = float(getattr(layer, "p", 0.0)) if self.init is None else self.init
+        starts = [float(getattr(m, "p", 0.0)) if self.init is None else self.init for m in found.values()]
+        # All are checked before any is changed.
+        for name, start in zip(found, starts, strict=True):
             if not 0 < start < self.upper:
                 raise ValueError(
-                    f"A rate must begin inside (0, {self.upper}). Got {start} of dropout layer {index}; give init=."
+                    f"A rate must begin inside (0, {self.upper}). Got {start} of dropout layer {name!r}; give init=."
                 )
-            self._start.append(start)
+        self.layer_names = tuple(found)
+        self._start += starts
+        for index, layer in enumerate(found.values()):
             layer.__class__ = _KINDS[type(layer)]
             index = index if self.per == "layer" else 0
             layer.__dict__.update({"rates": self, "index": index, "batch_dim": batch_dim})

@@ -60,8 +60,10 @@ class LanguageModel(LightningModule):
         scheduler: From optimizer to learning-rate scheduler, stepped after each epoch.
 
     Raises:
-        ValueError: For an unknown network (with close matches) or options that do not fit it.
-        MisconfigurationException: In ``setup``: the data have more tokens than the model.
+        ValueError: For an unknown network (with close matches) or options that do not fit it, and ``weight_dropout``
+            without recurrent weights.
+        MisconfigurationException: In ``setup``: the data have more tokens than the model; ``carry_state`` with more
+            than one process.
 
     Example:
         >>> model = LanguageModel("lstm", vocabulary_size=50, network_options={"width": 8})
@@ -104,6 +106,11 @@ class LanguageModel(LightningModule):
         self._weight_dropout = (
             DropConnect(weight_dropout, (1 + weight_dropout) / 2, "*weight_hh*") if weight_dropout else None
         )
+        if weight_dropout and not any("weight_hh" in name for name, _ in self.network.named_parameters()):
+            raise ValueError(
+                f"weight_dropout needs recurrent weights (*weight_hh*). Got {weight_dropout} and a "
+                f"{type(self.network).__name__} without any; leave it out."
+            )
         self.val_perplexity, self.test_perplexity = TokenPerplexity(), TokenPerplexity()
         self._state: State | None = None  # of the training rows
         self._end: State | None = None  # of this training step
@@ -118,6 +125,12 @@ class LanguageModel(LightningModule):
             raise MisconfigurationException(
                 f"vocabulary_size of the model must be at least that of the data, {size}. Got {own}; set the same for "
                 "both."
+            )
+        if self.carry_state and self.trainer.world_size > 1:
+            # A distributed sampler deals the rows of a batch to the processes in another order.
+            raise MisconfigurationException(
+                "carry_state needs rows that go on where those of the batch before ended, so one process. Got "
+                f"world_size={self.trainer.world_size}; use Trainer(devices=1), or carry_state=False."
             )
 
     @override

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 
@@ -22,6 +24,8 @@ def fit_like(
 ) -> None:
     """Train ``module`` on the data of ``trainer``: a copy of its datamodule, or its loaders.
 
+    Generators of the loaders' own are put back afterwards, so that one such training sees the order of the next.
+
     Args:
         trainer: Trainer of the run, on one device.
         module: Module to train in place; not the run's own.
@@ -32,7 +36,7 @@ def fit_like(
     data = _same_data(trainer)
     for name, value in data_options.items():
         setattr(data["datamodule"], name, value)
-    with _quiet():
+    with _quiet(), _kept_generators(data):
         _plain_trainer(trainer, callbacks, steps).fit(module, **data)
 
 
@@ -52,6 +56,29 @@ def validate_like(trainer: Trainer, module: LightningModule) -> Mapping[str, flo
     with _quiet():
         found = _plain_trainer(trainer).validate(module, **data, verbose=False)
     return {name: value for metrics in found for name, value in metrics.items()}
+
+
+@contextmanager
+def _kept_generators(data: Mapping[str, Any]) -> Iterator[None]:
+    """Put the state of generators back that loaders, their samplers or a datamodule hold."""
+    loaders = [loader for given in data.values() for loader in _loaders(given)]
+    samplers = [getattr(loader, "sampler", None) for loader in loaders]
+    owners = [value for owner in (*data.values(), *loaders, *samplers) for value in _attributes(owner)]
+    generators = {id(g): g for g in owners if isinstance(g, torch.Generator)}.values()
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _loaders(given: Any) -> Sequence[Any]:
+    return () if given is None or isinstance(given, LightningDataModule) else CombinedLoader(given).flattened
+
+
+def _attributes(owner: Any) -> list[Any]:
+    return list(getattr(owner, "__dict__", {}).values())
 
 
 def _same_data(trainer: Trainer) -> dict[str, Any]:

@@ -108,3 +108,38 @@ def test_the_run_itself_is_unchanged(tmp_path: Path) -> None:
         return torch.cat([module.w.detach(), torch.rand(3)])
 
     assert torch.equal(fitted(), fitted(ReproducibilityCheck()))
+
+
+class Shuffled(Descent):
+    """Its end depends on the order of the examples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + (batch[0].sum() * self.w).sum()
+
+
+def test_a_loader_with_a_generator_of_its_own_gives_each_repeat_the_same_order(tmp_path: Path) -> None:
+    loader = DataLoader(
+        TensorDataset(torch.arange(8.0)), shuffle=True, generator=torch.Generator().manual_seed(0)
+    )
+    check = ReproducibilityCheck()
+    trainer(check, max_epochs=-1, max_steps=12, folder=tmp_path).fit(Shuffled(), loader)
+    assert check.results["same_bits"]
+    assert check.results["verdict"] == "reproducible"
+
+
+class Diverging(Descent):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e30)
+
+
+def test_weights_that_are_not_finite_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = run(Diverging, tmp_path)
+    assert check.results["same_bits"]
+    assert check.results["verdict"] == "not finite"
+    assert "Lower the learning rate" in capsys.readouterr().out
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    (path,) = tmp_path.rglob("reproducibility.json")
+    assert json.loads(path.read_text(), parse_constant=refuse)["difference"] is None

@@ -85,6 +85,11 @@ class Discriminator(nn.Module):
                 f"Got {tuple(images.shape)}. Pad, resize, or build the networks for this shape."
             )
         check_labels(labels, self.num_classes)
+        if self.minibatch_group and len(images) % self.minibatch_group:
+            raise ValueError(
+                f"The number of images must be a multiple of minibatch_group={self.minibatch_group}, so that each is "
+                f"compared within its own batch. Got {len(images)}; choose batch sizes that are multiples of it."
+            )
         h = images
         for index, block in enumerate(self.blocks):
             h = block(h)
