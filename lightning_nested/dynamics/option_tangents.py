@@ -52,6 +52,10 @@ class OptionTangents(Tangents):
         """Begin at Z = 0."""
         self.frame, self.slots, self._products, self._begun = None, [], None, False
 
+    def forget_losses(self) -> None:
+        """Drop the products of losses whose step was not made."""
+        self._products = None
+
     @property
     def needs_losses(self) -> bool:
         """True if :meth:`observe` must be called before the coming :meth:`advance`."""
@@ -72,7 +76,7 @@ class OptionTangents(Tangents):
         frame = self._frame()
         for group, along in zip(optimizer.param_groups, slopes, strict=True):
             for p in group["params"]:
-                if id(p) in decays and id(p) in self._columns:
+                if id(p) in decays and id(p) in self._columns and p.grad is not None:
                     columns, decay = self._columns[id(p)], decays[id(p)].expand_as(p).reshape(-1)
                     frame[:, columns] *= 1 - float(group["lr"]) * decay
                     if "lr" in along:
@@ -105,6 +109,7 @@ class OptionTangents(Tangents):
         """
         # As after a training_step that returned None: the optimizer makes no step.
         if all(p.grad is None for p in self.params):
+            self.forget_losses()
             return
         begun, self._begun, frame = self._begun, True, self._frame()
         gradient = flatten(zeros_where_none([p.grad for p in self.params], self.params))

@@ -26,8 +26,12 @@ class AffineStrength(Strength):
     def _augment(self, images: Tensor, strength: Tensor) -> Tensor:
         n, _, height, width = images.shape
         matrix = self._matrix(strength.reshape(-1), n, width / height)
-        grid = affine_grid(matrix, list(images.shape), align_corners=False)
-        return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        # Places in half precision would be pixels off.
+        exact = images if images.dtype.itemsize > 2 else images.float()
+        with torch.autocast(images.device.type, enabled=False):
+            grid = affine_grid(matrix.to(exact.dtype), list(images.shape), align_corners=False)
+            found = grid_sample(exact, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return found.to(images.dtype)
 
     @abstractmethod
     def _matrix(self, strength: Tensor, n: int, aspect: float) -> Tensor:

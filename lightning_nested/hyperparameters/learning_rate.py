@@ -26,6 +26,8 @@ class LearningRate(OptimizerOption):
     tuned rate times what the scheduler makes of the group's first rate. In ``NestedModule(gradient=Unrolled(...))`` the
     horizon is that of ``Unrolled``, and a scheduler of the inner optimizer is refused.
 
+    Gradients that the module's own ``on_before_optimizer_step`` changes are not seen: clip by the Trainer.
+
     A short horizon is greedy: a lower rate nearly always lowers the next loss, as it lowers the noise of the steps, and
     so the rate falls too early. Wu, Ren, Liao & Grosse (2018), ICLR. The cheapest remedy is to tune late, and the
     callback's default where nothing but options is tuned: for 70 % of the run (``warmup_steps``) the rate stays the
@@ -61,12 +63,11 @@ class LearningRate(OptimizerOption):
         super().__init__(name, init, transform or Exp(lower=1e-8, upper=max(10.0, 2 * (init or 0))), horizon)
         self._may_rise = transform is not None
         self._bound: tuple[float, ...] | None = None  # highest rate of each group
-        self._references: tuple[float, ...] = ()  # rates of the groups that a scheduler starts from
 
     @override
     def attach(self, starts: Sequence[float]) -> None:
         super().attach(starts)
-        self._references = tuple(float(start) for start in starts)
+        self.references = tuple(float(start) for start in starts)
 
     def only_fall(self) -> None:
         """Let no rate rise above its start, unless a transform was given that says how far."""
@@ -84,7 +85,7 @@ class LearningRate(OptimizerOption):
         return float(group.get("initial_lr", group["lr"]))
 
     def _of_group(self, index: int, group: Mapping[str, Any], row: Tensor) -> Mapping[str, Tensor]:
-        return {"lr": row * (float(group["lr"]) / self._references[index])}
+        return {"lr": row * (float(group["lr"]) / self.references[index])}
 
     def rates(self) -> tuple[Tensor, ...]:
         """Return the rate of each group, 0-dimensional, with its graph."""

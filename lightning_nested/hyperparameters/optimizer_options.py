@@ -37,6 +37,14 @@ class OptimizerOption(Hyperparameter):
             self._use(transform, init)  # type: ignore[arg-type]
         self.transform = transform
         self._starts: tuple[Any, ...] = ()  # a row for each group
+        self.references: tuple[
+            float, ...
+        ] = ()  # what a scheduler's rates are relative to; empty for other options
+
+    @property
+    def count(self) -> int:
+        """Number of tuned numbers, once the optimizer is known; before, 1."""
+        return torch.tensor(self._starts).numel() or 1
 
     def attach(self, starts: Sequence[Any]) -> None:
         """Take the starting values of the optimizer's groups."""

@@ -102,9 +102,12 @@ class Forecast:
             return
         if self._mean is None:
             self._mean = tuple(torch.zeros_like(p) for p in self._parameters)
+        pairs = [(m, g.to(m.dtype)) for m, g in zip(self._mean, gradients, strict=True) if g is not None]
+        # As after a training_step that returned None.
+        if not pairs:
+            return
         self._means += 1
         weight = max(0.2, 1 / self._means)
-        pairs = [(m, g.to(m.dtype)) for m, g in zip(self._mean, gradients, strict=True) if g is not None]
         if scale == 1.0:
             # One pass over memory instead of two.
             torch._foreach_lerp_([m for m, _ in pairs], [g for _, g in pairs], weight)

@@ -23,6 +23,7 @@ from lightning_nested.optim.step_dynamics import decoupled_rates, trainable
 from lightning_nested.trainer.follower import has_gradient_hooks
 from lightning_nested.trainer.isolation import add_note, untouched_buffers
 from lightning_nested.trainer.lightning import reduction
+from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.random_stream import RandomStream
 from lightning_nested.trainer.shards import shards_parameters
 from lightning_nested.trainer.shared_backward import SharedBackward
@@ -113,6 +114,9 @@ class OptionTuner:
             return
         # A dry run may make an outer step that is not due, so each of its steps is a window.
         self._dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._tangents is not None:
+            # The step before may not have been made.
+            self._tangents.forget_losses()
         self._due = self._dry or due(step)
         self._open = self._dry or any(due(step + ahead) for ahead in range(1, self.horizon + 1))
         if not (self._open or self._due):
@@ -124,8 +128,11 @@ class OptionTuner:
         if self._tangents is not None:
             self._tangents.clear()
 
-    def observe(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        """Form the products that the window's later steps need, just before the backward pass of a loss."""
+    def observe(self, trainer: Trainer, module: LightningModule, loss: Tensor, plan: OuterPlan) -> None:
+        """Form the products that the window's later steps need, just before the backward pass of a loss.
+
+        The plan's statistics are of that pass alone.
+        """
         # An outer step comes first, and begins the window anew.
         tangents = self._follow(trainer) if self._open and self._built and not self._due else None
         if tangents is None or not tangents.needs_losses or not loss.requires_grad:
@@ -138,7 +145,7 @@ class OptionTuner:
         # torch.utils.checkpoint runs the forward again in every product.
         unmoved = RandomStream.snapshot(trainer.strategy.root_device).replay()
         # A second derivative may pass NaN that a mask takes out: no anomaly of the run.
-        with untouched_buffers(module), unmoved, torch.autograd.set_detect_anomaly(False):
+        with plan.paused(), untouched_buffers(module), unmoved, torch.autograd.set_detect_anomaly(False):
             try:
                 tangents.observe(loss)
             except RuntimeError as error:
@@ -147,6 +154,8 @@ class OptionTuner:
                     f"Needed for horizon={self.horizon} of {self.outer.options[0].name}; set horizon=1.",
                 )
                 raise
+        # The hooks that gather statistics must see the pass itself.
+        if plan.forecast is None:
             self._backward.offer(module, loss, tangents.params, tangents.gradient)
 
     def put(self) -> None:
@@ -170,6 +179,13 @@ class OptionTuner:
                 for key, value in own.items():
                     group[key] = group[key].fill_(value) if isinstance(value, Tensor) else value
         self._own = []
+
+    def give_back_saved(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give a checkpoint that is written in the middle of a step the groups' own options."""
+        if self._own and checkpoint.get("optimizer_states"):
+            groups = checkpoint["optimizer_states"][0]["param_groups"]
+            for group, own in zip(groups, self._own, strict=False):
+                group.update(own)
 
     def _values(self) -> list[dict[str, Tensor]]:
         """Return the tuned options of each group, with their graph, at the user's options of this step."""
@@ -242,14 +258,20 @@ class OptionTuner:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the derivatives of an open window under the key ``"options"``; empty where nothing is tuned."""
+        """Return the derivatives of an open window, and what rates are relative to; empty where nothing is tuned."""
         if not self.outer.options:
             return {}
-        return {"options": self._saved if self._tangents is None else self._tangents.state_dict()}
+        return {
+            "options": self._saved if self._tangents is None else self._tangents.state_dict(),
+            "option_references": [list(option.references) for option in self.outer.options],
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Restore once the parameters are known."""
-        self._saved, self._tangents = state, None
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore from the callback's state once the parameters are known."""
+        self._saved, self._tangents = state.get("options"), None
+        for option, saved in zip(self.outer.options, state.get("option_references", ()), strict=False):
+            # The optimizer's own rates are restored too.
+            option.references = tuple(saved) if len(saved) == len(option.references) else option.references
 
 
 def check_optimizer(
@@ -266,13 +288,16 @@ def check_optimizer(
             f"{who!r} is tuned through steps of whole parameters. Got {type(trainer.strategy).__name__}, which shards "
             f"them; use Trainer(strategy='ddp'), or leave {who!r} out."
         )
-    known = [kind.__name__ for kind, d in KNOWN.items() if d.rule is not None and d.rule.num_gradients == 1]
+    kinds = [kind for kind, d in KNOWN.items() if d.rule is not None and d.rule.num_gradients == 1]
+    known = [kind.__name__ for kind in kinds]
     for group in optimizer.param_groups:
         kind = type(optimizer).__name__
         if group.get("amsgrad", False):
             kind += "(amsgrad=True)"
-        elif kind in known:
+        elif type(optimizer) in kinds:
             continue
+        elif kind in known:
+            kind = f"{type(optimizer).__module__}.{kind}"
         raise MisconfigurationException(
             f"{who!r} is tuned through the optimizer's own steps, which must be known: {', '.join(known)}, without "
             f"amsgrad. Got {kind}; use one of them, or leave {who!r} out."

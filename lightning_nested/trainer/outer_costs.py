@@ -78,6 +78,6 @@ def _cost_without(plan: OuterPlan, trainer: Trainer, loop: OuterLoop, batches: i
         return ratio + plan.solver.products + plan.looks_ahead
     # An outer gradient of their own, and about as much as a gradient for its batch and the derivative of a step; after
     # the first step of the horizon, a graph and a product for each number.
-    count = sum(t.numel() for option in options for t in option.tensors.values()) or 1
+    count = sum(option.count for option in options)
     own = 1 + ratio + (max(option.horizon for option in options) - 1) * (1 + count)
     return own if only_options(plan.outer) else own + ratio + plan.solver.products + plan.looks_ahead

@@ -229,8 +229,12 @@ class OuterLoop:
         if self.skipped_in_a_row == 1:
             rank_zero_warn(f"{self.owner} skipped the outer step at inner step {self.inner_steps}: {error}")
 
-    def step(self, module: LightningModule) -> None:
-        """Move the hyperparameters along the held hypergradient; log and restart where that is due."""
+    def step(self, module: LightningModule) -> bool:
+        """Move the hyperparameters along the held hypergradient; log and restart where that is due.
+
+        Returns:
+            Whether the weights were restarted.
+        """
         self.outer.apply()
         self.outer_steps += 1
         self.check.conclude_step(module, self.outer)
@@ -244,12 +248,14 @@ class OuterLoop:
                     f"restart_every={self.restart_every} of them are left, and the run would end with an untrained "
                     "network."
                 )
-                return
+                return False
             assert self.batches is not None
             seed = self.batches.seed + 104_729 * self.outer_steps
             reinitialize(module, self.initial, self.parameters, seed)
             for optimizer in module.trainer.optimizers:
                 optimizer.state.clear()
+            return True
+        return False
 
     def _log(self, module: LightningModule, report: OuterReport) -> None:
         """Log an outer step. To log another number, add it to ``metrics`` here, or as a field to ``OuterReport``.

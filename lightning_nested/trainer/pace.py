@@ -107,7 +107,10 @@ def plan(
     total = total_steps(trainer, accumulate)
     warmup = warmup_steps if warmup_steps is not None else int((total or 0) * warmup_share)
     if every_n_steps is None:
-        steps = (total - warmup) / total if late and total else 1.0
+        # Of the run's own steps those after the warm-up: a second fit counts on.
+        first, made = began
+        own = (total or 0) - made
+        steps = max(0, own - max(0, warmup - first)) / own if late and own > 0 else 1.0
         # Rounded, or 10 steps would be 11.
         every_n_steps = max(1, math.ceil(round(cost * steps / overhead, 9)))
         if total is not None and limited:

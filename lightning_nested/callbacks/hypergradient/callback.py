@@ -17,6 +17,7 @@ from lightning_nested.callbacks.hypergradient.checks import check_settings, warn
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
 from lightning_nested.callbacks.hypergradient.outer_step import (
     backward_or_differences,
+    give_back_saved,
     prepare_step,
     try_outer_step,
 )
@@ -240,7 +241,7 @@ class HypergradientCallback(OuterLoopCallback):
         if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
             self._collect(trainer, pl_module)
         expect_loss(self.plan.forecast, loss, trainer.accumulate_grad_batches)
-        self._options.observe(trainer, pl_module, loss)
+        self._options.observe(trainer, pl_module, loss, self.plan)
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self._is_due(trainer):
             self.outer_loop.probe(trainer, pl_module, outer_loss)
@@ -280,8 +281,8 @@ class HypergradientCallback(OuterLoopCallback):
             return
         self.outer_loop.inner_steps += 1
         self.plan.fit_decays(self.outer_loop.parameters, self.inner_steps)
-        if self.outer.pending:
-            self.outer_loop.step(pl_module)
+        if self.outer.pending and self.outer_loop.step(pl_module):
+            self._options.clear()
         self._clear_window()
 
     @override
@@ -307,13 +308,13 @@ class HypergradientCallback(OuterLoopCallback):
             self.plan.load_state_dict(state["plan"])
         self.outer_loop.load_state_dict(state)
         self.plan.continue_schedule()
-        self._options.load_state_dict(state.get("options"))
+        self._options.load_state_dict(state)
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.plan.give_back_saved(checkpoint)
+        give_back_saved(checkpoint, self.plan, self._options)
 
     # ---- inside a step
 

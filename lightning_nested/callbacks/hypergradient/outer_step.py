@@ -120,6 +120,8 @@ def try_outer_step(
             report = report if loop.outer.in_graph or loop.outer.decays else found
     except FloatingPointError as error:
         options.clear()
+        # Some derivatives may be held already.
+        loop.outer.discard()
         loop.skip(error)
     else:
         loop.keep(report)
@@ -150,3 +152,9 @@ def prepare_step(
         plan.add_decays(parameters, held)
     plan.observe_gradient(trainer, scale=held, hook_scale=scale)
     options.advance(trainer, parameters)
+
+
+def give_back_saved(checkpoint: dict[str, Any], plan: OuterPlan, options: OptionTuner) -> None:
+    """Give a checkpoint the optimizer's own decays and options, wherever in a step it is written."""
+    plan.give_back_saved(checkpoint)
+    options.give_back_saved(checkpoint)
