@@ -382,3 +382,20 @@ def test_a_flow_of_several_tensors_may_return_its_velocity_as_a_list() -> None:
     step = rk4_step(lambda x: [x[1], -x[0]], 0.1)  # type: ignore[index]
     x, v = step((point(1.0), point(0.0)))
     torch.testing.assert_close(torch.cat([x, v]), point(math.cos(0.1), -math.sin(0.1)), rtol=0, atol=1e-7)
+
+
+def test_directions_are_in_the_order_of_the_exponents() -> None:
+    """The frame's first direction shrinks, and a run this short does not turn it."""
+    matrix = torch.diag(point(0.5, 2.0))
+    found = lyapunov_spectrum(
+        lambda x: matrix @ x,
+        point(0, 0),
+        num_steps=1,
+        burn_in=0,
+        frame=torch.eye(2, dtype=torch.float64),
+        covariant=True,
+        burn_out=1,
+    )
+    assert found.covariant is not None
+    torch.testing.assert_close(found.exponents, point(2.0, 0.5).log())
+    torch.testing.assert_close(found.covariant[0].abs(), torch.eye(2, dtype=torch.float64).flip(0))

@@ -158,3 +158,26 @@ def test_an_input_of_another_number_of_examples() -> None:
     response, x = case("image transformer")
     with pytest.raises(ValueError, match=r"as h has rows, 7\. Got shapes \[\(4, 1, 4, 4\)\]"):
         response(x, point(7))
+
+
+class Masked(nn.Module):
+    """Sums over the places that a mask lets through; a layer without a rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return mask @ (x * self.weight)
+
+
+@pytest.mark.parametrize("length", [BATCH, BATCH + 1])
+def test_a_mask_as_long_as_the_batch_is_not_taken_for_examples(length: int) -> None:
+    response = best_response(Masked().double(), N)
+    x, mask = torch.randn(BATCH, length, 3).double(), torch.ones(length, length).double()
+    with response.at(point(BATCH)):
+        if length == BATCH:
+            with pytest.raises(ValueError, match="which may be a mask for all"):
+                response(x, mask)
+        else:
+            assert response(x, mask).shape == x.shape

@@ -166,3 +166,13 @@ def test_weights_without_a_rate_of_their_own_are_refused() -> None:
             drop({name: torch.ones(3, 3)})
     with pytest.raises(ValueError, match="temperature must be positive"):
         DropConnect(temperature=0.0)
+
+
+def test_layers_stay_plain_where_one_of_them_cannot_be_tuned() -> None:
+    network = nn.Sequential(nn.Dropout(0.1), nn.Linear(2, 2), nn.Dropout(0.0))
+    rates = DropoutRates()
+    with pytest.raises(ValueError, match=r"Got 0.0 of dropout layer '2'; give init="):
+        rates.attach_module(network)
+    assert [type(network[i]) for i in (0, 2)] == [nn.Dropout, nn.Dropout]
+    DropoutRates(init=0.3).attach_module(network)
+    assert nn.Dropout not in [type(network[i]) for i in (0, 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,3 +225,18 @@ def test_any_module_can_be_the_network() -> None:
 
     data = PydocTextDataModule(train_tokens=100, **SIZES)
     trainer(limit_val_batches=3).fit(model(network=Counts(), network_options=None), datamodule=data)
+
+
+def test_recurrent_weights_must_be_there_to_be_dropped() -> None:
+    with pytest.raises(ValueError, match=r"needs recurrent weights \(\*weight_hh\*\). Got 0.5 and a GPT"):
+        LanguageModel("gpt", vocabulary_size=9, network_options={"width": 8}, weight_dropout=0.5)
+
+
+def test_states_are_not_carried_over_on_several_processes() -> None:
+    """A distributed sampler deals rows in another order, so that a state would be that of other text."""
+    module = LanguageModel("lstm", vocabulary_size=9, network_options={"width": 4}, carry_state=True)
+    module._trainer = SimpleNamespace(world_size=2, datamodule=None)  # type: ignore[assignment]
+    with pytest.raises(
+        MisconfigurationException, match=r"carry_state needs .* one process. Got world_size=2"
+    ):
+        module.setup("fit")

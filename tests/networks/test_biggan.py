@@ -324,3 +324,9 @@ def test_a_discriminator_that_compares_sees_images_that_are_alike(generator: tor
 def test_groups_of_a_negative_size() -> None:
     with pytest.raises(ValueError, match="minibatch_group must be at least 0"):
         Discriminator(2, minibatch_group=-1)
+
+
+def test_groups_that_would_reach_into_another_batch() -> None:
+    network = Discriminator(2, 10, image_channels=1, minibatch_group=4)
+    with pytest.raises(ValueError, match="must be a multiple of minibatch_group=4"):
+        network(torch.zeros(6, 1, 32, 32), torch.zeros(6, dtype=torch.long))
