@@ -48,8 +48,8 @@ class ReproducibilityCheck(OneFitCallback):
     Attributes:
         results: Content of ``reproducibility.json``; empty before the end of ``fit``. ``verdict`` is
             ``"reproducible"``, ``"on this machine"``, ``"not reproducible"`` or ``"not finite"``; ``growth``
-            is log(difference at the
-            end / at the start) per step, ``difference`` the one at the end relative to the weights' way.
+            is log(difference at the end / at the start) per step, ``difference`` the one at the end relative to the
+            weights' way.
 
     Raises:
         MisconfigurationException: In ``setup``: more than one process.

@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked
 from lightning_nested.demos.report import Report
-from lightning_nested.extras import require_package
 from lightning_nested.figures.distillation import distillation_figure
 from lightning_nested.modules.distillation import DistillationModule
 from lightning_nested.trainer.reference_runs import test_like
@@ -47,7 +46,6 @@ class DistillationReport(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("matplotlib")
         if stage != "fit":
             return
         if not isinstance(pl_module, DistillationModule) or trainer.datamodule is None:  # type: ignore[attr-defined]

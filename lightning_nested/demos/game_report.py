@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.game_spectrum import GameSpectrumCallback
 from lightning_nested.demos.report import Report
-from lightning_nested.extras import require_package
 from lightning_nested.figures.game_report import game_figure
 from lightning_nested.trainer.run_folder import run_folder, table
 
@@ -41,7 +40,6 @@ class GameReport(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("matplotlib")
         if stage == "fit" and not (hasattr(pl_module, "distances") and hasattr(pl_module, "path")):
             raise MisconfigurationException(
                 "GameReport needs a module that records its distances. "

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.demos.report import Report
-from lightning_nested.extras import require_package
 from lightning_nested.figures.label_noise import Trace, label_noise_figure
 from lightning_nested.hyperparameters import BoundHyperparameter, ExampleWeights
 from lightning_nested.linalg.saved import require_keys
@@ -69,23 +67,14 @@ class LabelNoiseReport(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("matplotlib")
         if stage != "fit":
             return
         if self.use.changed:
             self._trace, self._traced = Trace(), 0
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                "LabelNoiseReport trains its references in one process. "
-                f"Got world_size={trainer.world_size}; use Trainer(devices=1), or leave the report out."
-            )
+        self._require_one_process(trainer)
         wrong = _known_wrong_labels(trainer)
         self._tuner = _tuner(trainer, len(wrong))
-        if not is_overridden("test_step", pl_module):
-            raise MisconfigurationException(
-                f"LabelNoiseReport needs a test_step that logs {_METRIC!r}. "
-                f"Got {type(pl_module).__name__} without test_step; define it."
-            )
+        self._require_test_step(pl_module, _METRIC)
         self._initial = copy.deepcopy(pl_module)
         for hyperparameter in self._tuner.outer.hyperparameters:
             if isinstance(hyperparameter, BoundHyperparameter):

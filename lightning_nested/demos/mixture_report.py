@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked
 from lightning_nested.demos.report import Report
-from lightning_nested.extras import require_package
 from lightning_nested.figures.mixture import mixture_figure
 from lightning_nested.hyperparameters import GroupWeights
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop
@@ -49,7 +48,6 @@ class MixtureReport(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("matplotlib")
         if stage != "fit":
             return
         _tuned(trainer, pl_module)

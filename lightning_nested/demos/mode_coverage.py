@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from lightning_nested.arguments import at_least as require_at_least, checked
 from lightning_nested.demos.report import Report
-from lightning_nested.extras import require_package
 from lightning_nested.figures.mode_coverage import mode_figure
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.linalg.saved import require_keys
@@ -67,7 +66,6 @@ class ModeCoverage(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("matplotlib")
         if stage == "fit" and self.use.changed:
             self.history, self._pictures = [], []
         data = getattr(trainer, "datamodule", None)

@@ -6,8 +6,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
 
+from lightning_nested.extras import require_package
 from lightning_nested.trainer.notebook import html_table
 from lightning_nested.trainer.run_folder import write_report
 from lightning_nested.trainer.use import OneFitCallback
@@ -23,6 +27,35 @@ class Report(OneFitCallback):
         self.name = name
         self.results: dict[str, Any] = {}
         self._figure: Figure | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        require_package("matplotlib")
+
+    def _require_one_process(self, trainer: Trainer) -> None:
+        """Refuse several processes, of a report that trains references.
+
+        Raises:
+            MisconfigurationException: With a cure.
+        """
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"{type(self).__name__} trains its references in one process. "
+                f"Got world_size={trainer.world_size}; use Trainer(devices=1), or leave the report out."
+            )
+
+    def _require_test_step(self, module: LightningModule, metric: str) -> None:
+        """Refuse a module without ``test_step``, which must log ``metric``.
+
+        Raises:
+            MisconfigurationException: With a cure.
+        """
+        if not is_overridden("test_step", module):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs a test_step that logs {metric!r}. "
+                f"Got {type(module).__name__} without test_step; define it."
+            )
 
     def plot(self) -> Figure:
         """Return the figure of the last fit; ``plot().savefig("report.pdf")`` writes it in another format.

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.callbacks.hypergradient import HypergradientCallback
 from lightning_nested.demos.report import Report
-from lightning_nested.extras import require_package
 from lightning_nested.figures.schedule import schedule_figure
 from lightning_nested.hyperparameters import LearningRate
 from lightning_nested.linalg.saved import require_keys
@@ -62,22 +60,13 @@ class ScheduleReport(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("matplotlib")
         if stage != "fit":
             return
         if self.use.changed:
             self._rates = []
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                "ScheduleReport trains its references in one process. "
-                f"Got world_size={trainer.world_size}; use Trainer(devices=1), or leave the report out."
-            )
+        self._require_one_process(trainer)
         self._tuner = self._find_tuner(trainer)
-        if not is_overridden("test_step", pl_module):
-            raise MisconfigurationException(
-                "ScheduleReport needs a test_step that logs 'test_loss'. "
-                f"Got {type(pl_module).__name__} without test_step; define it."
-            )
+        self._require_test_step(pl_module, "test_loss")
         self._initial = copy.deepcopy(pl_module)
 
     @override

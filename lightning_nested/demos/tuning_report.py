@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from lightning_nested.arguments import checked
 from lightning_nested.demos.report import Report
-from lightning_nested.extras import require_package
 from lightning_nested.figures.tuning import tuning_figure
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop
@@ -41,7 +40,6 @@ class TuningReport(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_package("matplotlib")
         if stage == "fit":
             _owner(trainer, pl_module)
 

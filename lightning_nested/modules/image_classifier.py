@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nested.arguments import check
+from lightning_nested.modules.optimizers import with_scheduler
 from lightning_nested.networks import build_network
 from lightning_nested.trainer.lightning import built_by_command_line
 
@@ -186,10 +187,4 @@ class ImageClassifier(ClassificationSteps):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.parameters())
-        if self.scheduler is None:
-            return optimizer
-        scheduler = self.scheduler(optimizer)
-        # only a plateau scheduler waits for a metric
-        monitor = getattr(scheduler, "monitor", None)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+        return with_scheduler(self, self.optimizer, self.scheduler)

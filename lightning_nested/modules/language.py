@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_nested.arguments import at_least, check, fraction
 from lightning_nested.hyperparameters import DropConnect, DropoutRates, Scalar
+from lightning_nested.modules.optimizers import with_scheduler
 from lightning_nested.networks.language import LanguageOutput, State, language_network
 from lightning_nested.trainer.lightning import built_by_command_line
 
@@ -233,13 +234,7 @@ class LanguageModel(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.parameters())
-        if self.scheduler is None:
-            return optimizer
-        scheduler = self.scheduler(optimizer)
-        # only a plateau scheduler waits for a metric
-        monitor = getattr(scheduler, "monitor", None)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+        return with_scheduler(self, self.optimizer, self.scheduler)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ State: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
 
 
 class LanguageOutput(NamedTuple):
-    """What a language network returns.
+    """A language network returns its logits, what its penalties need, and the state at the end.
 
     Attributes:
         logits: Of the next token at each position, (batch, length, vocabulary_size).
