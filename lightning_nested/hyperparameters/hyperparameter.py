@@ -90,6 +90,9 @@ class Hyperparameter(Constructed, ABC):
         """Learning rate of each group of the inner optimizer, with its graph; None: it is not tuned by this."""
         return None
 
+    def advice(self, first: float, last: float) -> str | None:
+        """Return what the means before and after a run say of the next one, as a line of its summary; None: nothing."""
+
     def reset(self) -> None:
         """Forget the tensors: the next :meth:`build` starts from the initial values."""
         self.tensors = {}

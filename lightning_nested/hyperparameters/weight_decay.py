@@ -22,6 +22,10 @@ from lightning_nested.linalg.vectors import Vector
 _INIT = 1e-4
 # Units of the run, see WeightDecay.fit_to_run.
 _START, _SMALLEST, _LARGEST = 3.0, 0.1, 15.0
+# Passes through the training data from which a run has the whole start.
+_PASSES = 10
+# Share of its start that a decay ends at, if the start was far too large.
+_FAR = 0.2
 
 
 @checked
@@ -35,7 +39,8 @@ class WeightDecay(Hyperparameter):
         per: ``"model"``: one decay; ``"tensor"``: one per parameter tensor; ``"parameter"``: one per weight, see
             ``shrink``.
         init: Initial decay in natural units (as ``weight_decay`` of the inner optimizer); None: the decay that shrinks
-            a weight without gradient by e⁻³ over the run, see :meth:`fit_to_run`; 1e-4 where its length is not known.
+            a weight without gradient by e⁻³ over the run, and less in a run of few epochs, see :meth:`fit_to_run`;
+            1e-4 where its length is not known.
         include: Names of parameters that are decayed, with ``*`` wildcards; None: those with two dimensions and more,
             not biases and norms.
         exclude: Names that are not, with ``*`` wildcards.
@@ -76,9 +81,9 @@ class WeightDecay(Hyperparameter):
         start = init if init is not None else _INIT
         self._use(transform or Exp(lower=min(1e-12, start), upper=max(1.0, 2 * start)), start)
         self._default_transform = transform is None
-        # One unit by name, and the largest decay in units, once they are fitted to a run.
+        # One unit by name, and the first and the largest decay in units, once they are fitted to a run.
         self._units: dict[str, float] = {}
-        self._largest = _LARGEST
+        self._first, self._largest = _START, _LARGEST
         # The decays, as numbers where they are few, with the tensors and their versions that they are of.
         self._numbers: tuple[tuple[Tensor, ...], tuple[object, ...], Mapping[str, Tensor | float]] | None = (
             None
@@ -129,7 +134,9 @@ class WeightDecay(Hyperparameter):
         if self.per != "parameter":
             shapes = {self.per: () if self.per == "model" else (len(shapes),)}
         if self.init is None and self._units:
-            return {key: self._run_units(key, _START).to(dtype).expand(tuple(s)) for key, s in shapes.items()}
+            return {
+                key: self._run_units(key, self._first).to(dtype).expand(tuple(s)) for key, s in shapes.items()
+            }
         start = self.init if self.init is not None else _INIT
         return {key: torch.full(tuple(shape), start, dtype=dtype) for key, shape in shapes.items()}
 
@@ -270,29 +277,34 @@ class WeightDecay(Hyperparameter):
     # ---- a scale from the run
 
     @torch.no_grad()
-    def fit_to_run(self, units: Mapping[str, float], steps: float, *, restart: bool) -> None:
+    def fit_to_run(
+        self, units: Mapping[str, float], steps: float, *, passes: float = math.inf, restart: bool
+    ) -> None:
         """Start from the length of the run, and bound the decays by it.
 
         A decay of one unit shrinks a weight that gets no gradient by a factor e in the run: 1/(lr·steps) for a
         decoupled decay, mean(1/R)/steps for a coupled one, with R the optimizer's long-run step per unit of gradient.
         The decays start at three units, which was within a few per cent of the best fixed decay on most tasks that
         were tried, and stay within a tenth of a unit and 15 units; for the time scale see Wang & Aitchison (2024),
-        arXiv:2405.13698.
+        arXiv:2405.13698. A run of fewer than ten passes through its data, which hardly overfits, starts at as many
+        tenths of that.
 
         Args:
             units: One unit for each decayed parameter by name; those that are unfrozen later take the mean.
             steps: Inner steps of the run; decays are at most a tenth of them in units, beyond which they are unstable.
+            passes: Times that the run goes through its training data; infinite where unknown.
             restart: Whether the decays move to their start; else they are only bounded.
         """
         if not self._default_transform:
             return
         self._units = {name: max(unit, 1e-10) for name, unit in units.items()}
+        self._first = max(_SMALLEST, _START * min(1.0, passes / _PASSES))
         self._largest = min(_LARGEST, 0.1 * steps)
         upper = max(getattr(self.transform, "upper", 1.0), 2 * self._largest * max(self._units.values()))
         self.transform = Exp(lower=1e-12, upper=upper)
         if restart:
             for key, raw in self.tensors.items():
-                raw.copy_(self.transform.inverse(self._run_units(key, _START).to(raw)))
+                raw.copy_(self.transform.inverse(self._run_units(key, self._first).to(raw)))
 
     def _run_units(self, key: str, amount: float) -> Tensor:
         """Return so many units, at most the largest decay, for a tensor's entries."""
@@ -302,6 +314,14 @@ class WeightDecay(Hyperparameter):
         # One decay for the whole model has the mean of its units.
         amounts = torch.tensor(logs, dtype=torch.float64)
         return (amounts if self.per == "tensor" else amounts.mean()).exp() * min(amount, self._largest)
+
+    def advice(self, first: float, last: float) -> str | None:
+        """Return where the next run can start, if the default start was far too large for this one."""
+        if not self._units or self.init is not None or last > _FAR * first:
+            return None
+        return (
+            f"{self.name} ended far below its start, which had a cost: next time WeightDecay(init={last:.1g})"
+        )
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -342,7 +342,13 @@ class OuterLoop:
             else f"{self.outer_steps} outer steps"
         )
         title = f"{self.owner} tuned in {steps}:"
-        return "\n  ".join([title, *lines, *self.trend_lines()])
+        return "\n  ".join([title, *lines, *self.trend_lines(), *self._advice()])
+
+    def _advice(self) -> list[str]:
+        """Return what the values say of the next run, a line for each hyperparameter that has something to say."""
+        spreads, first = self.spreads(), self.outer.first
+        known = [h for h in self.outer.hyperparameters if h.name in spreads and h.name in first]
+        return [line for h in known if (line := h.advice(first[h.name][0], spreads[h.name][0]))]
 
     def trend_lines(self) -> list[str]:
         """Compare the first outer losses with the last in a line, which says so if no value has changed."""

@@ -257,7 +257,8 @@ class OuterPlan:
             return
         for decay in self.outer.decays:
             if decay.init is None and any(name in self.units for name in decay.parameter_names):
-                decay.fit_to_run(self.units, self.pace.total_steps, restart=restart)
+                steps, passes = self.pace.total_steps, self.pace.passes
+                decay.fit_to_run(self.units, steps, passes=passes, restart=restart)
                 if restart:
                     self.outer.remember_first(decay)
 

@@ -30,6 +30,7 @@ class Pace:
         cost: Cost of an outer step, in gradients of a training batch.
         outer_batches: Outer batches in a round over their data; None: unknown.
         began: Inner steps counted before the run, by the outer loop and by the Trainer: a second fit counts on.
+        passes: Times that the run goes through its training data; infinite where unknown.
     """
 
     total_steps: int | None
@@ -38,6 +39,7 @@ class Pace:
     cost: float
     outer_batches: int | None = None
     began: tuple[int, int] = (0, 0)
+    passes: float = math.inf
 
     @property
     def outer_steps(self) -> int | None:
@@ -123,7 +125,16 @@ def plan(
         cost=cost,
         outer_batches=outer_batches,
         began=began,
+        passes=_passes(trainer, total, accumulate),
     )
+
+
+def _passes(trainer: Trainer, total: int | None, accumulate: int | None) -> float:
+    """Return the passes of a run of ``total`` inner steps through its batches; infinite where one is unknown."""
+    batches = trainer.num_training_batches
+    if total is None or not math.isfinite(batches) or batches < 1:
+        return math.inf
+    return total * (trainer.accumulate_grad_batches if accumulate is None else accumulate) / batches
 
 
 def affordable_batches(

@@ -59,6 +59,30 @@ def test_decays_of_short_runs_stay_stable(parameters: dict[str, Tensor]) -> None
     assert fitted("tensor", parameters, steps=20).values()["a.weight"].item() == pytest.approx(2 * 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("passes", "units"), [(0.01, 0.1), (1.0, 0.3), (5.0, 1.5), (10.0, 3.0), (400.0, 3.0)]
+)
+def test_runs_of_few_passes_start_lower(passes: float, units: float, parameters: dict[str, Tensor]) -> None:
+    decay = WeightDecay()
+    decay.build(parameters)
+    decay.fit_to_run({"a.weight": 1e-3, "b.weight": 4e-3}, 1000, passes=passes, restart=True)
+    assert decay.values()["a.weight"].item() == pytest.approx(units * 1e-3)
+    # A layer that comes later starts as the others did.
+    decay.build({"new": torch.ones(4, 4, dtype=DOUBLE), **parameters})
+    assert decay.values()["new"].item() == pytest.approx(units * 2e-3)
+
+
+def test_a_start_that_was_far_too_large_is_named(parameters: dict[str, Tensor]) -> None:
+    decay = fitted("tensor", parameters)
+    assert decay.advice(3e-3, 6.1e-4) is None
+    assert "WeightDecay(init=0.0006)" in (decay.advice(3e-3, 5.9e-4) or "")
+    # The user's own start, and one that no run has given, need no word.
+    chosen, unfitted = WeightDecay(init=3e-3), WeightDecay()
+    for other in (chosen, unfitted):
+        other.build(parameters)
+        assert other.advice(3e-3, 1e-6) is None
+
+
 def test_bounds_above_one_are_admitted(parameters: dict[str, Tensor]) -> None:
     decay = WeightDecay()
     decay.build(parameters)

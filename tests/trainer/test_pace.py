@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,10 @@ from tests.trainers import trainer
 class Length:
     """A Trainer that knows the steps of its run."""
 
-    def __init__(self, steps: float) -> None:
-        self.estimated_stepping_batches = steps
+    accumulate_grad_batches = 2
+
+    def __init__(self, steps: float, batches: float = 100.0) -> None:
+        self.estimated_stepping_batches, self.num_training_batches = steps, batches
 
 
 def planned(steps: float, **options: Any) -> Pace:
@@ -58,6 +61,20 @@ def test_the_budget_is_kept(cost: float, overhead: float, steps: float) -> None:
     pace = planned(steps, cost=cost, overhead=overhead)
     assert pace.cost / pace.every_n_steps <= overhead
     assert pace.outer_steps is None or pace.outer_steps <= 102  # a hundred, and a remainder
+
+
+def test_passes_are_counted_in_batches_and_unknown_for_streams() -> None:
+    options: dict[str, Any] = {"cost": 2.0, "overhead": 0.3, "every_n_steps": None, "warmup_steps": None}
+    for steps, batches, accumulate, expected in (
+        (1000.0, 100.0, None, 20.0),
+        (1000.0, 100.0, 1, 10.0),
+        (1000.0, 0.0, None, math.inf),
+        (1000.0, math.inf, None, math.inf),
+        (math.inf, 100.0, None, math.inf),
+    ):
+        trainer = Length(steps, batches)
+        trainer.max_epochs, trainer.max_steps = -1, -1  # type: ignore[attr-defined]
+        assert plan(trainer, accumulate=accumulate, **options).passes == expected  # type: ignore[arg-type]
 
 
 def test_a_run_without_an_end_is_planned_by_the_budget() -> None:
