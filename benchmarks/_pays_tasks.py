@@ -295,3 +295,27 @@ def _short(steps: int) -> Task:
 
 # What a newcomer tries first; not among the tasks that are summed up.
 SHORT = (_short(400), _short(1600))
+
+
+def _few(
+    epochs: int, network: Callable[[], nn.Module], optimizer: str, rate: float, *, flat: bool, schedule: str
+) -> Task:
+    """Return a task with nearly all of Fashion-MNIST, whose training goes through it a few times."""
+    return Task(
+        name=f"fashion, 54 000 images, {optimizer}, {epochs} epochs",
+        data=fashion(54_000, 5000, flat=flat),
+        network=network,
+        optimizer=optimizer,
+        rate=rate,
+        steps=420 * epochs,
+        batch=128,
+        schedule=schedule,
+    )
+
+
+# Neither are these.
+FEW = (
+    _few(1, cnn, "adamw", 2e-3, flat=False, schedule="cosine"),
+    _few(2, lambda: mlp(784, 128, 64, 10), "adamw", 1e-3, flat=True, schedule="constant"),
+    _few(3, lambda: mlp(784, 128, 64, 10), "sgd", 0.05, flat=True, schedule="constant"),
+)

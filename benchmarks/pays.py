@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from _fits import plain_trainer, quiet
 from _measuring import load, parser, print_table, report, start
-from _pays_tasks import SHORT, TASKS, Pair, Task
+from _pays_tasks import FEW, SHORT, TASKS, Pair, Task
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -151,9 +151,11 @@ def marginal(task: Task, seed: int, rounds: int) -> dict[str, Any]:
     return {"laplace": scores[0], "laplace cost": statistics.median(costs)}
 
 
-def rivals(task: Task, seed: int, trials: int) -> dict[str, tuple[float, float]]:
+def rivals(task: Task, seed: int, trials: int, *, grid: bool = True) -> dict[str, tuple[float, float]]:
     """Return test loss and accuracy of plain training, of the grid and of TPE on one task and seed."""
     data = task.data(seed)
+    if not grid:
+        return {"plain": fit(task, data, seed, None)[0].score(data[2])}
     fixed = [fit(task, data, seed, decay)[0] for decay in task.grid]
     losses = [m.score(data[1])[0] for m in fixed]
     best = min(range(len(fixed)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
@@ -189,9 +191,9 @@ def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, A
         costs.append(statistics.median(cost))
         gain = [100 * (r["tuned"][1] - r["plain"][1]) for r in runs]
         accuracies.append(statistics.median(gain))
-        over_grid = [r["tuned"][0] / r["grid"][0] for r in runs]
-        medians.append(statistics.median(over_grid))
-        row = [name, _spread(over_plain), _spread(over_grid)]
+        over_grid = [r["tuned"][0] / r["grid"][0] for r in runs if "grid" in r]
+        medians += [statistics.median(over_grid)] if over_grid else []
+        row = [name, _spread(over_plain), _spread(over_grid) if over_grid else "not run"]
         over_tpe = [r["tuned"][0] / r["tpe"][0] for r in runs if "tpe" in r]
         if over_tpe:
             ahead.append(statistics.median(over_tpe) < 1)
@@ -204,7 +206,7 @@ def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, A
         "worst over plain": max(hurts),
         "median cost": statistics.median(costs),
         "largest median cost": max(costs),
-        "median over the grid": statistics.median(medians),
+        "median over the grid": statistics.median(medians) if medians else None,
         "tasks ahead of TPE": sum(ahead),
         "tasks beside TPE": len(ahead),
         "lowest median gain of accuracy": min(a for a in accuracies if not math.isnan(a)),
@@ -297,7 +299,11 @@ def main() -> None:
     options = parser(__doc__, rounds=1)
     options.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     options.add_argument(
-        "--tasks", type=int, nargs="*", default=list(range(len(TASKS))), help="8 and 9: short trainings"
+        "--tasks",
+        type=int,
+        nargs="*",
+        default=list(range(len(TASKS))),
+        help="8 and 9: short trainings; 10 to 12: few epochs",
     )
     options.add_argument(
         "--init", type=float, default=None, help="start of the decays; default: the library's"
@@ -312,6 +318,7 @@ def main() -> None:
         default=None,
         help="JSON file to keep the rivals' results in, and to read them from",
     )
+    options.add_argument("--no-grid", action="store_true", help="of the rivals plain training alone")
     options.add_argument(
         "--only-rivals", action="store_true", help="fill that file, and measure nothing else"
     )
@@ -328,11 +335,11 @@ def main() -> None:
     kept: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
     results: dict[str, list[dict[str, Any]]] = {}
     for index in arguments.tasks:
-        task = (*TASKS, *SHORT)[index]
+        task = (*TASKS, *SHORT, *FEW)[index]
         for seed in arguments.seeds:
             key = f"{task.name}/{seed}/{arguments.trials}"
             if key not in kept:
-                kept[key] = rivals(task, seed, arguments.trials)
+                kept[key] = rivals(task, seed, arguments.trials, grid=not arguments.no_grid)
                 if path is not None:
                     path.write_text(json.dumps(kept))
             found: dict[str, Any] = {"seed": seed, **kept[key]}
