@@ -169,6 +169,7 @@ from .optim import (
     ComplexSGD as ComplexSGD,
     Extragradient as Extragradient,
     ExtrapolationFromThePast as ExtrapolationFromThePast,
+    NuPI as NuPI,
     OptimisticAdam as OptimisticAdam,
     OptimisticSGD as OptimisticSGD,
 )

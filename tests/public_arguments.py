@@ -391,6 +391,7 @@ CASES = {
     "ComplexSGD": Case(ln.ComplexSGD, _optimizers | {"phase": (-0.1,)}, params=parameters, lr=0.1),
     "Extragradient": Case(ln.Extragradient, _optimizers, params=parameters, lr=0.1),
     "ExtrapolationFromThePast": Case(ln.ExtrapolationFromThePast, _optimizers, params=parameters, lr=0.1),
+    "NuPI": Case(ln.NuPI, _optimizers | {"proportional": (-0.1,)}, params=parameters, lr=0.1),
     "OptimisticAdam": Case(ln.OptimisticAdam, _optimizers, params=parameters),
     "OptimisticSGD": Case(ln.OptimisticSGD, _optimizers, params=parameters, lr=0.1),
 }  # fmt: skip

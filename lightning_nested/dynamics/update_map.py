@@ -34,8 +34,8 @@ def update_map(
     of its gradient); nothing differentiates through the optimizer itself.
 
     Known optimizers: ``torch.optim.SGD`` (momentum, dampening, Nesterov), ``Adam``, ``AdamW``; ``ComplexSGD``,
-    ``ComplexAdam``, ``Extragradient``, ``ExtrapolationFromThePast``, ``OptimisticSGD``, ``OptimisticAdam``. Options
-    are read once, here: a scheduler's changes are not part of the map.
+    ``ComplexAdam``, ``Extragradient``, ``ExtrapolationFromThePast``, ``NuPI``, ``OptimisticSGD``, ``OptimisticAdam``.
+    Options are read once, here: a scheduler's changes are not part of the map.
 
     Args:
         optimizer: One, or one for each player. Only its options and current state are read; it is never stepped.

@@ -8,6 +8,7 @@ from lightning_nested.optim.base import GameOptimizer
 from lightning_nested.optim.complex_adam import ComplexAdam
 from lightning_nested.optim.complex_sgd import ComplexSGD
 from lightning_nested.optim.extragradient import Extragradient, ExtrapolationFromThePast
+from lightning_nested.optim.nupi import NuPI
 from lightning_nested.optim.optimistic import OptimisticAdam, OptimisticSGD
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Extragradient",
     "ExtrapolationFromThePast",
     "GameOptimizer",
+    "NuPI",
     "OptimisticAdam",
     "OptimisticSGD",
 ]

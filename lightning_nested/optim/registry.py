@@ -18,6 +18,7 @@ from lightning_nested.linalg.vectors import Vector
 from lightning_nested.optim.complex_adam import ComplexAdam, correction
 from lightning_nested.optim.complex_sgd import ComplexSGD
 from lightning_nested.optim.extragradient import Extragradient, ExtrapolationFromThePast
+from lightning_nested.optim.nupi import NuPI
 from lightning_nested.optim.optimistic import OptimisticAdam, OptimisticSGD
 from lightning_nested.optim.options import coefficient
 from lightning_nested.optim.update_rules import AdaptiveRule, Descent, Kind, LinearRule, Momentum, UpdateRule
@@ -114,6 +115,27 @@ class OptimisticSGDRule(LinearRule):
         """Take the step; the buffer is the gradient before."""
         e = self.ascent(w, g)
         return w - self.lr * (2 * e - slots[0]), (e,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NuPIRule(LinearRule):
+    """:class:`NuPI`: ξ ← νξ + (1−ν)e, w ← w − α(e + κ times the change of ξ)."""
+
+    proportional: float  # κ
+    nu: float = 0.0  # ν
+    slots: ClassVar[tuple[str, ...]] = NuPI.slots
+
+    def step(self, w: Tensor, g: Tensor, slots: Vector, t: Tensor) -> tuple[Tensor, Vector]:
+        """Take the step; the buffer is ξ."""
+        e = self.ascent(w, g)
+        change = (1 - self.nu) * (e - slots[0])
+        return w - self.lr * (e + self.proportional * change), (slots[0] + change,)
+
+    def momentum_kind(self) -> Momentum:
+        """Return the kind of the two that have a name: no memory, and the optimistic step."""
+        if not self.proportional:
+            return Momentum("momentum")
+        return Momentum("optimistic" if self.proportional == 1 and not self.nu else "unknown")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +270,7 @@ KNOWN: dict[type[Optimizer], Description] = {
     ComplexAdam: Description(ComplexAdamRule),
     Extragradient: Description(ExtragradientRule),
     ExtrapolationFromThePast: Description(PastRule),
+    NuPI: Description(NuPIRule),
     OptimisticSGD: Description(OptimisticSGDRule),
     OptimisticAdam: Description(OptimisticAdamRule),
     **dict.fromkeys((optim.Adadelta, optim.Adagrad, optim.Adamax, optim.ASGD, optim.LBFGS), Description()),

@@ -19,6 +19,7 @@ from lightning_nested.optim import (
     ComplexSGD,
     Extragradient,
     ExtrapolationFromThePast,
+    NuPI,
     OptimisticAdam,
     OptimisticSGD,
 )
@@ -39,6 +40,7 @@ OPTIMIZERS: dict[str, Make] = {
     "complex adam, debiased": lambda p: ComplexAdam(p, lr=0.02, debias=True, weight_decay=0.02),
     "extragradient": lambda p: Extragradient(p, lr=0.1, weight_decay=0.02),
     "past": lambda p: ExtrapolationFromThePast(p, lr=0.1, weight_decay=0.02),
+    "nupi": lambda p: NuPI(p, lr=0.05, proportional=2.0, nu=0.3, weight_decay=0.02),
     "optimistic": lambda p: OptimisticSGD(p, lr=0.1, weight_decay=0.02),
     "optimistic adam": lambda p: OptimisticAdam(p, lr=0.02),
     "maximize": lambda p: SGD(p, lr=0.01, momentum=0.5, maximize=True, weight_decay=0.02),

@@ -17,6 +17,7 @@ from lightning_nested.optim import (
     Extragradient,
     ExtrapolationFromThePast,
     GameOptimizer,
+    NuPI,
     OptimisticAdam,
     OptimisticSGD,
 )
@@ -126,6 +127,17 @@ CASES: tuple[OptimizerCase, ...] = (
         {"lr": 0.2, "weight_decay": 0.1},
         (),
         ("anchor",),
+    ),
+    OptimizerCase(
+        "NuPI",
+        NuPI,
+        {"lr": 0.1, "proportional": 2.0, "nu": 0.3},
+        {"lr": 0.05, "proportional": -0.5, "weight_decay": 0.1},
+        (
+            ({"proportional": math.inf}, r"proportional must be finite"),
+            ({"nu": 1.0}, r"nu must lie in \[0, 1\)\. Got 1\.0"),
+        ),
+        ("smoothed_grad",),
     ),
     OptimizerCase(
         "OptimisticSGD",

@@ -18,6 +18,7 @@ from lightning_nested.optim import (
     ComplexSGD,
     Extragradient,
     ExtrapolationFromThePast,
+    NuPI,
     OptimisticAdam,
     OptimisticSGD,
 )
@@ -45,6 +46,8 @@ WITH_RULE: tuple[tuple[type[Optimizer], dict[str, Any]], ...] = (
     (ComplexAdam, {"lr": 0.1, "debias": True, "phase": 0.0}),
     (Extragradient, {"lr": 0.1}),
     (ExtrapolationFromThePast, {"lr": 0.1}),
+    (NuPI, {"lr": 0.1}),
+    (NuPI, {"lr": 0.1, "proportional": 3.0, "nu": 0.4}),
     (OptimisticSGD, {"lr": 0.1}),
     (OptimisticAdam, {"lr": 0.1}),
     (OptimisticAdam, {"lr": 0.1, "betas": (0.0, 0.9)}),
