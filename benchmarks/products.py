@@ -3,7 +3,7 @@
 Hessian, Gauss-Newton matrix, and differences of gradients, one-sided and central, in float32 and under bfloat16
 autocast. Time is in units of one forward and backward of the same loss in the same precision; memory is the peak of
 live bytes of the preparation and one product, in units of the gradient's; the error is that of a product with the outer
-gradient, to the same product in float64.
+gradient, to the same product in float64. ``--solves`` times whole hypergradients of decays in place of products.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from lightning_nested.hypergradient import (
     FiniteDifferenceOperator,
     GaussNewton,
     Hessian,
+    Neumann,
+    Solution,
+    SolverState,
 )
+from lightning_nested.hypergradient.implicit import implicit_result
+from lightning_nested.hyperparameters import WeightDecay
 from lightning_nested.linalg.operators import LinearOperator
 from lightning_nested.linalg.vectors import Vector, norm
 
@@ -136,23 +141,70 @@ def measure(case: Case, half: bool, arguments: object) -> dict[str, dict[str, ob
     }
 
 
+def measure_solves(case: Case, half: bool, arguments: object) -> dict[str, dict[str, object]]:
+    """Measure hypergradients of one decay for each tensor, by five terms of the series."""
+    problem = Problem(*case, half=half)
+    named = dict(problem.net.named_parameters())
+    decay = WeightDecay(init=0.01, include=["*"])
+    decay.build(named)
+
+    def solve(curvature: Curvature, state: SolverState | None = None) -> Solution:
+        outer = functional.cross_entropy(problem.logits(problem.outer_x), problem.y)
+        return implicit_result(
+            problem.loss if isinstance(curvature, FiniteDifference) else problem.loss(),
+            outer,
+            problem.params,
+            (),
+            solver=Neumann(num_terms=5, step_size=0.1),
+            curvature=curvature,
+            penalties=[decay.linearize(named)],
+            state=state,
+        ).solution
+
+    # The third solve takes the length of the second; lengths are measured at solves 1, 2, 4, 8 and so on.
+    state = solve(FiniteDifference(), solve(FiniteDifference()).state).state
+    calls = {
+        SOLVES[0]: lambda: solve(Hessian()),
+        SOLVES[1]: lambda: solve(FiniteDifference()),
+        SOLVES[2]: lambda: solve(FiniteDifference(), state),
+    }
+    times = interleave(
+        calls,
+        {"gradient": problem.gradient},
+        rounds=arguments.rounds,  # type: ignore[attr-defined]
+        threads=arguments.threads,  # type: ignore[attr-defined]
+    )
+    return {name: {"gradients": times[name].units["gradient"], "products": calls[name]().iterations} for name in calls}
+
+
+SOLVES = ("exact", "differences, first outer step", "differences, later ones")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
     options = parser(__doc__, rounds=5)
     options.add_argument("--only", nargs="*", default=list(NETWORKS), help="networks to measure")
     options.add_argument("--precision", nargs="*", default=["float32", "bfloat16"])
+    options.add_argument("--solves", action="store_true", help="Neumann 5 in place of products")
     arguments = options.parse_args(argv)
     start(arguments)
     before, results, rows = load(), {}, []
     for name in arguments.only:
         for precision in arguments.precision:
             torch.manual_seed(0)
+            if arguments.solves:
+                found = measure_solves(NETWORKS[name](), precision == "bfloat16", arguments)
+                results |= {f"{name}, {precision}, {kind}": entry for kind, entry in found.items()}
+                rows.append([name, precision, *(found[kind]["gradients"].text() for kind in SOLVES)])  # type: ignore[attr-defined]
+                print(*rows[-1], sep=" | ", flush=True)
+                continue
             found = measure(NETWORKS[name](), precision == "bfloat16", arguments)
             results |= {f"{name}, {precision}, {kind}": entry for kind, entry in found.items()}
             sides = found["central"]["sides_by_default"]
             rows.append([name, precision, *(_cell(found[kind]) for kind in KINDS), str(sides)])
             print(*rows[-1], sep=" | ", flush=True)  # the table takes minutes
-    print_table(["network", "precision", *KINDS, "sides by default"], rows)
-    print("\nEach: gradients [quartiles], memory in gradients, error to float64.")
+    print_table(["network", "precision", *(SOLVES if arguments.solves else (*KINDS, "sides by default"))], rows)
+    if not arguments.solves:
+        print("\nEach: gradients [quartiles], memory in gradients, error to float64.")
     report(arguments, results, load_before=before)
     return results
 

@@ -156,7 +156,8 @@ class FiniteDifference(Curvature):
 
 
 def _gradient(loss: Tensor, inputs: Vector) -> Vector:
-    return owned(first_derivative(loss, inputs), inputs, ())
+    # The memory of moved parameters is used again.
+    return owned(first_derivative(loss, inputs), inputs, tuple(inputs))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -54,7 +54,7 @@ def mixed_difference(
         if here.numel() <= _FEW:
             # Where the parameters are in shards, all processes evaluate gradients together, or none does.
             lost = added_up((change.abs() < rounding.abs()).double(), params).flatten() > 0
-            products[i] = _moving_entries(loss, params, v, hparams, i, product, lost.tolist())
+            products[i] = _moving_entries(loss, operator.here, params, v, hparams, i, product, lost.tolist())
         elif float(norm((change,))) < float(norm((rounding,))):
             warnings.warn(
                 f"The mixed derivative of hyperparameter {i} (of shape {tuple(here.shape)}) is below rounding: moving "
@@ -67,6 +67,7 @@ def mixed_difference(
 
 def _moving_entries(
     loss: Callable[[], Tensor],
+    here: Vector | None,
     params: Vector,
     v: Vector,
     hparams: Vector,
@@ -74,7 +75,10 @@ def _moving_entries(
     product: Tensor,
     lost: list[bool],
 ) -> Tensor:
-    """Return ``product`` with the lost entries taken from differences of gradients along the hyperparameter."""
+    """Return ``product`` with the lost entries taken from differences of gradients along the hyperparameter.
+
+    ``here`` is the gradient at its current value, where that is known.
+    """
 
     def gradient() -> Vector:
         return owned(first_derivative(loss(), params, hparams), params, ())
@@ -87,7 +91,8 @@ def _moving_entries(
         direction, home = (unit.view_as(hparam),), hparam.detach().flatten()[entry]
 
         def slope(up: float, down: float, direction: Vector = direction, home: Tensor = home) -> float:
-            ahead, behind = (moved(gradient, (hparam,), direction, move) for move in (up, down))
+            ahead = moved(gradient, (hparam,), direction, up)
+            behind = here if down == 0.0 and here is not None else moved(gradient, (hparam,), direction, down)
             change = double_dot(tuple(a - b for a, b in zip(ahead, behind, strict=True)), v)
             # What the hyperparameter really moved by, after rounding.
             return float(change) / float((home + up) - (home + down))

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_nested.linalg.differences import (
+    OneSided,
     calibrate,
     central_difference,
     coarsest_epsilon,
     first_length,
-    one_sided_difference,
 )
 from lightning_nested.linalg.graph import (
     Pushforward,
@@ -165,6 +165,8 @@ class FiniteDifferenceOperator(LinearOperator):
                 "sides=1 needs here, the gradient at the parameters. Got None; give it, or sides=2."
             )
         self.gradient, self.like, self.here, self._wanted = gradient, params, here, sides
+        self._one_sided = None if here is None else OneSided(gradient, params, here)
+        self._room: list[Tensor] = []
         self.calibrates, self.sides, self.error = epsilon is None, sides or 2, math.nan
         rounding = coarsest_epsilon(params) if rounding is None else rounding
         self._guesses = {sides: first_length(rounding, sides=sides) for sides in (1, 2)}
@@ -180,7 +182,7 @@ class FiniteDifferenceOperator(LinearOperator):
     def resume(self, length: float, sides: int) -> None:
         """Take the length of an earlier calibration."""
         sides = self._wanted or sides
-        self.sides, self.length = (1, length) if sides == 1 and self.here is not None else (2, length)
+        self.sides, self.length = (1, length) if sides == 1 and self._one_sided is not None else (2, length)
         self._guesses[self.sides] = length
 
     def calibrate(self, v: Vector) -> float:
@@ -189,8 +191,8 @@ class FiniteDifferenceOperator(LinearOperator):
         for sides in (1, 2) if self._wanted is None else (self._wanted,):
             if sides == 1 and not (self._may_be_one_sided or self._wanted == 1):
                 continue
-            here = self.here if sides == 1 else None
-            found = calibrate(self.gradient, self.like, v, self._guesses[sides], here)
+            one_sided = self._one_sided if sides == 1 else None
+            found = calibrate(self.gradient, self.like, v, self._guesses[sides], one_sided)
             if sides == 2 or self._wanted == 1 or found.error <= _ONE_SIDED:
                 break
         self.sides, self.length, self.error = sides, found.length, found.error
@@ -203,9 +205,9 @@ class FiniteDifferenceOperator(LinearOperator):
         known, self._known = self._known, None
         if known is not None and all(map(torch.equal, v, known[0])):
             return known[1]
-        if self.sides == 1 and self.here is not None:
-            return one_sided_difference(self.gradient, self.like, v, self.length, self.here)
-        return central_difference(self.gradient, self.like, v, self.length)
+        if self.sides == 1 and self._one_sided is not None:
+            return self._one_sided(v, self.length)
+        return central_difference(self.gradient, self.like, v, self.length, self._room)
 
 
 # Relative: the error up to which one gradient a product is preferred to two.

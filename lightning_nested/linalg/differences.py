@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.shards import in_shards, parts
-from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_, slope_
+from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, follow_, norm, scale_, slope_
 
 _RUNG = 4.0  # ratio of successive lengths
 _RUNGS = 12  # at most, in one direction: lengths a factor of 10⁷ away
@@ -43,41 +43,91 @@ def coarsest_epsilon(params: Vector, loss: Tensor | None = None) -> float:
     return float(max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point))
 
 
-def central_difference(function: Callable[[], Vector], params: Vector, v: Vector, length: float) -> Vector:
-    """Derivative of ``function`` along v at the parameters' current values, moving them by ``length``."""
+def central_difference(
+    function: Callable[[], Vector], params: Vector, v: Vector, length: float, room: list[Tensor] | None = None
+) -> Vector:
+    """Derivative of ``function`` along v at the parameters' current values, moving them by ``length``.
+
+    ``room``: see :func:`moved`.
+    """
     size = float(norm(v))
     if size == 0.0:
         return tuple(torch.zeros_like(a) for a in function())
     epsilon = length / size
-    forward, backward = (moved(function, params, v, move) for move in (epsilon, -epsilon))
-    return tuple((a - b) / (2 * epsilon) for a, b in zip(forward, backward, strict=True))
+    forward, backward = (moved(function, params, v, move, room) for move in (epsilon, -epsilon))
+    return tuple((a - b).div_(2 * epsilon) for a, b in zip(forward, backward, strict=True))
 
 
-def one_sided_difference(
-    function: Callable[[], Vector], params: Vector, v: Vector, length: float, here: Vector
-) -> Vector:
-    """Derivative of ``function``, which is ``here`` at the parameters' current values, along v by one evaluation.
+class OneSided:
+    """Derivatives of a function along one direction after another, by one evaluation each.
 
-    ``function`` must return tensors that may be overwritten.
+    New memory costs as much as the arithmetic, so that it is kept between evaluations. Differences are divided by powers
+    of two, which is exact: the same multiple of g(w) then serves many of them, and moves are at most 1.5 times as long
+    as asked for, or as short.
+
+    Args:
+        function: Returns g at the parameters' current values, in tensors that may be overwritten.
+        params: Parameters that are moved.
+        here: g(w).
     """
-    size = float(norm(v))
-    if size == 0.0:
-        return tuple(torch.zeros_like(a) for a in here)
-    ahead = moved(function, params, v, length / size)
-    return slope_(ahead, here, size / length)
+
+    def __init__(self, function: Callable[[], Vector], params: Vector, here: Vector) -> None:
+        self._function, self._params, self._here = function, params, here
+        self._room: list[Tensor] = []
+        # −g(w)·factor; fp16 has no range for it.
+        self._factor, self._scaled = 0.0, here
+        self._wide = all(a.element_size() >= 4 for a in here)
+
+    def __call__(self, v: Vector, length: float) -> Vector:
+        """Return (g(w + εv) − g(w))/ε with ε‖v‖ about ``length``."""
+        size = float(norm(v))
+        if size == 0.0:
+            return tuple(torch.zeros_like(a) for a in self._here)
+        factor = _power_of_two(size / length)
+        if factor != self._factor:
+            self._factor, self._scaled = 0.0, ()  # freed while the function needs memory
+        ahead = moved(self._function, self._params, v, 1.0 / factor, self._room)
+        if not self._wide:
+            return slope_(ahead, self._here, factor)
+        if factor != self._factor:
+            self._factor, self._scaled = factor, tuple(a * -factor for a in self._here)
+        return follow_(ahead, factor, self._scaled)
 
 
-def moved(function: Callable[[], Vector], params: Vector, v: Vector, epsilon: float) -> Vector:
+def _power_of_two(number: float) -> float:
+    """Return the nearest power of two; the number itself where there is none."""
+    if not 1e-300 < number < 1e300:
+        return number
+    return math.ldexp(1.0, round(math.log2(number)))
+
+
+def moved(
+    function: Callable[[], Vector],
+    params: Vector,
+    v: Vector,
+    epsilon: float,
+    room: list[Tensor] | None = None,
+) -> Vector:
     """Return ``function()`` at w + εv; the parameters move through ``.data``, so graphs that hold them stay valid.
 
     Shards move in place, which is where they are gathered from: who evaluates them must have them gathered again.
+
+    Args:
+        function: See above.
+        params: w.
+        v: Direction.
+        epsilon: ε.
+        room: Memory for w + εv, filled by the first call and kept for the next; None: new memory.
     """
     if in_shards(params):
         return _moved_shards(function, params, v, epsilon)
     home = [p.data for p in params]
+    places = room or [None] * len(home)
     try:
-        for p, here, direction in zip(params, home, v, strict=True):
-            p.data = here.add(direction.to(here.dtype), alpha=epsilon)
+        for p, here, direction, place in zip(params, home, v, places, strict=True):
+            p.data = torch.add(here, direction.detach().to(here.dtype), alpha=epsilon, out=place)
+        if room == []:
+            room.extend(p.data for p in params)
         # Inside autocast, forward passes reuse casts of the weights that an earlier one made.
         torch.clear_autocast_cache()
         return function()
@@ -120,7 +170,11 @@ class Calibrated:
 
 
 def calibrate(
-    function: Callable[[], Vector], params: Vector, v: Vector, start: float, here: Vector | None = None
+    function: Callable[[], Vector],
+    params: Vector,
+    v: Vector,
+    start: float,
+    one_sided: OneSided | None = None,
 ) -> Calibrated:
     """Find a length at which truncation and rounding of a difference along v nearly balance.
 
@@ -133,19 +187,21 @@ def calibrate(
         params: Parameters that are moved.
         v: Direction, of any length.
         start: First length.
-        here: The gradient at these values, for one-sided differences; None: central ones.
+        one_sided: Differences of the function; None: central ones.
     """
     size = float(norm(v))
     if size == 0.0 or not math.isfinite(size):
         return Calibrated(length=start)
     unit = scale_(tuple(a.clone() for a in v), 1.0 / size)
 
-    def difference(length: float) -> Vector:
-        if here is None:
-            return central_difference(function, params, unit, length)
-        return one_sided_difference(function, params, unit, length, here)
+    room: list[Tensor] = []
 
-    ladder = _Ladder(difference, start, _RUNG ** (2 if here is None else 1))
+    def difference(length: float) -> Vector:
+        if one_sided is None:
+            return central_difference(function, params, unit, length, room)
+        return one_sided(unit, length)
+
+    ladder = _Ladder(difference, start, _RUNG ** (2 if one_sided is None else 1))
     shorter, product = ladder.disagreement(-1), ladder.extrapolated(-1)
     longer = ladder.disagreement(0)
     rung, best = (-1, shorter) if shorter <= longer else (0, longer)
@@ -153,7 +209,7 @@ def calibrate(
     if best > _ENOUGH:
         # Where both lengths are useless: beyond the valley gradients are far away, and D keeps its direction. One-sided
         # differences keep some of it in rounding too, that of g(w), and nearly all of their length is useless then.
-        useless, kept = (0.5, 0.3) if here is None else (0.85, 0.65)
+        useless, kept = (0.5, 0.3) if one_sided is None else (0.85, 0.65)
         down = ladder.cosine(0) > kept if min(shorter, longer) > useless else shorter <= longer
         step, rung = (-1, -1) if down else (1, 0)
         best, here_rung = ladder.disagreement(rung), rung

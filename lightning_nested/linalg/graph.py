@@ -84,21 +84,60 @@ def refuse_sparse(gradient: Sequence[Tensor | None]) -> None:
 
 def graph_nodes(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
     """Yield every operation in the graphs of ``tensors``, once."""
-    seen: set[Node] = set()
-    stack = [a.grad_fn for a in tensors if a is not None]
+    stack = list(dict.fromkeys(a.grad_fn for a in tensors if a is not None and a.grad_fn is not None))
+    seen: set[Node] = set(stack)
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
         yield node
-        stack.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
 
 
 def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
     """Yield the tensors whose gradients the graph of a loss accumulates."""
     leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
     return (leaf for leaf in leaves if leaf is not None)
+
+
+def graph_bytes(loss: Tensor, others: Iterable[Tensor] = ()) -> int | None:
+    """Return the bytes that the graph of a loss keeps for derivatives, but the memory of ``others``, parameters say.
+
+    What a checkpointed layer computes again counts nothing, and nothing is computed again here. None: torch is too old
+    to tell.
+
+    >>> x = torch.ones(100, requires_grad=True)
+    >>> graph_bytes(x.exp().sum(), [x])  # the values of exp, in float32
+    400
+    """
+    if not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):
+        return None
+    apart = {x.untyped_storage().data_ptr() for x in others}
+    held: dict[int, int] = {}
+    for node in graph_nodes([loss]):
+        for x in _saved_tensors(node):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in apart:
+                held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
+
+
+def _saved_tensors(node: Node) -> Iterator[Tensor]:
+    """Yield what an operation keeps, as hooks have packed it, and the inputs of a checkpointed layer that it is in."""
+    for name in dir(node):
+        if not name.startswith("_raw_saved_"):
+            continue
+        found: Any = getattr(node, name)
+        saved = list(found) if isinstance(found, (list, tuple)) else [found]
+        for one in list(saved):
+            # torch.utils.checkpoint keeps the inputs beside the graph.
+            for cell in getattr(one.unpack_hook, "__closure__", None) or ():
+                saved += getattr(cell.cell_contents, "saved_args", ())
+        for one in saved:
+            tensor = getattr(one, "data", None)
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                yield tensor
 
 
 def depends_on_others(loss: Tensor, params: Sequence[Tensor]) -> bool:
@@ -117,11 +156,10 @@ HIDDEN = (
 
 def hides_layers(loss: Tensor) -> bool:
     """Return True if reentrant checkpointing keeps layers of a loss out of its graph."""
-    return any(_is_reentrant(node) for node in graph_nodes([loss]))
+    return any(node.name() == _REENTRANT_NODE for node in graph_nodes([loss]))
 
 
-def _is_reentrant(node: Node) -> bool:
-    return node.name() == "CheckpointFunctionBackward"
+_REENTRANT_NODE = "CheckpointFunctionBackward"
 
 
 def refuse_wrong_derivatives(tensors: Iterable[Tensor | None], *, once_differentiable: bool = True) -> None:
@@ -136,13 +174,12 @@ def refuse_wrong_derivatives(tensors: Iterable[Tensor | None], *, once_different
         DoubleBackwardError: Reentrant checkpointing hides layers; ``weight_norm`` of torch, whose second derivative
             takes the norms as constants.
     """
-    for node in graph_nodes(tensors):
-        name = node.name()
+    for name in dict.fromkeys(node.name() for node in graph_nodes(tensors)):
         if once_differentiable and name.endswith("Error"):
             raise RuntimeError(
                 "an operation marked once_differentiable: differentiate twice is not implemented."
             )
-        if _is_reentrant(node):
+        if name == _REENTRANT_NODE:
             raise DoubleBackwardError(HIDDEN)
         if name.startswith("WeightNormInterfaceBackward"):
             raise DoubleBackwardError(

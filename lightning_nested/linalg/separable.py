@@ -69,7 +69,8 @@ def separate(gradient: Vector, params: Vector) -> Separated | None:
                 owners.append(i)
     if not alone:
         return None
-    ones = [torch.ones_like(params[i]) for i, _ in alone]
+    # One number seen as many: nothing of the parameters' size is filled or read.
+    ones = [params[i].new_ones(()).expand_as(params[i]) for i, _ in alone]
     try:
         found = torch.autograd.grad(
             [edge for _, edge in alone], params, ones, retain_graph=True, allow_unused=True

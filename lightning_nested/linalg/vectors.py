@@ -40,10 +40,11 @@ def double_dot(u: Vector, v: Vector) -> Tensor:
         # Pieces that stay in cache when they are converted.
         pieces = ((torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE)) for a, b in pairs)
         pairs = (pair for piece in pieces for pair in zip(*piece, strict=True))
-    return added_up(torch.stack([(a.to(wide) * b.to(wide)).sum() for a, b in pairs]).sum(), u)
+    flat = [torch.dot(a.reshape(-1).to(wide), b.reshape(-1).to(wide)) for a, b in pairs]
+    return added_up(torch.stack(flat).sum(), u)
 
 
-_PIECE = 1 << 14
+_PIECE = 1 << 15
 
 
 def norm(v: Vector) -> Tensor:
@@ -78,6 +79,11 @@ def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
     return u
 
 
+def added(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
+    """Return u + αv in tensors of its own."""
+    return tuple(a.add(b, alpha=alpha) for a, b in zip(u, v, strict=True))
+
+
 def scale_(u: Vector, alpha: float) -> Vector:
     """u ← αu in place; returns u."""
     own = parts(u)
@@ -86,6 +92,15 @@ def scale_(u: Vector, alpha: float) -> Vector:
     else:
         for a in own:
             a.mul_(alpha)
+    return u
+
+
+def follow_(u: Vector, alpha: float, v: Vector) -> Vector:
+    """u ← αu + v in place, in one pass over memory; returns u."""
+    if _fused(u):
+        return add_(scale_(u, alpha), v)
+    for a, b in zip(parts(u), parts(v), strict=True):
+        torch.add(b.detach(), a, alpha=alpha, out=a)
     return u
 
 

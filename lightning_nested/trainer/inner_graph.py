@@ -42,6 +42,7 @@ class InnerGraph:
     ) -> None:
         self._module, self._curvature, self._method = module, curvature, method
         self.losses: list[Tensor] = []
+        self.measured = False  # whether the memory of a graph was looked at
         self._repeats: list[Callable[[], Tensor]] = []
         self._outputs: list[Tensor] = []
         # Repeats the evaluation that is being observed.

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lightning_nested.hypergradient import Curvature
 from lightning_nested.hyperparameters.shared_adam import SharedAdam
+from lightning_nested.linalg.graph import graph_bytes
 from lightning_nested.linalg.shards import parts
+from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.outer_plan import OuterPlan, needs_graph
 
 
@@ -78,6 +80,31 @@ def tell_plan(
     rank_zero_info(line)
 
 
+def tell_graphs(owner: str, trainer: Trainer, plan: OuterPlan, graph: InnerGraph, loss: Tensor) -> None:
+    """Say once in a fit what the graphs hold that an outer step keeps, measured on the loss of the first batch.
+
+    Args:
+        owner: Class name in the message.
+        trainer: Trainer of the run.
+        plan: Plan of the run.
+        graph: Graphs of its outer steps.
+        loss: Loss of a batch with its graph.
+    """
+    batches = trainer.accumulate_grad_batches
+    if graph.measured:
+        return
+    graph.measured = True
+    if batches == 1 or not needs_graph(plan, graph.curvature_in_use):
+        return
+    module = trainer.lightning_module
+    found = graph_bytes(loss, [*module.parameters(), *module.buffers(), *plan.outer.tensors])
+    if found:
+        rank_zero_info(
+            f"{owner}: the graph of the first batch holds {_sized(found)}, so that an outer step holds about "
+            f"{_sized(batches * found)} of graphs."
+        )
+
+
 def memory_line(parts: Mapping[str, int]) -> str:
     """Describe memory by its parts, largest first, after a semicolon; parts below a hundredth are left out.
 
@@ -87,13 +114,22 @@ def memory_line(parts: Mapping[str, int]) -> str:
     total = sum(parts.values())
     if not total:
         return ""
-    size, unit = next(((s, u) for s, u in _UNITS if total >= s), _UNITS[-1])
+    size, _ = _unit(total)
     ordered = sorted(parts.items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {_short(n / size)}" for name, n in ordered if n > 0.01 * total)
-    return f"; holds {_short(total / size)} {unit}" + (f": {shown}" if shown else "")
+    return f"; holds {_sized(total)}" + (f": {shown}" if shown else "")
 
 
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+def _unit(total: int) -> tuple[int, str]:
+    return next(((s, u) for s, u in _UNITS if total >= s), _UNITS[-1])
+
+
+def _sized(total: int) -> str:
+    size, unit = _unit(total)
+    return f"{_short(total / size)} {unit}"
 
 
 def _short(number: float) -> str:

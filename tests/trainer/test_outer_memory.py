@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import HypergradientCallback
@@ -20,6 +22,7 @@ from lightning_nested.hypergradient import (
     Nystrom,
 )
 from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.linalg.graph import graph_bytes
 from lightning_nested.trainer.outer_memory import memory_line, outer_memory
 from tests.callbacks.tuned_regression import Regression, data
 from tests.trainers import trainer
@@ -127,3 +130,46 @@ def test_graphs_that_accumulation_keeps_are_told(
     fit.fit(Regression(net()), DataLoader(data(16, 1), 4), DataLoader(data(8, 2), 8))
     assert callback.outer_steps == 1
     assert ("graphs of all 4 accumulated batches" in caplog.text) is kept
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_bytes_of_a_graph_are_those_that_autograd_saves(checkpointed: bool) -> None:
+    network, x = net(), torch.randn(64, 5, dtype=torch.float64)
+    calls, saved = [], {}
+
+    def body(inputs: Tensor) -> Tensor:
+        calls.append(1)
+        return network(inputs)
+
+    def loss() -> Tensor:
+        hidden = checkpoint(body, x, use_reentrant=False) if checkpointed else body(x)
+        return hidden.exp().square().mean()
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hooked = loss()
+    for p in network.parameters():
+        saved.pop(p.data_ptr(), None)
+    assert graph_bytes(hooked, network.parameters()) == sum(saved.values())
+    calls.clear()
+    assert graph_bytes(loss(), network.parameters()) == sum(saved.values())
+    # Nothing was computed again to be counted.
+    assert len(calls) == 1
+
+
+def test_bytes_of_kept_graphs_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 512), nn.Tanh(), nn.Linear(512, 1)).double()
+    callback = HypergradientCallback(
+        WeightDecay(), every_n_steps=1, warmup_steps=1, solver=Neumann(num_terms=1), at=Current()
+    )
+    fit = trainer(callback, accumulate_grad_batches=4, max_epochs=2)
+    fit.fit(Regression(network), DataLoader(data(80, 1), 20), DataLoader(data(8, 2), 8))
+    # Inputs, outputs of tanh, predictions and labels, and what the loss keeps: of 20 examples in float64.
+    told = re.findall(r"first batch holds (\d+) kB, so that an outer step holds about (\d+) kB", caplog.text)
+    (one, four) = map(int, *told)
+    assert 8 * 20 * (5 + 512) / 1000 <= one <= 8 * 20 * (5 + 512 + 8) / 1000 + 1
+    assert four == pytest.approx(4 * one, abs=4)

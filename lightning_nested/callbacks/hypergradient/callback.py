@@ -17,6 +17,7 @@ from lightning_nested.callbacks.hypergradient.checks import check_settings, warn
 from lightning_nested.callbacks.hypergradient.inner_parameters import named_parameters
 from lightning_nested.callbacks.hypergradient.outer_step import (
     backward_or_differences,
+    before_backward,
     give_back_saved,
     prepare_step,
     try_outer_step,
@@ -27,7 +28,6 @@ from lightning_nested.hyperparameters.module_tensors import as_hyperparameters
 from lightning_nested.hyperparameters.outer_optimizer import default_outer_optimizer
 from lightning_nested.hyperparameters.shared_adam import refuse_shrink
 from lightning_nested.trainer.attributes import attach_hyperparameters, replace_placeholders, take_out
-from lightning_nested.trainer.forecast import expect_loss
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.inner_problem import modules_outer_loss
 from lightning_nested.trainer.lightning import accumulates
@@ -240,7 +240,7 @@ class HypergradientCallback(OuterLoopCallback):
         outer_loss = partial(self.outer_loss, trainer, pl_module)
         if not self.outer_loop.parameters:  # lazy ones, which the first forward has made
             self._collect(trainer, pl_module)
-        expect_loss(self.plan.forecast, loss, trainer.accumulate_grad_batches)
+        before_backward(trainer, self.plan, self._inner, loss)
         self._options.observe(trainer, pl_module, loss, self.plan)
         # LBFGS calls the closure many times: its first evaluation is at the point where the step begins.
         if self._attempted or not self._is_due(trainer):

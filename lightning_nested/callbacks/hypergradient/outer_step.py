@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from lightning_nested.linalg.graph import DoubleBackwardError, explain_double_backward
 from lightning_nested.trainer.find_hypergradient import find_hypergradient
+from lightning_nested.trainer.forecast import expect_loss
 from lightning_nested.trainer.inner_graph import InnerGraph
 from lightning_nested.trainer.lightning import loss_scale, skips_step
 from lightning_nested.trainer.option_tuner import OptionTuner
 from lightning_nested.trainer.outer_loop import OuterLoop
 from lightning_nested.trainer.outer_loss import evaluate_outer
+from lightning_nested.trainer.outer_memory import tell_graphs
 from lightning_nested.trainer.outer_plan import OuterPlan
 from lightning_nested.trainer.self_check import SelfCheck
 
@@ -73,6 +75,19 @@ def backward_or_differences(
                 else:
                     p.grad.copy_(gradient)
         backward(loss, *args, **kwargs)
+
+
+def before_backward(trainer: Trainer, plan: OuterPlan, graph: InnerGraph, loss: Tensor) -> None:
+    """Look at a training loss whose backward pass comes.
+
+    Args:
+        trainer: Trainer of the run.
+        plan: Plan of the run, whose statistics expect the loss.
+        graph: Graphs of its outer steps.
+        loss: Loss of a batch with its graph.
+    """
+    expect_loss(plan.forecast, loss, trainer.accumulate_grad_batches)
+    tell_graphs("HypergradientCallback", trainer, plan, graph, loss)
 
 
 def try_outer_step(

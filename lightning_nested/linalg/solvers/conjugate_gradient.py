@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import torch
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator, as_operator
 from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution
-from lightning_nested.linalg.vectors import Vector, add_, clone, dot, norm, scale_, zeros_like
+from lightning_nested.linalg.vectors import Vector, add_, clone, dot, follow_, norm, zeros_like
 
 
 @checked
@@ -61,11 +62,11 @@ class ConjugateGradient(InverseSolver):
         z = r if inverse is None else inverse @ r
         p = clone(z)
         rz, residual = system.number(dot(r, z)), system.number(norm(r))
+        pp = rz if inverse is None else system.number(dot(p, p))
         curvature, status, stepped = math.nan, "truncated", False
         for _ in range(self.max_iterations):
             if residual <= self.tolerance * system.size or residual == 0.0:
                 break
-            pp = system.number(dot(p, p))
             if rz <= 0.0 or pp == 0.0:
                 if inverse is None and stepped:  # the squares underflow
                     break
@@ -80,11 +81,12 @@ class ConjugateGradient(InverseSolver):
             step, stepped = rz / pq, True
             add_(x, p, alpha=step)
             add_(r, q, alpha=-step)
-            residual = system.finite(norm(r), "The residual of conjugate gradient")
             z = r if inverse is None else inverse @ r
             rz, previous = system.number(dot(r, z)), rz
-            scale_(p, rz / previous)
-            add_(p, z)
+            residual = _residual(system, r, rz if inverse is None else None)
+            follow_(p, rz / previous, z)
+            # The step was such that r is orthogonal to the last p.
+            pp = rz + (rz / previous) ** 2 * pp if inverse is None else system.number(dot(p, p))
         if residual <= self.tolerance * system.size:
             status = "converged"
         elif status == "negative_curvature" and not stepped:
@@ -121,3 +123,11 @@ class ConjugateGradient(InverseSolver):
                 else "the preconditioner M is not positive definite; add damping to it."
             )
         )
+
+
+def _residual(system: LinearSystem, r: Vector, square: float | None) -> float:
+    """Return ‖r‖, by its square where that is known and far from the ends of the dtype's range."""
+    ends = torch.finfo(r[0].dtype)
+    if square is not None and ends.tiny / ends.eps**2 < square < ends.max:
+        return math.sqrt(square)
+    return system.finite(norm(r), "The residual of conjugate gradient")

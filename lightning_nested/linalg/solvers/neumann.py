@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.shards import shard_like
 from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution, SolverState
-from lightning_nested.linalg.vectors import Vector, add_, clone, dot, double_dot, norm, scale_, zeros_like
+from lightning_nested.linalg.vectors import Vector, add_, added, clone, dot, double_dot, norm, scale_, zeros_like
 
 
 @checked
@@ -92,7 +92,7 @@ class Neumann(InverseSolver):
     def _series(self, system: LinearSystem, first: Vector, step_size: float) -> Solution:
         """α Σ (I − αA)ᵏ of ``first``."""
         operator, size, number = system.operator, system.size, system.number
-        term, total = clone(first), clone(first)  # v, p
+        term, total = first, first  # v, p; not written to
         squared = number(dot(term, term))
         noise = (_NOISE * torch.finfo(first[0].dtype).eps * size) ** 2
         curvature, status, count, probes = math.nan, "truncated", 0, 0
@@ -101,7 +101,7 @@ class Neumann(InverseSolver):
         for count in range(1, self.num_terms + 1):
             product, last = operator @ term, count == self.num_terms
             along = dot(term, product) if last else None
-            add_(term, product, alpha=-step_size)
+            term = (add_ if count > 1 else added)(term, product, alpha=-step_size)
             next_squared = system.finite(dot(term, term), "A term of the Neumann series")
             grows = next_squared > squared * (1.0 + _GROWTH) and next_squared > noise
             small = math.sqrt(next_squared) <= max(self.tolerance * size, math.sqrt(noise))
@@ -122,13 +122,13 @@ class Neumann(InverseSolver):
                 status = "negative_curvature"
                 if next_squared > size * size:
                     break
-            add_(total, term)
+            total = (add_ if count > 1 else added)(total, term)
             squared = next_squared
             if small:
                 status = "converged" if status == "truncated" else status
                 break
         return Solution(
-            x=scale_(total, step_size),
+            x=scale_(clone(first) if total is first else total, step_size),
             residual=math.sqrt(squared) / size,
             iterations=count + probes,
             curvature=curvature,
