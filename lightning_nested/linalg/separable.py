@@ -55,12 +55,15 @@ def separate(gradient: Vector, params: Vector) -> Separated | None:
     """
     if not all(p.is_leaf for p in params):
         return None
-    search = _Search(params)
+    terms, search = list(map(_terms, gradient)), _Search(params)
+    # Most losses have none, and their graphs are not searched.
+    if not any(search.may_act_alone(edge.node, i) for i, found in enumerate(terms) for edge in found):
+        return None
     edges: list[GradientEdge] = []
     owners: list[int] = []
     alone: list[tuple[int, GradientEdge]] = []
-    for i, g in enumerate(gradient):
-        for edge in _terms(g):
+    for i, of_parameter in enumerate(terms):
+        for edge in of_parameter:
             kind = search.acts_alone(edge.node, i)
             if kind:
                 alone.append((i, edge))
@@ -111,6 +114,12 @@ class _Search:
         self._shapes = [tuple(p.shape) for p in params]
         self._reaching: dict[Node, bool] = {}
 
+    def may_act_alone(self, node: Node, owner: int) -> bool:
+        """Return True if an operation is a parameter, or pointwise and of the shape of the parameter ``owner``."""
+        if id(getattr(node, "variable", None)) in self._index:
+            return True
+        return _shape(node) == self._shapes[owner] and _POINTWISE.fullmatch(node.name()) is not None
+
     def acts_alone(self, node: Node, owner: int) -> bool | None:
         """Return whether a term acts on each weight of a parameter alone; None if it leads to no parameter."""
         if not self._reaches(node):
@@ -125,7 +134,7 @@ class _Search:
                 if leaf != owner:
                     return False
                 continue
-            if _shape(node) != self._shapes[owner] or not _POINTWISE.fullmatch(node.name()):
+            if not self.may_act_alone(node, owner):
                 return False
             following = {child for child, _ in node.next_functions if child is not None} - seen
             seen |= following

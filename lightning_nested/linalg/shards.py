@@ -28,10 +28,12 @@ def in_shards(v: Sequence[Tensor | None]) -> bool:
     return bool(v) and is_shard(v[0])
 
 
-@torch.no_grad()
 def parts(v: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return what this process holds of a vector, as views: the vector itself where it is not in shards."""
-    return [a.to_local() if is_shard(a) else a for a in v] if in_shards(v) else v
+    if not in_shards(v):
+        return v
+    with torch.no_grad():
+        return [a.to_local() if is_shard(a) else a for a in v]
 
 
 def added_up(sums: Tensor, v: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_nested.hypergradient import Curvature
 from lightning_nested.hyperparameters.shared_adam import SharedAdam
@@ -70,6 +70,13 @@ def tell_plan(
         line += (
             f" Each outer step also keeps the graphs of all {batches} accumulated batches up to the last one, for "
             "second derivatives: FiniteDifference() keeps none."
+        )
+    # As benchmarks/products.py measured.
+    slow = any(isinstance(m, nn.LSTM) for m in trainer.lightning_module.modules())
+    if slow and plan.solver.needs_operator and curvature is None:
+        line += (
+            " The network has an nn.LSTM, whose exact products cost about four gradients each: "
+            "curvature=FiniteDifference() forms them for little more than one, right to about 0.001."
         )
     try_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if pace is not None and pace.outer_steps == 0 and not try_out:

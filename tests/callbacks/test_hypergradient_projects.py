@@ -82,8 +82,11 @@ def test_a_script_with_every_switch_and_its_second_half(gpt: Any, tmp_path: Path
     assert moved(second)
 
 
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@compiler
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_script_compiled(gpt: Any, precision: str, tmp_path: Path) -> None:
     if precision == "bf16-mixed" and "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
@@ -178,10 +181,21 @@ class _Newton:
 
 
 @pytest.mark.slow
-def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(gpt: Any) -> None:
-    """In float64, at the end of training, with every switch on: each tensor's decay moved up and down.
+@pytest.mark.parametrize(
+    ("compiled", "precision", "error"),
+    [
+        (False, "64-true", 1e-3),
+        pytest.param(True, "64-true", 1e-3, marks=compiler),
+        pytest.param(True, "bf16-mixed", 0.1, marks=compiler),
+    ],
+)
+def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(
+    gpt: Any, compiled: bool, precision: Any, error: float
+) -> None:
+    """At the end of training, with every switch on: each tensor's decay moved up and down.
 
-    A large ε makes one diagonal of AdamW's, whose own derivative the formula leaves out. Norms and embeddings stay as
+    Fused attention has no second derivative, and a network compiled by Inductor has none: products are differences.
+    Half precision is right to a tenth. A large ε makes one diagonal of AdamW's, whose own derivative the formula leaves out. Norms and embeddings stay as
     they are: a network that may shrink its embeddings under a norm has no minimum to speak of.
     """
     eps, decay, step = 1e4, 0.05, 1e-3
@@ -200,7 +214,9 @@ def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(gpt: 
     train, val, _ = gpt.loaders(8 + 32 * 4 + 1, 8, 8, 8 + 8 * 8 + 1)
     batches, (held_out,) = list(train), list(val)
     assert len(batches) == 4
+    torch.compiler.reset()
     module = Double(width=4, depth=1, context=8).double()
+    network = module.network
     for embedding in (module.network.tokens, module.network.positions):
         nn.init.normal_(embedding.weight)
     for name, p in module.named_parameters():
@@ -210,7 +226,11 @@ def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(gpt: 
     with sdpa_kernel(SDPBackend.MATH):
         trained = _Newton(module, torch.cat(batches), decays)
 
-    module.network.checkpointing = True
+    network.checkpointing = True
+    if compiled:
+        module.network = torch.compile(network)
+    if precision == "bf16-mixed":
+        module.float()
     callback = HypergradientCallback(
         WeightDecay(init=decay / eps, include=["*"]),
         at=Current(),
@@ -220,13 +240,17 @@ def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(gpt: 
         every_n_steps=10,
     )
     average = EMAWeightAveraging(decay=0.9)
-    fit = trainer(callback, average, max_epochs=3, accumulate_grad_batches=4, gradient_clip_val=1.0)
+    fit = trainer(
+        callback, average, max_epochs=3, accumulate_grad_batches=4, gradient_clip_val=1.0, precision=precision
+    )
     fit.fit(module, train, val)
     assert callback.outer_steps == 1
     values = torch.stack([value.double() for value in callback.values().values()])
     found = -(values * eps / decay).log()
 
     truth, names = [], [name for name, p in module.named_parameters() if p.requires_grad]
+    module.network = network.double()
+    network.checkpointing = False
     # Matrices come first in the optimizer.
     for i in map(names.index, callback.outer.decays[0].parameter_names):
         losses = []
@@ -236,4 +260,6 @@ def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(gpt: 
             trained.again(moved)
             losses.append(float(module.loss(held_out)))
         truth.append((losses[0] - losses[1]) / (2 * step))
-    torch.testing.assert_close(found, torch.tensor(truth, dtype=torch.float64), rtol=1e-3, atol=1e-6)
+    expected = torch.tensor(truth, dtype=torch.float64)
+    print("RESULT", compiled, precision, found, expected, float((found - expected).norm() / expected.norm()))
+    assert float((found - expected).norm()) <= error * float(expected.norm())

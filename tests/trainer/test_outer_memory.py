@@ -173,3 +173,34 @@ def test_bytes_of_kept_graphs_are_told(caplog: pytest.LogCaptureFixture) -> None
     (one, four) = map(int, *told)
     assert 8 * 20 * (5 + 512) / 1000 <= one <= 8 * 20 * (5 + 512 + 8) / 1000 + 1
     assert four == pytest.approx(4 * one, abs=4)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over the inputs one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(x.unsqueeze(-1))[0][:, -1])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "told"),
+    [
+        (Recurrent, {"solver": Neumann(num_terms=1)}, True),
+        (Recurrent, {"solver": Neumann(num_terms=1), "curvature": FiniteDifference()}, False),
+        (Recurrent, {}, False),  # the default forms no products
+        (Recurrent, {"at": Current()}, True),  # here Neumann() is
+        (net, {"solver": Neumann(num_terms=1)}, False),
+    ],
+)
+def test_the_cheaper_products_of_an_lstm_are_told(
+    network: Any, options: dict[str, Any], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = HypergradientCallback(WeightDecay(), every_n_steps=1, warmup_steps=0, **options)
+    loaders = DataLoader(data(8, 1), 8), DataLoader(data(8, 2), 8)
+    trainer(callback, max_steps=1).fit(Regression(network().double()), *loaders)
+    assert ("nn.LSTM" in caplog.text) is told
