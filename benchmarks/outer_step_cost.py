@@ -70,7 +70,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Spread]:
     warnings.simplefilter("ignore")
     parts: dict[str, list[float]] = {
         name: []
-        for name in ("an outer step", "its solve", "outer loss and gradient", "training gradient with its graph", "all else")
+        for name in (
+            "an outer step",
+            "its solve",
+            "outer loss and gradient",
+            "training gradient with its graph",
+            "step of the outer optimizer",
+            "all else",
+        )
     }
     plain, least = [], []
     for _ in range(arguments.rounds):
@@ -93,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Spread]:
         # Without the first steps and their checks.
         found, solve, outer, graph, apply = (times[20:] for times in taken)
         whole = [a + b for a, b in zip(found, apply, strict=True)]
-        rest = [w - s - o - g for w, s, o, g in zip(whole, solve, outer, graph, strict=True)]
-        for name, values in zip(parts, (whole, solve, outer, graph, rest), strict=True):
+        known = (solve, outer, graph, apply)
+        rest = [all_ - sum(each) for all_, *each in zip(whole, *known, strict=True)]
+        for name, values in zip(parts, (whole, *known, rest), strict=True):
             parts[name].append(statistics.median(values))
         plain.append(1e-3 * microseconds([], arguments.steps, time.process_time))
         least.append(statistics.median(functions() for _ in range(100)))

@@ -174,7 +174,10 @@ def measure_solves(case: Case, half: bool, arguments: object) -> dict[str, dict[
         rounds=arguments.rounds,  # type: ignore[attr-defined]
         threads=arguments.threads,  # type: ignore[attr-defined]
     )
-    return {name: {"gradients": times[name].units["gradient"], "products": calls[name]().iterations} for name in calls}
+    return {
+        name: {"gradients": times[name].units["gradient"], "products": calls[name]().iterations}
+        for name in calls
+    }
 
 
 SOLVES = ("exact", "differences, first outer step", "differences, later ones")
@@ -202,7 +205,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, object]]:
             sides = found["central"]["sides_by_default"]
             rows.append([name, precision, *(_cell(found[kind]) for kind in KINDS), str(sides)])
             print(*rows[-1], sep=" | ", flush=True)  # the table takes minutes
-    print_table(["network", "precision", *(SOLVES if arguments.solves else (*KINDS, "sides by default"))], rows)
+    print_table(
+        ["network", "precision", *(SOLVES if arguments.solves else (*KINDS, "sides by default"))], rows
+    )
     if not arguments.solves:
         print("\nEach: gradients [quartiles], memory in gradients, error to float64.")
     report(arguments, results, load_before=before)

@@ -117,6 +117,20 @@ def test_callback_cost_runs(run: Script) -> None:
     assert found["a step without callback"].median > 0
 
 
+def test_outer_step_cost_runs(run: Script) -> None:
+    found = run("outer_step_cost", ["--rounds", "1", "--steps", "30"])
+    parts = [
+        found[name].median for name in found if name not in ("a plain step of the fit", "the functions alone")
+    ]
+    assert 0 < max(parts[1:]) < parts[0]
+
+
+@pytest.mark.slow
+def test_solves_with_each_kind_of_product_are_timed(run: Script) -> None:
+    found = run("products", ["--solves", "--rounds", "1", "--only", "MLP", "--precision", "float32"])
+    assert {entry["products"] for entry in found.values()} == {5}
+
+
 @pytest.mark.slow
 def test_a_million_decays_are_measured(run: Script) -> None:
     found = run("million_decays", ["--rounds", "1", "--steps", "2"])

@@ -61,9 +61,9 @@ def central_difference(
 class OneSided:
     """Derivatives of a function along one direction after another, by one evaluation each.
 
-    New memory costs as much as the arithmetic, so that it is kept between evaluations. Differences are divided by powers
-    of two, which is exact: the same multiple of g(w) then serves many of them, and moves are at most 1.5 times as long
-    as asked for, or as short.
+    New memory costs as much as the arithmetic, so it is kept between evaluations. Differences are divided by a power of
+    two: that is exact, and one multiple of g(w) serves many of them. Moves are up to √2 times as long as asked for, or
+    as short.
 
     Args:
         function: Returns g at the parameters' current values, in tensors that may be overwritten.

@@ -96,7 +96,11 @@ def scale_(u: Vector, alpha: float) -> Vector:
 
 
 def follow_(u: Vector, alpha: float, v: Vector) -> Vector:
-    """u ← αu + v in place, in one pass over memory; returns u."""
+    """u ← αu + v in place, in one pass over memory; returns u.
+
+    >>> follow_((torch.tensor([1.0, 2.0]),), 10.0, (torch.tensor([3.0, 4.0]),))
+    (tensor([13., 24.]),)
+    """
     if _fused(u):
         return add_(scale_(u, alpha), v)
     for a, b in zip(parts(u), parts(v), strict=True):

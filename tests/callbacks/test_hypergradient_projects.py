@@ -194,9 +194,10 @@ def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(
 ) -> None:
     """At the end of training, with every switch on: each tensor's decay moved up and down.
 
-    Fused attention has no second derivative, and a network compiled by Inductor has none: products are differences.
-    Half precision is right to a tenth. A large ε makes one diagonal of AdamW's, whose own derivative the formula leaves out. Norms and embeddings stay as
-    they are: a network that may shrink its embeddings under a norm has no minimum to speak of.
+    Fused attention has no second derivative, and a network compiled by Inductor has none: products are differences. In
+    half precision they are right to a tenth. A large ε makes one diagonal of AdamW's, whose own derivative the formula
+    leaves out. Norms and embeddings stay as they are: a network that may shrink its embeddings under a norm has no
+    minimum to speak of.
     """
     eps, decay, step = 1e4, 0.05, 1e-3
 

@@ -21,6 +21,7 @@ from lightning_nested.hypergradient import (
 from lightning_nested.hypergradient.implicit import implicit_result
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator, HessianOperator
 from lightning_nested.linalg.differences import (
+    OneSided,
     calibrated_length,
     central_difference,
     difference_length,
@@ -313,3 +314,72 @@ def test_kinks_show_in_the_estimated_error() -> None:
     assert operator.sides == 2
     assert error > 0.01
     assert operator.error > error / 5
+
+
+def waves(w: Tensor) -> Tensor:
+    return (w.sin() * torch.arange(1.0, 4.0, dtype=w.dtype)).sum()
+
+
+def test_one_sided_products_leave_each_other_and_the_parameters_alone() -> None:
+    w = torch.tensor([0.3, 0.5, 0.7], dtype=DOUBLE, requires_grad=True)
+    home, v = w.detach().clone(), torch.tensor([1.0, -2.0, 0.5], dtype=DOUBLE)
+    operator = FiniteDifference(sides=1).linearize(lambda: waves(w), (w,)).curvature
+    first = operator @ (v,)
+    kept = first[0].clone()
+    # The same multiple of the gradient, another one, and none.
+    for factor in (1.1, 1e3, 0.0, 1.0):
+        found = operator @ (factor * v,)
+        torch.testing.assert_close(found[0], factor * kept, rtol=1e-6, atol=0)
+    assert torch.equal(first[0], kept)
+    assert torch.equal(w, home)
+    exact = -home.sin() * torch.arange(1.0, 4.0, dtype=DOUBLE) * v
+    torch.testing.assert_close(kept, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 7.0])
+def test_one_sided_moves_are_nearly_as_long_as_asked_for(size: float) -> None:
+    w, moves = torch.zeros(4, dtype=DOUBLE, requires_grad=True), []
+
+    def gradient() -> tuple[Tensor, ...]:
+        moves.append(float(w.detach().norm()))
+        return (2 * w.detach(),)
+
+    difference = OneSided(gradient, (w,), (torch.zeros(4, dtype=DOUBLE),))
+    v = torch.full((4,), size / 2, dtype=DOUBLE)
+    (found,) = difference((v,), 0.01)
+    assert torch.equal(found, 2 * v)
+    assert 0.01 / 1.42 < moves[0] < 0.01 * 1.42
+    assert math.log2(size / moves[0]) == pytest.approx(round(math.log2(size / moves[0])), abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_differences_of_large_gradients_stay_in_the_range_of_the_dtype(dtype: torch.dtype) -> None:
+    w = torch.zeros(2, dtype=dtype, requires_grad=True)
+    here = torch.full((2,), 60_000.0, dtype=dtype)
+    difference = OneSided(lambda: (here + 64 * (w.detach() != 0),), (w,), (here,))
+    (found,) = difference((torch.ones(2, dtype=dtype),), 0.5)
+    assert found.isfinite().all()
+    assert (found > 0).all()
+
+
+def test_a_gradient_that_is_a_moved_parameter_is_copied() -> None:
+    class Product(torch.autograd.Function):
+        """½ aᵀa, whose derivative is the parameter itself."""
+
+        @staticmethod
+        def forward(ctx: Any, a: Tensor) -> Tensor:
+            ctx.save_for_backward(a)
+            return 0.5 * (a * a).sum()
+
+        @staticmethod
+        def backward(ctx: Any, *outer: Tensor) -> Tensor:
+            (a,) = ctx.saved_tensors
+            return a.detach()
+
+    w = torch.tensor([1.0, 2.0], dtype=DOUBLE, requires_grad=True)
+    v = (torch.tensor([0.5, -1.0], dtype=DOUBLE),)
+    for sides in (1, 2):
+        operator = FiniteDifference(sides=sides).linearize(lambda: Product.apply(w), (w,)).curvature
+        for _ in range(2):
+            torch.testing.assert_close((operator @ v)[0], v[0], rtol=1e-6, atol=0)
+    assert torch.equal(w, torch.tensor([1.0, 2.0], dtype=DOUBLE))

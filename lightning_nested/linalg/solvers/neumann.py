@@ -11,7 +11,17 @@ from typing_extensions import override
 from lightning_nested.arguments import at_least, checked, positive
 from lightning_nested.linalg.shards import shard_like
 from lightning_nested.linalg.solvers.base import InverseSolver, LinearSystem, Solution, SolverState
-from lightning_nested.linalg.vectors import Vector, add_, added, clone, dot, double_dot, norm, scale_, zeros_like
+from lightning_nested.linalg.vectors import (
+    Vector,
+    add_,
+    added,
+    clone,
+    dot,
+    double_dot,
+    norm,
+    scale_,
+    zeros_like,
+)
 
 
 @checked
