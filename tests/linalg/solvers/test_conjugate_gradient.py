@@ -14,7 +14,7 @@ from lightning_nested.hypergradient import (
 )
 from lightning_nested.linalg.curvature import HessianOperator
 from lightning_nested.linalg.kronecker import KroneckerFisher
-from lightning_nested.linalg.operators import DiagonalOperator, as_operator
+from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator, as_operator
 from tests.linalg.solvers.systems import DOUBLE, INVERSE, MATRIX, B, spd
 
 
@@ -33,6 +33,34 @@ def test_conjugate_gradient_converges_at_its_rate_and_before_the_series() -> Non
 
     assert products(lambda k: ConjugateGradient(max_iterations=k, tolerance=0.0), 100) <= 14
     assert products(lambda k: Neumann(num_terms=k, step_size=1.0), 200) > 50
+
+
+class Seen(LinearOperator):
+    """A matrix that keeps the Rayleigh quotient of each vector that it multiplies."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.quotients = matrix, []
+
+    def matvec(self, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        product = self.matrix @ v[0]
+        self.quotients.append(float(v[0] @ product / (v[0] @ v[0])))
+        return (product,)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("steps", [1, 3, 12, 40])
+def test_the_curvature_is_the_smallest_rayleigh_quotient(steps: int, preconditioned: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    matrix = spd(60, 1e3, generator)
+    seen = Seen(matrix)
+    solver = ConjugateGradient(
+        max_iterations=steps,
+        tolerance=0.0,
+        preconditioner=torch.diag(1 / matrix.diagonal()) if preconditioned else None,
+    )
+    solution = solver.solve(seen, (torch.randn(60, dtype=DOUBLE, generator=generator),))
+    assert len(seen.quotients) == steps
+    assert solution.curvature == pytest.approx(min(seen.quotients), rel=1e-9)
 
 
 def test_nystrom_as_preconditioner_saves_products() -> None:
