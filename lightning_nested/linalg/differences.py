@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +122,7 @@ def moved(
     if in_shards(params):
         return _moved_shards(function, params, v, epsilon)
     home = [p.data for p in params]
-    places = room or [None] * len(home)
+    places: Sequence[Tensor | None] = room or [None] * len(home)
     try:
         for p, here, direction, place in zip(params, home, v, places, strict=True):
             p.data = torch.add(here, direction.detach().to(here.dtype), alpha=epsilon, out=place)
