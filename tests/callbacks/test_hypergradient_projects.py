@@ -195,9 +195,9 @@ def test_the_scripts_hypergradient_is_the_difference_of_runs_trained_again(
     """At the end of training, with every switch on: each tensor's decay moved up and down.
 
     Fused attention has no second derivative, and a network compiled by Inductor has none: products are differences. In
-    half precision these are so rough that more than a few lead astray; the direction is right. A large ε makes one diagonal of AdamW's, whose own derivative the formula
-    leaves out. Norms and embeddings stay as they are: a network that may shrink its embeddings under a norm has no
-    minimum to speak of.
+    half precision these are so rough that more than a few lead astray; the direction is right. A large ε makes one
+    diagonal of AdamW's, whose own derivative the formula leaves out. Norms and embeddings stay as they are: a network
+    that may shrink its embeddings under a norm has no minimum to speak of.
     """
     eps, decay, step = 1e4, 0.05, 1e-3
 
