@@ -24,8 +24,8 @@ _INIT = 1e-4
 _START, _SMALLEST, _LARGEST = 3.0, 0.1, 15.0
 # Passes through the training data from which a run has the whole start.
 _PASSES = 10
-# Share of its start that a decay ends at, if the start was far too large.
-_FAR = 0.2
+# Share of its start that a decay ends at, if the start was far too large; or at the floor, if that is near.
+_FAR, _NEAR_FLOOR = 0.2, 1.2
 
 
 @checked
@@ -286,13 +286,12 @@ class WeightDecay(Hyperparameter):
         decoupled decay, mean(1/R)/steps for a coupled one, with R the optimizer's long-run step per unit of gradient.
         The decays start at three units, which was within a few per cent of the best fixed decay on most tasks that
         were tried, and stay within a tenth of a unit and 15 units; for the time scale see Wang & Aitchison (2024),
-        arXiv:2405.13698. A run of fewer than ten passes through its data, which hardly overfits, starts at as many
-        tenths of that.
+        arXiv:2405.13698. A run of p < 10 epochs, which hardly overfits, starts at 3p/10 units.
 
         Args:
             units: One unit for each decayed parameter by name; those that are unfrozen later take the mean.
             steps: Inner steps of the run; decays are at most a tenth of them in units, beyond which they are unstable.
-            passes: Times that the run goes through its training data; infinite where unknown.
+            passes: Epochs of the run, p; infinite where unknown.
             restart: Whether the decays move to their start; else they are only bounded.
         """
         if not self._default_transform:
@@ -317,10 +316,11 @@ class WeightDecay(Hyperparameter):
 
     def advice(self, first: float, last: float) -> str | None:
         """Return where the next run can start, if the default start was far too large for this one."""
-        if not self._units or self.init is not None or last > _FAR * first:
+        far = min(0.5, max(_FAR, _NEAR_FLOOR * _SMALLEST / self._first))
+        if not self._units or self.init is not None or last > far * first:
             return None
         return (
-            f"{self.name} ended far below its start, which had a cost: next time WeightDecay(init={last:.1g})"
+            f"{self.name} began far too high for this run; for the next one give WeightDecay(init={last:.1g})"
         )
 
     @torch.no_grad()

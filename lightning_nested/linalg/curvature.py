@@ -165,7 +165,7 @@ class FiniteDifferenceOperator(LinearOperator):
                 "sides=1 needs here, the gradient at the parameters. Got None; give it, or sides=2."
             )
         self.gradient, self.like, self.here, self._wanted = gradient, params, here, sides
-        self._one_sided = None if here is None else OneSided(gradient, params, here)
+        self._one_sided = None if here is None else OneSided(gradient, params, here, rounded=epsilon is None)
         self._room: list[Tensor] = []
         self.calibrates, self.sides, self.error = epsilon is None, sides or 2, math.nan
         rounding = coarsest_epsilon(params) if rounding is None else rounding

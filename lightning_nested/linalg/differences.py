@@ -61,18 +61,21 @@ def central_difference(
 class OneSided:
     """Derivatives of a function along one direction after another, by one evaluation each.
 
-    New memory costs as much as the arithmetic, so it is kept between evaluations. Differences are divided by a power of
-    two: that is exact, and one multiple of g(w) serves many of them. Moves are up to √2 times as long as asked for, or
-    as short.
+    New memory costs as much as the arithmetic, so it is kept between evaluations. If ``rounded``, differences are
+    divided by a power of two: that is exact, and one multiple of g(w) serves many of them. The length of a move is then
+    between 1/√2 and √2 times the one asked for.
 
     Args:
         function: Returns g at the parameters' current values, in tensors that may be overwritten.
         params: Parameters that are moved.
         here: g(w).
+        rounded: See above; False: moves are as long as asked for.
     """
 
-    def __init__(self, function: Callable[[], Vector], params: Vector, here: Vector) -> None:
-        self._function, self._params, self._here = function, params, here
+    def __init__(
+        self, function: Callable[[], Vector], params: Vector, here: Vector, *, rounded: bool = True
+    ) -> None:
+        self._function, self._params, self._here, self._rounded = function, params, here, rounded
         self._room: list[Tensor] = []
         # −g(w)·factor; fp16 has no range for it.
         self._factor, self._scaled = 0.0, here
@@ -83,7 +86,7 @@ class OneSided:
         size = float(norm(v))
         if size == 0.0:
             return tuple(torch.zeros_like(a) for a in self._here)
-        factor = _power_of_two(size / length)
+        factor = _power_of_two(size / length) if self._rounded else size / length
         if factor != self._factor:
             self._factor, self._scaled = 0.0, ()  # freed while the function needs memory
         ahead = moved(self._function, self._params, v, 1.0 / factor, self._room)
@@ -130,11 +133,19 @@ def moved(
             room.extend(p.data for p in params)
         # Inside autocast, forward passes reuse casts of the weights that an earlier one made.
         torch.clear_autocast_cache()
-        return function()
+        return function() if room is None else _apart(function(), room)
     finally:
         for p, here in zip(params, home, strict=True):
             p.data = here
         torch.clear_autocast_cache()
+
+
+def _apart(result: Vector, room: Sequence[Tensor]) -> Vector:
+    """Return tensors that share no memory with ``room``: a function may hand back what it was evaluated at."""
+    taken = {a.untyped_storage().data_ptr() for a in room}
+    return tuple(
+        a.detach().clone() if a.untyped_storage().data_ptr() in taken else a.detach() for a in result
+    )
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointError
 
 
@@ -102,10 +104,11 @@ def graph_leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def graph_bytes(loss: Tensor, others: Iterable[Tensor] = ()) -> int | None:
-    """Return the bytes that the graph of a loss keeps for derivatives, but the memory of ``others``, parameters say.
+    """Return the bytes that the graph of a loss keeps for derivatives, without those of ``others``, parameters say.
 
-    What a checkpointed layer computes again counts nothing, and nothing is computed again here. None: torch is too old
-    to tell.
+    What a checkpointed layer computes again counts nothing, and nothing is computed again here. Of a slice that is
+    kept, its own entries count, not the tensor that it is of. Sparse tensors are left out. None: torch is too old to
+    tell.
 
     >>> x = torch.ones(100, requires_grad=True)
     >>> graph_bytes(x.exp().sum(), [x])  # the values of exp, in float32
@@ -113,14 +116,22 @@ def graph_bytes(loss: Tensor, others: Iterable[Tensor] = ()) -> int | None:
     """
     if not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):
         return None
-    apart = {x.untyped_storage().data_ptr() for x in others}
-    held: dict[int, int] = {}
+    apart = {x.untyped_storage().data_ptr() for x in others if _has_memory(x)}
+    whole: dict[int, int] = {}
+    seen: dict[int, dict[tuple[int, int], int]] = {}  # bytes of the parts of each storage
     for node in graph_nodes([loss]):
-        for x in _saved_tensors(node):
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in apart:
-                held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())
+        for x in filter(_has_memory, _saved_tensors(node)):
+            storage, size = x.untyped_storage(), x.numel() * x.element_size()
+            place = storage.data_ptr()
+            if place not in apart:
+                whole[place] = storage.nbytes()
+                seen.setdefault(place, {})[x.data_ptr(), size] = size
+    return sum(min(whole[place], sum(found.values())) for place, found in seen.items())
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Return True for a dense tensor that exists: not one of a lazy layer that no batch has reached."""
+    return x.layout == torch.strided and not is_lazy(x)
 
 
 def _saved_tensors(node: Node) -> Iterator[Tensor]:
@@ -133,11 +144,18 @@ def _saved_tensors(node: Node) -> Iterator[Tensor]:
         for one in list(saved):
             # torch.utils.checkpoint keeps the inputs beside the graph.
             for cell in getattr(one.unpack_hook, "__closure__", None) or ():
-                saved += getattr(cell.cell_contents, "saved_args", ())
+                saved += getattr(_contents(cell), "saved_args", ())
         for one in saved:
             tensor = getattr(one, "data", None)
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            if isinstance(tensor, Tensor):
                 yield tensor
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 def depends_on_others(loss: Tensor, params: Sequence[Tensor]) -> bool:

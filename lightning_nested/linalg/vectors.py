@@ -80,8 +80,8 @@ def add_(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
 
 
 def added(u: Vector, v: Vector, alpha: float = 1.0) -> Vector:
-    """Return u + αv in tensors of its own."""
-    return tuple(a.add(b, alpha=alpha) for a, b in zip(u, v, strict=True))
+    """Return u + αv in tensors of its own, without a graph."""
+    return tuple(a.detach().add(b.detach(), alpha=alpha) for a, b in zip(u, v, strict=True))
 
 
 def scale_(u: Vector, alpha: float) -> Vector:
@@ -104,7 +104,8 @@ def follow_(u: Vector, alpha: float, v: Vector) -> Vector:
     if _fused(u):
         return add_(scale_(u, alpha), v)
     for a, b in zip(parts(u), parts(v), strict=True):
-        torch.add(b.detach(), a, alpha=alpha, out=a)
+        own = a.detach()
+        torch.add(b.detach(), own, alpha=alpha, out=own)
     return u
 
 

@@ -18,14 +18,16 @@ from lightning_nested.optim.options import decay_rate, flag, non_negative, numbe
 class NuPI(GameOptimizer):
     """ξₜ = νξₜ₋₁ + (1−ν)gₜ, w ← w − lr(gₜ + κ(ξₜ − ξₜ₋₁)), with ξ₋₁ = 0 and κ = ``proportional``.
 
-    For the multipliers of a constrained problem, whose gradient is the violation: give ``maximize=True`` where the loss
-    is the Lagrangian itself; ``AugmentedLagrangian`` has the sign in its loss. Summed up, w = w₀ − lr(Σgₜ + κξₜ): a
+    For the multipliers of a constrained problem, whose gradient is the violation of their constraint. They ascend the
+    Lagrangian: give ``maximize=True`` where your loss is the Lagrangian, and leave it out with ``AugmentedLagrangian``,
+    whose loss for the multipliers has the sign already. Summed up, w = w₀ − lr(Σgₜ + κξₜ): a
     controller with an integral gain of lr and a proportional one of κ·lr. The proportional part reacts to the change of
     the violation, which damps the overshoot of gradient ascent.
 
     κ = 0 is gradient descent. κ = 1 with ν = 0 is :class:`OptimisticSGD`. A negative κ = −ν/(1−ν) at a rate of
     lr/(1−ν) is momentum ν at the rate lr, which overshoots more. The step is that of ``cooper.optim.nuPI`` with
-    ``Kp=κ``, ``Ki=1`` and ``init_type=ZEROS``, but for weight decay, which here is part of the gradient.
+    ``Kp=κ``, ``Ki=1`` and ``init_type=ZEROS`` (its default, ``SGD``, has no proportional part in the first step), but
+    for weight decay, which here is part of the gradient.
 
     Memory: one number per parameter.
 
@@ -75,6 +77,7 @@ class NuPI(GameOptimizer):
         def many(ws: Tensors, es: Tensors, smoothed: Tensors) -> None:
             add_scaled(ws, es, -lr * (1 + change))
             add_scaled(ws, smoothed, lr * change)
-            torch._foreach_lerp_(smoothed, es, share)
+            torch._foreach_mul_(smoothed, 1 - share)
+            add_scaled(smoothed, es, share)
 
         walk(many, *columns, options=options)

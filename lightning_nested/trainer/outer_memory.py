@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_info
 from torch import Tensor, nn
 
 from lightning_nested.hypergradient import Curvature
@@ -71,8 +71,11 @@ def tell_plan(
             f" Each outer step also keeps the graphs of all {batches} accumulated batches up to the last one, for "
             "second derivatives: FiniteDifference() keeps none."
         )
-    # As benchmarks/products.py measured.
-    slow = any(isinstance(m, nn.LSTM) for m in trainer.lightning_module.modules())
+    # As benchmarks/products.py measured; cuDNN has no second derivative, and differences are taken there anyhow.
+    slow = trainer.strategy.root_device.type == "cpu" and any(
+        isinstance(m, nn.LSTM) and any(p.requires_grad for p in m.parameters())
+        for m in trainer.lightning_module.modules()
+    )
     if slow and plan.solver.needs_operator and curvature is None:
         line += (
             " The network has an nn.LSTM, whose exact products cost about four gradients each: "
@@ -104,11 +107,16 @@ def tell_graphs(owner: str, trainer: Trainer, plan: OuterPlan, graph: InnerGraph
     if batches == 1 or not needs_graph(plan, graph.curvature_in_use):
         return
     module = trainer.lightning_module
-    found = graph_bytes(loss, [*module.parameters(), *module.buffers(), *plan.outer.tensors])
+    try:
+        found = graph_bytes(loss, [*module.parameters(), *module.buffers(), *plan.outer.tensors])
+    except RuntimeError as error:
+        # Of memory that is freed already, or a kind of tensor without any: no reason to end a fit.
+        rank_zero_debug(f"{owner}: the memory of graphs is not known: {error}")
+        return
     if found:
         rank_zero_info(
-            f"{owner}: the graph of the first batch holds {_sized(found)}, so that an outer step holds about "
-            f"{_sized(batches * found)} of graphs."
+            f"{owner}: the activations that the first batch keeps for derivatives take {_sized(found)}, so those of "
+            f"the {batches} batches of an outer step about {_sized(batches * found)}; FiniteDifference() keeps none."
         )
 
 

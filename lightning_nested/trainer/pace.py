@@ -30,7 +30,7 @@ class Pace:
         cost: Cost of an outer step, in gradients of a training batch.
         outer_batches: Outer batches in a round over their data; None: unknown.
         began: Inner steps counted before the run, by the outer loop and by the Trainer: a second fit counts on.
-        passes: Times that the run goes through its training data; infinite where unknown.
+        passes: Epochs of the run; infinite where unknown.
     """
 
     total_steps: int | None
@@ -130,7 +130,7 @@ def plan(
 
 
 def _passes(trainer: Trainer, total: int | None, accumulate: int | None) -> float:
-    """Return the passes of a run of ``total`` inner steps through its batches; infinite where one is unknown."""
+    """Return the epochs of a run of ``total`` inner steps; infinite where the batches of one are unknown."""
     batches = trainer.num_training_batches
     if total is None or not math.isfinite(batches) or batches < 1:
         return math.inf

@@ -76,6 +76,13 @@ def test_a_start_that_was_far_too_large_is_named(parameters: dict[str, Tensor]) 
     decay = fitted("tensor", parameters)
     assert decay.advice(3e-3, 6.1e-4) is None
     assert "WeightDecay(init=0.0006)" in (decay.advice(3e-3, 5.9e-4) or "")
+    # One epoch starts at 0.3 units, and cannot end below 0.1.
+    decay.fit_to_run(UNITS, 1000, passes=1.0, restart=True)
+    assert decay.advice(3e-4, 1.3e-4) is None
+    assert "WeightDecay(init=0.0001)" in (decay.advice(3e-4, 1e-4) or "")
+    # The least start is at the floor.
+    decay.fit_to_run(UNITS, 1000, passes=0.1, restart=True)
+    assert decay.advice(1e-4, 1e-4) is None
     # The user's own start, and one that no run has given, need no word.
     chosen, unfitted = WeightDecay(init=3e-3), WeightDecay()
     for other in (chosen, unfitted):

@@ -383,3 +383,42 @@ def test_a_gradient_that_is_a_moved_parameter_is_copied() -> None:
         for _ in range(2):
             torch.testing.assert_close((operator @ v)[0], v[0], rtol=1e-6, atol=0)
     assert torch.equal(w, torch.tensor([1.0, 2.0], dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_users_gradient_may_hand_back_the_moved_weights(sides: int) -> None:
+    """Of ½‖w‖²: the memory of a move is used again, and the products must not be."""
+    w = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE, requires_grad=True)
+    operator = FiniteDifferenceOperator(
+        lambda: (w.detach(),), (w,), here=(w.detach().clone(),), sides=sides, epsilon=1e-3
+    )
+    first, second = torch.tensor([1.0, 0.0, -1.0], dtype=DOUBLE), torch.tensor([0.0, 5.0, 2.0], dtype=DOUBLE)
+    products = operator.matvec((first,)), operator.matvec((second,))
+    for (found,), v in zip(products, (first, second), strict=True):
+        torch.testing.assert_close(found, v, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_gradients_with_a_graph_give_products_without_one(sides: int) -> None:
+    w = torch.tensor([0.3, 0.5, 0.7], dtype=DOUBLE, requires_grad=True)
+
+    def gradient() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(waves(w), (w,), create_graph=True)
+
+    here = tuple(g.detach() for g in gradient())
+    (found,) = FiniteDifferenceOperator(gradient, (w,), here=here, sides=sides).matvec((torch.ones_like(w),))
+    exact = -w.detach().sin() * torch.arange(1.0, 4.0, dtype=DOUBLE)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+    assert not found.requires_grad
+
+
+def test_a_users_length_is_kept_to() -> None:
+    w, seen = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE, requires_grad=True), []
+
+    def gradient() -> tuple[Tensor, ...]:
+        seen.append(w.detach().clone())
+        return (2 * w.detach(),)
+
+    operator = FiniteDifferenceOperator(gradient, (w,), epsilon=0.0035, here=gradient(), sides=1)
+    operator.matvec((torch.ones_like(w),))
+    assert float((seen[-1] - seen[0]).norm()) == pytest.approx(0.0035 * (1 + 14**0.5), rel=1e-9)

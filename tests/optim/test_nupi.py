@@ -110,3 +110,17 @@ def test_a_constraint_is_met_with_less_overshoot() -> None:
     damped = overshoot(partial(NuPI, lr=0.5, proportional=6.0))
     assert ascent > 0.3
     assert damped < 0.05
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has gradients of w's dtype only"
+)
+def test_gradients_of_another_dtype() -> None:
+    w = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    w.grad_dtype = torch.float32
+    optimizer = NuPI([w], lr=0.25, proportional=2.0, nu=0.5)
+    for _ in range(2):
+        w.grad = torch.full((2,), 0.5)
+        optimizer.step()
+    # 1 − ¼(½ + 2·¼) − ¼(½ + 2·⅛), and all of it exact in bf16
+    assert w.tolist() == [0.5625, 0.5625]

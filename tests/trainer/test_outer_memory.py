@@ -169,7 +169,7 @@ def test_bytes_of_kept_graphs_are_told(caplog: pytest.LogCaptureFixture) -> None
     fit = trainer(callback, accumulate_grad_batches=4, max_epochs=2)
     fit.fit(Regression(network), DataLoader(data(80, 1), 20), DataLoader(data(8, 2), 8))
     # Inputs, outputs of tanh, predictions and labels, and what the loss keeps: of 20 examples in float64.
-    told = re.findall(r"first batch holds (\d+) kB, so that an outer step holds about (\d+) kB", caplog.text)
+    told = re.findall(r"derivatives take (\d+) kB, so those of the 4 batches .* about (\d+) kB", caplog.text)
     (one, four) = map(int, *told)
     assert 8 * 20 * (5 + 512) / 1000 <= one <= 8 * 20 * (5 + 512 + 8) / 1000 + 1
     assert four == pytest.approx(4 * one, abs=4)
@@ -204,3 +204,37 @@ def test_the_cheaper_products_of_an_lstm_are_told(
     loaders = DataLoader(data(8, 1), 8), DataLoader(data(8, 2), 8)
     trainer(callback, max_steps=1).fit(Regression(network().double()), *loaders)
     assert ("nn.LSTM" in caplog.text) is told
+
+
+class NetworkOnly(Regression):
+    """Its optimizer moves the network alone."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "lazy"])
+def test_tensors_without_memory_do_not_count(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A graph's adjacency, and a layer that no batch reaches."""
+    module = NetworkOnly(net())
+    if kind == "sparse":
+        module.register_buffer("adjacency", torch.eye(4).to_sparse())
+    else:
+        module.unused = nn.LazyLinear(3)
+    callback = HypergradientCallback(
+        WeightDecay(), every_n_steps=1, warmup_steps=0, solver=Neumann(num_terms=1), at=Current()
+    )
+    fit = trainer(callback, accumulate_grad_batches=2)
+    fit.fit(module, DataLoader(data(16, 1), 4), DataLoader(data(8, 2), 8))
+    assert callback.outer_steps
+    assert "keeps for derivatives" in caplog.text
+
+
+def test_of_a_slice_its_own_entries_count() -> None:
+    w, table = torch.randn(8, requires_grad=True), torch.randn(10_000, 8)
+    batch = table[40:44]
+    assert graph_bytes((batch @ w).sum(), [w]) == batch.numel() * batch.element_size()
+    # Two slices of one tensor are not more than that tensor.
+    whole = table[:4]
+    product = ((whole @ w) * (whole @ w)).sum()
+    assert (graph_bytes(product, [w]) or 0) <= 4 * 8 * 4 + 2 * 4 * 4

@@ -56,3 +56,11 @@ def test_power_iteration_continues_between_solves() -> None:
         assert solution.iterations == 6  # five terms and one power step
     assert count > 6
     assert state.eigenvalue == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("num_terms", [1, 4])
+def test_solutions_have_no_graph(num_terms: int) -> None:
+    b = (B[0].clone().requires_grad_(True) * 2,)
+    (x,) = Neumann(num_terms=num_terms, step_size=0.3).solve(as_operator(MATRIX, B), b).x
+    assert not x.requires_grad
