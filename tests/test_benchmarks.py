@@ -118,7 +118,7 @@ def test_callback_cost_runs(run: Script) -> None:
 
 
 def test_outer_step_cost_runs(run: Script) -> None:
-    found = run("outer_step_cost", ["--rounds", "1", "--steps", "30"])
+    found = run("outer_step_cost", ["--rounds", "1", "--steps", "60"])
     parts = [
         found[name].median for name in found if name not in ("a plain step of the fit", "the functions alone")
     ]
