@@ -35,6 +35,7 @@ from .datamodules import (
     MNISTDataModule as MNISTDataModule,
     PennTreebankDataModule as PennTreebankDataModule,
     PydocTextDataModule as PydocTextDataModule,
+    StepsDataModule as StepsDataModule,
     TabularDataModule as TabularDataModule,
     TextSourcesDataModule as TextSourcesDataModule,
 )

@@ -166,6 +166,7 @@ CASES = {
     "MNISTDataModule": Case(ln.MNISTDataModule, _data_kinds, **_data),
     "PennTreebankDataModule": Case(ln.PennTreebankDataModule, _text_kinds | {"folder": (TEXT,)}, **_text),
     "PydocTextDataModule": Case(ln.PydocTextDataModule, _text_kinds, **_text),
+    "StepsDataModule": Case(ln.StepsDataModule),
     "TabularDataModule": Case(ln.TabularDataModule, {"seed": (None,), "target": (TEXT,)}),
     "TextSourcesDataModule": Case(
         ln.TextSourcesDataModule, _text_kinds | {"target_tokens": (100,), "epoch_rows": (100,)}, **_text

@@ -5,6 +5,7 @@ from lightning_nested.datamodules.digits import DigitsDataModule
 from lightning_nested.datamodules.fashion_mnist import FashionMNISTDataModule, MNISTDataModule
 from lightning_nested.datamodules.gaussians import MixtureOfGaussiansDataModule
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, TensorBatches
+from lightning_nested.datamodules.steps import StepsDataModule
 from lightning_nested.datamodules.synthetic_images import SyntheticImagesDataModule
 from lightning_nested.datamodules.tabular import TabularDataModule
 from lightning_nested.datamodules.text import PennTreebankDataModule, PydocTextDataModule, TextDataModule
@@ -16,6 +17,7 @@ __all__ = [
     "FashionMNISTDataModule",
     "InMemoryDataModule",
     "MNISTDataModule",
+    "StepsDataModule",
     "SyntheticImagesDataModule",
     "MixtureOfGaussiansDataModule",
     "PennTreebankDataModule",

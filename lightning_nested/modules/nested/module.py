@@ -22,6 +22,7 @@ from lightning_nested.hyperparameters.shared_adam import refuse_shrink
 from lightning_nested.modules.nested.cycles import Cycle
 from lightning_nested.modules.nested.inner_optimizer import named_parameters, set_rates
 from lightning_nested.modules.nested.problem import NestedProblem
+from lightning_nested.modules.nested.short_cycles import warn_of_short_cycles
 from lightning_nested.modules.nested.strategies import GradientStrategy, Implicit, LoopOptions
 from lightning_nested.trainer.attributes import attach_hyperparameters, bind_hyperparameters, load_bound
 from lightning_nested.trainer.inner_problem import check_loss
@@ -204,6 +205,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
             self._position = 0 if self.gradient.ends_with_epoch else self._saved["position"]
             self._saved = None
         batches = self.outer_loop.start(self.trainer, self.outer_dataloader())
+        warn_of_short_cycles(self.trainer, self.gradient, self.loop.accumulate_grad_batches)
         set_rates(self, self.outer.hyperparameters, self._optimizer())
         self._cycle = self._begin(batches)
 

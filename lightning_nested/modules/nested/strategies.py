@@ -67,7 +67,8 @@ class Unrolled(GradientStrategy):
     :class:`Extragradient`; sees learning rates (:class:`LearningRate`).
     A cycle does not cross an epoch's end: it closes there with the steps it has, so that validation,
     checkpoints and resumed runs never see half a cycle. Where an epoch ends without notice (``max_time``,
-    a loader without length) the open cycle is dropped without an outer step. See
+    a loader without length) the open cycle is dropped without an outer step. A fit whose epochs are shorter than a
+    cycle warns at its start; with :class:`StepsDataModule` an epoch is as long as you like. See
     :func:`lightning_nested.hypergradient.unrolled_hypergradient`.
 
     Args:

@@ -20,6 +20,7 @@ from tests.modules.nested.problems import BATCH, Classifier, data, loader, netwo
 from tests.trainers import trainer
 
 
+@pytest.mark.filterwarnings("ignore:num_steps must not be larger")
 @pytest.mark.parametrize(
     ("gradient", "k", "expected"),
     [
@@ -43,6 +44,29 @@ def test_max_steps_closes_the_cycle() -> None:
     module = Classifier(gradient=Unrolled(num_steps=3))
     trainer(limit_val_batches=0, max_epochs=9, max_steps=2).fit(module, loader(1), loader(2))
     assert (module.inner_steps, module.outer_steps) == (2, 1)
+
+
+@pytest.mark.parametrize(("num_steps", "accumulate", "fits"), [(20, 1, 3), (4, 1, 3), (3, 2, 2)])
+def test_an_epoch_shorter_than_a_cycle_is_told(num_steps: int, accumulate: int, fits: int) -> None:
+    loop = LoopOptions(accumulate_grad_batches=accumulate)
+    module = Classifier(gradient=Unrolled(num_steps=num_steps), loop=loop)
+    match = rf"with {fits}: .* through {fits} inner steps\. .* set num_steps={fits}\."
+    with pytest.warns(UserWarning, match=match) as told:
+        trainer(limit_val_batches=0, max_epochs=2).fit(module, loader(1), loader(2))
+    assert sum("num_steps" in str(warning.message) for warning in told) == 1
+    assert (module.inner_steps, module.outer_steps) == (2 * fits, 2)
+
+
+def test_nothing_is_told_where_cycles_fit_or_do_not_close_with_an_epoch() -> None:
+    """All warnings are errors here."""
+    for gradient, options in (
+        (Unrolled(num_steps=3), {}),
+        (Unrolled(num_steps=20), {"fast_dev_run": 2}),
+        (Implicit(solver=Identity()), {}),
+    ):
+        module = Classifier(gradient=gradient, inner_steps_per_outer=gradient.length or 20)
+        trainer(limit_val_batches=0, max_epochs=7, **options).fit(module, loader(1), loader(2))
+        assert module.outer_steps > 0
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:num_steps must not be larger")
 @pytest.mark.parametrize("when", ["train end", "validation end"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_resume_is_bit_exact(name: str, when: str, tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def test_unrolled_is_the_plain_optimizer_and_unrolled_hypergradient(name: str, t
     )
 
 
+@pytest.mark.filterwarnings("ignore:num_steps must not be larger")
 def test_unrolled_decay_clip_and_accumulation_are_what_autograd_says() -> None:
     """Two epochs of 3 batches, 2 a step: 2 steps an epoch, and the second cycle of 3 is cut by the epoch."""
     weights, decay = ExampleWeights(SIZE), WeightDecay(init=0.3)
