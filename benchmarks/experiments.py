@@ -10,24 +10,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _arms import Results, compare, rows
+from _experiment_augmentation import AUGMENTATION
 from _experiment_distillation import DISTILLATION
+from _experiment_hypernetworks import RESNET, TRANSFORMER
 from _experiment_influence import INFLUENCE
 from _experiment_invariances import INVARIANCES
 from _experiment_language import LANGUAGE
 from _experiment_mixture import MIXTURE
+from _experiment_pinn import PINN
 from _experiment_schedule import SCHEDULE_ADAMW, SCHEDULE_SGD
 from _experiment_tabular import BREAST_CANCER, DIABETES
 from _fits import quiet
 from _measuring import load, parser, print_table, report, start
 
 EXPERIMENTS = {
+    "augmentation": AUGMENTATION,
     "breast_cancer": BREAST_CANCER,
     "diabetes": DIABETES,
     "distillation": DISTILLATION,
+    "hypernetwork_resnet": RESNET,
+    "hypernetwork_transformer": TRANSFORMER,
     "influence": INFLUENCE,
     "invariances": INVARIANCES,
     "language": LANGUAGE,
     "mixture": MIXTURE,
+    "pinn": PINN,
     "schedule_adamw": SCHEDULE_ADAMW,
     "schedule_sgd": SCHEDULE_SGD,
 }

@@ -3,7 +3,8 @@
 500 Fashion-MNIST images to train, 500 to tune, 10 000 test images. Cost counts gradient evaluations of the training
 loss: a step is 1, a Delta-STN step that trains the response 3 (two losses, one with a tangent), an outer step 1; a
 hypergradient with ten steps of conjugate gradients 12; an unrolled step 3. Searches train from scratch in each trial.
-At the end of the budget the model with the lowest validation loss so far is judged.
+At the end of the budget the model with the lowest validation loss so far is judged. With ``--hidden 50`` or ``--hidden
+50 50`` the network has hidden layers (tanh), and as many decays as weights: the depths of Lorraine & Duvenaud (2018).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lightning_nested.modules import (
     ResponseOptions,
     Unrolled,
 )
+from lightning_nested.networks import MLP
 
 START, RATE = -4.0, 0.05
 SIGMA = 0.3  # of the perturbation, in log decay
@@ -52,8 +54,10 @@ def response_sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=RATE / SIGMA**2, momentum=0.9)
 
 
-def linear() -> nn.Linear:
-    """From zero, as a convex problem may."""
+def network(hidden: Sequence[int]) -> nn.Module:
+    """A linear model from zero, as a convex problem may, or an MLP from random weights."""
+    if hidden:
+        return MLP(784, hidden=hidden, num_classes=10, activation="tanh")
     net = nn.Linear(784, 10)
     nn.init.zeros_(net.weight)
     nn.init.zeros_(net.bias)
@@ -66,9 +70,9 @@ def judge(net: nn.Module, data: Data) -> Losses:
         return tuple(float(functional.cross_entropy(net(x), y)) for x, y in (data.val, data.test))  # type: ignore[return-value]
 
 
-def train(data: Data, decays: Sequence[Tensor], steps: int) -> Losses:
-    """One training with fixed decays of weight and bias."""
-    net = linear()
+def train(data: Data, decays: Sequence[Tensor], steps: int, hidden: Sequence[int] = ()) -> Losses:
+    """One training with a fixed decay, or decays, of each tensor."""
+    net = network(hidden)
     optimizer = sgd(net.parameters())
     best = (float("inf"), float("inf"))
     for step in range(1, steps + 1):
@@ -118,9 +122,9 @@ class Nested(NestedModule):
 
     data: Data
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, hidden: Sequence[int] = (), **options: Any) -> None:
         super().__init__(decay("parameter", START), inner_optimizer=sgd, **options)
-        self.net = linear()
+        self.net = network(hidden)
 
     def inner_loss(self, batch: Any) -> Tensor:
         """Cross-entropy of the training images."""
@@ -136,14 +140,17 @@ def adam(rate: float) -> Any:
     return lambda tensors: torch.optim.Adam(tensors, lr=rate)
 
 
-def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple[Losses, Losses]:
+def tune(
+    data: Data, name: str, budget: float, steps: int, rate: float, hidden: Sequence[int] = ()
+) -> tuple[Losses, Losses]:
     """One run of ours: the best model in it, and a fresh training with its last decays."""
     module: Any
     hyper = name.startswith("hypernetwork")
     if hyper:
-        diagonal = name == DIAGONAL
+        diagonal, net = name == DIAGONAL, network(hidden)
         module = Tuned(
-            DiagonalResponse(linear(), 7850) if diagonal else linear(), decay("parameter", START),
+            DiagonalResponse(net, sum(p.numel() for p in net.parameters())) if diagonal else net,
+            decay("parameter", START),
             loop=DeltaSTN(train_steps=5, warmup_steps=50, perturbation=FixedScale(scale=SIGMA, signs=True)),
             weights_optimizer=sgd, response_optimizer=response_sgd if diagonal else adam(1e-3),
             outer_optimizer=adam(rate), options=ResponseOptions(log_every_n_outer_steps=0),
@@ -152,12 +159,13 @@ def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple
         cost = lambda m: m.inner_steps + 2.0 * math.ceil(m.inner_steps / every) + m.outer_steps  # noqa: E731
     elif name == "implicit":
         module = Nested(
-            gradient=Implicit(solver=ConjugateGradient(max_iterations=10)), inner_steps_per_outer=10,
+            hidden, gradient=Implicit(solver=ConjugateGradient(max_iterations=10)), inner_steps_per_outer=10,
             outer_optimizer=adam(rate), loop=LoopOptions(warmup_steps=50, log_every_n_outer_steps=0),
         )  # fmt: skip
         cost = lambda m: m.inner_steps + 12.0 * m.outer_steps  # noqa: E731
     else:
         module = Nested(
+            hidden,
             gradient=Unrolled(num_steps=10),
             outer_optimizer=adam(rate),
             loop=LoopOptions(log_every_n_outer_steps=0),
@@ -173,14 +181,25 @@ def tune(data: Data, name: str, budget: float, steps: int, rate: float) -> tuple
     trainer.fit(module, batches, batches)
     with torch.no_grad():
         values = [v.exp() for v in (module.vector.tensors if hyper else module.outer.tensors)]
-    fresh = train(data, values, steps)
+    fresh = train(data, values, steps, hidden)
     return min(record.best, fresh), fresh
 
 
-def grid(data: Data, trainings: int, steps: int) -> Losses:
+def grid(data: Data, trainings: int, steps: int, hidden: Sequence[int] = ()) -> Losses:
     """One decay for all weights."""
     values = torch.linspace(LOWEST, HIGHEST, trainings).exp()
-    return min(train(data, [value] * 2, steps) for value in values)
+    return min(train(data, [value] * 2 * (len(hidden) + 1), steps, hidden) for value in values)
+
+
+def drawn(data: Data, seed: int, trainings: int, steps: int, hidden: Sequence[int]) -> Losses:
+    """Random search without Optuna, which is asked for each decay alone."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [p.shape for p in network(hidden).parameters()]
+    best = (float("inf"), float("inf"))
+    for _ in range(trainings):
+        logs = [LOWEST + (HIGHEST - LOWEST) * torch.rand(shape, generator=generator) for shape in shapes]
+        best = min(best, train(data, [log.exp() for log in logs], steps, hidden))
+    return best
 
 
 def search(data: Data, sampler: str, seed: int, budget: float, steps: int) -> Losses:
@@ -205,6 +224,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--steps", type=int, default=300, help="gradients of one training")
     options.add_argument("--trainings", type=int, default=24, help="budget in trainings")
     options.add_argument("--rate", type=float, default=0.03, help="outer rate of Adam on log decays")
+    options.add_argument(
+        "--hidden", type=int, nargs="*", default=[], help="units of hidden layers; none: linear"
+    )
+    options.add_argument("--methods", nargs="+", help="rows of the table; default: all")
     arguments = options.parse_args(argv)
     start(arguments)
     before = load()
@@ -214,16 +237,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fresh: dict[str, list[Losses]] = {}
     names = [DIAGONAL, "implicit", "unrolled", GRID, ROWS]
     names += ["random search", "TPE"] if find_spec("optuna") is not None else []
+    hidden = arguments.hidden
     data = [Data(seed, arguments.size) for seed in range(arguments.rounds)]
-    for name in names:
+    for name in arguments.methods or names:
         for seed in range(arguments.rounds):
             torch.manual_seed(seed)
             if name == GRID:
-                best = grid(data[seed], arguments.trainings, arguments.steps)
+                best = grid(data[seed], arguments.trainings, arguments.steps, hidden)
+            elif hidden and name == "random search":
+                best = drawn(data[seed], seed, arguments.trainings, arguments.steps, hidden)
             elif name in SAMPLERS:
                 best = search(data[seed], name, seed, budget, arguments.steps)
             else:
-                best, again = tune(data[seed], name, budget, arguments.steps, arguments.rate)
+                best, again = tune(data[seed], name, budget, arguments.steps, arguments.rate, hidden)
                 fresh.setdefault(name, []).append(again)
             found.setdefault(name, []).append(best)
             print(f"{name}, seed {seed}: validation {best[0]:.4f}, test {best[1]:.4f}", flush=True)

@@ -40,8 +40,10 @@ from .datamodules import (
     TextSourcesDataModule as TextSourcesDataModule,
 )
 from .demos import (
+    AugmentationReport as AugmentationReport,
     DistillationReport as DistillationReport,
     GameReport as GameReport,
+    HeatEquation as HeatEquation,
     MixtureReport as MixtureReport,
     ModeCoverage as ModeCoverage,
     ScheduleReport as ScheduleReport,

@@ -28,7 +28,7 @@ from lightning_nested.modules import (
     Sampling,
     Unrolled,
 )
-from lightning_nested.networks import MLP, SmallCNN
+from lightning_nested.networks import MLP, AugmentationNetwork, SmallCNN
 
 TEXT = "some text"  # for an argument that takes any string
 ANY = object()  # for an argument that takes any object, or whose kinds its own tests look at
@@ -173,8 +173,10 @@ CASES = {
     ),
     "MixtureOfGaussiansDataModule": Case(ln.MixtureOfGaussiansDataModule),
     # demos
+    "AugmentationReport": Case(ln.AugmentationReport, _named),
     "DistillationReport": Case(ln.DistillationReport, _named),
     "GameReport": Case(ln.GameReport, _named),
+    "HeatEquation": Case(ln.HeatEquation, _schedules),
     "ScheduleReport": Case(ln.ScheduleReport, _named),
     "TuningReport": Case(ln.TuningReport, _named),
     "MixtureReport": Case(ln.MixtureReport, _named | {"monitor": (TEXT,), "every_n_steps": (3,)}),
@@ -386,6 +388,7 @@ CASES = {
     "Unrolled": Case(Unrolled, {"truncate": (1,)}, num_steps=2),
     # networks
     "MLP": Case(MLP, in_features=3),
+    "AugmentationNetwork": Case(AugmentationNetwork),
     "SmallCNN": Case(SmallCNN),
     # optim
     "ComplexAdam": Case(ln.ComplexAdam, _optimizers | {"phase": (-0.1,)}, params=parameters),

@@ -14,7 +14,7 @@ from lightning_nested.arguments import at_least, checked
 
 @checked
 class StepsDataModule(LightningDataModule):
-    """Epochs of ``steps`` training steps whose batches are empty: for modules that hold their data, and do not read them.
+    """Epochs of ``steps`` training steps whose batches are empty: for modules that hold their data themselves.
 
     Whole-batch training, learned data or a closed formula need no loader, but the Trainer counts by batches. An epoch
     is then as long as an outer step needs, such as ``num_steps`` of ``Unrolled``. Each batch is a tensor of shape (0,).

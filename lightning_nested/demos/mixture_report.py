@@ -1,4 +1,4 @@
-"""Report on a tuned mixture: the shares of its sources over the training."""
+"""Report on a tuned mixture: the shares of its sources, or the weights of a loss's parts, over the training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing_extensions import override
 from lightning_nested.arguments import at_least, checked
 from lightning_nested.demos.report import Report
 from lightning_nested.figures.mixture import mixture_figure
-from lightning_nested.hyperparameters import GroupWeights
+from lightning_nested.hyperparameters import GroupWeights, LossWeights
 from lightning_nested.trainer.outer_loop_owners import HasOuterLoop
 from lightning_nested.trainer.run_folder import run_folder, table
 
 
 @checked
 class MixtureReport(Report):
-    """Report of a run that tunes :class:`GroupWeights`: a table, ``results.json``, a figure of the shares over time.
+    """Report of a run that tunes :class:`GroupWeights` or :class:`LossWeights`: a table, ``results.json``, a figure.
 
+    The figure shows the shares of the sources, or the weights of the parts of the loss, over the training.
     Files go to the folder of the run's logger (without one to ``default_root_dir``).
 
     Args:
@@ -32,7 +33,7 @@ class MixtureReport(Report):
         results: Content of ``results.json``; empty before the end of ``fit``.
 
     Raises:
-        MisconfigurationException: In ``setup``: nothing in the Trainer tunes ``GroupWeights``.
+        MisconfigurationException: In ``setup``: nothing in the Trainer tunes ``GroupWeights`` or ``LossWeights``.
     """
 
     def __init__(
@@ -84,23 +85,24 @@ class MixtureReport(Report):
         if not trainer.is_global_zero:
             return
         self._record(trainer, pl_module)
-        names = _tuned(trainer, pl_module).names
+        tuned = _tuned(trainer, pl_module)
+        names, weights = tuned.names, isinstance(tuned, LossWeights)
         shares = dict(zip(names, map(list, zip(*self._shares, strict=True)), strict=True))
         last = {name: values[-1] for name, values in shares.items()}
         self.results = {
             "steps": self._steps,
-            "shares": shares,
+            "weights" if weights else "shares": shares,
             "final": last,
             self.monitor: self._scores,
         }
         ordered = sorted(last.items(), key=lambda pair: -pair[1])
-        rows = [(name, f"{share:.3f}") for name, share in ordered]
+        rows = [(name, f"{share:.4g}" if weights else f"{share:.3f}") for name, share in ordered]
         rows += [(self.monitor, f"{self._scores[-1][1]:.4g}")] if self._scores else []
-        title = f"{type(pl_module).__name__}: {len(names)} sources, {trainer.global_step} steps"
-        figure = mixture_figure(self._steps, shares, self._scores, self.monitor, title)
-        self._write(
-            trainer, folder, figure, trainer.global_step, table("share of each source at the end", rows)
-        )
+        kind = "parts of the loss" if weights else "sources"
+        title = f"{type(pl_module).__name__}: {len(names)} {kind}, {trainer.global_step} steps"
+        figure = mixture_figure(self._steps, shares, self._scores, self.monitor, title, weights=weights)
+        head = "weight of each part of the loss at the end" if weights else "share of each source at the end"
+        self._write(trainer, folder, figure, trainer.global_step, table(head, rows))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -113,15 +115,15 @@ class MixtureReport(Report):
         self._scores = [(int(step), float(score)) for step, score in state_dict.get("scores", [])]
 
 
-def _tuned(trainer: Trainer, module: LightningModule) -> GroupWeights:
+def _tuned(trainer: Trainer, module: LightningModule) -> GroupWeights | LossWeights:
     """Return the weights that the module or a callback tunes."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for candidate in (module, *callbacks):
         if isinstance(candidate, HasOuterLoop):
             for hyperparameter in candidate.outer_loop.outer.hyperparameters:
-                if isinstance(hyperparameter, GroupWeights):
+                if isinstance(hyperparameter, GroupWeights | LossWeights):
                     return hyperparameter
     raise MisconfigurationException(
-        "MixtureReport needs a run that tunes GroupWeights. Got "
+        "MixtureReport needs a run that tunes GroupWeights or LossWeights. Got "
         f"{type(module).__name__} without them; add HypergradientCallback(GroupWeights([...]))."
     )

@@ -97,6 +97,8 @@ class ImageClassifier(ClassificationSteps):
         num_classes: Number of classes.
         input_shape: Channels, height and width of an image; a network given as a module ignores it.
         network_options: Further arguments of a network given by name, such as ``{"hidden": [300, 100]}``.
+        augmentation: Module from training images to those that the network sees in training, such as
+            :class:`AugmentationNetwork`, tuned as ``"augmentation"``; None: the images themselves.
         optimizer: From parameters to optimizer.
         scheduler: From optimizer to learning-rate scheduler, stepped after each epoch.
 
@@ -132,16 +134,23 @@ class ImageClassifier(ClassificationSteps):
         num_classes: int = 10,
         input_shape: tuple[int, int, int] = (1, 8, 8),
         network_options: dict[str, Any] | None = None,
+        augmentation: nn.Module | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         check(ImageClassifier.__init__, locals())
         super().__init__()
-        live = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+        live = {
+            "network": network,
+            "augmentation": augmentation,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+        }
         # LightningCLI saves the configuration instead of the values: all plain data.
         plain = built_by_command_line()
         self.save_hyperparameters(ignore=[n for n, value in live.items() if callable(value) and not plain])
         self.network = classification_network(network, num_classes, input_shape, network_options)
+        self.augmentation = augmentation
         self.optimizer = optimizer
         self.scheduler = scheduler
 
@@ -154,7 +163,7 @@ class ImageClassifier(ClassificationSteps):
     def training_losses(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the terms of the training loss by name, each a scalar with its graph."""
         images, labels, *index = batch
-        logits = self(images)
+        logits = self(images if self.augmentation is None else self.augmentation(images))
         if self.example_weights is None and self.weight_network is None:
             return {"cross_entropy": nn.functional.cross_entropy(logits, labels)}
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")

@@ -1,5 +1,6 @@
 """Networks for the modules to train. PyTorch only."""
 
+from lightning_nested.networks.augmentation import AugmentationNetwork
 from lightning_nested.networks.biggan.discriminator import Discriminator
 from lightning_nested.networks.biggan.generator import Generator
 from lightning_nested.networks.by_name import build_network
@@ -17,6 +18,7 @@ from lightning_nested.networks.spectral_norm import (
 )
 
 __all__ = [
+    "AugmentationNetwork",
     "ConditionalBatchNorm2d",
     "Discriminator",
     "GPT",

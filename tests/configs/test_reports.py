@@ -16,6 +16,7 @@ from lightning_nested.figures.tuning import tuning_figure
 from lightning_nested.hyperparameters.outer_report import ValueTrace
 
 REPORTS = {
+    "AugmentationReport",
     "DistillationReport",
     "GameReport",
     "LabelNoiseReport",

@@ -11,10 +11,10 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_nested.callbacks import HypergradientCallback
-from lightning_nested.datamodules import TextSourcesDataModule
-from lightning_nested.demos import MixtureReport
+from lightning_nested.datamodules import StepsDataModule, TextSourcesDataModule
+from lightning_nested.demos import HeatEquation, MixtureReport
 from lightning_nested.figures.mixture import mixture_figure
-from lightning_nested.hyperparameters import GroupWeights, WeightDecay
+from lightning_nested.hyperparameters import GroupWeights, LossWeights, WeightDecay
 from lightning_nested.modules import LanguageModel
 from tests.trainers import trainer
 
@@ -54,6 +54,34 @@ def test_shares_are_recorded_from_step_to_step(tmp_path: Path, capsys: pytest.Ca
 def test_a_run_without_groups_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="add HypergradientCallback"):
         run(tmp_path, WeightDecay())
+
+
+def test_weights_of_the_parts_of_a_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["equation", "initial", "boundary"]
+    callback = HypergradientCallback(LossWeights(names), every_n_steps=3)
+    report = MixtureReport("m", every_n_steps=5)
+    fit = trainer(callback, report, folder=tmp_path)
+    fit.fit(HeatEquation(width=4, points=10), datamodule=StepsDataModule(steps=10))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert "shares" not in found
+    assert {name: values[0] for name, values in found["weights"].items()} == pytest.approx(
+        dict.fromkeys(names, 1.0)
+    )
+    assert found["final"]["initial"] != 1.0
+    assert "weight of each part of the loss at the end" in capsys.readouterr().out
+    left, right = report.plot().axes
+    assert (left.get_ylabel(), left.get_yscale()) == ("weight", "linear")
+    assert right.get_ylabel() == "val_loss"
+
+
+def test_weights_that_are_far_apart_have_a_logarithmic_axis() -> None:
+    weights = {"a": [1.0, 1000.0], "b": [1.0, 900.0], "c": [1.0, 0.02]}
+    figure = mixture_figure([0, 10], weights, [(10, 0.5)], "val_loss", "three", weights=True)
+    left = figure.axes[0]
+    assert left.get_yscale() == "log"
+    heights = [text.xy[1] for text in left.texts]
+    assert all(high > 1.5 * low for low, high in pairwise(sorted(heights)))
+    assert {"a 1e+03", "b 900", "c 0.02"} == {text.get_text() for text in left.texts}
 
 
 def test_names_at_the_lines_ends_do_not_overlap() -> None:
