@@ -208,7 +208,7 @@ PROJECTS = {
         epochs=12,
         options={"accumulate_grad_batches": 4, "gradient_clip_val": 1.0},
     ),
-    "tft": Project(make=_transformer, test="val_loss", epochs=6, options={"gradient_clip_val": 0.1}),
+    "tft": Project(make=_transformer, test="val_loss", epochs=24, options={"gradient_clip_val": 0.1}),
     "nbeats": Project(make=_nbeats, test="val_loss", epochs=15, options={"gradient_clip_val": 0.1}),
     "regression": Project(make=_uncertain("DeterministicRegression"), test="val_loss", epochs=40, options={}),
     "mve": Project(make=_uncertain("MVERegression"), test="val_loss", epochs=40, options={}),
