@@ -10,7 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
 from typing import Any
+
+from lightning_nested.figures.style import COLOURS, open_axes, styled_figure
+from lightning_nested.files import replace_figure
 
 Numbers = Mapping[str, float]
 
@@ -87,3 +92,26 @@ def rows(experiment: Experiment, results: Results) -> tuple[list[str], list[list
         ]
         cells.append([name, *shown, seconds.text([entry["seconds"] for entry in found])])
     return header, cells
+
+
+def figure(path: Path, experiment: Experiment, results: Results) -> None:
+    """Draw the first column that the first arm has over the cost: a point with its ranges for each arm that has it."""
+    first = next(iter(results.values()))[0]
+    key, column = next((key, column) for key, column in experiment.columns.items() if key in first)
+    factor = 100.0 if column.percent else 1.0
+    with styled_figure(9.5, 4.0, layout="constrained") as drawn:
+        axes = drawn.subplots()
+        title = experiment.question.split(",")[0]
+        open_axes(axes, title, "CPU time, × the first arm", column.title + (" (%)" if column.percent else ""))
+        axes.set_xscale("log")
+        for (name, found), colour in zip(results.items(), cycle(COLOURS)):
+            if key not in found[0]:
+                continue
+            costs = [entry["cost"] for entry in found]
+            values = [factor * entry[key] for entry in found]
+            x, y = statistics.median(costs), statistics.median(values)
+            axes.plot([min(costs), max(costs)], [y, y], color=colour, alpha=0.5)
+            axes.plot([x, x], [min(values), max(values)], color=colour, alpha=0.5)
+            axes.plot(x, y, "o", color=colour, label=name)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        replace_figure(path, drawn, dpi=110)

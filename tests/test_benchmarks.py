@@ -17,6 +17,8 @@ from tests.conftest import FASHION_MNIST
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 Script = Callable[[str, Sequence[str]], Any]
 
+NEEDS_FASHION = pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
+
 # The peers and the profiler warn on their own behalf.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -148,6 +150,30 @@ def test_a_million_decays_are_measured(run: Script) -> None:
     found = run("million_decays", ["--rounds", "1", "--steps", "2"])
     assert len(found) == 3
     assert all(number >= 0 for ((*numbers,),) in found.values() for number in numbers)
+
+
+def test_only_unrolling_takes_more_memory_with_more_steps(run: Script, tmp_path: Path) -> None:
+    figure = tmp_path / "memory.png"
+    options = [
+        "--widths",
+        "60",
+        "30",
+        "5",
+        "--steps",
+        "4",
+        "16",
+        "--terms",
+        "2",
+        "20",
+        "--figure",
+        str(figure),
+    ]
+    found = run("million_memory", options)
+    unrolled, implicit = found["inner steps"]["unrolled"], found["inner steps"]["implicit, 20 terms"]
+    assert unrolled[16] > 2 * unrolled[4]
+    assert implicit[16] < 1.2 * implicit[4]
+    assert found["terms"]["implicit"][20] == pytest.approx(found["terms"]["implicit"][2], rel=0.2)
+    assert figure.stat().st_size > 1000
 
 
 def test_example_weights_tell_wrong_labels(run: Script) -> None:
@@ -299,16 +325,19 @@ def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "distillation", "influence", "breast_cancer", "diabetes", "language", "mixture", "pinn",
+        "distillation", "influence", "breast_cancer", "diabetes", "diamonds", "language", "mixture", "pinn",
         pytest.param("hypernetwork_resnet", marks=pytest.mark.slow),
         pytest.param("hypernetwork_transformer", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=NEEDS_FASHION) for name in ("distillation_fashion", "labels_symmetric")),
+        *(pytest.param(name, marks=NEEDS_FASHION) for name in ("long_tail", "overfit", "validation_share")),
     ],
 )  # fmt: skip
 def test_an_experiment_compares_its_arms(
     run: Script, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = str(tmp_path / "kept.json")
-    run("experiments", [name, "--size", "smoke", "--seeds", "100", "--keep", kept])
+    kept, drawn = str(tmp_path / "kept.json"), tmp_path / "drawn.png"
+    run("experiments", [name, "--size", "smoke", "--seeds", "100", "--keep", kept, "--figure", str(drawn)])
+    assert drawn.stat().st_size > 1000
     found = run("experiments", [name, "--size", "smoke", "--seeds", "101", "--keep", kept, "--only", "none"])
     first, *others = found.values()
     assert [entry["seed"] for entry in first] == [100, 101]
