@@ -22,7 +22,7 @@ def main() -> None:
     """Read a run's folder and write the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="default_root_dir of the run")
-    parser.add_argument("--updates", type=int, nargs="+", default=[200, 600, 1200, 2500])
+    parser.add_argument("--updates", type=int, nargs="+", default=[100, 300, 600, 1200])
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     figure, axes = plt.subplots(

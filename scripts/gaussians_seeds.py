@@ -12,14 +12,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from _network_games import StackedMLP
 from _running import script_parser, silent_trainer
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nested.datamodules import MixtureOfGaussiansDataModule
 from lightning_nested.files import replace_text
@@ -36,29 +36,6 @@ METHODS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
         params, lr=lr, betas=(0.8, 0.999), phase=math.pi / 8
     ),
 }
-
-
-class StackedMLP(nn.Module):
-    """Network for each seed, as slices of stacked weights; initialized as ``nn.Linear``, by the seed alone."""
-
-    def __init__(self, seeds: Sequence[int], widths: Sequence[int], stream: int) -> None:
-        super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        draws = [torch.Generator().manual_seed(1_000_003 * seed + stream) for seed in seeds]
-        for i, o in pairwise(widths):
-            bound = 1 / math.sqrt(i)
-            both = torch.stack([torch.rand(i + 1, o, generator=g) for g in draws]) * 2 * bound - bound
-            self.weights.append(nn.Parameter(both[:, :-1].clone()))
-            self.biases.append(nn.Parameter(both[:, -1:].clone()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (n, seeds, in) to (n, seeds, out)."""
-        x = x.transpose(0, 1)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if layer < len(self.weights) - 1:
-                x = torch.tanh(x)
-        return x.transpose(0, 1)
 
 
 class StackedGAN(GANModule):

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _quadratic_runs import Array, Settings, evaluations
 from _running import script_parser
+from _two_player_runs import Array, Settings, evaluations, quadratic
 
 from lightning_nested.figures.style import COLOURS, GREY, open_axes, styled_figure
 from lightning_nested.files import replace_figure, replace_text
@@ -119,7 +119,7 @@ class Case:
 
     def run(self, settings: Settings, tolerance: float, limit: int) -> Array:
         """Count the evaluations that every setting needs."""
-        return evaluations(self.own, self.coupling, self.start, settings, tolerance, limit)
+        return evaluations(quadratic(self.own, self.coupling), self.start, settings, tolerance, limit)
 
     def wrong_eigenvalues(self) -> torch.Tensor:
         """Return eigenvalues wrong by up to 10 % in random directions, but not left of the imaginary axis."""

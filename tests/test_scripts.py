@@ -76,11 +76,11 @@ def test_evaluations_are_those_of_the_game(robustness: ModuleType, method: str) 
         method="momentum" if method == "alternating" else method,
     )
     start = tuple(p.detach().numpy() for p in _start(0))
-    own, coupling = game.first.diagonal().numpy(), game.coupling.diagonal().numpy()
-    found = robustness.evaluations(own, coupling, start, settings, tolerance, 1000)
+    field = robustness.quadratic(game.first.diagonal().numpy(), game.coupling.diagonal().numpy())
+    found = robustness.evaluations(field, start, settings, tolerance, 1000)
     assert found[0] == count
     assert found[1] != count
-    assert robustness.evaluations(own, coupling, start, settings, tolerance, count - 1)[0] == math.inf
+    assert robustness.evaluations(field, start, settings, tolerance, count - 1)[0] == math.inf
 
 
 def _start(seed: int) -> tuple[torch.Tensor, ...]:
@@ -165,3 +165,72 @@ def test_a_stage_of_the_gpu_check_that_hangs_or_fails_is_a_row(monkeypatch: pyte
     assert rows[3].endswith("longer than its limit of 0 s |")
     assert "| main job | FAILED | ValueError: no |" in rows
     assert rows[-2:] == ["| BigGAN | ms an update | 12.35 |", "| BigGAN | note | x |"]
+
+
+@pytest.mark.parametrize("name", ["bilinear", "Dirac-GAN", "mixed (γ ≤ 1)"])
+def test_small_games_have_the_gradients_of_the_zoo(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = load("_small_games", monkeypatch)
+    case = small.GAMES[name](3)
+    x, y = case.start
+    expected = joint_gradient(case.game.losses, tuple(torch.from_numpy(v).requires_grad_() for v in (x, y)))
+    for gradient, value in zip(case.field, expected, strict=True):
+        np.testing.assert_allclose(gradient(x, y), value.detach().numpy(), rtol=1e-12, atol=1e-14)
+
+
+def test_what_adapt_needs_is_counted_by_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = load("_small_games", monkeypatch)
+    monkeypatch.setattr(small, "TOLERANCE", 0.5)
+    case = small.GAMES["agreement (γ ≤ 0.3)"](0)
+    assert 1 < small.adapted(case, 0.3, limit=30) < 30
+    assert small.adapted(case, 1e-4, limit=3) == math.inf
+
+
+def test_networks_of_one_seed_do_not_touch_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    games, which = (load(name, monkeypatch) for name in ("_network_games", "which_momentum"))
+
+    def trained(seeds: list[int]) -> torch.Tensor:
+        game = games.Digits(seeds, which.RelativisticPairing())
+        games.train(game, lambda params: which.complex_adam(0.5, 1 / 8)(params, 1e-2), 5)
+        return game.samples(3)
+
+    torch.testing.assert_close(trained([4, 9])[:, 1:], trained([9]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(trained([4]), trained([9]), atol=0.1)
+
+
+def test_the_perturbation_of_adversarial_training_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    games = load("_network_games", monkeypatch)
+    game = games.AdversarialTraining([0], images=20)
+    found = games.train(game, lambda params: torch.optim.SGD(params, lr=100.0), 2)
+    assert float(game.moved.detach().abs().max()) == pytest.approx(game.radius)
+    assert 0 <= found[0] <= 1
+
+
+def test_frechet_distance_is_that_of_normal_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    games = load("_network_games", monkeypatch)
+    x = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert games.frechet(x, x) == pytest.approx(0, abs=1e-6)
+    # Twice as wide and moved by 1 in each coordinate: ‖μ‖² + tr A(1 − 2)².
+    moved = games.frechet(x, 2 * x - x.mean(0) + 1)
+    assert moved == pytest.approx(3 + float(torch.cov(x.T).trace()), rel=1e-9)
+    assert games.frechet(x, x * math.nan) == math.inf
+
+
+def test_tables_and_map_of_momenta_are_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    which = load("which_momentum", monkeypatch)
+    monkeypatch.setattr(sys.modules["_small_games"], "LIMIT", 40)
+    for name, few in {"SIZES": (0.8,), "TURNS": (1 / 8, 1.0), "NETWORK_RATES": (1e-3,)}.items():
+        monkeypatch.setattr(which, name, few)
+    games = ["agreement (γ ≤ 0.3)", "adversarial training"]
+    options = ["--tuning-seeds", "100", "--seeds", "10", "11", "--gradients", "2", "--adapt-rates"]
+    found = which.main(["--games", *games, *options, "--output", str(tmp_path)])
+    assert list(found) == games
+    assert len(found["adversarial training"]["0.8 at 0.125π"]["found"]) == 2
+    printed = capsys.readouterr().out
+    assert "| complex, best of the grid |" in printed
+    assert (tmp_path / "which_momentum.png").stat().st_size > 10_000
+    # What is in the file is not played again.
+    monkeypatch.setattr(which, "play", None)
+    monkeypatch.setattr(which, "play_networks", None)
+    assert which.main(["--games", *games, *options, "--output", str(tmp_path)]) == found

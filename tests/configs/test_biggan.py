@@ -115,11 +115,11 @@ def test_the_rates_of_the_small_run_are_constant_and_then_fall_to_zero() -> None
     for make in program.model._make_schedulers.values():
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
         schedule = make(optimizer)
-        for update in range(2501):
-            # To a part in a million: the options of OneCycleLR place the corner within 2e-4 of update 1 250.
-            expected = 1e-3 * min(1.0, (2500 - update) / 1250)
+        for update in range(1251):
+            # To a part in a million: the options of OneCycleLR place the corner within 5e-4 of update 625.
+            expected = 1e-3 * min(1.0, (1250 - update) / 625)
             assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-9)
-            if update < 2500:
+            if update < 1250:
                 optimizer.step()
                 schedule.step()
 

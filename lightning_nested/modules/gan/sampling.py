@@ -110,6 +110,19 @@ def latents(network: Generator, count: int, sampling: Sampling, generator: torch
     )
 
 
+def guided(labels: Tensor, num_classes: int, guidance: float) -> Tensor:
+    """Return mixtures y + γ(y − 1/n) of classes ``(N,)`` or mixtures ``(N, n)``; at γ = 0 the labels themselves.
+
+    Example:
+        >>> guided(torch.tensor([0]), 2, 0.5).tolist()
+        [[1.25, -0.25]]
+    """
+    if not guidance:
+        return labels
+    y = labels if labels.is_floating_point() else functional.one_hot(labels, num_classes).float()
+    return y + guidance * (y - 1 / num_classes)
+
+
 def sample_images(
     network: Generator,
     labels: Tensor,
@@ -135,17 +148,19 @@ def sample_images(
     if not len(labels):
         return torch.empty(0, network.image_channels, *2 * (network.resolution,), device=device)
 
+    def make(z: Tensor, y: Tensor) -> Tensor:
+        made: Tensor = network(z, guided(y, network.num_classes, sampling.guidance))
+        return made
+
     def batch() -> Tensor:
         z = latents(network, sampling.batch_size, sampling, generator)
-        y = torch.randint(network.num_classes, (len(z),), generator=generator, device=z.device)
-        made: Tensor = network(z, y)
-        return made
+        return make(z, torch.randint(network.num_classes, (len(z),), generator=generator, device=z.device))
 
     with sampling_mode(network, sampling.batch_norm, batch, sampling.standing_batches):
         if z is None:
             z = latents(network, len(labels), sampling, generator)
         size = sampling.batch_size
-        parts = [network(*part) for part in zip(torch.split(z, size), torch.split(labels, size), strict=True)]
+        parts = [make(*part) for part in zip(torch.split(z, size), torch.split(labels, size), strict=True)]
     return widened(torch.cat(parts))
 
 

@@ -67,6 +67,38 @@ def test_interpolation_ends_at_its_ends() -> None:
         interpolate(network, (first, 3), (last, 10), 3, Sampling(), generator=seeded("cpu", 0))
 
 
+@pytest.mark.parametrize("shared_dim", [0, 6])
+def test_guidance_moves_embeddings_away_from_their_mean(shared_dim: int) -> None:
+    network = Generator(2, 8, initialization="orthogonal", shared_dim=shared_dim)
+    z, labels = torch.randn(4, 8), torch.tensor([0, 3, 3, 9])
+    found = sample_images(network, labels, Sampling(guidance=0.4), generator=seeded("cpu", 0), z=z)
+    # Each class enters by tables of one row per class: the first ones it meets.
+    for table in network.modules():
+        if isinstance(table, torch.nn.Embedding):
+            with torch.no_grad():
+                table.weight += 0.4 * (table.weight - table.weight.mean(dim=0))
+    network.eval()
+    torch.testing.assert_close(found, network(z, labels), rtol=1e-4, atol=1e-5)
+    plain = sample_images(network, labels, Sampling(), generator=seeded("cpu", 0), z=z)
+    torch.testing.assert_close(plain, network(z, labels))
+
+
+def test_standing_statistics_are_those_of_guided_samples() -> None:
+    network, z = generator(), torch.randn(5, 8)
+    found = [
+        sample_images(network, torch.arange(5), sampling, generator=seeded("cpu", 0), z=z)
+        for sampling in (
+            Sampling(batch_norm="standing", standing_batches=2, guidance=2.0),
+            Sampling(batch_norm="standing", standing_batches=2),
+        )
+    ]
+    mixtures = torch.nn.functional.one_hot(torch.arange(5), 10) * 3.0 - 0.2
+    unguided = Sampling(batch_norm="standing", standing_batches=2)
+    other = sample_images(network, mixtures, unguided, generator=seeded("cpu", 0), z=z)
+    assert (found[0] - other).abs().max() > 1e-3  # the same labels with statistics of plain samples
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
 def test_a_small_bound_is_as_good_as_any() -> None:
     z = truncated_normal(10_000, bound=0.04, generator=torch.Generator().manual_seed(0))
     assert z.abs().max() <= 0.04
@@ -115,6 +147,7 @@ def test_synchronised_batch_norm_waits_for_nobody(mode: str, monkeypatch: pytest
     ("options", "message"),
     [
         ({"truncation": 0.0}, "truncation must be positive, or None"),
+        ({"guidance": -0.1}, r"guidance must be at least 0\. Got -0\.1"),
         ({"batch_norm": "train"}, "'running', 'batch' or 'standing'"),
         ({"batch_size": 0}, "at least 1"),
     ],

@@ -1,8 +1,9 @@
-"""Runs of quadratic games with many optimizer settings side by side, in NumPy."""
+"""Runs of a game of two players with many optimizer settings side by side, in NumPy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Field = tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]
+"""The gradient of each player's loss in its own numbers, at x and y of shape (…, n)."""
+
+
+def quadratic(own: Array, coupling: Array) -> Field:
+    """Return the field (ax + by, ay − bx) of a and b, each of shape (n,)."""
+    return lambda x, y: own * x + coupling * y, lambda x, y: own * y - coupling * x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +39,12 @@ class Settings:
 
 
 def evaluations(
-    own: Array, coupling: Array, start: tuple[Array, Array], settings: Settings, tolerance: float, limit: int
+    field: Field, start: tuple[Array, Array], settings: Settings, tolerance: float, limit: int
 ) -> Array:
-    """Count evaluations of the joint gradient (ax + by, ay − bx) until ‖(x, y)‖ falls to ``tolerance`` of its start.
+    """Count evaluations of the joint gradient until ‖(x, y)‖ falls to ``tolerance`` of its start.
 
     Args:
-        own: a, of shape (n,).
-        coupling: b, of shape (n,).
+        field: The game; its solution is 0.
         start: x and y, each of shape (n,).
         settings: s settings of one method.
         tolerance: Relative distance.
@@ -54,7 +61,7 @@ def evaluations(
     first = math.hypot(*(float(np.linalg.norm(v)) for v in start))
     running = settings
     for step in range(1, limit // cost + 1):
-        x, y = _step(x, y, own, coupling, running, memory, first_step=step == 1)
+        x, y = _step(x, y, field, running, memory, first_step=step == 1)
         size = np.sqrt((x * x + y * y).sum(axis=1)) / first
         arrived = size <= tolerance
         found[rows[arrived]] = step * cost
@@ -68,14 +75,15 @@ def evaluations(
 
 
 def _step(
-    x: Array, y: Array, a: Array, b: Array, settings: Settings, memory: list[Array], *, first_step: bool
+    x: Array, y: Array, field: Field, settings: Settings, memory: list[Array], *, first_step: bool
 ) -> tuple[Array, Array]:
     """Do one step of every setting; update ``memory``, the momentum or the last gradient."""
+    of_first, of_second = field
     lr = settings.lr[:, None]
-    gx, gy = a * x + b * y, a * y - b * x
+    gx, gy = of_first(x, y), of_second(x, y)
     if settings.method == "extragradient":
         hx, hy = x - lr * gx, y - lr * gy
-        return x - lr * (a * hx + b * hy), y - lr * (a * hy - b * hx)
+        return x - lr * of_first(hx, hy), y - lr * of_second(hx, hy)
     if settings.method == "optimistic":
         last = (gx, gy) if first_step else (memory[0].real, memory[1].real)
         memory[:] = [gx.astype(complex), gy.astype(complex)]
@@ -83,6 +91,6 @@ def _step(
     beta = settings.beta[:, None]
     memory[0] = beta * memory[0] - gx
     moved = x + lr * memory[0].real
-    gy = a * y - b * np.where(settings.alternating[:, None], moved, x)
+    gy = of_second(np.where(settings.alternating[:, None], moved, x), y)
     memory[1] = beta * memory[1] - gy
     return moved, y + lr * memory[1].real

@@ -1,0 +1,241 @@
+"""Which momentum in which game: magnitude × phase × rate of complex momentum beside its rivals.
+
+    python scripts/which_momentum.py --output docs/images
+
+In small games (bilinear, Dirac-GAN, two quadratic mixes) the number of gradients counts until the distance to the
+solution is 1e-4 of the first. Networks (a ring of Gaussians, digits with three losses, adversarial training) are scored
+after an equal number of gradients. Players step in turns, except with extragradient and, in small games, optimistic
+steps. The rate of every method, and its momentum where it says so, is the best on the tuning seeds; the other seeds are
+reported. Writes JSON, tables and a PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from _network_games import AdversarialTraining, Digits, NetworkGame, Ring, train
+from _running import script_parser
+from _small_games import GAMES, MAGNITUDES, PHASES, adapt_row, play
+
+from lightning_nested.figures.style import open_axes, styled_figure
+from lightning_nested.files import replace_figure, replace_text
+from lightning_nested.networks.adversarial import Hinge, NonSaturating, RelativisticPairing
+from lightning_nested.optim import ComplexAdam, Extragradient, OptimisticAdam
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Make = Callable[[Any, float], torch.optim.Optimizer]
+SIZES, TURNS = (0.5, 0.8), (0.0, 1 / 8, 1 / 2, 3 / 4, 1.0)  # turns of π
+# Steps of a constant gradient, in Adam's units; the last is for steps that are not divided by √v.
+NETWORK_RATES, PLAIN_RATES = (3e-4, 1e-3, 3e-3), (0.03, 0.1, 0.3)
+NETWORKS: dict[str, tuple[Callable[[Sequence[int]], NetworkGame], int]] = {
+    "ring": (Ring, 1000),
+    "digits, hinge": (lambda seeds: Digits(seeds, Hinge()), 600),
+    "digits, non-saturating": (lambda seeds: Digits(seeds, NonSaturating()), 600),
+    "digits, relativistic": (lambda seeds: Digits(seeds, RelativisticPairing()), 600),
+    "adversarial training": (AdversarialTraining, 150),
+}
+
+
+def complex_adam(size: float, turn: float) -> Make:
+    """Return ComplexAdam whose step under a constant gradient has the size of Adam's."""
+    gain = (1 / (1 - size * np.exp(1j * np.pi * turn))).real
+
+    def make(params: Any, rate: float) -> torch.optim.Optimizer:
+        return ComplexAdam(params, lr=rate / gain, betas=(size, 0.999), phase=math.pi * turn)
+
+    return make
+
+
+def rivals() -> dict[str, tuple[Make, Sequence[float]]]:
+    """Return the methods without a map, and their rates."""
+    adam: Callable[[float], Make] = lambda beta: (  # noqa: E731
+        lambda params, rate: torch.optim.Adam(params, lr=rate, betas=(beta, 0.999))
+    )
+    return {
+        "Adam, β₁ = 0": (adam(0.0), NETWORK_RATES),
+        "Adam, β₁ = 0.5": (adam(0.5), NETWORK_RATES),
+        "OptimisticAdam": (lambda p, rate: OptimisticAdam(p, lr=rate, betas=(0.5, 0.999)), NETWORK_RATES),
+        "Extragradient (no division by √v)": (lambda p, rate: Extragradient(p, lr=rate), PLAIN_RATES),
+    }
+
+
+def play_networks(
+    make: Callable[[Sequence[int]], NetworkGame], gradients: int, tuning: Sequence[int], seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Return for every method the chosen rate and the scores of the reported seeds; all seeds train side by side."""
+    every = [*tuning, *seeds]
+    entries: dict[str, tuple[Make, Sequence[float]]] = rivals() | {
+        f"{size} at {turn:g}π": (complex_adam(size, turn), NETWORK_RATES) for size in SIZES for turn in TURNS
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (method, rates) in entries.items():
+        before, found = time.process_time(), {}
+        for rate in rates:
+            game = make(every)
+            scores = np.array(train(game, lambda p, m=method, r=rate: m(p, r), gradients))  # type: ignore[misc]
+            worst = -math.inf if game.higher_is_better else math.inf
+            found[rate] = np.where(np.isfinite(scores), scores, worst)
+        sign = 1 if game.higher_is_better else -1
+        rate = max(found, key=lambda r: sign * float(np.median(found[r][: len(tuning)])))
+        rows[name] = {
+            "rate": rate,
+            "tuning": float(np.median(found[rate][: len(tuning)])),
+            "found": found[rate][len(tuning) :].tolist(),
+            "seconds": time.process_time() - before,
+        }
+        print(name, rate, f"{statistics.median(rows[name]['found']):.4g}", flush=True)
+    return rows | _chosen(rows, sign)
+
+
+def _chosen(rows: Mapping[str, dict[str, Any]], sign: int) -> dict[str, dict[str, Any]]:
+    """Return the momentum, and the negative one, that the tuning seeds like best."""
+    maps = {f"{size} at {turn:g}π": turn for size in SIZES for turn in TURNS}
+
+    def best(names: Sequence[str]) -> dict[str, Any]:
+        name = max(names, key=lambda n: sign * rows[n]["tuning"])
+        return {**rows[name], "setting": name}
+
+    return {
+        "negative momentum": best([n for n, turn in maps.items() if turn == 1]),
+        "complex, best of the grid": best([n for n, turn in maps.items() if 0 < turn < 1]),
+        "map": {
+            "found": [
+                [statistics.median(rows[f"{size} at {turn:g}π"]["found"]) for turn in TURNS] for size in SIZES
+            ]
+        },
+    }
+
+
+def shown(values: Sequence[float], digits: int) -> str:
+    """Return ``median [least, largest]``; infinite ones as –."""
+    parts = [statistics.median(values), min(values), max(values)]
+    texts = [f"{v:.{digits}f}" if math.isfinite(v) else "–" for v in parts]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def table(results: Mapping[str, Mapping[str, dict[str, Any]]], names: Sequence[str], digits: int) -> str:
+    """Return a row for each method and a column for each game."""
+    games = [g for g in results if names[0] in results[g]]
+    lines = [f"| method | {' | '.join(games)} |", "| --- |" + " --- |" * len(games)]
+    for name in names:
+        cells = []
+        for game in games:
+            row = results[game].get(name)
+            cells.append("" if row is None else shown(row["found"], digits) + _setting(row))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    """Return what was chosen, in brackets."""
+    if "setting" in row:
+        return f" ({row['setting']}, {row['rate']:g})"
+    if row.get("momentum"):
+        return f" ({row['momentum']:g} at {row['phase']:g}π, {row['rate']:.2g})"
+    return f" ({row['rate']:.2g})" if "rate" in row else ""
+
+
+SMALL_ROWS = (
+    *(
+        "no momentum",
+        "positive momentum",
+        "negative momentum",
+        "complex, 0.8 at π/8",
+        "complex, best of the grid",
+    ),
+    *("optimistic", "extragradient", "read from the spectrum", "adapt=True"),
+)
+NETWORK_ROWS = (
+    *("Adam, β₁ = 0", "Adam, β₁ = 0.5", "OptimisticAdam", "Extragradient (no division by √v)"),
+    *("negative momentum", "0.8 at 0.125π", "complex, best of the grid"),
+)
+
+
+def figure(results: Mapping[str, Mapping[str, dict[str, Any]]], path: Path) -> None:
+    """Draw a map of magnitude and phase for each game: dark where it is best."""
+    rows = math.ceil(len(results) / 3)
+    with styled_figure(12.0, 0.3 + 2.1 * rows, dpi=110, layout="constrained") as whole:
+        axes = whole.subplots(rows, 3, squeeze=False).flatten()
+        for axis, (game, found) in zip(axes, results.items(), strict=False):
+            _panel(axis, game, found)
+        for axis in axes[len(results) :]:
+            axis.set_axis_off()
+        replace_figure(path, whole)
+
+
+def _panel(axis: Axes, game: str, rows: Mapping[str, dict[str, Any]]) -> None:
+    values = np.array(rows["map"]["found"], dtype=float)
+    small = game in GAMES
+    sizes, turns = (MAGNITUDES, PHASES) if small else (SIZES, TURNS)
+    is_cost = small or game.startswith("digits")
+    finite = values[np.isfinite(values)]
+    least, most = (float(finite.min()), float(finite.max())) if len(finite) else (1.0, 1.0)
+    if is_cost:  # how many times the least
+        shade = np.clip(1 - np.log(values / least) / math.log(8), 0, 1)
+    else:
+        shade = np.clip(1 - (most - values) / (0.5 * most or 1.0), 0, 1)
+    axis.imshow(shade, cmap="Blues", vmin=0, vmax=1.35, aspect="auto", origin="lower")
+    for (i, j), value in np.ndenumerate(values):
+        text = "–" if not math.isfinite(value) else f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+        axis.text(j, i, text, ha="center", va="center", fontsize=8)
+    unit = "gradients" if small else "Fréchet distance" if is_cost else "score, higher is better"
+    open_axes(axis, f"{game}: {unit}", "phase / π", "|β|")
+    axis.grid(visible=False)
+    axis.set_xticks(range(len(turns)), [str(Fraction(t)) for t in turns])
+    axis.set_yticks(range(len(sizes)), [f"{s:g}" for s in sizes])
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Play the games, print the tables, write JSON and figure."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--games", nargs="+", choices=[*GAMES, *NETWORKS], default=[*GAMES, *NETWORKS])
+    parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[100, 101, 102])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--gradients", type=int, help="of networks, in place of each game's own number")
+    text = "rates that adapt=True is tried with, over the largest |eigenvalue|; none: leave it out"
+    parser.add_argument("--adapt-rates", type=float, nargs="*", default=[0.1, 0.3], help=text)
+    text = "for JSON and PNG; games that are in the JSON already are not played again"
+    parser.add_argument("--output", type=Path, default=Path(), help=text)
+    options: argparse.Namespace = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "which_momentum.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for game in options.games:
+        print(game, flush=True)
+        if game in results:
+            pass
+        elif game in GAMES:
+            results[game] = play(GAMES[game], options.tuning_seeds, options.seeds)
+        else:
+            make, gradients = NETWORKS[game]
+            count = options.gradients or gradients
+            results[game] = play_networks(make, count, options.tuning_seeds, options.seeds)
+        if game in GAMES and options.adapt_rates and "adapt=True" not in results[game]:
+            row = adapt_row(GAMES[game], options.tuning_seeds, options.seeds, options.adapt_rates)
+            results[game]["adapt=True"] = row
+        replace_text(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    ordered = {game: results[game] for game in (*GAMES, *NETWORKS) if game in results}
+    small = {g: r for g, r in ordered.items() if g in GAMES}
+    large = {g: r for g, r in ordered.items() if g in NETWORKS}
+    for rows, names, digits in ((small, SMALL_ROWS, 0), (large, NETWORK_ROWS, 3)):
+        if rows:
+            print(table(rows, names, digits), end="\n\n")
+    figure(ordered, options.output / "which_momentum.png")
+    return ordered
+
+
+if __name__ == "__main__":
+    main()
