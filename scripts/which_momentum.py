@@ -1,6 +1,6 @@
 """Which momentum in which game: magnitude × phase × rate of complex momentum beside its rivals.
 
-    python scripts/which_momentum.py --output docs/images
+    python scripts/which_momentum.py --output which_momentum
 
 In small games (bilinear, Dirac-GAN, two quadratic mixes) the number of gradients counts until the distance to the
 solution is 1e-4 of the first. Networks (a ring of Gaussians, digits with three losses, adversarial training) are scored
@@ -17,7 +17,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +39,25 @@ if TYPE_CHECKING:
 
 Make = Callable[[Any, float], torch.optim.Optimizer]
 SIZES, TURNS = (0.5, 0.8), (0.0, 1 / 8, 1 / 2, 3 / 4, 1.0)  # turns of π
-# Steps of a constant gradient, in Adam's units; the last is for steps that are not divided by √v.
-NETWORK_RATES, PLAIN_RATES = (3e-4, 1e-3, 3e-3), (0.03, 0.1, 0.3)
-NETWORKS: dict[str, tuple[Callable[[Sequence[int]], NetworkGame], int]] = {
-    "ring": (Ring, 1000),
-    "digits, hinge": (lambda seeds: Digits(seeds, Hinge()), 600),
-    "digits, non-saturating": (lambda seeds: Digits(seeds, NonSaturating()), 600),
-    "digits, relativistic": (lambda seeds: Digits(seeds, RelativisticPairing()), 600),
-    "adversarial training": (AdversarialTraining, 150),
+# Steps of a constant gradient, in Adam's units; the last are for steps that are not divided by √v.
+SMALL_RATES, LARGE_RATES, PLAIN_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (0.03, 0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Game, gradients after which it is scored, and rates to choose from."""
+
+    make: Callable[[Sequence[int]], NetworkGame]
+    gradients: int
+    rates: Sequence[float]
+
+
+NETWORKS = {
+    "ring": Entry(Ring, 1000, SMALL_RATES),
+    "digits, hinge": Entry(partial(Digits, loss=Hinge()), 600, LARGE_RATES),
+    "digits, non-saturating": Entry(partial(Digits, loss=NonSaturating()), 600, LARGE_RATES),
+    "digits, relativistic": Entry(partial(Digits, loss=RelativisticPairing()), 600, LARGE_RATES),
+    "adversarial training": Entry(AdversarialTraining, 150, SMALL_RATES),
 }
 
 
@@ -58,32 +71,32 @@ def complex_adam(size: float, turn: float) -> Make:
     return make
 
 
-def rivals() -> dict[str, tuple[Make, Sequence[float]]]:
-    """Return the methods without a map, and their rates."""
+def rivals(rates: Sequence[float]) -> dict[str, tuple[Make, Sequence[float]]]:
+    """Return the methods without a map, with the rates of each."""
     adam: Callable[[float], Make] = lambda beta: (  # noqa: E731
         lambda params, rate: torch.optim.Adam(params, lr=rate, betas=(beta, 0.999))
     )
     return {
-        "Adam, β₁ = 0": (adam(0.0), NETWORK_RATES),
-        "Adam, β₁ = 0.5": (adam(0.5), NETWORK_RATES),
-        "OptimisticAdam": (lambda p, rate: OptimisticAdam(p, lr=rate, betas=(0.5, 0.999)), NETWORK_RATES),
+        "Adam, β₁ = 0": (adam(0.0), rates),
+        "Adam, β₁ = 0.5": (adam(0.5), rates),
+        "OptimisticAdam": (lambda p, rate: OptimisticAdam(p, lr=rate, betas=(0.5, 0.999)), rates),
         "Extragradient (no division by √v)": (lambda p, rate: Extragradient(p, lr=rate), PLAIN_RATES),
     }
 
 
 def play_networks(
-    make: Callable[[Sequence[int]], NetworkGame], gradients: int, tuning: Sequence[int], seeds: Sequence[int]
+    entry: Entry, gradients: int, tuning: Sequence[int], seeds: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Return for every method the chosen rate and the scores of the reported seeds; all seeds train side by side."""
     every = [*tuning, *seeds]
-    entries: dict[str, tuple[Make, Sequence[float]]] = rivals() | {
-        f"{size} at {turn:g}π": (complex_adam(size, turn), NETWORK_RATES) for size in SIZES for turn in TURNS
+    entries: dict[str, tuple[Make, Sequence[float]]] = rivals(entry.rates) | {
+        f"{size} at {turn:g}π": (complex_adam(size, turn), entry.rates) for size in SIZES for turn in TURNS
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, (method, rates) in entries.items():
         before, found = time.process_time(), {}
         for rate in rates:
-            game = make(every)
+            game = entry.make(every)
             scores = np.array(train(game, lambda p, m=method, r=rate: m(p, r), gradients))  # type: ignore[misc]
             worst = -math.inf if game.higher_is_better else math.inf
             found[rate] = np.where(np.isfinite(scores), scores, worst)
@@ -190,7 +203,7 @@ def _panel(axis: Axes, game: str, rows: Mapping[str, dict[str, Any]]) -> None:
     for (i, j), value in np.ndenumerate(values):
         text = "–" if not math.isfinite(value) else f"{value:.0f}" if value >= 10 else f"{value:.2f}"
         axis.text(j, i, text, ha="center", va="center", fontsize=8)
-    unit = "gradients" if small else "Fréchet distance" if is_cost else "score, higher is better"
+    unit = "gradients" if small else "distance" if is_cost else "score"
     open_axes(axis, f"{game}: {unit}", "phase / π", "|β|")
     axis.grid(visible=False)
     axis.set_xticks(range(len(turns)), [str(Fraction(t)) for t in turns])
@@ -220,9 +233,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         elif game in GAMES:
             results[game] = play(GAMES[game], options.tuning_seeds, options.seeds)
         else:
-            make, gradients = NETWORKS[game]
-            count = options.gradients or gradients
-            results[game] = play_networks(make, count, options.tuning_seeds, options.seeds)
+            entry = NETWORKS[game]
+            count = options.gradients or entry.gradients
+            results[game] = play_networks(entry, count, options.tuning_seeds, options.seeds)
         if game in GAMES and options.adapt_rates and "adapt=True" not in results[game]:
             row = adapt_row(GAMES[game], options.tuning_seeds, options.seeds, options.adapt_rates)
             results[game]["adapt=True"] = row

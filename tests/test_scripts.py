@@ -220,8 +220,8 @@ def test_tables_and_map_of_momenta_are_written(
 ) -> None:
     which = load("which_momentum", monkeypatch)
     monkeypatch.setattr(sys.modules["_small_games"], "LIMIT", 40)
-    for name, few in {"SIZES": (0.8,), "TURNS": (1 / 8, 1.0), "NETWORK_RATES": (1e-3,)}.items():
-        monkeypatch.setattr(which, name, few)
+    monkeypatch.setattr(which, "SIZES", (0.8,))
+    monkeypatch.setattr(which, "TURNS", (1 / 8, 1.0))
     games = ["agreement (γ ≤ 0.3)", "adversarial training"]
     options = ["--tuning-seeds", "100", "--seeds", "10", "11", "--gradients", "2", "--adapt-rates"]
     found = which.main(["--games", *games, *options, "--output", str(tmp_path)])
