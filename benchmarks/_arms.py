@@ -47,6 +47,8 @@ class Experiment:
         arms: Functions from that to numbers, by name; costs are relative to the first.
         columns: The numbers, by key; what an arm does not return is a dash.
         seeds: Seeds that are reported; designs were chosen on others.
+        across: What the columns are values of, as a label; the figure then draws a line for each arm over them.
+        measure: What they then show.
     """
 
     question: str
@@ -54,6 +56,8 @@ class Experiment:
     arms: Mapping[str, Callable[[Any], Numbers]]
     columns: Mapping[str, Column]
     seeds: Sequence[int] = field(default=(10, 11, 12, 13, 14))
+    across: str = ""
+    measure: str = ""
 
 
 Results = dict[str, list[dict[str, float]]]
@@ -95,23 +99,54 @@ def rows(experiment: Experiment, results: Results) -> tuple[list[str], list[list
 
 
 def figure(path: Path, experiment: Experiment, results: Results) -> None:
+    """Draw the first column over the cost, or an experiment's columns ``across`` something."""
+    draw = _lines if experiment.across else _points
+    with styled_figure(9.5, 4.0, layout="constrained") as drawn:
+        draw(drawn.subplots(), experiment, results)
+        replace_figure(path, drawn, dpi=110)
+
+
+def _lines(axes: Any, experiment: Experiment, results: Results) -> None:
+    """Draw a line for each arm over the columns, with a band from the least to the largest seed."""
+    open_axes(axes, experiment.question.split(",")[0], experiment.across, experiment.measure)
+    shown = [key for key in experiment.columns if all(key in found[0] for found in results.values())]
+    places = range(len(shown))
+    for (name, found), colour, dashes in zip(results.items(), cycle(COLOURS), _dashes(len(results))):
+        values = [[entry[key] for entry in found] for key in shown]
+        axes.plot(places, [statistics.median(v) for v in values], color=colour, linestyle=dashes, label=name)
+        axes.fill_between(
+            places, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12
+        )
+    highest = max(
+        statistics.median(entry[key] for entry in found) for found in results.values() for key in shown
+    )
+    lowest = min(entry[key] for found in results.values() for entry in found for key in shown)
+    if highest > 2 * lowest:
+        axes.set_yscale("log")
+    axes.set_xticks(places, [experiment.columns[key].title for key in shown])
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _dashes(count: int) -> list[str]:
+    """Return styles that tell lines apart whose colours come again."""
+    return ["-" if i < len(COLOURS) else "--" for i in range(count)]
+
+
+def _points(axes: Any, experiment: Experiment, results: Results) -> None:
     """Draw the first column that the first arm has over the cost: a point with its ranges for each arm that has it."""
     first = next(iter(results.values()))[0]
     key, column = next((key, column) for key, column in experiment.columns.items() if key in first)
     factor = 100.0 if column.percent else 1.0
-    with styled_figure(9.5, 4.0, layout="constrained") as drawn:
-        axes = drawn.subplots()
-        title = experiment.question.split(",")[0]
-        open_axes(axes, title, "CPU time, × the first arm", column.title + (" (%)" if column.percent else ""))
-        axes.set_xscale("log")
-        for (name, found), colour in zip(results.items(), cycle(COLOURS)):
-            if key not in found[0]:
-                continue
-            costs = [entry["cost"] for entry in found]
-            values = [factor * entry[key] for entry in found]
-            x, y = statistics.median(costs), statistics.median(values)
-            axes.plot([min(costs), max(costs)], [y, y], color=colour, alpha=0.5)
-            axes.plot([x, x], [min(values), max(values)], color=colour, alpha=0.5)
-            axes.plot(x, y, "o", color=colour, label=name)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        replace_figure(path, drawn, dpi=110)
+    title = experiment.question.split(",")[0]
+    open_axes(axes, title, "CPU time, × the first arm", column.title + (" (%)" if column.percent else ""))
+    axes.set_xscale("log")
+    for (name, found), colour in zip(results.items(), cycle(COLOURS)):
+        if key not in found[0]:
+            continue
+        costs = [entry["cost"] for entry in found]
+        values = [factor * entry[key] for entry in found]
+        x, y = statistics.median(costs), statistics.median(values)
+        axes.plot([min(costs), max(costs)], [y, y], color=colour, alpha=0.5)
+        axes.plot([x, x], [min(values), max(values)], color=colour, alpha=0.5)
+        axes.plot(x, y, "o", color=colour, label=name)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -249,4 +249,6 @@ VALIDATION_SHARE = Experiment(
         "many, rotating hold-outs": tuned("rotating"),
     },
     columns={str(share): Column(title=f"{share:.0%}") for share in SHARES},
+    across="share of the images that validates",
+    measure="test loss",
 )
