@@ -12,6 +12,7 @@ from _fits import plain_trainer
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested import (
     ConjugateGradient,
@@ -36,7 +37,7 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """Return two convolutions and a linear layer on 784 features, 9 090 weights."""
+    """Return two convolutions and a linear layer on 784 features, 9 098 weights."""
     first, second = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(784, 10))
 
@@ -77,6 +78,23 @@ class Given:
             "seconds": seconds,
         }
 
+    def fit_all(self, network: Callable[[], nn.Module]) -> Numbers:
+        """Train on the validation images too, without a decay; return accuracies on training and test images."""
+        seed_everything(self.seed, verbose=False)
+        module = ImageClassifier(network(), optimizer=lambda found: torch.optim.Adam(found, lr=1e-3))
+        data = self.data
+        images = torch.cat([data.train_images, data.val_images])
+        labels = torch.cat([data.train_labels, data.val_labels])
+        rows = torch.arange(len(labels))
+        before = time.process_time()
+        plain_trainer(self.steps).fit(module, DataLoader(TensorDataset(images, labels, rows), len(labels)))
+        seconds = time.process_time() - before
+        return {
+            "train": accuracy(module, images, labels),
+            "test": accuracy(module, data.test_images, data.test_labels),
+            "seconds": seconds,
+        }
+
 
 @torch.no_grad()
 def accuracy(module: ImageClassifier, images: Tensor, labels: Tensor) -> float:
@@ -97,6 +115,11 @@ def plain(network: Callable[[], nn.Module]) -> Callable[[Given], Numbers]:
     return lambda given: given.fit(network, None, 0.0)
 
 
+def on_both(network: Callable[[], nn.Module]) -> Callable[[Given], Numbers]:
+    """Return the arm that trains on all images: what those that validate say without a decay."""
+    return lambda given: given.fit_all(network)
+
+
 def tuned(network: Callable[[], nn.Module], solver: InverseSolver, rate: float) -> Callable[[Given], Numbers]:
     """Return the arm of a decay for each weight."""
     return lambda given: given.fit(network, solver, rate)
@@ -109,8 +132,10 @@ OVERFIT = Experiment(
     prepare=prepare,
     arms={
         "linear, no decay": plain(linear),
+        "linear, trained on both": on_both(linear),
         "linear, a decay per weight": tuned(linear, TERMS, 0.1),
         "MLP, no decay": plain(mlp),
+        "MLP, trained on both": on_both(mlp),
         "MLP, a decay per weight": tuned(mlp, TERMS, 0.1),
         "CNN, no decay": plain(cnn),
         "CNN, a decay per weight": tuned(cnn, TERMS, 0.1),
