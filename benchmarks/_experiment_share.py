@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +116,7 @@ class Stopped(HypergradientCallback):
                 tensor.copy_(best)
 
 
-Tuned = tuple[Network, dict[str, Tensor]]
+Tuned = tuple[Network, dict[str, Tensor], float]  # with the CPU time of the fit
 
 
 @dataclass
@@ -135,15 +137,16 @@ class Given:
 
     def fit(
         self, train: Pair, val: Pair, callback: Any = None, decays: Mapping[str, Tensor] | None = None
-    ) -> Network:
-        """Return a trained network."""
+    ) -> tuple[Network, float]:
+        """Return a trained network, and the CPU time of the fit."""
         seed_everything(self.seed, verbose=False)
         module = Network(decays)
         data = TensorDataset(*train, torch.arange(len(train[1])))
         loader = DataLoader(data, min(BATCH, len(data)), shuffle=True, drop_last=True)
         validation = DataLoader(TensorDataset(*val), min(100, len(val[1])), shuffle=True)
+        before = time.process_time()
         plain_trainer(self.steps, [] if callback is None else [callback]).fit(module, loader, validation)
-        return module
+        return module, time.process_time() - before
 
     @torch.no_grad()
     def score(self, module: Network) -> float:
@@ -170,19 +173,26 @@ def shares(given: Given) -> tuple[float, ...]:
     return SHARES if given.steps > 100 else (0.6,)
 
 
+def by_share(given: Given, fit: Callable[[float], tuple[Network, float]]) -> Numbers:
+    """Return the test loss of each share's network, and the mean CPU time of one."""
+    fits = {share: fit(share) for share in shares(given)}
+    scores = {str(share): given.score(module) for share, (module, _) in fits.items()}
+    return scores | {"seconds": statistics.mean(seconds for _, seconds in fits.values())}
+
+
 def plain(given: Given) -> Numbers:
-    """Train on everything, without a decay."""
-    loss = given.score(given.fit(given.rows, given.rows))
-    return {str(share): loss for share in shares(given)}
+    """Train on everything, without a decay, once for all shares."""
+    found = given.fit(given.rows, given.rows)
+    return by_share(given, lambda share: found)
 
 
 def part_alone(given: Given) -> Numbers:
     """Train on the training part, without a decay."""
-    return {str(share): given.score(given.fit(*given.part(share))) for share in shares(given)}
+    return by_share(given, lambda share: given.fit(*given.part(share)))
 
 
 def tune(kind: str, given: Given, share: float) -> Tuned:
-    """Return the network and the decays of one tuned fit, made once."""
+    """Return the network, the decays and the CPU time of one tuned fit, made once."""
     if (kind, share) in given.tuned:
         return given.tuned[kind, share]
     train, val = given.part(share)
@@ -199,20 +209,28 @@ def tune(kind: str, given: Given, share: float) -> Tuned:
         edge = max(1, round(0.7 * len(val[1])))
         val, second = (val[0][:edge], val[1][:edge]), (val[0][edge:], val[1][edge:])
         callback = Stopped(decay, second)
-    module = given.fit(train, val, callback)
+    module, seconds = given.fit(train, val, callback)
     module.left_out = None
     found = {name: value.detach() for name, value in decay.decays().items()}
-    given.tuned[kind, share] = module, found
-    return module, found
+    given.tuned[kind, share] = module, found, seconds
+    return given.tuned[kind, share]
 
 
 def tuned(kind: str) -> Callable[[Given], Numbers]:
     """Return the arm that tunes decays of this kind, and tests the network of the same fit."""
-    return lambda given: {str(share): given.score(tune(kind, given, share)[0]) for share in shares(given)}
+
+    def arm(given: Given) -> Numbers:
+        def fit(share: float) -> tuple[Network, float]:
+            module, _, seconds = tune(kind, given, share)
+            return module, seconds
+
+        return by_share(given, fit)
+
+    return arm
 
 
 def again(kind: str, *, scaled: bool = False) -> Callable[[Given], Numbers]:
-    """Return the arm that trains again on everything with the decays found.
+    """Return the arm that trains again on everything with the decays found; its cost includes that of finding them.
 
     Args:
         kind: What was tuned.
@@ -221,19 +239,21 @@ def again(kind: str, *, scaled: bool = False) -> Callable[[Given], Numbers]:
     """
 
     def arm(given: Given) -> Numbers:
-        found = {}
-        for share in shares(given):
+        def fit(share: float) -> tuple[Network, float]:
             factor = 1 - share if scaled else 1.0
-            decays = {name: factor * value for name, value in tune(kind, given, share)[1].items()}
-            found[str(share)] = given.score(given.fit(given.rows, given.rows, decays=decays))
-        return found
+            _, found, tuning = tune(kind, given, share)
+            decays = {name: factor * value for name, value in found.items()}
+            module, training = given.fit(given.rows, given.rows, decays=decays)
+            return module, tuning + training
+
+        return by_share(given, fit)
 
     return arm
 
 
 VALIDATION_SHARE = Experiment(
     question="600 images of Fashion-MNIST, 14×14, a share of them to validate; MLP 196-50-10, 500 steps of Adam; test "
-    "loss by share",
+    "loss by share; costs are of one share",
     prepare=prepare,
     arms={
         "everything, no decay": plain,

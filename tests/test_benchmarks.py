@@ -347,6 +347,19 @@ def test_an_experiment_compares_its_arms(
     assert capsys.readouterr().out.count("| cost, × the first |") == 2
 
 
+def test_training_again_costs_what_its_tuning_costs_too_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("_experiment_share")
+    seconds = iter((4.0, 1.0, 1.0))
+    network = module.Network()
+    monkeypatch.setattr(module.Given, "fit", lambda *args, **options: (network, next(seconds)))
+    monkeypatch.setattr(module.WeightDecay, "decays", lambda decay: {})
+    rows = torch.zeros(10, 196), torch.zeros(10, dtype=torch.long)
+    given = module.Given(rows, rows, 100, 20)
+    costs = [module.again("few")(given), module.tuned("few")(given), module.again("few")(given)]
+    assert [numbers["seconds"] for numbers in costs] == [5.0, 4.0, 5.0]
+
+
 def test_the_experiment_of_an_augmentation_network(run: Script, fashion_mnist: Path) -> None:
     found = run("experiments", ["augmentation", "--size", "smoke", "--seeds", "100"])
     assert len(found) == 4
