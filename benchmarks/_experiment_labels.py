@@ -68,6 +68,14 @@ class Given:
         return module.eval(), time.process_time() - before
 
     @property
+    def both(self) -> dict[str, Tensor]:
+        """The training and the validation images with their labels, for :meth:`fit`."""
+        return {
+            "images": torch.cat([self.data.train_images, self.data.val_images]),
+            "labels": torch.cat([self.data.train_labels, self.data.val_labels]),
+        }
+
+    @property
     def right(self) -> int:
         """How many labels are right."""
         return int((~self.data.wrong).sum())
@@ -129,6 +137,11 @@ def trusted(given: Given) -> Numbers:
     return given.numbers(*given.fit(images=given.data.val_images, labels=given.data.val_labels))
 
 
+def on_both(given: Given) -> Numbers:
+    """Train on the validation images too, for as many steps: the same data as where they tune."""
+    return given.numbers(*given.fit(**given.both))
+
+
 def example_weights(**options: Any) -> Callable[[Given], Numbers]:
     """Return the arm of one weight for each image."""
 
@@ -152,7 +165,7 @@ def weight_network(**options: Any) -> Callable[[Given], Numbers]:
 
 
 def small_losses(given: Given) -> Numbers:
-    """Rank by the loss after a tenth of the steps, and train again on as many as are right."""
+    """Rank by the loss after a tenth of the steps, and train again on as many as are right, a number nobody has."""
     young, first = given.fit(share=0.1)
     found = losses(young, given.data)
     module, second = given.fit(rows=found.argsort()[: given.right])
@@ -178,13 +191,22 @@ def confident_learning(given: Given) -> Numbers:
     return given.numbers(module, total + seconds, torch.from_numpy(get_label_quality_scores(*found)))
 
 
+def drawn_alike(labels: Tensor, count: int) -> Tensor:
+    """Return rows of so many draws, by which each class comes as often as any other."""
+    return torch.multinomial(1.0 / labels.bincount()[labels].double(), count, replacement=True)
+
+
 def balanced(given: Given) -> Numbers:
     """Draw each class as often as any other: what people do about a long tail."""
-    counts = given.data.train_labels.bincount(minlength=10)
-    chances = 1.0 / counts[given.data.train_labels].double()
     seed_everything(given.seed, verbose=False)
-    rows = torch.multinomial(chances, BATCH * given.steps, replacement=True)
-    return given.numbers(*given.fit(rows=rows))
+    return given.numbers(*given.fit(rows=drawn_alike(given.data.train_labels, BATCH * given.steps)))
+
+
+def balanced_both(given: Given) -> Numbers:
+    """Draw classes alike from the training and the validation images together."""
+    seed_everything(given.seed, verbose=False)
+    rows = drawn_alike(given.both["labels"], BATCH * given.steps)
+    return given.numbers(*given.fit(**given.both, rows=rows))
 
 
 # The defaults of a weight for each image.
@@ -193,6 +215,7 @@ ARMS = {
     "plain": plain,
     "right labels": right_labels,
     "trusted images alone": trusted,
+    "trained on both": on_both,
     "a weight for each image, one line": example_weights(),
     "a network from loss to weight": weight_network(**WEIGHT_NETWORK),
     "small-loss ranking": small_losses,
@@ -207,7 +230,7 @@ def noisy(train: int, kind: str) -> Experiment:
     """Return the experiment of so many images, 40 % of their labels wrong."""
     return Experiment(
         question=f"Fashion-MNIST, {train} images, 40 % of the labels wrong ({kind}), 1 000 more whose labels are "
-        f"right; a small CNN, batches of {BATCH}, 20 epochs of Adam",
+        f"right; a small CNN, batches of {BATCH}, 20 epochs of Adam; small-loss ranking is told how many are right",
         prepare=prepare(train, wrong_label_fraction=0.4, wrong_labels=kind),
         arms=ARMS,
         columns=COLUMNS,
@@ -223,6 +246,7 @@ LONG_TAIL = Experiment(
     arms={
         "plain": plain,
         "classes drawn alike": balanced,
+        "classes drawn alike, validation images too": balanced_both,
         "validation images alone": trusted,
         "a network from loss to weight": weight_network(**WEIGHT_NETWORK),
     },

@@ -347,6 +347,31 @@ def test_an_experiment_compares_its_arms(
     assert capsys.readouterr().out.count("| cost, × the first |") == 2
 
 
+def test_arms_of_labels_get_the_images_that_others_tune_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module, found = importlib.import_module("_experiment_labels"), []
+
+    def fit(
+        given: Any, *, images: torch.Tensor, labels: torch.Tensor, rows: Any = None
+    ) -> tuple[None, float]:
+        found.append((images, labels if rows is None else labels[rows]))
+        return None, 0.0
+
+    monkeypatch.setattr(module.Given, "fit", fit)
+    monkeypatch.setattr(module.Given, "numbers", lambda *args: {})
+    train, val = torch.tensor([0] * 50 + [1] * 5), torch.tensor([0, 1, 2])
+    data = MagicMock(
+        train_labels=train, val_labels=val, train_images=torch.zeros(55, 1), val_images=torch.ones(3, 1)
+    )
+    given = module.Given(data, 100, 20)
+    module.on_both(given)
+    module.balanced_both(given)
+    assert all(int(images.sum()) == 3 and len(images) == 58 for images, _ in found)
+    assert torch.equal(found[0][1], torch.cat([train, val]))
+    # 20 batches of 128 of three classes: 853 of each, standard deviation 24.
+    assert (found[1][1].bincount() - 853.3).abs().max() < 5 * 24
+
+
 def test_training_again_costs_what_its_tuning_costs_too_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("_experiment_share")
