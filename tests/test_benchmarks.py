@@ -347,6 +347,21 @@ def test_an_experiment_compares_its_arms(
     assert capsys.readouterr().out.count("| cost, × the first |") == 2
 
 
+def test_decays_that_differ_by_rounding_alone_find_no_columns_of_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("_experiment_tabular")
+    noise = torch.arange(50) >= 10
+    given = module.Given(MagicMock(noise=noise), 100, 40)
+    network, data = module.Table(50, 1, 0.0), given.data
+    data.test_inputs, data.test_target = torch.zeros(2, 50), torch.zeros(2, 1)
+    # A mean over rows rounds by the position of a column.
+    equal = torch.full((50,), -5.3).nextafter(torch.where(torch.arange(50) < 32, -6.0, -5.3))
+    assert given.numbers(network, 0.0, equal)["by_decays"] == 0.5
+    assert given.numbers(network, 0.0, equal + 1e-3 * noise)["by_decays"] == 1.0
+
+
 def test_arms_of_labels_get_the_images_that_others_tune_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     module, found = importlib.import_module("_experiment_labels"), []
