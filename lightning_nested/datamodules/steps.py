@@ -14,10 +14,11 @@ from lightning_nested.arguments import at_least, checked
 
 @checked
 class StepsDataModule(LightningDataModule):
-    """Epochs of ``steps`` training steps whose batches are empty: for modules that hold their data themselves.
+    """Epochs of ``steps`` training steps whose batches say nothing: for modules that hold their data themselves.
 
     Whole-batch training, learned data or a closed formula need no loader, but the Trainer counts by batches. An epoch
-    is then as long as an outer step needs, such as ``num_steps`` of ``Unrolled``. Each batch is a tensor of shape (0,).
+    is then as long as an outer step needs, such as ``num_steps`` of ``Unrolled``. Each batch is a zero of shape
+    (1,): Lightning weighs what is logged by the size of a batch.
 
     Args:
         steps: Training steps of an epoch, on each process.
@@ -28,7 +29,7 @@ class StepsDataModule(LightningDataModule):
 
     Example:
         >>> data = StepsDataModule(steps=20)
-        >>> [tuple(batch.shape) for batch in data.train_dataloader()] == [(0,)] * 20
+        >>> [tuple(batch.shape) for batch in data.train_dataloader()] == [(1,)] * 20
         True
     """
 
@@ -39,17 +40,17 @@ class StepsDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._empty(self.steps)
+        return self._zeros(self.steps)
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._empty(self.val_steps)
+        return self._zeros(self.val_steps)
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._empty(self.val_steps)
+        return self._zeros(self.val_steps)
 
-    def _empty(self, count: int) -> DataLoader[Any]:
+    def _zeros(self, count: int) -> DataLoader[Any]:
         processes = 1 if self.trainer is None else self.trainer.world_size
         # The Trainer shares the examples of a loader out over processes.
-        return DataLoader(torch.zeros(count * processes, 0), batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(torch.zeros(count * processes, 1), batch_size=None)  # type: ignore[arg-type]

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nested.arguments import at_least, checked, positive
+from lightning_nested.arguments import at_least, check, positive
 from lightning_nested.modules.optimizers import with_scheduler
+from lightning_nested.trainer.lightning import built_by_command_line
 
 # Amplitude at t = 0 of each wave number of the solution.
 _WAVES = {1: 1.0, 2: 0.5}
@@ -25,7 +26,6 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.01)
 
 
-@checked
 class HeatEquation(LightningModule):
     """Solves u_t = D·u_xx on 0 < x < 1, 0 < t < T by a network u(x, t) that is trained on the equation itself.
 
@@ -34,7 +34,8 @@ class HeatEquation(LightningModule):
     are weighed decides what the network learns: the residual is in other units. ``loss_weights``, if a callback puts
     :class:`LossWeights` there, weighs them; else they count equally. The validation loss is the misfit at a few
     sensors, whose measurements have noise. ``error``, the relative L2 distance from the exact solution, is logged with
-    it. Batches are not read: use it with :class:`StepsDataModule`.
+    it, and in a test ``test_loss`` and ``test_error``. Batches are not read: use it with :class:`StepsDataModule`. In a
+    data-parallel run each process has points of its own.
     Raissi, Perdikaris & Karniadakis (2019), Journal of Computational Physics 378:686-707.
 
     Args:
@@ -79,10 +80,14 @@ class HeatEquation(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
+        check(HeatEquation.__init__, locals())
         super().__init__()
         at_least(1, width=width, points=points, sensors=sensors)
         at_least(0, noise=noise, seed=seed)
         positive(diffusion=diffusion, duration=duration)
+        live = {"optimizer": optimizer, "scheduler": scheduler}
+        plain = built_by_command_line()
+        self.save_hyperparameters(ignore=[n for n, value in live.items() if callable(value) and not plain])
         self.points, self.diffusion, self.duration = points, diffusion, duration
         self.train_on_sensors, self._make = train_on_sensors, (optimizer, scheduler)
         self.loss_weights: Any = None
@@ -115,7 +120,9 @@ class HeatEquation(LightningModule):
     def parts(self) -> dict[str, Tensor]:
         """Return the parts of the training loss at new random points."""
         kind: dict[str, Any] = {"dtype": self.where.dtype, "device": self.where.device}
-        x, share = torch.rand(2, self.points, **kind)
+        # Each process draws the points of all, which share a seed, and takes its own.
+        processes, rank = _processes()
+        x, share = torch.rand(processes, 2, self.points, **kind)[rank]
         x, t = x.requires_grad_(), (self.duration * share).requires_grad_()
         u = self(x, t)
         u_x, u_t = torch.autograd.grad(u.sum(), (x, t), create_graph=True)
@@ -159,10 +166,24 @@ class HeatEquation(LightningModule):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.misfit()
-        self.log_dict({"val_loss": loss, "error": self.error()}, prog_bar=True, batch_size=1)
+        found = {"val_loss": loss, "error": self.error()}
+        self.log_dict(found, prog_bar=True, batch_size=1, sync_dist=True)
+        return loss
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.misfit()
+        self.log_dict({"test_loss": loss, "test_error": self.error()}, batch_size=1, sync_dist=True)
         return loss
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer, with the scheduler if there is one."""
         return with_scheduler(self, *self._make)
+
+
+def _processes() -> tuple[int, int]:
+    """Return how many processes train together, and which one this is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0

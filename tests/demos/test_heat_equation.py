@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_nested import HeatEquation, HypergradientCallback, LossWeights, StepsDataModule
 from lightning_nested.hyperparameters import Exp
@@ -68,6 +71,39 @@ def test_the_callback_moves_the_weights_by_the_sensors() -> None:
     values = weights.values()
     assert values["initial"] > 1.2 * values["equation"]
     assert {"val_loss", "error"} <= set(fit.callback_metrics)
+
+
+class Draw(Callback):
+    """Saves a loss at new points, of weights that all processes share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, HeatEquation)
+        torch.manual_seed(0)
+        loss = pl_module.parts()["equation"].detach()
+        torch.save((loss, pl_module.network[0].weight), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_each_process_has_points_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fit = trainer(Draw(tmp_path), devices=2, strategy="ddp_fork")
+    fit.fit(HeatEquation(width=4, points=10), datamodule=StepsDataModule(steps=1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first[1], second[1])
+    assert first[0] != second[0]
+
+
+def test_a_checkpoint_is_loaded_by_its_path_and_tested(tmp_path: Path) -> None:
+    fit = trainer(folder=tmp_path)
+    fit.fit(HeatEquation(width=4, points=10, duration=0.2), datamodule=StepsDataModule(steps=1))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = HeatEquation.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    (found,) = trainer().test(loaded, StepsDataModule())
+    assert loaded.duration == 0.2
+    assert found["test_loss"] == pytest.approx(float(fit.callback_metrics["val_loss"]))
+    assert found["test_error"] == pytest.approx(float(fit.callback_metrics["error"]))
 
 
 def test_equal_weights_are_a_sum() -> None:

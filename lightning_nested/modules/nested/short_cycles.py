@@ -25,9 +25,10 @@ def warn_of_short_cycles(trainer: Trainer, gradient: GradientStrategy, accumulat
         return
     fits = math.ceil(batches / accumulate)
     if fits < length and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        steps = length * accumulate
         rank_zero_warn(
             f"num_steps must not be larger than the number of inner steps of an epoch. Got {gradient} with {fits}: a "
             f"cycle closes at the epoch's end, so an outer step differentiates through {fits} inner steps. Make epochs "
-            f"longer (a sampler with more num_samples; StepsDataModule(steps={length}) if the losses need no batches), "
+            f"longer (a sampler with more num_samples; StepsDataModule(steps={steps}) if the losses need no batches), "
             f"or set num_steps={fits}."
         )

@@ -50,7 +50,8 @@ def test_max_steps_closes_the_cycle() -> None:
 def test_an_epoch_shorter_than_a_cycle_is_told(num_steps: int, accumulate: int, fits: int) -> None:
     loop = LoopOptions(accumulate_grad_batches=accumulate)
     module = Classifier(gradient=Unrolled(num_steps=num_steps), loop=loop)
-    match = rf"with {fits}: .* through {fits} inner steps\. .* set num_steps={fits}\."
+    advice = rf"\(steps={num_steps * accumulate}\)"
+    match = rf"with {fits}: .* through {fits} inner steps\. .*{advice}.* set num_steps={fits}\."
     with pytest.warns(UserWarning, match=match) as told:
         trainer(limit_val_batches=0, max_epochs=2).fit(module, loader(1), loader(2))
     assert sum("num_steps" in str(warning.message) for warning in told) == 1
