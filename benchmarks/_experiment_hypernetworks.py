@@ -1,4 +1,8 @@
-"""Hypernetworks of deep networks with more than a hundred hyperparameters, beside their start values held fixed."""
+"""Hypernetworks of deep networks with more than a hundred hyperparameters, beside a run whose values stay at the start.
+
+That run is trained like the other one, under values that are perturbed around the start: the plain training with the
+start values is not in the comparison.
+"""
 
 from __future__ import annotations
 
@@ -145,9 +149,9 @@ def prepare(seed: int, size: str) -> Given:
 
 
 def arms(network: Callable[[], nn.Module]) -> Mapping[str, Callable[[Given], Numbers]]:
-    """Return both arms: the same training, with values that rest and values that are tuned."""
+    """Return both arms: the same training, around values that rest and around values that are tuned."""
     return {
-        "start values held fixed": lambda given: given.fit(network, outer_rate=0.0),
+        "perturbed around the start values": lambda given: given.fit(network, outer_rate=0.0),
         "Delta-STN": lambda given: given.fit(network, outer_rate=0.05),
     }
 

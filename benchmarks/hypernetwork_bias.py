@@ -53,7 +53,7 @@ def compared(data: Data, points: Tensor, best: Sequence[Tensor], hidden: int, st
 def thirds(points: Tensor, errors: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean error of all settings, and of the thirds with the smallest and the largest mean log decay."""
     ordered = torch.tensor(errors)[points.mean(1).argsort()]
-    count = len(errors) // 3
+    count = max(1, len(errors) // 3)
     return float(ordered.mean()), float(ordered[:count].mean()), float(ordered[-count:].mean())
 
 

@@ -38,7 +38,8 @@ from lightning_nested.networks import MLP
 
 START, RATE = -4.0, 0.05
 SIGMA = 0.3  # of the perturbation, in log decay
-SAMPLERS = {"random search": "RandomSampler", "TPE": "TPESampler"}  # of Optuna
+RANDOM, TPE = "random search", "TPE"
+SAMPLERS = {RANDOM: "RandomSampler", TPE: "TPESampler"}  # of Optuna
 GRID = "grid of one decay"
 DIAGONAL, ROWS = "hypernetwork, one slope per weight", "hypernetwork, one direction per class"
 Losses = tuple[float, float]
@@ -163,7 +164,7 @@ def tune(
             outer_optimizer=adam(rate), loop=LoopOptions(warmup_steps=50, log_every_n_outer_steps=0),
         )  # fmt: skip
         cost = lambda m: m.inner_steps + 12.0 * m.outer_steps  # noqa: E731
-    else:
+    elif name == "unrolled":
         module = Nested(
             hidden,
             gradient=Unrolled(num_steps=10),
@@ -171,6 +172,8 @@ def tune(
             loop=LoopOptions(log_every_n_outer_steps=0),
         )
         cost = lambda m: 3.0 * m.inner_steps + m.outer_steps  # noqa: E731
+    else:
+        raise ValueError(f"name must be that of a hypernetwork, implicit or unrolled. Got {name!r}.")
     module.data = data
     record = Record(data, cost, budget - steps)
     trainer = Trainer(
@@ -203,7 +206,7 @@ def drawn(data: Data, seed: int, trainings: int, steps: int, hidden: Sequence[in
 
 
 def search(data: Data, sampler: str, seed: int, budget: float, steps: int) -> Losses:
-    """Trials of a training each."""
+    """Trials of a training of the linear model each."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -227,24 +230,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument(
         "--hidden", type=int, nargs="*", default=[], help="units of hidden layers; none: linear"
     )
-    options.add_argument("--methods", nargs="+", help="rows of the table; default: all")
+    names = [DIAGONAL, "implicit", "unrolled", GRID, ROWS, RANDOM, TPE]
+    options.add_argument("--methods", nargs="+", choices=names, help="rows of the table; default: all")
     arguments = options.parse_args(argv)
+    hidden = arguments.hidden
+    if hidden and TPE in (arguments.methods or ()):
+        options.error(f"TPE must go without --hidden: it searches the linear model. Got --hidden {hidden}.")
     start(arguments)
     before = load()
     quiet()
     budget = float(arguments.steps * arguments.trainings)
     found: dict[str, list[Losses]] = {}
     fresh: dict[str, list[Losses]] = {}
-    names = [DIAGONAL, "implicit", "unrolled", GRID, ROWS]
-    names += ["random search", "TPE"] if find_spec("optuna") is not None else []
-    hidden = arguments.hidden
+    if find_spec("optuna") is None:
+        names = [name for name in names if name not in SAMPLERS]
+    if hidden:
+        names = [name for name in names if name != TPE]
     data = [Data(seed, arguments.size) for seed in range(arguments.rounds)]
     for name in arguments.methods or names:
         for seed in range(arguments.rounds):
             torch.manual_seed(seed)
             if name == GRID:
                 best = grid(data[seed], arguments.trainings, arguments.steps, hidden)
-            elif hidden and name == "random search":
+            elif hidden and name == RANDOM:
                 best = drawn(data[seed], seed, arguments.trainings, arguments.steps, hidden)
             elif name in SAMPLERS:
                 best = search(data[seed], name, seed, budget, arguments.steps)

@@ -116,14 +116,47 @@ def test_the_hessian_has_negative_curvature_at_the_start_and_hardly_any_later(
 
 def test_inverses_are_exact_where_the_budget_is_large_enough(run: Script, tmp_path: Path) -> None:
     figure = tmp_path / "quality.png"
-    size = ["--rounds", "1", "--marks", "0", "40", "--budgets", "1", "20", "--only", "linear"]
+    size = ["--rounds", "1", "--marks", "0", "40", "--budgets", "1", "20", "62", "--only", "linear"]
     found = run("inverse_quality", [*size, "--figure", str(figure)])
     (_, later) = found["linear"][0]
     # Condition κ = 30: twenty products leave at most 2((√κ − 1)/(√κ + 1))²⁰ = 1.2e-3 of the error in the norm of H.
-    assert later["methods"]["CG"][-1][1] < 1.2e-3 * 30**0.5
-    cosine = {name: points[-1][2] for name, points in later["methods"].items()}
+    assert later["methods"]["CG"][1][1] < 1.2e-3 * 30**0.5
+    cosine = {name: points[min(1, len(points) - 1)][2] for name, points in later["methods"].items()}
     assert cosine["identity"] < cosine["Kronecker-factored, ρ = 0"] < cosine["Neumann"] < cosine["CG"]
+    # A product for each of 62 weights: the decays are counted once.
+    cost, error, _ = later["methods"]["Nyström"][-1]
+    assert (cost, error < 1e-8) == (124, True)
     assert figure.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hidden", "8", "--methods", "TPE"], "TPE must go without --hidden"),
+        (["--methods", "TPe"], "invalid choice: 'TPe'"),
+    ],
+)
+def test_decays_of_another_model_or_method_are_refused(
+    run: Script, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run("hypernetwork_decays", options)
+    assert message in capsys.readouterr().err
+
+
+def test_few_points_have_thirds_and_decays_equal_but_for_rounding_tell_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bias = importlib.import_module("hypernetwork_bias")
+    assert bias.thirds(torch.tensor([[1.0], [0.0]]), [2.0, 4.0]) == (3.0, 4.0, 2.0)
+    data = MagicMock(noise=torch.tensor([False, False, True, True]))
+    module = MagicMock(network=[torch.nn.Linear(4, 2)])
+    module.score.return_value = 0.0
+    given = importlib.import_module("_experiment_tabular").Given(data, 0, 1)
+    logs = torch.tensor(0.01).log() + 2e-7 * torch.arange(4.0, dtype=torch.float64)
+    assert given.numbers(module, 0.0, logs)["by_decays"] == 0.5
+    assert given.numbers(module, 0.0, torch.tensor([-4.0, -3.0, -2.0, -1.0]))["by_decays"] == 1.0
 
 
 def test_callback_cost_runs(run: Script) -> None:

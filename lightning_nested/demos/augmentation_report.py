@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -25,8 +26,8 @@ class AugmentationReport(Report):
 
     ``change`` is the mean distance of a pixel from the image's own; ``spread`` is its standard deviation over random
     draws, without which the augmentation always changes an image in the same way. Both are over the images of the last
-    training batch, which are its first part. Files go to the folder of the run's logger (without one to
-    ``default_root_dir``).
+    training batch: its first tensor of shape (n, channels, height, width), in a list or a dict. Files go to the folder
+    of the run's logger (without one to ``default_root_dir``).
 
     Args:
         name: Name of the figure's file.
@@ -36,7 +37,7 @@ class AugmentationReport(Report):
         results: Content of ``results.json``; empty before the end of ``fit``.
 
     Raises:
-        MisconfigurationException: In ``setup``: the module has no ``augmentation``.
+        MisconfigurationException: In ``setup``: the module has no ``augmentation``. At a batch: it holds no images.
     """
 
     def __init__(self, name: str = "augmentation", images: int = 5) -> None:
@@ -58,7 +59,7 @@ class AugmentationReport(Report):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = batch[0]
+        self._batch = _images(batch)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +69,9 @@ class AugmentationReport(Report):
         augmentation: Any = pl_module.augmentation
         with torch.no_grad(), RandomStream(0, pl_module.device):
             images = images.to(pl_module.device)
-            versions = torch.stack([augmentation(images) for _ in range(_VERSIONS)])
+            versions = torch.stack([augmentation(images) for _ in range(_VERSIONS)]).float()
+        # A mean in half precision has three digits, and NumPy has no bfloat16.
+        images = images.float()
         change, spread = float((versions - images).abs().mean()), float(versions.std(0).mean())
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         self.results = {"change": change, "spread": spread, "steps": trainer.global_step, **metrics}
@@ -78,3 +81,16 @@ class AugmentationReport(Report):
         rows += [(key, f"{metrics[key]:.4g}") for key in ("val_loss", "val_accuracy") if key in metrics]
         text = table("learned augmentation", rows)
         self._write(trainer, folder, augmentation_figure(*shown, title), trainer.global_step, text)
+
+
+def _images(batch: Any) -> Tensor:
+    """Return the first tensor of four dimensions in a batch."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    for tensor in found:
+        if tensor.ndim == 4:
+            return tensor
+    raise MisconfigurationException(
+        "AugmentationReport needs batches that hold images of shape (n, channels, height, width). Got "
+        f"{type(batch).__name__} with tensors of shapes {[tuple(t.shape) for t in found]}; leave the report out."
+    )

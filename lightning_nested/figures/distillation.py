@@ -36,7 +36,7 @@ def distillation_figure(
         for panel, image, label in zip(panels, images, labels.tolist(), strict=False):
             low, high = image.min(), image.max()
             shown = ((image - low) / (high - low).clamp_min(1e-9)).movedim(0, -1)
-            panel.imshow(shown.squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+            panel.imshow(shown.squeeze(-1).float().numpy(), cmap="gray", interpolation="nearest")
             panel.set_title(str(label), fontsize=9.5, loc="center", pad=2)
         left.suptitle("Learned images", x=0.02, ha="left", fontweight="bold", fontsize=11.5)
         axes = right.subplots()
