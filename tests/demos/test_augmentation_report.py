@@ -52,7 +52,8 @@ def test_half_precision_and_batches_that_are_mappings(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int = 0) -> torch.Tensor:
             return super().training_step((batch["x"], batch["y"]), batch_idx)
 
-    data = [{"y": labels, "x": pictures} for pictures, labels in images()]
+    named: Any = [{"y": labels, "x": pictures} for pictures, labels in images()]
+    data: DataLoader[Any] = DataLoader(named, batch_size=None)
     report = AugmentationReport()
     module = ByName("mlp", network_options={"hidden": [4]}, augmentation=Noise())
     trainer(report, folder=tmp_path, precision="bf16-true", limit_val_batches=0).fit(module, data, data)
