@@ -20,8 +20,7 @@ from torch.nn import functional
 from lightning_nested.datamodules import DigitsDataModule
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.games.zoo.modes import ring
-from lightning_nested.modules import R1, R2
-from lightning_nested.networks.adversarial import AdversarialLoss, GradientRegularizer, NonSaturating
+from lightning_nested.networks.adversarial import AdversarialLoss, NonSaturating
 
 
 class StackedMLP(nn.Module):
@@ -59,11 +58,9 @@ class NetworkGame(ABC):
 
     Attributes:
         players: Parameters of each, in the order of their steps.
-        higher_is_better: Direction of the scores.
     """
 
     players: dict[str, list[nn.Parameter]]
-    higher_is_better: bool
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = list(seeds)
@@ -102,8 +99,7 @@ class StackedGAN(NetworkGame):
         generator: Widths from the latents to the data.
         hidden: Widths of the discriminator's hidden layers.
         batch_size: Real and generated points in a batch.
-        loss: Loss of both.
-        penalties: Added to the discriminator's loss, each with a pause of its own.
+        loss: Loss of both; nothing is added to it.
         activation: Of both networks.
     """
 
@@ -115,7 +111,6 @@ class StackedGAN(NetworkGame):
         hidden: Sequence[int],
         batch_size: int,
         loss: AdversarialLoss,
-        penalties: Sequence[GradientRegularizer] = (),
         activation: Callable[[Tensor], Tensor] = torch.tanh,
     ) -> None:
         super().__init__(seeds)
@@ -123,12 +118,11 @@ class StackedGAN(NetworkGame):
         self.discriminator = StackedMLP(seeds, [generator[-1], *hidden, 1], 2, activation)
         self.players = {n: list(getattr(self, n).parameters()) for n in ("discriminator", "generator")}
         self.latent_dim, self.batch_size = generator[0], batch_size
-        self.adversarial, self.penalties, self._batches = loss, tuple(penalties), 0
+        self.adversarial = loss
 
     def resample(self) -> None:
         """Draw latents and real points."""
         self.latents, self.real = self.normal(self.batch_size, self.latent_dim), self.data(self.batch_size)
-        self._batches += 1
 
     @abstractmethod
     def data(self, count: int) -> Tensor:
@@ -140,20 +134,15 @@ class StackedGAN(NetworkGame):
         return logits
 
     def loss(self, player: str) -> Tensor:
-        """Return the adversarial loss, with penalties where they are due."""
+        """Return the adversarial loss."""
         fake = self.generator(self.latents)
         if player == "generator":
             return len(self.seeds) * self.adversarial.generator_beside(
                 self.score_of(self.real), self.score_of(fake)
             )
-        fake = fake.detach()
-        total = len(self.seeds) * self.adversarial.discriminator(
-            self.score_of(self.real), self.score_of(fake)
+        return len(self.seeds) * self.adversarial.discriminator(
+            self.score_of(self.real), self.score_of(fake.detach())
         )
-        for penalty in self.penalties:
-            if self._batches % penalty.every == 0:
-                total = total + penalty.every * penalty.penalty(self.score_of, self.real, fake)
-        return total
 
     @torch.no_grad()
     def samples(self, count: int) -> Tensor:
@@ -166,8 +155,6 @@ class StackedGAN(NetworkGame):
 
 class Ring(StackedGAN):
     """Eight Gaussians on a ring. Score: share of good samples times share of modes covered."""
-
-    higher_is_better = True
 
     def __init__(self, seeds: Sequence[int]) -> None:
         super().__init__(
@@ -204,17 +191,13 @@ def digits(seed: int = 0) -> DigitsDataModule:
 class Digits(StackedGAN):
     """8×8 digits. Score: Fréchet distance of 20 principal components between 1 797 samples and the 1 797 images."""
 
-    higher_is_better = False
-
     def __init__(self, seeds: Sequence[int], loss: AdversarialLoss) -> None:
-        penalties = (R1, R2) if loss.paired else (R1,)
         super().__init__(
             seeds,
             generator=(16, 64, 64, 64),
             hidden=(64, 64),
             batch_size=32,
             loss=loss,
-            penalties=[penalty(weight=0.3, every=4) for penalty in penalties],
             activation=lambda x: functional.leaky_relu(x, 0.2),
         )
         source = digits()
@@ -248,7 +231,6 @@ class AdversarialTraining(NetworkGame):
     Score: accuracy on held-out images under 20 signed gradient steps.
     """
 
-    higher_is_better = True
     radius = 0.2  # pixels lie in [0, 1]
 
     def __init__(self, seeds: Sequence[int], *, images: int = 300) -> None:

@@ -3,9 +3,10 @@
     python scripts/which_momentum.py --output which_momentum
 
 In small games (bilinear, Dirac-GAN, two quadratic mixes) the number of gradients counts until the distance to the
-solution is 1e-4 of the first. Networks (a ring of Gaussians, digits with three losses, adversarial training) are scored
-after an equal number of gradients. Players step in turns, except with extragradient and, in small games, optimistic
-steps. The rate of every method, and its momentum where it says so, is the best on the tuning seeds; the other seeds are
+solution is 1e-4 of the first. Networks (a ring of Gaussians, digits with three losses and no penalty, adversarial
+training) are scored after an equal number of gradients. Players step in turns, except with extragradient and, in small
+games, optimistic steps. In networks extragradient makes half as many updates, each with both gradients on one batch.
+The rate of every method, and its momentum where it says so, is the best on the tuning seeds; the other seeds are
 reported. Writes JSON, tables and a PNG.
 """
 
@@ -45,19 +46,20 @@ SMALL_RATES, LARGE_RATES, PLAIN_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), 
 
 @dataclass(frozen=True)
 class Entry:
-    """Game, gradients after which it is scored, and rates to choose from."""
+    """Game, gradients after which it is scored, rates to choose from; sign 1 where more is better, else -1."""
 
     make: Callable[[Sequence[int]], NetworkGame]
     gradients: int
     rates: Sequence[float]
+    sign: int
 
 
 NETWORKS = {
-    "ring": Entry(Ring, 1000, SMALL_RATES),
-    "digits, hinge": Entry(partial(Digits, loss=Hinge()), 600, LARGE_RATES),
-    "digits, non-saturating": Entry(partial(Digits, loss=NonSaturating()), 600, LARGE_RATES),
-    "digits, relativistic": Entry(partial(Digits, loss=RelativisticPairing()), 600, LARGE_RATES),
-    "adversarial training": Entry(AdversarialTraining, 150, SMALL_RATES),
+    "ring": Entry(Ring, 1000, SMALL_RATES, 1),
+    "digits, hinge": Entry(partial(Digits, loss=Hinge()), 600, LARGE_RATES, -1),
+    "digits, non-saturating": Entry(partial(Digits, loss=NonSaturating()), 600, LARGE_RATES, -1),
+    "digits, relativistic": Entry(partial(Digits, loss=RelativisticPairing()), 600, LARGE_RATES, -1),
+    "adversarial training": Entry(AdversarialTraining, 150, SMALL_RATES, 1),
 }
 
 
@@ -88,28 +90,37 @@ def play_networks(
     entry: Entry, gradients: int, tuning: Sequence[int], seeds: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Return for every method the chosen rate and the scores of the reported seeds; all seeds train side by side."""
-    every = [*tuning, *seeds]
     entries: dict[str, tuple[Make, Sequence[float]]] = rivals(entry.rates) | {
         f"{size} at {turn:g}π": (complex_adam(size, turn), entry.rates) for size in SIZES for turn in TURNS
     }
     rows: dict[str, dict[str, Any]] = {}
     for name, (method, rates) in entries.items():
-        before, found = time.process_time(), {}
-        for rate in rates:
-            game = entry.make(every)
-            scores = np.array(train(game, lambda p, m=method, r=rate: m(p, r), gradients))  # type: ignore[misc]
-            worst = -math.inf if game.higher_is_better else math.inf
-            found[rate] = np.where(np.isfinite(scores), scores, worst)
-        sign = 1 if game.higher_is_better else -1
-        rate = max(found, key=lambda r: sign * float(np.median(found[r][: len(tuning)])))
-        rows[name] = {
-            "rate": rate,
-            "tuning": float(np.median(found[rate][: len(tuning)])),
-            "found": found[rate][len(tuning) :].tolist(),
-            "seconds": time.process_time() - before,
-        }
-        print(name, rate, f"{statistics.median(rows[name]['found']):.4g}", flush=True)
-    return rows | _chosen(rows, sign)
+        rows[name] = network_row(entry, method, rates, gradients, tuning, seeds)
+        print(name, rows[name]["rate"], f"{statistics.median(rows[name]['found']):.4g}", flush=True)
+    return rows | _chosen(rows, entry.sign)
+
+
+def network_row(
+    entry: Entry,
+    method: Make,
+    rates: Sequence[float],
+    gradients: int,
+    tuning: Sequence[int],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """Return the rate that the tuning seeds choose for a method, and its scores on the reported seeds."""
+    before, found = time.process_time(), {}
+    for rate in rates:
+        game = entry.make([*tuning, *seeds])
+        scores = np.array(train(game, lambda p, r=rate: method(p, r), gradients))  # type: ignore[misc]
+        found[rate] = np.where(np.isfinite(scores), scores, -entry.sign * math.inf)
+    rate = max(found, key=lambda r: entry.sign * float(np.median(found[r][: len(tuning)])))
+    return {
+        "rate": rate,
+        "tuning": float(np.median(found[rate][: len(tuning)])),
+        "found": found[rate][len(tuning) :].tolist(),
+        "seconds": time.process_time() - before,
+    }
 
 
 def _chosen(rows: Mapping[str, dict[str, Any]], sign: int) -> dict[str, dict[str, Any]]:
@@ -146,7 +157,7 @@ def table(results: Mapping[str, Mapping[str, dict[str, Any]]], names: Sequence[s
         cells = []
         for game in games:
             row = results[game].get(name)
-            cells.append("" if row is None else shown(row["found"], digits) + _setting(row))
+            cells.append("not run" if row is None else shown(row["found"], digits) + _setting(row))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -210,6 +221,25 @@ def _panel(axis: Axes, game: str, rows: Mapping[str, dict[str, Any]]) -> None:
     axis.set_yticks(range(len(sizes)), [f"{s:g}" for s in sizes])
 
 
+def played_with(game: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that a game's results depend on, as they come back from JSON."""
+    own: dict[str, Any] = {"tuning_seeds": list(options.tuning_seeds), "seeds": list(options.seeds)}
+    if game in GAMES:
+        return own | {"adapt_rates": list(options.adapt_rates)}
+    return own | {"gradients": options.gradients or NETWORKS[game].gradients}
+
+
+def play_game(game: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the rows of a game."""
+    seeds = options.tuning_seeds, options.seeds
+    if game in NETWORKS:
+        return play_networks(NETWORKS[game], options.gradients or NETWORKS[game].gradients, *seeds)
+    rows: dict[str, Any] = play(GAMES[game], *seeds)
+    if options.adapt_rates:
+        rows["adapt=True"] = adapt_row(GAMES[game], *seeds, options.adapt_rates)
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Play the games, print the tables, write JSON and figure."""
     parser = script_parser(__doc__)
@@ -219,27 +249,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--gradients", type=int, help="of networks, in place of each game's own number")
     text = "rates that adapt=True is tried with, over the largest |eigenvalue|; none: leave it out"
     parser.add_argument("--adapt-rates", type=float, nargs="*", default=[0.1, 0.3], help=text)
-    text = "for JSON and PNG; games that are in the JSON already are not played again"
+    text = "for JSON and PNG; a game that is in the JSON already, with the same options, is not played again"
     parser.add_argument("--output", type=Path, default=Path(), help=text)
     options: argparse.Namespace = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "which_momentum.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    wanted = {game: played_with(game, options) for game in options.games}
+    for game in options.games:
+        stored = results.get(game, {}).get("options")
+        if game in results and stored != wanted[game]:
+            parser.error(f"{path} has {game!r} with {stored}. Got {wanted[game]}; give another --output")
     for game in options.games:
         print(game, flush=True)
-        if game in results:
-            pass
-        elif game in GAMES:
-            results[game] = play(GAMES[game], options.tuning_seeds, options.seeds)
-        else:
-            entry = NETWORKS[game]
-            count = options.gradients or entry.gradients
-            results[game] = play_networks(entry, count, options.tuning_seeds, options.seeds)
-        if game in GAMES and options.adapt_rates and "adapt=True" not in results[game]:
-            row = adapt_row(GAMES[game], options.tuning_seeds, options.seeds, options.adapt_rates)
-            results[game]["adapt=True"] = row
-        replace_text(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        if game not in results:
+            results[game] = {**play_game(game, options), "options": wanted[game]}
+            replace_text(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     ordered = {game: results[game] for game in (*GAMES, *NETWORKS) if game in results}
     small = {g: r for g, r in ordered.items() if g in GAMES}
     large = {g: r for g, r in ordered.items() if g in NETWORKS}

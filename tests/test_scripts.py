@@ -234,3 +234,21 @@ def test_tables_and_map_of_momenta_are_written(
     monkeypatch.setattr(which, "play", None)
     monkeypatch.setattr(which, "play_networks", None)
     assert which.main(["--games", *games, *options, "--output", str(tmp_path)]) == found
+    # Nor is it taken for an answer to another question.
+    for other in (["--seeds", "12"], ["--tuning-seeds", "9"], ["--gradients", "4"], ["--adapt-rates", "0.1"]):
+        with pytest.raises(SystemExit):
+            which.main(["--games", *games, *options, *other, "--output", str(tmp_path)])
+        assert "give another --output" in capsys.readouterr().err
+
+
+def test_digits_are_played_without_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch adds anything to the loss, whichever player's turn it is."""
+    games, which = (load(name, monkeypatch) for name in ("_network_games", "which_momentum"))
+    for loss in (which.Hinge(), which.NonSaturating(), which.RelativisticPairing()):
+        game = games.Digits([3, 4], loss)
+        for _ in range(8):
+            game.resample()
+            fake = game.generator(game.latents)
+            scores = game.score_of(game.real), game.score_of(fake)
+            torch.testing.assert_close(game.loss("discriminator"), 2 * loss.discriminator(*scores))
+            torch.testing.assert_close(game.loss("generator"), 2 * loss.generator_beside(*scores))
