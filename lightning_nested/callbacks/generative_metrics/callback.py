@@ -41,6 +41,7 @@ from lightning_nested.callbacks.generative_metrics.samplers import (
     has_classes,
     labels_for,
     require_sampler,
+    sampling_settings,
 )
 from lightning_nested.callbacks.generative_metrics.scores import (
     BatchNormMode,
@@ -78,9 +79,10 @@ class GenerativeMetrics(OneFitCallback):
     evaluator ``frechet_distance``, ``kernel_distance``, ``classifier_score``: they are not FID. ``agreement``
     is the share of samples that the evaluator's classifier gives their class.
 
-    Every score is logged as ``<score>/<evaluator>/<split>/<samples>/<batch norm>``, and appended with these settings
-    and the module's ``game_updates`` to ``scores.jsonl`` under ``default_root_dir``. Published scores of one and
-    the same checkpoint differ by 40 % between evaluators, reference splits and batch-norm modes.
+    Every score is logged as ``<score>/<evaluator>/<split>/<samples>/<batch norm>``, and appended with these settings,
+    those of the module's ``sampling`` (``truncation``, ``guidance``, …; not in the name) and its ``game_updates`` to
+    ``scores.jsonl`` under ``default_root_dir``. Published scores of one and the same checkpoint differ by 40 % between
+    evaluators, reference splits and batch-norm modes.
 
     If :class:`GeneratorEMA` is among the callbacks, its average is scored. All processes make samples. Statistics
     of the real images are kept on disk by the content of the images.
@@ -352,6 +354,7 @@ class GenerativeMetrics(OneFitCallback):
                 "real_images": self._real.count if self._real else 0,
                 "samples": self.num_samples,
                 "batch_norm": mode,
+                **sampling_settings(pl_module),
                 "game_updates": int(getattr(pl_module, "game_updates", trainer.global_step)),
                 "evaluator_accuracy": getattr(self, "evaluator_accuracy", None),
                 "scores": found,

@@ -53,6 +53,15 @@ def labels_for(module: LightningModule, count: int) -> Tensor:
     return torch.arange(count) % (cast(Sampler, module).num_classes or 1 if has_classes(module) else 1)
 
 
+def sampling_settings(module: object) -> dict[str, float | None]:
+    """Return the numbers of the module's ``sampling`` that its samples depend on, as :class:`BigGAN` has them."""
+    sampling = getattr(module, "sampling", None)
+    names = ("truncation", "guidance", "standing_batches", "batch_size")
+    found = {name: getattr(sampling, name) for name in names if hasattr(sampling, name)}
+    # Only what JSON can hold: the object may be anybody's.
+    return {name: value for name, value in found.items() if value is None or isinstance(value, int | float)}
+
+
 def check_samples(module: LightningModule, images: Any, count: int) -> Tensor:
     """Return what ``sample_for_metrics`` made as float32; raise MisconfigurationException if it is no samples."""
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.shape[:1] != (count,):

@@ -95,6 +95,7 @@ def test_the_readmes_gan_is_scored_at_the_end_by_one_line(tmp_path: Path) -> Non
     assert set(found) == {"frechet_distance", "kernel_distance", "precision", "recall"}
     (line,) = (json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines())
     assert (line["game_updates"], line["real_images"]) == (7, 120)
+    assert "guidance" not in line
     assert float(fit.callback_metrics["frechet_distance/values/train/100/running"]) == pytest.approx(frechet)
     logged = (Path(fit.logger.log_dir) / "metrics.csv").read_text()  # type: ignore[union-attr,arg-type]
     assert "frechet_distance/values/train/100/running" in logged

@@ -16,7 +16,7 @@ from lightning_nested.callbacks import (
     ScoreOptions,
 )
 from lightning_nested.callbacks.generative_metrics.evaluators import content_hash, to_bytes
-from lightning_nested.modules import BigGAN, BigGANNetworks
+from lightning_nested.modules import BigGAN, BigGANNetworks, Sampling
 from lightning_nested.modules.gan.sampling import seeded
 from tests.modules.gan.tiny import data, module, trainer
 
@@ -70,6 +70,28 @@ def test_scores_carry_what_they_depend_on(tmp_path: Path) -> None:
     assert lines[0]["real_images"] == 40
     assert lines[0]["evaluator"] == "pool"
     assert lines[0]["scores"]["agreement"] == found["agreement/pool/train/30/running"]
+
+
+def test_records_say_how_samples_were_drawn(tmp_path: Path) -> None:
+    metrics = GenerativeMetrics(
+        ModuleEvaluator(module=Pool(), label="pool"),
+        num_samples=20,
+        batch_norm=("standing",),
+        scores=("frechet",),
+    )
+    gan = module()
+    fit = trainer(callbacks=[metrics], limit_val_batches=1, default_root_dir=tmp_path)
+    for sampling in (
+        Sampling(guidance=0.3, batch_size=20),
+        Sampling(truncation=2.0, guidance=0.5, standing_batches=3, batch_size=20),
+    ):
+        gan.sampling = sampling
+        fit.validate(gan, data(40), verbose=False)
+    assert set(metrics.last) == {"frechet_distance/pool/train/20/standing"}
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    drawn = [(line["truncation"], line["guidance"], line["standing_batches"]) for line in lines]
+    assert drawn == [(None, 0.3, 16), (2.0, 0.5, 3)]
+    assert [(line["batch_norm"], line["batch_size"]) for line in lines] == [("standing", 20)] * 2
 
 
 def test_real_statistics_are_kept_by_content(tmp_path: Path) -> None:
