@@ -75,7 +75,7 @@ class Sampling:
     Args:
         truncation: z is normal given that every entry lies within ± this; None: plain normal.
         guidance: γ ≥ 0; a class y of n is sampled as the mixture y + γ(y − 1/n), further from what all classes share.
-            As a smaller truncation it trades variety for images that look like their class, at a better price.
+            As a smaller truncation it trades variety for images that look like their class.
         batch_norm: Statistics of the generator: ``"running"`` averages, those of the ``"batch"``, or
             ``"standing"`` ones, the mean over ``standing_batches`` batches with the current weights.
         standing_batches: Batches for standing statistics.
