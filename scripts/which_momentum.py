@@ -111,8 +111,11 @@ def network_row(
     """Return the rate that the tuning seeds choose for a method, and its scores on the reported seeds."""
     before, found = time.process_time(), {}
     for rate in rates:
-        game = entry.make([*tuning, *seeds])
-        scores = np.array(train(game, lambda p, r=rate: method(p, r), gradients))  # type: ignore[misc]
+
+        def optimizer(params: Any, rate: float = rate) -> Any:
+            return method(params, rate)
+
+        scores = np.asarray(train(entry.make([*tuning, *seeds]), optimizer, gradients), dtype=float)
         found[rate] = np.where(np.isfinite(scores), scores, -entry.sign * math.inf)
     rate = max(found, key=lambda r: entry.sign * float(np.median(found[r][: len(tuning)])))
     return {
