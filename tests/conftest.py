@@ -1,5 +1,6 @@
 """What every test shares: one thread, explicit generators, and data that may be missing."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -34,9 +35,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _global_state() -> Iterator[None]:
-    """Seed the global stream, and refuse tests that leave their settings to the next one."""
+    """Seed the global stream, give loggers their levels back, and refuse tests that leave settings to the next one."""
     torch.manual_seed(0)
+    # Scripts and benchmarks silence them.
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,14 +29,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Script:
 
     def main(name: str, options: Sequence[str]) -> Any:
         before = set(sys.modules)
-        loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric")]
-        levels = [logger.level for logger in loggers]
         try:
             return importlib.import_module(name).main(options)
         finally:
             torch.set_flush_denormal(False)
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
             for module in set(sys.modules) - before:
                 if str(getattr(sys.modules[module], "__file__", "")).startswith(str(FOLDER)):
                     monkeypatch.delitem(sys.modules, module)
