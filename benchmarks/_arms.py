@@ -14,6 +14,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lightning_nested.figures.style import COLOURS, open_axes, styled_figure
 from lightning_nested.files import replace_figure
 
@@ -82,6 +84,13 @@ def compare(experiment: Experiment, seeds: Sequence[int], size: str, *, only: Se
             )
             print(name, {k: round(v, 4) for k, v in results[name][-1].items()}, flush=True)
     return results
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """Return the probability that one of the positives (booleans) has a larger score than another entry."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive.numpy(), scores.double().numpy()))
 
 
 def rows(experiment: Experiment, results: Results) -> tuple[list[str], list[list[str]]]:

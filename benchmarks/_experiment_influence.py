@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from _arms import Column, Experiment, Numbers
+from _arms import Column, Experiment, Numbers, auroc
 from _fits import plain_trainer
 from lightning.pytorch import Callback, seed_everything
 from torch import Tensor
@@ -45,12 +45,9 @@ class Given:
 
     def numbers(self, scores: Tensor, seconds: float) -> Numbers:
         """Return how well low scores tell wrong labels."""
-        from sklearn.metrics import roc_auc_score
-
         wrong = self.data.wrong
         lowest = wrong[scores.argsort()[: int(wrong.sum())]]
-        found = float(roc_auc_score((~wrong).numpy(), scores.double().numpy()))
-        return {"auroc": found, "caught": float(lowest.float().mean()), "seconds": seconds}
+        return {"auroc": auroc(scores, ~wrong), "caught": float(lowest.float().mean()), "seconds": seconds}
 
 
 def prepare(seed: int, size: str) -> Given:

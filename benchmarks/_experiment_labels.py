@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from _arms import Column, Experiment, Numbers
+from _arms import Column, Experiment, Numbers, auroc
 from _fits import plain_trainer
 from _pays_tasks import cnn
 from lightning.pytorch import Callback, seed_everything
@@ -84,9 +84,7 @@ class Given:
         """Return the test accuracy, and how well low scores tell wrong labels."""
         found = {"seconds": seconds, **accuracies(module, self.data)}
         if scores is not None and bool(self.data.wrong.any()):
-            from sklearn.metrics import roc_auc_score
-
-            found["auroc"] = float(roc_auc_score((~self.data.wrong).numpy(), scores.double().numpy()))
+            found["auroc"] = auroc(scores, ~self.data.wrong)
         return found
 
 

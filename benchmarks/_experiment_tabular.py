@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _arms import Column, Experiment, Numbers
+from _arms import Column, Experiment, Numbers, auroc
 from _fits import plain_trainer
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor, nn
@@ -94,9 +94,7 @@ class Given:
 
     def auroc(self, scores: Tensor) -> float:
         """Return the probability that a column of noise has a higher score than another one."""
-        from sklearn.metrics import roc_auc_score
-
-        return float(roc_auc_score(self.data.noise.numpy(), scores.double().numpy()))
+        return auroc(scores, self.data.noise)
 
 
 def rounded(scores: Tensor) -> Tensor:

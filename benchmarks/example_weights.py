@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from _arms import auroc
 from _fits import plain_trainer, quiet
 from _measuring import load, parser, print_table, report, start
 from _pays_tasks import Pair, cnn, digits, fashion, mlp
@@ -111,13 +112,6 @@ def fit(
     return module, time.process_time() - before
 
 
-def auroc(scores: Tensor, wrong: Tensor) -> float:
-    """Return how well low scores tell wrong labels."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score((~wrong).numpy(), scores.double().numpy()))
-
-
 def run(task: Task, seed: int, *, only_ours: bool = False) -> dict[str, float]:
     """Return test accuracies, AUROC and costs of one seed."""
     train, val, test = task.data(task.wrong)(seed)
@@ -140,14 +134,14 @@ def run(task: Task, seed: int, *, only_ours: bool = False) -> dict[str, float]:
         again, second = fit(task, (train[0][kept], train[1][kept]), val, seed)
         found |= {
             "small_loss": accuracy(again),
-            "small_loss_auroc": auroc(-losses, wrong),
+            "small_loss_auroc": auroc(-losses, ~wrong),
             "small_loss_cost": (first + second) / cost,
         }
     weights = ExampleWeights(len(wrong))
     tuned, ours = fit(task, train, val, seed, HypergradientCallback(weights))
     return found | {
         "ours": accuracy(tuned),
-        "ours_auroc": auroc(weights.values()["weights"], wrong),
+        "ours_auroc": auroc(weights.values()["weights"], ~wrong),
         "ours_cost": ours / cost,
     }
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_nested.callbacks.generative_metrics.real_statistics import RealStatistics
+from lightning_nested.callbacks.generative_metrics.scores import frechet_distance
 from lightning_nested.datamodules import DigitsDataModule
 from lightning_nested.games import high_quality, modes_covered
 from lightning_nested.games.zoo.modes import ring
@@ -216,13 +218,13 @@ class Digits(StackedGAN):
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:
-    """Return ‖μ − ν‖² + tr(A + B − 2(AB)^½) of the means and covariances of two samples (n, p)."""
+    """Return the Fréchet distance of two samples (n, p), infinite if one of the fakes is not finite."""
     if not bool(fake.isfinite().all()):
         return math.inf
-    a, b = torch.cov(real.T), torch.cov(fake.T)
-    # The eigenvalues of AB are those of A^½BA^½: real and not negative.
-    roots = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()
-    return float((real.mean(0) - fake.mean(0)).square().sum() + a.trace() + b.trace() - 2 * roots)
+    sums = RealStatistics(
+        count=len(real), total=real.sum(0), products=real.T @ real, features=real, accuracy=math.nan
+    )
+    return frechet_distance(sums, fake)
 
 
 class AdversarialTraining(NetworkGame):
