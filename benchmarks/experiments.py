@@ -14,7 +14,7 @@ from _experiment_augmentation import AUGMENTATION
 from _experiment_distillation import DISTILLATION, DISTILLATION_FASHION
 from _experiment_hypernetworks import RESNET, TRANSFORMER
 from _experiment_influence import INFLUENCE
-from _experiment_invariances import INVARIANCES
+from _experiment_invariances import INVARIANCES, ROTATION
 from _experiment_labels import LABELS_55000, LABELS_PAIRWISE, LABELS_SYMMETRIC, LONG_TAIL
 from _experiment_language import LANGUAGE
 from _experiment_mixture import MIXTURE
@@ -45,6 +45,7 @@ EXPERIMENTS = {
     "mixture": MIXTURE,
     "overfit": OVERFIT,
     "pinn": PINN,
+    "rotation": ROTATION,
     "schedule_adamw": SCHEDULE_ADAMW,
     "schedule_sgd": SCHEDULE_SGD,
     "validation_share": VALIDATION_SHARE,

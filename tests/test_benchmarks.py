@@ -356,7 +356,7 @@ def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
         "distillation", "influence", "breast_cancer", "diabetes", "diamonds", "language", "mixture", "pinn",
         pytest.param("hypernetwork_resnet", marks=pytest.mark.slow),
         pytest.param("hypernetwork_transformer", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=NEEDS_FASHION) for name in ("distillation_fashion", "labels_symmetric")),
+        *(pytest.param(name, marks=NEEDS_FASHION) for name in ("distillation_fashion", "labels_symmetric", "rotation")),
         *(pytest.param(name, marks=NEEDS_FASHION) for name in ("long_tail", "overfit", "validation_share")),
     ],
 )  # fmt: skip
