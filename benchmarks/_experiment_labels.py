@@ -18,12 +18,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nested import (
-    Current,
     ExampleWeights,
     FashionMNISTDataModule,
     HypergradientCallback,
     ImageClassifier,
-    KroneckerFactored,
     WeightNetwork,
 )
 
@@ -140,26 +138,17 @@ def on_both(given: Given) -> Numbers:
     return given.numbers(*given.fit(**given.both))
 
 
-def example_weights(**options: Any) -> Callable[[Given], Numbers]:
-    """Return the arm of one weight for each image."""
-
-    def arm(given: Given) -> Numbers:
-        weights = ExampleWeights(len(given.data.wrong))
-        module, seconds = given.fit(HypergradientCallback(weights, **options))
-        return given.numbers(module, seconds, weights.values()["weights"])
-
-    return arm
+def example_weights(given: Given) -> Numbers:
+    """Tune one weight for each image."""
+    weights = ExampleWeights(len(given.data.wrong))
+    module, seconds = given.fit(HypergradientCallback(weights))
+    return given.numbers(module, seconds, weights.values()["weights"])
 
 
-def weight_network(**options: Any) -> Callable[[Given], Numbers]:
-    """Return the arm of a network from the loss to the weight; the loss at the end ranks."""
-
-    def arm(given: Given) -> Numbers:
-        network = WeightNetwork()
-        module, seconds = given.fit(HypergradientCallback(network, **options))
-        return given.numbers(module, seconds, -losses(module, given.data))
-
-    return arm
+def weight_network(given: Given) -> Numbers:
+    """Tune a network from the loss to the weight; the loss at the end ranks."""
+    module, seconds = given.fit(HypergradientCallback(WeightNetwork()))
+    return given.numbers(module, seconds, -losses(module, given.data))
 
 
 def small_losses(given: Given) -> Numbers:
@@ -207,15 +196,13 @@ def balanced_both(given: Given) -> Numbers:
     return given.numbers(*given.fit(**given.both, rows=rows))
 
 
-# The defaults of a weight for each image.
-WEIGHT_NETWORK: dict[str, Any] = {"at": Current(), "solver": KroneckerFactored(relative=0.3)}
 ARMS = {
     "plain": plain,
     "right labels": right_labels,
     "trusted images alone": trusted,
     "trained on both": on_both,
-    "a weight for each image, one line": example_weights(),
-    "a network from loss to weight": weight_network(**WEIGHT_NETWORK),
+    "a weight for each image, one line": example_weights,
+    "a network from loss to weight, one line": weight_network,
     "small-loss ranking": small_losses,
     "cleanlab": confident_learning,
 }
@@ -246,7 +233,7 @@ LONG_TAIL = Experiment(
         "classes drawn alike": balanced,
         "classes drawn alike, validation images too": balanced_both,
         "validation images alone": trusted,
-        "a network from loss to weight": weight_network(**WEIGHT_NETWORK),
+        "a network from loss to weight, one line": weight_network,
     },
     columns={
         "accuracy": Column(title="balanced test accuracy", percent=True),

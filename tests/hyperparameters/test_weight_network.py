@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -93,6 +94,32 @@ def test_weights_have_the_mean_one_on_the_first_batch_after_an_outer_step(networ
     network.project_()
     network(second)
     assert network.weights(second).mean().item() == pytest.approx(1.0, rel=1e-12)
+
+
+def test_no_example_of_a_later_batch_has_more_than_ten_times_the_mean() -> None:
+    network = built(WeightNetwork(hidden=5))
+    with torch.no_grad():
+        # σ rises from 1e-7 at a loss of 0 to almost 1 at 9.
+        network.tensors["hidden.weight"].fill_(1.0)
+        network.tensors["hidden.bias"].fill_(-3.0)
+        network.tensors["output.weight"].fill_(15.0)
+        network.tensors["output.bias"].fill_(-1.0)
+    network(torch.zeros(4, dtype=torch.float64))
+    assert network.weights(torch.tensor([9.0], dtype=torch.float64)).item() == pytest.approx(10.0, rel=1e-5)
+
+
+def test_a_step_of_the_output_is_as_long_for_many_hidden_units_as_for_few() -> None:
+    moved = []
+    for hidden in (4, 4000):
+        network = built(WeightNetwork(hidden=hidden))
+        with torch.no_grad():
+            network.tensors["hidden.weight"].fill_(1.0)
+            network.tensors["hidden.bias"].zero_()
+            network.tensors["output.weight"].add_(0.05)
+        network(torch.zeros(4, dtype=torch.float64))
+        moved.append(network.weights(torch.tensor([2.0], dtype=torch.float64)).item())
+    # σ(0.05 tanh 2) over σ(0).
+    torch.testing.assert_close(moved, [2 / (1 + math.exp(-0.05 * math.tanh(2.0)))] * 2, rtol=1e-12, atol=0)
 
 
 def test_saved_and_copied_networks_are_the_same_function(network: WeightNetwork) -> None:
