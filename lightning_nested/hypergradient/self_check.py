@@ -226,16 +226,20 @@ def wrong_mixed(
     products = zeros_where_none([product[i] for i in seen], live)
     length, tolerance = difference_length(params, loss), _tolerance(loss)
     side = _sides(_gradient(repeat, live), params, v, base, length)
-    rounding = _ROUNDED * coarsest_epsilon(params, loss) * size / length
+    epsilon = _ROUNDED * coarsest_epsilon(params, loss)
+    sizes = [float(norm((b,))) for b in base]
+    # Where the terms of a derivative cancel, its own size says nothing of their rounding.
+    sizes = [max(sizes) if s <= epsilon * max(sizes) else s for s in sizes]
+    rounding = epsilon * size / length
 
-    def differs(first: Tensor, second: Tensor, around: Tensor) -> bool:
-        return float(norm((first - second,))) > rounding * float(norm((around,)))
+    def differs(first: Tensor, second: Tensor, around: float) -> bool:
+        return float(norm((first - second,))) > rounding * around
 
     ahead = side(1.0)
     doubtful = [
         k
-        for k, (m, d, b) in enumerate(zip(products, ahead, base, strict=True))
-        if not _distance((m,), (d,)) <= tolerance and differs(m, d, b)
+        for k, (m, d, s) in enumerate(zip(products, ahead, sizes, strict=True))
+        if not _distance((m,), (d,)) <= tolerance and differs(m, d, s)
     ]
     if not doubtful:
         return {}
@@ -243,7 +247,7 @@ def wrong_mixed(
     found = {
         seen[k]: _two_sided((products[k],), (ahead[k],), (behind[k],), tolerance)
         for k in doubtful
-        if differs(products[k], (ahead[k] + behind[k]) / 2, base[k])
+        if differs(products[k], (ahead[k] + behind[k]) / 2, sizes[k])
     }
     return {i: difference for i, difference in found.items() if difference > tolerance}
 

@@ -29,6 +29,7 @@ from lightning_nested.hypergradient.self_check import (
     check_formed_products,
     wrong_mixed,
 )
+from lightning_nested.hyperparameters import WeightNetwork
 from lightning_nested.linalg.operators import DiagonalOperator
 
 
@@ -349,5 +350,26 @@ def test_a_mixed_derivative_of_exactly_zero_is_right() -> None:
     params, hparams, loss = mixed_problem(torch.mul, torch.float32)
     extra = torch.full((), 1e3, requires_grad=True)
     wrong, evaluations, _ = found_wrong(params, (*hparams, extra), lambda: loss() + extra**2)
+    assert wrong == {}
+    assert evaluations == 1
+
+
+@pytest.mark.parametrize("seed", [4, 7])
+def test_a_mixed_derivative_that_cancels_is_not_told_wrong_for_its_rounding(seed: int) -> None:
+    """What scales all weights of a WeightNetwork, in units of their mean, changes nothing while they are equal."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10))
+    x, y = torch.rand(64, 64), torch.randint(10, (64,))
+    weights = WeightNetwork()
+    weights.build(dict(net.named_parameters()))
+
+    def loss() -> Tensor:
+        return weights(functional.cross_entropy(net(x), y, reduction="none")).mean()
+
+    loss()  # the first batch decides what the mean is of
+    wrong, evaluations, formed = found_wrong(tuple(net.parameters()), tuple(weights.tensors.values()), loss)
+    assert formed.first is not None
+    slope, shift = (float(p.abs().max()) for p in formed.first[2][-2:] if p is not None)
+    assert shift < 1e-4 * slope
     assert wrong == {}
     assert evaluations == 1
