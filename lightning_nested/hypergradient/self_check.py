@@ -202,7 +202,8 @@ def wrong_mixed(
     """Compare vᵀ ∂²f/∂w∂λ with (∂f/∂λ(w + εv) − ∂f/∂λ(w))/ε, which takes no second derivative.
 
     Takes ∂f/∂λ through the loss's kept graph and one evaluation of the loss, a second one where the first leaves
-    doubt. A hyperparameter whose product has no more than rounding of ∂f/∂λ in it is not compared.
+    doubt. A hyperparameter whose product has no more than rounding of ∂f/∂λ in it, or of f where the terms of ∂f/∂λ
+    cancel, is not compared.
 
     Args:
         params: The parameters w.
@@ -227,9 +228,9 @@ def wrong_mixed(
     length, tolerance = difference_length(params, loss), _tolerance(loss)
     side = _sides(_gradient(repeat, live), params, v, base, length)
     epsilon = _ROUNDED * coarsest_epsilon(params, loss)
-    sizes = [float(norm((b,))) for b in base]
-    # Where the terms of a derivative cancel, its own size says nothing of their rounding.
-    sizes = [max(sizes) if s <= epsilon * max(sizes) else s for s in sizes]
+    value, sizes = abs(float(loss.detach())), [float(norm((b,))) for b in base]
+    # A derivative whose terms cancel says nothing of their rounding; the loss does.
+    sizes = [value if s <= epsilon * value else s for s in sizes]
     rounding = epsilon * size / length
 
     def differs(first: Tensor, second: Tensor, around: float) -> bool:
