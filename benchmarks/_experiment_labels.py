@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, seed_everything
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 from lightning_nested import (
     ExampleWeights,
@@ -26,6 +27,18 @@ from lightning_nested import (
 )
 
 BATCH = 128
+
+
+class WeightedClasses(ImageClassifier):
+    """A classifier whose weight network sees the label of an image in place of its loss."""
+
+    @override
+    def training_losses(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        images, labels, _ = batch
+        losses = functional.cross_entropy(self(images), labels, reduction="none")
+        if self.weight_network is not None:
+            losses = self.weight_network(losses, functional.one_hot(labels, 10).to(losses.dtype))
+        return {"cross_entropy": losses.mean()}
 
 
 @dataclass
@@ -43,6 +56,7 @@ class Given:
         rows: Tensor | None = None,
         share: float = 1.0,
         images: Tensor | None = None,
+        kind: type[ImageClassifier] = ImageClassifier,
     ) -> tuple[ImageClassifier, float]:
         """Return a classifier that was trained for a share of the steps, and the CPU time of the fit.
 
@@ -52,12 +66,13 @@ class Given:
             rows: The images that it trains on; None: all.
             share: Of the steps.
             images: Images in place of the training images.
+            kind: Class of the classifier.
         """
         x = self.data.train_images if images is None else images
         y = self.data.train_labels if labels is None else labels
         chosen = torch.arange(len(y)) if rows is None else rows
         seed_everything(self.seed, verbose=False)
-        module = ImageClassifier(cnn(), optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
+        module = kind(cnn(), optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
         data = TensorDataset(x[chosen], y[chosen], chosen)
         batches = DataLoader(data, min(BATCH, len(data)), shuffle=True, drop_last=True)
         val = DataLoader(TensorDataset(self.data.val_images, self.data.val_labels), 1000, shuffle=True)
@@ -156,6 +171,12 @@ def weight_network(given: Given) -> Numbers:
     return given.numbers(module, seconds, -losses(module, given.data))
 
 
+def class_weights(given: Given) -> Numbers:
+    """Tune a network from the class to the weight."""
+    callback = HypergradientCallback(WeightNetwork(inputs=10))
+    return given.numbers(*given.fit(callback, kind=WeightedClasses))
+
+
 def small_losses(given: Given) -> Numbers:
     """Rank by the loss after a tenth of the steps, and train again on as many as are right, a number nobody has."""
     young, first = given.fit(share=0.1)
@@ -240,6 +261,7 @@ LONG_TAIL = Experiment(
         "classes drawn alike, validation images too": balanced_both,
         "validation images alone": trusted,
         "a network from loss to weight, one line": weight_network,
+        "a network from class to weight, one line": class_weights,
     },
     columns={
         "accuracy": Column(title="balanced test accuracy", percent=True),
