@@ -1,9 +1,11 @@
 """What every test shares: one thread, explicit generators, and data that may be missing."""
 
+import importlib.metadata
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +31,8 @@ def pytest_configure() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # NumPy's threads are OpenBLAS's own: on a machine that others use, eigenvalues of 180 × 180 took 50 times as long.
     threadpool_limits(1, user_api="blas")
+    # Each Trainer asks which callbacks other packages register: the metadata of all of them, most of its own time.
+    importlib.metadata.entry_points = cache(importlib.metadata.entry_points)
     # If a process takes its first derivative inside torch.func, its forks cannot take any (strategy="ddp_fork").
     torch.ones(1, requires_grad=True).sum().backward()
 

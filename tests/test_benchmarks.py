@@ -65,11 +65,19 @@ def test_one_hypergradient_is_right_and_its_memory_does_not_grow(run: Script, tm
     assert str(tmp_path) not in output.read_text()
 
 
-def test_memory_limits_of_the_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("widths", "batch"),
+    [
+        ([196, 125, 125, 10], 64),
+        pytest.param([784, 500, 500, 10], 256, marks=pytest.mark.slow),
+    ],
+    ids=["a quarter", "real"],
+)
+def test_memory_limits(widths: list[int], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deterministic, so a hard limit: no more than 3.5 gradients live at once, at any number of terms."""
     monkeypatch.syspath_prepend(str(FOLDER))
     module, measuring = importlib.import_module("one_hypergradient"), importlib.import_module("_measuring")
-    problem = module.Problem([784, 500, 500, 10], 256)
+    problem = module.Problem(widths, batch)
     unit = measuring.live_memory(module.units(problem)["U"])
     memory = {key: measuring.live_memory(call) for key, call in module.ours(problem).items()}
     assert max(memory.values()) <= 3.5 * unit
@@ -182,25 +190,12 @@ def test_a_million_decays_are_measured(run: Script) -> None:
 
 def test_only_unrolling_takes_more_memory_with_more_steps(run: Script, tmp_path: Path) -> None:
     figure = tmp_path / "memory.png"
-    options = [
-        "--widths",
-        "60",
-        "30",
-        "5",
-        "--steps",
-        "4",
-        "16",
-        "--terms",
-        "2",
-        "20",
-        "--figure",
-        str(figure),
-    ]
-    found = run("million_memory", options)
+    size = ["--widths", "60", "30", "5", "--steps", "2", "8", "--terms", "2", "10"]
+    found = run("million_memory", [*size, "--figure", str(figure)])
     unrolled, implicit = found["inner steps"]["unrolled"], found["inner steps"]["implicit, 20 terms"]
-    assert unrolled[16] > 2 * unrolled[4]
-    assert implicit[16] < 1.2 * implicit[4]
-    assert found["terms"]["implicit"][20] == pytest.approx(found["terms"]["implicit"][2], rel=0.2)
+    assert unrolled[8] > 2 * unrolled[2]
+    assert implicit[8] < 1.2 * implicit[2]
+    assert found["terms"]["implicit"][10] == pytest.approx(found["terms"]["implicit"][2], rel=0.2)
     assert figure.stat().st_size > 1000
 
 
@@ -361,18 +356,47 @@ def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
     ],
 )  # fmt: skip
 def test_an_experiment_compares_its_arms(
-    run: Script, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Script, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept, drawn = str(tmp_path / "kept.json"), tmp_path / "drawn.png"
-    run("experiments", [name, "--size", "smoke", "--seeds", "100", "--keep", kept, "--figure", str(drawn)])
-    assert drawn.stat().st_size > 1000
-    found = run("experiments", [name, "--size", "smoke", "--seeds", "101", "--keep", kept, "--only", "none"])
-    first, *others = found.values()
-    assert [entry["seed"] for entry in first] == [100, 101]
-    assert all(len(entries) == 1 for entries in others)
+    first, *others = run("experiments", [name, "--size", "smoke", "--seeds", "100"]).values()
     assert len(others) >= 1
-    assert all(entry["cost"] == 1.0 for entry in first)
-    assert capsys.readouterr().out.count("| cost, × the first |") == 2
+    for (entry,) in (first, *others):
+        assert entry["seed"] == 100
+        assert entry["cost"] == entry["seconds"] / first[0]["seconds"] > 0
+        assert len(entry) > 3
+    assert "| cost, × the first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("across", ["", "share"])
+def test_an_experiment_keeps_seeds_and_draws_them(
+    run: Script, across: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    arms, experiments = importlib.import_module("_arms"), importlib.import_module("experiments")
+    experiment = arms.Experiment(
+        question="Three arms, of numbers",
+        prepare=lambda seed, size: seed,
+        arms={
+            name: lambda seed, cost=cost: {"few": seed / 100, "many": 3.0 * cost, "seconds": cost}
+            for name, cost in (("plain", 0.5), ("dear", 200.0), ("cheap", 0.25))
+        },
+        columns={key: arms.Column(title=key) for key in ("few", "many")},
+        across=across,
+    )
+    monkeypatch.setitem(experiments.EXPERIMENTS, "pinn", experiment)
+    kept, drawn = tmp_path / "kept.json", tmp_path / "drawn.png"
+    options = ["pinn", "--size", "smoke", "--keep", str(kept)]
+    experiments.main([*options, "--seeds", "100", "--figure", str(drawn)])
+    assert drawn.stat().st_size > 1000
+    experiments.main([*options, "--seeds", "101", "--only", "cheap"])
+    experiments.main([*options, "--seeds", "101", "--only", "cheap"])
+    found = json.loads(kept.read_text())
+    seeds = {name: [entry["seed"] for entry in entries] for name, entries in found.items()}
+    assert seeds == {"plain": [100, 101], "dear": [100], "cheap": [100, 101]}
+    assert {entry["cost"] for entry in found["dear"]} == {400.0}
+    out = capsys.readouterr().out
+    assert "1.005 [1.000, 1.010]" in out
+    assert out.count("cost, × the first") == 3
 
 
 def test_decays_that_differ_by_rounding_alone_find_no_columns_of_noise(

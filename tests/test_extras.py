@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -41,15 +42,9 @@ def names(requirements: list[str]) -> set[str]:
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """Top-level packages that a file imports, each with whether that happens as soon as the file is imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    later = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+    waiting: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), True)]
+    while waiting:
+        node, at_once = waiting.pop()
         modules: list[str] = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -58,9 +53,19 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         for module in modules:
             top = module.partition(".")[0]
             if top not in sys.stdlib_module_names:
-                yield top, id(node) not in later
+                yield top, at_once
+        later = isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        # An import is a statement: no expression has one.
+        waiting += [
+            (child, at_once and not later)
+            for child in ast.iter_child_nodes(node)
+            if not isinstance(child, ast.expr)
+        ]
 
 
+@cache
 def imported() -> dict[str, set[tuple[str, bool]]]:
     """Files, relative to the package, by the outside packages that they import."""
     found: dict[str, set[tuple[str, bool]]] = {}
@@ -73,7 +78,12 @@ def imported() -> dict[str, set[tuple[str, bool]]]:
 
 def distribution(package: str) -> str:
     # Before Python 3.11 it knows those packages only that have a top_level.txt.
-    return canonicalize_name(packages_distributions().get(package, [package])[0])
+    return canonicalize_name(installed().get(package, [package])[0])
+
+
+@cache
+def installed() -> Mapping[str, list[str]]:
+    return packages_distributions()
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -24,9 +25,20 @@ QUICK = (
 )
 
 
-def test_a_ride_writes_its_solutions_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def ridden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a ride that is finished, to be copied."""
+    folder = tmp_path_factory.mktemp("ridden")
+    options = ["--output", str(folder), "--seed_everything", "3", "--figure", "false"]
+    main(["ride", "--config", "small_ipd", *QUICK, *options])
+    return folder
+
+
+def test_a_ride_writes_its_solutions_and_goes_on(
+    ridden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ridden, tmp_path, dirs_exist_ok=True)
     options = ["ride", "--config", "small_ipd", *QUICK, "--output", str(tmp_path)]
-    main([*options, "--seed_everything", "3", "--figure", "false"])
     solutions = json.loads((tmp_path / "solutions.json").read_text())
     assert solutions
     assert all(len(s["losses"]) == 2 for s in solutions)
@@ -139,10 +151,13 @@ def test_what_is_refused(
     assert message.format(folder=tmp_path) in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_written_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_that_cannot_be_written_are_told(
+    ridden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ridden / "branches", tmp_path / "branches")
     (tmp_path / "solutions.json").mkdir()
     with pytest.raises(SystemExit) as status:
-        main(["ride", "--config", "small_ipd", "--output", str(tmp_path), *QUICK])
+        main(["ride", "--config", "small_ipd", "--output", str(tmp_path), "--seed_everything", "3", *QUICK])
     assert status.value.code == 2
     assert f"--output must be a folder that can be written. Got {tmp_path}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["branches", "solutions.json"]

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from lightning_nested.cli.main import main
-from tests.command import run_command
 
 
+@pytest.mark.usefixtures("own_folder")
 def test_a_short_run(tmp_path: Path) -> None:
     """Trains the response, steps the hyperparameters, and writes a checkpoint that has them."""
     options = [
@@ -21,7 +21,7 @@ def test_a_short_run(tmp_path: Path) -> None:
         "--trainer.enable_progress_bar=false",
     ]
     options += ["--model.loop.warmup_steps=2", "--model.network_options.width=2", "--trainer.logger=false"]
-    run_command("fit", "--config", "hypernet_digits", *options, folder=tmp_path)
+    main(["fit", "--config", "hypernet_digits", *options])
     (path,) = tmp_path.rglob("*.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     state = checkpoint["hypernetwork"]

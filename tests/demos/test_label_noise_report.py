@@ -32,6 +32,7 @@ def digits(**options: object) -> DigitsDataModule:
         "train_size": SIZE,
         "val_size": 40,
         "batch_size": 30,
+        "val_batch_size": 2000,
         "with_index": True,
         "wrong_label_fraction": 0.4,
     }

@@ -82,10 +82,11 @@ def same(compiled: Run, eager: Run, ulps: float = 64) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @every
-def test_one_graph_that_stays(case: OptimizerCase) -> None:
+def test_one_graph_that_stays(case: OptimizerCase, backend: str) -> None:
     options = {"weight_decay": 0.1, "maximize": True}
-    compiled, eager = Run(case, "aot_eager", **options), Run(case, **options)
+    compiled, eager = Run(case, backend, **options), Run(case, **options)
     both = (compiled, eager)
     for run in both:
         run.update()

@@ -145,7 +145,12 @@ class Responding(HypernetworkModule):
 
 def digits() -> DigitsDataModule:
     return DigitsDataModule(
-        batch_size=10, train_size=30, val_size=10, wrong_label_fraction=0.4, with_index=True
+        batch_size=10,
+        val_batch_size=2000,
+        train_size=30,
+        val_size=10,
+        wrong_label_fraction=0.4,
+        with_index=True,
     )
 
 
