@@ -286,12 +286,12 @@ class WeightDecay(Hyperparameter):
         decoupled decay, mean(1/R)/steps for a coupled one, with R the optimizer's long-run step per unit of gradient.
         The decays start at three units, which was within a few per cent of the best fixed decay on most tasks that
         were tried, and stay within a tenth of a unit and 15 units; for the time scale see Wang & Aitchison (2024),
-        arXiv:2405.13698. A run of p < 10 epochs, which hardly overfits, starts at 3p/10 units.
+        arXiv:2405.13698. A run of p < 10 passes through its data, which hardly overfits, starts at 3p/10 units.
 
         Args:
             units: One unit for each decayed parameter by name; those that are unfrozen later take the mean.
             steps: Inner steps of the run; decays are at most a tenth of them in units, beyond which they are unstable.
-            passes: Epochs of the run, p; infinite where unknown.
+            passes: Passes of the run through its data, p; infinite where unknown.
             restart: Whether the decays move to their start; else they are only bounded.
         """
         if not self._default_transform:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_nested.linalg.vectors import Vector
@@ -188,3 +189,8 @@ def coupled_decay(optimizer: Optimizer) -> list[float]:
 def trainable(optimizer: Optimizer) -> list[nn.Parameter]:
     """Return the parameters that an optimizer moves, in its order."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def shaped(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer moves, without those of lazy layers that no batch has reached."""
+    return [p for p in trainable(optimizer) if not is_lazy(p)]

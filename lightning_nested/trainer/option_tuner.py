@@ -19,7 +19,7 @@ from lightning_nested.hyperparameters.optimizer_options import set_options
 from lightning_nested.linalg.first_derivatives import first_derivative
 from lightning_nested.linalg.vectors import zeros_where_none
 from lightning_nested.optim.registry import KNOWN
-from lightning_nested.optim.step_dynamics import decoupled_rates, trainable
+from lightning_nested.optim.step_dynamics import decoupled_rates, shaped
 from lightning_nested.trainer.follower import has_gradient_hooks
 from lightning_nested.trainer.isolation import add_note, untouched_buffers
 from lightning_nested.trainer.lightning import reduction
@@ -97,7 +97,7 @@ class OptionTuner:
     def _follow(self, trainer: Trainer) -> OptionTangents:
         """Return the tangents of the parameters that the optimizer moves now."""
         assert self._optimizer is not None
-        params, found = trainable(self._optimizer), self._tangents
+        params, found = shaped(self._optimizer), self._tangents
         if found is None or not found.holds(params):
             k = sum(t.numel() for option in self.outer.options for t in option.tensors.values())
             found = self._tangents = OptionTangents(params, k=k, reduce=reduction(trainer))

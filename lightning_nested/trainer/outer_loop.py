@@ -18,7 +18,7 @@ from lightning_nested.arguments import at_least
 from lightning_nested.hyperparameters import OuterReport, OuterStep
 from lightning_nested.hyperparameters.outer_report import Spread, ValueTrace, mean_of, spread, summary_line
 from lightning_nested.linalg.saved import require_keys
-from lightning_nested.optim.step_dynamics import trainable
+from lightning_nested.optim.step_dynamics import shaped
 from lightning_nested.trainer.lightning import logger_step, show_in_progress_bar
 from lightning_nested.trainer.outer_batches import OuterBatches, end_workers
 from lightning_nested.trainer.outer_loss import evaluate_outer
@@ -135,7 +135,7 @@ class OuterLoop:
 
         Also after loading a state of other parameters: layers are unfrozen only after it has been restored.
         """
-        held = trainable(optimizer)
+        held = shaped(optimizer)
         same = len(held) == len(self.parameters) and all(map(operator.is_, held, self.parameters.values()))
         return same and self.outer.is_built_for(self.parameters)
 

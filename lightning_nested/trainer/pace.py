@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, WeightedRandomSampler
+
+from lightning_nested.hyperparameters import GroupSampler
 
 # Most and fewest outer steps of a run: more only cost time, with fewer the values stay noisy.
 _MOST, _FEWEST = 100, 25
@@ -30,7 +34,7 @@ class Pace:
         cost: Cost of an outer step, in gradients of a training batch.
         outer_batches: Outer batches in a round over their data; None: unknown.
         began: Inner steps counted before the run, by the outer loop and by the Trainer: a second fit counts on.
-        passes: Epochs of the run; infinite where unknown.
+        passes: Passes of the run through its data; infinite where unknown.
     """
 
     total_steps: int | None
@@ -130,11 +134,32 @@ def plan(
 
 
 def _passes(trainer: Trainer, total: int | None, accumulate: int | None) -> float:
-    """Return the epochs of a run of ``total`` inner steps; infinite where the batches of one are unknown."""
-    batches = trainer.num_training_batches
+    """Return the passes through the data of ``total`` inner steps; infinite where the batches of one are unknown."""
+    batches = _batches_of_data(trainer)
     if total is None or not math.isfinite(batches) or batches < 1:
         return math.inf
     return total * (trainer.accumulate_grad_batches if accumulate is None else accumulate) / batches
+
+
+def _batches_of_data(trainer: Trainer) -> float:
+    """Return the batches of all training data: of an epoch, unless each epoch draws anew from more data, or fewer."""
+    loaders = CombinedLoader(getattr(trainer, "train_dataloader", None)).flattened
+    drawn = [count for loader in loaders if (count := _batches_drawn_from(loader)) is not None]
+    return max(drawn, default=trainer.num_training_batches)
+
+
+def _batches_drawn_from(loader: Any) -> float | None:
+    """Return the batches that a loader would have with all its data, on this process; None: it does not draw."""
+    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None) if sampler is None else sampler
+    while isinstance(sampler, BatchSampler):
+        sampler = sampler.sampler
+    # An epoch of the Trainer's may be shorter than the loader, and the loader's than the data.
+    if isinstance(sampler, DistributedSampler):
+        return float(len(loader)) if sampler.shuffle else None
+    if isinstance(sampler, RandomSampler | WeightedRandomSampler | GroupSampler):
+        return len(loader) * len(loader.dataset) / len(sampler)
+    return None
 
 
 def affordable_batches(

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_nested.dynamics.tangents import Clip
 from lightning_nested.dynamics.tracker import TrainingTracker
-from lightning_nested.optim.step_dynamics import trainable
+from lightning_nested.optim.step_dynamics import shaped
 from lightning_nested.optim.update_rules import UpdateRule
 from lightning_nested.trainer.fixed_batches import FixedBatches
 from lightning_nested.trainer.follower import GRADIENT_HOOKS, Follower, has_gradient_hooks
@@ -42,7 +42,7 @@ class TrainingFollower(Follower):
         if len(trainer.optimizers) != 1:
             got = f"Got {len(trainer.optimizers)}."
             raise MisconfigurationException(f"LyapunovCallback follows one optimizer, or a GameModule. {got}")
-        params = trainable(trainer.optimizers[0])
+        params = shaped(trainer.optimizers[0])
         super().__init__(trainer, module, trainer.optimizers, params, fixed=fixed, rule=rule)
         others = (getattr(c, "outer", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if any(getattr(outer, "decays", ()) for outer in others):
@@ -64,7 +64,7 @@ class TrainingFollower(Follower):
     def begin_batch(self, batch: Any) -> None:
         if self.fixed is not None and not len(self.fixed):
             self.fixed.get(0, batch)
-        params = trainable(self.optimizer)
+        params = shaped(self.optimizer)
         if not self.tracker.holds(params):
             self.tracker.follow(params)
         self.resume_tangents()

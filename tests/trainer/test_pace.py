@@ -12,10 +12,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_nested.callbacks import HypergradientCallback
-from lightning_nested.hyperparameters import WeightDecay
+from lightning_nested.hyperparameters import GroupWeights, WeightDecay
 from lightning_nested.trainer.pace import _LONGEST, _TRAVEL, Pace, batch_ratio, plan, total_steps
 from tests.callbacks.tuned_regression import Regression, data, smooth
 from tests.trainers import trainer
@@ -75,6 +82,36 @@ def test_passes_are_counted_in_batches_and_unknown_for_streams() -> None:
         trainer = Length(steps, batches)
         trainer.max_epochs, trainer.max_steps = -1, -1  # type: ignore[attr-defined]
         assert plan(trainer, accumulate=accumulate, **options).passes == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("loader", "options", "expected"),
+    [
+        ({}, {}, 4.0),
+        ({"shuffle": True}, {}, 4.0),
+        # The same 8 examples in each epoch, or 8 of 32.
+        ({}, {"limit_train_batches": 2}, 4.0),
+        ({"shuffle": True}, {"limit_train_batches": 2}, 1.0),
+        ({"shuffle": True}, {"limit_train_batches": 0.25, "accumulate_grad_batches": 2}, 1.0),
+        ({"sampler": RandomSampler(range(32), num_samples=8)}, {}, 1.0),
+        ({"sampler": RandomSampler(range(32), replacement=True, num_samples=64)}, {}, 8.0),
+        ({"sampler": WeightedRandomSampler([1.0] * 32, 16)}, {"limit_train_batches": 2}, 1.0),
+        ({"batch_sampler": BatchSampler(RandomSampler(range(32)), 4, False)}, {"limit_train_batches": 2}, 1.0),
+        ({"sampler": GroupWeights(["a", "b"]).sampler(torch.arange(32) % 2, 8)}, {}, 1.0),
+        ({"sampler": DistributedSampler(range(32), 2, 0)}, {"limit_train_batches": 1}, 1.0),
+        ({"sampler": DistributedSampler(range(32), 2, 0, shuffle=False)}, {"limit_train_batches": 1}, 4.0),
+    ],
+)
+def test_passes_are_through_all_the_data_that_epochs_draw_from(
+    loader: dict[str, Any], options: dict[str, Any], expected: float
+) -> None:
+    callback = HypergradientCallback(WeightDecay())
+    batches = DataLoader(data(32, 1), **({} if "batch_sampler" in loader else {"batch_size": 4}), **loader)
+    trainer(callback, max_epochs=4, **options).fit(
+        Regression(smooth()), batches, DataLoader(data(8, 2), 8)
+    )
+    assert callback.plan.pace is not None
+    assert callback.plan.pace.passes == expected
 
 
 def test_a_run_without_an_end_is_planned_by_the_budget() -> None:

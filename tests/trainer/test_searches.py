@@ -327,6 +327,49 @@ def test_lazy_parameters_are_tuned_once_they_have_a_shape(checks: int) -> None:
     assert "weight_decay/net.weight" in callback.values() or "weight_decay" in callback.values()
 
 
+class Spare(Weighted):
+    """Has a lazy layer, which it calls from a step on."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.spare, self.first = nn.LazyLinear(2), first
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.global_step < self.first else loss + self.spare(batch[0]).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*UninitializedParameter", "ignore:A layer with")
+@pytest.mark.parametrize(
+    ("first", "include", "names"),
+    [
+        (5, None, {"net.weight", "spare.weight"}),
+        (99, None, {"net.weight"}),
+        (99, ["net.*"], {"net.weight", "net.bias"}),
+    ],
+)
+def test_a_lazy_layer_is_decayed_from_its_first_batch_on(
+    first: int, include: list[str] | None, names: set[str]
+) -> None:
+    decay = WeightDecay(include=include, init=1e-3)
+    callback = exact(decay, solver=Identity())
+    trainer(callback).fit(Spare(first), datamodule=Data())
+    assert callback.outer_steps == 12
+    assert set(decay.parameter_names) == names
+    # Those of the first layer are moved from the first step on.
+    assert float(decay.decays()["net.weight"].detach()) != pytest.approx(1e-3)
+
+
+def test_a_nested_module_refuses_lazy_layers() -> None:
+    class Nested(Cleaner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.LazyLinear(2)
+
+    with pytest.raises(MisconfigurationException, match=r"Got lazy ones: spare\.weight, spare\.bias; call"):
+        trainer().fit(Nested(), datamodule=Data())
+
+
 class LateGame(GANModule):
     def __init__(self) -> None:
         super().__init__(

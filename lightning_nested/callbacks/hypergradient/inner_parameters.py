@@ -6,19 +6,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from lightning_nested.optim.step_dynamics import trainable
+from lightning_nested.optim.step_dynamics import shaped, trainable
 from lightning_nested.trainer.shards import check_shards, gather_anew, shards_parameters
 
 
-def named_parameters(trainer: Trainer, module: nn.Module, before: int) -> dict[str, nn.Parameter]:
-    """Return the parameters that the inner optimizer moves; none while the shape of a lazy one is not known yet.
+def named_parameters(
+    trainer: Trainer, module: nn.Module, before: int, *, wait: bool = False
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that the inner optimizer moves, without those of lazy layers that no batch has reached.
 
     Args:
         trainer: Trainer with the inner optimizer, without hyperparameters.
         module: Module whose names they get.
         before: Number of those it moved before, to report that more or fewer are moved from now on.
+        wait: Whether to return none while there is a lazy one: the first batch is still to come.
 
     Raises:
         MisconfigurationException: It moves none; or some are in shards, and others are not.
@@ -28,13 +30,13 @@ def named_parameters(trainer: Trainer, module: nn.Module, before: int) -> dict[s
         # Gathered parameters are others.
         gather_anew(module)
     names = {id(p): n for n, p in module.named_parameters()}
-    held = trainable(trainer.optimizers[0])
+    held, every = shaped(trainer.optimizers[0]), trainable(trainer.optimizers[0])
+    if wait and len(held) < len(every):
+        return {}
     if not held:
         raise MisconfigurationException(
             "The inner optimizer must hold at least one parameter that is not a hyperparameter. Got none."
         )
-    if any(map(is_lazy, held)):
-        return {}
     if before not in (0, len(held)):
         rank_zero_info(
             f"HypergradientCallback: the inner optimizer moves {len(held)} tensors from now on, {before} before."

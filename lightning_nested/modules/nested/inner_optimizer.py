@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_nested.hyperparameters import Hyperparameter
@@ -20,10 +21,16 @@ def named_parameters(
     """Return the parameters that the inner optimizer moves, by name.
 
     Raises:
-        MisconfigurationException: One is a hyperparameter, or not of the module, or there are none.
+        MisconfigurationException: One is a hyperparameter, not of the module, or of a lazy layer; or there are none.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     held = trainable(optimizer)
+    lazy = [names.get(id(p), "one of no module") for p in held if is_lazy(p)]
+    if lazy:
+        raise MisconfigurationException(
+            f"Inner parameters must have shapes when fit begins. Got lazy ones: {', '.join(lazy)}; call the module on a "
+            "batch before, or give their layers in_features."
+        )
     twice = [f"{names.get(id(p))} ({tuned[id(p)]!r})" for p in held if id(p) in tuned]
     if twice:
         raise MisconfigurationException(
