@@ -355,9 +355,7 @@ def test_riders_say_what_the_ends_of_runs_are(run: Script) -> None:
         *(pytest.param(name, marks=NEEDS_FASHION) for name in ("long_tail", "overfit", "validation_share")),
     ],
 )  # fmt: skip
-def test_an_experiment_compares_its_arms(
-    run: Script, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_experiment_compares_its_arms(run: Script, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     first, *others = run("experiments", [name, "--size", "smoke", "--seeds", "100"]).values()
     assert len(others) >= 1
     for (entry,) in (first, *others):
@@ -369,7 +367,11 @@ def test_an_experiment_compares_its_arms(
 
 @pytest.mark.parametrize("across", ["", "share"])
 def test_an_experiment_keeps_seeds_and_draws_them(
-    run: Script, across: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Script,
+    across: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     arms, experiments = importlib.import_module("_arms"), importlib.import_module("experiments")

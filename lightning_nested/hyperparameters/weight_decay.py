@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Container, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from lightning_nested.arguments import checked, within
 from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
+from lightning_nested.hyperparameters.name_patterns import check_patterns, matches
 from lightning_nested.hyperparameters.transforms import Exp, Transform
 from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
 from lightning_nested.linalg.shards import added_up, parts
@@ -101,13 +100,7 @@ class WeightDecay(Hyperparameter):
         A second call, with parameters that were added (unfrozen) or removed (frozen), keeps the decays of those that
         stay or come back; new ones start at ``init``.
         """
-        for pattern in {*(self.include or ()), *self.exclude} - self._matched:
-            if not any(fnmatchcase(name, pattern) for name in parameters):
-                close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.4)
-                raise ValueError(
-                    f"include and exclude must match parameter names. Got {pattern!r}, which matches none; "
-                    f"close names: {', '.join(close) or ', '.join(list(parameters)[:5])}."
-                )
+        check_patterns({*(self.include or ()), *self.exclude} - self._matched, parameters)
         chosen = self._chosen(parameters)
         if not chosen:
             raise ValueError(
@@ -268,9 +261,9 @@ class WeightDecay(Hyperparameter):
 
     def _chosen(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters that are decayed."""
-        left = {name: p for name, p in parameters.items() if not _matches(name, self.exclude)}
+        left = {name: p for name, p in parameters.items() if not matches(name, self.exclude)}
         if self.include is not None:
-            return {name: p for name, p in left.items() if _matches(name, self.include)}
+            return {name: p for name, p in left.items() if matches(name, self.include)}
         # A network of vectors alone has no other weights.
         return {name: p for name, p in left.items() if p.dim() >= 2} or left
 
@@ -393,7 +386,3 @@ class DecayPenalty:
             slopes = [each if self._decay.per == "tensor" else each.sum()]
         tensors = tuple(self._decay.tensors.values())
         return torch.autograd.grad(values, tensors, slopes, retain_graph=True)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +35,7 @@ from lightning_nested.trainer.outer_defaults import (
     warmup_share,
 )
 from lightning_nested.trainer.outer_loop import OuterLoop
+from lightning_nested.trainer.own_decay import OwnDecay
 from lightning_nested.trainer.pace import Pace, plan
 from lightning_nested.trainer.run_units import measured_units, peak_rates
 from lightning_nested.trainer.shards import shards_parameters
@@ -59,6 +59,7 @@ class OuterPlan:
     Attributes:
         pace: Plan of the current run.
         forecast: Statistics of the current run; None where nothing needs them.
+        own_decay: Weight decay of a decoupled optimizer, which ours replace.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class OuterPlan:
         self._default_optimizer = default_optimizer
         self._optimizer: Optimizer | None = None
         self._parameters: tuple[nn.Parameter, ...] = ()
-        self._own_decays: list[float] = []  # of a decoupled optimizer's groups, which ours replace
+        self.own_decay = OwnDecay()
         self._kept: Mapping[str, Any] | None = None  # a forecast's state, until there are its parameters
         self.units: dict[str, float] = {}  # see WeightDecay.fit_to_run
         self._units_steps: int | None = None  # inner steps of the run that they are of
@@ -120,8 +121,7 @@ class OuterPlan:
         )
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescale_units()
-        loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
-        loop.last_restart = pace.last_restart(loop.restart_every)
+        _lead(loop, pace)
         if self._default_optimizer:
             steps = None if only_options(self.outer) else pace.outer_steps
             # Functions with names: a strategy may pickle them.
@@ -150,27 +150,8 @@ class OuterPlan:
 
     def take_decays(self) -> None:
         """Take the place of a decoupled optimizer's own decay; again once a checkpoint has restored it."""
-        optimizer = self._optimizer
-        rates = {} if optimizer is None or not self.outer.decays else decoupled_rates(optimizer)
-        if optimizer is None or not rates:
-            return
-        own = [group["weight_decay"] for group in optimizer.param_groups]
-        if any(own) or not self._own_decays:
-            self._own_decays = own
-        for group in optimizer.param_groups:
-            if any(id(p) in rates for p in group["params"]):
-                group["weight_decay"] = 0.0
-
-    def give_back(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Give the groups of an optimizer, or of its saved state, their own decay back."""
-        # Groups that were added since have theirs.
-        for group, decay in zip(groups, self._own_decays, strict=False):
-            group["weight_decay"] = decay
-
-    def give_back_saved(self, checkpoint: Mapping[str, Any]) -> None:
-        """Save the optimizer's own decay, not that it gives way to ours: a run without them may go on from there."""
-        for state in checkpoint.get("optimizer_states", []):
-            self.give_back(state["param_groups"])
+        if self._optimizer is not None and self.outer.decays:
+            self.own_decay.take(self._optimizer)
 
     def stop(self) -> None:
         """Remove hooks, and give the optimizer its own decay back; a second fit goes on from the statistics."""
@@ -186,9 +167,8 @@ class OuterPlan:
         if self.forecast is not None:
             self.forecast.stop()
             self.forecast = None
-        if self._optimizer is not None:
-            self.give_back(self._optimizer.param_groups)
-        self._optimizer, self._own_decays, self._parameters = None, [], ()
+        self.own_decay.give_back()
+        self._optimizer, self._parameters = None, ()
 
     # ---- an inner step
 
@@ -228,7 +208,7 @@ class OuterPlan:
     @property
     def decoupled(self) -> bool:
         """True if the tuned decays take the place of a decoupled optimizer's own."""
-        return bool(self._own_decays)
+        return self.own_decay.taken
 
     def fit_decays(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Start the decays from the length of the run: after 10 inner steps, or the warm-up if that is shorter."""
@@ -334,7 +314,8 @@ class OuterPlan:
         self._fitted = state.get("fitted", bool(self.units))
         if self.pace is not None:
             # Its schedule began with that run, not with this one.
-            self.pace = replace(self.pace, began=tuple(state.get("began") or (0, 0)))
+            first, made = state.get("began") or (0, 0)
+            self.pace = self.pace.begun_at((first, made))
         self._rescale_units()
         self.bound_decays(restart=False)
         self._kept = state["forecast"]
@@ -342,12 +323,20 @@ class OuterPlan:
             self.forecast.load_state_dict(state["forecast"])
             self._kept = None
 
-    def continue_schedule(self) -> None:
+    def continue_schedule(self, loop: OuterLoop) -> None:
         """Let the default schedule of a restored outer optimizer end with this run: it may be longer than the saved."""
+        if self.pace is not None:
+            _lead(loop, self.pace)
         schedule = self.outer.scheduler
         set_batches(self.outer.optimizer, None if self.pace is None else self.pace.outer_batches)
         if self._default_optimizer and isinstance(schedule, LinearLR) and self.pace is not None:
             _end_with(schedule, self.pace)
+
+
+def _lead(loop: OuterLoop, pace: Pace) -> None:
+    """Let a loop make its outer steps where the plan has them."""
+    loop.every_n_steps, loop.warmup_steps = pace.every_n_steps, pace.warmup_steps
+    loop.last_restart = pace.last_restart(loop.restart_every)
 
 
 def _evaluation(repeat: Callable[[], Tensor] | None, scale: float) -> Callable[[], float]:

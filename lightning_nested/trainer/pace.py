@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -35,6 +35,8 @@ class Pace:
         outer_batches: Outer batches in a round over their data; None: unknown.
         began: Inner steps counted before the run, by the outer loop and by the Trainer: a second fit counts on.
         passes: Passes of the run through its data; infinite where unknown.
+        late: Share of the run before its first outer step, wherever it began; None: ``warmup_steps`` are counted from
+            the first of several fits.
     """
 
     total_steps: int | None
@@ -44,6 +46,12 @@ class Pace:
     outer_batches: int | None = None
     began: tuple[int, int] = (0, 0)
     passes: float = math.inf
+    late: float | None = None
+
+    def begun_at(self, began: tuple[int, int]) -> Pace:
+        """Return the plan of a run of the same length that began there."""
+        warmup = self.warmup_steps if self.late is None else _start_after(self.total_steps, self.late, began)
+        return replace(self, began=began, warmup_steps=warmup)
 
     @property
     def outer_steps(self) -> int | None:
@@ -105,13 +113,17 @@ def plan(
         warmup_steps: Given by the user; None: by the share.
         warmup_share: Share of the run before the first outer step.
         limited: Whether a hundred outer steps are enough.
-        late: Whether the budget of the whole run is for the steps after the warm-up.
+        late: Whether the budget of the whole run is for the steps after the warm-up, which a second fit has too.
         accumulate: See :func:`total_steps`.
         outer_batches: Outer batches in a round; None: unknown.
         began: See :class:`Pace`.
     """
     total = total_steps(trainer, accumulate)
-    warmup = warmup_steps if warmup_steps is not None else int((total or 0) * warmup_share)
+    planned_late = late and warmup_steps is None
+    if warmup_steps is not None:
+        warmup = warmup_steps
+    else:
+        warmup = _start_after(total, warmup_share, began if planned_late else (0, 0))
     if every_n_steps is None:
         # Of the run's own steps those after the warm-up: a second fit counts on.
         first, made = began
@@ -130,7 +142,14 @@ def plan(
         outer_batches=outer_batches,
         began=began,
         passes=_passes(trainer, total, accumulate),
+        late=warmup_share if planned_late else None,
     )
+
+
+def _start_after(total: int | None, share: float, began: tuple[int, int]) -> int:
+    """Return the inner step after a share of the run's own steps."""
+    first, made = began
+    return first + int(max(0, (total or 0) - made) * share)
 
 
 def _passes(trainer: Trainer, total: int | None, accumulate: int | None) -> float:

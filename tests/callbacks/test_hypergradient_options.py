@@ -267,6 +267,57 @@ def test_the_default_tunes_late_often_and_at_a_constant_outer_rate() -> None:
     assert callback.plan.forecast is None
 
 
+class Steps(Callback):
+    """Inner steps of a run at which there was an outer step."""
+
+    def __init__(self, tuner: HypergradientCallback, save_at: int = -1, path: Path | None = None) -> None:
+        self.tuner, self.save_at, self.path = tuner, save_at, path
+        self.found: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self.tuner.last_report is not None and self.tuner.outer_steps > self.made:
+            self.found.append(trainer.global_step - 1)
+        self.made = self.tuner.outer_steps
+        if self.path is not None and trainer.global_step == self.save_at:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.made = self.tuner.outer_steps
+
+
+# Batches are in a fixed order.
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("saved_at", [1, 9])
+def test_a_second_fit_of_a_rate_starts_late_too_and_so_when_it_is_resumed(
+    saved_at: int, tmp_path: Path
+) -> None:
+    def fit(callback: HypergradientCallback, module: Given, resume: Path | None = None) -> list[int]:
+        steps = Steps(callback, saved_at, path if callback.outer_steps and resume is None else None)
+        train, val = DataLoader(data(40, 1), 4), DataLoader(data(9, 2), 9)
+        trainer(callback, steps, max_steps=10).fit(module, train, val, ckpt_path=resume)
+        return steps.found
+
+    path = tmp_path / "second.ckpt"
+    callback, module = HypergradientCallback(LearningRate(), every_n_steps=1), Given(RATES["sgd"])
+    assert fit(callback, module) == [7, 8, 9]
+    assert fit(callback, module) == [7, 8, 9]
+    assert callback.warmup_steps == 17
+    resumed = HypergradientCallback(LearningRate(), every_n_steps=1)
+    assert fit(resumed, Given(RATES["sgd"]), path) == [n for n in (7, 8, 9) if n >= saved_at]
+    assert torch.equal(values(resumed), values(callback))
+
+
+def test_a_warm_up_of_the_users_is_counted_from_the_first_fit() -> None:
+    callback, module = (
+        HypergradientCallback(LearningRate(), every_n_steps=1, warmup_steps=8),
+        Given(RATES["sgd"]),
+    )
+    for expected in (2, 12):
+        train, val = DataLoader(data(40, 1), 4), DataLoader(data(9, 2), 9)
+        trainer(callback, max_steps=10).fit(module, train, val)
+        assert callback.outer_steps == expected
+
+
 def test_a_run_resumed_inside_a_window_is_bit_exact(tmp_path: Path) -> None:
     def run(epochs: int, resume: Path | None = None) -> tuple[Tensor, Tensor, Any]:
         callback = HypergradientCallback(

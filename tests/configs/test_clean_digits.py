@@ -39,7 +39,11 @@ def run(folder: Path, *, seed: int, rate: float | None = None) -> dict[str, Any]
 
 @pytest.mark.usefixtures("own_folder")
 def test_a_short_run_tells_wrong_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--trainer.max_epochs=60", "--trainer.log_every_n_steps=20", "--model.network_options.hidden=[50]"]
+    short = [
+        "--trainer.max_epochs=60",
+        "--trainer.log_every_n_steps=20",
+        "--model.network_options.hidden=[50]",
+    ]
     main(["fit", "--config", "clean_digits", *short])
     found = results(tmp_path, capsys.readouterr().out)
     assert (found["steps"], found["outer_steps"], found["skipped_outer_steps"]) == (60, 20, 0)

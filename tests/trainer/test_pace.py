@@ -96,7 +96,11 @@ def test_passes_are_counted_in_batches_and_unknown_for_streams() -> None:
         ({"sampler": RandomSampler(range(32), num_samples=8)}, {}, 1.0),
         ({"sampler": RandomSampler(range(32), replacement=True, num_samples=64)}, {}, 8.0),
         ({"sampler": WeightedRandomSampler([1.0] * 32, 16)}, {"limit_train_batches": 2}, 1.0),
-        ({"batch_sampler": BatchSampler(RandomSampler(range(32)), 4, False)}, {"limit_train_batches": 2}, 1.0),
+        (
+            {"batch_sampler": BatchSampler(RandomSampler(range(32)), 4, False)},
+            {"limit_train_batches": 2},
+            1.0,
+        ),
         ({"sampler": GroupWeights(["a", "b"]).sampler(torch.arange(32) % 2, 8)}, {}, 1.0),
         ({"sampler": DistributedSampler(range(32), 2, 0)}, {"limit_train_batches": 1}, 1.0),
         ({"sampler": DistributedSampler(range(32), 2, 0, shuffle=False)}, {"limit_train_batches": 1}, 4.0),
@@ -107,9 +111,7 @@ def test_passes_are_through_all_the_data_that_epochs_draw_from(
 ) -> None:
     callback = HypergradientCallback(WeightDecay())
     batches = DataLoader(data(32, 1), **({} if "batch_sampler" in loader else {"batch_size": 4}), **loader)
-    trainer(callback, max_epochs=4, **options).fit(
-        Regression(smooth()), batches, DataLoader(data(8, 2), 8)
-    )
+    trainer(callback, max_epochs=4, **options).fit(Regression(smooth()), batches, DataLoader(data(8, 2), 8))
     assert callback.plan.pace is not None
     assert callback.plan.pace.passes == expected
 

@@ -307,7 +307,7 @@ class HypergradientCallback(OuterLoopCallback):
         if "plan" in state:
             self.plan.load_state_dict(state["plan"])
         self.outer_loop.load_state_dict(state)
-        self.plan.continue_schedule()
+        self.plan.continue_schedule(self.outer_loop)
         self._options.load_state_dict(state)
 
     @override

@@ -171,5 +171,5 @@ def prepare_step(
 
 def give_back_saved(checkpoint: dict[str, Any], plan: OuterPlan, options: OptionTuner) -> None:
     """Give a checkpoint the optimizer's own decays and options, wherever in a step it is written."""
-    plan.give_back_saved(checkpoint)
+    plan.own_decay.give_back_saved(checkpoint)
     options.give_back_saved(checkpoint)

@@ -28,8 +28,8 @@ def named_parameters(
     lazy = [names.get(id(p), "one of no module") for p in held if is_lazy(p)]
     if lazy:
         raise MisconfigurationException(
-            f"Inner parameters must have shapes when fit begins. Got lazy ones: {', '.join(lazy)}; call the module on a "
-            "batch before, or give their layers in_features."
+            f"Inner parameters must have shapes when fit begins. Got lazy ones: {', '.join(lazy)}; call the module on "
+            "a batch before, or give their layers in_features."
         )
     twice = [f"{names.get(id(p))} ({tuned[id(p)]!r})" for p in held if id(p) in tuned]
     if twice:

@@ -291,7 +291,7 @@ class NestedModule(HasOuterLoop, OneFitModule, LightningModule):
         elif self.outer_loop.parameters:
             own = {"position": self._position, "initial": self.outer_loop.initial}
             checkpoint["nested"] = {**self.outer_loop.state_dict(), **own, "plan": self._plan.state_dict()}
-        self._plan.give_back_saved(checkpoint)
+        self._plan.own_decay.give_back_saved(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
