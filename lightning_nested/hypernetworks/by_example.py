@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_nested.hypernetworks.linearized import differentiable_kernels
+from lightning_nested.hyperparameters.dropout import DropoutRates, TunedDropout
 
 # calls the module with some of its weights replaced, on these positional and keyword arguments
 Call = Callable[[Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
@@ -62,8 +63,17 @@ def by_example(
                 "examples, or one h of shape (n,) for the batch."
             )
     structure: list[Any] = []
+    tuned = _rates_of_examples(module)
 
-    def one(own: dict[str, Tensor], moving: dict[str, Tensor], examples: list[Tensor]) -> list[Tensor]:
+    def one(
+        own: dict[str, Tensor], moving: dict[str, Tensor], examples: list[Tensor], rates: list[Tensor]
+    ) -> list[Tensor]:
+        with _at_rates(tuned, rates):
+            return at_own_rates(own, moving, examples)
+
+    def at_own_rates(
+        own: dict[str, Tensor], moving: dict[str, Tensor], examples: list[Tensor]
+    ) -> list[Tensor]:
         given = iter(examples)
         mine = [
             next(given).unsqueeze(batch_dim) if p else leaf for leaf, p in zip(leaves, places, strict=True)
@@ -85,7 +95,9 @@ def by_example(
     examples = [leaf.movedim(batch_dim, 0) for leaf, p in zip(leaves, places, strict=True) if p]
     with differentiable_kernels(), _without_fast_path():
         try:
-            outputs = torch.vmap(one, randomness="different")(dict(weights), dict(tangents or {}), examples)
+            outputs = torch.vmap(one, randomness="different")(
+                dict(weights), dict(tangents or {}), examples, [rates.raw("rates") for rates in tuned]
+            )
         except RuntimeError as error:
             # NotImplementedError is one: an operation without a batching rule, or without forward mode
             if "vmap" not in str(error) and not isinstance(error, NotImplementedError):
@@ -111,6 +123,25 @@ def _check_alone(module: nn.Module, batch_dim: int) -> None:
                 f"of ours. Got {type(layer).__name__} {name!r} with statistics of the batch; call eval() on it, take "
                 "group or layer norm, or give one h of shape (n,) for the batch."
             )
+
+
+def _rates_of_examples(module: nn.Module) -> list[DropoutRates]:
+    """Return the tuned rates that layers of ``module`` read, if there is one of each example."""
+    found = {id(layer.rates): layer.rates for layer in module.modules() if isinstance(layer, TunedDropout)}
+    return [rates for rates in found.values() if rates.raw("rates").dim() > 1]
+
+
+@contextmanager
+def _at_rates(tuned: Sequence[DropoutRates], rates: Sequence[Tensor]) -> Iterator[None]:
+    """Let the layers of one example read its own rates."""
+    before = [own.tensors for own in tuned]
+    for own, tensor in zip(tuned, rates, strict=True):
+        own.tensors = {"rates": tensor}
+    try:
+        yield
+    finally:
+        for own, tensors in zip(tuned, before, strict=True):
+            own.tensors = tensors
 
 
 def _is_examples(leaf: Any, batch: int, dim: int) -> bool:

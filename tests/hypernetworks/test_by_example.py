@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nested.hypernetworks import best_response
+from lightning_nested.hyperparameters import DropoutRates
+from lightning_nested.hyperparameters.vector import HyperparameterVector
 from tests.hypernetworks.networks import BATCH, ONE_POINT, WHOLE, N, made, point
 
 
@@ -118,6 +121,37 @@ def test_dropout_differs_between_examples() -> None:
 
     masks = best_response(Dropped(), N)(torch.ones(2, 100), torch.zeros(2, N)) > 0
     assert not torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize(("shape", "layer"), [((4000,), nn.Dropout(0.5)), ((4000, 1, 1), nn.Dropout2d(0.5))])
+@pytest.mark.parametrize("per", ["layer", "model"])
+def test_each_example_has_its_own_tuned_dropout(shape: tuple[int, ...], layer: nn.Module, per: Any) -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.drop, self.last = (
+                nn.Parameter(torch.ones(1)),
+                copy.deepcopy(layer),
+                nn.Dropout(0.5),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.drop(self.scale * x))
+
+    rates, response = DropoutRates(per=per), best_response(Dropped(), N)
+    rates.install(response)
+    rates.build({})
+    wanted = torch.tensor([[0.1, 0.2], [0.8, 0.5]])[:, : rates.raw("rates").numel()]
+    vector = HyperparameterVector([rates])
+    with vector.bound(rates.transform.inverse(wanted)), response.at(torch.zeros(2, N)):
+        found = response(torch.ones(2, *shape))
+    keep = (1 - wanted).expand(2, 2).prod(dim=1)
+    kept = (found != 0).double().flatten(1).mean(dim=1)
+    # Five standard deviations of a mean of 4000 zeros and ones.
+    assert ((kept - keep).abs() < 5 * (keep * (1 - keep) / 4000).sqrt()).all()
+    values = found.flatten(1).amax(dim=1)
+    torch.testing.assert_close(values, 1 / keep, rtol=1e-5, atol=0)
+    assert rates.raw("rates").dim() == 1
 
 
 def test_what_couples_examples_is_refused() -> None:
