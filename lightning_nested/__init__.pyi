@@ -30,6 +30,7 @@ from .callbacks import (
 from .datamodules import (
     CIFAR10DataModule as CIFAR10DataModule,
     DigitsDataModule as DigitsDataModule,
+    ExperienceDataModule as ExperienceDataModule,
     FashionMNISTDataModule as FashionMNISTDataModule,
     MixtureOfGaussiansDataModule as MixtureOfGaussiansDataModule,
     MNISTDataModule as MNISTDataModule,
@@ -46,6 +47,7 @@ from .demos import (
     HeatEquation as HeatEquation,
     MixtureReport as MixtureReport,
     ModeCoverage as ModeCoverage,
+    ReturnReport as ReturnReport,
     ScheduleReport as ScheduleReport,
     TuningReport as TuningReport,
     ZooGame as ZooGame,
@@ -148,6 +150,7 @@ from .hyperparameters import (
 )
 from .modules import (
     STN as STN,
+    ActorCritic as ActorCritic,
     Anneal as Anneal,
     AugmentedLagrangian as AugmentedLagrangian,
     BigGAN as BigGAN,

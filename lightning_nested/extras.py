@@ -7,6 +7,7 @@ from importlib import import_module
 # Top-level package: extra of pyproject.toml.
 EXTRAS = {
     "PIL": "images",
+    "gymnasium": "gymnasium",
     "jsonargparse": "cli",
     "matplotlib": "figures",
     "ray": "ray",

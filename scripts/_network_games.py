@@ -60,9 +60,11 @@ class NetworkGame(ABC):
 
     Attributes:
         players: Parameters of each, in the order of their steps.
+        fresh_batches: True: each player's step has a batch of its own; False: one batch for the steps of all.
     """
 
     players: dict[str, list[nn.Parameter]]
+    fresh_batches = True
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = list(seeds)
@@ -297,8 +299,9 @@ def train(game: NetworkGame, make: Callable[[Any], torch.optim.Optimizer], gradi
             game.project()
         return game.scores()
     for _ in range(gradients):
-        for name, optimizer in optimizers.items():
-            game.resample()
+        for turn, (name, optimizer) in enumerate(optimizers.items()):
+            if turn == 0 or game.fresh_batches:
+                game.resample()
             _differentiate(game, name)
             optimizer.step()
             game.project()

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from _actor_critic_game import ActorCriticGame
 from _network_games import AdversarialTraining, Digits, NetworkGame, Ring, train
 from _running import script_parser
 from _small_games import GAMES, MAGNITUDES, PHASES, adapt_row, play
@@ -42,16 +43,25 @@ Make = Callable[[Any, float], torch.optim.Optimizer]
 SIZES, TURNS = (0.5, 0.8), (0.0, 1 / 8, 1 / 2, 3 / 4, 1.0)  # turns of π
 # Steps of a constant gradient, in Adam's units; the last are for steps that are not divided by √v.
 SMALL_RATES, LARGE_RATES, PLAIN_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (0.03, 0.1, 0.3)
+FEW_METHODS = (
+    *("Adam, β₁ = 0", "Adam, β₁ = 0.5", "Adam, β₁ = 0.9", "OptimisticAdam"),
+    *("0.8 at 0.125π", "0.5 at 0.5π", "0.5 at 0.75π", "0.5 at 1π"),
+)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Game, gradients after which it is scored, rates to choose from; sign 1 where more is better, else -1."""
+    """Game, gradients after which it is scored, rates to choose from; sign 1 where more is better, else -1.
+
+    Attributes:
+        methods: The methods that play it; None: all.
+    """
 
     make: Callable[[Sequence[int]], NetworkGame]
     gradients: int
     rates: Sequence[float]
     sign: int
+    methods: Sequence[str] | None = None
 
 
 NETWORKS = {
@@ -60,6 +70,7 @@ NETWORKS = {
     "digits, non-saturating": Entry(partial(Digits, loss=NonSaturating()), 600, LARGE_RATES, -1),
     "digits, relativistic": Entry(partial(Digits, loss=RelativisticPairing()), 600, LARGE_RATES, -1),
     "adversarial training": Entry(AdversarialTraining, 150, SMALL_RATES, 1),
+    "actor-critic": Entry(ActorCriticGame, 300, SMALL_RATES, 1, FEW_METHODS),
 }
 
 
@@ -81,20 +92,27 @@ def rivals(rates: Sequence[float]) -> dict[str, tuple[Make, Sequence[float]]]:
     return {
         "Adam, β₁ = 0": (adam(0.0), rates),
         "Adam, β₁ = 0.5": (adam(0.5), rates),
+        "Adam, β₁ = 0.9": (adam(0.9), rates),
         "OptimisticAdam": (lambda p, rate: OptimisticAdam(p, lr=rate, betas=(0.5, 0.999)), rates),
         "Extragradient (no division by √v)": (lambda p, rate: Extragradient(p, lr=rate), PLAIN_RATES),
     }
 
 
-def play_networks(
-    entry: Entry, gradients: int, tuning: Sequence[int], seeds: Sequence[int]
-) -> dict[str, dict[str, Any]]:
-    """Return for every method the chosen rate and the scores of the reported seeds; all seeds train side by side."""
-    entries: dict[str, tuple[Make, Sequence[float]]] = rivals(entry.rates) | {
-        f"{size} at {turn:g}π": (complex_adam(size, turn), entry.rates) for size in SIZES for turn in TURNS
+def methods(rates: Sequence[float]) -> dict[str, tuple[Make, Sequence[float]]]:
+    """Return all methods, with the rates of each."""
+    return rivals(rates) | {
+        f"{size} at {turn:g}π": (complex_adam(size, turn), rates) for size in SIZES for turn in TURNS
     }
+
+
+def play_networks(
+    entry: Entry, gradients: int, names: Sequence[str], tuning: Sequence[int], seeds: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Return for these methods the chosen rate and the scores of the reported seeds; all seeds train side by side."""
+    entries = methods(entry.rates)
     rows: dict[str, dict[str, Any]] = {}
-    for name, (method, rates) in entries.items():
+    for name in names:
+        method, rates = entries[name]
         rows[name] = network_row(entry, method, rates, gradients, tuning, seeds)
         print(name, rows[name]["rate"], f"{statistics.median(rows[name]['found']):.4g}", flush=True)
     return rows | _chosen(rows, entry.sign)
@@ -130,19 +148,18 @@ def _chosen(rows: Mapping[str, dict[str, Any]], sign: int) -> dict[str, dict[str
     """Return the momentum, and the negative one, that the tuning seeds like best."""
     maps = {f"{size} at {turn:g}π": turn for size in SIZES for turn in TURNS}
 
-    def best(names: Sequence[str]) -> dict[str, Any]:
-        name = max(names, key=lambda n: sign * rows[n]["tuning"])
-        return {**rows[name], "setting": name}
+    def best(fits: Callable[[float], bool]) -> dict[str, Any] | None:
+        names = [n for n, turn in maps.items() if fits(turn) and n in rows]
+        name = max(names, key=lambda n: sign * rows[n]["tuning"], default=None)
+        return None if name is None else {**rows[name], "setting": name}
 
-    return {
-        "negative momentum": best([n for n, turn in maps.items() if turn == 1]),
-        "complex, best of the grid": best([n for n, turn in maps.items() if 0 < turn < 1]),
-        "map": {
-            "found": [
-                [statistics.median(rows[f"{size} at {turn:g}π"]["found"]) for turn in TURNS] for size in SIZES
-            ]
-        },
+    found = {
+        "negative momentum": best(lambda turn: turn == 1),
+        "complex, best of the grid": best(lambda turn: 0 < turn < 1),
     }
+    medians = [statistics.median(rows[n]["found"]) if n in rows else None for n in maps]
+    places = [medians[k : k + len(TURNS)] for k in range(0, len(medians), len(TURNS))]
+    return {name: row for name, row in found.items() if row} | {"map": {"found": places}}
 
 
 def shown(values: Sequence[float], digits: int) -> str:
@@ -154,7 +171,7 @@ def shown(values: Sequence[float], digits: int) -> str:
 
 def table(results: Mapping[str, Mapping[str, dict[str, Any]]], names: Sequence[str], digits: int) -> str:
     """Return a row for each method and a column for each game."""
-    games = [g for g in results if names[0] in results[g]]
+    games = [g for g in results if any(name in results[g] for name in names)]
     lines = [f"| method | {' | '.join(games)} |", "| --- |" + " --- |" * len(games)]
     for name in names:
         cells = []
@@ -185,8 +202,8 @@ SMALL_ROWS = (
     *("optimistic", "extragradient", "read from the spectrum", "adapt=True"),
 )
 NETWORK_ROWS = (
-    *("Adam, β₁ = 0", "Adam, β₁ = 0.5", "OptimisticAdam", "Extragradient (no division by √v)"),
-    *("negative momentum", "0.8 at 0.125π", "complex, best of the grid"),
+    *("Adam, β₁ = 0", "Adam, β₁ = 0.5", "Adam, β₁ = 0.9", "OptimisticAdam"),
+    *("Extragradient (no division by √v)", "negative momentum", "0.8 at 0.125π", "complex, best of the grid"),
 )
 
 
@@ -215,8 +232,7 @@ def _panel(axis: Axes, game: str, rows: Mapping[str, dict[str, Any]]) -> None:
         shade = np.clip(1 - (most - values) / (0.5 * most or 1.0), 0, 1)
     axis.imshow(shade, cmap="Blues", vmin=0, vmax=1.35, aspect="auto", origin="lower")
     for (i, j), value in np.ndenumerate(values):
-        text = "–" if not math.isfinite(value) else f"{value:.0f}" if value >= 10 else f"{value:.2f}"
-        axis.text(j, i, text, ha="center", va="center", fontsize=8)
+        axis.text(j, i, _cell(value), ha="center", va="center", fontsize=8)
     unit = "gradients" if small else "distance" if is_cost else "score"
     open_axes(axis, f"{game}: {unit}", "phase / π", "|β|")
     axis.grid(visible=False)
@@ -224,19 +240,33 @@ def _panel(axis: Axes, game: str, rows: Mapping[str, dict[str, Any]]) -> None:
     axis.set_yticks(range(len(sizes)), [f"{s:g}" for s in sizes])
 
 
+def _cell(value: float) -> str:
+    """Return a number of a map; nothing where it was not run, – where it is infinite."""
+    if not math.isfinite(value):
+        return "" if math.isnan(value) else "–"
+    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+
+
 def played_with(game: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that a game's results depend on, as they come back from JSON."""
     own: dict[str, Any] = {"tuning_seeds": list(options.tuning_seeds), "seeds": list(options.seeds)}
     if game in GAMES:
         return own | {"adapt_rates": list(options.adapt_rates)}
-    return own | {"gradients": options.gradients or NETWORKS[game].gradients}
+    gradients = options.gradients or NETWORKS[game].gradients
+    return own | {"gradients": gradients, "methods": chosen_methods(game, options)}
+
+
+def chosen_methods(game: str, options: argparse.Namespace) -> list[str]:
+    """Return the names of the methods that play a game of networks."""
+    return list(options.methods or NETWORKS[game].methods or methods(()))
 
 
 def play_game(game: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the rows of a game."""
     seeds = options.tuning_seeds, options.seeds
     if game in NETWORKS:
-        return play_networks(NETWORKS[game], options.gradients or NETWORKS[game].gradients, *seeds)
+        gradients = options.gradients or NETWORKS[game].gradients
+        return play_networks(NETWORKS[game], gradients, chosen_methods(game, options), *seeds)
     rows: dict[str, Any] = play(GAMES[game], *seeds)
     if options.adapt_rates:
         rows["adapt=True"] = adapt_row(GAMES[game], *seeds, options.adapt_rates)
@@ -250,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
     parser.add_argument("--gradients", type=int, help="of networks, in place of each game's own number")
+    text = "methods that play the networks, by their names in the output; default: all, and a few for the actor-critic"
+    parser.add_argument("--methods", nargs="+", choices=list(methods(())), metavar="METHOD", help=text)
     text = "rates that adapt=True is tried with, over the largest |eigenvalue|; none: leave it out"
     parser.add_argument("--adapt-rates", type=float, nargs="*", default=[0.1, 0.3], help=text)
     text = "for JSON and PNG; a game that is in the JSON already, with the same options, is not played again"

@@ -162,6 +162,7 @@ CASES = {
     # datamodules
     "CIFAR10DataModule": Case(ln.CIFAR10DataModule, _data_kinds, **_data),
     "DigitsDataModule": Case(ln.DigitsDataModule, _data_kinds, **_data),
+    "ExperienceDataModule": Case(ln.ExperienceDataModule, {"options": ({"max_episode_steps": 9},)}),
     "FashionMNISTDataModule": Case(ln.FashionMNISTDataModule, _data_kinds, **_data),
     "MNISTDataModule": Case(ln.MNISTDataModule, _data_kinds, **_data),
     "PennTreebankDataModule": Case(ln.PennTreebankDataModule, _text_kinds | {"folder": (TEXT,)}, **_text),
@@ -177,6 +178,7 @@ CASES = {
     "DistillationReport": Case(ln.DistillationReport, _named),
     "GameReport": Case(ln.GameReport, _named),
     "HeatEquation": Case(ln.HeatEquation, _schedules),
+    "ReturnReport": Case(ln.ReturnReport, _named),
     "ScheduleReport": Case(ln.ScheduleReport, _named),
     "TuningReport": Case(ln.TuningReport, _named),
     "MixtureReport": Case(ln.MixtureReport, _named | {"monitor": (TEXT,), "every_n_steps": (3,)}),
@@ -324,6 +326,7 @@ CASES = {
     ),
     "WeightNetwork": Case(ln.WeightNetwork, _named),
     # modules
+    "ActorCritic": Case(ln.ActorCritic, {"loop": (ln.GameLoop(),)}, actor=nn.Linear(2, 2), critic=nn.Linear(2, 1)),
     "Anneal": Case(ln.Anneal, {"start": (-1.0,), "end": (-1.0,)}, start=0.5, end=0.25, steps=3),
     "AugmentedLagrangian": Case(
         SmallConstrained, {"optimizers": ({"weights": sgd},), "loop": (ln.GameLoop(),)}, num_inequalities=1

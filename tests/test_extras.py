@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lightning_nested.datamodules import DigitsDataModule, FashionMNISTDataModule
+from lightning_nested.datamodules import DigitsDataModule, ExperienceDataModule, FashionMNISTDataModule
 from lightning_nested.dynamics import Ray
 from lightning_nested.extras import EXTRAS, MissingExtraError, require_package
 from lightning_nested.figures.style import styled_figure
@@ -131,6 +131,7 @@ def ray() -> None:
         ("torchvision", lambda: build_network("resnet18", num_classes=2, input_shape=(3, 32, 32))),
         ("torchvision", lambda: FashionMNISTDataModule(root="nowhere").prepare_data()),
         ("matplotlib", lambda: styled_figure(1, 1).__enter__()),
+        ("gymnasium", lambda: ExperienceDataModule().train_dataloader()),
         ("ray", ray),
     ],
 )

@@ -6,12 +6,14 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_nested.games import DiracGAN, QuadraticGame, joint_gradient
+from lightning_nested.games import DiracGAN, QuadraticGame, Rollout, joint_gradient
+from lightning_nested.modules import ActorCritic
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -195,6 +197,46 @@ def test_networks_of_one_seed_do_not_touch_those_of_another(monkeypatch: pytest.
 
     torch.testing.assert_close(trained([4, 9])[:, 1:], trained([9]), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(trained([4]), trained([9]), atol=0.1)
+
+
+def test_carts_of_one_seed_do_not_touch_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium")
+    games, which = (load(name, monkeypatch) for name in ("_network_games", "which_momentum"))
+
+    def trained(seeds: list[int]) -> Any:
+        game = which.ActorCriticGame(seeds)
+        games.train(game, lambda params: torch.optim.Adam(params, lr=1e-3), 3)
+        return game
+
+    both, alone = trained([4, 9]), trained([9])
+    torch.testing.assert_close(both.seen[:, :, 1], alone.seen[:, :, 0], rtol=1e-4, atol=1e-4)
+    assert both.scores()[1] == alone.scores()[0] > 8
+    assert both.scores()[0] != alone.scores()[0]
+
+
+def test_the_losses_of_the_stacked_actor_critic_are_those_of_the_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("gymnasium")
+    game = load("which_momentum", monkeypatch).ActorCriticGame([4])
+    for _ in range(2):  # some episodes end in the second
+        game.resample()
+
+    class Alone(torch.nn.Module):
+        def __init__(self, stacked: torch.nn.Module) -> None:
+            super().__init__()
+            self.stacked = stacked
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.stacked(x[:, None])[:, 0]
+            return out
+
+    module = ActorCritic(Alone(game.actor), Alone(game.critic))
+    parts = (game.rewards, game.terminated, game.ended, game.weight > 0)
+    batch = Rollout(game.seen[:, :, 0], game.actions[:, :, 0], *(p[:, :, 0] for p in parts), torch.zeros(0))
+    assert not batch.counts.all()
+    for name in game.players:
+        torch.testing.assert_close(game.loss(name), module.player_loss(name, batch))
 
 
 def test_the_perturbation_of_adversarial_training_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from lightning_nested.datamodules.cifar10 import CIFAR10DataModule
 from lightning_nested.datamodules.digits import DigitsDataModule
+from lightning_nested.datamodules.experience import ExperienceDataModule
 from lightning_nested.datamodules.fashion_mnist import FashionMNISTDataModule, MNISTDataModule
 from lightning_nested.datamodules.gaussians import MixtureOfGaussiansDataModule
 from lightning_nested.datamodules.in_memory import InMemoryDataModule, TensorBatches
@@ -14,6 +15,7 @@ from lightning_nested.datamodules.text_sources import TextSourcesDataModule
 __all__ = [
     "CIFAR10DataModule",
     "DigitsDataModule",
+    "ExperienceDataModule",
     "FashionMNISTDataModule",
     "InMemoryDataModule",
     "MNISTDataModule",

@@ -7,6 +7,7 @@ from lightning_nested.demos.heat_equation import HeatEquation
 from lightning_nested.demos.label_noise_report import LabelNoiseReport
 from lightning_nested.demos.mixture_report import MixtureReport
 from lightning_nested.demos.mode_coverage import ModeCoverage
+from lightning_nested.demos.return_report import ReturnReport
 from lightning_nested.demos.schedule_report import ScheduleReport
 from lightning_nested.demos.tuning_report import TuningReport
 from lightning_nested.demos.zoo_game import ZooGame
@@ -19,6 +20,7 @@ __all__ = [
     "LabelNoiseReport",
     "MixtureReport",
     "ModeCoverage",
+    "ReturnReport",
     "ScheduleReport",
     "TuningReport",
     "ZooGame",

@@ -2,6 +2,7 @@
 
 from lightning_nested.games.advice import MomentumSuggestion, suggest_momentum
 from lightning_nested.games.constraints import ConstrainedLoss, Multipliers, augmented_lagrangian
+from lightning_nested.games.experience import Rollout, generalized_advantages
 from lightning_nested.games.jacobian import JacobianOperator, game_jacobian, joint_gradient
 from lightning_nested.games.measured_spectrum import MeasuredSpectrum
 from lightning_nested.games.rates import (
@@ -45,6 +46,7 @@ __all__ = [
     "PenniesAndDilemma",
     "QuadraticGame",
     "RandomSubspace",
+    "Rollout",
     "SmallIPD",
     "Spectrum",
     "SpectrumError",
@@ -55,6 +57,7 @@ __all__ = [
     "extragradient_rate",
     "game_jacobian",
     "game_spectrum",
+    "generalized_advantages",
     "high_quality",
     "joint_gradient",
     "leading_eigenvalues",

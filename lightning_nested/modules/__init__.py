@@ -2,6 +2,7 @@
 
 from lightning_nested.anneal import Anneal
 from lightning_nested.hypernetworks.loops import STN, DeltaSTN, Global, Local, ResponseLoop, Simplified
+from lightning_nested.modules.actor_critic import ActorCritic
 from lightning_nested.modules.augmented_lagrangian import AugmentedLagrangian
 from lightning_nested.modules.distillation import DistillationModule
 from lightning_nested.modules.game.loop import GameLoop
@@ -30,6 +31,7 @@ from lightning_nested.networks.adversarial import (
 )
 
 __all__ = [
+    "ActorCritic",
     "AdversarialLoss",
     "Anneal",
     "AugmentedLagrangian",

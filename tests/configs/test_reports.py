@@ -12,6 +12,7 @@ import yaml
 from lightning_nested.cli.find_configs import shipped_configs, shipped_rides
 from lightning_nested.figures.game_report import game_figure
 from lightning_nested.figures.mode_coverage import mode_figure
+from lightning_nested.figures.returns import return_figure
 from lightning_nested.figures.tuning import tuning_figure
 from lightning_nested.hyperparameters.outer_report import ValueTrace
 
@@ -22,6 +23,7 @@ REPORTS = {
     "LabelNoiseReport",
     "MixtureReport",
     "ModeCoverage",
+    "ReturnReport",
     "TuningReport",
 }
 
@@ -59,11 +61,12 @@ def figures() -> dict[str, Any]:
     return {
         "game": game_figure(module, {"game": "xy", "predicted_rate": 0.5}),
         "modes": mode_figure([(0, 0, 0.0), (5, 2, 0.5)], [(0, samples), (5, samples)], centres, 0.1),
+        "returns": return_figure([(1, 20.0), (9, 80.0)], "a run"),
         "tuning": tuning_figure(trace, 3, now, now, "a run"),
     }
 
 
-@pytest.mark.parametrize("name", ["game", "modes", "tuning"])
+@pytest.mark.parametrize("name", ["game", "modes", "returns", "tuning"])
 def test_a_figure_has_titles_labels_and_legends(name: str) -> None:
     figure = figures()[name]
     assert figure.get_suptitle()
@@ -73,4 +76,4 @@ def test_a_figure_has_titles_labels_and_legends(name: str) -> None:
         if not twin:
             assert axes.get_xlabel()
             assert axes.get_title() or axes.get_title(loc="left")
-    assert sum(axes.get_legend() is not None for axes in figure.axes) >= 2
+    assert sum(axes.get_legend() is not None for axes in figure.axes) >= min(2, len(figure.axes))

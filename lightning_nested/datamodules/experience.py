@@ -1,0 +1,161 @@
+"""Experience of the policy that trains, from environments of Gymnasium."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nested.arguments import at_least, checked
+from lightning_nested.extras import require_package
+from lightning_nested.games import Rollout
+
+
+@checked
+class ExperienceDataModule(LightningDataModule):
+    """Experience of a module's policy in copies of a Gymnasium environment, new in every batch.
+
+    A batch is a :class:`~lightning_nested.games.Rollout` of ``num_steps`` steps of each copy. It is played when the
+    Trainer asks for it, by the policy as it is then: the module that trains has a method ``act(observations)``, as
+    :class:`~lightning_nested.modules.ActorCritic` has. Episodes go on from one batch to the next; a run that resumes
+    from a checkpoint begins new ones. Process r gives its environments the seed ``seed + 1000003 r``.
+
+    Args:
+        environment: Name in Gymnasium's register. Observations and actions are arrays or numbers.
+        options: Further arguments of ``gymnasium.make_vec``.
+        num_environments: Copies, on each process.
+        num_steps: Steps of each copy in a batch.
+        num_batches: Batches of an epoch.
+        seed: Seed of the environments.
+
+    Raises:
+        MissingExtraError: Gymnasium is not installed.
+        ValueError: A number below 1; an environment whose observations are no arrays, or that is not reset in the step
+            after an episode's end (``AutoresetMode.NEXT_STEP``, the default of Gymnasium).
+    """
+
+    def __init__(
+        self,
+        environment: str = "CartPole-v1",
+        *,
+        options: dict[str, Any] | None = None,
+        num_environments: int = 8,
+        num_steps: int = 32,
+        num_batches: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        at_least(1, num_environments=num_environments, num_steps=num_steps, num_batches=num_batches)
+        at_least(0, seed=seed)
+        self.environment, self.options, self.seed = environment, dict(options or {}), seed
+        self.num_environments, self.num_steps, self.num_batches = num_environments, num_steps, num_batches
+        self._made: Any = None
+
+    @override
+    def train_dataloader(self) -> Rollouts:
+        require_package("gymnasium")
+        import gymnasium
+
+        trainer = self.trainer
+        if trainer is None or not hasattr(trainer.lightning_module, "act"):
+            got = "no Trainer" if trainer is None else type(trainer.lightning_module).__name__
+            raise ValueError(
+                "Experience needs a module that acts: act(observations) returns actions. "
+                f"Got {got}; train an ActorCritic, or give your module the method."
+            )
+        self.teardown("fit")
+        self._made = gymnasium.make_vec(self.environment, num_envs=self.num_environments, **self.options)
+        return Rollouts(
+            self._made,
+            trainer.lightning_module,
+            num_steps=self.num_steps,
+            num_batches=self.num_batches,
+            seed=self.seed + 1_000_003 * trainer.global_rank,
+        )
+
+    @override
+    def teardown(self, stage: str) -> None:
+        if self._made is not None:
+            self._made.close()
+        self._made = None
+
+
+class Rollouts:
+    """Loader that plays ``num_batches`` rollouts in each pass; episodes go on from one to the next.
+
+    It has a length, without which the Trainer asks for a batch before the step on the one before it.
+    """
+
+    def __init__(
+        self, environments: Any, module: Any, *, num_steps: int, num_batches: int, seed: int
+    ) -> None:
+        from gymnasium.vector import AutoresetMode
+
+        mode = environments.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.NEXT_STEP:
+            raise ValueError(
+                "An environment must be reset in the step after an episode's end (AutoresetMode.NEXT_STEP). "
+                f"Got autoreset_mode={mode}; leave it at Gymnasium's default."
+            )
+        if (
+            environments.single_observation_space.shape is None
+            or environments.single_action_space.shape is None
+        ):
+            raise ValueError(
+                "Observations and actions must be arrays or numbers. Got "
+                f"{environments.single_observation_space} and {environments.single_action_space}; give the environment "
+                "a wrapper such as gymnasium.wrappers.FlattenObservation, in options={'wrappers': [...]}."
+            )
+        self._environments, self._module = environments, module
+        self._num_steps, self._num_batches = num_steps, num_batches
+        self._observations, _ = environments.reset(seed=seed)
+        self._ended = np.zeros(environments.num_envs, dtype=bool)
+        self._sums = np.zeros(environments.num_envs)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Rollout]:
+        for _ in range(self._num_batches):
+            yield self.play()
+
+    def play(self) -> Rollout:
+        """Play ``num_steps`` steps by the policy as it is now."""
+        seen, steps, returns = [torch.as_tensor(self._observations)], [], list[float]()
+        for _ in range(self._num_steps):
+            actions = self._act(seen[-1])
+            acts = ~self._ended
+            self._observations, rewards, terminated, truncated, _ = self._environments.step(
+                self._allowed(actions)
+            )
+            self._ended = terminated | truncated
+            self._sums += rewards
+            returns += self._sums[self._ended].tolist()
+            self._sums[self._ended] = 0.0
+            steps.append((actions, *map(torch.from_numpy, (rewards, terminated, self._ended, acts))))
+            seen.append(torch.as_tensor(self._observations))
+        actions, rewards, terminated, ended, counts = map(torch.stack, zip(*steps, strict=True))
+        return Rollout(
+            observations=torch.stack(seen),
+            actions=actions,
+            rewards=rewards.float(),
+            terminated=terminated,
+            ended=ended,
+            counts=counts,
+            returns=torch.tensor(returns),
+        )
+
+    @torch.no_grad()
+    def _act(self, observations: Tensor) -> Tensor:
+        actions: Tensor = self._module.act(observations.to(self._module.device))
+        return actions.cpu()
+
+    def _allowed(self, actions: Tensor) -> np.ndarray:
+        """Return the actions, within the bounds of a space that has some; the policy's loss is of those it chose."""
+        space, found = self._environments.action_space, actions.numpy()
+        return np.clip(found, space.low, space.high) if hasattr(space, "low") else found

@@ -1,0 +1,162 @@
+"""ExperienceDataModule: what is played, by which policy, and where episodes end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_nested.datamodules import ExperienceDataModule
+from lightning_nested.datamodules.experience import Rollouts
+from lightning_nested.games import Rollout, generalized_advantages
+from lightning_nested.modules import ActorCritic
+from tests.trainers import trainer
+
+gymnasium = pytest.importorskip("gymnasium")
+
+LIMIT, CLIFF = 4, 3
+
+
+class Corridor(gymnasium.Env):  # type: ignore[misc]
+    """Steps of the length of the action, with as much reward; final from ``CLIFF`` on, at its time limit after 4."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(0.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.place = 0.0
+        return np.float32([self.place]), {}
+
+    def step(self, action: Any) -> Any:
+        self.place += float(action[0])
+        return np.float32([self.place]), float(action[0]), self.place >= CLIFF, False, {}
+
+
+@pytest.fixture(autouse=True)
+def _corridor() -> Iterator[None]:
+    gymnasium.register("Corridor-v0", entry_point=Corridor, max_episode_steps=LIMIT)
+    yield
+    del gymnasium.registry["Corridor-v0"]
+
+
+class Walker(nn.Module):
+    """A module that acts: always the same step for each copy."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *sizes: float) -> None:
+        super().__init__()
+        self.sizes = torch.tensor(sizes)[:, None]
+
+    def act(self, observations: Tensor) -> Tensor:
+        return self.sizes
+
+
+def played(walker: Walker, *, steps: int, batches: int = 1, **options: Any) -> list[Rollout]:
+    made = gymnasium.make_vec("Corridor-v0", num_envs=len(walker.sizes), **options)
+    loader = Rollouts(made, walker, num_steps=steps, num_batches=batches, seed=0)
+    assert len(loader) == batches
+    return list(loader)
+
+
+def test_a_final_state_a_time_limit_and_the_step_of_the_reset() -> None:
+    (found,) = played(Walker(1.0, 0.5), steps=6)
+    # The first copy falls in its third step; the second is stopped after its fourth.
+    assert found.observations[:, :, 0].T.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 0.5, 1, 1.5, 2, 0, 0.5]]
+    assert found.terminated.T.tolist() == [[t == 2 for t in range(6)], [False] * 6]
+    assert found.ended.T.tolist() == [[t == 2 for t in range(6)], [t == 3 for t in range(6)]]
+    assert found.counts.T.tolist() == [[t != 3 for t in range(6)], [t != 4 for t in range(6)]]
+    assert found.rewards.T.tolist() == [[1, 1, 1, 0, 1, 1], [0.5, 0.5, 0.5, 0.5, 0, 0.5]]
+    assert found.returns.tolist() == [3, 2]
+
+
+def test_the_last_reward_is_continued_at_a_time_limit_alone() -> None:
+    (found,) = played(Walker(1.0, 0.5), steps=4)
+    values = torch.full((5, 2), 10.0)
+    advantages = generalized_advantages(
+        found.rewards, values, found.terminated, found.ended, discount=0.9, trace=0.5
+    )
+    assert advantages[2, 0] == 1 - 10
+    assert advantages[3, 1] == 0.5 + 0.9 * 10 - 10
+
+
+def test_episodes_go_on_from_one_batch_to_the_next() -> None:
+    (whole,) = played(Walker(1.0, 0.25), steps=6)
+    parts = played(Walker(1.0, 0.25), steps=2, batches=3)
+    for name in ("actions", "rewards", "terminated", "ended", "counts", "returns"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        torch.testing.assert_close(joined, getattr(whole, name))
+    torch.testing.assert_close(torch.cat([p.observations[:-1] for p in parts]), whole.observations[:-1])
+
+
+def test_actions_out_of_bounds_are_kept_for_the_loss_and_clipped_for_the_environment() -> None:
+    (found,) = played(Walker(7.0), steps=1)
+    assert found.actions.item() == 7
+    assert found.rewards.item() == 1
+
+
+class Recorder(ActorCritic):
+    """Keeps the weights with which it acted and those with which the actor stepped."""
+
+    acted: list[Tensor]
+    stepped: list[Tensor]
+
+    def act(self, observations: Tensor) -> Tensor:
+        self.acted.append(self.actor.weight.detach().clone())
+        return super().act(observations)
+
+    def player_loss(self, name: str, batch: Any) -> Tensor:
+        if name == "actor":
+            self.stepped.append(self.actor.weight.detach().clone())
+        return super().player_loss(name, batch)
+
+
+def test_every_batch_is_of_the_policy_that_steps_on_it() -> None:
+    torch.manual_seed(0)
+    game = Recorder(nn.Linear(4, 2), nn.Linear(4, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    game.acted, game.stepped = [], []
+    data = ExperienceDataModule(num_environments=2, num_steps=3, num_batches=2)
+    trainer(max_epochs=2, num_sanity_val_steps=0).fit(game, datamodule=data)
+    assert game.game_updates == len(game.stepped) == 4
+    assert len({tuple(w.flatten().tolist()) for w in game.stepped}) == 4
+    for k, weight in enumerate(game.stepped):
+        assert all(torch.equal(weight, w) for w in game.acted[3 * k : 3 * k + 3])
+
+
+def test_the_same_seeds_play_the_same() -> None:
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(0)
+        game = ActorCritic(nn.Linear(4, 2), nn.Linear(4, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        data = ExperienceDataModule(num_environments=2, num_steps=3, num_batches=2, seed=seed)
+        trainer().fit(game, datamodule=data)
+        return game.actor.weight.detach()
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="Got no Trainer"):
+        ExperienceDataModule().train_dataloader()
+    with pytest.raises(ValueError, match=r"NEXT_STEP\).\s*Got autoreset_mode=AutoresetMode.SAME_STEP"):
+        played(
+            Walker(1.0), steps=1, vector_kwargs={"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+        )
+    gymnasium.register("Pair-v0", entry_point=Pair)
+    with pytest.raises(ValueError, match="arrays or numbers"):
+        Rollouts(gymnasium.make_vec("Pair-v0", num_envs=1), Walker(1.0), num_steps=1, num_batches=1, seed=0)
+    del gymnasium.registry["Pair-v0"]
+    for options in ({"num_environments": 0}, {"num_steps": 0}, {"num_batches": 0}, {"seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ExperienceDataModule(**options)  # type: ignore[arg-type]
+
+
+class Pair(Corridor):
+    """Observations that are no array."""
+
+    observation_space = gymnasium.spaces.Tuple([Corridor.observation_space] * 2)
