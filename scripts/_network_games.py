@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -299,13 +299,18 @@ def train(game: NetworkGame, make: Callable[[Any], torch.optim.Optimizer], gradi
             game.project()
         return game.scores()
     for _ in range(gradients):
-        for turn, (name, optimizer) in enumerate(optimizers.items()):
-            if turn == 0 or game.fresh_batches:
-                game.resample()
-            _differentiate(game, name)
-            optimizer.step()
-            game.project()
+        step(game, optimizers)
     return game.scores()
+
+
+def step(game: NetworkGame, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Let each player step once, in turn."""
+    for turn, (name, optimizer) in enumerate(optimizers.items()):
+        if turn == 0 or game.fresh_batches:
+            game.resample()
+        _differentiate(game, name)
+        optimizer.step()
+        game.project()
 
 
 def _differentiate(game: NetworkGame, *players: str) -> None:

@@ -232,9 +232,16 @@ def test_the_losses_of_the_stacked_actor_critic_are_those_of_the_module(
             return out
 
     module = ActorCritic(Alone(game.actor), Alone(game.critic))
-    parts = (game.rewards, game.terminated, game.ended, game.weight > 0)
-    batch = Rollout(game.seen[:, :, 0], game.actions[:, :, 0], *(p[:, :, 0] for p in parts), torch.zeros(0))
-    assert not batch.counts.all()
+    batch = Rollout(
+        observations=game.seen[:, :, 0],
+        actions=game.actions[:, :, 0],
+        rewards=game.rewards[:, :, 0],
+        terminated=game.terminated[:, :, 0],
+        ended=game.ended[:, :, 0],
+        counts=game.weight[:, :, 0] > 0,
+        returns=torch.zeros(0),
+    )
+    assert not batch["counts"].all()
     for name in game.players:
         torch.testing.assert_close(game.loss(name), module.player_loss(name, batch))
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 
-class Rollout(NamedTuple):
-    """T steps of n environments that are reset in the step after an episode's end.
+class Rollout(TypedDict):
+    """T steps of n environments that are reset in the step after an episode's end; a plain dictionary.
 
-    Such a step counts for nothing: it has no action and no reward.
+    A step of a reset counts for nothing: it has no action and no reward.
 
     Attributes:
         observations: (T + 1, n, ...): before each step, and after the last.

@@ -97,28 +97,34 @@ class ActorCritic(GameModule):
     @override
     def player_loss(self, name: str, batch: Any) -> Tensor:
         values = _one_each(
-            "critic", self.critic(batch.observations.flatten(0, 1)), batch.observations.shape[:2]
+            "critic", self.critic(batch["observations"].flatten(0, 1)), batch["observations"].shape[:2]
         )
         # Targets are held fixed; the actor's advantages only in training, see joint_graph.
         fixed = values if name == "actor" and self.joint_graph else values.detach()
         advantages = generalized_advantages(
-            batch.rewards, fixed, batch.terminated, batch.ended, discount=self.discount, trace=self.trace
+            batch["rewards"],
+            fixed,
+            batch["terminated"],
+            batch["ended"],
+            discount=self.discount,
+            trace=self.trace,
         )
-        valid = batch.counts
+        valid = batch["counts"]
         if name == "critic":
             return functional.mse_loss(values[:-1][valid], (advantages + fixed[:-1])[valid])
-        policy, advantage = self.policy(batch.observations[:-1][valid]), advantages[valid]
+        policy, advantage = self.policy(batch["observations"][:-1][valid]), advantages[valid]
         scaled = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-        chosen = _one_each("log_prob of the policy", policy.log_prob(batch.actions[valid]), scaled.shape)
+        chosen = _one_each("log_prob of the policy", policy.log_prob(batch["actions"][valid]), scaled.shape)
         return -(chosen * scaled).mean() - self.entropy * policy.entropy().mean()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if not isinstance(batch, Rollout):
+        if not isinstance(batch, dict) or not Rollout.__required_keys__ <= batch.keys():
+            got = list(batch) if isinstance(batch, dict) else type(batch).__name__
             raise MisconfigurationException(
-                f"A batch of ActorCritic must be a Rollout. Got {type(batch).__name__}; use ExperienceDataModule."
+                f"A batch of ActorCritic must be a Rollout. Got {got}; use ExperienceDataModule."
             )
-        self._returns.extend(batch.returns.tolist())
+        self._returns.extend(batch["returns"].tolist())
 
     @override
     def game_metrics(self) -> dict[str, Any]:

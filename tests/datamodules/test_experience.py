@@ -67,19 +67,19 @@ def played(walker: Walker, *, steps: int, batches: int = 1, **options: Any) -> l
 def test_a_final_state_a_time_limit_and_the_step_of_the_reset() -> None:
     (found,) = played(Walker(1.0, 0.5), steps=6)
     # The first copy falls in its third step; the second is stopped after its fourth.
-    assert found.observations[:, :, 0].T.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 0.5, 1, 1.5, 2, 0, 0.5]]
-    assert found.terminated.T.tolist() == [[t == 2 for t in range(6)], [False] * 6]
-    assert found.ended.T.tolist() == [[t == 2 for t in range(6)], [t == 3 for t in range(6)]]
-    assert found.counts.T.tolist() == [[t != 3 for t in range(6)], [t != 4 for t in range(6)]]
-    assert found.rewards.T.tolist() == [[1, 1, 1, 0, 1, 1], [0.5, 0.5, 0.5, 0.5, 0, 0.5]]
-    assert found.returns.tolist() == [3, 2]
+    assert found["observations"][:, :, 0].T.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 0.5, 1, 1.5, 2, 0, 0.5]]
+    assert found["terminated"].T.tolist() == [[t == 2 for t in range(6)], [False] * 6]
+    assert found["ended"].T.tolist() == [[t == 2 for t in range(6)], [t == 3 for t in range(6)]]
+    assert found["counts"].T.tolist() == [[t != 3 for t in range(6)], [t != 4 for t in range(6)]]
+    assert found["rewards"].T.tolist() == [[1, 1, 1, 0, 1, 1], [0.5, 0.5, 0.5, 0.5, 0, 0.5]]
+    assert found["returns"].tolist() == [3, 2]
 
 
 def test_the_last_reward_is_continued_at_a_time_limit_alone() -> None:
     (found,) = played(Walker(1.0, 0.5), steps=4)
     values = torch.full((5, 2), 10.0)
     advantages = generalized_advantages(
-        found.rewards, values, found.terminated, found.ended, discount=0.9, trace=0.5
+        found["rewards"], values, found["terminated"], found["ended"], discount=0.9, trace=0.5
     )
     assert advantages[2, 0] == 1 - 10
     assert advantages[3, 1] == 0.5 + 0.9 * 10 - 10
@@ -88,16 +88,17 @@ def test_the_last_reward_is_continued_at_a_time_limit_alone() -> None:
 def test_episodes_go_on_from_one_batch_to_the_next() -> None:
     (whole,) = played(Walker(1.0, 0.25), steps=6)
     parts = played(Walker(1.0, 0.25), steps=2, batches=3)
-    for name in ("actions", "rewards", "terminated", "ended", "counts", "returns"):
-        joined = torch.cat([getattr(part, name) for part in parts])
-        torch.testing.assert_close(joined, getattr(whole, name))
-    torch.testing.assert_close(torch.cat([p.observations[:-1] for p in parts]), whole.observations[:-1])
+    for name, all_steps in whole.items():
+        if name != "observations":
+            joined = torch.cat([part[name] for part in parts])  # type: ignore[literal-required]
+            torch.testing.assert_close(joined, all_steps)
+    torch.testing.assert_close(torch.cat([p["observations"][:-1] for p in parts]), whole["observations"][:-1])
 
 
 def test_actions_out_of_bounds_are_kept_for_the_loss_and_clipped_for_the_environment() -> None:
     (found,) = played(Walker(7.0), steps=1)
-    assert found.actions.item() == 7
-    assert found.rewards.item() == 1
+    assert found["actions"].item() == 7
+    assert found["rewards"].item() == 1
 
 
 class Recorder(ActorCritic):

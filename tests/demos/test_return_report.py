@@ -22,7 +22,15 @@ def rollouts() -> list[Rollout]:
     """The first has no end of an episode, the others end one with a return of 3, then 5."""
     no = torch.zeros(2, 1, dtype=torch.bool)
     return [
-        Rollout(torch.zeros(3, 1, 1), torch.zeros(2, 1), torch.ones(2, 1), no, no, ~no, torch.tensor(returns))
+        Rollout(
+            observations=torch.zeros(3, 1, 1),
+            actions=torch.zeros(2, 1),
+            rewards=torch.ones(2, 1),
+            terminated=no,
+            ended=no,
+            counts=~no,
+            returns=torch.tensor(returns),
+        )
         for returns in ([], [3.0], [5.0])
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
+from torch.utils.data import DataLoader
 
+from lightning_nested.callbacks import GameSpectrumCallback
 from lightning_nested.games import Rollout, game_jacobian
 from lightning_nested.modules import ActorCritic
 from tests.cases import DOUBLE
@@ -37,16 +40,15 @@ def bandit(taken: Sequence[Any], rewards: list[float], counts: Tensor | None = N
     """One step of each environment, which ends the episode."""
     n = len(taken)
     yes = torch.ones(1, n, dtype=torch.bool)
-    parts = {
-        "observations": torch.zeros(2, n, 1, dtype=DOUBLE),
-        "actions": torch.tensor([taken]),
-        "rewards": torch.tensor([rewards], dtype=DOUBLE),
-        "terminated": yes,
-        "ended": yes,
-        "counts": yes if counts is None else counts,
-        "returns": torch.tensor(rewards),
-    }
-    return Rollout(**parts)
+    return Rollout(
+        observations=torch.zeros(2, n, 1, dtype=DOUBLE),
+        actions=torch.tensor([taken]),
+        rewards=torch.tensor([rewards], dtype=DOUBLE),
+        terminated=yes,
+        ended=yes,
+        counts=yes if counts is None else counts,
+        returns=torch.tensor(rewards),
+    )
 
 
 def module(critic: float = 0.0, **options: Any) -> ActorCritic:
@@ -123,15 +125,32 @@ def test_the_jacobian_has_the_critics_influence_on_the_actor_alone() -> None:
     game = ActorCritic(nn.Linear(1, 2).double(), nn.Linear(1, 1).double())
     no = torch.zeros(2, 3, dtype=torch.bool)
     batch = Rollout(
-        torch.randn(3, 3, 1, dtype=DOUBLE), torch.tensor([[0, 1, 1], [1, 0, 1]]),
-        torch.randn(2, 3, dtype=DOUBLE), no, no, ~no, torch.zeros(0),
-    )  # fmt: skip
+        observations=torch.randn(3, 3, 1, dtype=DOUBLE),
+        actions=torch.tensor([[0, 1, 1], [1, 0, 1]]),
+        rewards=torch.randn(2, 3, dtype=DOUBLE),
+        terminated=no,
+        ended=no,
+        counts=~no,
+        returns=torch.zeros(0),
+    )
     players = tuple(tuple(game.players()[name].parameters()) for name in ("actor", "critic"))
     with game.joint_evaluation(["actor", "critic"]):
         losses = game.player_losses(["actor", "critic"], batch)
     jacobian = game_jacobian(tuple(losses.values()), players)
     assert jacobian[:4, 4:].abs().max() > 1e-3
     assert jacobian[4:, :4].abs().max() == 0
+
+
+@pytest.mark.filterwarnings("ignore:The loss of 'critic' has no graph to the parameters of 'actor'")
+def test_a_spectrum_is_measured_and_its_checkpoint_loads_without_pickled_classes(tmp_path: Path) -> None:
+    """The callback keeps the batch of its measurements."""
+    torch.manual_seed(0)
+    spectrum = GameSpectrumCallback(1, k=None)
+    fit = trainer(spectrum)
+    fit.fit(module(), DataLoader([EVERY], batch_size=None))  # type: ignore[arg-type]
+    assert spectrum.history
+    fit.save_checkpoint(tmp_path / "game.ckpt")
+    assert torch.load(tmp_path / "game.ckpt", weights_only=True)["global_step"] == 1
 
 
 class Gaussian(ActorCritic):
@@ -162,7 +181,7 @@ def test_refusals() -> None:
     with pytest.raises(MisconfigurationException, match="critic must have one number"):
         ActorCritic(Logits(0.0, 0.0), Logits(0.0, 0.0)).player_loss("critic", EVERY)
     with pytest.raises(MisconfigurationException, match=r"must be a Rollout\. Got list"):
-        trainer(max_steps=1).fit(module(), [torch.zeros(2, 1)])
+        trainer(max_steps=1).fit(module(), DataLoader([[torch.zeros(2, 1)]], batch_size=None))  # type: ignore[arg-type]
     for options in ({"discount": 1.1}, {"trace": -0.1}, {"entropy": -1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             module(**options)
