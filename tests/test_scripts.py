@@ -246,6 +246,16 @@ def test_the_losses_of_the_stacked_actor_critic_are_those_of_the_module(
         torch.testing.assert_close(game.loss(name), module.player_loss(name, batch))
 
 
+def test_returns_of_the_actor_critic_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gymnasium")
+    (found,) = load("cartpole_seeds", monkeypatch).main(["--seeds", "1", "2", "--updates", "2"])
+    assert len(found) == 2
+    assert all(8 < score < 60 for score in found)
+    assert "| 0 of 2 |" in capsys.readouterr().out
+
+
 def test_the_perturbation_of_adversarial_training_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     games = load("_network_games", monkeypatch)
     game = games.AdversarialTraining([0], images=20)

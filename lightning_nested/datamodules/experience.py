@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -29,14 +30,15 @@ class ExperienceDataModule(LightningDataModule):
         environment: Name in Gymnasium's register. Observations and actions are arrays or numbers.
         options: Further arguments of ``gymnasium.make_vec``.
         num_environments: Copies, on each process.
-        num_steps: Steps of each copy in a batch.
+        num_steps: Steps of each copy in a batch, at least 2.
         num_batches: Batches of an epoch.
         seed: Seed of the environments.
 
     Raises:
         MissingExtraError: Gymnasium is not installed.
-        ValueError: A number below 1; an environment whose observations are no arrays, or that is not reset in the step
-            after an episode's end (``AutoresetMode.NEXT_STEP``, the default of Gymnasium).
+        MisconfigurationException: The module that trains has no ``act``.
+        ValueError: A number below 1, or ``num_steps`` below 2; an environment whose observations are no arrays, or that
+            is not reset in the step after an episode's end (``AutoresetMode.NEXT_STEP``, Gymnasium's default).
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class ExperienceDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        at_least(1, num_environments=num_environments, num_steps=num_steps, num_batches=num_batches)
+        at_least(1, num_environments=num_environments, num_batches=num_batches)
+        # One step may be a reset in all environments, and then nothing in the batch counts.
+        at_least(2, num_steps=num_steps)
         at_least(0, seed=seed)
         self.environment, self.options, self.seed = environment, dict(options or {}), seed
         self.num_environments, self.num_steps, self.num_batches = num_environments, num_steps, num_batches
@@ -64,11 +68,11 @@ class ExperienceDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None or not hasattr(trainer.lightning_module, "act"):
             got = "no Trainer" if trainer is None else type(trainer.lightning_module).__name__
-            raise ValueError(
+            raise MisconfigurationException(
                 "Experience needs a module that acts: act(observations) returns actions. "
                 f"Got {got}; train an ActorCritic, or give your module the method."
             )
-        self.teardown("fit")
+        self._close()
         self._made = gymnasium.make_vec(self.environment, num_envs=self.num_environments, **self.options)
         return Rollouts(
             self._made,
@@ -80,6 +84,9 @@ class ExperienceDataModule(LightningDataModule):
 
     @override
     def teardown(self, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._made is not None:
             self._made.close()
         self._made = None
@@ -126,7 +133,7 @@ class Rollouts:
 
     def play(self) -> Rollout:
         """Play ``num_steps`` steps by the policy as it is now."""
-        seen, steps, returns = [torch.as_tensor(self._observations)], [], list[float]()
+        seen, steps, returns = [_copy(self._observations)], [], list[float]()
         for _ in range(self._num_steps):
             actions = self._act(seen[-1])
             acts = ~self._ended
@@ -137,13 +144,13 @@ class Rollouts:
             self._sums += rewards
             returns += self._sums[self._ended].tolist()
             self._sums[self._ended] = 0.0
-            steps.append((actions, *map(torch.from_numpy, (rewards, terminated, self._ended, acts))))
-            seen.append(torch.as_tensor(self._observations))
+            steps.append((actions, *map(_copy, (rewards, terminated, self._ended, acts))))
+            seen.append(_copy(self._observations))
         actions, rewards, terminated, ended, counts = map(torch.stack, zip(*steps, strict=True))
         return Rollout(
             observations=torch.stack(seen),
             actions=actions,
-            rewards=rewards.float(),
+            rewards=rewards,
             terminated=terminated,
             ended=ended,
             counts=counts,
@@ -159,3 +166,9 @@ class Rollouts:
         """Return the actions, within the bounds of a space that has some; the policy's loss is of those it chose."""
         space, found = self._environments.action_space, actions.numpy()
         return np.clip(found, space.low, space.high) if hasattr(space, "low") else found
+
+
+def _copy(values: np.ndarray) -> Tensor:
+    """Return a tensor in torch's default precision, and a copy: environments may use their arrays again."""
+    found = torch.tensor(values)
+    return found.to(torch.get_default_dtype()) if found.is_floating_point() else found

@@ -99,7 +99,7 @@ class ActorCritic(GameModule):
         values = _one_each(
             "critic", self.critic(batch["observations"].flatten(0, 1)), batch["observations"].shape[:2]
         )
-        # Targets are held fixed; the actor's advantages only in training, see joint_graph.
+        # The critic's targets never have a graph, the actor's advantages for the game's Jacobian alone.
         fixed = values if name == "actor" and self.joint_graph else values.detach()
         advantages = generalized_advantages(
             batch["rewards"],
@@ -139,4 +139,4 @@ def _one_each(what: str, values: Tensor, shape: torch.Size) -> Tensor:
             f"The {what} must have one number for each of {shape.numel()}. Got shape {tuple(values.shape)}; a critic "
             "ends in one number, and Independent(distribution, 1) adds up over the numbers of an action."
         )
-    return values.view(shape)
+    return values.reshape(shape)

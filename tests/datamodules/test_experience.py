@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_nested.datamodules import ExperienceDataModule
@@ -95,6 +96,28 @@ def test_episodes_go_on_from_one_batch_to_the_next() -> None:
     torch.testing.assert_close(torch.cat([p["observations"][:-1] for p in parts]), whole["observations"][:-1])
 
 
+def test_a_batch_keeps_what_it_has_seen_in_numbers_that_networks_take() -> None:
+    """An environment may hand out one array, which it changes, of any precision."""
+
+    class Reused(gymnasium.vector.VectorEnv):  # type: ignore[misc]
+        metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}  # noqa: RUF012
+        num_envs = 1
+        single_observation_space = action_space = single_action_space = Corridor.observation_space
+
+        def reset(self, **_: Any) -> Any:
+            self.seen, self.flags = np.zeros((1, 1)), np.zeros(1, dtype=bool)
+            return self.seen, {}
+
+        def step(self, actions: Any) -> Any:
+            self.seen += 1
+            return self.seen, self.seen[0], self.flags, self.flags, {}
+
+    found = Rollouts(Reused(), Walker(1.0), num_steps=2, num_batches=1, seed=0).play()
+    assert found["observations"].flatten().tolist() == [0, 1, 2]
+    assert found["rewards"].flatten().tolist() == [1, 2]
+    assert found["observations"].dtype == found["rewards"].dtype == torch.float32
+
+
 def test_actions_out_of_bounds_are_kept_for_the_loss_and_clipped_for_the_environment() -> None:
     (found,) = played(Walker(7.0), steps=1)
     assert found["actions"].item() == 7
@@ -142,7 +165,7 @@ def test_the_same_seeds_play_the_same() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="Got no Trainer"):
+    with pytest.raises(MisconfigurationException, match="Got no Trainer"):
         ExperienceDataModule().train_dataloader()
     with pytest.raises(ValueError, match=r"NEXT_STEP\).\s*Got autoreset_mode=AutoresetMode.SAME_STEP"):
         played(
@@ -152,7 +175,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="arrays or numbers"):
         Rollouts(gymnasium.make_vec("Pair-v0", num_envs=1), Walker(1.0), num_steps=1, num_batches=1, seed=0)
     del gymnasium.registry["Pair-v0"]
-    for options in ({"num_environments": 0}, {"num_steps": 0}, {"num_batches": 0}, {"seed": -1}):
+    for options in ({"num_environments": 0}, {"num_steps": 1}, {"num_batches": 0}, {"seed": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             ExperienceDataModule(**options)  # type: ignore[arg-type]
 

@@ -52,7 +52,7 @@ def bandit(taken: Sequence[Any], rewards: list[float], counts: Tensor | None = N
 
 
 def module(critic: float = 0.0, **options: Any) -> ActorCritic:
-    sgd = partial(torch.optim.SGD, lr=0.1)
+    sgd = partial(torch.optim.SGD, lr=0.3)
     return ActorCritic(
         Logits(*torch.tensor([0.5, 0.25, 0.25]).log()), Value(critic), optimizer=sgd, **options
     )
@@ -111,9 +111,9 @@ def test_a_fit_learns_the_best_arm_and_says_what_it_returns() -> None:
     torch.manual_seed(0)
     game = module()
     assert game.mean_return() is None
-    fit = trainer(max_epochs=20, log_every_n_steps=1)
+    fit = trainer(max_epochs=6, log_every_n_steps=1)
     fit.fit(game, Arms())
-    assert game.game_updates == 200
+    assert game.game_updates == 60
     assert game.actor.values.detach().softmax(0)[1] > 0.9
     assert game.mean_return() == pytest.approx(5, abs=0.5)
     assert float(fit.callback_metrics["mean_return"]) == pytest.approx(game.mean_return())
