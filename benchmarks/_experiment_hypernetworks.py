@@ -1,11 +1,12 @@
-"""Hypernetworks of deep networks with more than a hundred hyperparameters, beside a run whose values stay at the start.
+"""Hypernetworks of deep networks with more than a hundred hyperparameters, beside fixed values and small searches.
 
-That run is trained like the other one, under values that are perturbed around the start: the plain training with the
-start values is not in the comparison.
+A search has three trials: about what the hypernetwork's training costs. Every arm begins with the same weights, and is
+judged at the end of its training; a search, at that of its best trial by validation loss.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from _fits import plain_trainer
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_nested import DigitsDataModule, TunedImageClassifier
 from lightning_nested.hypernetworks import LearnedScale
@@ -33,7 +35,8 @@ from lightning_nested.hyperparameters import (
 )
 from lightning_nested.modules import DeltaSTN, ResponseOptions
 
-EPOCHS = 40
+EPOCHS, RATE = 40, 5e-3
+DECAY, LEAST, MOST = 1e-4, 1e-6, 1e-1  # at the start, and the range of all
 
 
 class Block(nn.Module):
@@ -63,9 +66,9 @@ def resnet() -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Eight layers over the rows of an image: 12 tensors in each, one dropout rate for each residual."""
+    """Six layers over the rows of an image: 12 tensors in each, one dropout rate for each residual."""
 
-    def __init__(self, width: int = 16, depth: int = 8) -> None:
+    def __init__(self, width: int = 16, depth: int = 6) -> None:
         super().__init__()
         self.into, self.places = nn.Linear(8, width), nn.Parameter(0.1 * torch.randn(8, width))
         self.layers = nn.ModuleList(
@@ -82,10 +85,10 @@ class Transformer(nn.Module):
         return self.out(x.mean(1))  # type: ignore[no-any-return]
 
 
-def hyperparameters() -> list[Hyperparameter]:
+def hyperparameters(decay: float) -> list[Hyperparameter]:
     """Return a decay per tensor, biases and norms too, dropout rates, augmentation and label smoothing."""
     return [
-        WeightDecay(init=1e-4, include=["*"], transform=Exp(lower=1e-6, upper=1e-1)),
+        WeightDecay(init=decay, include=["*"], transform=Exp(lower=LEAST, upper=MOST)),
         DropoutRates(upper=0.6),
         Brightness(init=0.1, upper=0.5),
         Contrast(init=0.1, upper=0.5),
@@ -95,86 +98,143 @@ def hyperparameters() -> list[Hyperparameter]:
     ]
 
 
+def drawn(hyperparameters: Sequence[Hyperparameter], generator: torch.Generator) -> Tensor:
+    """Return unconstrained values, (n,): log decays and the others' natural values are uniform over their ranges."""
+    pieces = []
+    for hyperparameter in hyperparameters:
+        size = sum(t.numel() for t in hyperparameter.tensors.values())
+        uniform = 0.01 + 0.98 * torch.rand(size, generator=generator)
+        decays = isinstance(hyperparameter, WeightDecay)
+        pieces.append(math.log(LEAST) + math.log(MOST / LEAST) * uniform if decays else uniform.logit())
+    return torch.cat(pieces)
+
+
 @dataclass
 class Given:
-    """Digits of one seed."""
+    """Digits and network of one seed, and the unconstrained values that the hypernetwork's arm found, once it ran."""
 
     data: DigitsDataModule
+    network: Callable[[], nn.Module]
     seed: int
     epochs: int
+    found: Tensor | None = None
 
-    def fit(self, network: Callable[[], nn.Module], *, outer_rate: float) -> Numbers:
-        """Return losses and accuracy of the network that was tuned, and how many hyperparameters it had."""
+    def module(self, decay: float = DECAY) -> TunedImageClassifier:
+        """Return the network at the weights that every arm begins with, and its hyperparameters at their start."""
         seed_everything(self.seed, verbose=False)
-        cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=self.epochs)
-        module = TunedImageClassifier(
-            network(),
-            hyperparameters(),
+        return TunedImageClassifier(
+            self.network(),
+            hyperparameters(decay),
             loop=DeltaSTN(warmup_steps=14 * self.epochs // 10, perturbation=LearnedScale(init=0.5)),
-            weights_optimizer=partial(torch.optim.Adam, lr=3e-3),
-            response_optimizer=partial(torch.optim.Adam, lr=3e-3),
-            outer_optimizer=partial(torch.optim.Adam, lr=outer_rate),
+            weights_optimizer=partial(torch.optim.Adam, lr=RATE),
+            response_optimizer=partial(torch.optim.Adam, lr=RATE),
+            outer_optimizer=partial(torch.optim.Adam, lr=0.05),
             scale_optimizer=partial(torch.optim.Adam, lr=0.01),
-            weights_scheduler=cosine,
-            response_scheduler=cosine,
+            weights_scheduler=self.annealed,
+            response_scheduler=self.annealed,
             options=ResponseOptions(log_every_n_outer_steps=0),
         )
+
+    def annealed(self, optimizer: torch.optim.Optimizer) -> CosineAnnealingLR:
+        """Return the schedule of the rates of weights and response."""
+        return CosineAnnealingLR(optimizer, T_max=self.epochs)
+
+    def tune(self) -> Numbers:
+        """Return the scores of the network that was tuned while it was trained."""
+        module = self.module()
         steps = self.epochs * len(self.data.train_images) // 50
         before = time.process_time()
         plain_trainer(steps).fit(module, datamodule=self.data)
         seconds = time.process_time() - before
-        plain = module.export().eval()
-        with torch.no_grad():
-            val, test = (
-                (plain(images), labels)
-                for images, labels in (
-                    (self.data.val_images, self.data.val_labels),
-                    (self.data.test_images, self.data.test_labels),
-                )
-            )
-        return {
-            "count": float(sum(t.numel() for t in module.vector.tensors)),
-            "val": float(cross_entropy(*val)),
-            "test": float(cross_entropy(*test)),
-            "accuracy": float((test[0].argmax(1) == test[1]).float().mean()),
-            "seconds": seconds,
-        }
+        self.found = module.vector.flat().detach()
+        return {**self.scores(module.export().eval()), "count": float(len(self.found)), "seconds": seconds}
+
+    def train(self, module: TunedImageClassifier, h: Tensor | None = None) -> Numbers:
+        """Return the scores of the plain network, trained with its start values or with ``h`` held fixed."""
+        h = module.vector.flat().detach() if h is None else h
+        optimizer = torch.optim.Adam(module.network.general_parameters().values(), lr=RATE)
+        scheduler, loader = self.annealed(optimizer), self.data.train_dataloader()
+        before = time.process_time()
+        for _ in range(self.epochs):
+            for batch in loader:
+                optimizer.zero_grad()
+                module.training_loss(batch, h, "general").backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            scheduler.step()
+        seconds = time.process_time() - before
+        with module.eval().network.at(h, "general"):
+            return {**self.scores(module.network), "seconds": seconds}
+
+    @torch.no_grad()
+    def scores(self, network: nn.Module) -> dict[str, float]:
+        """Return losses and accuracy of a network in evaluation mode."""
+        val = cross_entropy(network(self.data.val_images), self.data.val_labels)
+        logits, labels = network(self.data.test_images), self.data.test_labels
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"val": float(val), "test": float(cross_entropy(logits, labels)), "accuracy": float(accuracy)}
 
 
-def prepare(seed: int, size: str) -> Given:
+def prepare(network: Callable[[], nn.Module], seed: int, size: str) -> Given:
     """Draw the digits."""
     data = DigitsDataModule(train_size=350, val_size=350, batch_size=50, val_batch_size=175, seed=seed)
     data.setup()
-    return Given(data, seed, 2 if size == "smoke" else EPOCHS)
+    return Given(data, network, seed, 2 if size == "smoke" else EPOCHS)
 
 
-def arms(network: Callable[[], nn.Module]) -> Mapping[str, Callable[[Given], Numbers]]:
-    """Return both arms: the same training, around values that rest and around values that are tuned."""
-    return {
-        "perturbed around the start values": lambda given: given.fit(network, outer_rate=0.0),
-        "Delta-STN": lambda given: given.fit(network, outer_rate=0.05),
-    }
+def best_of(trials: Sequence[Numbers]) -> Numbers:
+    """Return the numbers of the trial with the least validation loss, at the cost of all."""
+    best = min(trials, key=lambda trial: trial["val"])
+    return {**best, "seconds": sum(trial["seconds"] for trial in trials)}
 
 
+def afresh(given: Given) -> Numbers:
+    """Train with the values that the hypernetwork ended with: are they, or is their path, what helps?"""
+    if given.found is None:
+        raise ValueError(f"{AFRESH!r} needs the values of {TUNED!r}. Got only the former; add it to --only.")
+    return given.train(given.module(), given.found)
+
+
+def at_random(given: Given) -> Numbers:
+    """Draw every hyperparameter alone, three times."""
+    generator, trials = torch.Generator().manual_seed(given.seed), []
+    for _ in range(3):
+        module = given.module()
+        trials.append(given.train(module, drawn(module.vector.hyperparameters, generator)))
+    return best_of(trials)
+
+
+def by_hand(given: Given) -> Numbers:
+    """Try three larger decays, the same for all tensors."""
+    return best_of([given.train(given.module(decay)) for decay in (1e-3, 3e-3, 1e-2)])
+
+
+TUNED, AFRESH = "Delta-STN", "its last values, a fresh training"
+ARMS: Mapping[str, Callable[[Given], Numbers]] = {
+    "start values held fixed": lambda given: given.train(given.module()),
+    TUNED: Given.tune,
+    AFRESH: afresh,
+    "random search, 3 trials": at_random,
+    "one decay by hand, 3 trials": by_hand,
+}
 COLUMNS = {
-    "count": Column(title="hyperparameters", digits=0),
     "val": Column(title="validation loss"),
     "test": Column(title="test loss"),
     "accuracy": Column(title="test accuracy", percent=True),
+    "count": Column(title="hyperparameters", digits=0),
 }
 QUESTION = "Digits, 350 images to train on and 350 for validation, 40 epochs; a decay per tensor, dropout, augmentation"
 SEEDS: Sequence[int] = (10, 11, 12)
 RESNET = Experiment(
     question=f"ResNet of 34 convolutions. {QUESTION}",
-    prepare=prepare,
-    arms=arms(resnet),
+    prepare=partial(prepare, resnet),
+    arms=ARMS,
     columns=COLUMNS,
     seeds=SEEDS,
 )
 TRANSFORMER = Experiment(
-    question=f"Transformer of eight layers. {QUESTION}",
-    prepare=prepare,
-    arms=arms(Transformer),
+    question=f"Transformer of six layers. {QUESTION}",
+    prepare=partial(prepare, Transformer),
+    arms=ARMS,
     columns=COLUMNS,
     seeds=SEEDS,
 )

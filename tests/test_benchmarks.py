@@ -152,7 +152,7 @@ def test_few_points_have_thirds_and_decays_equal_but_for_rounding_tell_nothing(
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     bias = importlib.import_module("hypernetwork_bias")
-    assert bias.thirds(torch.tensor([[1.0], [0.0]]), [2.0, 4.0]) == (3.0, 4.0, 2.0)
+    assert bias.thirds([1.0, 0.0], [2.0, 4.0]) == (3.0, 4.0, 2.0)
     data = MagicMock(noise=torch.tensor([False, False, True, True]))
     module = MagicMock(network=[torch.nn.Linear(4, 2)])
     module.score.return_value = 0.0
@@ -160,6 +160,39 @@ def test_few_points_have_thirds_and_decays_equal_but_for_rounding_tell_nothing(
     logs = torch.tensor(0.01).log() + 2e-7 * torch.arange(4.0, dtype=torch.float64)
     assert given.numbers(module, 0.0, logs)["by_decays"] == 0.5
     assert given.numbers(module, 0.0, torch.tensor([-4.0, -3.0, -2.0, -1.0]))["by_decays"] == 1.0
+
+
+def test_responses_of_ridge_are_what_minimization_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(12, 3, generator=generator), torch.arange(12) % 10
+    problem = importlib.import_module("hypernetwork_bias").Ridge.of(
+        MagicMock(train=(x, labels), val=(x, labels)), 9
+    )
+    assert problem.compare(problem.optimum())["errors"] == [0.0] * 9
+    basis = torch.stack([torch.ones(9), torch.linspace(-8 / 9, 8 / 9, 9)], 1).double()
+    coefficients = torch.zeros(2, *problem.slope.shape, dtype=torch.float64, requires_grad=True)
+
+    def training_loss(weights: torch.Tensor) -> torch.Tensor:
+        return (0.5 * problem.bent.unsqueeze(2) * weights.square() - problem.slope * weights).sum()
+
+    weights = torch.zeros_like(problem.optimum())
+    descent = torch.optim.LBFGS([coefficients], max_iter=200, tolerance_grad=1e-12, tolerance_change=0.0)
+
+    def closure() -> torch.Tensor:
+        descent.zero_grad()
+        loss = training_loss(torch.einsum("md,dpk->mpk", basis, coefficients))
+        loss.backward()
+        return loss
+
+    descent.step(closure)
+    linear = torch.einsum("md,dpk->mpk", basis, coefficients.detach())
+    torch.testing.assert_close(problem.polynomial(1), linear, rtol=0, atol=1e-8)
+    nearer = problem.polynomial(1, by_distance=True) - problem.optimum()
+    assert nearer.norm() < (linear - problem.optimum()).norm()
+    for _ in range(5):
+        weights = weights - (problem.bent.unsqueeze(2) * weights - problem.slope) / problem.bent.max()
+    torch.testing.assert_close(problem.after(5), weights, rtol=0, atol=1e-12)
 
 
 def test_callback_cost_runs(run: Script) -> None:
@@ -262,11 +295,11 @@ def test_hypernetworks_run(run: Script, fashion_mnist: Path) -> None:
         "hypernetwork_decays", ["--rounds", "1", "--trainings", "2", "--steps", "20", "--size", "50", *deep]
     )
     assert len(deeper["found"]) == 3
-    bias = run(
-        "hypernetwork_bias",
-        ["--rounds", "1", "--steps", "50", "--hidden", "8", "--points", "3", "--size", "50"],
-    )
-    assert min(bias["seeds"][0]["found"]["8 units, 50 steps"]["excess"]) > 0
+    settings = ["--settings", "uncentred,8,50", "centred,8,50"]
+    bias = run("hypernetwork_bias", ["--rounds", "1", *settings, "--points", "3", "--size", "50"])
+    (_, found), (_, exact) = bias["softmax"][0], bias["ridge"][0]
+    assert min(found["uncentred, 8 units, 50 steps"]["excess"]) > 0
+    assert max(map(abs, exact["any, 100000 steps"]["errors"])) < 1e-3
     cnn = run("hypernetwork_cnn", ["--rounds", "1", "--epochs", "1", "--size", "1000", "--warmup", "2"])
     assert "a fresh network, Delta-STN's last values held fixed" in cnn["seeds"][0]
 
