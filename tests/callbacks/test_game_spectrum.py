@@ -60,7 +60,7 @@ def test_predicted_measured_and_known_rates_agree(name: str) -> None:
     optimizer, known = RATES[name]
     callback = GameSpectrumCallback(1000, k=None)
     module = zoo(optimizer=optimizer, update="alternating" if "turns" in name else "simultaneous")
-    trainer(callback, max_steps=200 if known > 1 else 500).fit(module)
+    trainer(callback, max_steps=200 if known > 1 else 300).fit(module)
     assert callback.history[0].rate == pytest.approx(known, abs=1e-6)
     assert measured_rate(module.distances) == pytest.approx(known, abs=1e-3)
     per_update = 4 if name == "Extragradient" else 2

@@ -31,8 +31,8 @@ from tests.trainers import trainer
 @pytest.mark.parametrize(
     ("lr", "momentum", "phase", "steps"),
     [
-        (0.1, 0.9, math.pi / 8, 300),
         (0.3, 0.8, math.pi / 4, 250),
+        pytest.param(0.1, 0.9, math.pi / 8, 300, marks=pytest.mark.slow),
         pytest.param(0.1, 0.8, math.pi / 8, 500, marks=pytest.mark.slow),
     ],
 )

@@ -53,7 +53,7 @@ class GeneralizedRidgeRider:
 
     >>> from functools import partial
     >>> from lightning_nested.games import SmallIPD
-    >>> rider = GeneralizedRidgeRider(branching=Branching(horizon=5, ascent_steps=5), ride_steps=400)
+    >>> rider = GeneralizedRidgeRider(branching=Branching(horizon=5, ascent_steps=2), ride_steps=200)
     >>> tree = rider.ride(SmallIPD().losses, [(torch.zeros(1).double(), torch.zeros(1).double())],
     ...                   partial(torch.optim.SGD, lr=4.0))
     >>> [[round(x, 1) for x in s.losses] for s in tree.solutions()]  # cooperation and defection
