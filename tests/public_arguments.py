@@ -28,7 +28,7 @@ from lightning_nested.modules import (
     Sampling,
     Unrolled,
 )
-from lightning_nested.networks import MLP, AugmentationNetwork, SmallCNN
+from lightning_nested.networks import MLP, AugmentationNetwork, CIFARAlexNet, CIFARResNet, SmallCNN
 
 TEXT = "some text"  # for an argument that takes any string
 ANY = object()  # for an argument that takes any object, or whose kinds its own tests look at
@@ -392,6 +392,8 @@ CASES = {
     # networks
     "MLP": Case(MLP, in_features=3),
     "AugmentationNetwork": Case(AugmentationNetwork),
+    "CIFARAlexNet": Case(CIFARAlexNet, width=2, hidden=4),
+    "CIFARResNet": Case(CIFARResNet, width=2),
     "SmallCNN": Case(SmallCNN),
     # optim
     "ComplexAdam": Case(ln.ComplexAdam, _optimizers | {"phase": (-0.1,)}, params=parameters),

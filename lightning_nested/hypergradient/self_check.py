@@ -32,6 +32,7 @@ from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, nor
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
 _SMOOTH, _KINKED = 0.05, 0.3
 _PARALLEL = 0.999  # cosine
+_CLEAR = 4.0  # times as far from a product as differences are from each other: the product is wrong
 _PIECE = 2**16  # entries
 _ROUNDED = 16.0  # rounding of a derivative, in machine epsilons
 
@@ -358,8 +359,8 @@ def _sides(
 
 def _two_sided(product: Vector, ahead: Vector, behind: Vector, tolerance: float) -> float:
     found = _distance(product, tuple((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
-    # Rounding moves their mean by half as much as it moves them apart.
-    return found if found <= tolerance or found > _distance(ahead, behind) else math.nan
+    # Sides that disagree (kinks, rounding) say nothing.
+    return found if found <= tolerance or found > _CLEAR * _distance(ahead, behind) else math.nan
 
 
 def _measured_difference(
@@ -380,7 +381,7 @@ def _measured_difference(
     here, near = (central_difference(gradient, params, v, length * factor) for factor in (1.0, 0.5))
     found, noise = _distance(product, near), _distance(here, near)
     # Differences that disagree among themselves (kinks, rounding) say nothing.
-    return found if found <= tolerance or found > 4 * noise else math.nan
+    return found if found <= tolerance or found > _CLEAR * noise else math.nan
 
 
 def _gradient(repeat: Callable[[], Tensor], params: Vector) -> Callable[[], Vector]:

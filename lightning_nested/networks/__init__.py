@@ -4,6 +4,7 @@ from lightning_nested.networks.augmentation import AugmentationNetwork
 from lightning_nested.networks.biggan.discriminator import Discriminator
 from lightning_nested.networks.biggan.generator import Generator
 from lightning_nested.networks.by_name import build_network
+from lightning_nested.networks.cifar import CIFARAlexNet, CIFARResNet
 from lightning_nested.networks.cnn import SmallCNN
 from lightning_nested.networks.conditional_batch_norm import ConditionalBatchNorm2d, standing_statistics
 from lightning_nested.networks.language import GPT, LanguageOutput, LSTMNetwork
@@ -19,6 +20,8 @@ from lightning_nested.networks.spectral_norm import (
 
 __all__ = [
     "AugmentationNetwork",
+    "CIFARAlexNet",
+    "CIFARResNet",
     "ConditionalBatchNorm2d",
     "Discriminator",
     "GPT",

@@ -1,27 +1,16 @@
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from lightning_nested.datamodules import CIFAR10DataModule
+from tests.datamodules.cifar10_files import write_cifar10
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files as the authors of CIFAR-10 made them: protocol 2, byte keys, 10 images each here."""
-    target = tmp_path / "cifar-10-batches-py"
-    target.mkdir()
-    random = np.random.default_rng(0)
-    for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        content = {
-            b"batch_label": name.encode(),
-            b"labels": [(k + i) % 10 for i in range(10)],
-            b"data": random.integers(0, 256, (10, 3072), dtype=np.uint8),
-            b"filenames": [f"{i}.png".encode() for i in range(10)],
-        }
-        (target / name).write_bytes(pickle.dumps(content, protocol=2))
+    write_cifar10(tmp_path, 10)
     return tmp_path
 
 
