@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested import FashionMNISTDataModule, HypergradientCallback, ImageClassifier
+from lightning_nested import (
+    Current,
+    FashionMNISTDataModule,
+    HypergradientCallback,
+    ImageClassifier,
+    Neumann,
+)
 from lightning_nested.networks import AugmentationNetwork
 
-EPOCHS = 60
+BATCH = 50
 
 
 class Standard(nn.Module):
@@ -44,7 +50,7 @@ class Given:
     val: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     seed: int
-    epochs: int
+    steps: int
 
     def fit(self, *callbacks: Callback, both: bool = False, augmentation: nn.Module | None = None) -> Numbers:
         """Return what a trained classifier scores on test images, with the CPU time of the fit."""
@@ -55,15 +61,15 @@ class Given:
             else self.train
         )
         # The same number of steps, whatever is trained on.
-        epochs, steps = self.epochs // (1 + both), self.epochs * len(self.train[0]) // 50
+        epochs = self.steps * BATCH // len(train[0])
         module = ImageClassifier(
             "cnn", input_shape=(1, 14, 14), network_options={"width": 8}, augmentation=augmentation,
             optimizer=partial(torch.optim.Adam, lr=3e-3),
             scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs),
         )  # fmt: skip
-        loader = DataLoader(TensorDataset(*train), batch_size=50, shuffle=True)
+        loader = DataLoader(TensorDataset(*train), batch_size=BATCH, shuffle=True)
         before = time.process_time()
-        plain_trainer(steps, callbacks).fit(
+        plain_trainer(self.steps, callbacks).fit(
             module, loader, DataLoader(TensorDataset(*self.val), 250, shuffle=True)
         )
         seconds = time.process_time() - before
@@ -78,20 +84,25 @@ class Given:
         }
 
 
-def prepare(seed: int, size: str) -> Given:
-    """Draw the images."""
-    count, test = (100, 100) if size == "smoke" else (500, 10_000)
-    data = FashionMNISTDataModule(train_size=count, val_size=count, seed=seed)
-    data.setup()
-    train, val, held = (
-        (nn.functional.avg_pool2d(images, 2), labels)
-        for images, labels in (
-            (data.train_images, data.train_labels),
-            (data.val_images, data.val_labels),
-            (data.test_images[:test], data.test_labels[:test]),
+def prepare(train: int, steps: int) -> Callable[[int, str], Given]:
+    """Return the function that draws so many images to train on, and 500 to validate."""
+
+    def given(seed: int, size: str) -> Given:
+        smoke = size == "smoke"
+        count, val, test = (100, 100, 100) if smoke else (train, 500, 10_000)
+        data = FashionMNISTDataModule(train_size=count, val_size=val, seed=seed)
+        data.setup()
+        parts = (
+            (nn.functional.avg_pool2d(images, 2), labels)
+            for images, labels in (
+                (data.train_images, data.train_labels),
+                (data.val_images, data.val_labels),
+                (data.test_images[:test], data.test_labels[:test]),
+            )
         )
-    )
-    return Given(train, val, held, seed, 2 if size == "smoke" else EPOCHS)
+        return Given(*parts, seed, 4 if smoke else steps)
+
+    return given
 
 
 def learned(**options: Any) -> Callable[[Given], Numbers]:
@@ -105,17 +116,29 @@ def learned(**options: Any) -> Callable[[Given], Numbers]:
     return arm
 
 
-CHOSEN: dict[str, Any] = {"optimizer": partial(torch.optim.Adam, lr=1e-3), "every_n_steps": 9}
-AUGMENTATION = Experiment(
-    question="Fashion-MNIST at 14 × 14 pixels, 500 images to train on and 500 for validation, small CNN (4 k weights), "
-    "600 steps of Adam on a cosine, no decay",
-    prepare=prepare,
-    arms={
-        "none": lambda given: given.fit(),
-        "none, trained on the validation images too": lambda given: given.fit(both=True),
-        "standard: shifts by a pixel, mirror images": lambda given: given.fit(augmentation=Standard()),
-        "augmentation network": learned(**CHOSEN),
-    },
-    columns={"accuracy": Column(title="test accuracy", percent=True), "loss": Column(title="test loss")},
-    seeds=(10, 11, 12),
+def experiment(train: int, steps: int, **options: Any) -> Experiment:
+    """Return the experiment of so many images and steps, with options of the callback."""
+    return Experiment(
+        question=f"Fashion-MNIST at 14 × 14 pixels, {train} images to train on and 500 for validation, small CNN "
+        f"(4 k weights), {steps} steps of Adam on a cosine, no decay",
+        prepare=prepare(train, steps),
+        arms={
+            "none": lambda given: given.fit(),
+            "none, trained on the validation images too": lambda given: given.fit(both=True),
+            "standard: shifts by a pixel, mirror images": lambda given: given.fit(augmentation=Standard()),
+            "augmentation network": learned(**options),
+        },
+        columns={"accuracy": Column(title="test accuracy", percent=True), "loss": Column(title="test loss")},
+        seeds=(10, 11, 12),
+    )
+
+
+AUGMENTATION = experiment(500, 600, optimizer=partial(torch.optim.Adam, lr=1e-3), every_n_steps=9)
+AUGMENTATION_FEW = experiment(
+    200,
+    2000,
+    optimizer=partial(torch.optim.Adam, lr=5e-3),
+    every_n_steps=18,
+    at=Current(),
+    solver=Neumann(num_terms=5),
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _arms import Results, compare, figure, rows
-from _experiment_augmentation import AUGMENTATION
+from _experiment_augmentation import AUGMENTATION, AUGMENTATION_FEW
 from _experiment_distillation import DISTILLATION, DISTILLATION_FASHION
 from _experiment_hypernetworks import RESNET, TRANSFORMER
 from _experiment_influence import INFLUENCE
@@ -28,6 +28,7 @@ from _measuring import load, parser, print_table, report, start
 
 EXPERIMENTS = {
     "augmentation": AUGMENTATION,
+    "augmentation_few": AUGMENTATION_FEW,
     "breast_cancer": BREAST_CANCER,
     "diabetes": DIABETES,
     "diamonds": DIAMONDS,
