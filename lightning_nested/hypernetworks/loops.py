@@ -71,10 +71,6 @@ class ResponseLoop(ABC):
         rounds = inner_steps - self.warmup_steps
         return self.valid_steps if rounds > 0 and rounds % self.train_steps == 0 else 0
 
-    def first_center(self, h: Tensor, scale: Tensor | None) -> Tensor | None:
-        """Return the response's center at the start, for hyperparameters and scales that begin there; None: zero."""
-        return None
-
     def gradients(
         self, loss: TrainingLoss, batch: Any, center: Tensor, h: Tensor, general: Leaves, phi: Leaves
     ) -> tuple[Tensor, Gradients, Gradients]:
@@ -89,9 +85,8 @@ class ResponseLoop(ABC):
 class Global(ResponseLoop):
     """First the response everywhere, h ~ p(λ), for ``response_steps``; then only steps of the hyperparameters.
 
-    The response is centred in the middle of p(λ), so that value and slope do not pull at each other. ``max_steps`` of
-    the Trainer counts training steps, which end with the first phase: let ``max_epochs`` end the second. Lorraine &
-    Duvenaud (2018), arXiv 1802.09419, algorithm 2.
+    Lorraine & Duvenaud (2018), arXiv 1802.09419, algorithm 2. ``max_steps`` of the Trainer counts training steps, which
+    end with the first phase: let ``max_epochs`` end the second.
 
     Args:
         response_steps: Steps on training data.
@@ -113,10 +108,6 @@ class Global(ResponseLoop):
     def outer_steps(self, inner_steps: int) -> int:
         """Return 0 in the first phase, ``valid_steps`` for each batch in the second."""
         return 0 if self.trains(inner_steps) else self.valid_steps
-
-    def first_center(self, h: Tensor, scale: Tensor | None) -> Tensor:
-        """Return the middle of p(λ)."""
-        return self.perturbation.sample(h, scale, torch.zeros_like(h))
 
 
 @checked

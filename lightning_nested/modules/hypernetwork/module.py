@@ -140,9 +140,6 @@ class HypernetworkModule(HasOuterLoop, OneFitModule, LightningModule):
         if self.scale is not None:
             self.scale.requires_grad_()
             self._scale_optimizer = scale_optimizer([self.scale])
-        center = loop.first_center(self.vector.flat().detach(), self.scale)
-        if center is not None and not bool(self.network.center.any()):
-            self.network.center.copy_(center.detach())
         self.per_example = each_example_alone(self.vector, self.network, options)
         self._steps: ResponseSteps | None = None
         self._use = Use()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nested.hypernetworks import FactorisedResponse, GlobalUniform, LearnedScale
+from lightning_nested.hypernetworks import FactorisedResponse, LearnedScale
 from lightning_nested.hyperparameters import ExampleWeights, InputNoise, LabelSmoothing
 from lightning_nested.modules import (
     STN,
@@ -69,26 +69,6 @@ def test_every_loop_runs_and_counts(loop: ResponseLoop, inner: int, outer: int) 
     else:  # the linearised pass leaves no trace in the statistics
         assert module.network.module[1].num_batches_tracked == inner
         torch.testing.assert_close(module.network.center, module.vector.flat().detach(), rtol=0, atol=0)
-
-
-def test_a_global_response_begins_centred_in_the_middle_of_what_it_is_trained_on(tmp_path: Path) -> None:
-    loop = Global(response_steps=4, perturbation=GlobalUniform(low=-3.0, high=1.0))
-    module = Small(loop=loop)
-    assert module.network.center.tolist() == [-1.0, -1.0]
-    # A response that was trained around another center, as by earlier versions, is the function it was.
-    module.network.center.zero_()
-    fit = trainer(limit_val_batches=0, folder=tmp_path)
-    fit.fit(module, batches(), batches())
-    fit.save_checkpoint(tmp_path / "a.ckpt")
-    later = Small(loop=loop)
-    trainer(limit_val_batches=0, max_epochs=2).fit(
-        later, batches(), batches(), ckpt_path=tmp_path / "a.ckpt", weights_only=True
-    )
-    assert (later.inner_steps, later.outer_steps) == (4, 3)
-    assert later.network.center.tolist() == [0.0, 0.0]
-    trained = FactorisedResponse(small_network(), 2)
-    trained.center.fill_(0.5)
-    assert Small(trained, loop=loop).network.center.tolist() == [0.5, 0.5]
 
 
 def test_export_is_the_plain_network_at_the_present_values() -> None:
