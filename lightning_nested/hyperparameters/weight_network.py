@@ -18,7 +18,7 @@ from lightning_nested.hyperparameters.weights import BoundHyperparameter
 _TENSORS = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
 _NODES = 16  # of Gauss–Legendre quadrature: exact for polynomials of degree 31
 _REFERENCE = "reference"  # in saved states
-_LEAST_MEAN = 0.1  # of σ over the reference
+_LARGE = 10.0  # times the mean: weights hardly grow beyond
 
 
 @checked
@@ -26,7 +26,7 @@ class WeightNetwork(BoundHyperparameter):
     """The weight of every training example by one small network, whatever their number; its weights are tuned.
 
     ``weight_network(losses)`` returns weighted losses of a batch, of their shape. Without ``features`` the weight
-    v(L) = σ(c + aᵀ tanh(wL + b)/n) / v₀ is a function of the loss L itself, and what is returned is its integral
+    v(L) is a function of the loss L itself, and what is returned is its integral
 
         Φ(L) = ∫₀ᴸ v(s) ds,  so that  ∇Φ(L) = v(L)·∇L:
 
@@ -34,10 +34,11 @@ class WeightNetwork(BoundHyperparameter):
     curvature, differences and unrolling all see the same function. With ``features`` of shape (batch, inputs) weighted
     losses are v(features)·L.
 
-    v₀ is the mean of σ over the first batch after an outer step: weights have the mean 1, so that they say which
-    examples count and not how long a step is. It is at least 0.1, so that no weight is above 10: a batch need not hold
-    an example as hard as those of the next one. At the start every weight is 1. The mean over the n hidden units keeps
-    an outer step of a given rate as long for many units as for one.
+    With r = σ(c + aᵀ tanh(wL + b)/n) over its mean in a reference, the first batch after an outer step, v is
+    r/(10 + r) over the mean of that: weights have the mean 1 there, so that they say which examples count and not how
+    long a step is, and an example of a later batch has at most 11 times the weight of a reference of equal ones. At
+    the start every weight is 1. The mean over the n hidden units keeps an outer step of a given rate as long for many
+    units as for one.
     Shu, Xie, Yi, Zhao, Zhou, Xu & Meng (2019), NeurIPS, "Meta-Weight-Net: learning an explicit mapping for sample
     weighting".
 
@@ -71,7 +72,7 @@ class WeightNetwork(BoundHyperparameter):
         self.transform = Unconstrained()
         nodes, weights = np.polynomial.legendre.leggauss(_NODES)
         self._quadrature = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
-        self._reference: Tensor | None = None  # inputs (batch, inputs) of v₀, constant between outer steps
+        self._reference: Tensor | None = None  # inputs (batch, inputs), constant between outer steps
 
     def _initial(self, dtype: torch.dtype) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -129,15 +130,18 @@ class WeightNetwork(BoundHyperparameter):
             raise ValueError(
                 f"features must have the shape (batch, {self.inputs}), one row per example. Got {tuple(rows.shape)}."
             )
-        reference = rows.detach() if self._reference is None else self._reference.to(rows.device)
-        return self._rise(rows) / self._rise(reference).mean().clamp_min(_LEAST_MEAN)
+        given = rows.detach() if self._reference is None else self._reference.to(rows.device)
+        reference = given.reshape(-1, self.inputs)
+        rise = self._rise(reference)
+        level = rise.logsumexp(0) - math.log(len(rise)) + math.log(_LARGE)
+        return torch.sigmoid(self._rise(rows) - level) / torch.sigmoid(rise - level).mean()
 
     def _rise(self, rows: Tensor) -> Tensor:
-        """Return σ(c + aᵀ tanh(wx + b)/n) of rows (…, inputs)."""
+        """Return log σ(c + aᵀ tanh(wx + b)/n) of rows (…, inputs)."""
         w, b, a, c = (self.raw(key, rows.device) for key in _TENSORS)
         dtype = torch.promote_types(w.dtype, rows.dtype)
         units = functional.linear(rows.to(dtype), w.to(dtype), b.to(dtype)).tanh()
-        return torch.sigmoid(units @ a.to(dtype) / self.hidden + c)
+        return functional.logsigmoid(units @ a.to(dtype) / self.hidden + c)
 
     def __call__(self, losses: Tensor, features: Tensor | None = None) -> Tensor:
         """Return weighted losses, of the shape of ``losses``, at least float32.

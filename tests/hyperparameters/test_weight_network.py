@@ -96,16 +96,18 @@ def test_weights_have_the_mean_one_on_the_first_batch_after_an_outer_step(networ
     assert network.weights(second).mean().item() == pytest.approx(1.0, rel=1e-12)
 
 
-def test_no_example_of_a_later_batch_has_more_than_ten_times_the_mean() -> None:
+@pytest.mark.parametrize("bias", [-60.0, -1.0])
+def test_an_example_of_a_later_batch_has_at_most_eleven_times_the_weight_of_equal_ones(bias: float) -> None:
     network = built(WeightNetwork(hidden=5))
     with torch.no_grad():
-        # σ rises from 1e-7 at a loss of 0 to almost 1 at 9.
+        # σ is e³⁰ times as large for a loss of 9 as for one of 0.
         network.tensors["hidden.weight"].fill_(1.0)
         network.tensors["hidden.bias"].fill_(-3.0)
         network.tensors["output.weight"].fill_(15.0)
-        network.tensors["output.bias"].fill_(-1.0)
+        network.tensors["output.bias"].fill_(bias)
     network(torch.zeros(4, dtype=torch.float64))
-    assert network.weights(torch.tensor([9.0], dtype=torch.float64)).item() == pytest.approx(10.0, rel=1e-5)
+    found = network.weights(torch.tensor([0.0, 9.0], dtype=torch.float64)).tolist()
+    assert found == pytest.approx([1.0, 11.0], rel=1e-4)
 
 
 def test_a_step_of_the_output_is_as_long_for_many_hidden_units_as_for_few() -> None:
@@ -118,8 +120,8 @@ def test_a_step_of_the_output_is_as_long_for_many_hidden_units_as_for_few() -> N
             network.tensors["output.weight"].add_(0.05)
         network(torch.zeros(4, dtype=torch.float64))
         moved.append(network.weights(torch.tensor([2.0], dtype=torch.float64)).item())
-    # σ(0.05 tanh 2) over σ(0).
-    torch.testing.assert_close(moved, [2 / (1 + math.exp(-0.05 * math.tanh(2.0)))] * 2, rtol=1e-12, atol=0)
+    r = 2 / (1 + math.exp(-0.05 * math.tanh(2.0)))  # σ(0.05 tanh 2) over σ(0)
+    torch.testing.assert_close(moved, [11 * r / (10 + r)] * 2, rtol=1e-12, atol=0)
 
 
 def test_saved_and_copied_networks_are_the_same_function(network: WeightNetwork) -> None:
