@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from _arms import Column, Experiment, Numbers
 from _fits import plain_trainer
 from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from lightning_nested import HypergradientCallback, LossWeights, StepsDataModule
 from lightning_nested.demos import HeatEquation
@@ -57,6 +59,29 @@ class ByGradNorm(HeatEquation):
         (weighted - aim).abs().sum().backward()
         self.balance.step()
         return (self.weights().detach() * losses).sum()
+
+
+class ByUPGrad(HeatEquation):
+    """Weights that leave no part worse: each gradient projected onto those that disagree with none, and their mean.
+
+    Quinton & Rey (2024), arXiv:2406.16232, by torchjd. The direction is a combination of the gradients, whose factors
+    are the weights.
+    """
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum."""
+        from torchjd.aggregation import UPGradWeighting
+
+        losses = [parts[name] for name in PARTS]
+        weights = list(self.network.parameters())
+        rows = [
+            parameters_to_vector(
+                torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+            )
+            for loss in losses
+        ]
+        jacobian = torch.stack(rows)
+        return UPGradWeighting()(jacobian @ jacobian.T).detach() @ torch.stack(losses)
 
 
 class Fixed(nn.Module):
@@ -116,6 +141,12 @@ def grad_norm(given: Given) -> Numbers:
     return numbers(module, seconds, dict(zip(PARTS, module.weights().tolist(), strict=True)))
 
 
+def up_grad(given: Given) -> Numbers:
+    """Train with UPGrad."""
+    module = given.module(ByUPGrad)
+    return numbers(module, given.fit(module))
+
+
 def grid(factors: Sequence[float]) -> Callable[[Given], Numbers]:
     """Return the arm that tries factors of both conditions, and keeps the training with the lowest misfit."""
 
@@ -147,21 +178,25 @@ def positive() -> LossWeights:
     return LossWeights(PARTS, transform=Exp(lower=1e-4, upper=1e4))
 
 
+ARMS = {
+    "equal weights": plain,
+    "training on the sensors too": partial(plain, train_on_sensors=True),
+    "GradNorm": grad_norm,
+    "UPGrad": up_grad,
+    "learned, the default": learned(lambda: LossWeights(PARTS)),
+    "learned, steps are factors": learned(positive),
+    "learned, steps are factors, 90 outer steps of 0.2": learned(
+        positive, optimizer=partial(torch.optim.Adam, lr=0.2), every_n_steps=20
+    ),
+    "four trainings, conditions × 1, 10, 100, 1 000": grid((1.0, 10.0, 100.0, 1_000.0)),
+}
+if find_spec("torchjd") is None:
+    del ARMS["UPGrad"]
 PINN = Experiment(
     question="u_t = u_xx on 0 < x < 1, 0 < t < 0.1, MLP 2-20-20-1 (tanh, float64), 2 000 steps of Adam on a cosine; 20 "
     "sensors with noise of 0.02 at random places and times are the validation data",
     prepare=prepare,
-    arms={
-        "equal weights": plain,
-        "training on the sensors too": partial(plain, train_on_sensors=True),
-        "GradNorm": grad_norm,
-        "learned, the default": learned(lambda: LossWeights(PARTS)),
-        "learned, steps are factors": learned(positive),
-        "learned, steps are factors, 90 outer steps of 0.2": learned(
-            positive, optimizer=partial(torch.optim.Adam, lr=0.2), every_n_steps=20
-        ),
-        "four trainings, conditions × 1, 10, 100, 1 000": grid((1.0, 10.0, 100.0, 1_000.0)),
-    },
+    arms=ARMS,
     columns={
         "error": Column(title="relative L2 error", digits=4),
         "initial": Column(title="weight of the start / equation", digits=1),

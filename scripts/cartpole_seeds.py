@@ -1,9 +1,10 @@
-"""Returns of the actor-critic on CartPole with Adam, over seeds.
+"""Returns of the actor-critic on CartPole, over seeds.
 
-    python scripts/cartpole_seeds.py --seeds 10 11 12 13 14 15 16 17 18 19
+    python scripts/cartpole_seeds.py --seeds 20 21 22 23 24 25 26 27 28 29 --method "0.5 at 0.5π"
 
-Networks, losses and rates are those of the configuration ``cartpole``; all seeds train side by side. Prints after every
-100 updates the median, the least and the largest mean return of the last 100 episodes, and how many seeds have 200.
+Networks, losses and rates are those of the configuration ``cartpole``, a rate for each player; all seeds train side by
+side. Prints after every 100 updates the median, the least and the largest mean return of the last 100 episodes, and how
+many seeds have 200.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from _actor_critic_game import ActorCriticGame
 from _network_games import step
 from _running import script_parser
+from which_momentum import methods
 
 RATES = {"actor": 1e-3, "critic": 1e-2}
 
@@ -25,11 +27,15 @@ def main(argv: Sequence[str] | None = None) -> list[list[float]]:
     parser = script_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
     parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument(
+        "--method", choices=methods(()), default="Adam, β₁ = 0", help="its rates are in Adam's units"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     began, found = time.process_time(), []
     game = ActorCriticGame(options.seeds)
-    optimizers = {n: torch.optim.Adam(p, lr=RATES[n]) for n, p in game.players.items()}
+    make, _ = methods(())[options.method]
+    optimizers = {n: make(p, RATES[n]) for n, p in game.players.items()}
     print(
         "| updates | mean return of the last 100 episodes | seeds at 200 or more |",
         "| --- | --- | --- |",
