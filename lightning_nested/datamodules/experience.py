@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -15,6 +16,7 @@ from typing_extensions import override
 from lightning_nested.arguments import at_least, checked
 from lightning_nested.extras import require_package
 from lightning_nested.games import Rollout
+from lightning_nested.networks.evaluation_mode import evaluation_mode
 
 
 @checked
@@ -23,8 +25,14 @@ class ExperienceDataModule(LightningDataModule):
 
     A batch is a :class:`~lightning_nested.games.Rollout` of ``num_steps`` steps of each copy. It is played when the
     Trainer asks for it, by the policy as it is then: the module that trains has a method ``act(observations)``, as
-    :class:`~lightning_nested.modules.ActorCritic` has. Episodes go on from one batch to the next; a run that resumes
-    from a checkpoint begins new ones. Process r gives its environments the seed ``seed + 1000003 r``.
+    :class:`~lightning_nested.modules.ActorCritic` has. It plays in evaluation mode, without dropout, and in the
+    Trainer's precision. Episodes go on from one batch to the next. Process r gives its environments the seed
+    ``seed + 1000003 r``; a run that resumes from a checkpoint or reloads its loader begins new episodes, with a seed
+    of their own.
+
+    Actions are arrays of the action space's shape, one for each copy: floats for a ``Box`` of floats, clipped to its
+    bounds, and whole numbers from 0 on for numbered actions, to which the ``start`` of the space is added.
+    Observations that are floats or 8-bit integers (pixels) are given in the module's precision; numbers stay numbers.
 
     Args:
         environment: Name in Gymnasium's register. Observations and actions are arrays or numbers.
@@ -38,7 +46,8 @@ class ExperienceDataModule(LightningDataModule):
         MissingExtraError: Gymnasium is not installed.
         MisconfigurationException: The module that trains has no ``act``.
         ValueError: A number below 1, or ``num_steps`` below 2; an environment whose observations are no arrays, or that
-            is not reset in the step after an episode's end (``AutoresetMode.NEXT_STEP``, Gymnasium's default).
+            is not reset in the step after an episode's end (``AutoresetMode.NEXT_STEP``, Gymnasium's default); in
+            ``fit``: actions of another shape, kind or range than the action space's.
     """
 
     def __init__(
@@ -74,12 +83,16 @@ class ExperienceDataModule(LightningDataModule):
             )
         self._close()
         self._made = gymnasium.make_vec(self.environment, num_envs=self.num_environments, **self.options)
+        # A loader that is made in the middle of a run must not play the starts of the first one again.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         return Rollouts(
             self._made,
             trainer.lightning_module,
             num_steps=self.num_steps,
             num_batches=self.num_batches,
-            seed=self.seed + 1_000_003 * trainer.global_rank,
+            # Some environments take 31 bits.
+            seed=(self.seed + 1_000_003 * trainer.global_rank + 1_000_000_007 * batches) % 2**31,
+            precision=trainer.precision_plugin,
         )
 
     @override
@@ -99,7 +112,14 @@ class Rollouts:
     """
 
     def __init__(
-        self, environments: Any, module: Any, *, num_steps: int, num_batches: int, seed: int
+        self,
+        environments: Any,
+        module: Any,
+        *,
+        num_steps: int,
+        num_batches: int,
+        seed: int,
+        precision: Precision = Precision(),  # noqa: B008 - without state
     ) -> None:
         from gymnasium.vector import AutoresetMode
 
@@ -118,7 +138,7 @@ class Rollouts:
                 f"{environments.single_observation_space} and {environments.single_action_space}; give the environment "
                 "a wrapper such as gymnasium.wrappers.FlattenObservation, in options={'wrappers': [...]}."
             )
-        self._environments, self._module = environments, module
+        self._environments, self._module, self._precision = environments, module, precision
         self._num_steps, self._num_batches = num_steps, num_batches
         self._observations, _ = environments.reset(seed=seed)
         self._ended = np.zeros(environments.num_envs, dtype=bool)
@@ -129,7 +149,9 @@ class Rollouts:
 
     def __iter__(self) -> Iterator[Rollout]:
         for _ in range(self._num_batches):
-            yield self.play()
+            with evaluation_mode(self._module):
+                rollout = self.play()
+            yield rollout
 
     def play(self) -> Rollout:
         """Play ``num_steps`` steps by the policy as it is now."""
@@ -159,16 +181,48 @@ class Rollouts:
 
     @torch.no_grad()
     def _act(self, observations: Tensor) -> Tensor:
-        actions: Tensor = self._module.act(observations.to(self._module.device))
+        with self._precision.forward_context():
+            seen = self._precision.convert_input(observations.to(self._module.device))
+            actions: Tensor = self._module.act(seen)
         return actions.cpu()
 
     def _allowed(self, actions: Tensor) -> np.ndarray:
-        """Return the actions, within the bounds of a space that has some; the policy's loss is of those it chose."""
-        space, found = self._environments.action_space, actions.numpy()
-        return np.clip(found, space.low, space.high) if hasattr(space, "low") else found
+        """Return the actions as the environments take them; the policy's loss is of those it chose.
+
+        Raises:
+            ValueError: They are none of the action space.
+        """
+        space: Any = self._environments.single_action_space
+        shape = (self._environments.num_envs, *space.shape)
+        floats = bool(np.issubdtype(space.dtype, np.floating))
+        # NumPy has no bfloat16.
+        found = (actions.float() if actions.dtype == torch.bfloat16 else actions).numpy()
+        if found.shape != shape:
+            raise ValueError(
+                f"act must return an action for each environment, here of shape {shape} for {space}. Got shape "
+                f"{found.shape}; a policy of actions with several numbers, or an array of one, is "
+                "Independent(Normal(...), 1)."
+            )
+        # Samples of Bernoulli are floats, but whole numbers.
+        if not (actions.is_floating_point() if floats else np.array_equal(found, np.rint(found))):
+            raise ValueError(
+                f"Actions must be {'floats' if floats else 'whole numbers'} for {space}. Got {actions.dtype}; "
+                "override policy: Categorical is for numbered actions, Independent(Normal(...), 1) for continuous ones."
+            )
+        if hasattr(space, "low"):
+            return np.clip(found, space.low, space.high).astype(space.dtype)
+        copies = self._environments.action_space
+        started = (found + getattr(space, "start", 0)).astype(copies.dtype)
+        if not copies.contains(started):
+            raise ValueError(
+                f"Actions must be numbered from 0 on, as many as {space} has. Got {found.tolist()}; give the policy "
+                "one output for each action."
+            )
+        return started
 
 
 def _copy(values: np.ndarray) -> Tensor:
-    """Return a tensor in torch's default precision, and a copy: environments may use their arrays again."""
+    """Return a copy that networks take: environments may use their arrays again."""
     found = torch.tensor(values)
-    return found.to(torch.get_default_dtype()) if found.is_floating_point() else found
+    pixels = found.dtype in (torch.uint8, torch.int8)
+    return found.to(torch.get_default_dtype()) if pixels or found.is_floating_point() else found

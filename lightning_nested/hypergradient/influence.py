@@ -5,8 +5,7 @@ Koh & Liang (2017), ICML, PMLR 70:1885-1894. With Kronecker factors: Grosse et a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from lightning_nested.linalg.operators import DiagonalOperator, LinearOperator
 from lightning_nested.linalg.solvers.base import InverseSolver
 from lightning_nested.linalg.solvers.from_run import KroneckerFactored
 from lightning_nested.linalg.vectors import Vector, add_, norm, zeros_like, zeros_where_none
+from lightning_nested.networks.evaluation_mode import evaluation_mode
 
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 _RELATIVE = 0.1  # damping of KroneckerFactored() in units of the mean curvature
@@ -84,7 +84,7 @@ def influence(
         )
     params = tuple(p for p in module.parameters() if p.requires_grad)
     problem = _Problem(module, params, loss if loss is not None else example_loss)
-    with _evaluation_mode(module):
+    with evaluation_mode(module):
         outer, _ = problem.gradient(validation_data)
         chosen = solver if solver is not None else KroneckerFactored(relative=_RELATIVE)
         operator: LinearOperator = _DataCurvature(problem, training_data)
@@ -203,14 +203,3 @@ class _Factors:
             "influence needs a solver of the curvature. Got AdamDiagonal, which is an optimizer's; take "
             "KroneckerFactored() or ConjugateGradient(damping=...)."
         )
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from lightning_nested.datamodules import ExperienceDataModule
 from lightning_nested.datamodules.experience import Rollouts
@@ -162,6 +165,125 @@ def test_the_same_seeds_play_the_same() -> None:
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+
+
+class Echo(gymnasium.Env):  # type: ignore[misc]
+    """Pays the sum of the numbers of an action, after two pixels."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (2,), np.uint8)
+
+    def __init__(self, actions: Any) -> None:
+        self.action_space = actions
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.uint8([7, 255]), {}
+
+    def step(self, action: Any) -> Any:
+        return np.uint8([7, 255]), float(np.sum(action)), False, False, {}
+
+
+class Given(nn.Module):
+    """A module that acts: these actions, whatever it sees."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, actions: Any) -> None:
+        super().__init__()
+        self.actions = torch.as_tensor(actions)
+
+    def act(self, observations: Tensor) -> Tensor:
+        assert observations.dtype == torch.float32
+        return self.actions
+
+
+def echoed(space: Any, actions: Any) -> Rollout:
+    made = gymnasium.vector.SyncVectorEnv([lambda: Echo(space)] * 2)
+    (found,) = Rollouts(made, Given(actions), num_steps=1, num_batches=1, seed=0)
+    return found
+
+
+spaces = gymnasium.spaces
+STEPS = spaces.Box(-2, 2, (1,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("space", "actions", "sums"),
+    [
+        (STEPS, [[1.0], [-7.0]], [1, -2]),
+        (STEPS, torch.tensor([[1.0], [0.5]], dtype=torch.bfloat16), [1, 0.5]),
+        (spaces.Discrete(2, start=1), [0, 1], [1, 2]),
+        (spaces.MultiDiscrete([2, 3], start=[1, 5]), [[0, 2], [1, 0]], [8, 7]),
+        # samples of Bernoulli
+        (spaces.MultiBinary(2), [[1.0, 1.0], [0.0, 1.0]], [2, 1]),
+    ],
+)
+def test_each_copy_plays_its_own_action(space: Any, actions: Any, sums: list[float]) -> None:
+    found = echoed(space, actions)
+    assert found["rewards"][0].tolist() == sums
+    torch.testing.assert_close(found["actions"][0], torch.as_tensor(actions))
+
+
+@pytest.mark.parametrize(
+    ("space", "actions", "message"),
+    [
+        (STEPS, [1.0, 0.5], r"of shape \(2, 1\) for Box.* Got shape \(2,\)"),
+        (spaces.Discrete(2), [[0], [1]], r"of shape \(2,\) for Discrete.* Got shape \(2, 1\)"),
+        (STEPS, [[1], [0]], "must be floats for Box.* Got torch.int64"),
+        (spaces.Discrete(2), [0.5, 1.0], "must be whole numbers for Discrete.* Got torch.float32"),
+        (spaces.Discrete(2), [0, 2], r"numbered from 0 on.* Got \[0, 2\]"),
+        (spaces.Discrete(2, start=1), [0, -1], r"numbered from 0 on.* Got \[0, -1\]"),
+    ],
+)
+def test_actions_of_another_space_are_refused(space: Any, actions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        echoed(space, actions)
+
+
+class Normalized(ActorCritic):
+    """Continuous actions, of a network with batch norm."""
+
+    def policy(self, observations: Tensor) -> Any:
+        assert observations.dtype == self.dtype
+        return Independent(Normal(self.actor(observations), 1.0), 1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_the_policy_plays_in_evaluation_mode_and_in_the_trainers_precision(precision: Any) -> None:
+    actor = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
+    game = Normalized(actor, nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    data = ExperienceDataModule("Corridor-v0", num_environments=2, num_steps=3, num_batches=2)
+    trainer(precision=precision).fit(game, datamodule=data)
+    assert actor[0].num_batches_tracked == game.game_updates == 2
+    assert all(part.training for part in game.modules())
+
+
+class Starts(Callback):
+    """Keeps the first observation of each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch["observations"][0, 0, 0].item())
+
+
+def test_a_loader_in_the_middle_of_a_run_begins_at_other_starts(tmp_path: Path) -> None:
+    def run(starts: Starts, path: Path | None = None, **options: Any) -> Any:
+        game = ActorCritic(nn.Linear(4, 2), nn.Linear(4, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        data = ExperienceDataModule(num_environments=2, num_steps=2, num_batches=1)
+        fit = trainer(starts, **options)
+        fit.fit(game, datamodule=data, ckpt_path=path)
+        return fit
+
+    reloaded, first, resumed = Starts(), Starts(), Starts()
+    run(reloaded, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert len(set(reloaded.seen)) == 3
+    run(first).save_checkpoint(tmp_path / "first.ckpt")
+    run(resumed, tmp_path / "first.ckpt", max_epochs=2)
+    # The first loader of a run is of the seed alone.
+    assert first.seen == reloaded.seen[:1]
+    assert resumed.seen == reloaded.seen[1:2]
 
 
 def test_refusals() -> None:
