@@ -200,8 +200,7 @@ class Rollouts:
         if found.shape != shape:
             raise ValueError(
                 f"act must return an action for each environment, here of shape {shape} for {space}. Got shape "
-                f"{found.shape}; a policy of actions with several numbers, or an array of one, is "
-                "Independent(Normal(...), 1)."
+                f"{found.shape}; override policy: Categorical draws numbers, Independent(Normal(...), 1) arrays."
             )
         # Samples of Bernoulli are floats, but whole numbers.
         if not (actions.is_floating_point() if floats else np.array_equal(found, np.rint(found))):

@@ -37,8 +37,10 @@ class ReturnReport(Report):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.use.changed:
-            self.history = []
+        if stage == "fit":
+            self.results, self._figure = {}, None
+            if self.use.changed:
+                self.history = []
         if stage == "fit" and not hasattr(pl_module, "mean_return"):
             raise MisconfigurationException(
                 "ReturnReport needs a module that knows the returns of its episodes. "

@@ -1,4 +1,4 @@
-"""Means over processes: of vectors, of numbers that every process must agree on, and of gradients."""
+"""Means over processes: of vectors, of numbers that every process must agree on, and of gradients; objects of all."""
 
 from __future__ import annotations
 
@@ -55,3 +55,12 @@ def average_gradients(
         g.to(p.dtype) if count else None
         for g, p, count in zip(mean, like, counts.detach().tolist(), strict=True)
     )
+
+
+def of_all_processes(mine: Any) -> list[Any]:
+    """Return the objects of all processes in order, by pickles; called on all of them together."""
+    every = [mine]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        every = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, mine)
+    return every

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from typing_extensions import override
 
 from lightning_nested.arguments import at_least, check, within
 from lightning_nested.games.experience import Rollout, generalized_advantages
+from lightning_nested.linalg.processes import of_all_processes
 from lightning_nested.modules.game.loop import GameLoop
 from lightning_nested.modules.game.module import GameModule
 
@@ -28,7 +31,7 @@ class ActorCritic(GameModule):
 
     with advantages Â from :func:`~lightning_nested.games.generalized_advantages`, for the actor shifted and scaled to
     mean 0 and deviation 1. Both step on each batch, the actor first. Logged beside the losses: ``mean_return`` of the
-    last 100 episodes.
+    last 100 episodes, of all processes. Callbacks may monitor it after every update, and checkpoints keep it.
 
         ActorCritic(actor=MLP(4, num_classes=2), critic=MLP(4, num_classes=1), optimizer=lambda p: Adam(p, lr=1e-3))
 
@@ -48,7 +51,8 @@ class ActorCritic(GameModule):
         entropy: c.
         discount: γ of rewards.
         trace: λ of the advantages.
-        loop: Accumulation, clipping, batches; None: ``GameLoop(reuse_batch=True)``, both step on each rollout.
+        loop: Accumulation and clipping; None: neither. Both step on each rollout, whatever ``reuse_batch`` says;
+            with accumulation in alternating updates each has rollouts of its own.
         **game: Arguments of :class:`GameModule`.
 
     Raises:
@@ -71,7 +75,8 @@ class ActorCritic(GameModule):
         check(ActorCritic.__init__, locals())
         at_least(0, entropy=entropy)
         within(0, 1, discount=discount, trace=trace)
-        super().__init__(loop=GameLoop(reuse_batch=True) if loop is None else loop, **game)
+        loop = loop or GameLoop()
+        super().__init__(loop=replace(loop, reuse_batch=loop.accumulate_grad_batches == 1), **game)
         self.actor, self.critic = actor, critic
         self.entropy, self.discount, self.trace = entropy, discount, trace
         self._returns: deque[float] = deque(maxlen=100)
@@ -115,7 +120,9 @@ class ActorCritic(GameModule):
         policy, advantage = self.policy(batch["observations"][:-1][valid]), advantages[valid]
         scaled = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
         chosen = _one_each("log_prob of the policy", policy.log_prob(batch["actions"][valid]), scaled.shape)
-        return -(chosen * scaled).mean() - self.entropy * policy.entropy().mean()
+        loss = -(chosen * scaled).mean()
+        # Not every distribution knows its entropy.
+        return loss - self.entropy * policy.entropy().mean() if self.entropy else loss
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -124,7 +131,30 @@ class ActorCritic(GameModule):
             raise MisconfigurationException(
                 f"A batch of ActorCritic must be a Rollout. Got {got}; use ExperienceDataModule."
             )
-        self._returns.extend(batch["returns"].tolist())
+        # Of all processes, so that all have the mean or lack it together: a checkpoint's monitor waits for all.
+        self._returns.extend(chain.from_iterable(of_all_processes(batch["returns"].tolist())))
+        # Not by game_metrics alone, which loggers get now and then: callbacks monitor it at any update.
+        self.trainer.callback_metrics.update(
+            {name: torch.tensor(value, device=self.device) for name, value in self.game_metrics().items()}
+        )
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.game_updates == 0:
+            self._returns.clear()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if "game" in checkpoint:
+            checkpoint["game"]["returns"] = list(self._returns)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._returns.clear()
+        self._returns.extend(checkpoint.get("game", {}).get("returns", ()))
 
     @override
     def game_metrics(self) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_nested.linalg.processes import of_all_processes
 from lightning_nested.linalg.saved import require_keys
 from lightning_nested.trainer.random_stream import RandomStream, base_seed
 
@@ -35,11 +35,7 @@ class FixedBatches:
     def state_dict(self) -> dict[str, Any]:
         """Return the batches of all processes; called on all of them together."""
         mine = apply_to_collection(self._batches, Tensor, lambda t: t.cpu())
-        every = [mine]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            every = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(every, mine)
-        return {"seed": self.seed, "batches": every}
+        return {"seed": self.seed, "batches": of_all_processes(mine)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore saved batches; a process that had none stores its next ones."""

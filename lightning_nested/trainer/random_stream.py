@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_nested.linalg.processes import of_all_processes
+
 
 class RandomStream:
     """Random stream of torch, NumPy and ``random`` that leaves the global ones as they are.
@@ -158,11 +160,7 @@ def random_states(trainer: Trainer) -> list[dict[str, Any]]:
         "numpy": (numpy_state[0], numpy_state[1].tolist(), *(float(x) for x in numpy_state[2:])),
         "python": random.getstate(),
     }
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, state)
-    return states
+    return of_all_processes(state)
 
 
 def restore_random_state(states: Sequence[dict[str, Any]], rank: int) -> None:

@@ -56,6 +56,11 @@ def test_mean_returns_after_each_update(tmp_path: Path, capsys: pytest.CaptureFi
     # Another module: not a continuation.
     fit(report, tmp_path, max_steps=2)
     assert report.history == [(2, 3.0)]
+    # One that ends before its first episode has no results, and not those of the run before.
+    fit(report, tmp_path, max_steps=1)
+    assert not report.results
+    with pytest.raises(ValueError, match="Got none from ReturnReport"):
+        report.plot()
 
 
 def test_a_run_without_the_end_of_an_episode_has_no_report(tmp_path: Path) -> None:

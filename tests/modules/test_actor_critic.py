@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 from torch.utils.data import DataLoader
 
 from lightning_nested.callbacks import GameSpectrumCallback
 from lightning_nested.games import Rollout, game_jacobian
-from lightning_nested.modules import ActorCritic
+from lightning_nested.modules import ActorCritic, GameLoop
 from tests.cases import DOUBLE
 from tests.trainers import trainer
 
@@ -153,6 +155,10 @@ def test_a_spectrum_is_measured_and_its_checkpoint_loads_without_pickled_classes
     assert torch.load(tmp_path / "game.ckpt", weights_only=True)["global_step"] == 1
 
 
+def rollouts(*found: Any) -> DataLoader[Any]:
+    return DataLoader(found, batch_size=None)  # type: ignore[arg-type]
+
+
 class Gaussian(ActorCritic):
     """Continuous actions, each of two numbers."""
 
@@ -175,6 +181,101 @@ def test_continuous_actions_are_one_policy_away() -> None:
         MisconfigurationException, match=r"log_prob of the policy .* each of 4. Got shape \(4, 2\)"
     ):
         game.player_loss("actor", batch)
+
+
+def test_without_entropy_a_policy_needs_not_know_its_own() -> None:
+    class Squashed(Gaussian):
+        def policy(self, observations: Tensor) -> Any:
+            normal = Normal(self.actor(observations), 1.0)
+            return Independent(TransformedDistribution(normal, [TanhTransform()]), 1)
+
+    batch = bandit([[0.5, 0.0], [0.0, 0.2]], [3.0, 1.0])
+    assert Squashed(Logits(0.0, 0.0), Value(0.0), entropy=0.0).player_loss("actor", batch).isfinite()
+    with pytest.raises(NotImplementedError):
+        Squashed(Logits(0.0, 0.0), Value(0.0)).player_loss("actor", batch)
+
+
+@pytest.mark.parametrize(("batches", "updates"), [(1, 3), (2, 1)])
+def test_both_step_on_each_rollout_but_where_losses_are_accumulated(batches: int, updates: int) -> None:
+    game = module(loop=GameLoop(gradient_clip_val=1.0, accumulate_grad_batches=batches))
+    trainer().fit(game, rollouts(EVERY, EVERY, EVERY))
+    assert game.loop.gradient_clip_val == 1
+    assert (game.game_updates, game.loop.reuse_batch) == (updates, batches == 1)
+
+
+def test_a_run_that_resumes_knows_the_returns_and_another_one_does_not(tmp_path: Path) -> None:
+    game, fit = module(), trainer()
+    fit.fit(game, rollouts(EVERY))
+    fit.save_checkpoint(tmp_path / "game.ckpt")
+    assert game.mean_return() == 2.5
+    (resumed, again), none = (module(), trainer(max_epochs=2)), {**EVERY, "returns": torch.zeros(0)}
+    again.fit(resumed, rollouts(none), ckpt_path=tmp_path / "game.ckpt")
+    assert (resumed.game_updates, resumed.mean_return()) == (2, 2.5)
+    again.save_checkpoint(tmp_path / "resumed.ckpt")
+    assert torch.load(tmp_path / "resumed.ckpt", weights_only=True)["game"]["returns"] == [1, 1, 5, 3]
+    trainer().fit(resumed, rollouts(none))
+    assert resumed.mean_return() is None
+
+
+def test_a_checkpoint_without_returns_loads(tmp_path: Path) -> None:
+    fit = trainer()
+    fit.fit(module(), rollouts(EVERY))
+    fit.save_checkpoint(tmp_path / "game.ckpt")
+    old = torch.load(tmp_path / "game.ckpt", weights_only=True)
+    del old["game"]["returns"]
+    torch.save(old, tmp_path / "old.ckpt")
+    game = module()
+    trainer(max_epochs=2).fit(game, rollouts(EVERY), ckpt_path=tmp_path / "old.ckpt")
+    assert (game.game_updates, game.mean_return()) == (2, 2.5)
+
+
+class Means(Callback):
+    """Keeps what a callback may monitor after each batch."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.found: list[float] = []
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.found.append(float(trainer.callback_metrics.get("mean_return", -1)))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.folder is not None:
+            torch.save(self.found, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_the_mean_return_is_monitored_at_every_update() -> None:
+    means = Means()
+    trainer(means, log_every_n_steps=50).fit(
+        module(),
+        rollouts({**EVERY, "returns": torch.zeros(0)}, EVERY, {**EVERY, "returns": torch.full((4,), 4.5)}),
+    )
+    assert means.found == [-1, 2.5, 3.5]
+
+
+class Shared:
+    """On process 0 the first rollout ends an episode, on process 1 the second ends two."""
+
+    def __init__(self, game: ActorCritic) -> None:
+        self.game = game
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        returns = [[1.0], []] if self.game.global_rank == 0 else [[], [2.0, 6.0]]
+        return iter([{**EVERY, "returns": torch.tensor(r)} for r in returns])
+
+
+def test_all_processes_monitor_the_returns_of_all(tmp_path: Path) -> None:
+    """A checkpoint's monitor waits for the others: it would hang where one has no value."""
+    game = module()
+    saved = ModelCheckpoint(tmp_path, monitor="mean_return", mode="max", every_n_train_steps=1)
+    fit = trainer(
+        Means(tmp_path), saved, folder=tmp_path, enable_checkpointing=True, devices=2, strategy="ddp_fork"
+    )
+    fit.fit(game, Shared(game))
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [[1, 3], [1, 3]]
 
 
 def test_refusals() -> None:
