@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from lightning_nested.datamodules.in_memory import Batch, TensorBatches, seed_of
 from lightning_nested.extras import require_package
 
 _SETS = {"breast_cancer": False, "diabetes": True, "wine": False}  # whether the target is a number
+_FEW = 20  # so many different values are classes, if they are whole numbers, and may be words of a column
 
 
 @checked
@@ -31,6 +34,8 @@ class TabularDataModule(LightningDataModule):
     Args:
         source: ``"breast_cancer"``, ``"diabetes"`` or ``"wine"`` of scikit-learn, or the path of a CSV file.
         target: Name of the CSV's target column; None: its last one.
+        classes: Whether the CSV's target is a class; False for a count or a price in whole numbers. None: words are
+            classes, and so are whole numbers of at most 20 different values.
         train_size: Number of training rows.
         val_size: Number of validation rows; the other rows are the test set.
         noise_columns: Columns of noise.
@@ -40,7 +45,8 @@ class TabularDataModule(LightningDataModule):
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The table is too short, or has no such column.
+        ValueError: The table is too short, or has no such column; a CSV cell is empty, NaN or infinite; a CSV column
+            has nearly as many words as rows, or words among numbers.
 
     Example:
         >>> data = TabularDataModule("wine", train_size=80, val_size=40, noise_columns=5)
@@ -66,6 +72,7 @@ class TabularDataModule(LightningDataModule):
         source: str = "breast_cancer",
         *,
         target: str | None = None,
+        classes: bool | None = None,
         train_size: int = 220,
         val_size: int = 110,
         noise_columns: int = 0,
@@ -78,7 +85,11 @@ class TabularDataModule(LightningDataModule):
         at_least(0, noise_columns=noise_columns, seed=seed)
         if source not in _SETS and not source.lower().endswith(".csv"):
             raise ValueError(f"source must be one of {sorted(_SETS)} or a file.csv. Got {source!r}.")
-        self.source, self.target = source, target
+        if source in _SETS and classes is not None:
+            raise ValueError(
+                f"classes must be None for {source!r}, whose target is known. Got {classes}; leave it out."
+            )
+        self.source, self.target, self.classes = source, target, classes
         self.train_size, self.val_size, self.noise_columns = train_size, val_size, noise_columns
         self.batch_size, self.with_index, self.seed = batch_size, with_index, seed
         self._ready = False
@@ -134,37 +145,103 @@ class TabularDataModule(LightningDataModule):
         return list(found.feature_names), torch.from_numpy(found.data).float(), target
 
     def _csv(self) -> tuple[Sequence[str], Tensor, Tensor]:
-        path = Path(self.source)
-        if not path.is_file():
-            raise FileNotFoundError(f"source must be a file. Got {self.source!r}, and there is none.")
-        with path.open(newline="", encoding="utf-8") as file:
-            names, *rows = list(csv.reader(file))
-        target = self.target if self.target is not None else names[-1]
-        if target not in names or not rows:
-            raise ValueError(f"target must be a column of {path.name}: {', '.join(names)}. Got {target!r}.")
-        values = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-        words = values.pop(target)
-        numbers = _numbers(words)
-        classes = sorted(set(words))
-        # Few whole numbers are classes, as words are.
-        counted = numbers is None or (len(classes) <= 20 and bool((numbers == numbers.round()).all()))
-        goal = torch.tensor([classes.index(w) for w in words]) if counted or numbers is None else numbers
+        table = _read(Path(self.source), self.target)
         columns, parts = [], []
-        for name, column in values.items():
-            found = _numbers(column)
-            kinds = sorted(set(column)) if found is None else []
-            columns += [name] if found is not None else [f"{name}={kind}" for kind in kinds]
-            parts += (
-                [found]
-                if found is not None
-                else [torch.tensor([float(v == k) for v in column]) for k in kinds]
+        for name in table.inputs:
+            found = table.numbers(name)
+            if found is not None:
+                columns.append(name)
+                parts.append(found)
+                continue
+            cells = table.cells[name]
+            for kind in sorted(set(cells)):
+                columns.append(f"{name}={kind}")
+                parts.append(torch.tensor([float(cell == kind) for cell in cells]))
+        numbers, words = table.numbers(table.target), table.cells[table.target]
+        kinds = sorted(set(words))
+        if numbers is None and self.classes is False:
+            raise ValueError(
+                f"classes=False needs a target of numbers. Got words in column {table.target!r} of {self.source}, such "
+                f"as {kinds[0]!r}; leave classes out."
             )
-        return columns, torch.stack(parts, dim=1), goal
+        few = numbers is None or (len(kinds) <= _FEW and bool((numbers == numbers.round()).all()))
+        if numbers is not None and not (few if self.classes is None else self.classes):
+            return columns, torch.stack(parts, dim=1), numbers
+        return columns, torch.stack(parts, dim=1), torch.tensor([kinds.index(word) for word in words])
 
 
-def _numbers(column: Sequence[str]) -> Tensor | None:
+@dataclass(frozen=True)
+class _Table:
+    """Cells of a CSV file by column, and the lines of the file that its rows stand in."""
+
+    name: str
+    target: str
+    cells: dict[str, list[str]]
+    lines: list[int]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [name for name in self.cells if name != self.target]
+
+    def numbers(self, column: str) -> Tensor | None:
+        """Return a column of numbers, or None for one of words; refuse what is neither."""
+        cells = self.cells[column]
+        values = [_number(cell) for cell in cells]
+        found = torch.tensor([math.nan if value is None else value for value in values])
+        words = [row for row, value in enumerate(values) if value is None]
+        gaps = [row for row, cell in enumerate(cells) if cell.strip().lower() in ("", "nan")]
+        if not words:
+            gaps = (~found.isfinite()).nonzero().flatten().tolist()
+        if gaps:
+            raise ValueError(
+                f"Every cell must have a value, and numbers must be finite. Got {cells[gaps[0]]!r} in "
+                f"{self._place(gaps[0], column)}; fill it (the column has {len(gaps)} such cells), or leave its row or "
+                "the column out."
+            )
+        if not words:
+            return found
+        kinds = len(set(cells))
+        if kinds > _FEW and (2 * kinds > len(cells) or 2 * len(words) < len(cells)):
+            raise ValueError(
+                "A column must hold numbers, or words that repeat: each word becomes a column. Got "
+                f"{kinds} different values in {len(cells)} rows, and {cells[words[0]]!r}, which is no number, in "
+                f"{self._place(words[0], column)}; write numbers with a decimal point, or leave the column out."
+            )
+        return None
+
+    def _place(self, row: int, column: str) -> str:
+        return f"line {self.lines[row]}, column {column!r} of {self.name}"
+
+
+def _read(path: Path, target: str | None) -> _Table:
+    if not path.is_file():
+        raise FileNotFoundError(f"source must be a file. Got {str(path)!r}, and there is none.")
+    # Excel begins a file in UTF-8 with a mark, which would belong to the first name.
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        found = [(reader.line_num, row) for row in reader if any(map(str.strip, row)) or len(row) > 1]
+    names, rows = found[0][1] if found else [], found[1:]
+    target = names[-1] if target is None and names else target
+    if target not in names or not rows:
+        raise ValueError(f"target must be a column of {path.name}: {', '.join(names)}. Got {target!r}.")
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise ValueError(
+            f"The first line of {path.name} must name two columns or more, separated by commas, each differently. Got "
+            f"{', '.join(names)}."
+        )
+    for line, row in rows:
+        if len(row) != len(names):
+            raise ValueError(
+                f"Every row must have a cell for each of {len(names)} columns. Got {len(row)} in line {line} of "
+                f"{path.name}; a comma inside a cell needs quotes around the cell."
+            )
+    cells = {name: [row[k] for _, row in rows] for k, name in enumerate(names)}
+    return _Table(path.name, target, cells, [line for line, _ in rows])
+
+
+def _number(cell: str) -> float | None:
     try:
-        return torch.tensor([float(value) for value in column])
+        return float(cell)
     except ValueError:
         return None
 

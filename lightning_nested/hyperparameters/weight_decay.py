@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_nested.arguments import checked, within
+from lightning_nested.arguments import check, within
 from lightning_nested.hyperparameters.carry_over import carry_entries
 from lightning_nested.hyperparameters.hyperparameter import Hyperparameter
 from lightning_nested.hyperparameters.name_patterns import check_patterns, matches
@@ -27,7 +27,6 @@ _PASSES = 10
 _FAR, _NEAR_FLOOR = 0.2, 1.2
 
 
-@checked
 class WeightDecay(Hyperparameter):
     """L2 penalty ½ Σᵢ dᵢ wᵢ² on the inner loss, with d tuned.
 
@@ -54,7 +53,7 @@ class WeightDecay(Hyperparameter):
             its own hypergradient.
 
     Raises:
-        ValueError: A start or a share is out of range; ``shrink`` with another ``per``.
+        ValueError: A start or a share is out of range; ``shrink`` with another ``per``; ``per="feature"``.
     """
 
     def __init__(
@@ -67,6 +66,12 @@ class WeightDecay(Hyperparameter):
         name: str = "weight_decay",
         shrink: float | None = None,
     ) -> None:
+        if str(per) == "feature":
+            raise ValueError(
+                "per must be 'model', 'tensor' or 'parameter'. Got 'feature'; for a decay of each input column take "
+                "FeatureDecay(num_features)."
+            )
+        check(WeightDecay.__init__, locals())
         super().__init__()
         if shrink is not None:
             within(0, 1, shrink=shrink)

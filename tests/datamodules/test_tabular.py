@@ -69,3 +69,79 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y\n1,2\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"target must be a column of a.csv: x, y. Got 'z'"):
         ready(str(tmp_path / "a.csv"), target="z")
+
+
+def written(tmp_path: Path, *lines: str, header: str = "x,kind,price", encoding: str = "utf-8") -> str:
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join([header, *lines]), encoding=encoding)
+    return str(path)
+
+
+ROWS = [f"{k / 7:.4f},{'ab'[k % 2]},{k * 1.5}" for k in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "message"),
+    [
+        (0, {7: ""}, r"Got '' in line 9, column 'x' of own.csv; .* 1 such"),
+        (0, {7: "nan", 9: "inf"}, r"Got 'nan' in line 9, column 'x' of own.csv; .* 2 such"),
+        (0, {7: "1e39"}, "Got '1e39' in line 9"),  # beyond single precision
+        (1, {7: " "}, "Got ' ' in line 9, column 'kind'"),
+        (2, {7: "NaN"}, "Got 'NaN' in line 9, column 'price'"),
+        (
+            0,
+            {7: "n/a"},
+            "30 different values in 30 rows, and 'n/a', which is no number, in line 9, column 'x'",
+        ),
+        (0, {k: f'"{k},5"' for k in range(30)}, "'0,5', which is no number, in line 2"),
+        (2, {k: f'"{k},5"' for k in range(30)}, "'0,5', which is no number, in line 2, column 'price'"),
+        (0, {7: "1,5"}, "Got 4 in line 9 of own.csv; a comma inside a cell needs quotes"),
+    ],
+)
+def test_cells_that_are_no_data_are_named(
+    tmp_path: Path, column: int, cells: dict[int, str], message: str
+) -> None:
+    rows = [row.split(",") for row in ROWS]
+    for row, cell in cells.items():
+        rows[row][column] = cell
+    path = written(tmp_path, *map(",".join, rows))
+    with pytest.raises(ValueError, match=message):
+        ready(path, train_size=15, val_size=5)
+
+
+def test_words_among_many_numbers_that_repeat_are_named(tmp_path: Path) -> None:
+    path = written(tmp_path, *(f"{'?' if k == 5 else k % 25},a,{k * 1.5}" for k in range(100)))
+    with pytest.raises(
+        ValueError, match=r"26 different values in 100 rows, and '\?', which is no number, in line 7"
+    ):
+        ready(path, train_size=15, val_size=5)
+
+
+def test_blank_lines_and_the_mark_of_excel_are_passed_over(tmp_path: Path) -> None:
+    path = written(tmp_path, *ROWS[:10], "", *ROWS[10:], " ", "", encoding="utf-8-sig")
+    data = ready(path, target="x", train_size=15, val_size=5)
+    assert data.columns == ("kind=a", "kind=b", "price")
+    assert len(data.test_target) == 10
+
+
+def test_whole_numbers_are_classes_unless_said_otherwise(tmp_path: Path) -> None:
+    path = written(tmp_path, *(f"{k / 7:.4f},{'ab'[k % 2]},{k % 4 * 100}" for k in range(30)))
+    sizes = {"train_size": 15, "val_size": 5}
+    assert ready(path, **sizes).num_classes == ready(path, classes=True, **sizes).num_classes == 4
+    numbers = ready(path, classes=False, **sizes)
+    assert numbers.num_classes is None
+    assert numbers.train_target.shape == (15, 1)
+    with pytest.raises(
+        ValueError, match=r"classes=False needs a target of numbers\. Got words in column 'kind'"
+    ):
+        ready(path, target="kind", classes=False, **sizes)
+    with pytest.raises(ValueError, match="classes must be None for 'wine'"):
+        TabularDataModule("wine", classes=True)
+
+
+def test_a_header_that_names_no_input_is_refused(tmp_path: Path) -> None:
+    for header, row in (("x;price", "1;2"), ("x,x,price", "1,2,3")):
+        with pytest.raises(ValueError, match=f"two columns or more, separated by commas.*{header[:2]}"):
+            ready(written(tmp_path, row, header=header))
+    with pytest.raises(ValueError, match=r"target must be a column of own.csv: . Got None"):
+        ready(written(tmp_path, header=""))
