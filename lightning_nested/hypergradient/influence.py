@@ -5,15 +5,15 @@ Koh & Liang (2017), ICML, PMLR 70:1885-1894. With Kronecker factors: Grosse et a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import RandomSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 
-from lightning_nested.arguments import at_least, checked
+from lightning_nested.arguments import at_least, checked, shown
 from lightning_nested.linalg.curvature import GaussNewtonOperator
 from lightning_nested.linalg.differences import difference_length, moved
 from lightning_nested.linalg.kronecker import KroneckerFisher
@@ -49,9 +49,9 @@ def influence(
     evaluations for all.
 
     Args:
-        module: Trained network, from inputs to outputs.
+        module: Trained network, whose call takes inputs to outputs.
         training_data: Batches ``(inputs, targets, …)`` in a fixed order, which is that of the result: a loader without
-            ``shuffle``, or a list.
+            ``shuffle`` or a sampler that draws, or a list. Read several times.
         validation_data: Batches of the same form.
         loss: Function from outputs and targets to the loss of each example, (batch,) or (batch, …), of which the mean
             is taken; convex in the outputs. None: cross-entropy for whole targets, half the squared error for others.
@@ -63,7 +63,9 @@ def influence(
         s of shape (n,), on the CPU.
 
     Raises:
-        ValueError: The training data are shuffled, or a loss has no entry for each example.
+        ValueError: The training data are not in order, or can be read only once; no examples; a loss without an entry
+            for each example.
+        TypeError: Batches that do not begin with two tensors; a module without a forward.
 
     Example:
         The third of three numbers, whose mean is fitted, is far off.
@@ -77,10 +79,12 @@ def influence(
         tensor([ 0.3333,  0.3333, -0.6667])
     """
     at_least(0, weight_decay=weight_decay)
-    if isinstance(getattr(training_data, "sampler", None), RandomSampler):
-        raise ValueError(
-            "training_data must come in a fixed order, which is the result's. Got a loader with shuffle=True; give one "
-            "without."
+    _check_order(training_data)
+    # LightningModule cannot be imported here; its own forward, and nn.Module's, only raise.
+    if getattr(module.forward, "__qualname__", "") in ("LightningModule.forward", "_forward_unimplemented"):
+        raise TypeError(
+            "module must return outputs when it is called with inputs. Got "
+            f"{type(module).__name__} without a forward; give its network, such as module.network, or add a forward."
         )
     params = tuple(p for p in module.parameters() if p.requires_grad)
     problem = _Problem(module, params, loss if loss is not None else example_loss)
@@ -94,6 +98,26 @@ def influence(
             chosen = chosen.bind(_Factors(problem, training_data, weight_decay))
         x = chosen.solve(operator, outer).x
         return problem.slopes(training_data, x)
+
+
+def _check_order(data: Iterable[Any]) -> None:
+    """Refuse training data whose examples would come in another order, or not at all, when they are read again."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"training_data is read several times. Got {type(data).__name__}, which can be read only once; give a "
+            "list of its batches."
+        )
+    batches = getattr(data, "batch_sampler", None)
+    sampler = getattr(data, "sampler", None) if batches is None else getattr(batches, "sampler", batches)
+    # An iterable that is no loader has none, and that of a loader over an IterableDataset says nothing.
+    unknown = sampler is None or isinstance(getattr(data, "dataset", None), IterableDataset)
+    if not unknown and not isinstance(sampler, SequentialSampler | list | tuple | range):
+        raise ValueError(
+            "training_data must come in the order of its data set, which is the result's. Got a loader with "
+            f"{type(sampler).__name__}; give one with shuffle=False and without a sampler."
+        )
+    if next(iter(data), None) is None:
+        raise ValueError("training_data must hold examples. Got none.")
 
 
 def example_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -110,8 +134,17 @@ class _Problem:
         self.module, self.params, self.loss = module, params, loss
         self.device = params[0].device
 
-    def losses(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the losses (batch,) and the outputs."""
+        if (
+            not isinstance(batch, Sequence)
+            or not all(isinstance(part, Tensor) for part in batch[:2])
+            or len(batch) < 2
+        ):
+            got = f"a dict of {list(batch)}" if isinstance(batch, Mapping) else shown(batch)
+            raise TypeError(
+                f"A batch must be (inputs, targets, …), with two tensors first. Got {got}; give tuples."
+            )
         inputs, targets = (part.to(self.device) for part in batch[:2])
         outputs: Tensor = self.module(inputs)
         losses = self.loss(outputs, targets)
@@ -130,7 +163,11 @@ class _Problem:
             found = torch.autograd.grad(losses.sum(), self.params, allow_unused=True)
             add_(total, zeros_where_none(found, self.params))
             count += len(losses)
-        return tuple(a / max(1, count) for a in total), count
+        if not count:
+            raise ValueError(
+                "validation_data must hold examples. Got none; a generator can be read only once."
+            )
+        return tuple(a / count for a in total), count
 
     @torch.no_grad()
     def slopes(self, data: Iterable[Any], x: Vector) -> Tensor:

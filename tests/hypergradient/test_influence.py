@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_nested.datamodules import DigitsDataModule
+from lightning_nested.datamodules.in_memory import TensorBatches
 from lightning_nested.hypergradient import (
     AdamDiagonal,
     ConjugateGradient,
@@ -119,16 +129,54 @@ def test_other_losses_and_sequences(normal: Normal) -> None:
     torch.testing.assert_close(found, explicit, rtol=1e-9, atol=1e-12)
 
 
+FOUR = TensorDataset(torch.arange(8.0).view(4, 2), torch.ones(4, 1))
+
+
+def test_samplers_in_order_are_taken() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 1)
+    whole = [FOUR.tensors]
+    loaders = (
+        DataLoader(FOUR, batch_size=3),
+        DataLoader(FOUR, batch_size=2, sampler=range(4)),
+        DataLoader(FOUR, batch_sampler=BatchSampler(SequentialSampler(FOUR), 3, False)),
+        DataLoader(FOUR, batch_sampler=[[0, 1], [2, 3]]),
+        TensorBatches(*FOUR.tensors).loader(batch_size=3),
+    )
+    solver = DenseSolve(damping=0.1)
+    expected = influence(layer, whole, whole, solver=solver)
+    for loader in loaders:
+        # Differences in single precision.
+        torch.testing.assert_close(
+            influence(layer, loader, whole, solver=solver), expected, rtol=1e-2, atol=1e-3
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss": functional.mse_loss}, r"an entry for each of 4 examples. Got shape \(\)"),
         ({"solver": AdamDiagonal()}, "Got AdamDiagonal"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"training_data": DataLoader(FOUR, shuffle=True)}, "order .* Got a loader with RandomSampler"),
         (
-            {"training_data": DataLoader(TensorDataset(torch.ones(4, 2), torch.ones(4, 1)), shuffle=True)},
-            "shuffle=True",
+            {"training_data": DataLoader(FOUR, batch_sampler=BatchSampler(RandomSampler(FOUR), 2, False))},
+            "RandomSampler",
         ),
+        ({"training_data": DataLoader(FOUR, sampler=SubsetRandomSampler(range(4)))}, "SubsetRandomSampler"),
+        (
+            {"training_data": DataLoader(FOUR, batch_size=None, sampler=WeightedRandomSampler([1.0] * 4, 4))},
+            "WeightedRandomSampler",
+        ),
+        (
+            {"training_data": (batch for batch in DataLoader(FOUR))},
+            "Got generator, which can be read only once",
+        ),
+        ({"training_data": []}, "training_data must hold examples"),
+        ({"validation_data": []}, "validation_data must hold examples"),
+        ({"training_data": [{"x": torch.ones(4, 2), "y": torch.ones(4, 1)}]}, r"Got a dict of \['x', 'y'\]"),
+        ({"validation_data": [torch.ones(4, 2)]}, "two tensors first. Got Tensor of shape"),
+        ({"module": LightningModule()}, "Got LightningModule without a forward"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options: Any, message: str) -> None:

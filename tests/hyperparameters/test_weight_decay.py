@@ -138,3 +138,10 @@ def test_copies_and_saved_states_hold_the_values(parameters: dict[str, Tensor], 
     wrong = {key: torch.zeros(9) for key in decay.tensors}
     with pytest.raises(ValueError, match=r"must have shape \(3, 2\). Got \(9,\)"):
         other.load_state_dict(wrong)
+
+
+def test_a_decay_for_each_input_column_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"Got 'feature'; for a decay of each input column take FeatureDecay"
+    ):
+        WeightDecay(per="feature")  # type: ignore[arg-type]
