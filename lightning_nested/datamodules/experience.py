@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributions import Categorical
 from typing_extensions import override
 
 from lightning_nested.arguments import at_least, checked
@@ -44,7 +45,8 @@ class ExperienceDataModule(LightningDataModule):
 
     Raises:
         MissingExtraError: Gymnasium is not installed.
-        MisconfigurationException: The module that trains has no ``act``.
+        MisconfigurationException: The module that trains has no ``act``, or networks of sizes that do not fit
+            the environment.
         ValueError: A number below 1, or ``num_steps`` below 2; an environment whose observations are no arrays, or that
             is not reset in the step after an episode's end (``AutoresetMode.NEXT_STEP``, Gymnasium's default); in
             ``fit``: actions of another shape, kind or range than the action space's.
@@ -143,6 +145,7 @@ class Rollouts:
         self._observations, _ = environments.reset(seed=seed)
         self._ended = np.zeros(environments.num_envs, dtype=bool)
         self._sums = np.zeros(environments.num_envs)
+        self._checked = False  # whether the module's sizes are those of the spaces
 
     def __len__(self) -> int:
         return self._num_batches
@@ -181,10 +184,39 @@ class Rollouts:
 
     @torch.no_grad()
     def _act(self, observations: Tensor) -> Tensor:
+        seen = self._precision.convert_input(observations.to(self._module.device))
         with self._precision.forward_context():
-            seen = self._precision.convert_input(observations.to(self._module.device))
-            actions: Tensor = self._module.act(seen)
-        return actions.cpu()
+            actions = self._act_first(seen) if not self._checked else self._module.act(seen)
+        return cast("Tensor", actions).cpu()
+
+    def _act_first(self, observations: Tensor) -> Tensor:
+        """Act for the first time, and refuse networks that do not fit the environment."""
+        seen, space = self._environments.single_observation_space, self._environments.single_action_space
+        try:
+            actions: Tensor = self._module.act(observations)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"The module must act on observations of the environment: {seen}, in batches of shape "
+                f"{tuple(observations.shape)}. Got {type(error).__name__}: {error}; give it networks of these sizes. "
+                "Observations that are a number need an embedding, or gymnasium.wrappers.FlattenObservation in "
+                "options={'wrappers': [...]}."
+            ) from error
+        choices = self._choices(observations)
+        if choices not in (None, getattr(space, "n", None)):
+            raise MisconfigurationException(
+                f"The module must choose actions of the environment: {space}. Got a policy over {choices} actions; the "
+                "actor ends in a number for each of the environment's actions."
+            )
+        self._checked = True
+        return actions
+
+    def _choices(self, observations: Tensor) -> int | None:
+        """Return the number of actions that the module's policy is over; None if it is not over numbered ones."""
+        if not hasattr(self._module, "policy"):
+            return None
+        with torch.random.fork_rng(devices=[]):
+            policy = self._module.policy(observations)
+        return policy.logits.shape[-1] if isinstance(policy, Categorical) else None
 
     def _allowed(self, actions: Tensor) -> np.ndarray:
         """Return the actions as the environments take them; the policy's loss is of those it chose.

@@ -5,7 +5,7 @@ Koh & Liang (2017), ICML, PMLR 70:1885-1894. With Kronecker factors: Grosse et a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch

@@ -101,9 +101,18 @@ class ActorCritic(GameModule):
 
     @override
     def player_loss(self, name: str, batch: Any) -> Tensor:
-        values = _one_each(
-            "critic", self.critic(batch["observations"].flatten(0, 1)), batch["observations"].shape[:2]
-        )
+        seen = batch["observations"]
+        try:
+            found = self.critic(seen.flatten(0, 1))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            # What ran once has the right sizes.
+            if self.game_updates:
+                raise
+            raise MisconfigurationException(
+                f"The critic must take observations of shape (batch, {', '.join(map(str, seen.shape[2:]))}). Got "
+                f"{type(error).__name__}: {error}; give it the environment's sizes, as the actor has."
+            ) from error
+        values = _one_each("critic", found, seen.shape[:2])
         # The critic's targets never have a graph, the actor's advantages for the game's Jacobian alone.
         fixed = values if name == "actor" and self.joint_graph else values.detach()
         advantages = generalized_advantages(

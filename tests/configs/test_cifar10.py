@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_nested.cli.main import main
 from tests.datamodules.cifar10_files import write_cifar10
@@ -45,6 +47,16 @@ def test_images_of_a_class_are_learned(tmp_path: Path) -> None:
     small = ["--data.train_size=100", "--data.val_size=50", "--data.batch_size=50"]
     found = run(tmp_path, "distill_cifar10", *short, *small)
     assert (found["images"], found["steps"]) == (10, 2)
+
+
+def test_a_network_that_augments_needs_no_logger() -> None:
+    """``LearningRateMonitor`` would refuse ``--trainer.logger=false``."""
+    with resources.files("lightning_nested.configs").joinpath("augment_cifar10.yaml").open() as file:
+        config = yaml.safe_load(file)
+    callbacks = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert "AugmentationReport" in callbacks
+    assert "LearningRateMonitor" not in callbacks
+    assert config["model"]["init_args"]["scheduler"]["init_args"]["T_max"] == config["trainer"]["max_epochs"]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")

@@ -286,6 +286,31 @@ def test_a_loader_in_the_middle_of_a_run_begins_at_other_starts(tmp_path: Path) 
     assert resumed.seen == reloaded.seen[1:2]
 
 
+@pytest.mark.parametrize(
+    ("environment", "actor", "critic", "message"),
+    [
+        (
+            "Acrobot-v1",
+            (4, 2),
+            (4, 1),
+            r"must act on observations .*in batches of shape \(2, 6\). Got RuntimeError",
+        ),
+        ("Acrobot-v1", (6, 3), (4, 1), r"critic must take observations of shape \(batch, 6\)"),
+        ("CartPole-v1", (4, 3), (4, 1), r"Discrete\(2\).* Got a policy over 3 actions"),
+        ("CartPole-v1", (4, 1), (4, 1), r"Discrete\(2\).* Got a policy over 1 actions"),
+        ("FrozenLake-v1", (16, 4), (16, 1), r"Discrete\(16\).* need an embedding"),
+        ("Corridor-v0", (1, 2), (1, 1), r"Box.* Got a policy over 2 actions"),
+    ],
+)
+def test_networks_of_other_sizes_than_the_environment_are_refused(
+    environment: str, actor: tuple[int, int], critic: tuple[int, int], message: str
+) -> None:
+    game = ActorCritic(nn.Linear(*actor), nn.Linear(*critic), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    data = ExperienceDataModule(environment, num_environments=2, num_steps=3, num_batches=1)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(num_sanity_val_steps=0).fit(game, datamodule=data)
+
+
 def test_refusals() -> None:
     with pytest.raises(MisconfigurationException, match="Got no Trainer"):
         ExperienceDataModule().train_dataloader()
