@@ -96,6 +96,8 @@ class WeightDecay(Hyperparameter):
         self._shapes: dict[str, torch.Size] = {}  # of the decayed parameters
         # Patterns that have matched a name: the parameters they match may be frozen later.
         self._matched: set[str] = set()
+        # Names of parameters that lazy layers will have from their first batch on.
+        self.awaited: tuple[str, ...] = ()
         # Unconstrained decays of parameters that were frozen, for when they come back.
         self._frozen: dict[str, Tensor] = {}
 
@@ -105,12 +107,12 @@ class WeightDecay(Hyperparameter):
         A second call, with parameters that were added (unfrozen) or removed (frozen), keeps the decays of those that
         stay or come back; new ones start at ``init``.
         """
-        check_patterns({*(self.include or ()), *self.exclude} - self._matched, parameters)
+        check_patterns({*(self.include or ()), *self.exclude} - self._matched, [*parameters, *self.awaited])
         chosen = self._chosen(parameters)
         if not chosen:
             raise ValueError(
                 f"At least one parameter must be decayed. Got include={self.include}, exclude={self.exclude}, "
-                f"which leaves none of {len(parameters)}."
+                f"which leaves none of {len(parameters)}{', before lazy layers have a batch' * bool(self.awaited)}."
             )
         self._matched = {*(self.include or ()), *self.exclude}
         before, self.parameter_names = self.parameter_names, tuple(chosen)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -239,6 +240,11 @@ def shard(trainer: Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
     sampler = connector._resolve_sampler(loader, shuffle=False, mode=RunningStage.VALIDATING)
     sharded: DataLoader[Any] = _update_dataloader(loader, sampler, mode=RunningStage.VALIDATING)
     return sharded
+
+
+def wrapped_sampler(sampler: Sampler[Any]) -> Any:
+    """Return the sampler whose draws the Trainer shares out among processes; None where the sampler shares out data."""
+    return sampler.dataset._sampler if isinstance(sampler, DistributedSamplerWrapper) else None
 
 
 def is_sequential(loader: CombinedLoader) -> bool:

@@ -23,15 +23,19 @@ class OwnDecay:
         return bool(self._of_groups)
 
     def take(self, optimizer: Optimizer) -> None:
-        """Let it give way, if it is decoupled; again once a checkpoint has restored it."""
+        """Let it give way, if it is decoupled; again once a checkpoint has restored it, or a group was added."""
         rates = decoupled_rates(optimizer)
         if not rates:
             return
         own = [group["weight_decay"] for group in optimizer.param_groups]
-        if any(own) or not self._of_groups:
-            self._optimizer, self._of_groups = optimizer, own
-        for group in optimizer.param_groups:
-            if any(id(p) in rates for p in group["params"]):
+        decoupled = [any(id(p) in rates for p in group["params"]) for group in optimizer.param_groups]
+        known = len(self._of_groups)
+        # Those that gave way are at zero, unless a checkpoint has restored them.
+        restored = any(decay for decay, gave_way in zip(own[:known], decoupled, strict=False) if gave_way)
+        self._optimizer = optimizer
+        self._of_groups = own if restored else [*self._of_groups, *own[known:]]
+        for group, gives_way in zip(optimizer.param_groups, decoupled, strict=True):
+            if gives_way:
                 group["weight_decay"] = 0.0
 
     def give_back(self) -> None:

@@ -6,11 +6,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_nested.hyperparameters import GroupSampler
+from lightning_nested.trainer.lightning import wrapped_sampler
 
 # Most and fewest outer steps of a run: more only cost time, with fewer the values stay noisy.
 _MOST, _FEWEST = 100, 25
@@ -163,22 +171,38 @@ def _passes(trainer: Trainer, total: int | None, accumulate: int | None) -> floa
 def _batches_of_data(trainer: Trainer) -> float:
     """Return the batches of all training data: of an epoch, unless each epoch draws anew from more data, or fewer."""
     loaders = CombinedLoader(getattr(trainer, "train_dataloader", None)).flattened
-    drawn = [count for loader in loaders if (count := _batches_drawn_from(loader)) is not None]
-    return max(drawn, default=trainer.num_training_batches)
+    # Several may go round at different speeds.
+    drawn = _batches_drawn_from(loaders[0]) if len(loaders) == 1 else None
+    return trainer.num_training_batches if drawn is None else drawn
 
 
 def _batches_drawn_from(loader: Any) -> float | None:
-    """Return the batches that a loader would have with all its data, on this process; None: it does not draw."""
+    """Return the batches that a loader would have with all its data, on this process; None: unknown."""
     sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader, "sampler", None) if sampler is None else sampler
     while isinstance(sampler, BatchSampler):
         sampler = sampler.sampler
+    examples = _examples_drawn_from(sampler)
+    batches = None if examples is None else sized_len(loader)
     # An epoch of the Trainer's may be shorter than the loader, and the loader's than the data.
+    return None if not examples or not batches else batches * examples / len(sampler)
+
+
+def _examples_drawn_from(sampler: Any) -> float | None:
+    """Return the number of examples from which a sampler draws each epoch anew, on this process; None: unknown."""
     if isinstance(sampler, DistributedSampler):
-        return float(len(loader)) if sampler.shuffle else None
-    if isinstance(sampler, RandomSampler | WeightedRandomSampler | GroupSampler):
-        return len(loader) * len(loader.dataset) / len(sampler)
-    return None
+        wrapped = wrapped_sampler(sampler)
+        every = _examples_drawn_from(wrapped)
+        if wrapped is None and sampler.shuffle:
+            every = len(sampler.dataset)
+        return None if every is None else every / sampler.num_replicas
+    if isinstance(sampler, RandomSampler):
+        return len(sampler.data_source)
+    if isinstance(sampler, SubsetRandomSampler):
+        return len(sampler.indices)
+    if isinstance(sampler, WeightedRandomSampler):
+        return len(sampler.weights)
+    return sum(map(len, sampler.rows)) if isinstance(sampler, GroupSampler) else None
 
 
 def affordable_batches(

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
@@ -70,6 +75,23 @@ def test_the_budget_is_kept(cost: float, overhead: float, steps: float) -> None:
     assert pace.outer_steps is None or pace.outer_steps <= 102  # a hundred, and a remainder
 
 
+class Shuffled(Sampler[int]):
+    """A sampler of the user's own."""
+
+    def __init__(self, source: range) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(len(self)).tolist())
+
+
+def shared_out(sampler: Sampler[int]) -> DistributedSamplerWrapper:
+    return DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+
+
 def test_passes_are_counted_in_batches_and_unknown_for_streams() -> None:
     options: dict[str, Any] = {"cost": 2.0, "overhead": 0.3, "every_n_steps": None, "warmup_steps": None}
     for steps, batches, accumulate, expected in (
@@ -104,16 +126,48 @@ def test_passes_are_counted_in_batches_and_unknown_for_streams() -> None:
         ({"sampler": GroupWeights(["a", "b"]).sampler(torch.arange(32) % 2, 8)}, {}, 1.0),
         ({"sampler": DistributedSampler(range(32), 2, 0)}, {"limit_train_batches": 1}, 1.0),
         ({"sampler": DistributedSampler(range(32), 2, 0, shuffle=False)}, {"limit_train_batches": 1}, 4.0),
+        # The sampler knows what it draws from, whatever the dataset has.
+        ({"sampler": RandomSampler(range(8))}, {}, 4.0),
+        ({"sampler": SubsetRandomSampler(range(16))}, {"limit_train_batches": 2}, 2.0),
+        # As the Trainer wraps samplers on one of two processes.
+        ({"sampler": shared_out(WeightedRandomSampler([1.0] * 32, 16))}, {}, 2.0),
+        ({"sampler": shared_out(Shuffled(range(32)))}, {"limit_train_batches": 2}, 4.0),
+        ({"sampler": Shuffled(range(32))}, {"limit_train_batches": 2}, 4.0),
     ],
 )
 def test_passes_are_through_all_the_data_that_epochs_draw_from(
     loader: dict[str, Any], options: dict[str, Any], expected: float
 ) -> None:
-    callback = HypergradientCallback(WeightDecay())
     batches = DataLoader(data(32, 1), **({} if "batch_sampler" in loader else {"batch_size": 4}), **loader)
-    trainer(callback, max_epochs=4, **options).fit(Regression(smooth()), batches, DataLoader(data(8, 2), 8))
+    assert passes_of_four_epochs(Regression(smooth()), batches, **options) == expected
+
+
+def passes_of_four_epochs(module: LightningModule, loader: Any, **options: Any) -> float:
+    callback = HypergradientCallback(WeightDecay())
+    trainer(callback, max_epochs=4, **options).fit(module, loader, DataLoader(data(8, 2), 8))
     assert callback.plan.pace is not None
-    assert callback.plan.pace.passes == expected
+    return callback.plan.pace.passes
+
+
+def test_passes_of_a_dataset_without_a_length_are_counted_by_its_sampler() -> None:
+    class Endless(Dataset[Any]):
+        examples = data(32, 1)
+
+        def __getitem__(self, index: int) -> Any:
+            return self.examples[index]
+
+    loader = DataLoader(Endless(), 4, sampler=RandomSampler(range(32)))
+    assert passes_of_four_epochs(Regression(smooth()), loader) == 4.0
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "min_size"])
+def test_passes_through_several_loaders_are_epochs(mode: Any) -> None:
+    class First(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["first"], batch_idx)
+
+    loaders = {"first": DataLoader(data(8, 1), 4, shuffle=True), "other": DataLoader(data(32, 1), 4)}
+    assert passes_of_four_epochs(First(smooth()), CombinedLoader(loaders, mode)) == 4.0
 
 
 def test_a_run_without_an_end_is_planned_by_the_budget() -> None:

@@ -346,6 +346,8 @@ class Spare(Weighted):
         (5, None, {"net.weight", "spare.weight"}),
         (99, None, {"net.weight"}),
         (99, ["net.*"], {"net.weight", "net.bias"}),
+        (5, ["net.*", "spare.bias"], {"net.weight", "net.bias", "spare.bias"}),
+        (99, ["net.*", "spare.*"], {"net.weight", "net.bias"}),
     ],
 )
 def test_a_lazy_layer_is_decayed_from_its_first_batch_on(
@@ -358,6 +360,39 @@ def test_a_lazy_layer_is_decayed_from_its_first_batch_on(
     assert set(decay.parameter_names) == names
     # Those of the first layer are moved from the first step on.
     assert float(decay.decays()["net.weight"].detach()) != pytest.approx(1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*UninitializedParameter", "ignore:A layer with")
+def test_a_pattern_that_only_a_lazy_layer_may_match_is_no_excuse_for_another() -> None:
+    callback = exact(WeightDecay(include=["net.*", "spare.*", "sqare.*"]), solver=Identity())
+    with pytest.raises(ValueError, match=r"Got 'sqare\.\*', which matches none; close names: spare"):
+        trainer(callback).fit(Spare(99), datamodule=Data())
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*UninitializedParameter", "ignore:A layer with")
+@pytest.mark.parametrize("first", [99, 5])
+def test_a_second_fit_goes_on_where_a_lazy_layer_had_no_batch(first: int) -> None:
+    decay, module, datamodule = WeightDecay(), Spare(99), Data()
+    callback = HypergradientCallback(decay, every_n_steps=1, warmup_steps=0)
+    for made, reached in ((12, False), (24, first == 5)):
+        trainer(callback).fit(module, datamodule=datamodule)
+        assert callback.outer_steps == made
+        assert decay.parameter_names == (("net.weight", "spare.weight") if reached else ("net.weight",))
+        module.first = first
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*UninitializedParameter", "ignore:A layer with")
+@pytest.mark.parametrize("first", [99, 15])
+def test_a_run_is_resumed_where_a_lazy_layer_had_no_batch(first: int, tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    for epochs, saved, reached in ((1, None, False), (2, file, first == 15)):
+        decay = WeightDecay()
+        callback = HypergradientCallback(decay, every_n_steps=1, warmup_steps=0)
+        run = trainer(callback, max_epochs=epochs)
+        run.fit(Spare(first), datamodule=Data(), ckpt_path=saved, weights_only=False)
+        run.save_checkpoint(file)
+        assert callback.outer_steps == 12 * epochs
+        assert decay.parameter_names == (("net.weight", "spare.weight") if reached else ("net.weight",))
 
 
 def test_a_nested_module_refuses_lazy_layers() -> None:

@@ -200,7 +200,7 @@ class HypergradientCallback(OuterLoopCallback):
         self.plan.schedule(trainer, self.outer_loop)
         curvature = curvature_of_run(trainer, self.plan, self.outer_loop, self.curvature)
         self._graph = InnerGraph.of_training(trainer, pl_module, curvature)
-        self._collect(trainer, pl_module, wait=True)
+        self._collect(trainer, pl_module, wait=self._saved is None)
         if self.outer.decays:
             warn_of_own_decay(optimizer)
         self.outer_loop.remember_initial(self.outer_loop.parameters)
@@ -223,7 +223,7 @@ class HypergradientCallback(OuterLoopCallback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._clear_window()
             if not self.outer_loop.is_built_for(trainer.optimizers[0]):
-                self._collect(trainer, pl_module, wait=not self.outer_loop.parameters)
+                self._collect(trainer, pl_module, wait=True)
             self.plan.foresee(partial(self.should_update, trainer), self.inner_steps)
             self._options.watch(trainer, partial(self.should_update, trainer), self.inner_steps)
         self.plan.pause(False, batch)
@@ -328,7 +328,7 @@ class HypergradientCallback(OuterLoopCallback):
 
     def _collect(self, trainer: Trainer, module: LightningModule, *, wait: bool = False) -> None:
         """Name the parameters of the inner optimizer, and build the hyperparameters for them."""
-        parameters = named_parameters(trainer, module, len(self.outer_loop.parameters), wait=wait)
+        parameters = named_parameters(trainer, module, self.outer_loop, wait=wait)
         if parameters:
             self.outer_loop.build(parameters, trainer.strategy.root_device)
             self.plan.attach(module, parameters, trainer.optimizers[0])
