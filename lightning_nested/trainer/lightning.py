@@ -242,9 +242,10 @@ def shard(trainer: Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
     return sharded
 
 
-def wrapped_sampler(sampler: Sampler[Any]) -> Any:
+def wrapped_sampler(sampler: Any) -> Sampler[Any] | None:
     """Return the sampler whose draws the Trainer shares out among processes; None where the sampler shares out data."""
-    return sampler.dataset._sampler if isinstance(sampler, DistributedSamplerWrapper) else None
+    shared: Any = sampler.dataset if isinstance(sampler, DistributedSamplerWrapper) else None
+    return getattr(shared, "_sampler", None)
 
 
 def is_sequential(loader: CombinedLoader) -> bool:

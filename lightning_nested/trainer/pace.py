@@ -178,7 +178,7 @@ def _batches_of_data(trainer: Trainer) -> float:
 
 def _batches_drawn_from(loader: Any) -> float | None:
     """Return the batches that a loader would have with all its data, on this process; None: unknown."""
-    sampler = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader, "sampler", None) if sampler is None else sampler
     while isinstance(sampler, BatchSampler):
         sampler = sampler.sampler
@@ -194,7 +194,7 @@ def _examples_drawn_from(sampler: Any) -> float | None:
         wrapped = wrapped_sampler(sampler)
         every = _examples_drawn_from(wrapped)
         if wrapped is None and sampler.shuffle:
-            every = len(sampler.dataset)
+            every = sized_len(sampler.dataset)
         return None if every is None else every / sampler.num_replicas
     if isinstance(sampler, RandomSampler):
         return len(sampler.data_source)
