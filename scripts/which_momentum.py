@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _actor_critic_game import ActorCriticGame
+from _actor_critic_game import ActorCriticGame, PendulumGame
 from _network_games import AdversarialTraining, Digits, NetworkGame, Ring, train
 from _running import script_parser
 from _small_games import GAMES, MAGNITUDES, PHASES, adapt_row, play
@@ -71,6 +71,7 @@ NETWORKS = {
     "digits, relativistic": Entry(partial(Digits, loss=RelativisticPairing()), 600, LARGE_RATES, -1),
     "adversarial training": Entry(AdversarialTraining, 150, SMALL_RATES, 1),
     "actor-critic": Entry(ActorCriticGame, 300, SMALL_RATES, 1, FEW_METHODS),
+    "actor-critic, Pendulum": Entry(PendulumGame, 400, LARGE_RATES, 1, FEW_METHODS),
 }
 
 
@@ -229,7 +230,7 @@ def _panel(axis: Axes, game: str, rows: Mapping[str, dict[str, Any]]) -> None:
     if is_cost:  # how many times the least
         shade = np.clip(1 - np.log(values / least) / math.log(8), 0, 1)
     else:
-        shade = np.clip(1 - (most - values) / (0.5 * most or 1.0), 0, 1)
+        shade = np.clip(1 - (most - values) / (0.5 * abs(most) or 1.0), 0, 1)
     axis.imshow(shade, cmap="Blues", vmin=0, vmax=1.35, aspect="auto", origin="lower")
     for (i, j), value in np.ndenumerate(values):
         axis.text(j, i, _cell(value), ha="center", va="center", fontsize=8)
@@ -244,7 +245,7 @@ def _cell(value: float) -> str:
     """Return a number of a map; nothing where it was not run, – where it is infinite."""
     if not math.isfinite(value):
         return "" if math.isnan(value) else "–"
-    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def played_with(game: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
     parser.add_argument("--gradients", type=int, help="of networks, in place of each game's own number")
-    text = "methods that play the networks, by their names in the output; default: all, and a few for the actor-critic"
+    text = "methods that play the networks, by their names in the output; default: all, and a few for actor-critics"
     parser.add_argument("--methods", nargs="+", choices=list(methods(())), metavar="METHOD", help=text)
     text = "rates that adapt=True is tried with, over the largest |eigenvalue|; none: leave it out"
     parser.add_argument("--adapt-rates", type=float, nargs="*", default=[0.1, 0.3], help=text)
