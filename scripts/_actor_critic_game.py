@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class CartPoles(Environments):
 
         size = len(self.ended)
         made = gymnasium.make_vec("CartPole-v1", num_envs=size, vectorization_mode="vector_entry_point")
-        self._carts = made.unwrapped
+        self._carts: Any = made.unwrapped
         self._carts.reset(seed=0)
         self._restart(np.arange(size))
 
@@ -217,9 +218,10 @@ class PendulumGame(ActorCriticGame):
     def act(self, outputs: Tensor, draws: Tensor) -> Tensor:
         """Return torques."""
         # A draw of 0 would give an infinite one.
-        return outputs[..., 0] + self.log_std.exp() * torch.special.ndtri(draws.clamp(min=1e-7))
+        torques: Tensor = outputs[..., 0] + self.log_std.exp() * torch.special.ndtri(draws.clamp(min=1e-7))
+        return torques
 
     def log_prob_and_entropy(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return those of torques, which are clipped later, in the environment."""
-        policy = Normal(outputs[..., 0], self.log_std.exp(), validate_args=False)
+        policy: Any = Normal(outputs[..., 0], self.log_std.exp(), validate_args=False)
         return policy.log_prob(self.actions), policy.entropy()
