@@ -241,7 +241,8 @@ class Rollouts:
                 "override policy: Categorical is for numbered actions, Independent(Normal(...), 1) for continuous ones."
             )
         if hasattr(space, "low"):
-            return np.clip(found, space.low, space.high).astype(space.dtype)
+            clipped: np.ndarray = np.clip(found, space.low, space.high).astype(space.dtype)
+            return clipped
         copies = self._environments.action_space
         started = (found + getattr(space, "start", 0)).astype(copies.dtype)
         if not copies.contains(started):
