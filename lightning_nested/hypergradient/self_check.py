@@ -27,14 +27,13 @@ from lightning_nested.linalg.differences import (
 )
 from lightning_nested.linalg.graph import graph_nodes
 from lightning_nested.linalg.operators import LinearOperator
-from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_, zeros_where_none
+from lightning_nested.linalg.vectors import Vector, add_, clone, double_dot, norm, scale_
 
 # Relative. A difference of gradients adds up kinks that it passes, which a second derivative at one point does not see.
-_SMOOTH, _KINKED = 0.05, 0.3
+SMOOTH, _KINKED = 0.05, 0.3
 _PARALLEL = 0.999  # cosine
-_CLEAR = 4.0  # times as far from a product as differences are from each other: the product is wrong
+CLEAR = 4.0  # times as far from a product as differences are from each other: the product is wrong
 _PIECE = 2**16  # entries
-_ROUNDED = 16.0  # rounding of a derivative, in machine epsilons
 
 Pair: TypeAlias = tuple[Vector, Vector]
 """A vector v and its product Av."""
@@ -50,7 +49,7 @@ class ProductCheck:
 
     asymmetry: float = math.nan  # |uᵀAv − vᵀAu|, relative to what it is where A is not symmetric at all
     difference: float = math.nan  # ‖Av − (g(w + εv) − g(w))/ε‖, relative to the longer of both
-    tolerance: float = _SMOOTH  # difference up to which products are right, more where the loss has kinks
+    tolerance: float = SMOOTH  # difference up to which products are right, more where the loss has kinks
     noise: float = 0.0  # asymmetry that rounding of the coarsest dtype may give
 
     @property
@@ -103,9 +102,9 @@ def check_products(
     pair = v, operator.matvec(v)
     if not _has_length(pair):  # the solver says so
         return ProductCheck()
-    tolerance, difference = _tolerance(loss), math.nan
+    tolerance, difference = smooth_or_kinked(loss), math.nan
     if repeat is not None and isinstance(operator, HessianOperator):
-        gradient = _gradient(repeat, params)
+        gradient = gradient_of(repeat, params)
         difference = _difference(problem, params, pair, gradient, loss, tolerance)
         if math.isnan(difference):
             difference = _measured_difference(problem, params, pair, gradient, loss, tolerance)
@@ -167,91 +166,12 @@ def check_formed_products(
     pairs = formed.pairs
     if not pairs or not _is_known(formed.operator):
         return ProductCheck()
-    tolerance, difference = _tolerance(loss), math.nan
+    tolerance, difference = smooth_or_kinked(loss), math.nan
     if repeat is not None and isinstance(formed.operator, HessianOperator):
-        difference = _difference(problem, params, pairs[-1], _gradient(repeat, params), loss, tolerance)
+        difference = _difference(problem, params, pairs[-1], gradient_of(repeat, params), loss, tolerance)
         if math.isnan(difference) and len(pairs) == 1:
             pairs.append(_random_pair(formed.operator, pairs[0][0]))
     return _found(formed.operator, params, loss, pairs, difference, tolerance)
-
-
-class FormedMixed:
-    """The product vᵀ ∂²f/∂w∂λ of a linearized loss, which keeps the first one that is formed.
-
-    Args:
-        mixed: See :class:`Linearization`.
-
-    Attributes:
-        first: v, the hyperparameters λ and the product; None before it is formed.
-    """
-
-    def __init__(self, mixed: Callable[[Vector, Vector], tuple[Tensor | None, ...]]) -> None:
-        self._mixed = mixed
-        self.first: tuple[Vector, Vector, tuple[Tensor | None, ...]] | None = None
-
-    def __call__(self, v: Vector, hparams: Vector) -> tuple[Tensor | None, ...]:
-        """Return vᵀ ∂²f/∂w∂λ."""
-        product = self._mixed(v, hparams)
-        if self.first is None and hparams:
-            self.first = v, hparams, product
-        return product
-
-
-def wrong_mixed(
-    params: Vector, formed: FormedMixed, *, loss: Tensor, repeat: Callable[[], Tensor]
-) -> dict[int, float]:
-    """Compare vᵀ ∂²f/∂w∂λ with (∂f/∂λ(w + εv) − ∂f/∂λ(w))/ε, which takes no second derivative.
-
-    Takes ∂f/∂λ through the loss's kept graph and one evaluation of the loss, a second one where the first leaves
-    doubt. A hyperparameter whose product has no more than rounding of ∂f/∂λ in it, or of f where the terms of ∂f/∂λ
-    cancel, is not compared.
-
-    Args:
-        params: The parameters w.
-        formed: The product that the hypergradient is made of.
-        loss: f with its graph, which is kept.
-        repeat: Evaluates f again, as in :func:`check_products`.
-
-    Returns:
-        Relative difference of each hyperparameter whose product is wrong, by its index.
-    """
-    if formed.first is None:
-        return {}
-    v, hparams, product = formed.first
-    size = float(norm(v))
-    here = torch.autograd.grad(loss, hparams, retain_graph=True, allow_unused=True)
-    seen = [i for i, g in enumerate(here) if g is not None]
-    if not seen or size == 0.0 or not math.isfinite(size):
-        return {}
-    live = tuple(hparams[i] for i in seen)
-    base = tuple(g.clone() for g in here if g is not None)
-    products = zeros_where_none([product[i] for i in seen], live)
-    length, tolerance = difference_length(params, loss), _tolerance(loss)
-    side = _sides(_gradient(repeat, live), params, v, base, length)
-    epsilon = _ROUNDED * coarsest_epsilon(params, loss)
-    value, sizes = abs(float(loss.detach())), [float(norm((b,))) for b in base]
-    # A derivative whose terms cancel says nothing of their rounding; the loss does.
-    sizes = [value if s <= epsilon * value else s for s in sizes]
-    rounding = epsilon * size / length
-
-    def differs(first: Tensor, second: Tensor, around: float) -> bool:
-        return float(norm((first - second,))) > rounding * around
-
-    ahead = side(1.0)
-    doubtful = [
-        k
-        for k, (m, d, s) in enumerate(zip(products, ahead, sizes, strict=True))
-        if not _distance((m,), (d,)) <= tolerance and differs(m, d, s)
-    ]
-    if not doubtful:
-        return {}
-    behind = side(-1.0)
-    found = {
-        seen[k]: _two_sided((products[k],), (ahead[k],), (behind[k],), tolerance)
-        for k in doubtful
-        if differs(products[k], (ahead[k] + behind[k]) / 2, sizes[k])
-    }
-    return {i: difference for i, difference in found.items() if difference > tolerance}
 
 
 def _is_known(operator: LinearOperator) -> bool:
@@ -264,8 +184,9 @@ def _has_length(pair: Pair) -> bool:
     return size > 0.0 and math.isfinite(size) and math.isfinite(product)
 
 
-def _tolerance(loss: Tensor | None) -> float:
-    return _KINKED if any(_KINKS.search(node.name()) for node in graph_nodes([loss])) else _SMOOTH
+def smooth_or_kinked(loss: Tensor | None) -> float:
+    """Return the difference up to which products are right."""
+    return _KINKED if any(_KINKS.search(node.name()) for node in graph_nodes([loss])) else SMOOTH
 
 
 def _random_pair(operator: LinearOperator, like: Vector) -> Pair:
@@ -337,14 +258,14 @@ def _difference(
     way, or the step draws its batch elsewhere and cannot be evaluated again.
     """
     (v, product), length = pair, difference_length(params, loss)
-    side = _sides(gradient, params, v, problem.gradient, length)
+    side = one_sided(gradient, params, v, problem.gradient, length)
     ahead = side(1.0)
-    if (found := _distance(product, ahead)) <= tolerance:
+    if (found := distance(product, ahead)) <= tolerance:
         return found
-    return _two_sided(product, ahead, side(-1.0), tolerance)
+    return two_sided(product, ahead, side(-1.0), tolerance)
 
 
-def _sides(
+def one_sided(
     function: Callable[[], Vector], params: Vector, v: Vector, here: Vector, length: float
 ) -> Callable[[float], Vector]:
     """Return the one-sided differences along v of a function that is ``here`` at the parameters."""
@@ -352,15 +273,16 @@ def _sides(
 
     def side(sign: float) -> Vector:
         there = moved(function, params, v, sign * length / size)
-        return scale_(add_(there, here, alpha=-1.0), sign * size / length)
+        return scale_(add_(there, here, alpha=-1.0), size / (sign * length))
 
     return side
 
 
-def _two_sided(product: Vector, ahead: Vector, behind: Vector, tolerance: float) -> float:
-    found = _distance(product, tuple((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
+def two_sided(product: Vector, ahead: Vector, behind: Vector, tolerance: float) -> float:
+    """Return the distance of a product from the mean of differences to both sides; NaN where these say nothing."""
+    found = distance(product, tuple((a + b) / 2 for a, b in zip(ahead, behind, strict=True)))
     # Sides that disagree (kinks, rounding) say nothing.
-    return found if found <= tolerance or found > _CLEAR * _distance(ahead, behind) else math.nan
+    return found if found <= tolerance or found > CLEAR * distance(ahead, behind) else math.nan
 
 
 def _measured_difference(
@@ -379,12 +301,12 @@ def _measured_difference(
         return math.nan
     length = calibrated_length(gradient, params, v, length)
     here, near = (central_difference(gradient, params, v, length * factor) for factor in (1.0, 0.5))
-    found, noise = _distance(product, near), _distance(here, near)
+    found, noise = distance(product, near), distance(here, near)
     # Differences that disagree among themselves (kinks, rounding) say nothing.
-    return found if found <= tolerance or found > _CLEAR * noise else math.nan
+    return found if found <= tolerance or found > CLEAR * noise else math.nan
 
 
-def _gradient(repeat: Callable[[], Tensor], params: Vector) -> Callable[[], Vector]:
+def gradient_of(repeat: Callable[[], Tensor], params: Vector) -> Callable[[], Vector]:
     """Return what gives the gradient, in tensors of its own."""
 
     def gradient() -> Vector:
@@ -394,7 +316,8 @@ def _gradient(repeat: Callable[[], Tensor], params: Vector) -> Callable[[], Vect
     return gradient
 
 
-def _distance(first: Vector, second: Vector) -> float:
+def distance(first: Vector, second: Vector) -> float:
+    """Return ‖a − b‖, relative to the longer of both."""
     size = max(float(norm(first)), float(norm(second)), 1e-300)
     # In pieces that stay in the cache: new memory of the size of the network takes longer than the arithmetic.
     pieces = (

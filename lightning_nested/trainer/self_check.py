@@ -13,13 +13,8 @@ from torch import Tensor
 
 from lightning_nested.hypergradient.implicit import Inspect
 from lightning_nested.hypergradient.inner_curvature import Linearization
-from lightning_nested.hypergradient.self_check import (
-    FormedMixed,
-    FormedProducts,
-    ProductCheck,
-    check_formed_products,
-    wrong_mixed,
-)
+from lightning_nested.hypergradient.mixed_check import FormedMixed, wrong_mixed
+from lightning_nested.hypergradient.self_check import FormedProducts, ProductCheck, check_formed_products
 from lightning_nested.hyperparameters import Hyperparameter, OuterReport, OuterStep
 from lightning_nested.linalg.curvature import FiniteDifferenceOperator, HessianOperator
 from lightning_nested.linalg.graph import OTHER_FORMS, DoubleBackwardError, graph_leaves, hides_layers

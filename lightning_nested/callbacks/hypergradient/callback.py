@@ -89,7 +89,7 @@ class HypergradientCallback(OuterLoopCallback):
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before the run
             ends with ``FloatingPointError``; failed steps are skipped, counted and logged.
-        self_check: Check products at the first outer step (one gradient more, or two); warn of what is wrong.
+        self_check: Check products at the first outer step (one gradient more, at most four); warn of what is wrong.
 
     Raises:
         MisconfigurationException: In ``setup`` or at the start of ``fit``: manual optimization, a strategy that

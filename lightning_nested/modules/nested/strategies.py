@@ -111,7 +111,7 @@ class LoopOptions:
         max_skipped: Successive outer steps that may fail (non-finite values, no positive curvature) before
             the run ends with ``FloatingPointError``.
         log_every_n_outer_steps: Log diagnostics and values at every n-th outer step; 0: never.
-        self_check: Check products at the first outer step (one gradient more, or two); warn of what is wrong.
+        self_check: Check products at the first outer step (one gradient more, at most four); warn of what is wrong.
 
     Raises:
         ValueError: A value is out of range.
