@@ -4,9 +4,10 @@
 
 In small games (bilinear, Dirac-GAN, two quadratic mixes) the number of gradients counts until the distance to the
 solution is 1e-4 of the first. Networks (a ring of Gaussians, digits with three losses and no penalty, adversarial
-training) are scored after an equal number of gradients. Players step in turns, except with extragradient and, in small
-games, optimistic steps. In networks extragradient makes half as many updates, each with both gradients on one batch.
-The rate of every method, and its momentum where it says so, is the best on the tuning seeds; the other seeds are
+training, actor-critics on CartPole and Pendulum) are scored after an equal number of gradients. Players step in
+turns, except with extragradient and, in small games, optimistic steps. In networks extragradient makes half as many
+updates, each with both gradients on one batch. The rate of every method, and its momentum where it says so, is the
+best on the tuning seeds; the other seeds are
 reported. Writes JSON, tables and a PNG.
 """
 
