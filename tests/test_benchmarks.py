@@ -221,6 +221,7 @@ def test_a_million_decays_are_measured(run: Script) -> None:
     assert all(number >= 0 for ((*numbers,),) in found.values() for number in numbers)
 
 
+@pytest.mark.slow
 def test_only_unrolling_takes_more_memory_with_more_steps(run: Script, tmp_path: Path) -> None:
     figure = tmp_path / "memory.png"
     size = ["--widths", "60", "30", "5", "--steps", "2", "8", "--terms", "2", "10"]

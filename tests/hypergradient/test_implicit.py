@@ -327,7 +327,9 @@ def tiny(kind: str) -> tuple[nn.Module, Tensor]:
     return Transformer().to(DOUBLE), torch.randn(8, 5, 4, dtype=DOUBLE)
 
 
-@pytest.mark.parametrize("kind", ["conv + BatchNorm", "LSTM", "attention", "transformer"])
+@pytest.mark.parametrize(
+    "kind", ["conv + BatchNorm", "LSTM", "attention", pytest.param("transformer", marks=pytest.mark.slow)]
+)
 def test_networks_against_central_differences_of_the_retrained_response(kind: str) -> None:
     """dL_V(w*(r))/dr at r = log decay, with w* re-trained by Newton's method at r ± ε."""
     net, x = tiny(kind)

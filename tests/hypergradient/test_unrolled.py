@@ -284,6 +284,7 @@ class Classifier:
         )
 
 
+@pytest.mark.slow
 def test_one_hundred_steps_of_a_real_network_fit_75_mib(tmp_path: Path) -> None:
     network = Classifier(784, 500, 500, 10)  # 648 010 weights and as many decays: 2.5 MiB a copy
     assert peak_mib(lambda: network.hypergradient(100, checkpoint=True), tmp_path) <= 75
