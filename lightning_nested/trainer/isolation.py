@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
+from lightning_nested.networks.evaluation_mode import restored_modes
 from lightning_nested.trainer.reachable_state import untouched_networks, untouched_state
 from lightning_nested.trainer.shards import gather_anew, shards_parameters
 from lightning_nested.trainer.silent_loggers import SilentLogger
@@ -22,18 +23,15 @@ from lightning_nested.trainer.stand_ins import StandIns
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode with gradients, and restore each submodule's own mode on exit."""
-    modes = [(m, m.training) for m in module.modules()]
-    for m, _ in modes:
-        m.training = False
-    try:
+    with restored_modes(module):
+        parts = list(module.modules())
+        for part in parts:
+            part.training = False
         # A cuDNN RNN in evaluation mode has no backward; the native one has.
-        needs_native = any(isinstance(m, nn.RNNBase) for m, _ in modes)
+        needs_native = any(isinstance(part, nn.RNNBase) for part in parts)
         native = torch.backends.cudnn.flags(enabled=False) if needs_native else nullcontext()
         with torch.enable_grad(), native:
             yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 @contextmanager
